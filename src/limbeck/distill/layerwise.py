@@ -1,0 +1,126 @@
+"""Stages 1 and 2: every converted layer learns alone, on the teacher's own input to it.
+
+The teacher's body runs once without gradient; a hook behind each layer runs the student's layer on the same arguments,
+takes the loss, runs backward and lets the graph go. So one layer's graph is alive at a time, whatever the depth, and the
+student needs no copy of what it does not train.
+
+    stage = Hidden(teacher, student, sites, recipe)
+    sums = stage.backward(batch, {"tokens": 2048})      # gradients added; sums per layer
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from limbeck import recipe as recipes
+from limbeck.data.packing import Batch
+from limbeck.distill.teacher import tap
+from limbeck.losses import hidden_distance, matrix_distance
+from limbeck.model import Site
+from limbeck.model.body import run_body
+
+Counts = dict[str, float]
+
+
+class LayerStage:
+    """What stages 1 and 2 share: which layers, which parameters, one tapped pass of the teacher."""
+
+    eager = False
+
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, sites: list[Site], autocast: Callable):
+        self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The student's modules that run behind the teacher's of the same name."""
+        return {site.module: self.student.get_submodule(site.module) for site in self.sites}
+
+    def trained(self) -> list[str]:
+        """Names of the student's modules that learn."""
+        return [site.module for site in self.sites]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by their name in the student."""
+        inside = {name: self.student.get_submodule(name).named_parameters() for name in self.trained()}
+        return {f"{module}.{name}": p for module, parameters in inside.items() for name, p in parameters}
+
+    def learning_rates(self, recipe: recipes.Hidden | recipes.Matrix) -> dict[str, float]:
+        """Peak learning rate by parameter name."""
+        return dict.fromkeys(self.parameters(), recipe.lr)
+
+    def count(self, batch: Batch) -> Counts:
+        """What this batch adds to the counts that the losses are divided by."""
+        return {"tokens": float(batch.input_ids.numel()), "sequences": float(len(batch.input_ids))}
+
+    def loss(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple, counts: Counts) -> Tensor:
+        """The layer's loss, already divided by its count."""
+        raise NotImplementedError
+
+    def backward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Add the gradients of one micro-batch; returns each layer's share of the loss by module name."""
+        return self._run(batch, counts, train=True)
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Each layer's loss on a batch, without gradients."""
+        return self._run(batch, self.count(batch), train=False)
+
+    def _run(self, batch: Batch, counts: Counts, train: bool) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+
+        def visitor(name: str, module: nn.Module):
+            def visit(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+                with torch.set_grad_enabled(train), self.autocast():
+                    loss = self.loss(module, args, kwargs, output, counts)
+                if train:
+                    loss.backward()
+                losses[name] = loss.detach()
+
+            return visit
+
+        visits = {name: visitor(name, module) for name, module in self.modules().items()}
+        with torch.no_grad(), self.autocast(), tap(self.teacher, visits, self.eager):
+            run_body(self.teacher, batch)
+        return losses
+
+
+class Matrix(LayerStage):
+    """Stage 1: the student's mixing matrix [B, H, T, T] against the teacher's attention matrix of the same layer."""
+
+    eager = True  # the only implementation that returns the matrices; one layer's are alive at a time
+
+    def loss(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple, counts: Counts) -> Tensor:
+        _, matrix = module(*args, **kwargs, output_matrix=True)
+        return matrix_distance(matrix, output[1]) / counts["sequences"]
+
+
+class Hidden(LayerStage):
+    """Stage 2: the output of the student's attention, or of its whole block, against the teacher's."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        sites: list[Site],
+        autocast: Callable,
+        target: str = "attention",
+        loss: str = "relative",
+        train: str = "attention",
+    ):
+        super().__init__(teacher, student, sites, autocast)
+        self.target, self.kind, self.train = target, loss, train
+
+    def modules(self) -> dict[str, nn.Module]:
+        names = [site.module if self.target == "attention" else site.block for site in self.sites]
+        return {name: self.student.get_submodule(name) for name in names}
+
+    def trained(self) -> list[str]:
+        return [site.module if self.train == "attention" else site.block for site in self.sites]
+
+    def loss(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple, counts: Counts) -> Tensor:
+        y = _first(module(*args, **kwargs))
+        return hidden_distance(y, _first(output), loss=self.kind) / counts["tokens"]  # type: ignore[arg-type]
+
+
+def _first(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,68 @@
+"""The teacher while it teaches: frozen, its body run once per batch, its layers tapped on the way.
+
+    with tap(teacher, {"model.layers.0.self_attn": visit}):
+        run_body(teacher, batch)                   # visit(args, kwargs, output) is called inside
+
+Only the body runs (`limbeck.model.body`), so the last tap sees the last block's output before the final norm.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from limbeck.errors import LimbeckError
+
+Visit = Callable[[tuple, dict, Tensor | tuple], None]
+
+
+def load_teacher(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A frozen teacher in float32 and its tokenizer, from a local folder or a hub name.
+
+    Raises:
+        LimbeckError: nothing there, not a causal language model, or a student already.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except LimbeckError:
+        raise
+    except Exception as error:
+        local = Path(name).exists()
+        raise LimbeckError(
+            f"cannot load a causal language model from '{name}': {str(error).strip().splitlines()[0]}",
+            expected="a folder that save_pretrained wrote, or the name of a model on the hub",
+            hint="--teacher embedded   (comes with `limbeck assets`)" if not local else None,
+        ) from error
+    if hasattr(model.config, "limbeck"):
+        raise LimbeckError(f"'{name}' is a student already", expected="a softmax teacher")
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+def tap(teacher: PreTrainedModel, visits: dict[str, Visit], eager: bool = False) -> Iterator[None]:
+    """Call `visit(args, kwargs, output)` after each named module of the teacher.
+
+    Args:
+        visits: by module name.
+        eager: let attention modules return their attention matrix as the second output.
+    """
+    before = teacher.config._attn_implementation
+    handles = []
+    for name, visit in visits.items():
+
+        def hook(module, args, kwargs, output, visit=visit):
+            visit(args, kwargs, output)
+
+        handles.append(teacher.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+    try:
+        if eager:
+            teacher.config._attn_implementation = "eager"
+        yield
+    finally:
+        teacher.config._attn_implementation = before
+        for handle in handles:
+            handle.remove()

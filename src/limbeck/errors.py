@@ -1,0 +1,34 @@
+"""The one exception that a user is meant to read.
+
+    raise LimbeckError("unknown mixer 'gatd_deltanet'", expected="one of: gla, ...", hint="limbeck students")
+
+The command line prints it without a traceback and exits with code 2; in Python it is an ordinary exception.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LimbeckError(Exception):
+    """A mistake in what was asked for: says what was found, what was expected and what to do next.
+
+    Args:
+        found: what is wrong, in one sentence.
+        expected: what would have been right.
+        hint: the next command to type or setting to change.
+    """
+
+    def __init__(self, found: str, *, expected: str | None = None, hint: str | None = None):
+        self.found, self.expected, self.hint = found, expected, hint
+        lines = [found]
+        if expected:
+            lines.append(f"expected: {expected}")
+        if hint:
+            lines.append(f"try: {hint}")
+        super().__init__("\n".join(lines))
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """`, did you mean 'x'?` when one of the choices is near to `name`, else an empty string."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f", did you mean '{near[0]}'?" if near else ""

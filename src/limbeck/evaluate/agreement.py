@@ -1,0 +1,69 @@
+"""How good a student is on held-out text, and how like its teacher: perplexity, divergence, top-1 agreement.
+
+    result = agreement(teacher, student, packed, tokens=8192)
+    result["student_perplexity"], result["teacher_perplexity"], result["kl"], result["top1_agreement"]
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from limbeck.console import progress
+from limbeck.data.packing import Packed
+from limbeck.losses import logit_losses
+from limbeck.model.body import Head, run_body
+
+
+@torch.no_grad()
+def agreement(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    data: Packed,
+    tokens: int,
+    autocast: Callable = contextlib.nullcontext,
+    batch: int = 4,
+) -> dict[str, Any]:
+    """Both models on the first `tokens` tokens of `data`, packed documents kept apart.
+
+    Returns:
+        perplexity of both (nats per target, exponentiated), their loss difference with its standard error over sequences,
+        KL(teacher || student) and KL(student || teacher) in nats per token, share of tokens on which the most likely next
+        token is the same, and how many targets in how many sequences were counted.
+    """
+    sequences = min(max(1, round(tokens / data.length)), data.n_sequences)
+    heads = Head(student), Head(teacher)
+    device = student.device
+    totals: dict[str, float] = {}
+    differences: list[float] = []
+    with progress("evaluate", sequences, "sequences") as advance:
+        for at in range(0, sequences, batch):
+            part = data.batch(at, min(batch, sequences - at)).to(device)
+            with autocast():
+                hidden_t, hidden_s = run_body(teacher, part), run_body(student, part)
+                for row in range(len(part.input_ids)):
+                    rows = slice(row, row + 1)
+                    sums, _ = logit_losses(*heads, hidden_s[rows], hidden_t[rows], part.targets[rows], None)
+                    numbers = {name: float(value) for name, value in sums.items()}
+                    differences.append((numbers["ce"] - numbers["teacher_ce"]) / max(numbers["count"], 1))
+                    for name, value in numbers.items():
+                        totals[name] = totals.get(name, 0.0) + value
+            advance(len(part.input_ids))
+    n = totals["count"]
+    spread = torch.tensor(differences, dtype=torch.float64)
+    error = float(spread.std() / math.sqrt(len(differences))) if len(differences) > 1 else None
+    return {
+        "teacher_perplexity": math.exp(totals["teacher_ce"] / n),
+        "student_perplexity": math.exp(min(totals["ce"] / n, 700)),
+        "loss_difference": (totals["ce"] - totals["teacher_ce"]) / n,
+        "loss_difference_standard_error": error,
+        "kl": totals["kl"] / n,
+        "reverse_kl": totals["reverse_kl"] / n,
+        "top1_agreement": totals["agree"] / n,
+        "targets": int(n),
+        "sequences": sequences,
+        "length": data.length,
+    }

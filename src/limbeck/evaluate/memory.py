@@ -1,0 +1,40 @@
+"""What decoding costs in memory: bytes of state against bytes of keys and values, measured on real caches.
+
+    memory = cache_sizes(teacher, student, length=512)
+"""
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from limbeck.model import cache_bytes
+
+
+@torch.no_grad()
+def cache_sizes(teacher: PreTrainedModel, student: PreTrainedModel, length: int = 128) -> dict[str, Any]:
+    """Cache bytes of one sequence in both models, after `length` and after twice as many tokens.
+
+    Returns:
+        bytes at both lengths, the student's growth per token (0 when every layer is converted), and the number of tokens
+        from which the student needs less memory.
+    """
+    sizes = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        cache = DynamicCache(config=model.config)
+        ids = torch.full((1, length), 5, device=model.device)
+        for _ in range(2):
+            model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+            sizes.setdefault(name, []).append(cache_bytes(cache))
+    per_token = {name: (late - early) / length for name, (early, late) in sizes.items()}
+    fixed = sizes["student"][0] - per_token["student"] * length
+    saved = per_token["teacher"] - per_token["student"]
+    return {
+        "length": length,
+        "teacher_cache_bytes": sizes["teacher"],
+        "student_cache_bytes": sizes["student"],
+        "teacher_bytes_per_token": per_token["teacher"],
+        "student_bytes_per_token": per_token["student"],
+        "student_fixed_bytes": fixed,
+        "break_even_tokens": fixed / saved if saved > 0 else None,
+    }

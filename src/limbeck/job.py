@@ -1,0 +1,307 @@
+"""The main job: teacher in, stages, evaluation, and a student that can be handed over.
+
+    summary = distill(Recipe.load("quickstart"))          # the same call resumes, and does nothing when all is done
+
+Everything that can be wrong with a recipe is found before anything is written.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from limbeck import assets, mixers
+from limbeck import recipe as recipes
+from limbeck.console import console, progress
+from limbeck.data.cache import check_room, no_room_is_an_error
+from limbeck.data.packing import Packed
+from limbeck.data.shards import TokenStore, prepare
+from limbeck.distill.calibrate import RIDGES, NormalEquations
+from limbeck.distill.end_to_end import Logits
+from limbeck.distill.layerwise import Hidden, Matrix
+from limbeck.distill.loop import Stage, train
+from limbeck.distill.run import RunDirectory, check_run, open_run
+from limbeck.distill.teacher import load_teacher
+from limbeck.errors import LimbeckError
+from limbeck.evaluate.agreement import agreement
+from limbeck.evaluate.memory import cache_sizes
+from limbeck.generate import continuation
+from limbeck.losses import LogitWeights
+from limbeck.model import Site, attention_sites, convert, parse_layers, unshare
+from limbeck.model.convert import parameter_report
+from limbeck.plan import Plan, make_plan
+from limbeck.recipe import Recipe
+from limbeck.summary import write_summary
+
+CHOOSING = 2  # sequences on which the ridge is chosen
+
+
+@dataclass
+class Job:
+    """What a run works with once everything has been checked."""
+
+    recipe: Recipe
+    device: torch.device
+    autocast: Callable[[], Any]
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    store: TokenStore
+    sites: list[Site]  # of the layers that are converted
+    path: Path
+
+    @property
+    def training(self) -> Packed:
+        return Packed(self.store.train, self.recipe.data.length, self.recipe.seed)
+
+    @property
+    def held_out(self) -> Packed:
+        return Packed(self.store.held_out, self.recipe.data.length, shuffle=False)
+
+
+def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> dict[str, Any]:
+    """Run a recipe from where it stands to its end.
+
+    Args:
+        recipe: what to do; `recipe.out` is the run directory (runs/<name> by default).
+        confirm: called with the plan before long work begins (the command line prints it).
+
+    Returns:
+        The summary that is also written to eval.json.
+
+    Raises:
+        LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then.
+    """
+    torch.manual_seed(recipe.seed)
+    job = prepare_job(recipe)
+    plan = make_plan(recipe, job.teacher, job.sites)
+    check_room(_existing(job.path), plan.disk_bytes, f"the run {job.path}")
+    with open_run(job.path, recipe) as run:
+        done = job.path / "eval.json"
+        if done.exists() and all(run.finished(i) for i in range(len(recipe.stages))):
+            known = json.loads(done.read_text())
+            if known["evaluation"] == recipe.evaluation.model_dump(mode="json"):
+                console.print(f"{job.path} is finished already; its summary:")
+                return known
+        if confirm:
+            confirm(plan)
+        run.manifest(**_provenance(job))
+        student = _student(job)
+        position = _run_stages(job, run, student)
+        return _hand_over(job, run, student, position)
+
+
+def prepare_job(recipe: Recipe) -> Job:
+    """Check a recipe and load what it names. Writes nothing but the caches."""
+    mixers.get(recipe.student.mixer).Options.parse(recipe.student.options, recipe.student.mixer)
+    path = Path(recipe.out or f"runs/{recipe.name}")
+    check_run(path, recipe)
+    device = _device(recipe.device)
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), device)
+    longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and recipe.data.length > longest:
+        raise LimbeckError(
+            f"sequences of {recipe.data.length} tokens, the teacher was made for {longest}",
+            expected=f"data.length of at most {longest}",
+            hint=f"--set data.length={longest}",
+        )
+    sites = attention_sites(teacher)
+    chosen = [sites[i] for i in parse_layers(recipe.student.layers, len(sites))]
+    data = recipe.data
+    rows = teacher.get_input_embeddings().weight.shape[0]
+    store = prepare(
+        data.source,
+        tokenizer,
+        length=data.length,
+        held_out=data.held_out,
+        max_tokens=data.max_tokens,
+        text_field=data.text_field,
+        vocab_size=rows,
+    )
+    autocast: Callable[[], Any] = contextlib.nullcontext
+    if device.type == "cuda":
+        autocast = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+    return Job(recipe, device, autocast, teacher, tokenizer, store, chosen, path)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LimbeckError("no CUDA device here", expected="device: auto or cpu", hint="limbeck doctor")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _student(job: Job) -> PreTrainedModel:
+    student = job.recipe.student
+    torch.manual_seed(job.recipe.seed)
+    return convert(
+        job.teacher,
+        student.mixer,
+        [site.shape.layer for site in job.sites],
+        student.options,
+        copy_projections=student.copy_projections,
+        share=True,
+    ).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------- stages
+
+
+def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> int:
+    """Bring the student through all stages, skipping what is finished; returns the data position after the last."""
+    position = 0
+    shared = True
+    for index, settings in enumerate(job.recipe.stages):
+        if shared and getattr(settings, "train", "attention") != "attention":
+            unshare(student)
+            shared = False
+        if run.finished(index):
+            tensors, facts = run.result(index)
+            _load(student, tensors)
+            position = facts["position"]
+            console.print(f"{settings.stage}: finished before ({facts['seconds']:.0f} s)")
+            continue
+        if isinstance(settings, recipes.Calibrate):
+            facts = _calibrate(job, student, settings, position)
+            learnt: dict[str, nn.Parameter] = {
+                f"{s.module}.{s.output}.{name}": p
+                for s in job.sites
+                for name, p in student.get_submodule(f"{s.module}.{s.output}").named_parameters()
+            }
+        else:
+            stage = _stage(job, student, settings)
+            facts = train(stage, settings, job.training, run, index, position)
+            learnt = stage.parameters()
+        position = facts["position"]
+        run.finish(index, dict(learnt), facts)
+    return position
+
+
+def _stage(job: Job, student: PreTrainedModel, settings: recipes.Matrix | recipes.Hidden | recipes.Logits) -> Stage:
+    common = (job.teacher, student, job.sites, job.autocast)
+    if isinstance(settings, recipes.Matrix):
+        return Matrix(*common)
+    if isinstance(settings, recipes.Hidden):
+        return Hidden(*common, target=settings.target, loss=settings.loss, train=settings.train)
+    weights = LogitWeights(settings.ce, settings.kl, settings.temperature, settings.direction)
+    return Logits(*common, weights, train=settings.train, chunk=settings.chunk)
+
+
+def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, position: int) -> dict[str, Any]:
+    began = time.monotonic()
+    length = job.recipe.data.length
+    sequences = max(1, round(settings.tokens / length))
+    fits = NormalEquations(job.teacher, student, job.sites, job.autocast, settings.weight)
+    data = job.training
+    with progress("calibrate", sequences, "sequences") as advance:
+        for at in range(0, sequences, settings.batch):
+            size = min(settings.batch, sequences - at)
+            fits.add(data.batch(position + at, size).to(job.device))
+            advance(size, note=f"{(at + size) * length / (time.monotonic() - began):.0f} tokens/s")
+    position += sequences
+    tried: dict[str, dict[str, float]] = {}
+    ridge = settings.ridge
+    if ridge == "auto":
+        judge = Logits(job.teacher, student, job.sites, job.autocast, LogitWeights())
+        batch = data.batch(position, CHOOSING).to(job.device)
+        position += CHOOSING
+        with progress("choose the ridge", len(RIDGES), "fits") as advance:
+            for candidate in RIDGES:
+                unexplained = fits.solve(candidate)
+                loss = float(judge.evaluate(batch)["ce"])
+                tried[f"{candidate:g}"] = {"unexplained": unexplained, "loss": loss}
+                advance(1, note=f"ridge {candidate:g}: loss {loss:.3f}")
+        ridge = float(min(tried, key=lambda name: tried[name]["loss"]))
+    unexplained = fits.solve(float(ridge))
+    return {
+        "ridge": ridge,
+        "unexplained": unexplained,
+        "tried": tried,
+        "tokens": sequences * length,
+        "seconds": time.monotonic() - began,
+        "position": position,
+        "trained_parameters": sum(p.numel() for m in fits.projections.values() for p in m.parameters()),
+    }
+
+
+@torch.no_grad()
+def _load(student: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(student.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+
+
+# ---------------------------------------------------------------------- results
+
+
+def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, position: int) -> dict[str, Any]:
+    recipe = job.recipe
+    student.eval()
+    _export(job, student)
+    evaluation = recipe.evaluation
+    stages = [{**s.model_dump(mode="json"), **run.result(i)[1]} for i, s in enumerate(recipe.stages)]
+    samples = {}
+    if evaluation.prompt and evaluation.new_tokens:
+        for name, model in (("teacher", job.teacher), ("student", student)):
+            samples[name] = continuation(model, job.tokenizer, evaluation.prompt, evaluation.new_tokens)
+    report = parameter_report(student, recipe.student.copy_projections)
+    result = {
+        "run": str(job.path),
+        "teacher": recipe.teacher,
+        "mixer": recipe.student.mixer,
+        "layers": f"{len(job.sites)} of {len(attention_sites(job.teacher))}",
+        "text": recipe.data.source,
+        "held_out": agreement(job.teacher, student, job.held_out, evaluation.tokens, job.autocast),
+        "parameters": vars(report),
+        "stages": stages,
+        "memory": cache_sizes(job.teacher, student),
+        "prompt": evaluation.prompt,
+        "samples": samples,
+        "evaluation": evaluation.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }
+    run.write("summary.md", write_summary(result))
+    run.write("eval.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _export(job: Job, student: PreTrainedModel) -> None:
+    """Save the student as a Hugging Face folder, whole or not at all."""
+    final = job.path / "student"
+    temporary = job.path / ".student.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with no_room_is_an_error(job.path):
+        student.save_pretrained(temporary)
+        job.tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    return {
+        "teacher": {"name": job.recipe.teacher, "architecture": type(job.teacher).__name__},
+        "tokens_key": job.store.key,
+        "train_tokens": job.store.train.n_tokens,
+        "held_out_tokens": job.store.held_out.n_tokens,
+        "seed": job.recipe.seed,
+        "device": str(job.device),
+        "backend": {job.recipe.student.mixer: "torch"},
+    }

@@ -1,0 +1,60 @@
+"""Gated linear attention: S_t = Diag(a_t) S_{t-1} + k_t v_tᵀ with one data-dependent decay per key channel.
+
+Yang et al. 2023 (arXiv 2312.06635), equation 3 and section 4.4: a_t = sigmoid(W2 W1 x_t + b)^(1/16), low rank 16,
+per-head norm, silu gate.
+
+Start: W2 = 0 and b such that half-lives are spread from `shortest` to `longest` tokens over the heads (geometric), gate
+open: linear attention with a fixed, gentle decay.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limbeck.mixers.base import Inputs, Mixer, Options, State, Tokens, register, spread_half_lives
+from limbeck.ops import vector_decay
+
+
+@dataclass(frozen=True)
+class GLAOptions(Options):
+    output_norm: Literal["none", "rms", "layer"] = "rms"
+    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    rank: int = 16
+    temperature: float = 16.0
+    shortest: float = 8.0  # half-lives in tokens, spread over the heads
+    longest: float = 512.0
+
+
+@register
+class GLA(Mixer):
+    """See the module's docstring."""
+
+    name = "gla"
+    summary = "gated linear attention: a data-dependent decay per key channel, head norm and gate (Yang 2023)"
+    operator = vector_decay
+    Options = GLAOptions
+    options: GLAOptions
+
+    def build(self) -> None:
+        s = self.shape
+        self.decay_down = nn.Linear(s.hidden, self.options.rank, bias=False)
+        self.decay_up = nn.Linear(self.options.rank, s.heads * s.key_width)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.decay_down.weight, std=self.shape.hidden**-0.5)
+        nn.init.zeros_(self.decay_up.weight)
+        o = self.options
+        log_decay = spread_half_lives(self.shape.heads, o.shortest, o.longest) * o.temperature
+        keep = log_decay.exp()  # sigmoid(bias)
+        with torch.no_grad():
+            bias = torch.log(keep) - torch.log1p(-keep)
+            self.decay_up.bias.copy_(bias.repeat_interleave(self.shape.key_width))
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+        gate = self.decay_up(self.decay_down(x)).view(q.shape)
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        return Inputs(q * self.shape.scale, k, v, F.logsigmoid(gate) / self.options.temperature)

@@ -1,0 +1,38 @@
+"""Retention: S_t = gamma_h S_{t-1} + k_t v_tᵀ with a constant decay per head, then a norm and a silu gate.
+
+Sun et al. 2023 (arXiv 2307.08621), equations 5 to 8: gamma_h = 1 - 2^(-5-h), RoPE on q and k, per-head norm.
+
+Start: the published decays (half-lives from 22 tokens upwards, doubling from head to head), gate open.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from limbeck.mixers.base import Inputs, Mixer, Options, State, Tokens, register
+from limbeck.ops import scalar_decay
+
+
+@dataclass(frozen=True)
+class RetNetOptions(Options):
+    output_norm: Literal["none", "rms", "layer"] = "rms"
+    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+
+
+@register
+class RetNet(Mixer):
+    """See the module's docstring."""
+
+    name = "retnet"
+    summary = "retention: a fixed decay per head, RoPE, head norm and silu gate (Sun 2023)"
+    operator = scalar_decay
+    Options = RetNetOptions
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+        # Computed, not a buffer: loading through the meta device loses buffers that are not saved.
+        exponent = -(5.0 + torch.arange(self.shape.heads, device=q.device, dtype=torch.float64)) * math.log(2.0)
+        log_decay = torch.log1p(-exponent.exp()).to(torch.promote_types(q.dtype, torch.float32))
+        return Inputs(q * self.shape.scale, k, v, log_decay)

@@ -1,0 +1,63 @@
+"""Softmax attention itself, as a mixer: the control arm.
+
+It goes the whole way that a student goes (conversion, stages, cache, export) and must come out as the teacher: every stage's
+loss is zero at the start, perplexity is the teacher's. Its cache grows with the length, unlike every other mixer's.
+
+Start: the teacher's attention (without soft caps, windows and sinks, which the interface does not hand to a mixer).
+"""
+
+import torch
+from torch import Tensor
+
+from limbeck.mixers.base import Mixer, State, Tokens, register
+
+
+@register
+class Softmax(Mixer):
+    """See the module's docstring."""
+
+    name = "softmax"
+    summary = "softmax attention, the control arm: must come out as the teacher, its cache grows"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        tokens = tokens or Tokens()
+        length = q.shape[1]
+        new = {"k": k, "v": v, "valid": _valid(tokens, k), "segments": _segments(tokens, k)}
+        if state:
+            # the incoming state belongs to document 0 of this call
+            state = {**state, "segments": state["segments"] - state["segments"][:, -1:]}
+            new = {name: torch.cat([state[name], tensor], 1) for name, tensor in new.items()}
+        weights = self._weights(q, new["k"], new["valid"], new["segments"], length)
+        y = torch.einsum("bhij,bjhv->bihv", weights, self._widen(new["v"]))
+        return self.readout(y.to(v.dtype), x), new
+
+    def matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        tokens = tokens or Tokens()
+        return self._weights(q, k, _valid(tokens, k), _segments(tokens, k), q.shape[1])
+
+    def state_numel(self) -> int:
+        """Numbers that one more token adds."""
+        return self.shape.kv_heads * (self.shape.key_width + self.shape.value_width)
+
+    def _weights(self, q: Tensor, k: Tensor, valid: Tensor, segments: Tensor, length: int) -> Tensor:
+        """[B, H, T, keys] for the last `length` of the keys' tokens as queries."""
+        total = k.shape[1]
+        logits = torch.einsum("bihk,bjhk->bhij", q * self.shape.scale, self._widen(k))
+        causal = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
+        same = segments[:, -length:, None] == segments[:, None, :]
+        allowed = (causal & same & valid[:, None, :])[:, None]
+        # a padded query may see nothing at all; its row is zero instead of an even spread
+        return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1) * allowed
+
+    def _widen(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.shape.heads // x.shape[2], dim=2)
+
+
+def _valid(tokens: Tokens, k: Tensor) -> Tensor:
+    return torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if tokens.valid is None else tokens.valid
+
+
+def _segments(tokens: Tokens, k: Tensor) -> Tensor:
+    return torch.zeros(k.shape[:2], dtype=torch.long, device=k.device) if tokens.segments is None else tokens.segments

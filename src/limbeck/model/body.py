@@ -1,0 +1,70 @@
+"""The two halves of a causal language model, run apart: the body on packed documents, and the head on a few tokens.
+
+    hidden = run_body(model, batch)                # [B, T, D], documents kept apart, no logits
+    logits = Head(model)(hidden[0, -4:])           # [4, vocabulary]
+
+Neither knows anything of a family.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from limbeck.data.packing import Batch
+
+
+def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """The keyword arguments under which `model` keeps the documents of a packed batch apart."""
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if not packs_by_position(model):
+        index = (batch.position_ids == 0).cumsum(1)
+        length = index.shape[1]
+        joined = index[:, :, None] == index[:, None, :]
+        allowed = (joined & torch.ones(length, length, dtype=torch.bool, device=index.device).tril())[:, None]
+        if model.config._attn_implementation == "eager":
+            closed = torch.finfo(model.dtype).min
+            allowed = torch.zeros_like(allowed, dtype=model.dtype).masked_fill(~allowed, closed)
+        inputs["attention_mask"] = allowed
+    return inputs
+
+
+def packs_by_position(model: PreTrainedModel) -> bool:
+    """Does this family keep packed documents apart when positions restart? Found by trying, once per model."""
+    known = getattr(model, "_limbeck_packs", None)
+    if known is None:
+        device = next(model.parameters()).device
+        ids = torch.tensor([[3, 4, 5, 6]], device=device)
+        positions = torch.tensor([[0, 1, 0, 1]], device=device)
+        with torch.no_grad():
+            both = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            alone = model.get_decoder()(input_ids=ids[:, 2:], position_ids=positions[:, 2:], use_cache=False)
+        known = bool(torch.allclose(both[:, 2:], alone.last_hidden_state, rtol=1e-3, atol=1e-3))
+        model._limbeck_packs = known
+    return known
+
+
+def run_body(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Hidden states [B, T, D] that go into the head."""
+    return model.get_decoder()(**inputs_of(model, batch), use_cache=False).last_hidden_state
+
+
+class Head:
+    """What turns hidden states into logits, with every family's own extras (soft cap, scale, bias), on a few tokens.
+
+    It is the model's own forward pass with the body's place taken by the given hidden states, so nothing about a family
+    has to be known.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, vocabulary]."""
+        body = self.model.get_decoder()
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
+        body.forward = lambda *args, **kwargs: output
+        try:
+            return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
+        finally:
+            del body.forward

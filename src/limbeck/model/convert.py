@@ -1,0 +1,180 @@
+"""Conversion: a softmax model in, a student out, with its plan in the config.
+
+    student = limbeck.convert(model, mixer="gated_deltanet", layers="all")
+
+The student keeps the teacher's class, its projections (grouped keys and values stay grouped), norms and head; only the
+attention function of the chosen layers is another. The given model is left as it is.
+"""
+
+import copy
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from limbeck import mixers
+from limbeck.errors import LimbeckError
+from limbeck.model import attention
+from limbeck.model.probe import Site, attention_sites
+from limbeck.model.student import FORMAT, install, student_classes
+
+
+def convert(
+    model: PreTrainedModel,
+    mixer: str = "gated_deltanet",
+    layers: str | list[int] = "all",
+    options: dict[str, Any] | None = None,
+    *,
+    copy_projections: bool = True,
+    share: bool = False,
+) -> PreTrainedModel:
+    """A student of `model` with `mixer` in place of softmax attention.
+
+    Args:
+        model: a causal language model of transformers whose family uses its attention interface.
+        mixer: name of the mixer (`limbeck students` lists them).
+        layers: "all", a list of layer numbers, or text such as "0,2,5-9"; the others keep softmax.
+        options: the mixer's options; what is not given keeps the mixer's default.
+        copy_projections: keep the teacher's q, k, v and output projections; False draws fresh ones.
+        share: let everything outside the converted attention modules be the teacher's very tensors (saves memory while
+            only the mixers are trained); False copies all.
+
+    Raises:
+        LimbeckError: unknown mixer, option or layer, a student already, or a family without the attention interface.
+    """
+    if hasattr(model.config, "limbeck"):
+        raise LimbeckError("this model is a student already", expected="a softmax teacher")
+    cls = mixers.get(mixer)
+    chosen_options = cls.Options.parse(options or {}, mixer)
+    sites = attention_sites(model)
+    chosen = [sites[i] for i in parse_layers(layers, len(sites))]
+    plan = _plan(model, mixer, asdict(chosen_options), chosen)
+    student = _clone(model, plan, chosen, share)
+    install(student, plan)
+    dtype, device = model.dtype, model.device
+    for site in chosen:
+        module = student.get_submodule(site.module)
+        module.mixer.to(device=device, dtype=dtype)
+        if not copy_projections:
+            _draw_projections(student, module)
+    return student.train(model.training)
+
+
+def parse_layers(layers: str | list[int], count: int) -> list[int]:
+    """Layer numbers from "all", [0, 3] or "0,2,5-9"."""
+    if layers == "all":
+        return list(range(count))
+    problem = LimbeckError(
+        f"layers is {layers!r}, the teacher has {count}", expected=f"'all', or numbers from 0 to {count - 1} as 0,2,5-9"
+    )
+    try:
+        if isinstance(layers, str):
+            chosen = set()
+            for part in layers.split(","):
+                first, _, last = part.strip().partition("-")
+                chosen.update(range(int(first), int(last or first) + 1))
+        else:
+            chosen = {int(i) for i in layers}
+    except (TypeError, ValueError) as error:
+        raise problem from error
+    if not chosen or min(chosen) < 0 or max(chosen) >= count:
+        raise problem
+    return sorted(chosen)
+
+
+def unshare(student: PreTrainedModel) -> None:
+    """Give a student made with `share=True` tensors of its own. Tied tensors stay tied."""
+    own: dict[int, nn.Parameter] = {}
+    for module in student.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in own:
+                own[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            module._parameters[name] = own[id(parameter)]
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """Parameters of a student by where they come from."""
+
+    total: int
+    added: int
+    fresh: int
+    copied: int
+
+
+def parameter_report(student: PreTrainedModel, copy_projections: bool = True) -> ParameterReport:
+    """How many parameters the student has, how many are new, how many came from the teacher."""
+    total = sum(p.numel() for p in student.parameters())
+    added = sum(p.numel() for m in student.modules() if isinstance(m, mixers.Mixer) for p in m.parameters())
+    fresh = added
+    if not copy_projections:
+        for module in student.modules():
+            if hasattr(module, "mixer"):
+                fresh += sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in module.mixer.parameters())
+    return ParameterReport(total, added, fresh, total - fresh)
+
+
+def _plan(model: PreTrainedModel, mixer: str, options: dict[str, Any], sites: list[Site]) -> dict[str, Any]:
+    shapes: list[dict[str, Any]] = []
+    layers = []
+    for site in sites:
+        shape = {f.name: getattr(site.shape, f.name) for f in fields(site.shape) if f.name != "layer"}
+        if shape not in shapes:
+            shapes.append(shape)
+        layers.append(
+            {
+                "module": site.module,
+                "layer": site.shape.layer,
+                "mixer": mixer,
+                "options": options,
+                "shape": shapes.index(shape),
+            }
+        )
+    return {
+        "format": FORMAT,
+        "base_model_type": model.config.model_type,
+        "base_architecture": type(model).__name__,
+        "shapes": shapes,
+        "layers": layers,
+    }
+
+
+def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], share: bool) -> PreTrainedModel:
+    config_class, model_class = student_classes(plan["base_model_type"], plan["base_architecture"])
+    memo: dict[int, Any] = {}
+    if share:
+        converted = {id(p) for site in sites for p in model.get_submodule(site.module).parameters()}
+        memo = {id(p): p for p in model.parameters() if id(p) not in converted}
+    student = copy.deepcopy(model, memo)
+    old = student.config
+    raw = old.to_dict()
+    raw.pop("quantization_config", None)
+    raw["architectures"] = [model_class.__name__]
+    raw["auto_map"] = {
+        "AutoConfig": "modeling_limbeck.LimbeckConfig",
+        "AutoModelForCausalLM": "modeling_limbeck.LimbeckForCausalLM",
+    }
+    config = config_class.from_dict({**raw, "limbeck": plan})
+    config._attn_implementation = attention.NAME
+    config._name_or_path = getattr(old, "_name_or_path", "")
+    for module in student.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
+    student.__class__ = model_class
+    return student
+
+
+def _draw_projections(student: PreTrainedModel, module: nn.Module) -> None:
+    """Fresh q, k, v and output projections as the family initialises them."""
+    with torch.no_grad():
+        for child in module.modules():
+            if isinstance(child, mixers.Mixer) or child is module:
+                continue
+            if not any(child is inner for inner in module.mixer.modules()):
+                for parameter in child.parameters(recurse=False):
+                    parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+                student._init_weights(child)

@@ -1,0 +1,123 @@
+"""The student as a Hugging Face model: the teacher's own class with mixers, under a model type of its own.
+
+A saved student says `model_type: limbeck`, so nothing can load it as softmax by accident. Its config is the base family's
+config plus one entry `limbeck` that says which module has which mixer; its class is made on the fly as a subclass of the
+base family's class. `import limbeck` is all that AutoModelForCausalLM needs; where even that does not happen, the small
+file beside the weights lets `trust_remote_code=True` do it.
+
+    import limbeck
+    student = AutoModelForCausalLM.from_pretrained("runs/quickstart/student")
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from limbeck import mixers
+from limbeck.errors import LimbeckError
+from limbeck.mixers import HeadShape
+from limbeck.model import attention
+
+MODEL_TYPE = "limbeck"
+FORMAT = 1
+REMOTE_CODE = '''"""Lets trust_remote_code=True load this student: the code itself is the package limbeck (pip install limbeck)."""
+
+from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM  # noqa: F401
+'''
+
+
+class LimbeckConfig(PreTrainedConfig):
+    """Entry point for AutoConfig: builds the config of the family that the student came from."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        plan = config_dict.get("limbeck")
+        if not plan or "base_model_type" not in plan:
+            raise LimbeckError("config.json has model_type 'limbeck' but no entry 'limbeck' with the mixers")
+        if plan.get("format", 0) > FORMAT:
+            raise LimbeckError(
+                f"this student was saved in format {plan['format']}", expected=f"at most {FORMAT}",
+                hint="pip install --upgrade limbeck",
+            )
+        config_class, _ = student_classes(plan["base_model_type"], plan["base_architecture"])
+        return config_class.from_dict(config_dict, **kwargs)
+
+
+class LimbeckForCausalLM(PreTrainedModel):
+    """Entry point for remote code: hands over to the class of the family that the student came from."""
+
+    config_class = LimbeckConfig
+
+    @classmethod
+    def from_pretrained(cls, path, *args, config=None, **kwargs) -> Any:
+        kwargs.pop("trust_remote_code", None)
+        return AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
+
+
+class StudentMixin:
+    """What a student's class adds to its family's class."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        config._attn_implementation = attention.NAME
+        super().__init__(config, *args, **kwargs)
+        install(self, config.limbeck)
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
+        if attn_implementation != attention.NAME:
+            raise LimbeckError(
+                f"attention implementation '{attn_implementation}' would drop the student's mixers",
+                expected=f"'{attention.NAME}'",
+            )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            (Path(save_directory) / "modeling_limbeck.py").write_text(REMOTE_CODE)
+        return result
+
+
+@cache
+def student_classes(base_model_type: str, base_architecture: str) -> tuple[type, type]:
+    """Config and model class of a student of that family, registered with transformers' auto classes.
+
+    Args:
+        base_model_type: the teacher's `config.model_type`, e.g. "llama".
+        base_architecture: the teacher's class, e.g. "LlamaForCausalLM".
+    """
+    base_model = getattr(transformers, base_architecture, None)
+    if base_model_type not in CONFIG_MAPPING or base_model is None:
+        raise LimbeckError(
+            f"this transformers ({transformers.__version__}) has no {base_architecture} of type '{base_model_type}'",
+            expected="a version that knows the student's base family",
+            hint="pip install --upgrade transformers",
+        )
+    base_config = CONFIG_MAPPING[base_model_type]
+    config_class = type(f"Limbeck{base_config.__name__}", (base_config,), {"model_type": MODEL_TYPE})
+    name = f"Limbeck{base_architecture}"
+    model_class = type(name, (StudentMixin, base_model), {"config_class": config_class, "__module__": __name__})
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+def install(model: nn.Module, plan: dict[str, Any]) -> None:
+    """Put the mixers of a plan (`config.limbeck`) into a model of the right shape."""
+    shapes = [HeadShape(**shape) for shape in plan["shapes"]]
+    for entry in plan["layers"]:
+        module = model.get_submodule(entry["module"])
+        shape = HeadShape(**{**vars(shapes[entry["shape"]]), "layer": entry["layer"]})
+        attention.attach(module, mixers.build(entry["mixer"], shape, entry["options"]))
+
+
+def mixers_of(model: nn.Module) -> dict[str, mixers.Mixer]:
+    """The mixers of a student by the name of their attention module."""
+    return {name.removesuffix(".mixer"): m for name, m in model.named_modules() if isinstance(m, mixers.Mixer)}
+
+
+AutoConfig.register(MODEL_TYPE, LimbeckConfig, exist_ok=True)

@@ -1,0 +1,170 @@
+"""The delta rule: each token replaces what the state holds for its key, after an optional decay.
+
+    S' = Diag(a_t) S_{t-1},    S_t = S' + beta_t k_t (v_t − S'ᵀ k_t)ᵀ,    o_t = S_tᵀ q_t,    a_t = exp(log_decay_t)
+
+DeltaNet (no decay, arXiv 2406.06484), Gated DeltaNet (scalar, arXiv 2412.06464), Kimi Delta Attention (vector, arXiv
+2510.26692). As a matrix M = P (I + Diag(beta) strict_tril(G))⁻¹ Diag(beta), with P and G the decayed products of
+queries with keys and of keys with keys.
+
+    o, state = delta_rule.chunked(q, k, v, beta, log_decay)                  # a whole sequence
+    o, state = delta_rule.recurrent(q1, k1, v1, beta1, g1, state=state)      # the next token
+
+Shapes: q [B,T,H,K] scaled by the caller; k [B,T,G,K] (unit length, or the recurrence may grow) and v [B,T,G',V] with G
+and G' dividing H, head h using group h // (H/G); beta [B,T,H]; log_decay [B,T,H], [B,T,H,K] or None; state [B,H,K,V];
+segments [B,T] non-decreasing document numbers, the incoming state belonging to document 0. Shapes that do not fit raise
+LimbeckError.
+"""
+
+import torch
+from torch import Tensor
+
+from limbeck.errors import LimbeckError
+from limbeck.ops import common, scalar_decay
+from limbeck.ops.pairs import decayed, gamma, pairs
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, one token after the other: for decoding and as the arbiter.
+
+    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    """
+    _check_beta(beta, q)
+    vector = log_decay is not None and log_decay.dim() == 4
+    return common.step_by_step(q, k, v, log_decay, state, segments, vector=vector, beta=beta)
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The same in chunks of `chunk` tokens (a power of two): for training and prefill.
+
+    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    """
+    _check_beta(beta, q)
+    common.check_shapes(q, k, v, segments=segments)
+    length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k, v, beta, log_decay, state)
+    chunk = common.fit_chunk(chunk, length)
+    with common.full_precision(q):
+        first = common.start_state(state, q, v.shape[-1], dtype)
+        reads = common.to_chunks(q, chunk, dtype)
+        keys = common.to_chunks(k, chunk, dtype)
+        writes = common.widen(keys, heads)
+        values = common.widen(common.to_chunks(v, chunk, dtype), heads)
+        rate = common.to_chunks(beta.unsqueeze(-1), chunk, dtype)
+        vector = log_decay is not None and log_decay.dim() == 4
+        decay, erases = None, writes
+        if log_decay is not None:
+            log = common.to_chunks(common.per_token(log_decay, q, vector=vector, dtype=dtype), chunk, dtype)
+        if vector:
+            mixing, overlap, since, until = decayed(reads, writes, log, overlap=True)
+        else:
+            mixing, overlap = reads @ writes.mT, common.widen(keys @ keys.mT, heads)
+            if log_decay is None:
+                mixing = mixing.tril()
+            else:
+                within, since, until = gamma(log)
+                mixing, overlap = mixing * within, overlap * within
+        if log_decay is not None:
+            reads, erases, writes, decay = reads * since, writes * since, writes * until, since[..., -1:, :].mT
+        if segments is not None:
+            docs = common.Documents.of(segments, chunk)
+            overlap, erases = overlap * docs.same, erases * docs.reads
+            reads, writes, mixing, decay = common.apart(segments, chunk, reads, writes, mixing, decay)
+        o, last = _Correct.apply(reads, rate * erases, writes, rate * values, mixing, rate * overlap, decay, first)
+        return common.from_chunks(o, length, v.dtype), last
+
+
+def matrix(
+    q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor | None = None, *, segments: Tensor | None = None
+) -> Tensor:
+    """The mixing matrix M [B,H,T,T], lower triangular: with a zero initial state o = M v, head by head."""
+    _check_beta(beta, q)
+    common.check_shapes(q, k, segments=segments)
+    dtype = common.work_dtype(q, k, beta, log_decay)
+    with common.full_precision(q):
+        queries = q.to(dtype).transpose(1, 2)
+        keys = common.widen(k.to(dtype).transpose(1, 2), q.shape[2], 1)
+        rate = beta.to(dtype).transpose(1, 2)
+        if log_decay is not None and log_decay.dim() == 4:
+            g = common.per_token(log_decay, q, vector=True, dtype=dtype).transpose(1, 2)
+            mixing, overlap = pairs(queries, keys, g), pairs(keys, keys, g)
+            if segments is not None:
+                same = common.same_document(segments)
+                mixing, overlap = mixing * same, overlap * same
+        else:
+            between = scalar_decay.gates(q, log_decay, segments, dtype)
+            mixing, overlap = (queries @ keys.mT) * between, (keys @ keys.mT) * between
+        system = (rate.unsqueeze(-1) * overlap).tril(-1)
+        m = torch.linalg.solve_triangular(system, mixing, upper=False, unitriangular=True, left=False)
+        return m * rate.unsqueeze(-2)
+
+
+def _check_beta(beta: Tensor, q: Tensor) -> None:
+    if beta.shape != q.shape[:3]:
+        raise LimbeckError(f"beta has shape {list(beta.shape)}", expected=f"[B, T, H] = {list(q.shape[:3])}")
+
+
+class _Correct(torch.autograd.Function):
+    """Outputs and final state from what does not depend on the state.
+
+        U_n = (I + L_n)⁻¹ (V_n − E_n S_n),    O_n = Q̂_n S_n + P_n U_n,    S_{n+1} = Diag(D_n) S_n + K̃_nᵀ U_n
+
+    with E = beta·k·exp(g) what is erased, V already times beta and L the strictly lower part of `system`.
+    """
+
+    @staticmethod
+    def forward(ctx, reads, erases, writes, v, mixing, system, decay, state):
+        eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+        inverse = torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False, unitriangular=True)
+        updates, erased = inverse @ v, inverse @ erases
+        states = state.new_empty(reads.shape[0] + 1, *state.shape)
+        states[0] = state
+        for n in range(reads.shape[0]):
+            common.add_product(updates[n], erased[n], states[n], sign=-1)
+            common.fade(states[n], decay, n, into=states[n + 1])
+            common.add_product(states[n + 1], writes[n].mT, updates[n])
+        o = common.add_product(mixing @ updates, reads, states[:-1])
+        ctx.save_for_backward(reads, writes, mixing, decay, inverse, erased, updates, states)
+        return o, states[-1].clone()
+
+    @staticmethod
+    def backward(ctx, do, dlast):
+        reads, writes, mixing, decay, inverse, erased, updates, states = ctx.saved_tensors
+        with common.full_precision(do):
+            do = do.contiguous()
+            dupdates = mixing.mT @ do
+            dstates = torch.empty_like(states)
+            dstates[-1] = dlast
+            for n in reversed(range(reads.shape[0])):
+                common.add_product(dupdates[n], writes[n], dstates[n + 1])
+                common.fade(dstates[n + 1], decay, n, into=dstates[n])
+                common.add_product(dstates[n], reads[n].mT, do[n])
+                common.add_product(dstates[n], erased[n].mT, dupdates[n], sign=-1)
+            dv = inverse.mT @ dupdates
+            return (
+                do @ states[:-1].mT,
+                (dv @ states[:-1].mT).neg_(),
+                updates @ dstates[1:].mT,
+                dv,
+                do @ updates.mT,
+                (dv @ updates.mT).tril_(-1).neg_(),
+                common.decay_gradient(states, dstates, decay),
+                dstates[0],
+            )

@@ -1,0 +1,81 @@
+"""Vector decay: a state whose every key channel forgets at its own rate, plus an outer product per token.
+
+    S_t = Diag(a_t) S_{t-1} + k_t v_tᵀ,    o_t = S_tᵀ q_t,    a_t = exp(log_decay_t) ∈ R^K
+
+GLA (arXiv 2312.06635), MetaLA and HGRN2 are this recurrence. As a matrix
+M_ij = Σ_c q_ic k_jc exp(Σ_{j<s≤i} log_decay_sc) for j ≤ i.
+
+    o, state = vector_decay.chunked(q, k, v, log_decay)              # a whole sequence
+    o, state = vector_decay.recurrent(q1, k1, v1, g1, state=state)   # the next token
+
+Shapes: q [B,T,H,K] scaled by the caller; k [B,T,G,K] and v [B,T,G',V] with G and G' dividing H, head h using group
+h // (H/G); log_decay [B,T,H,K] or None; state [B,H,K,V]; segments [B,T] non-decreasing document numbers, the
+incoming state belonging to document 0. Shapes that do not fit raise LimbeckError.
+"""
+
+from torch import Tensor
+
+from limbeck.ops import common, scalar_decay
+from limbeck.ops.pairs import decayed, pairs
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, one token after the other: for decoding and as the arbiter.
+
+    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    """
+    return common.step_by_step(q, k, v, log_decay, state, segments, vector=True)
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The same in chunks of `chunk` tokens (a power of two): for training and prefill.
+
+    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    """
+    if log_decay is None:
+        return scalar_decay.chunked(q, k, v, state=state, segments=segments, chunk=chunk)
+    common.check_shapes(q, k, v, segments=segments)
+    length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k, v, log_decay, state)
+    chunk = common.fit_chunk(chunk, length)
+    with common.full_precision(q):
+        first = common.start_state(state, q, v.shape[-1], dtype)
+        reads = common.to_chunks(q, chunk, dtype)
+        writes = common.widen(common.to_chunks(k, chunk, dtype), heads)
+        values = common.widen(common.to_chunks(v, chunk, dtype), heads)
+        log = common.to_chunks(common.per_token(log_decay, q, vector=True, dtype=dtype), chunk, dtype)
+        mixing, _, since, until = decayed(reads, writes, log)
+        reads, writes, decay = reads * since, writes * until, since[..., -1:, :].mT
+        if segments is not None:
+            reads, writes, mixing, decay = common.apart(segments, chunk, reads, writes, mixing, decay)
+        o, last = common.across_chunks(reads, writes, values, mixing, decay, first)
+        return common.from_chunks(o, length, v.dtype), last
+
+
+def matrix(q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, segments: Tensor | None = None) -> Tensor:
+    """The mixing matrix M [B,H,T,T], lower triangular: with a zero initial state o = M v, head by head."""
+    if log_decay is None:
+        return scalar_decay.matrix(q, k, segments=segments)
+    common.check_shapes(q, k, segments=segments)
+    dtype = common.work_dtype(q, k, log_decay)
+    with common.full_precision(q):
+        g = common.per_token(log_decay, q, vector=True, dtype=dtype).transpose(1, 2)
+        keys = common.widen(k.to(dtype).transpose(1, 2), q.shape[2], 1)
+        m = pairs(q.to(dtype).transpose(1, 2), keys, g)
+        return m if segments is None else m * common.same_document(segments)

@@ -1,0 +1,105 @@
+"""What a run will cost, before it starts: floating-point operations, time, memory, disk, parameters.
+
+    plan = make_plan(recipe, teacher, sites)
+    plan.seconds, plan.disk_bytes, plan.rows
+
+The operations are counted from the models' weights; the speed is that of a matrix product of the models' own size,
+measured now, times the share of it that the stages reach.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from limbeck import recipe as recipes
+from limbeck.distill.loop import steps_of
+from limbeck.model import Site
+from limbeck.recipe import Recipe
+
+REACHED = 0.7  # of the matrix product's speed, as measured on the quickstart (benchmarks/README.md)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of the plan."""
+
+    stage: str
+    tokens: int
+    steps: int
+    trained: int  # parameters
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole plan. Bytes, seconds, floating-point operations a second."""
+
+    rows: list[Row]
+    seconds: float
+    disk_bytes: int
+    memory_bytes: int
+    speed: float
+
+
+def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Plan:
+    """Cost of a recipe's stages and final evaluation on this machine."""
+    head = teacher.get_output_embeddings().weight.numel()
+    table = teacher.get_input_embeddings().weight
+    tied = teacher.get_output_embeddings().weight is table
+    total = sum(p.numel() for p in teacher.parameters())
+    body = total - head - (0 if tied else table.numel())
+    attention = sum(p.numel() for s in sites for p in teacher.get_submodule(s.module).parameters())
+    block = sum(p.numel() for s in sites for p in teacher.get_submodule(s.block).parameters())
+    outputs = sum(
+        p.numel() for s in sites for p in teacher.get_submodule(f"{s.module}.{s.output}").parameters()
+    )
+    rows: list[Row] = []
+    speed = matmul_speed(teacher.device, sites[0].shape.hidden)
+    largest = 0
+    for settings in recipe.stages:
+        steps, trained, tokens = 0, outputs, settings.tokens
+        if isinstance(settings, recipes.Calibrate):
+            each = 2 * body + 2 * attention + 4 * sum((s.shape.heads * s.shape.value_width) ** 2 for s in sites)
+        elif isinstance(settings, recipes.Logits):
+            trained = {"attention": attention, "body": body, "all": total}[settings.train]
+            each = 2 * (body + head) + 4 * (body + head) + 2 * trained
+        else:
+            block_target = isinstance(settings, recipes.Hidden) and settings.target == "block"
+            through = block if block_target else attention
+            trained = block if isinstance(settings, recipes.Hidden) and settings.train == "block" else attention
+            each = 2 * body + 4 * through + 2 * trained
+        if not isinstance(settings, recipes.Calibrate):
+            steps = steps_of(settings, recipe.data.length)
+            tokens = steps * settings.batch * recipe.data.length
+            largest = max(largest, trained)
+        rows.append(Row(settings.stage, tokens, steps, trained, tokens * each / (speed * REACHED)))
+    evaluation = recipe.evaluation.tokens * 4 * (body + head) / (speed * REACHED)
+    student = 4 * total
+    kept = sum(4 * row.trained for row in rows)
+    return Plan(
+        rows=rows,
+        seconds=sum(row.seconds for row in rows) + evaluation,
+        disk_bytes=student + kept + 2 * 12 * largest,
+        memory_bytes=4 * total + (4 * total if largest > attention else 4 * attention) + 12 * largest + 800_000_000,
+        speed=speed,
+    )
+
+
+@torch.no_grad()
+def matmul_speed(device: torch.device, width: int) -> float:
+    """Floating-point operations a second of a linear map of that width on 2,048 tokens; takes a fraction of a second."""
+    layer = nn.Linear(width, 4 * width, bias=False, device=device)
+    x = torch.randn(2048, width, device=device)
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        layer(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * x.numel() * 4 * width / best

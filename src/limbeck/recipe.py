@@ -1,0 +1,255 @@
+"""What a run is: a typed recipe, from YAML, the command line or Python; unknown keys are refused with a suggestion.
+
+    recipe = Recipe.load("quickstart", overrides={"student.mixer": "gla", "stages.1.tokens": 20_000})
+    Recipe(teacher="Qwen/Qwen3-0.6B", data={"source": "corpus.jsonl"}, out="runs/qwen")
+
+A recipe is complete: every default is written into the run directory, so that the run can be repeated from it alone.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from limbeck.errors import LimbeckError, closest
+
+BUILT_IN = Path(__file__).parent / "recipes"
+STAGE_NAMES = {"0": "calibrate", "1": "matrix", "2": "hidden", "3": "logits"}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Student(_Part):
+    """Which mixer stands where, and what it starts from."""
+
+    mixer: str = "gated_deltanet"
+    layers: str | list[int] = "all"
+    options: dict[str, Any] = {}
+    copy_projections: bool = True  # the teacher's q, k, v and output projections; false draws fresh ones
+
+
+class Data(_Part):
+    """The text: where it comes from and how it is cut."""
+
+    source: str = "embedded"
+    text_field: str = "text"
+    length: Annotated[int, Field(ge=16)] = 512  # tokens in a sequence
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # share of the documents kept for evaluation
+    max_tokens: Annotated[int, Field(gt=0)] | None = None  # tokenise no more than this
+
+
+class _Stage(_Part):
+    tokens: Annotated[int, Field(gt=0)]
+    batch: Annotated[int, Field(gt=0)] = 4  # sequences in a step
+    micro_batch: Annotated[int, Field(gt=0)] | None = None  # sequences at once; None: all of the batch
+
+
+class Calibrate(_Stage):
+    """Stage 0: the output projections by least squares, no gradient."""
+
+    stage: Literal["calibrate"]
+    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # share of the mean diagonal
+    weight: Literal["none", "inverse_norm"] = "none"  # weight of a token in the fit
+
+
+class _Trained(_Stage):
+    lr: Annotated[float, Field(gt=0)]
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # learning rate of the last step as a share of the peak
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of the gradient
+
+
+class Matrix(_Trained):
+    """Stage 1: mixing matrices against the teacher's attention matrices."""
+
+    stage: Literal["matrix"]
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class Hidden(_Trained):
+    """Stage 2: each layer's output against the teacher's, on the teacher's input."""
+
+    stage: Literal["hidden"]
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    target: Literal["attention", "block"] = "attention"
+    loss: Literal["l2", "relative"] = "relative"  # mean over tokens of the distance, or of its share of the target's norm
+    train: Literal["attention", "block"] = "attention"
+
+
+class Logits(_Trained):
+    """Stage 3: the whole student against labels and the teacher's logits."""
+
+    stage: Literal["logits"]
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr_rest: Annotated[float, Field(ge=0)] | None = None  # outside the converted attention; None: a fifth of lr
+    batch: Annotated[int, Field(gt=0)] = 1
+    train: Literal["attention", "body", "all"] = "body"  # body: everything but embeddings and head
+    ce: Annotated[float, Field(ge=0)] = 0.0  # weight of the cross-entropy on the labels
+    kl: Annotated[float, Field(ge=0)] = 1.0  # weight of the divergence to the teacher
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    direction: Literal["forward", "reverse"] = "forward"  # forward: KL(teacher || student)
+    chunk: Annotated[int, Field(gt=0)] = 256  # tokens whose logits exist at once
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> "Logits":
+        if self.ce == 0 and self.kl == 0:
+            raise ValueError("ce and kl are both 0, so there is nothing to learn from")
+        return self
+
+
+StageRecipe = Annotated[Calibrate | Matrix | Hidden | Logits, Field(discriminator="stage")]
+STAGES: dict[str, type[_Stage]] = {"calibrate": Calibrate, "matrix": Matrix, "hidden": Hidden, "logits": Logits}
+
+
+class Evaluation(_Part):
+    """What is measured on held-out text when the stages are done."""
+
+    tokens: Annotated[int, Field(gt=0)] = 8192
+    prompt: str | None = "The history of science is"
+    new_tokens: Annotated[int, Field(ge=0)] = 48
+
+
+class Recipe(_Part):
+    """A whole run."""
+
+    name: str = "custom"
+    teacher: str = "embedded"
+    student: Student = Student()
+    data: Data = Data()
+    stages: list[StageRecipe] = []
+    evaluation: Evaluation = Evaluation()
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    out: str | None = None
+
+    @classmethod
+    def load(cls, source: str | Path = "quickstart", overrides: dict[str, Any] | None = None) -> "Recipe":
+        """A built-in recipe by name or a YAML file, with dotted overrides ("stages.1.lr": 1e-3) applied.
+
+        Raises:
+            LimbeckError: no such recipe, broken YAML, unknown key (with a suggestion) or impossible value.
+        """
+        path = Path(source) if Path(source).suffix in (".yaml", ".yml") else BUILT_IN / f"{source}.yaml"
+        if not path.is_file():
+            built_in = sorted(p.stem for p in BUILT_IN.glob("*.yaml"))
+            raise LimbeckError(
+                f"there is no recipe '{source}'{closest(str(source), built_in)}",
+                expected=f"a YAML file, or one of: {', '.join(built_in)}",
+            )
+        try:
+            raw = yaml.load(path.read_text(), _Loader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise LimbeckError(f"{path} is not readable YAML: {error}") from error
+        if not isinstance(raw, dict):
+            raise LimbeckError(f"{path} holds no recipe", expected="keys such as teacher, student, data, stages")
+        for key, value in (overrides or {}).items():
+            assign(raw, key, value)
+        return cls.parse(raw, str(source))
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], origin: str = "recipe") -> "Recipe":
+        """A recipe from plain values; LimbeckError instead of pydantic's own."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise _readable(error, origin) from error
+
+    def to_yaml(self) -> str:
+        """The complete recipe as YAML, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def stages_from_text(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """Stages from "0,2,3" or "calibrate,hidden,logits", with the settings that the recipe has for them."""
+    given: dict[str, list[dict[str, Any]]] = {}
+    for stage in recipe.get("stages", []):
+        given.setdefault(stage.get("stage"), []).append(stage)
+    result = []
+    for part in text.split(","):
+        name = STAGE_NAMES.get(part.strip(), part.strip())
+        if name not in STAGES:
+            raise LimbeckError(
+                f"unknown stage '{part.strip()}'{closest(part.strip(), STAGES)}",
+                expected="0 calibrate, 1 matrix, 2 hidden, 3 logits, joined by commas",
+            )
+        of_name = given.get(name) or [{"stage": name, "tokens": 16_384}]
+        result.append(dict(of_name.pop(0) if len(of_name) > 1 else of_name[0]))
+    return result
+
+
+def tokens_over_stages(stages: list[dict[str, Any]], tokens: int) -> None:
+    """Scale the stages' token budgets so that they add up to `tokens`."""
+    total = sum(stage["tokens"] for stage in stages)
+    for stage in stages:
+        stage["tokens"] = max(1, round(stage["tokens"] * tokens / total))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """A value of the command line, read as YAML: 3, 1e-3, true, [1, 2], text."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    """raw["a"]["b"] = value for the key "a.b"; numbers index lists."""
+    target: Any = raw
+    *path, last = key.split(".")
+    try:
+        for part in path:
+            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+        if isinstance(target, list):
+            target[int(last)] = value
+        else:
+            target[last] = value
+    except (IndexError, ValueError, TypeError, AttributeError) as error:
+        raise LimbeckError(
+            f"--set {key}: there is no such place in the recipe", expected="for example stages.0.tokens=8192"
+        ) from error
+
+
+def _readable(error: ValidationError, origin: str) -> LimbeckError:
+    first = error.errors()[0]
+    path = [str(p) for p in first["loc"] if p not in STAGES]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        return LimbeckError(
+            f"{origin}: unknown key '{where}'{closest(path[-1], known)}", expected=", ".join(known) or None
+        )
+    if first["type"] == "union_tag_invalid":
+        found = str(first["ctx"]["tag"])
+        return LimbeckError(f"{origin}: {where}: unknown stage '{found}'{closest(found, STAGES)}", expected=", ".join(STAGES))
+    return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """The keys that a recipe knows at a place."""
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if part in STAGES:
+            model = STAGES[part]
+        elif isinstance(part, str) and part in model.model_fields:
+            kind = model.model_fields[part].annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
+    return list(model.model_fields)

@@ -1,0 +1,88 @@
+"""The summary of a run, as Markdown for the run directory and for the screen.
+
+    print(write_summary(result))          # result: what limbeck.job.distill returns
+"""
+
+from typing import Any
+
+
+def write_summary(result: dict[str, Any]) -> str:
+    """Markdown: quality beside the teacher, stages, parameters, memory, samples, the next commands."""
+    held, memory, parameters = result["held_out"], result["memory"], result["parameters"]
+    run = result["run"]
+    lines = [
+        f"# {result['mixer']} in {result['layers']} layers of {result['teacher']}",
+        "",
+        f"Held-out text: {held['targets']:,} tokens of `{result['text']}` in packed sequences of {held['length']}.",
+        "",
+        "| | teacher | student |",
+        "|---|---|---|",
+        f"| perplexity | {held['teacher_perplexity']:.2f} | **{held['student_perplexity']:.2f}** |",
+        f"| same most likely token | | {100 * held['top1_agreement']:.1f} % |",
+        f"| KL(teacher ‖ student), nats a token | | {held['kl']:.3f} |",
+        f"| cache for 512 tokens | {_bytes(512 * memory['teacher_bytes_per_token'])} "
+        f"| {_bytes(memory['student_fixed_bytes'] + 512 * memory['student_bytes_per_token'])} |",
+        f"| cache for 32,768 tokens | {_bytes(32768 * memory['teacher_bytes_per_token'])} "
+        f"| {_bytes(memory['student_fixed_bytes'] + 32768 * memory['student_bytes_per_token'])} |",
+        "",
+        _break_even(memory),
+        "",
+        "| stage | tokens | time | tokens/s | trained parameters | result |",
+        "|---|---|---|---|---|---|",
+    ]
+    for stage in result["stages"]:
+        speed = stage["tokens"] / max(stage["seconds"], 1e-9)
+        lines.append(
+            f"| {stage['stage']} | {stage['tokens']:,} | {_time(stage['seconds'])} | {speed:.0f} "
+            f"| {stage['trained_parameters']:,} | {_outcome(stage)} |"
+        )
+    lines += [
+        "",
+        f"Parameters: {parameters['total']:,}, of which {parameters['added']:,} are new "
+        f"and {parameters['copied']:,} came from the teacher. Seed {result['seed']}.",
+    ]
+    if result["samples"]:
+        lines += ["", f"Prompt: *{result['prompt']}*", ""]
+        lines += [f"- {name}: {' '.join(text.split())}" for name, text in result["samples"].items()]
+    lines += [
+        "",
+        "Next:",
+        "",
+        f"    limbeck generate {run}/student \"Once upon a time\"",
+        f"    limbeck eval {run}/student --tokens 50000",
+        f"    limbeck distill --student mlstm --out {run}-mlstm",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _outcome(stage: dict[str, Any]) -> str:
+    if stage["stage"] == "calibrate":
+        return f"{100 * stage['unexplained']:.1f} % unexplained, ridge {stage['ridge']:g}"
+    skipped = f", {stage['skipped']} steps skipped" if stage["skipped"] else ""
+    return f"loss {stage['first_loss']:.3f} to {stage['loss']:.3f}{skipped}"
+
+
+def _break_even(memory: dict[str, Any]) -> str:
+    if memory["break_even_tokens"] is None:
+        return "The student's cache grows as fast as the teacher's: no layer was converted that keeps one."
+    growth = (
+        "does not grow with length"
+        if memory["student_bytes_per_token"] == 0
+        else f"grows by {_bytes(memory['student_bytes_per_token'])} a token ({_bytes(memory['teacher_bytes_per_token'])} "
+        "in the teacher)"
+    )
+    return f"The student's cache {growth}; it is the smaller one from {memory['break_even_tokens']:.0f} tokens on."
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

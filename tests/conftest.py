@@ -1,0 +1,61 @@
+"""Shared by all tests: one thread, no hub, a tiny teacher with a tokenizer of its own on disk."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+LICENCE = Path(__file__).parent.parent / "LICENSE"  # real English that every checkout has
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of 97 tokens."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    raw.train_from_iterator(
+        LICENCE.read_text().splitlines(), trainers.BpeTrainer(vocab_size=97, special_tokens=special, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """The licence's paragraphs as JSON lines."""
+    import json
+
+    path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
+    paragraphs = [p for p in LICENCE.read_text().split("\n\n") if len(p) > 80]
+    path.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory, tokenizer) -> Path:
+    """A tiny random llama and the tokenizer, as save_pretrained leaves them."""
+    folder = tmp_path_factory.mktemp("teacher") / "tiny-llama"
+    tiny("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """A cache folder that is not the user's."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("LIMBECK_CACHE", str(folder))
+    return folder

@@ -1,0 +1,262 @@
+"""The stages: what each one's loss is, and what it must not depend on."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, tiny
+
+import limbeck
+from limbeck.data.packing import Batch
+from limbeck.distill.calibrate import NormalEquations
+from limbeck.distill.end_to_end import Logits
+from limbeck.distill.layerwise import Hidden, Matrix
+from limbeck.distill.teacher import tap
+from limbeck.losses import LogitWeights, hidden_distance, logit_losses, matrix_distance
+from limbeck.model import attention_sites
+from limbeck.model.body import Head, run_body
+
+NOTHING = contextlib.nullcontext
+PLAIN = {"gemma2": {"attn_logit_softcapping": None, "sliding_window": 64}}  # what the control arm can mimic
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def batch_of(*documents: list[int], rows: int = 1) -> Batch:
+    """Documents of the given lengths packed into each row."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, VOCABULARY, (rows, n), generator=generator) for n in documents]
+    positions = torch.cat([torch.arange(n) for n in documents])[None].expand(rows, -1)
+    targets = torch.cat([torch.cat([i[:, 1:], torch.full((rows, 1), -100)], 1) for i in ids], 1)
+    return Batch(torch.cat(ids, 1), positions, targets)
+
+
+def repeated(batch: Batch) -> Batch:
+    """Each row followed by itself, as further documents."""
+    return Batch(*(torch.cat([x, x], 1) for x in (batch.input_ids, batch.position_ids, batch.targets)))
+
+
+def pair(family: str, mixer: str, **kwargs):
+    teacher = tiny(family, **PLAIN.get(family, {})).double().requires_grad_(False)
+    student = limbeck.convert(teacher, mixer, **kwargs).requires_grad_(False)
+    return teacher, student, attention_sites(teacher)
+
+
+def stages_of(teacher, student, sites) -> dict:
+    common = (teacher, student, sites, NOTHING)
+    return {
+        "matrix": Matrix(*common),
+        "hidden l2": Hidden(*common, loss="l2"),
+        "hidden relative": Hidden(*common),
+        "hidden block": Hidden(*common, target="block", loss="l2"),
+        "logits": Logits(*common, LogitWeights(ce=0.3, kl=0.7, temperature=1.5)),
+    }
+
+
+def losses_of(stage, batch: Batch) -> dict[str, float]:
+    return {name: float(value) for name, value in stage.evaluate(batch).items()}
+
+
+@every_family
+def test_an_identical_student_has_zero_loss_in_every_stage_and_layer(family):
+    teacher, student, sites = pair(family, "softmax")
+    batch = batch_of(9, 14, rows=2)
+    for name, stage in stages_of(teacher, student, sites).items():
+        losses = losses_of(stage, batch)
+        if name == "logits":
+            assert losses["kl"] == pytest.approx(0, abs=1e-6)
+            assert losses["reverse_kl"] == pytest.approx(0, abs=1e-6)
+            assert losses["ce"] == pytest.approx(losses["teacher_ce"], abs=1e-6)
+            assert losses["agree"] == 1
+        else:
+            assert len(losses) == len(sites), name
+            assert max(losses.values()) < 1e-5, (name, losses)
+
+
+@every_family
+def test_no_loss_depends_on_the_length(family):
+    """Doubled with the same documents, every loss stays what it was; and none of them is zero."""
+    teacher, student, sites = pair(family, "gla")
+    batch = batch_of(9, 14, rows=2)
+    for name, stage in stages_of(teacher, student, sites).items():
+        once, twice = losses_of(stage, batch), losses_of(stage, repeated(batch))
+        assert min(once.values()) > 1e-4 or name == "logits"
+        for part in once:
+            assert twice[part] == pytest.approx(once[part], rel=1e-5), (name, part)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_gradients_do_not_depend_on_how_a_step_is_split(family):
+    teacher, student, sites = pair(family, "gated_deltanet")
+    whole = batch_of(9, 14, rows=4)
+    parts = [Batch(*(x[i : i + 1] for x in (whole.input_ids, whole.position_ids, whole.targets))) for i in range(4)]
+    parts[0].targets[0, :7] = -100  # rows of unlike weight
+    for name, stage in stages_of(teacher, student, sites).items():
+        parameters = stage.parameters()
+        for p in parameters.values():
+            p.requires_grad_(True)
+        gradients, totals = [], []
+        for split in ([whole], parts):
+            counts: dict[str, float] = {}
+            for piece in split:
+                for key, value in stage.count(piece).items():
+                    counts[key] = counts.get(key, 0) + value
+            results = [stage.backward(piece, counts) for piece in split]
+            totals.append({key: sum(float(r[key]) for r in results) for key in results[0]})
+            gradients.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+            student.zero_grad()
+        assert gradients[0].keys() == gradients[1].keys()
+        assert len(gradients[0]) > 0
+        for key in gradients[0]:
+            assert torch.allclose(gradients[0][key], gradients[1][key], atol=1e-8), (name, key)
+        assert totals[0] == pytest.approx(totals[1], rel=1e-6)
+        student.requires_grad_(False)
+
+
+def test_the_matrix_stage_compares_matrices():
+    teacher, student, sites = pair("llama", "retnet")
+    shapes = []
+    stage = Matrix(teacher, student, sites, NOTHING)
+    original = stage.loss
+
+    def loss(module, args, kwargs, output, counts):
+        shapes.append(output[1].shape)
+        assert torch.allclose(output[1].sum(-1), torch.ones(()).double(), atol=1e-5), "rows of the teacher's matrix"
+        return original(module, args, kwargs, output, counts)
+
+    stage.loss = loss
+    stage.evaluate(batch_of(12, rows=2))
+    assert shapes == [(2, 6, 12, 12)] * 2
+    assert teacher.config._attn_implementation != "eager", "the teacher was not put back"
+
+
+def test_the_last_blocks_target_is_before_the_final_norm():
+    teacher, student, sites = pair("llama", "softmax")
+    seen = {}
+    with tap(teacher, {sites[-1].block: lambda a, k, out: seen.update(out=out)}), torch.no_grad():
+        after = run_body(teacher, batch_of(8))
+    out = seen["out"][0] if isinstance(seen["out"], tuple) else seen["out"]
+    assert torch.allclose(teacher.model.norm(out), after)
+    assert not torch.allclose(out, after)
+
+
+def test_padding_changes_no_distance():
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 3, 6, 6).tril(), torch.rand(2, 3, 6, 6).tril()
+    padded = [torch.nn.functional.pad(x, (2, 0, 2, 0), value=7.0) for x in (a, b)]
+    padded[0][:, :, :2] = -3.0
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[:, :2] = False
+    assert matrix_distance(*padded, valid) == pytest.approx(float(matrix_distance(a, b)), rel=1e-6)
+    h, t = torch.rand(2, 6, 5), torch.rand(2, 6, 5)
+    wide = [torch.nn.functional.pad(x, (0, 0, 2, 0), value=9.0) for x in (h, -t)]
+    for loss in ("l2", "relative"):
+        assert hidden_distance(*wide, valid, loss) == pytest.approx(float(hidden_distance(h, -t, loss=loss)), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        LogitWeights(ce=1, kl=0),
+        LogitWeights(ce=0, kl=1),
+        LogitWeights(ce=0.5, kl=2, temperature=1.7),
+        LogitWeights(ce=0.1, kl=1, temperature=0.6, direction="reverse"),
+    ],
+)
+def test_the_fused_loss_is_the_plain_one_with_its_gradient(weights, chunk):
+    torch.manual_seed(0)
+    head_s, head_t = torch.nn.Linear(8, 31).double(), torch.nn.Linear(6, 31).double()
+    h = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 9, 6, dtype=torch.float64)
+    targets = torch.randint(0, 31, (2, 9))
+    targets[0, 3:5] = -100
+    valid = targets != -100
+    s, t = head_s(h)[valid], head_t(teacher)[valid].detach()
+    tau = weights.temperature
+    log_s, log_t = (s / tau).log_softmax(-1), (t / tau).log_softmax(-1)
+    if weights.direction == "reverse":
+        log_s, log_t = log_t, log_s
+    kl = tau**2 * (log_t.exp() * (log_t - log_s)).sum()
+    loss = (weights.ce * torch.nn.functional.cross_entropy(s, targets[valid], reduction="sum") + weights.kl * kl) / 7
+    want_h, want_w = torch.autograd.grad(loss, [h, head_s.weight])
+    sums, got = logit_losses(head_s, head_t, h, teacher, targets, weights, scale=1 / 7, chunk=chunk)
+    # losses are taken in float32, whatever the models' precision
+    assert torch.allclose(got, want_h, atol=1e-6)
+    assert torch.allclose(head_s.weight.grad, want_w, atol=1e-6)
+    assert float(sums["count"]) == 16
+    plain = torch.nn.functional.cross_entropy(head_s(h)[valid], targets[valid], reduction="sum")
+    assert float(sums["ce"]) == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_a_vocabulary_padded_on_one_side_is_no_obstacle():
+    torch.manual_seed(0)
+    head_s, head_t = torch.nn.Linear(8, 40), torch.nn.Linear(8, 31)
+    h, targets = torch.randn(1, 4, 8), torch.tensor([[1, 2, 3, -100]])
+    sums, gradient = logit_losses(head_s, head_t, h, h, targets, LogitWeights(ce=1))
+    assert gradient.isfinite().all()
+    assert head_s.weight.grad[31:].abs().sum() == 0
+    assert float(sums["ce"]) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_calibration_is_the_least_squares_solution(family):
+    """Against torch's own solver on the features as they come, biases included."""
+    teacher, student, sites = pair(family, "gla")
+    fits = NormalEquations(teacher, student, sites, NOTHING)
+    batches = [batch_of(40, 24, rows=3), batch_of(60, rows=2)]
+    features, targets = [], []
+    site = sites[1]
+    projection = student.get_submodule(f"{site.module}.{site.output}")
+    projection.register_forward_pre_hook(lambda m, x: features.append(x[0].flatten(0, -2)))
+    with tap(teacher, {site.module: lambda a, k, out: targets.append(out[0].flatten(0, -2))}):
+        for batch in batches:
+            fits.add(batch)
+    f, y = torch.cat(features), torch.cat(targets)
+    before = float((projection(f) - y).square().sum() / y.square().sum())
+    unexplained = fits.solve(1e-9)
+    after = float((projection(f) - y).square().sum() / y.square().sum())
+    if projection.bias is not None:
+        f = torch.cat([f, torch.ones(len(f), 1)], 1)
+    best = torch.linalg.lstsq(f, y).solution
+    assert after == pytest.approx(float((f @ best - y).square().sum() / y.square().sum()), rel=1e-3)
+    assert after < before
+    assert 0 < unexplained < 1
+    fits.solve(1e9)
+    assert torch.allclose(projection.weight, teacher.get_submodule(f"{site.module}.{site.output}").weight, atol=1e-6)
+
+
+@torch.no_grad()
+def test_calibrating_the_control_arm_leaves_it_the_teacher():
+    teacher, student, sites = pair("llama", "softmax")
+    fits = NormalEquations(teacher, student, sites, NOTHING)
+    fits.add(batch_of(50, rows=4))
+    assert fits.solve(1e-2) == pytest.approx(0, abs=1e-9)
+    batch = batch_of(20)
+    assert torch.allclose(run_body(student, batch), run_body(teacher, batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stage_three_trains_what_it_says(family):
+    teacher, student, sites = pair(family, "gla")
+    everything = dict(student.named_parameters())
+    by = {train: Logits(teacher, student, sites, NOTHING, LogitWeights(), train).parameters() for train in ("attention", "body", "all")}
+    assert by["all"].keys() == everything.keys()
+    assert set(by["attention"]) < set(by["body"]) < set(by["all"])
+    assert all(".mixer." in n or "attn" in n for n in by["attention"])
+    left = {id(p) for n, p in everything.items() if n not in by["body"]}
+    ends = {id(p) for m in (student.get_input_embeddings(), student.get_output_embeddings()) for p in m.parameters()}
+    assert left == ends
+
+
+def test_small_updates_survive_and_heads_agree():
+    """fp32 masters: a thousand updates of 1e-6 move a weight by 1e-3, which bf16 weights would lose."""
+    teacher, student, _ = pair("llama", "gla")
+    student = student.float()
+    weight = student.model.layers[0].self_attn.q_proj.weight
+    start = weight.clone()
+    for _ in range(1000):
+        weight.add_(1e-6)
+    assert float((weight - start).mean()) == pytest.approx(1e-3, rel=0.05)
+    assert math.isclose(float(Head(teacher)(torch.zeros(1, 48, dtype=torch.float64)).abs().sum()), 0, abs_tol=1e-12)

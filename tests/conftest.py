@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from families import tiny
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"  # real English that every checkout has
 
@@ -28,7 +29,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     raw.train_from_iterator(
-        LICENCE.read_text().splitlines(), trainers.BpeTrainer(vocab_size=97, special_tokens=special, show_progress=False)
+        LICENCE.read_text().splitlines(),
+        trainers.BpeTrainer(vocab_size=97, special_tokens=special, show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 

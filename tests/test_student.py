@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -13,13 +12,13 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 import limbeck
+from families import FAMILIES, VOCABULARY, tiny
 from limbeck import LimbeckError, mixers
+from limbeck.data.packing import Batch
 from limbeck.mixers import HeadShape, Tokens
-from limbeck.model import RecurrentLayer, attention_sites, cache_bytes, mixers_of, parse_layers
-from limbeck.model import attention
+from limbeck.model import RecurrentLayer, attention, attention_sites, cache_bytes, mixers_of, parse_layers
 from limbeck.model.attention import tokens_of
 from limbeck.model.body import Head, inputs_of, packs_by_position, run_body
-from limbeck.data.packing import Batch
 
 LENGTH = 37
 EXACT = 1e-10
@@ -198,7 +197,7 @@ def test_gradcheck(mixer):
 @every_family
 @torch.no_grad()
 def test_at_the_start_q_k_v_and_output_are_the_teachers(family):
-    """Grouped heads, biases, fused projections and q/k norms included: the attention function gets the very same q, k, v."""
+    """Grouped heads, biases, fused projections and q/k norms included."""
     teacher = tiny(family)
     with torch.no_grad():
         for name, parameter in teacher.named_parameters():
@@ -275,7 +274,9 @@ def test_layers_that_stay_softmax_stay_as_they_are(family, kept):
     assert torch.allclose(student(ids).logits, teacher(ids).logits, atol=exact)
     half = student_of(family, "gated_deltanet", layers=[1 - kept])
     cache = DynamicCache(config=half.config)
-    parts = [half(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 20), (20, 21), (21, LENGTH))]
+    parts = [
+        half(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 20), (20, 21), (21, LENGTH))
+    ]
     assert torch.allclose(torch.cat(parts, 1), half(ids).logits, atol=exact)
     assert isinstance(cache.layers[1 - kept], RecurrentLayer)
     assert not isinstance(cache.layers[kept], RecurrentLayer)
@@ -353,7 +354,9 @@ def test_remote_code_loads_a_student_in_a_process_that_never_heard_of_limbeck(tm
         f"m = A.from_pretrained({str(tmp_path)!r}, trust_remote_code=True); "
         "print(type(m).__name__, type(m.model.layers[0].self_attn.mixer).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "hf")})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "hf")}
+    )
     assert done.stdout.split() == ["LimbeckLlamaForCausalLM", "GLA"], done.stderr
 
 
@@ -363,9 +366,7 @@ def test_the_tokenizer_loads_beside_a_student(tmp_path, tokenizer):
     assert AutoTokenizer.from_pretrained(tmp_path)("copyright").input_ids == tokenizer("copyright").input_ids
 
 
-@pytest.mark.parametrize(
-    ("spec", "layers"), [("all", [0, 1, 2, 3]), ("0,2-3", [0, 2, 3]), ([1], [1]), ("3", [3])]
-)
+@pytest.mark.parametrize(("spec", "layers"), [("all", [0, 1, 2, 3]), ("0,2-3", [0, 2, 3]), ([1], [1]), ("3", [3])])
 def test_layers(spec, layers):
     assert parse_layers(spec, 4) == layers
 

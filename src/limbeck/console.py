@@ -1,8 +1,8 @@
 """What the terminal sees: messages and a progress bar with an ETA on stderr, results on stdout.
 
-    with progress("tokenise", total=n_documents, unit="documents") as advance:
-        for document in documents:
-            advance(1, note="9.1k tokens")
+with progress("tokenise", total=n_documents, unit="documents") as advance:
+    for document in documents:
+        advance(1, note="9.1k tokens")
 """
 
 import time
@@ -42,7 +42,7 @@ def progress(title: str, total: float | None, unit: str = "", done: float = 0) -
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=False) as bar:
-        task = bar.add_task(title, total=total, completed=done, note="")
+        task = bar.add_task(title, total=total, completed=int(done), note="")
 
         def advance(amount: float = 1, note: str = "") -> None:
             bar.update(task, advance=amount, note=note)
@@ -51,20 +51,20 @@ def progress(title: str, total: float | None, unit: str = "", done: float = 0) -
 
 
 def _plain(title: str, total: float | None, unit: str, done: float) -> Iterator[Callable[..., None]]:
-    start, state = time.monotonic(), {"done": done, "shown": done, "note": ""}
+    start, now, shown, last_note = time.monotonic(), done, done, ""
 
     def line(tail: str) -> None:
-        of = f"/{total:g}" if total else ""
-        console.print(f"{title}: {state['done']:g}{of} {unit} {tail} {state['note']}".rstrip(), markup=False)
+        of = f"/{total:,.0f}" if total else ""
+        console.print(f"{title}: {now:,.0f}{of} {unit} {tail} {last_note}".rstrip(), markup=False)
 
     def advance(amount: float = 1, note: str = "") -> None:
-        state["done"] += amount
-        state["note"] = note or state["note"]
-        if total and state["done"] - state["shown"] >= total / 10 and state["done"] < total:
-            state["shown"] = state["done"]
+        nonlocal now, shown, last_note
+        now += amount
+        last_note = note or last_note
+        if total and now - shown >= total / 10 and now < total:
+            shown = now
             seconds = time.monotonic() - start
-            eta = seconds * (total - state["done"]) / max(state["done"] - done, 1e-9)
-            line(f"[{seconds:.0f}s, eta {eta:.0f}s]")
+            line(f"[{seconds:.0f}s, eta {seconds * (total - now) / (now - done):.0f}s]")
 
     yield advance
     line(f"[{time.monotonic() - start:.0f}s]")

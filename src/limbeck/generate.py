@@ -1,7 +1,7 @@
 """Text out of a model, token by token, with a cache of constant size for a student.
 
-    for piece in stream(model, tokenizer, "The capital of France is", new_tokens=20):
-        print(piece, end="", flush=True)
+for piece in stream(model, tokenizer, "The capital of France is", new_tokens=20):
+    print(piece, end="", flush=True)
 """
 
 from collections.abc import Iterator
@@ -44,9 +44,7 @@ def stream(
         raise failure[0]
 
 
-def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 48
-) -> str:
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 48) -> str:
     """The greedy continuation of `prompt` as text."""
     ids = _generate(model, tokenizer, prompt, new_tokens, 0.0, 1.0, 0)
     return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -55,7 +53,9 @@ def continuation(
 def _generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer=None) -> torch.Tensor:
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=True).input_ids.to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
         eos_token_id=model.generation_config.eos_token_id,

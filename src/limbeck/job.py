@@ -26,12 +26,12 @@ from limbeck.console import console, progress
 from limbeck.data.cache import check_room, no_room_is_an_error
 from limbeck.data.packing import Packed
 from limbeck.data.shards import TokenStore, prepare
-from limbeck.distill.calibrate import RIDGES, NormalEquations
-from limbeck.distill.end_to_end import Logits
-from limbeck.distill.layerwise import Hidden, Matrix
-from limbeck.distill.loop import Stage, train
-from limbeck.distill.run import RunDirectory, check_run, open_run
-from limbeck.distill.teacher import load_teacher
+from limbeck.stages.calibrate import RIDGES, NormalEquations
+from limbeck.stages.end_to_end import Logits
+from limbeck.stages.layerwise import Hidden, Matrix
+from limbeck.stages.loop import Stage, train
+from limbeck.stages.run import RunDirectory, check_run, open_run
+from limbeck.stages.teacher import load_teacher
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes
@@ -102,7 +102,7 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
 
 def prepare_job(recipe: Recipe) -> Job:
     """Check a recipe and load what it names. Writes nothing but the caches."""
-    mixers.get(recipe.student.mixer).Options.parse(recipe.student.options, recipe.student.mixer)
+    mixers.get(recipe.student.mixer).options_class.parse(recipe.student.options, recipe.student.mixer)
     path = Path(recipe.out or f"runs/{recipe.name}")
     check_run(path, recipe)
     device = _device(recipe.device)
@@ -119,7 +119,7 @@ def prepare_job(recipe: Recipe) -> Job:
     sites = attention_sites(teacher)
     chosen = [sites[i] for i in parse_layers(recipe.student.layers, len(sites))]
     data = recipe.data
-    rows = teacher.get_input_embeddings().weight.shape[0]
+    rows = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
     store = prepare(
         data.source,
         tokenizer,

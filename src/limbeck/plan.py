@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
-from limbeck.distill.loop import steps_of
-from limbeck.model import Site
+from limbeck.stages.loop import steps_of
+from limbeck.model import Site, numel
 from limbeck.recipe import Recipe
 
 REACHED = 0.7  # of the matrix product's speed, as measured on the quickstart (benchmarks/README.md)
@@ -49,13 +49,11 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
     head = teacher.get_output_embeddings().weight.numel()
     table = teacher.get_input_embeddings().weight
     tied = teacher.get_output_embeddings().weight is table
-    total = sum(p.numel() for p in teacher.parameters())
+    total = numel(teacher)
     body = total - head - (0 if tied else table.numel())
-    attention = sum(p.numel() for s in sites for p in teacher.get_submodule(s.module).parameters())
-    block = sum(p.numel() for s in sites for p in teacher.get_submodule(s.block).parameters())
-    outputs = sum(
-        p.numel() for s in sites for p in teacher.get_submodule(f"{s.module}.{s.output}").parameters()
-    )
+    attention = sum(numel(teacher.get_submodule(s.module)) for s in sites)
+    block = sum(numel(teacher.get_submodule(s.block)) for s in sites)
+    outputs = sum(numel(teacher.get_submodule(f"{s.module}.{s.output}")) for s in sites)
     rows: list[Row] = []
     speed = matmul_speed(teacher.device, sites[0].shape.hidden)
     largest = 0
@@ -90,7 +88,7 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
 
 @torch.no_grad()
 def matmul_speed(device: torch.device, width: int) -> float:
-    """Floating-point operations a second of a linear map of that width on 2,048 tokens; takes a fraction of a second."""
+    """Floating-point operations a second of a linear map of that width on 2,048 tokens."""
     layer = nn.Linear(width, 4 * width, bias=False, device=device)
     x = torch.randn(2048, width, device=device)
     best = float("inf")

@@ -78,7 +78,9 @@ class Hidden(_Trained):
     stage: Literal["hidden"]
     lr: Annotated[float, Field(gt=0)] = 1e-3
     target: Literal["attention", "block"] = "attention"
-    loss: Literal["l2", "relative"] = "relative"  # mean over tokens of the distance, or of its share of the target's norm
+    loss: Literal["l2", "relative"] = (
+        "relative"  # mean over tokens of the distance, or of its share of the target's norm
+    )
     train: Literal["attention", "block"] = "attention"
 
 
@@ -94,7 +96,7 @@ class Logits(_Trained):
     kl: Annotated[float, Field(ge=0)] = 1.0  # weight of the divergence to the teacher
     temperature: Annotated[float, Field(gt=0)] = 1.0
     direction: Literal["forward", "reverse"] = "forward"  # forward: KL(teacher || student)
-    chunk: Annotated[int, Field(gt=0)] = 256  # tokens whose logits exist at once
+    chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once; small enough for the allocator to reuse
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Logits":
@@ -238,7 +240,9 @@ def _readable(error: ValidationError, origin: str) -> LimbeckError:
         )
     if first["type"] == "union_tag_invalid":
         found = str(first["ctx"]["tag"])
-        return LimbeckError(f"{origin}: {where}: unknown stage '{found}'{closest(found, STAGES)}", expected=", ".join(STAGES))
+        return LimbeckError(
+            f"{origin}: {where}: unknown stage '{found}'{closest(found, STAGES)}", expected=", ".join(STAGES)
+        )
     return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
 
 

@@ -1,6 +1,6 @@
 """The summary of a run, as Markdown for the run directory and for the screen.
 
-    print(write_summary(result))          # result: what limbeck.job.distill returns
+print(write_summary(result))          # result: what limbeck.job.distill returns
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def write_summary(result: dict[str, Any]) -> str:
         "",
         "Next:",
         "",
-        f"    limbeck generate {run}/student \"Once upon a time\"",
+        f'    limbeck generate {run}/student "Once upon a time"',
         f"    limbeck eval {run}/student --tokens 50000",
         f"    limbeck distill --student mlstm --out {run}-mlstm",
         "",
@@ -66,12 +66,10 @@ def _outcome(stage: dict[str, Any]) -> str:
 def _break_even(memory: dict[str, Any]) -> str:
     if memory["break_even_tokens"] is None:
         return "The student's cache grows as fast as the teacher's: no layer was converted that keeps one."
-    growth = (
-        "does not grow with length"
-        if memory["student_bytes_per_token"] == 0
-        else f"grows by {_bytes(memory['student_bytes_per_token'])} a token ({_bytes(memory['teacher_bytes_per_token'])} "
-        "in the teacher)"
-    )
+    growth = "does not grow with length"
+    if memory["student_bytes_per_token"]:
+        per_token = _bytes(memory["student_bytes_per_token"]), _bytes(memory["teacher_bytes_per_token"])
+        growth = "grows by {} a token (the teacher's by {})".format(*per_token)
     return f"The student's cache {growth}; it is the smaller one from {memory['break_even_tokens']:.0f} tokens on."
 
 

@@ -17,10 +17,19 @@ app = typer.Typer(
 )
 
 
+def _quiet_transformers() -> None:
+    """Its own bars and advice would stand between ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
     from limbeck.cli import assets, convert, distill, doctor, eval, generate, students  # noqa: F401
 
+    _quiet_transformers()
     try:
         app()
     except LimbeckError as error:

@@ -24,7 +24,7 @@ def convert(
 
     import limbeck
     from limbeck import assets, mixers
-    from limbeck.distill.teacher import load_teacher
+    from limbeck.stages.teacher import load_teacher
     from limbeck.model.convert import parameter_report
 
     mixers.get(student)

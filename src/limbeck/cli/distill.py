@@ -56,16 +56,14 @@ def build_recipe(
     settings: list[str],
 ) -> Recipe:
     """The recipe that a command line asks for: the named one with the given options over it."""
-    overrides: dict[str, Any] = {}
-    for key, value in (
-        ("teacher", teacher),
-        ("student.mixer", student),
-        ("student.layers", layers),
-        ("data.source", data),
-        ("out", str(out) if out else None),
-    ):
-        if value is not None:
-            overrides[key] = value
+    given = {
+        "teacher": teacher,
+        "student.mixer": student,
+        "student.layers": layers,
+        "data.source": data,
+        "out": str(out) if out else None,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
     base = Recipe.load(name, overrides)
     raw = yaml.safe_load(base.to_yaml())
     if stages is not None:
@@ -90,7 +88,9 @@ def show_plan(plan: Any) -> None:
     for column in ("stage", "tokens", "steps", "trained parameters", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in plan.rows:
-        table.add_row(row.stage, f"{row.tokens:,}", f"{row.steps or '-'}", f"{row.trained:,}", f"{row.seconds / 60:.1f} min")
+        table.add_row(
+            row.stage, f"{row.tokens:,}", f"{row.steps or '-'}", f"{row.trained:,}", f"{row.seconds / 60:.1f} min"
+        )
     console.print(table)
     console.print(
         f"about {plan.seconds / 60:.0f} min in all, {plan.memory_bytes / 1e9:.1f} GB of memory, "

@@ -26,15 +26,15 @@ def eval(
     recipe_file = folder.parent / "recipe.yaml"
     if not (folder / "config.json").is_file():
         raise LimbeckError(f"{folder} holds no model", expected="a folder made by `limbeck distill` or save_pretrained")
+    from limbeck.evaluate.standalone import evaluate_folder
     from limbeck.recipe import Recipe
 
-    recipe = Recipe.load(recipe_file) if recipe_file.is_file() else Recipe()
-    if not recipe_file.is_file() and teacher is None:
-        raise LimbeckError(f"{folder} is in no run directory", expected="--teacher, to compare with")
-    from limbeck.evaluate.standalone import evaluate_folder
-
+    recipe = Recipe.load(recipe_file) if recipe_file.is_file() else None
+    if recipe is None and (teacher is None or data is None):
+        raise LimbeckError(f"{folder} is in no run directory", expected="--teacher to compare with, and --data")
+    run = recipe or Recipe()
     result = evaluate_folder(
-        folder, teacher or recipe.teacher, data or recipe.data.source, tokens, length or recipe.data.length, recipe
+        folder, teacher or run.teacher, data or run.data.source, tokens, length or run.data.length, recipe
     )
     table = Table(box=None, pad_edge=False)
     for column in ("", "teacher", "student"):
@@ -44,6 +44,8 @@ def eval(
     table.add_row("KL(teacher ‖ student)", "", f"{result['kl']:.4f}")
     table.add_row("KL(student ‖ teacher)", "", f"{result['reverse_kl']:.4f}")
     output.print(table)
-    output.print(f"{result['targets']:,} tokens in sequences of {result['length']}, {result['text']}")
+    output.print(
+        f"{result['targets']:,} tokens in sequences of {result['length']}: {result['part']} of {result['text']}"
+    )
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -43,7 +43,9 @@ def generate(
     except LimbeckError:
         raise
     except (OSError, ValueError) as error:
-        raise LimbeckError(f"cannot load '{name}': {str(error).splitlines()[0]}", expected="a model's folder") from error
+        raise LimbeckError(
+            f"cannot load '{name}': {str(error).splitlines()[0]}", expected="a model's folder"
+        ) from error
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     console.print(text, end="", markup=False, style="dim")
     began, pieces = time.monotonic(), []

@@ -1,7 +1,7 @@
 """How good a student is on held-out text, and how like its teacher: perplexity, divergence, top-1 agreement.
 
-    result = agreement(teacher, student, packed, tokens=8192)
-    result["student_perplexity"], result["teacher_perplexity"], result["kl"], result["top1_agreement"]
+result = agreement(teacher, student, packed, tokens=8192)
+result["student_perplexity"], result["teacher_perplexity"], result["kl"], result["top1_agreement"]
 """
 
 import contextlib
@@ -30,9 +30,9 @@ def agreement(
     """Both models on the first `tokens` tokens of `data`, packed documents kept apart.
 
     Returns:
-        perplexity of both (nats per target, exponentiated), their loss difference with its standard error over sequences,
-        KL(teacher || student) and KL(student || teacher) in nats per token, share of tokens on which the most likely next
-        token is the same, and how many targets in how many sequences were counted.
+        perplexity of both (nats per target, exponentiated), their loss difference with its standard error over
+        sequences, KL(teacher || student) and KL(student || teacher) in nats per token, share of tokens on which the
+        most likely next token is the same, and how many targets in how many sequences were counted.
     """
     sequences = min(max(1, round(tokens / data.length)), data.n_sequences)
     heads = Head(student), Head(teacher)

@@ -1,6 +1,6 @@
 """What decoding costs in memory: bytes of state against bytes of keys and values, measured on real caches.
 
-    memory = cache_sizes(teacher, student, length=512)
+memory = cache_sizes(teacher, student, length=512)
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ def cache_sizes(teacher: PreTrainedModel, student: PreTrainedModel, length: int 
     """Cache bytes of one sequence in both models, after `length` and after twice as many tokens.
 
     Returns:
-        bytes at both lengths, the student's growth per token (0 when every layer is converted), and the number of tokens
-        from which the student needs less memory.
+        bytes at both lengths, the student's growth per token (0 when every layer is converted), and the number of
+        tokens from which the student needs less memory.
     """
-    sizes = {}
+    sizes: dict[str, list[int]] = {}
     for name, model in (("teacher", teacher), ("student", student)):
         cache = DynamicCache(config=model.config)
         ids = torch.full((1, length), 5, device=model.device)

@@ -9,31 +9,36 @@ from transformers import AutoModelForCausalLM
 from limbeck import assets
 from limbeck.data.packing import Packed
 from limbeck.data.shards import prepare
-from limbeck.distill.teacher import load_teacher
+from limbeck.stages.teacher import load_teacher
 from limbeck.evaluate.agreement import agreement
-from limbeck.recipe import Recipe
+from limbeck.recipe import Data, Recipe
 
 
 def evaluate_folder(
-    folder: Path, teacher: str, source: str, tokens: int, length: int, recipe: Recipe
+    folder: Path, teacher: str, source: str, tokens: int, length: int, recipe: Recipe | None
 ) -> dict[str, Any]:
-    """Perplexity and agreement of the student in `folder` on the held-out part of `source`.
+    """Perplexity and agreement of the student in `folder` on the text in `source`.
 
     Args:
-        recipe: settings of the run that made the student, so that held-out text is the same as there.
+        recipe: of the run that made the student. Of the text that it was trained on only the part that was held out is
+            used; of any other text all.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), device)
-    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    data = recipe.data
+    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    student.to(device)
+    known = recipe is not None and source == recipe.data.source
+    data = recipe.data if recipe is not None and known else Data(source=source, length=length)
     store = prepare(
         source,
         tokenizer,
         length=length,
-        held_out=data.held_out,
+        held_out=data.held_out if known else 0,
         max_tokens=data.max_tokens,
         text_field=data.text_field,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=int(model.get_input_embeddings().weight.shape[0]),  # type: ignore[arg-type, index]
     )
-    result = agreement(model, student, Packed(store.held_out, length, shuffle=False), tokens)
-    return {"student": str(folder), "teacher": teacher, "text": source, "tokens_key": store.key, **result}
+    split = store.held_out if known else store.train
+    result = agreement(model, student, Packed(split, length, shuffle=False), tokens)
+    part = "held-out part" if known else "all"
+    return {"student": str(folder), "teacher": teacher, "text": source, "part": part, "tokens_key": store.key, **result}

@@ -98,13 +98,14 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A subclass sets the class attributes and writes `inputs`; `reset_parameters` if it has any."""
+    """Base of all mixers. A subclass sets the class attributes, writes `inputs` and starts its own parameters."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    operator: ClassVar[ModuleType | None] = None  # one of limbeck.ops; None where the mixer overrides forward and matrix
+    # one of limbeck.ops; None where the mixer overrides forward and matrix
+    operator: ModuleType | None = None
     normalised: bool = False  # divide by the same read-out of a column of ones
-    Options: ClassVar[type[Options]] = Options
+    options_class: type[Options] = Options
 
     def __init__(self, shape: HeadShape, options: Options):
         super().__init__()
@@ -156,6 +157,7 @@ class Mixer(nn.Module):
         """
         tokens, state = tokens or Tokens(), state or {}
         arguments = self._operands(q, k, v, x, tokens, state)
+        assert self.operator is not None
         run = self.operator.recurrent if q.shape[1] == 1 else self.operator.chunked
         value = arguments.v
         if self.normalised:
@@ -177,6 +179,7 @@ class Mixer(nn.Module):
         """The mixing matrix [B, H, T, T]: `forward` before head norm and gate is this matrix times v."""
         tokens = tokens or Tokens()
         arguments = self._operands(q, k, v, x, tokens, {})
+        assert self.operator is not None
         m = self.operator.matrix(arguments.q, arguments.k, *self._gates(arguments), segments=tokens.segments)
         if self.normalised:
             total = m.sum(-1).transpose(1, 2).unsqueeze(-1)
@@ -249,7 +252,7 @@ _REGISTRY: dict[str, type[Mixer]] = {}
 
 
 def register(cls: type[Mixer]) -> type[Mixer]:
-    """Class decorator: makes the mixer known by its `name` to conversion, recipes, evaluation and the contract tests."""
+    """Class decorator: makes the mixer known by its `name` to conversion, recipes and the contract tests."""
     _REGISTRY[cls.name] = cls
     return cls
 
@@ -273,4 +276,4 @@ def get(name: str) -> type[Mixer]:
 def build(name: str, shape: HeadShape, options: dict[str, Any] | None = None) -> Mixer:
     """A mixer of that name for an attention of that shape; options as plain values."""
     cls = get(name)
-    return cls(shape, cls.Options.parse(options or {}, name))
+    return cls(shape, cls.options_class.parse(options or {}, name))

@@ -3,8 +3,8 @@
 Yang et al. 2024 (arXiv 2412.06464), equation 10: log a_t = -exp(A) softplus(w_a·x_t + dt), b_t = sigmoid(w_b·x_t),
 unit-length q and k. The state replaces what it holds at a key instead of adding to it.
 
-Start: w_a = w_b = 0, so decay and write strength are constants: half-lives spread from `shortest` to `longest` tokens over
-the heads (geometric) and strength `write`; delta-rule attention over the teacher's q, k, v.
+Start: w_a = w_b = 0, so decay and write strength are constants: half-lives spread from `shortest` to `longest` tokens
+over the heads (geometric) and strength `write`; delta-rule attention over the teacher's q, k, v.
 """
 
 import math
@@ -23,7 +23,7 @@ class GatedDeltaNetOptions(Options):
     rope: bool = False
     shortest: float = 14.0  # half-lives in tokens, spread over the heads
     longest: float = 14.0
-    write: float = 0.5
+    write: float = 0.25
 
 
 @register
@@ -33,7 +33,7 @@ class GatedDeltaNet(Mixer):
     name = "gated_deltanet"
     summary = "delta rule with a data-dependent decay and write strength per head (Yang 2024)"
     operator = delta_rule
-    Options = GatedDeltaNetOptions
+    options_class = GatedDeltaNetOptions
     options: GatedDeltaNetOptions
 
     def build(self) -> None:

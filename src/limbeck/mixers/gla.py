@@ -35,7 +35,7 @@ class GLA(Mixer):
     name = "gla"
     summary = "gated linear attention: a data-dependent decay per key channel, head norm and gate (Yang 2023)"
     operator = vector_decay
-    Options = GLAOptions
+    options_class = GLAOptions
     options: GLAOptions
 
     def build(self) -> None:

@@ -36,7 +36,7 @@ class LinearAttention(Mixer):
     name = "linear_attention"
     summary = "kernel attention without decay, phi(q)·phi(k), normalised (Katharopoulos 2020)"
     operator = scalar_decay
-    Options = LinearAttentionOptions
+    options_class = LinearAttentionOptions
     options: LinearAttentionOptions
 
     def __init__(self, shape: HeadShape, options: LinearAttentionOptions):

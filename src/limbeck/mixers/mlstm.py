@@ -1,11 +1,12 @@
 """mLSTM, the matrix memory of xLSTM: exponential input gate, sigmoid forget gate, normaliser with a floor.
 
-Beck et al. 2024 (arXiv 2405.04517), equations 19 to 27: C_t = f_t C_{t-1} + exp(i_t) k_t v_tᵀ, n_t = f_t n_{t-1} + exp(i_t) k_t,
-h_t = C_tᵀ q_t / max(|n_tᵀ q_t|, 1), gates from the hidden states with a soft cap of 15 (arXiv 2503.13427).
+Beck et al. 2024 (arXiv 2405.04517), equations 19 to 27: C_t = f_t C_{t-1} + exp(i_t) k_t v_tᵀ, n_t = f_t n_{t-1} +
+exp(i_t) k_t, h_t = C_tᵀ q_t / max(|n_tᵀ q_t|, 1), gates from the hidden states with a soft cap of 15 (arXiv
+2503.13427).
 
 It runs on the scalar-decay operator. With F the running sum of log f, the stabiliser is m = F + running max(i - F); the
-stabilised state obeys a scalar decay of log f + m_{t-1} - m_t (never positive) with keys scaled by exp(i - m), n is a column
-of ones beside v, and the floor 1 becomes exp(-m). m cancels from the result, so it takes no gradient.
+stabilised state obeys a scalar decay of log f + m_{t-1} - m_t (never positive) with keys scaled by exp(i - m), n is a
+column of ones beside v, and the floor 1 becomes exp(-m). m cancels from the result, so it takes no gradient.
 
 Start: gate weights 0, input gate exp(0) = 1, half-lives spread from `shortest` to `longest` tokens over the heads.
 """
@@ -38,7 +39,7 @@ class MLSTM(Mixer):
     summary = "xLSTM's matrix memory: exponential input gate, forget gate, normaliser (Beck 2024)"
     operator = scalar_decay
     normalised = True
-    Options = MLSTMOptions
+    options_class = MLSTMOptions
     options: MLSTMOptions
 
     def build(self) -> None:

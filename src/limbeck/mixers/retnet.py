@@ -29,7 +29,7 @@ class RetNet(Mixer):
     name = "retnet"
     summary = "retention: a fixed decay per head, RoPE, head norm and silu gate (Sun 2023)"
     operator = scalar_decay
-    Options = RetNetOptions
+    options_class = RetNetOptions
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         # Computed, not a buffer: loading through the meta device loses buffers that are not saved.

@@ -1,7 +1,8 @@
 """Softmax attention itself, as a mixer: the control arm.
 
-It goes the whole way that a student goes (conversion, stages, cache, export) and must come out as the teacher: every stage's
-loss is zero at the start, perplexity is the teacher's. Its cache grows with the length, unlike every other mixer's.
+It goes the whole way that a student goes (conversion, stages, cache, export) and must come out as the teacher: every
+stage's loss is zero at the start, perplexity is the teacher's. Its cache grows with the length, unlike every other
+mixer's.
 
 Start: the teacher's attention (without soft caps, windows and sinks, which the interface does not hand to a mixer).
 """

@@ -1,7 +1,7 @@
 """Students as Hugging Face models: conversion, the attention function, the cache, saving and loading."""
 
 from limbeck.model.cache import RecurrentLayer, cache_bytes
-from limbeck.model.convert import convert, parameter_report, parse_layers, unshare
+from limbeck.model.convert import convert, numel, parameter_report, parse_layers, unshare
 from limbeck.model.probe import Site, attention_sites
 from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM, mixers_of
 
@@ -14,6 +14,7 @@ __all__ = [
     "cache_bytes",
     "convert",
     "mixers_of",
+    "numel",
     "parameter_report",
     "parse_layers",
     "unshare",

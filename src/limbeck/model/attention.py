@@ -2,11 +2,11 @@
 
 transformers calls the attention function that the config names with q, k, v as the family computes them. A module that
 carries a `mixer` gets its mixed values, any other module the softmax attention that the teacher had. What the interface
-does not pass (hidden states, cache) a forward pre-hook on the module adds to the call's keyword arguments, so nothing is
-global and threads, nested models and gradient checkpointing need no care.
+does not pass (hidden states, cache) a forward pre-hook on the module adds to the call's keyword arguments, so nothing
+is global and threads, nested models and gradient checkpointing need no care.
 
-Padding and packed documents are read from the mask that the softmax layers use: a token that may not attend to itself is
-padding, and one that may not attend to the valid token before it begins a document.
+Padding and packed documents are read from the mask that the softmax layers use: a token that may not attend to itself
+is padding, and one that may not attend to the valid token before it begins a document.
 """
 
 import sys
@@ -64,9 +64,7 @@ def attention(
         [B, T, H, V] and the mixing matrix or None.
     """
     if not hasattr(module, "mixer"):
-        return softmax_attention(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if limbeck_call is None:
         raise LimbeckError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
     tokens = tokens_of(attention_mask, query.shape[2])
@@ -84,7 +82,7 @@ def attention(
 def softmax_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of a layer that keeps it: SDPA, or the family's own eager function where SDPA lacks a feature."""
+    """Softmax attention of a layer that keeps it: SDPA, or the family's eager function where SDPA lacks a feature."""
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     eager = sys.modules[type(module).__module__].eager_attention_forward
@@ -135,7 +133,7 @@ def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
         )
     x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = next((c for c in (*kwargs.values(), *args) if isinstance(c, Cache)), None)
-    layer = None if cache is None else recurrent_layer(cache, module.layer_idx)
+    layer = None if cache is None else recurrent_layer(cache, module.layer_idx)  # type: ignore[arg-type]
     if not module.mixer.options.rope:
         kwargs = _without_rope(kwargs)
     return args, {**kwargs, "limbeck_call": Call(x, layer)}
@@ -147,9 +145,7 @@ def _without_rope(kwargs: dict) -> dict:
     if rotary is None:
         return kwargs
     if not isinstance(rotary, tuple | list) or len(rotary) != 2:
-        raise LimbeckError(
-            "this family's rotary embedding cannot be switched off", expected="a mixer option rope=true"
-        )
+        raise LimbeckError("this family's rotary embedding cannot be switched off", expected="a mixer option rope=true")
     cos, sin = rotary
     return {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 

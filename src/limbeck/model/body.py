@@ -31,7 +31,7 @@ def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 
 def packs_by_position(model: PreTrainedModel) -> bool:
     """Does this family keep packed documents apart when positions restart? Found by trying, once per model."""
-    known = getattr(model, "_limbeck_packs", None)
+    known: bool | None = getattr(model, "_limbeck_packs", None)
     if known is None:
         device = next(model.parameters()).device
         ids = torch.tensor([[3, 4, 5, 6]], device=device)
@@ -40,7 +40,7 @@ def packs_by_position(model: PreTrainedModel) -> bool:
             both = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
             alone = model.get_decoder()(input_ids=ids[:, 2:], position_ids=positions[:, 2:], use_cache=False)
         known = bool(torch.allclose(both[:, 2:], alone.last_hidden_state, rtol=1e-3, atol=1e-3))
-        model._limbeck_packs = known
+        model._limbeck_packs = known  # type: ignore[assignment]
     return known
 
 

@@ -1,7 +1,7 @@
 """The cache layer of a converted attention module: a fixed number of floats, whatever the length.
 
-transformers keeps one cache object per sequence batch with one layer each for the model's attention modules. The mixer's
-layer stands among them, so softmax layers beside it keep their own keys and values.
+transformers keeps one cache object per sequence batch with one layer each for the model's attention modules. The
+mixer's layer stands among them, so softmax layers beside it keep their own keys and values.
 
     layer = recurrent_layer(cache, layer_idx)      # put in place on first use
     layer.state                                    # what the mixer returned last, None at the start

@@ -18,7 +18,7 @@ from limbeck import mixers
 from limbeck.errors import LimbeckError
 from limbeck.model import attention
 from limbeck.model.probe import Site, attention_sites
-from limbeck.model.student import FORMAT, install, student_classes
+from limbeck.model.student import FORMAT, install, mixers_of, student_classes
 
 
 def convert(
@@ -47,7 +47,7 @@ def convert(
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     cls = mixers.get(mixer)
-    chosen_options = cls.Options.parse(options or {}, mixer)
+    chosen_options = cls.options_class.parse(options or {}, mixer)
     sites = attention_sites(model)
     chosen = [sites[i] for i in parse_layers(layers, len(sites))]
     plan = _plan(model, mixer, asdict(chosen_options), chosen)
@@ -71,7 +71,7 @@ def parse_layers(layers: str | list[int], count: int) -> list[int]:
     )
     try:
         if isinstance(layers, str):
-            chosen = set()
+            chosen: set[int] = set()
             for part in layers.split(","):
                 first, _, last = part.strip().partition("-")
                 chosen.update(range(int(first), int(last or first) + 1))
@@ -96,6 +96,11 @@ def unshare(student: PreTrainedModel) -> None:
             module._parameters[name] = own[id(parameter)]
 
 
+def numel(module: nn.Module) -> int:
+    """Parameters of a module, shared ones counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
 @dataclass(frozen=True)
 class ParameterReport:
     """Parameters of a student by where they come from."""
@@ -108,13 +113,11 @@ class ParameterReport:
 
 def parameter_report(student: PreTrainedModel, copy_projections: bool = True) -> ParameterReport:
     """How many parameters the student has, how many are new, how many came from the teacher."""
-    total = sum(p.numel() for p in student.parameters())
-    added = sum(p.numel() for m in student.modules() if isinstance(m, mixers.Mixer) for p in m.parameters())
+    added = sum(numel(mixer) for mixer in mixers_of(student).values())
     fresh = added
     if not copy_projections:
-        for module in student.modules():
-            if hasattr(module, "mixer"):
-                fresh += sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in module.mixer.parameters())
+        fresh = sum(numel(student.get_submodule(name)) for name in mixers_of(student))
+    total = numel(student)
     return ParameterReport(total, added, fresh, total - fresh)
 
 

@@ -1,7 +1,7 @@
 """What a model's attention looks like, found by running two tokens through it rather than by knowing its family.
 
-    sites = attention_sites(model)       # one per self-attention module, in the order of the layers
-    sites[0].module, sites[0].heads, sites[0].output        # 'model.layers.0.self_attn', 9, 'o_proj'
+sites = attention_sites(model)       # one per self-attention module, in the order of the layers
+sites[0].module, sites[0].heads, sites[0].output        # 'model.layers.0.self_attn', 9, 'o_proj'
 """
 
 import dataclasses
@@ -121,5 +121,5 @@ def _block(model: PreTrainedModel, name: str) -> str:
 def _no_interface(model: PreTrainedModel) -> LimbeckError:
     return LimbeckError(
         f"the family '{model.config.model_type}' ({type(model).__name__}) computes attention in code of its own",
-        expected="a family that dispatches through transformers' attention interface (llama, qwen2, qwen3, gemma2, ...)",
+        expected="a family that dispatches through transformers' attention interface (llama, qwen3, gemma2, ...)",
     )

@@ -1,9 +1,9 @@
 """The student as a Hugging Face model: the teacher's own class with mixers, under a model type of its own.
 
-A saved student says `model_type: limbeck`, so nothing can load it as softmax by accident. Its config is the base family's
-config plus one entry `limbeck` that says which module has which mixer; its class is made on the fly as a subclass of the
-base family's class. `import limbeck` is all that AutoModelForCausalLM needs; where even that does not happen, the small
-file beside the weights lets `trust_remote_code=True` do it.
+A saved student says `model_type: limbeck`, so nothing can load it as softmax by accident. Its config is the base
+family's config plus one entry `limbeck` that says which module has which mixer; its class is made on the fly as a
+subclass of the base family's class. `import limbeck` is all that AutoModelForCausalLM needs; where even that does not
+happen, the small file beside the weights lets `trust_remote_code=True` do it.
 
     import limbeck
     student = AutoModelForCausalLM.from_pretrained("runs/quickstart/student")
@@ -25,7 +25,7 @@ from limbeck.model import attention
 
 MODEL_TYPE = "limbeck"
 FORMAT = 1
-REMOTE_CODE = '''"""Lets trust_remote_code=True load this student: the code itself is the package limbeck (pip install limbeck)."""
+REMOTE_CODE = '''"""Lets trust_remote_code=True load this student; the code itself is the package limbeck."""
 
 from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM  # noqa: F401
 '''
@@ -43,7 +43,8 @@ class LimbeckConfig(PreTrainedConfig):
             raise LimbeckError("config.json has model_type 'limbeck' but no entry 'limbeck' with the mixers")
         if plan.get("format", 0) > FORMAT:
             raise LimbeckError(
-                f"this student was saved in format {plan['format']}", expected=f"at most {FORMAT}",
+                f"this student was saved in format {plan['format']}",
+                expected=f"at most {FORMAT}",
                 hint="pip install --upgrade limbeck",
             )
         config_class, _ = student_classes(plan["base_model_type"], plan["base_architecture"])
@@ -56,8 +57,9 @@ class LimbeckForCausalLM(PreTrainedModel):
     config_class = LimbeckConfig
 
     @classmethod
-    def from_pretrained(cls, path, *args, config=None, **kwargs) -> Any:
-        kwargs.pop("trust_remote_code", None)
+    def from_pretrained(cls, path, *args, **kwargs) -> Any:  # type: ignore[override]
+        for handled in ("config", "trust_remote_code"):
+            kwargs.pop(handled, None)
         return AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
 
 
@@ -66,8 +68,8 @@ class StudentMixin:
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         config._attn_implementation = attention.NAME
-        super().__init__(config, *args, **kwargs)
-        install(self, config.limbeck)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install(self, config.limbeck)  # type: ignore[arg-type]
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         if attn_implementation != attention.NAME:
@@ -84,7 +86,7 @@ class StudentMixin:
 
 
 @cache
-def student_classes(base_model_type: str, base_architecture: str) -> tuple[type, type]:
+def student_classes(base_model_type: str, base_architecture: str) -> tuple[Any, Any]:
     """Config and model class of a student of that family, registered with transformers' auto classes.
 
     Args:

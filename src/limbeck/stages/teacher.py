@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.errors import LimbeckError
+from limbeck.model.body import packs_by_position
 
 Visit = Callable[[tuple, dict, Tensor | tuple], None]
 
@@ -39,7 +40,8 @@ def load_teacher(name: str, device: torch.device) -> tuple[PreTrainedModel, PreT
         ) from error
     if hasattr(model.config, "limbeck"):
         raise LimbeckError(f"'{name}' is a student already", expected="a softmax teacher")
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False), tokenizer
 
 
 @contextmanager
@@ -50,6 +52,7 @@ def tap(teacher: PreTrainedModel, visits: dict[str, Visit], eager: bool = False)
         visits: by module name.
         eager: let attention modules return their attention matrix as the second output.
     """
+    packs_by_position(teacher)  # tries the teacher on its first call, which no visitor should see
     before = teacher.config._attn_implementation
     handles = []
     for name, visit in visits.items():

@@ -127,7 +127,9 @@ class RunDirectory:
         self, folder: Path, tensors: dict[str, Tensor], optimizer: dict[str, Any] | None, facts: dict[str, Any]
     ) -> None:
         def fill(temporary: Path) -> dict[str, Any]:
-            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary / "model.safetensors")
+            save_file(
+                {name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary / "model.safetensors"
+            )
             if optimizer is not None:
                 torch.save(optimizer, temporary / "optimizer.pt")
             return {"facts": facts}
@@ -174,7 +176,9 @@ def check_run(path: Path, recipe: Recipe) -> None:
     if not old.exists():
         if path.is_dir() and any(p.name != ".lock" and not p.name.startswith(".recipe") for p in path.iterdir()):
             raise LimbeckError(
-                f"{path} holds files that are not a run", expected="a new or empty folder", hint="--out runs/another-name"
+                f"{path} holds files that are not a run",
+                expected="a new or empty folder",
+                hint="--out runs/another-name",
             )
         return
     before, now = Recipe.load(old).model_dump(mode="json"), recipe.model_dump(mode="json")
@@ -210,5 +214,3 @@ def _difference(key: str, before: Any, now: Any) -> list[str]:
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         return [line for i, pair in enumerate(zip(before, now)) for line in _difference(f"{key}.{i}", *pair)]
     return [f"{key}: {before!r} there, {now!r} asked for"]
-
-

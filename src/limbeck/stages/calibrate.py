@@ -2,8 +2,10 @@
 
 Given what the mixer puts out, the attention output is linear in the output projection, so the projection that comes
 closest to the teacher's attention output solves a least-squares problem. The normal equations are summed over a few
-thousand tokens of the teacher's own layer inputs (in float64), and solved with a ridge that pulls towards the weights that
-are there:  (FᵀF + r m I) W = FᵀY + r m W0,  with m the mean diagonal of FᵀF and r the ridge.
+thousand tokens of the teacher's own layer inputs (a batch's products in its own precision, their sum in float64), and
+solved in float64 with a ridge that pulls towards the weights that are there:
+
+    (FᵀF + r m I) W = FᵀY + r m W0,    m the mean diagonal of FᵀF, r the ridge
 
     fits = NormalEquations(teacher, student, sites, autocast)
     fits.add(batch)                        # as often as wanted
@@ -17,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck.data.packing import Batch
-from limbeck.distill.teacher import tap
+from limbeck.stages.teacher import tap
 from limbeck.model import Site
 from limbeck.model.body import run_body
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class NormalEquations:
@@ -56,7 +58,7 @@ class NormalEquations:
                     module(*args, **kwargs)
                 finally:
                     handle.remove()
-                self._accumulate(site.module, caught[0].flatten(0, -2).float(), output[0].flatten(0, -2).float())
+                self._accumulate(site.module, _wide(caught[0].flatten(0, -2)), _wide(output[0].flatten(0, -2)))
 
             return visit
 
@@ -91,6 +93,10 @@ class NormalEquations:
         self.features[name] = self.features[name] + ftf if name in self.features else ftf
         self.products[name] = self.products[name] + fty if name in self.products else fty
         self.squares[name] += float(y.double().square().sum())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _affine(projection: nn.Module) -> Tensor:

@@ -3,8 +3,9 @@
     train(stage, settings, data, run, index, position)
 
 AdamW, warm-up and decay sized in optimiser steps, gradient clipping, gradient accumulation with counts taken over the
-whole step first (so a split changes nothing), non-finite steps skipped and counted, a line of metrics a step, checkpoints
-by the clock. A resumed run continues bit for bit on a CPU: weights, optimiser and data position are all its state.
+whole step first (so a split changes nothing), non-finite steps skipped and counted, a line of metrics a step,
+checkpoints by the clock. A resumed run continues bit for bit on a CPU: weights, optimiser and data position are all its
+state.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from limbeck.console import console, progress
 from limbeck.data.packing import Batch, Packed
-from limbeck.distill.run import RunDirectory
+from limbeck.stages.run import RunDirectory
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Hidden, Logits, Matrix
 
@@ -36,7 +37,7 @@ class Stage(Protocol):
 
 
 def learning_rate(step: int, steps: int, settings: Matrix | Hidden | Logits) -> float:
-    """Share of the peak learning rate in step 0 to steps-1: up over the warm-up, then down; the last step is the floor."""
+    """Share of the peak learning rate in a step: up over the warm-up, then down to the floor in the last step."""
     warm = round(settings.warmup * steps)
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -86,7 +87,14 @@ class _Run:
         self.steps = steps_of(settings, data.length)
         self.micro = min(settings.micro_batch or settings.batch, settings.batch)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=settings.betas, fused=True)
-        self.facts = {"step": 0, "seconds": 0.0, "skipped": 0, "in_a_row": 0, "first_loss": None, "loss": None}
+        self.facts: dict[str, Any] = {
+            "step": 0,
+            "seconds": 0.0,
+            "skipped": 0,
+            "in_a_row": 0,
+            "first_loss": None,
+            "loss": None,
+        }
         self._resume()
 
     def go(self) -> dict[str, Any]:
@@ -152,7 +160,7 @@ class _Run:
             raise LimbeckError(
                 f"stage {self.settings.stage}: {MOST_SKIPPED} steps in a row were not finite",
                 expected="a finite loss",
-                hint=f"a smaller learning rate: --set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder",
+                hint=f"--set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder",
             )
 
     def _groups(self) -> list[dict[str, Any]]:

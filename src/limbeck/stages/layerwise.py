@@ -1,8 +1,8 @@
 """Stages 1 and 2: every converted layer learns alone, on the teacher's own input to it.
 
 The teacher's body runs once without gradient; a hook behind each layer runs the student's layer on the same arguments,
-takes the loss, runs backward and lets the graph go. So one layer's graph is alive at a time, whatever the depth, and the
-student needs no copy of what it does not train.
+takes the loss, runs backward and lets the graph go. So one layer's graph is alive at a time, whatever the depth, and
+the student needs no copy of what it does not train.
 
     stage = Hidden(teacher, student, sites, recipe)
     sums = stage.backward(batch, {"tokens": 2048})      # gradients added; sums per layer
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
 from limbeck.data.packing import Batch
-from limbeck.distill.teacher import tap
+from limbeck.stages.teacher import tap
 from limbeck.losses import hidden_distance, matrix_distance
 from limbeck.model import Site
 from limbeck.model.body import run_body

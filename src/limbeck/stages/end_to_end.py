@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
 from limbeck.data.packing import Batch
-from limbeck.distill.layerwise import Counts
+from limbeck.stages.layerwise import Counts
 from limbeck.losses import LogitWeights, logit_losses
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
@@ -31,7 +31,7 @@ class Logits:
         autocast: Callable,
         weights: LogitWeights,
         train: str = "body",
-        chunk: int = 256,
+        chunk: int = 128,
     ):
         self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
         self.weights, self.train, self.chunk = weights, train, chunk

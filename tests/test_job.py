@@ -1,0 +1,390 @@
+"""The main job on a tiny teacher: what it leaves, how it resumes, and what it says of bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from limbeck import LimbeckError, job
+from limbeck.stages.loop import learning_rate, steps_of
+from limbeck.recipe import Hidden, Recipe
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture
+def recipe(teacher_folder, corpus, tmp_path):
+    """A recipe of all four stages that takes seconds; `recipe(key=value)` changes it."""
+
+    def make(**changes) -> Recipe:
+        raw = {
+            "name": "tiny",
+            "teacher": str(teacher_folder),
+            "student": {"mixer": "gated_deltanet"},
+            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "stages": [
+                {"stage": "calibrate", "tokens": 512},
+                {"stage": "matrix", "tokens": 512},
+                {"stage": "hidden", "tokens": 1024, "batch": 4, "micro_batch": 3},
+                {"stage": "logits", "tokens": 512, "batch": 2, "ce": 0.5, "train": "all"},
+            ],
+            "evaluation": {"tokens": 256, "prompt": "the work", "new_tokens": 4},
+            "checkpoint_seconds": 1e-6,
+            "out": str(tmp_path / "run"),
+        }
+        return Recipe.parse({**raw, **changes})
+
+    return make
+
+
+def limbeck(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own."""
+    code = "from limbeck.cli import main; main()"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, check=False
+    )
+
+
+def test_a_run_leaves_everything_it_promises(recipe):
+    made = recipe()
+    result = job.distill(made)
+    run = Path(made.out)
+    for name in ("recipe.yaml", "manifest.json", "metrics.jsonl", "eval.json", "summary.md", "student/config.json"):
+        assert (run / name).is_file(), name
+    assert not list(run.glob("stages/*/step-*")), "checkpoints of finished stages are left"
+    assert not list(run.glob(".*.tmp")), "half-written files are left"
+    held = result["held_out"]
+    assert held["teacher_perplexity"] > 1
+    assert 0 <= held["top1_agreement"] <= 1
+    assert held["kl"] > 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    per_stage = {stage: [x for x in lines if x["stage"] == stage] for stage in ("matrix", "hidden", "logits")}
+    assert {stage: len(x) for stage, x in per_stage.items()} == {"matrix": 4, "hidden": 8, "logits": 8}
+    assert len(per_stage["hidden"][0]["losses"]) == 2, "one loss a layer"
+    last = per_stage["hidden"][-1]
+    assert last["lr"] == pytest.approx(made.stages[2].lr * made.stages[2].floor), "the schedule ends at its floor"
+    assert Recipe.load(run / "recipe.yaml") == made
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert type(student).__name__ == "LimbeckLlamaForCausalLM"
+    summary = (run / "summary.md").read_text()
+    for word in ("perplexity", "tokens/s", "limbeck generate", "calibrate", "the work"):
+        assert word in summary
+    assert result["memory"]["student_bytes_per_token"] == 0
+    assert result["parameters"]["added"] == 2 * (2 * (48 * 6 + 6) + 6)
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(recipe):
+    made = recipe(stages=[{"stage": "calibrate", "tokens": 256}])
+    first = job.distill(made)
+    before = {p: p.stat().st_mtime_ns for p in Path(made.out).rglob("*.safetensors")}
+    assert job.distill(made) == first
+    assert before == {p: p.stat().st_mtime_ns for p in Path(made.out).rglob("*.safetensors")}
+
+
+def test_a_student_learns(recipe):
+    """Each stage leaves its own loss lower than it found it."""
+    stages = [
+        {"stage": "matrix", "tokens": 4096, "lr": 3e-3},
+        {"stage": "hidden", "tokens": 4096, "lr": 3e-3},
+        {"stage": "logits", "tokens": 4096, "batch": 4, "lr": 3e-3},
+    ]
+    result = job.distill(recipe(stages=stages))
+    for stage in result["stages"]:
+        assert stage["loss"] < 0.95 * stage["first_loss"], stage["stage"]
+
+
+@pytest.mark.parametrize("mixer", ["linear_attention", "gla", "mlstm", "retnet", "softmax"])
+def test_every_mixer_goes_through_every_stage(recipe, mixer):
+    result = job.distill(recipe(student={"mixer": mixer, "copy_projections": mixer != "gla"}))
+    assert result["held_out"]["targets"] > 100
+
+
+def test_the_control_arm_comes_out_as_the_teacher(recipe):
+    made = recipe()
+    result = job.distill(made.model_copy(update={"student": made.student.model_copy(update={"mixer": "softmax"}),
+                                                 "stages": made.stages[:3]}))  # fmt: skip
+    held = result["held_out"]
+    assert held["student_perplexity"] == pytest.approx(held["teacher_perplexity"], rel=1e-3)
+    assert held["top1_agreement"] > 0.97
+
+
+@pytest.mark.parametrize("stage", ["matrix", "hidden", "logits"])
+def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, tmp_path, monkeypatch):
+    """An interrupted run, resumed and interrupted again, ends with the very weights and log of an uninterrupted one."""
+    settings = {"stage": stage, "tokens": 1024, "batch": 4}
+    stages = [{"stage": "calibrate", "tokens": 256}, settings]
+    whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    job.distill(whole)
+    from limbeck.stages import loop
+
+    original = loop._Run._step
+    for stop in (3, 6):
+
+        def step(self, stop=stop):
+            if self.facts["step"] == stop:
+                raise KeyboardInterrupt
+            return original(self)
+
+        monkeypatch.setattr(loop._Run, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            job.distill(broken)
+        # what a kill in the middle of a write leaves
+        (tmp_path / "broken" / "metrics.jsonl").open("a").write('{"stage": "hid')
+    monkeypatch.setattr(loop._Run, "_step", original)
+    job.distill(broken)
+    ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("broken", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
+            for line in path.read_text().splitlines()
+        ]
+        for path in (tmp_path / "broken" / "metrics.jsonl", tmp_path / "whole" / "metrics.jsonl")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe, monkeypatch, tmp_path):
+    stages = [{"stage": "hidden", "tokens": 1024, "batch": 4}]
+    whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    job.distill(whole)
+    from limbeck.stages import loop
+
+    original = loop._Run._step
+
+    def step(self):
+        if self.facts["step"] == 5:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        job.distill(broken)
+    newest = sorted((tmp_path / "broken").glob("stages/0-hidden/step-*"))[-1]
+    raw = bytearray((newest / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(raw)
+    monkeypatch.setattr(loop._Run, "_step", original)
+    job.distill(broken)
+    ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("broken", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
+    made = recipe(stages=[{"stage": "hidden", "tokens": 20_000, "batch": 2}])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(made.to_yaml())
+    command = [sys.executable, "-c", "from limbeck.cli import main; main()", "distill", str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(Path(made.out).glob("stages/0-hidden/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (Path(made.out) / "eval.json").exists()
+    again = limbeck("distill", str(path))
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" in again.stderr
+    assert (Path(made.out) / "eval.json").exists()
+    once_more = limbeck("distill", str(path))
+    assert "finished already" in once_more.stderr
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(recipe, monkeypatch):
+    from limbeck.stages.layerwise import Hidden as Stage
+
+    original, calls = Stage.backward, []
+
+    def backward(self, batch, counts):
+        calls.append(1)
+        sums = original(self, batch, counts)
+        if len(calls) in bad:
+            next(iter(self.parameters().values())).grad.fill_(float("nan"))
+        return sums
+
+    monkeypatch.setattr(Stage, "backward", backward)
+    bad = {2, 3}
+    stages = [{"stage": "hidden", "tokens": 1024, "batch": 4}]
+    made = recipe(stages=stages)
+    result = job.distill(made)
+    assert result["stages"][0]["skipped"] == 2
+    assert all(t.isfinite().all() for t in load_file(Path(made.out) / "student" / "model.safetensors").values())
+    shutil.rmtree(made.out)
+    calls.clear()
+    bad = set(range(2, 100))
+    with pytest.raises(LimbeckError, match="5 steps in a row"):
+        job.distill(made)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_the_schedule_warms_up_and_ends_at_the_floor(batch, decay):
+    settings = Hidden(stage="hidden", tokens=100 * 512, batch=batch, warmup=0.2, floor=0.05, decay=decay)
+    steps = steps_of(settings, 512)
+    rates = [learning_rate(i, steps, settings) for i in range(steps)]
+    assert max(rates) == pytest.approx(1, abs=0.02)
+    assert rates[-1] == pytest.approx(0.05)
+    assert rates[0] < 0.5
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[0] > 0
+
+
+# bad input: exit code 2, a clear word, nothing written
+
+
+@pytest.fixture
+def bad(teacher_folder, corpus, tmp_path):
+    """Run `limbeck distill` on the tiny teacher with further arguments; everything about a refusal is checked here."""
+
+    def run(*arguments: str, out: Path | None = None, teacher: str | None = None, data: str | None = None) -> str:
+        target = out or tmp_path / "out"
+        before = sorted(target.rglob("*")) if target.exists() else None
+        done = limbeck(
+            "distill", "--teacher", teacher or str(teacher_folder), "--data", data or str(corpus), "--out", str(target),
+            "--set", "data.length=32", *arguments,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.strip()
+        after = sorted(target.rglob("*")) if target.exists() else None
+        assert after == before, "something was written"
+        return done.stderr
+
+    return run
+
+
+def test_unknown_mixer(bad):
+    assert "did you mean 'mlstm'" in bad("--student", "mlstn")
+
+
+def test_unknown_mixer_option(bad):
+    assert "did you mean 'write'" in bad("--set", "student.options={writ: 1}")
+
+
+def test_unknown_stage(bad):
+    assert "did you mean 'hidden'" in bad("--stages", "0,hiden")
+
+
+def test_misspelt_key(bad, tmp_path):
+    assert "did you mean 'length'" in bad("--set", "data.lenght=3")
+    path = tmp_path / "wrong.yaml"
+    path.write_text("teacher: embedded\nstages:\n  - {stage: hidden, tokens: 100, learning: 3}\n")
+    done = limbeck("distill", str(path), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "stages.0.learning" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_impossible_values(bad, tmp_path):
+    assert "stages.0.tokens" in bad("--set", "stages.0.tokens=-3")
+    assert "such place" in bad("--set", "stages.9.tokens=3")
+    assert "key=value" in bad("--set", "nonsense")
+    assert "layers is" in bad("--layers", "0-99")
+    (tmp_path / "broken.yaml").write_text("teacher: [")
+    assert limbeck("distill", str(tmp_path / "broken.yaml")).returncode == 2
+    assert "no recipe" in limbeck("distill", "quickstar").stderr
+
+
+def test_missing_and_empty_data(bad, tmp_path):
+    assert "nowhere.jsonl" in bad(data=str(tmp_path / "nowhere.jsonl"))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "empty" in bad(data=str(empty)).lower()
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "too short"}\n' * 3)
+    assert "tokens" in bad(data=str(short))
+
+
+def test_missing_teacher(bad, tmp_path):
+    assert "no-such-folder" in bad(teacher=str(tmp_path / "no-such-folder"))
+    (tmp_path / "folder").mkdir()
+    assert "config.json" in bad(teacher=str(tmp_path / "folder"))
+
+
+def test_a_tokenizer_that_does_not_match(bad, teacher_folder, tmp_path):
+    from families import tiny
+
+    folder = tmp_path / "small-table"
+    shutil.copytree(teacher_folder, folder)
+    tiny("llama", vocab_size=60).save_pretrained(folder)
+    assert "60" in bad(teacher=str(folder))
+
+
+def test_a_family_without_the_attention_interface(bad, tokenizer, tmp_path):
+    from transformers import AutoConfig
+
+    folder = tmp_path / "bloom"
+    config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=48, n_layer=1, n_head=6)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert "code of its own" in bad(teacher=str(folder))
+
+
+def test_a_length_beyond_the_teachers_positions(bad):
+    assert "256" in bad("--set", "data.length=512")
+
+
+def test_a_folder_that_holds_something_else(bad, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("dear reader")
+    assert "not a run" in bad(out=folder)
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "is a file" in bad(out=file)
+
+
+def test_a_folder_that_holds_another_run(bad, recipe):
+    made = recipe(stages=[{"stage": "calibrate", "tokens": 256}])
+    job.distill(made)
+    said = bad(out=Path(made.out))
+    assert "another run" in said
+    assert "stages" in said
+
+
+def test_a_disk_without_room(recipe, monkeypatch):
+    import collections
+
+    usage = collections.namedtuple("usage", "total used free")
+    made = recipe()
+    job.prepare_job(made)  # so that the token cache is there
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(LimbeckError, match="no room"):
+        job.distill(made)
+    assert not Path(made.out).exists()
+
+
+def test_verbs(teacher_folder, corpus, tmp_path):
+    """convert, eval, generate, students, doctor: each runs and says what it should."""
+    out = tmp_path / "converted"
+    assert limbeck("convert", str(teacher_folder), str(out), "--student", "retnet").returncode == 0
+    assert limbeck("convert", str(teacher_folder), str(out)).returncode == 2, "overwrote a folder"
+    measured = limbeck(
+        "eval", str(out), "--teacher", str(teacher_folder), "--data", str(corpus), "--length", "32", "--tokens", "200",
+        "--out", str(tmp_path / "numbers.json"),
+    )  # fmt: skip
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads((tmp_path / "numbers.json").read_text())["student_perplexity"] > 1
+    said = limbeck("generate", str(out), "copyright", "--tokens", "5")
+    assert said.returncode == 0, said.stderr
+    assert len(said.stdout.strip()) > 0
+    assert limbeck("generate", str(tmp_path / "nothing"), "x").returncode == 2
+    assert limbeck("generate", str(out), "").returncode == 2
+    assert "gated_deltanet" in limbeck("students").stdout
+    assert "transformers" in limbeck("doctor").stdout
+    assert limbeck("distill", "--help").returncode == 0
+    assert limbeck("no-such-verb").returncode == 2

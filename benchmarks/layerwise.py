@@ -19,12 +19,12 @@ import limbeck
 from limbeck import assets
 from limbeck.data.packing import Packed
 from limbeck.data.shards import prepare
-from limbeck.stages.calibrate import NormalEquations
-from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.teacher import load_teacher
 from limbeck.model import attention_sites
 from limbeck.model.body import run_body
 from limbeck.plan import matmul_speed
+from limbeck.stages.calibrate import NormalEquations
+from limbeck.stages.layerwise import Hidden, Matrix
+from limbeck.stages.teacher import load_teacher
 
 
 def main() -> None:

@@ -234,7 +234,7 @@ def test_missing_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         ("a.jsonl", b"\n\n", r"no text in '.*a\.jsonl'"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"not UTF-8 text \(byte 10\)"),
         ("a.jsonl.gz", b"plain text", r"not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-12], r"not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(mtime=0, data=b'{"text": "x"}\n' * 99)[:-12], r"not a whole gzip file"),
         ("a.parquet", b"plain text", r"not a whole parquet file"),
         ("a.txt", b"", r"no text in '.*a\.txt'"),
         ("a.csv", b"x", r"is a \.csv file\nexpected: a \.txt, \.jsonl"),

@@ -1,5 +1,7 @@
 """The main job on a tiny teacher: what it leaves, how it resumes, and what it says of bad input."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -15,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from limbeck import LimbeckError, job
-from limbeck.stages.loop import learning_rate, steps_of
+from limbeck.cli import main
 from limbeck.recipe import Hidden, Recipe
+from limbeck.stages.loop import learning_rate, steps_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -46,13 +49,20 @@ def recipe(teacher_folder, corpus, tmp_path):
     return make
 
 
-def limbeck(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """The command line in a process of its own."""
-    code = "from limbeck.cli import main; main()"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, check=False
-    )
+def limbeck(*arguments: str) -> subprocess.CompletedProcess:
+    """The command line, in this process: starting one takes longer than what most tests do."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", ["limbeck", *arguments])
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def test_a_run_leaves_everything_it_promises(recipe):
@@ -110,12 +120,11 @@ def test_every_mixer_goes_through_every_stage(recipe, mixer):
 
 
 def test_the_control_arm_comes_out_as_the_teacher(recipe):
-    made = recipe()
-    result = job.distill(made.model_copy(update={"student": made.student.model_copy(update={"mixer": "softmax"}),
-                                                 "stages": made.stages[:3]}))  # fmt: skip
+    """Through conversion, calibration, export and evaluation; the gradient stages would follow rounding noise."""
+    result = job.distill(recipe(student={"mixer": "softmax"}, stages=[{"stage": "calibrate", "tokens": 512}]))
     held = result["held_out"]
-    assert held["student_perplexity"] == pytest.approx(held["teacher_perplexity"], rel=1e-3)
-    assert held["top1_agreement"] > 0.97
+    assert held["student_perplexity"] == pytest.approx(held["teacher_perplexity"], rel=1e-4)
+    assert held["top1_agreement"] > 0.99
 
 
 @pytest.mark.parametrize("stage", ["matrix", "hidden", "logits"])

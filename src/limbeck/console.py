@@ -1,8 +1,10 @@
 """What the terminal sees: messages and a progress bar with an ETA on stderr, results on stdout.
 
-with progress("tokenise", total=n_documents, unit="documents") as advance:
-    for document in documents:
-        advance(1, note="9.1k tokens")
+    with progress("tokenise", total=n_documents, unit="documents") as advance:
+        for document in documents:
+            advance(1, note="9.1k tokens")
+
+Without a terminal (a log file, CI) the bar becomes a line at the start, the end and every ten percent.
 """
 
 import time

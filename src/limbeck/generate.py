@@ -1,7 +1,9 @@
 """Text out of a model, token by token, with a cache of constant size for a student.
 
-for piece in stream(model, tokenizer, "The capital of France is", new_tokens=20):
-    print(piece, end="", flush=True)
+    for piece in stream(model, tokenizer, "The capital of France is", new_tokens=20):
+        print(piece, end="", flush=True)
+
+Generation itself is transformers' own.
 """
 
 from collections.abc import Iterator

@@ -26,12 +26,6 @@ from limbeck.console import console, progress
 from limbeck.data.cache import check_room, no_room_is_an_error
 from limbeck.data.packing import Packed
 from limbeck.data.shards import TokenStore, prepare
-from limbeck.stages.calibrate import RIDGES, NormalEquations
-from limbeck.stages.end_to_end import Logits
-from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.loop import Stage, train
-from limbeck.stages.run import RunDirectory, check_run, open_run
-from limbeck.stages.teacher import load_teacher
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes
@@ -41,6 +35,12 @@ from limbeck.model import Site, attention_sites, convert, parse_layers, unshare
 from limbeck.model.convert import parameter_report
 from limbeck.plan import Plan, make_plan
 from limbeck.recipe import Recipe
+from limbeck.stages.calibrate import RIDGES, NormalEquations
+from limbeck.stages.end_to_end import Logits
+from limbeck.stages.layerwise import Hidden, Matrix
+from limbeck.stages.loop import Stage, train
+from limbeck.stages.run import RunDirectory, check_run, open_run
+from limbeck.stages.teacher import load_teacher
 from limbeck.summary import write_summary
 
 CHOOSING = 2  # sequences on which the ridge is chosen

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
-from limbeck.stages.loop import steps_of
 from limbeck.model import Site, numel
 from limbeck.recipe import Recipe
+from limbeck.stages.loop import steps_of
 
 REACHED = 0.7  # of the matrix product's speed, as measured on the quickstart (benchmarks/README.md)
 

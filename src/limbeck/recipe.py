@@ -96,7 +96,7 @@ class Logits(_Trained):
     kl: Annotated[float, Field(ge=0)] = 1.0  # weight of the divergence to the teacher
     temperature: Annotated[float, Field(gt=0)] = 1.0
     direction: Literal["forward", "reverse"] = "forward"  # forward: KL(teacher || student)
-    chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once; small enough for the allocator to reuse
+    chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Logits":

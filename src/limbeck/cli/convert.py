@@ -24,8 +24,8 @@ def convert(
 
     import limbeck
     from limbeck import assets, mixers
-    from limbeck.stages.teacher import load_teacher
     from limbeck.model.convert import parameter_report
+    from limbeck.stages.teacher import load_teacher
 
     mixers.get(student)
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))

@@ -1,7 +1,9 @@
 """How good a student is on held-out text, and how like its teacher: perplexity, divergence, top-1 agreement.
 
-result = agreement(teacher, student, packed, tokens=8192)
-result["student_perplexity"], result["teacher_perplexity"], result["kl"], result["top1_agreement"]
+    result = agreement(teacher, student, packed, tokens=8192)
+    result["student_perplexity"], result["teacher_perplexity"], result["kl"], result["top1_agreement"]
+
+Both models see the same packed sequences; the numbers are per target, documents kept apart.
 """
 
 import contextlib

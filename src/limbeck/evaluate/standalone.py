@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from limbeck import assets
 from limbeck.data.packing import Packed
 from limbeck.data.shards import prepare
-from limbeck.stages.teacher import load_teacher
 from limbeck.evaluate.agreement import agreement
 from limbeck.recipe import Data, Recipe
+from limbeck.stages.teacher import load_teacher
 
 
 def evaluate_folder(

@@ -1,8 +1,10 @@
 """Token mixers, one file each; importing this package registers them all.
 
-from limbeck import mixers
-mixers.names()                      # ['gated_deltanet', 'gla', 'linear_attention', 'mlstm', 'retnet', 'softmax']
-mixers.get("gla").summary
+    from limbeck import mixers
+    mixers.names()                      # ['gated_deltanet', 'gla', 'linear_attention', 'mlstm', 'retnet', 'softmax']
+    mixers.get("gla").summary
+
+What a mixer is stands in base.py; docs/students.md has the formulas.
 """
 
 from limbeck.mixers import gated_deltanet, gla, linear_attention, mlstm, retnet, softmax  # noqa: F401

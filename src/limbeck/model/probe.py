@@ -1,7 +1,9 @@
 """What a model's attention looks like, found by running two tokens through it rather than by knowing its family.
 
-sites = attention_sites(model)       # one per self-attention module, in the order of the layers
-sites[0].module, sites[0].heads, sites[0].output        # 'model.layers.0.self_attn', 9, 'o_proj'
+    sites = attention_sites(model)       # one per self-attention module, in the order of the layers
+    sites[0].module, sites[0].heads, sites[0].output        # 'model.layers.0.self_attn', 9, 'o_proj'
+
+Knows no family; what it finds is written into the student's config, so that loading needs no second look.
 """
 
 import dataclasses

@@ -1,7 +1,9 @@
 """The linear-time recurrences, each in three forms that agree: `recurrent`, `chunked` and `matrix`.
 
-from limbeck.ops import delta_rule
-o, state = delta_rule.chunked(q, k, v, beta, log_decay)
+    from limbeck.ops import delta_rule
+    o, state = delta_rule.chunked(q, k, v, beta, log_decay)
+
+Shapes: B batch, T time, H heads, G groups of keys or values, K key width, V value width, C chunk, N chunks.
 """
 
 from limbeck.ops import delta_rule, scalar_decay, vector_decay

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck.data.packing import Batch
-from limbeck.stages.teacher import tap
 from limbeck.model import Site
 from limbeck.model.body import run_body
+from limbeck.stages.teacher import tap
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
 from limbeck.data.packing import Batch
-from limbeck.stages.layerwise import Counts
 from limbeck.losses import LogitWeights, logit_losses
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
+from limbeck.stages.layerwise import Counts
 
 
 class Logits:

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
 from limbeck.data.packing import Batch
-from limbeck.stages.teacher import tap
 from limbeck.losses import hidden_distance, matrix_distance
 from limbeck.model import Site
 from limbeck.model.body import run_body
+from limbeck.stages.teacher import tap
 
 Counts = dict[str, float]
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from limbeck.console import console, progress
 from limbeck.data.packing import Batch, Packed
-from limbeck.stages.run import RunDirectory
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Hidden, Logits, Matrix
+from limbeck.stages.run import RunDirectory
 
 MOST_SKIPPED = 5  # non-finite steps in a row
 

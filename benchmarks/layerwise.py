@@ -9,7 +9,6 @@ operations set at the speed of a matrix product measured in the same run, and th
 
 import argparse
 import contextlib
-import resource
 import statistics
 import time
 
@@ -19,6 +18,7 @@ import limbeck
 from limbeck import assets
 from limbeck.data.packing import Packed
 from limbeck.data.shards import prepare
+from limbeck.evaluate.memory import peak_memory
 from limbeck.model import attention_sites
 from limbeck.model.body import run_body
 from limbeck.plan import matmul_speed
@@ -82,7 +82,7 @@ def main() -> None:
         floor = speed / floors[name]
         median = statistics.median(rates)
         print(f"{name:10} {median:9.0f} {min(rates):6.0f} {max(rates):6.0f} {floor:7.0f} {median / floor:9.0%}")
-    print(f"peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    print(f"peak resident memory {(peak_memory() or 0) / 1e9:.2f} GB")
 
 
 def _trained(stage: Hidden | Matrix):

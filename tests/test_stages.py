@@ -1,6 +1,7 @@
 """The stages: what each one's loss is, and what it must not depend on."""
 
 import contextlib
+import functools
 import math
 
 import pytest
@@ -263,3 +264,26 @@ def test_small_updates_survive_and_heads_agree():
         weight.add_(1e-6)
     assert float((weight - start).mean()) == pytest.approx(1e-3, rel=0.05)
     assert math.isclose(float(Head(teacher)(torch.zeros(1, 48, dtype=torch.float64)).abs().sum()), 0, abs_tol=1e-12)
+
+
+def test_autocast_changes_losses_and_gradients_a_little():
+    """The precision of the CUDA path, as far as a CPU can run it: bf16 products over fp32 weights."""
+    autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    batch, results = batch_of(16, 30, rows=2), []
+    for context in (NOTHING, autocast):
+        teacher, student, sites = pair("llama", "gated_deltanet")
+        teacher, student = teacher.float(), student.float()
+        common = (teacher, student, sites, context)
+        for stage in (Matrix(*common), Hidden(*common), Logits(*common, LogitWeights(ce=0.5, kl=0.5))):
+            for p in stage.parameters().values():
+                p.requires_grad_(True)
+            losses = stage.backward(batch, stage.count(batch))
+            norm = torch.stack([p.grad.norm() for p in stage.parameters().values() if p.grad is not None]).norm()
+            assert all(p.grad.dtype == torch.float32 for p in stage.parameters().values() if p.grad is not None)
+            results.append([sum(float(x) for x in losses.values()), float(norm)])
+            student.zero_grad()
+            student.requires_grad_(False)
+    exact, mixed = results[:3], results[3:]
+    assert exact != mixed
+    for a, b in zip(exact, mixed):
+        assert b == pytest.approx(a, rel=0.05)

@@ -22,15 +22,28 @@ from limbeck.model.body import Head, inputs_of, packs_by_position, run_body
 
 LENGTH = 37
 EXACT = 1e-10
-LINEAR = [name for name in mixers.names() if name != "softmax"]
-every_mixer = pytest.mark.parametrize("mixer", mixers.names())
+FULL = {"conv": 4, "output_norm": "rms", "output_gate": "silu", "rope": True}
+# each mixer as it is by default, and one with every common switch turned
+VARIANTS = {**{name: (name, {}) for name in mixers.names()}, "gated_deltanet-full": ("gated_deltanet", FULL)}
+LINEAR = [name for name in VARIANTS if name != "softmax"]
+every_mixer = pytest.mark.parametrize("mixer", VARIANTS)
 every_linear_mixer = pytest.mark.parametrize("mixer", LINEAR)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
+def converted(model, variant: str, layers="all", **options):
+    name, switches = VARIANTS[variant]
+    return limbeck.convert(model, name, layers, {**switches, **options})
+
+
+def built(variant: str, shape: HeadShape, **options) -> mixers.Mixer:
+    name, switches = VARIANTS[variant]
+    return mixers.build(name, shape, {**switches, **options})
+
+
 def student_of(family: str, mixer: str, layers="all", **options):
     """A student in float64 whose new parameters are away from their start, so that every gate does something."""
-    student = limbeck.convert(tiny(family).double(), mixer, layers, options)
+    student = converted(tiny(family).double(), mixer, layers, **options)
     torch.manual_seed(1)
     with torch.no_grad():
         for module in mixers_of(student).values():
@@ -114,7 +127,7 @@ def test_packed_documents_equal_separate_ones(family, mixer):
 @every_family
 @torch.no_grad()
 def test_save_and_reload_is_bit_equal(family, mixer, tmp_path):
-    student = limbeck.convert(tiny(family), mixer)
+    student = converted(tiny(family), mixer)
     for parameter in student.parameters():
         parameter.add_(0.01 * torch.randn_like(parameter))
     student.save_pretrained(tmp_path)
@@ -134,7 +147,7 @@ def test_save_and_reload_is_bit_equal(family, mixer, tmp_path):
 @every_linear_mixer
 @torch.no_grad()
 def test_the_cache_does_not_grow(mixer):
-    student = limbeck.convert(tiny("llama"), mixer)
+    student = converted(tiny("llama"), mixer)
     sizes = []
     for length in (8, 64):
         cache = DynamicCache(config=student.config)
@@ -182,7 +195,7 @@ def test_gradients_reach_every_parameter(family, mixer):
 @every_mixer
 def test_gradcheck(mixer):
     torch.manual_seed(0)
-    module = mixers.build(mixer, HeadShape(6, 2, 1, 3, 4, scale=0.5)).double()
+    module = built(mixer, HeadShape(6, 2, 1, 3, 4, scale=0.5)).double()
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -397,7 +410,7 @@ def test_what_cannot_be_converted_says_why():
 @torch.no_grad()
 def test_finite_at_extreme_gates_and_long_inputs(mixer):
     torch.manual_seed(0)
-    module = mixers.build(mixer, HeadShape(8, 2, 2, 8, 8, scale=0.3))
+    module = built(mixer, HeadShape(8, 2, 2, 8, 8, scale=0.3))
     with torch.no_grad():
         for p in module.parameters():
             p.mul_(0).add_(30 * torch.randn_like(p))
@@ -412,8 +425,50 @@ def test_finite_at_extreme_gates_and_long_inputs(mixer):
 def test_at_the_start_a_mixer_is_a_linear_map_of_v(mixer):
     """Near linear attention: gates stand open and do not depend on the input yet."""
     torch.manual_seed(0)
-    module = mixers.build(mixer, HeadShape(8, 2, 2, 4, 4, scale=0.5), {"output_norm": "none"}).double()
+    module = built(mixer, HeadShape(8, 2, 2, 4, 4, scale=0.5), output_norm="none").double()
     q, k, v, w = (torch.randn(1, 9, 2, 4, dtype=torch.float64) for _ in range(4))
     x, z = torch.randn(1, 9, 8, dtype=torch.float64), torch.randn(1, 9, 8, dtype=torch.float64)
     both = module(q, k, v + 2 * w, x)[0]
     assert torch.allclose(both, module(q, k, v, z)[0] + 2 * module(q, k, w, x)[0], atol=1e-9)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        student = student_of("llama", "gated_deltanet").train()
+        if checkpointing:
+            student.gradient_checkpointing_enable()
+        positions = torch.cat([torch.arange(13), torch.arange(LENGTH - 13)])[None].expand(2, -1)
+        student(ids_of(), position_ids=positions, labels=ids_of(), use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@every_mixer
+@torch.no_grad()
+def test_half_precision_stays_close(mixer):
+    """A student in bfloat16, and one in float32 under autocast, beside float32."""
+    student = converted(tiny("llama"), mixer)
+    ids = ids_of()
+    exact = student(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = student(ids).logits
+    half = student.to(torch.bfloat16)(ids).logits
+    for logits in (mixed, half):
+        assert logits.isfinite().all()
+        assert float((logits - exact).norm() / exact.norm()) < 0.1
+
+
+def test_two_threads_may_use_one_student():
+    from concurrent.futures import ThreadPoolExecutor
+
+    student = student_of("qwen3", "mlstm")
+    rows = [ids_of(1, n) for n in (9, 17, 23, 31)] * 4
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return student.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    alone = [run(ids) for ids in rows]
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(a, b) for a, b in zip(alone, pool.map(run, rows)))

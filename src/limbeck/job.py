@@ -28,7 +28,7 @@ from limbeck.data.packing import Packed
 from limbeck.data.shards import TokenStore, prepare
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.agreement import agreement
-from limbeck.evaluate.memory import cache_sizes
+from limbeck.evaluate.memory import cache_sizes, peak_memory
 from limbeck.generate import continuation
 from limbeck.losses import LogitWeights
 from limbeck.model import Site, attention_sites, convert, parse_layers, unshare
@@ -56,7 +56,8 @@ class Job:
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     store: TokenStore
-    sites: list[Site]  # of the layers that are converted
+    layers: int  # of the teacher
+    sites: list[Site]  # of those that are converted
     path: Path
 
     @property
@@ -96,8 +97,8 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
             confirm(plan)
         run.manifest(**_provenance(job))
         student = _student(job)
-        position = _run_stages(job, run, student)
-        return _hand_over(job, run, student, position)
+        _run_stages(job, run, student)
+        return _hand_over(job, run, student)
 
 
 def prepare_job(recipe: Recipe) -> Job:
@@ -129,10 +130,13 @@ def prepare_job(recipe: Recipe) -> Job:
         text_field=data.text_field,
         vocab_size=rows,
     )
+    wanted = sum(stage.tokens for stage in recipe.stages)
+    if wanted > store.train.n_tokens:
+        console.print(f"the stages take {wanted:,} tokens, the text has {store.train.n_tokens:,}: it is read again")
     autocast: Callable[[], Any] = contextlib.nullcontext
     if device.type == "cuda":
         autocast = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
-    return Job(recipe, device, autocast, teacher, tokenizer, store, chosen, path)
+    return Job(recipe, device, autocast, teacher, tokenizer, store, len(sites), chosen, path)
 
 
 def _device(name: str) -> torch.device:
@@ -162,8 +166,8 @@ def _student(job: Job) -> PreTrainedModel:
 # ---------------------------------------------------------------------- stages
 
 
-def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> int:
-    """Bring the student through all stages, skipping what is finished; returns the data position after the last."""
+def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
+    """Bring the student through all stages, skipping what is finished."""
     position = 0
     shared = True
     for index, settings in enumerate(job.recipe.stages):
@@ -171,8 +175,8 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> int:
             unshare(student)
             shared = False
         if run.finished(index):
-            tensors, facts = run.result(index)
-            _load(student, tensors)
+            _load(student, run.result(index))
+            facts = run.facts(index)
             position = facts["position"]
             console.print(f"{settings.stage}: finished before ({facts['seconds']:.0f} s)")
             continue
@@ -189,7 +193,6 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> int:
             learnt = stage.parameters()
         position = facts["position"]
         run.finish(index, dict(learnt), facts)
-    return position
 
 
 def _stage(job: Job, student: PreTrainedModel, settings: recipes.Matrix | recipes.Hidden | recipes.Logits) -> Stage:
@@ -213,6 +216,7 @@ def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, 
             size = min(settings.batch, sequences - at)
             fits.add(data.batch(position + at, size).to(job.device))
             advance(size, note=f"{(at + size) * length / (time.monotonic() - began):.0f} tokens/s")
+    fitted = time.monotonic() - began
     position += sequences
     tried: dict[str, dict[str, float]] = {}
     ridge = settings.ridge
@@ -229,6 +233,7 @@ def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, 
         ridge = float(min(tried, key=lambda name: tried[name]["loss"]))
     unexplained = fits.solve(float(ridge))
     return {
+        "fit_seconds": fitted,
         "ridge": ridge,
         "unexplained": unexplained,
         "tried": tried,
@@ -249,12 +254,12 @@ def _load(student: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
 # ---------------------------------------------------------------------- results
 
 
-def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, position: int) -> dict[str, Any]:
+def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[str, Any]:
     recipe = job.recipe
     student.eval()
     _export(job, student)
     evaluation = recipe.evaluation
-    stages = [{**s.model_dump(mode="json"), **run.result(i)[1]} for i, s in enumerate(recipe.stages)]
+    stages = [{**s.model_dump(mode="json"), **run.facts(i)} for i, s in enumerate(recipe.stages)]
     samples = {}
     if evaluation.prompt and evaluation.new_tokens:
         for name, model in (("teacher", job.teacher), ("student", student)):
@@ -264,7 +269,7 @@ def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, position: 
         "run": str(job.path),
         "teacher": recipe.teacher,
         "mixer": recipe.student.mixer,
-        "layers": f"{len(job.sites)} of {len(attention_sites(job.teacher))}",
+        "layers": f"{len(job.sites)} of {job.layers}",
         "text": recipe.data.source,
         "held_out": agreement(job.teacher, student, job.held_out, evaluation.tokens, job.autocast),
         "parameters": vars(report),
@@ -274,6 +279,7 @@ def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, position: 
         "samples": samples,
         "evaluation": evaluation.model_dump(mode="json"),
         "seed": recipe.seed,
+        "peak_memory_bytes": peak_memory(),
     }
     run.write("summary.md", write_summary(result))
     run.write("eval.json", json.dumps(result, indent=1) + "\n")

@@ -107,7 +107,8 @@ def logit_losses(
         if weights is not None and slope is not None:
             if width < s.shape[-1]:
                 slope = F.pad(slope, (0, s.shape[-1] - width))
-            logits.backward((slope * scale).to(logits.dtype))
+            with torch.autocast(logits.device.type, enabled=False):
+                logits.backward((slope * scale).to(logits.dtype))
             gradient[part] = h.grad  # type: ignore[index, assignment]
     sums["count"] = torch.tensor(float(rows.numel()), dtype=torch.float64)
     return sums, None if gradient is None else gradient.view_as(student)

@@ -31,7 +31,7 @@ def write_summary(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for stage in result["stages"]:
-        speed = stage["tokens"] / max(stage["seconds"], 1e-9)
+        speed = stage["tokens"] / max(stage.get("fit_seconds", stage["seconds"]), 1e-9)
         lines.append(
             f"| {stage['stage']} | {stage['tokens']:,} | {_time(stage['seconds'])} | {speed:.0f} "
             f"| {stage['trained_parameters']:,} | {_outcome(stage)} |"
@@ -39,7 +39,7 @@ def write_summary(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Parameters: {parameters['total']:,}, of which {parameters['added']:,} are new "
-        f"and {parameters['copied']:,} came from the teacher. Seed {result['seed']}.",
+        f"and {parameters['copied']:,} came from the teacher. Seed {result['seed']}. {_peak(result)}",
     ]
     if result["samples"]:
         lines += ["", f"Prompt: *{result['prompt']}*", ""]
@@ -71,6 +71,11 @@ def _break_even(memory: dict[str, Any]) -> str:
         per_token = _bytes(memory["student_bytes_per_token"]), _bytes(memory["teacher_bytes_per_token"])
         growth = "grows by {} a token (the teacher's by {})".format(*per_token)
     return f"The student's cache {growth}; it is the smaller one from {memory['break_even_tokens']:.0f} tokens on."
+
+
+def _peak(result: dict[str, Any]) -> str:
+    peak = result["peak_memory_bytes"]
+    return f"Peak of resident memory: {_bytes(peak)}." if peak else ""
 
 
 def _bytes(n: float) -> str:

@@ -37,5 +37,7 @@ def main() -> None:
         console.print(str(error), markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint")
+        console.print(
+            "stopped" + ("; the same command goes on from the last checkpoint" if "distill" in sys.argv else "")
+        )
         sys.exit(130)

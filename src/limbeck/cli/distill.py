@@ -66,6 +66,10 @@ def build_recipe(
     overrides = {key: value for key, value in given.items() if value is not None}
     base = Recipe.load(name, overrides)
     raw = yaml.safe_load(base.to_yaml())
+    if out is None and student is not None:
+        raw["out"] = f"runs/{base.name}-{student}"
+    if data is not None or tokens is not None:
+        raw["data"]["max_tokens"] = None  # the recipe's limit suits its own text and budget
     if stages is not None:
         raw["stages"] = stages_from_text(stages, raw)
     if tokens is not None:

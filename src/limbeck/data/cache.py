@@ -108,7 +108,7 @@ def check_room(folder: Path, need_bytes: int, what: str) -> None:
         raise LimbeckError(
             f"no room for {what}: {free / 1e6:,.0f} MB free in {folder}",
             expected=f"at least {need_bytes / 1e6:,.0f} MB",
-            hint="free some room, or point LIMBECK_CACHE at another disk",
+            hint="free some room, or use another disk (LIMBECK_CACHE for the cache, --out for a run)",
         )
 
 
@@ -121,7 +121,7 @@ def no_room_is_an_error(folder: Path) -> Iterator[None]:
         if error.errno in NO_ROOM:
             raise LimbeckError(
                 f"the disk of {folder} is full",
-                hint="free some room, or point LIMBECK_CACHE at another disk; nothing half-made was left behind",
+                hint="free some room, or use another disk (LIMBECK_CACHE, --out); nothing half-made was left behind",
             ) from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise LimbeckError(

@@ -2,8 +2,8 @@
 
 A mixer stands where softmax attention stood. It receives what the teacher's own attention module computed (q, k, v with
 their biases, norms and RoPE) and the hidden states, and returns what goes into the teacher's own output projection.
-A subclass writes `inputs` (how q, k, v, decay and write strength come about); masks, packed documents, the normaliser,
-chunked and recurrent forms, the mixing matrix, the state, head norm and output gate live here.
+A subclass writes `inputs` (how q, k, v, decay and write strength come about); masks, packed documents, the convolution,
+the normaliser, chunked and recurrent forms, the mixing matrix, the state, head norm and output gate live here.
 
     mixer = build("gated_deltanet", HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64))
     y, state = mixer(q, k, v, x)                       # [B, T, H, V] and a dict of state tensors
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.errors import LimbeckError, closest
+from limbeck.ops import convolution
 
 State = dict[str, Tensor]
 
@@ -70,6 +71,7 @@ class Options:
     """Switches common to all mixers; each mixer sets its own defaults and adds its own."""
 
     rope: bool = True  # hand over q and k with the teacher's rotary position embedding
+    conv: int = 0  # width of a causal convolution over q, k and v; 0 for none; starts as the identity
     output_norm: Literal["none", "rms", "layer"] = "none"  # per head, before the output gate
     output_gate: Literal["none", "silu", "sigmoid"] = "none"  # full-width gate from the hidden states, starts open
 
@@ -88,6 +90,8 @@ class Options:
             if not ok:
                 expected = " | ".join(map(str, choices)) if choices else getattr(kind, "__name__", str(kind))
                 raise LimbeckError(f"option '{name}' of mixer '{mixer}' is {value!r}", expected=expected)
+        if given.get("conv", 0) < 0 or given.get("conv", 0) == 1:
+            raise LimbeckError(f"option 'conv' of mixer '{mixer}' is {given['conv']}", expected="0, or 2 and more")
         return cls(**given)
 
 
@@ -102,7 +106,7 @@ class Mixer(nn.Module):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    # one of limbeck.ops; None where the mixer overrides forward and matrix
+    # one of limbeck.ops; None where the mixer overrides attend and attend_matrix
     operator: ModuleType | None = None
     normalised: bool = False  # divide by the same read-out of a column of ones
     options_class: type[Options] = Options
@@ -115,6 +119,10 @@ class Mixer(nn.Module):
             self.norm_weight = nn.Parameter(torch.ones(shape.heads, shape.value_width))
         if options.output_gate != "none":
             self.gate = nn.Linear(shape.hidden, width)
+        if options.conv:
+            widths = {"q": (shape.heads, shape.key_width), "k": (shape.kv_heads, shape.key_width)}
+            widths["v"] = (shape.kv_heads, shape.value_width)
+            self.conv = nn.ParameterDict({n: nn.Parameter(torch.empty(options.conv, *w)) for n, w in widths.items()})
         self.build()
         self.reset_parameters()
 
@@ -123,6 +131,10 @@ class Mixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set every parameter to its documented start: close to linear attention over the teacher's q, k, v."""
+        if self.options.conv:
+            for weight in self.conv.values():
+                nn.init.zeros_(weight)
+                nn.init.ones_(weight[0])
         if self.options.output_norm != "none":
             nn.init.ones_(self.norm_weight)
         if self.options.output_gate != "none":
@@ -156,6 +168,28 @@ class Mixer(nn.Module):
             y [B, T, H, V] in the dtype of v, and the new state.
         """
         tokens, state = tokens or Tokens(), state or {}
+        carried: State = {}
+        if self.options.conv:
+            q, k, v = (self._convolve(name, z, tokens, state, carried) for name, z in zip("qkv", (q, k, v)))
+        o, memory = self.attend(q, k, v, x, tokens, state)
+        return self.readout(o, x), {**memory, **carried}
+
+    def matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """The mixing matrix [B, H, T, T]: before head norm and gate, `forward` is this matrix times the convolved v."""
+        tokens = tokens or Tokens()
+        if self.options.conv:
+            q, k, v = (self._convolve(name, z, tokens, {}, {}) for name, z in zip("qkv", (q, k, v)))
+        return self.attend_matrix(q, k, v, x, tokens)
+
+    def mix(self, matrix: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """The mixer's output from its mixing matrix [B, H, T, T] and v [B, T, G, V]: y [B, T, H, V]."""
+        if self.options.conv:
+            v = self._convolve("v", v, tokens or Tokens(), {}, {})
+        v = v.repeat_interleave(self.shape.heads // v.shape[2], dim=2)
+        return self.readout(torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), v), x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+        """The operator over `inputs`, normalised: o [B, T, H, V] and the new state."""
         arguments = self._operands(q, k, v, x, tokens, state)
         assert self.operator is not None
         run = self.operator.recurrent if q.shape[1] == 1 else self.operator.chunked
@@ -173,11 +207,10 @@ class Mixer(nn.Module):
         if self.normalised:
             o, total = o[..., :-1], o[..., -1:]
             o = o / self._denominator(total, arguments)
-        return self.readout(o, x), {"memory": memory, **arguments.carry}
+        return o, {"memory": memory, **arguments.carry}
 
-    def matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
-        """The mixing matrix [B, H, T, T]: `forward` before head norm and gate is this matrix times v."""
-        tokens = tokens or Tokens()
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
+        """What `attend` multiplies v by, [B, H, T, T]."""
         arguments = self._operands(q, k, v, x, tokens, {})
         assert self.operator is not None
         m = self.operator.matrix(arguments.q, arguments.k, *self._gates(arguments), segments=tokens.segments)
@@ -185,11 +218,6 @@ class Mixer(nn.Module):
             total = m.sum(-1).transpose(1, 2).unsqueeze(-1)
             m = m / self._denominator(total, arguments).squeeze(-1).transpose(1, 2).unsqueeze(-1)
         return m
-
-    def mix(self, matrix: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """The mixer's output from its mixing matrix [B, H, T, T] and v [B, T, G, V]: y [B, T, H, V]."""
-        v = v.repeat_interleave(self.shape.heads // v.shape[2], dim=2)
-        return self.readout(torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), v), x)
 
     def readout(self, o: Tensor, x: Tensor) -> Tensor:
         """Head norm and output gate. o: [B, T, H, V], x: [B, T, D] -> [B, T, H, V]."""
@@ -207,11 +235,21 @@ class Mixer(nn.Module):
     def state_numel(self) -> int:
         """Numbers that the state of one sequence holds, whatever its length."""
         s = self.shape
-        return s.heads * self.feature_width() * (s.value_width + self.normalised)
+        memory = s.heads * self.feature_width() * (s.value_width + self.normalised)
+        channels = s.heads * s.key_width + s.kv_heads * (s.key_width + s.value_width)
+        return memory + max(self.options.conv - 1, 0) * channels
 
     def feature_width(self) -> int:
         """Key width that the operator sees."""
         return self.shape.key_width
+
+    def _convolve(self, name: str, z: Tensor, tokens: Tokens, state: State, carried: State) -> Tensor:
+        """q, k or v [B, T, heads, width] convolved; puts what the next call needs into `carried`."""
+        if tokens.valid is not None:
+            z = z.masked_fill(~tokens.valid[..., None, None], 0)
+        key = f"conv_{name}"
+        z, carried[key] = convolution.causal(z, self.conv[name], state=state.get(key), segments=tokens.segments)
+        return z
 
     def _operands(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         arguments = self.inputs(q, k, v, x, tokens, state)

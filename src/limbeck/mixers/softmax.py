@@ -20,22 +20,17 @@ class Softmax(Mixer):
     name = "softmax"
     summary = "softmax attention, the control arm: must come out as the teacher, its cache grows"
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        tokens = tokens or Tokens()
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         length = q.shape[1]
         new = {"k": k, "v": v, "valid": _valid(tokens, k), "segments": _segments(tokens, k)}
-        if state:
+        if "k" in state:
             # the incoming state belongs to document 0 of this call
-            state = {**state, "segments": state["segments"] - state["segments"][:, -1:]}
-            new = {name: torch.cat([state[name], tensor], 1) for name, tensor in new.items()}
+            old = {**state, "segments": state["segments"] - state["segments"][:, -1:]}
+            new = {name: torch.cat([old[name], tensor], 1) for name, tensor in new.items()}
         weights = self._weights(q, new["k"], new["valid"], new["segments"], length)
-        y = torch.einsum("bhij,bjhv->bihv", weights, self._widen(new["v"]))
-        return self.readout(y.to(v.dtype), x), new
+        return torch.einsum("bhij,bjhv->bihv", weights, self._widen(new["v"])).to(v.dtype), new
 
-    def matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
-        tokens = tokens or Tokens()
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         return self._weights(q, k, _valid(tokens, k), _segments(tokens, k), q.shape[1])
 
     def state_numel(self) -> int:

@@ -71,7 +71,7 @@ def attention(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if output_matrix:
         matrix = module.mixer.matrix(q, k, v, limbeck_call.x, tokens=tokens)
-        return module.mixer.mix(matrix, v, limbeck_call.x), matrix
+        return module.mixer.mix(matrix, v, limbeck_call.x, tokens=tokens), matrix
     layer = limbeck_call.layer
     y, state = module.mixer(q, k, v, limbeck_call.x, tokens=tokens, state=layer.state if layer else None)
     if layer is not None:

@@ -65,6 +65,6 @@ class Head:
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
         body.forward = lambda *args, **kwargs: output
         try:
-            return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
+            return self.model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
         finally:
             del body.forward

@@ -73,7 +73,8 @@ class LayerStage:
                 with torch.set_grad_enabled(train), self.autocast():
                     loss = self.loss(module, args, kwargs, output, counts)
                 if train:
-                    loss.backward()
+                    with torch.autocast(loss.device.type, enabled=False):  # the pass around us is under autocast
+                        loss.backward()
                 losses[name] = loss.detach()
 
             return visit

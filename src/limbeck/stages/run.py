@@ -63,9 +63,13 @@ class RunDirectory:
         for old in self._checkpoints(index):
             shutil.rmtree(old, ignore_errors=True)
 
-    def result(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a finished stage taught, and its facts."""
-        return self._load(self.stage_folder(index) / "done")[::2]
+    def result(self, index: int) -> dict[str, Tensor]:
+        """What a finished stage taught, by parameter name."""
+        return load_file(self.stage_folder(index) / "done" / "model.safetensors")
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """A finished stage's tokens, seconds, losses and data position."""
+        return _facts(self.stage_folder(index) / "done")
 
     def checkpoint(
         self, index: int, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], facts: dict[str, Any]
@@ -140,8 +144,7 @@ class RunDirectory:
     def _load(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         optimizer = folder / "optimizer.pt"
         state = torch.load(optimizer, weights_only=True, map_location="cpu") if optimizer.exists() else {}
-        facts = json.loads((folder / "manifest.json").read_text())["facts"]
-        return load_file(folder / "model.safetensors"), state, facts
+        return load_file(folder / "model.safetensors"), state, _facts(folder)
 
 
 @contextmanager
@@ -203,6 +206,10 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "opened": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())["facts"]
 
 
 def _difference(key: str, before: Any, now: Any) -> list[str]:

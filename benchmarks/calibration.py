@@ -1,0 +1,67 @@
+"""What calibration alone makes of a real teacher: mixers and their starts side by side.
+
+    python benchmarks/calibration.py                                         # every mixer with its defaults
+    python benchmarks/calibration.py gated_deltanet gated_deltanet:write=0.5 gated_deltanet:rope=true
+
+No gradient step is taken: the output projections of all layers are solved on the same tokens, for each ridge, and the
+student is measured on held-out text. The ridge that is best there is shown (a comparison of starts, not a result).
+"""
+
+import argparse
+import contextlib
+import time
+
+import torch
+
+import limbeck
+from limbeck import assets, mixers
+from limbeck.data.packing import Packed
+from limbeck.data.shards import prepare
+from limbeck.losses import LogitWeights
+from limbeck.model import attention_sites
+from limbeck.recipe import parse_value
+from limbeck.stages.calibrate import NormalEquations
+from limbeck.stages.end_to_end import Logits
+from limbeck.stages.teacher import load_teacher
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    linear = [name for name in sorted(mixers.names()) if name != "softmax"]
+    parser.add_argument("students", nargs="*", default=linear, help="mixer or mixer:option=value,option=value")
+    parser.add_argument("--teacher", default="embedded")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--ridges", default="1e-4,1e-2,1")
+    args = parser.parse_args()
+
+    teacher, tokenizer = load_teacher(assets.resolve_teacher(args.teacher), torch.device("cpu"))
+    store = prepare("embedded", tokenizer, length=args.length, max_tokens=1_000_000, held_out=0.05)
+    data, held_out = Packed(store.train, args.length), Packed(store.held_out, args.length, shuffle=False)
+    judged = held_out.batch(0, 4)
+    sites = attention_sites(teacher)
+    print(f"{'student':44} {'copied':>9} {'solved':>9} {'ridge':>7} {'unexplained':>12} {'seconds':>8}")
+    for spec in args.students:
+        name, _, text = spec.partition(":")
+        pairs = [part.split("=") for part in text.split(",") if part]
+        options = {key: parse_value(value) for key, value in pairs}
+        student = limbeck.convert(teacher, name, options=options, share=True).requires_grad_(False)
+        judge = Logits(teacher, student, sites, contextlib.nullcontext, LogitWeights())
+        before = judge.evaluate(judged)
+        began = time.monotonic()
+        fits = NormalEquations(teacher, student, sites, contextlib.nullcontext)
+        for at in range(0, args.tokens // args.length, 4):
+            fits.add(data.batch(at, 4))
+        seconds = time.monotonic() - began
+        tried = []
+        for ridge in map(float, args.ridges.split(",")):
+            unexplained = fits.solve(ridge)
+            tried.append((float(judge.evaluate(judged)["ce"].exp()), ridge, unexplained))
+        best, ridge, unexplained = min(tried)
+        copied = float(before["ce"].exp())
+        print(f"{spec:44} {copied:9.4g} {best:9.4g} {ridge:7.0e} {unexplained:12.3f} {seconds:8.0f}", flush=True)
+    print(f"teacher {float(before['teacher_ce'].exp()):.4g}, perplexity on {judged.valid:,} held-out tokens")
+
+
+if __name__ == "__main__":
+    main()

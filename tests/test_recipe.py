@@ -1,0 +1,141 @@
+"""Recipes, and what the README and the summaries promise of the command line."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from limbeck import LimbeckError, Recipe
+from limbeck.cli import app
+from limbeck.cli.distill import build_recipe
+from limbeck.recipe import BUILT_IN, parse_value, stages_from_text, tokens_over_stages
+
+ROOT = Path(__file__).parent.parent
+NOTHING = {"teacher": None, "student": None, "layers": None, "stages": None, "tokens": None, "data": None, "out": None}
+
+
+def build(**changes) -> Recipe:
+    return build_recipe("quickstart", **{**NOTHING, **changes}, settings=changes.pop("settings", []))
+
+
+@pytest.mark.parametrize("name", [p.stem for p in BUILT_IN.glob("*.yaml")])
+def test_every_shipped_recipe_is_complete_and_survives_yaml(name, tmp_path):
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert recipe.stages
+    path = tmp_path / "again.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+
+
+def test_options_go_over_the_recipe():
+    base = Recipe.load("quickstart")
+    recipe = build(teacher="some/model", student="gla", stages="0,3", tokens=10_000, data="x.jsonl", out=Path("here"))
+    assert (recipe.teacher, recipe.student.mixer, recipe.data.source, recipe.out) == (
+        "some/model",
+        "gla",
+        "x.jsonl",
+        "here",
+    )
+    assert [stage.stage for stage in recipe.stages] == ["calibrate", "logits"]
+    assert sum(stage.tokens for stage in recipe.stages) == pytest.approx(10_000, abs=2)
+    assert recipe.stages[1].lr == base.stages[2].lr, "the recipe's own settings for the stage are kept"
+    assert recipe.data.max_tokens is None
+    assert build(student="gla").out == "runs/quickstart-gla"
+    assert build().out is None
+    assert build() == base
+    changed = build_recipe(
+        "quickstart", **NOTHING, settings=["stages.1.lr=3e-4", "student.options={write: 0.5}", "seed=7"]
+    )
+    assert changed.stages[1].lr == 3e-4
+    assert changed.student.options == {"write": 0.5}
+    assert changed.seed == 7
+
+
+def test_stages_by_number_or_name_repeat_and_take_defaults():
+    raw = {"stages": [{"stage": "hidden", "tokens": 5, "lr": 1.0}, {"stage": "hidden", "tokens": 7, "lr": 2.0}]}
+    stages = stages_from_text("2,calibrate,2,2", raw)
+    assert [s["stage"] for s in stages] == ["hidden", "calibrate", "hidden", "hidden"]
+    assert [s.get("lr") for s in stages] == [1.0, None, 2.0, 2.0]
+    stages[3]["tokens"] = 100
+    assert stages[2]["tokens"] == 7, "stages share their settings"
+    tokens_over_stages(stages, 1000)
+    assert sum(s["tokens"] for s in stages) == pytest.approx(1000, abs=3)
+
+
+VALUES = [
+    ("3", 3),
+    ("1e-3", 1e-3),
+    ("-2E5", -2e5),
+    ("true", True),
+    ("[1, 2]", [1, 2]),
+    ("gla", "gla"),
+    ("a: [", "a: ["),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), VALUES)
+def test_values_of_the_command_line(text, value):
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "word"),
+    [
+        ({"teacherr": "x"}, "did you mean 'teacher'"),
+        ({"data": {"lenght": 3}}, "did you mean 'length'"),
+        ({"data": 3}, "data"),
+        ({"stages": [{"stage": "hiden", "tokens": 3}]}, "did you mean 'hidden'"),
+        ({"stages": [{"stage": "hidden", "tokens": 3, "targett": "block"}]}, "did you mean 'target'"),
+        ({"stages": [{"stage": "hidden"}]}, "stages.0.tokens"),
+        ({"stages": [{"stage": "logits", "tokens": 3, "ce": 0, "kl": 0}]}, "nothing to learn"),
+        ({"evaluation": {"tokens": 0}}, "evaluation.tokens"),
+    ],
+)
+def test_a_wrong_recipe_names_the_place(raw, word):
+    with pytest.raises(LimbeckError, match=re.escape(word)):
+        Recipe.parse(raw)
+
+
+def command_lines() -> list[str]:
+    """Every `limbeck ...` line in the README and in the summary's next commands."""
+    texts = [(ROOT / "README.md").read_text(), (ROOT / "src/limbeck/summary.py").read_text().replace("{run}", "runs/x")]
+    lines = [line for text in texts for line in re.findall(r"^\s*f?[\"']?\s*(limbeck .*?)[\"']?,?$", text, re.M)]
+    return [line.replace('\\"', '"') for line in lines]
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_the_commands_that_are_promised_parse(line):
+    import limbeck.cli as cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["limbeck", "--help"])
+        with pytest.raises(SystemExit):
+            cli.main()  # registers the verbs
+    group = typer.main.get_command(app)
+    _, verb, *arguments = shlex.split(line.split("  #")[0])
+    group.commands[verb].make_context(verb, arguments)
+
+
+def test_there_are_commands_to_check():
+    assert len(command_lines()) >= 6
+
+
+def test_the_readmes_python_names_what_exists():
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert code
+    for block in code:
+        compile(block, "README.md", "exec")
+        import limbeck
+
+        for name in re.findall(r"limbeck\.(\w+)", block):
+            assert hasattr(limbeck, name), name
+
+
+def test_make_has_the_readmes_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
+        assert re.search(rf"^{target}:", makefile, re.M), target

@@ -16,7 +16,7 @@ import torch
 
 import limbeck
 from limbeck import assets
-from limbeck.data.packing import Packed
+from limbeck.data.packing import Batch, Packed
 from limbeck.data.shards import prepare
 from limbeck.evaluate.memory import peak_memory
 from limbeck.model import attention_sites
@@ -63,7 +63,7 @@ def main() -> None:
         "body": lambda batch: run_body(teacher, batch),
         "calibrate": NormalEquations(*common).add,
         "hidden": _trained(Hidden(*common, target=args.target)),
-        "matrix": _trained(Matrix(*common)),
+        "matrix": _trained(Matrix(*common), micro_batch=1),  # as the recipes have it
     }
     speed = matmul_speed(torch.device("cpu"), sites[0].shape.hidden)
     tokens = args.batch * args.length
@@ -85,7 +85,7 @@ def main() -> None:
     print(f"peak resident memory {(peak_memory() or 0) / 1e9:.2f} GB")
 
 
-def _trained(stage: Hidden | Matrix):
+def _trained(stage: Hidden | Matrix, micro_batch: int | None = None):
     """A whole training step of a stage, optimiser included."""
     parameters = list(stage.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -93,7 +93,11 @@ def _trained(stage: Hidden | Matrix):
     def step(batch) -> None:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        stage.backward(batch, stage.count(batch))
+        counts = stage.count(batch)
+        size = micro_batch or len(batch.input_ids)
+        tensors = (batch.input_ids, batch.position_ids, batch.targets)
+        for parts in zip(*(x.split(size) for x in tensors)):
+            stage.backward(Batch(*parts), counts)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -26,14 +26,13 @@ def matrix_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = Non
         student, teacher: [B, H, T, T].
         valid: [B, T] bool, rows and columns that count; None for all.
     """
-    difference = student.float() - teacher.float() if student.dtype != torch.float64 else student - teacher
+    wide = torch.promote_types(student.dtype, torch.float32)
+    difference = student.to(wide) - teacher.to(wide)
     rows = torch.full((student.shape[0],), float(student.shape[2]), device=student.device)
     if valid is not None:
         difference = difference * valid[:, None, :, None] * valid[:, None, None, :]
         rows = valid.sum(1).clamp_min(1).to(rows.dtype)
-    squares = difference.square().sum((-2, -1))  # [B, H]
-    # the root has no gradient at zero, where there is nothing to learn
-    norm = torch.where(squares > 0, squares.clamp_min(1e-24).sqrt(), squares)
+    norm = torch.linalg.vector_norm(difference, dim=(-2, -1))  # [B, H], its slope at zero is zero
     return (norm.mean(1) / rows.sqrt()).sum()
 
 

@@ -92,7 +92,7 @@ def matmul_speed(device: torch.device, width: int) -> float:
     layer = nn.Linear(width, 4 * width, bias=False, device=device)
     x = torch.randn(2048, width, device=device)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(25):
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()

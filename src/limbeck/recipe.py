@@ -70,6 +70,7 @@ class Matrix(_Trained):
 
     stage: Literal["matrix"]
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    micro_batch: Annotated[int, Field(gt=0)] | None = 1  # one sequence's T x T matrices at a time are the fastest too
 
 
 class Hidden(_Trained):

@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--stages", default="body,calibrate,hidden,matrix")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
 
     teacher, tokenizer = load_teacher(assets.resolve_teacher(args.teacher), torch.device("cpu"))
     store = prepare("embedded", tokenizer, length=args.length, max_tokens=200_000, held_out=0.05)

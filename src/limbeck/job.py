@@ -107,8 +107,6 @@ def prepare_job(recipe: Recipe) -> Job:
     path = Path(recipe.out or f"runs/{recipe.name}")
     check_run(path, recipe)
     device = _device(recipe.device)
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)
     teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), device)
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and recipe.data.length > longest:

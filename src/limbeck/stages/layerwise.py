@@ -4,7 +4,7 @@ The teacher's body runs once without gradient; a hook behind each layer runs the
 takes the loss, runs backward and lets the graph go. So one layer's graph is alive at a time, whatever the depth, and
 the student needs no copy of what it does not train.
 
-    stage = Hidden(teacher, student, sites, recipe)
+    stage = Hidden(teacher, student, sites, autocast, target="attention")
     sums = stage.backward(batch, {"tokens": 2048})      # gradients added; sums per layer
 """
 

@@ -103,7 +103,7 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
 
 def prepare_job(recipe: Recipe) -> Job:
     """Check a recipe and load what it names. Writes nothing but the caches."""
-    mixers.get(recipe.student.mixer).options_class.parse(recipe.student.options, recipe.student.mixer)
+    mixers.options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
     path = Path(recipe.out or f"runs/{recipe.name}")
     check_run(path, recipe)
     device = _device(recipe.device)
@@ -156,6 +156,7 @@ def _student(job: Job) -> PreTrainedModel:
         student.mixer,
         [site.shape.layer for site in job.sites],
         student.options,
+        preset=student.preset,
         copy_projections=student.copy_projections,
         share=True,
     ).requires_grad_(False)

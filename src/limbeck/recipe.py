@@ -27,6 +27,8 @@ class Student(_Part):
 
     mixer: str = "gated_deltanet"
     layers: str | list[int] = "all"
+    # what the mixer's options start from: Limbeck's own, its authors', or all mixers alike but for the recurrence
+    preset: Literal["default", "published", "controlled"] = "default"
     options: dict[str, Any] = {}
     copy_projections: bool = True  # the teacher's q, k, v and output projections; false draws fresh ones
 

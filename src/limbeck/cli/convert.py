@@ -15,6 +15,7 @@ def convert(
     teacher: Annotated[str, typer.Argument(help="'embedded', a local folder or a hub name.")],
     out: Annotated[Path, typer.Argument(help="New folder for the student.")],
     student: Annotated[str, typer.Option(help="The mixer; `limbeck students` lists them.")] = "gated_deltanet",
+    preset: Annotated[str, typer.Option(help="default, published or controlled; see docs/students.md.")] = "default",
     layers: Annotated[str, typer.Option(help="'all' or layer numbers such as 0,2,5-9.")] = "all",
 ) -> None:
     """Write an untrained student: the teacher with other attention in the chosen layers."""
@@ -27,9 +28,9 @@ def convert(
     from limbeck.model.convert import parameter_report
     from limbeck.stages.teacher import load_teacher
 
-    mixers.get(student)
+    mixers.options(student, preset=preset)
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
-    made = limbeck.convert(model, student, layers)
+    made = limbeck.convert(model, student, layers, preset=preset)
     made.save_pretrained(out)
     tokenizer.save_pretrained(out)
     report = parameter_report(made)

@@ -1,13 +1,44 @@
 """Token mixers, one file each; importing this package registers them all.
 
     from limbeck import mixers
-    mixers.names()                      # ['gated_deltanet', 'gla', 'linear_attention', 'mlstm', 'retnet', 'softmax']
+    mixers.names()                      # ['based', 'cosformer', 'deltanet', ...]
+    mixers.named_set("paper-v3")        # ['linear_attention', 'retnet', 'gla', ...]
     mixers.get("gla").summary
 
 What a mixer is stands in base.py; docs/students.md has the formulas.
 """
 
-from limbeck.mixers import gated_deltanet, gla, linear_attention, mlstm, retnet, softmax  # noqa: F401
-from limbeck.mixers.base import HeadShape, Mixer, Options, State, Tokens, build, get, names, register
+from limbeck.mixers import (  # noqa: F401
+    deltanet,
+    gated_deltanet,
+    gla,
+    hgrn2,
+    kda,
+    linear_attention,
+    mamba2,
+    metala,
+    mlstm,
+    retnet,
+    rwkv6,
+    softmax,
+)
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import PRESETS, build, get, named_set, names, options, register
 
-__all__ = ["HeadShape", "Mixer", "Options", "State", "Tokens", "build", "get", "names", "register"]
+__all__ = [
+    "PRESETS",
+    "HeadShape",
+    "Inputs",
+    "Mixer",
+    "Options",
+    "State",
+    "Tokens",
+    "build",
+    "get",
+    "named_set",
+    "names",
+    "options",
+    "register",
+]

@@ -12,93 +12,19 @@ the normaliser, chunked and recurrent forms, the mixing matrix, the state, head 
 Shapes: B batch, T time, H query heads, G key/value heads, K key width, V value width, D model width.
 """
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import fields, replace
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limbeck.errors import LimbeckError, closest
+from limbeck.errors import LimbeckError
+from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
+from limbeck.mixers.options import Options
 from limbeck.ops import convolution
-
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """The attention module that a mixer replaces: widths, head counts and where it stands."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    key_width: int
-    value_width: int
-    scale: float = 1.0  # what the teacher multiplies q·k by
-    layer: int = 0
-    layers: int = 1
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What a mixer knows of its tokens beside their content.
-
-    valid: [B, T] bool, False for padding; None when every token counts.
-    segments: [B, T] int, number of the packed document, 0 for the one that the incoming state belongs to; None for one.
-    """
-
-    valid: Tensor | None = None
-    segments: Tensor | None = None
-
-
-@dataclass
-class Inputs:
-    """The operator's arguments for one call, and what the mixer carries on beside the operator's state."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None = None
-    beta: Tensor | None = None
-    floor: Tensor | None = None  # [B, T, H] least size of the normaliser's denominator
-    carry: State = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Switches common to all mixers; each mixer sets its own defaults and adds its own."""
-
-    rope: bool = True  # hand over q and k with the teacher's rotary position embedding
-    conv: int = 0  # width of a causal convolution over q, k and v; 0 for none; starts as the identity
-    output_norm: Literal["none", "rms", "layer"] = "none"  # per head, before the output gate
-    output_gate: Literal["none", "silu", "sigmoid"] = "none"  # full-width gate from the hidden states, starts open
-
-    @classmethod
-    def parse(cls, given: dict[str, Any], mixer: str) -> "Options":
-        """Options from plain values (YAML, the command line); unknown names and values raise LimbeckError."""
-        known = {f.name: f for f in fields(cls)}
-        for name, value in given.items():
-            if name not in known:
-                raise LimbeckError(
-                    f"mixer '{mixer}' has no option '{name}'{closest(name, known)}", expected=", ".join(known)
-                )
-            kind = known[name].type
-            choices = getattr(kind, "__args__", None) if "Literal" in str(kind) else None
-            ok = value in choices if choices else _is_a(value, kind)
-            if not ok:
-                expected = " | ".join(map(str, choices)) if choices else getattr(kind, "__name__", str(kind))
-                raise LimbeckError(f"option '{name}' of mixer '{mixer}' is {value!r}", expected=expected)
-        if given.get("conv", 0) < 0 or given.get("conv", 0) == 1:
-            raise LimbeckError(f"option 'conv' of mixer '{mixer}' is {given['conv']}", expected="0, or 2 and more")
-        return cls(**given)
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+from limbeck.ops.common import widen
 
 
 class Mixer(nn.Module):
@@ -106,23 +32,42 @@ class Mixer(nn.Module):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    source: ClassVar[str] = ""  # paper and equation
     # one of limbeck.ops; None where the mixer overrides attend and attend_matrix
     operator: ModuleType | None = None
     normalised: bool = False  # divide by the same read-out of a column of ones
     options_class: type[Options] = Options
+    # options by preset: changes to the dataclass's defaults, what the authors have, what makes all mixers alike
+    defaults: ClassVar[dict[str, Any]] = {}
+    published: ClassVar[dict[str, Any]] = {}
+    controlled: ClassVar[dict[str, Any]] = {
+        "rope": True,
+        "conv": 0,
+        "conv_activation": "none",
+        "output_norm": "rms",
+        "output_gate": "none",
+        "heads": 0,
+        "state": 1.0,
+    }
 
-    def __init__(self, shape: HeadShape, options: Options):
+    def __init__(self, site: HeadShape, options: Options):
         super().__init__()
-        self.shape, self.options = shape, options
-        width = shape.heads * shape.value_width
+        self.site, self.options = site, options
+        self.shape = shape = self._inner_shape()  # what the operator sees
         if options.output_norm != "none":
             self.norm_weight = nn.Parameter(torch.ones(shape.heads, shape.value_width))
         if options.output_gate != "none":
-            self.gate = nn.Linear(shape.hidden, width)
+            self.gate = nn.Linear(options.gate_rank or site.hidden, site.heads * site.value_width)
+            if options.gate_rank:
+                self.gate_down = nn.Linear(site.hidden, options.gate_rank, bias=False)
         if options.conv:
-            widths = {"q": (shape.heads, shape.key_width), "k": (shape.kv_heads, shape.key_width)}
-            widths["v"] = (shape.kv_heads, shape.value_width)
+            widths = {"q": (site.heads, site.key_width), "k": (site.kv_heads, site.key_width)}
+            widths["v"] = (site.kv_heads, site.value_width)
             self.conv = nn.ParameterDict({n: nn.Parameter(torch.empty(options.conv, *w)) for n, w in widths.items()})
+        if shape.key_width != self._head_width("key"):
+            sizes = {"q": shape.heads, "k": shape.kv_heads}
+            maps = {n: torch.empty(h, self._head_width("key"), shape.key_width) for n, h in sizes.items()}
+            self.resize = nn.ParameterDict({n: nn.Parameter(m) for n, m in maps.items()})
         self.build()
         self.reset_parameters()
 
@@ -135,9 +80,17 @@ class Mixer(nn.Module):
             for weight in self.conv.values():
                 nn.init.zeros_(weight)
                 nn.init.ones_(weight[0])
+        if hasattr(self, "resize"):
+            # one map with orthonormal rows (or columns) for q and k of all heads: it keeps their products as they are
+            start = nn.init.orthogonal_(torch.empty_like(self.resize["q"][0], dtype=torch.float32))
+            with torch.no_grad():
+                for weight in self.resize.values():
+                    weight.copy_(start)
         if self.options.output_norm != "none":
             nn.init.ones_(self.norm_weight)
         if self.options.output_gate != "none":
+            if self.options.gate_rank:
+                nn.init.normal_(self.gate_down.weight, std=self.site.hidden**-0.5)
             nn.init.zeros_(self.gate.weight)
             # silu(1.27846) = 1; a sigmoid gate starts at 0.98
             nn.init.constant_(self.gate.bias, 1.2784645 if self.options.output_gate == "silu" else 4.0)
@@ -151,6 +104,22 @@ class Mixer(nn.Module):
             state: what this mixer put into `Inputs.carry` last time, empty at the start.
         """
         raise NotImplementedError
+
+    def input_width(self, rows: int) -> int:
+        """Width of q and k that the mixer wants for a state of so many rows a head; 0 rows: the mixer's own choice."""
+        return rows or self._head_width("key")
+
+    def feature_width(self) -> int:
+        """Rows of the state, for q and k of width `shape.key_width`."""
+        return self.shape.key_width
+
+    def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """What a token adds of its own to the operator's output o [B, T, H, V], ahead of the head norm."""
+        return o
+
+    def after_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """The same between head norm and output gate."""
+        return o
 
     # ------------------------------------------------------------------ what every mixer gets
 
@@ -169,79 +138,105 @@ class Mixer(nn.Module):
         """
         tokens, state = tokens or Tokens(), state or {}
         carried: State = {}
-        if self.options.conv:
-            q, k, v = (self._convolve(name, z, tokens, state, carried) for name, z in zip("qkv", (q, k, v)))
+        q, k, v = self._prepare(q, k, v, tokens, state, carried)
         o, memory = self.attend(q, k, v, x, tokens, state)
-        return self.readout(o, x), {**memory, **carried}
+        return self._readout(o, q, k, v, x), {**memory, **carried}
 
-    def matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
-        """The mixing matrix [B, H, T, T]: before head norm and gate, `forward` is this matrix times the convolved v."""
+    def forward_matrix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """y [B, T, H, V] by way of the mixing matrix, and that matrix [B, H, T, T].
+
+        What it multiplies is v after convolution and activation; head norm, output gate and what a mixer adds outside
+        its recurrence come after it and are no part of it.
+        """
         tokens = tokens or Tokens()
-        if self.options.conv:
-            q, k, v = (self._convolve(name, z, tokens, {}, {}) for name, z in zip("qkv", (q, k, v)))
-        return self.attend_matrix(q, k, v, x, tokens)
-
-    def mix(self, matrix: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
-        """The mixer's output from its mixing matrix [B, H, T, T] and v [B, T, G, V]: y [B, T, H, V]."""
-        if self.options.conv:
-            v = self._convolve("v", v, tokens or Tokens(), {}, {})
-        v = v.repeat_interleave(self.shape.heads // v.shape[2], dim=2)
-        return self.readout(torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), v), x)
+        q, k, v = self._prepare(q, k, v, tokens, {}, {})
+        matrix = self.attend_matrix(q, k, v, x, tokens)
+        o = torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), widen(v, self.shape.heads))
+        return self._readout(o, q, k, v, x), widen(matrix, self.site.heads, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         """The operator over `inputs`, normalised: o [B, T, H, V] and the new state."""
-        arguments = self._operands(q, k, v, x, tokens, state)
-        assert self.operator is not None
-        run = self.operator.recurrent if q.shape[1] == 1 else self.operator.chunked
+        arguments = self.operands(q, k, v, x, tokens, state)
         value = arguments.v
         if self.normalised:
             value = torch.cat([value, value.new_ones(*value.shape[:-1], 1)], -1)
+        assert self.operator is not None
+        run = self.operator.recurrent if q.shape[1] == 1 else self.operator.chunked
         o, memory = run(
             arguments.q,
             arguments.k,
             value,
-            *self._gates(arguments),
+            *arguments.gates,
             state=state.get("memory"),
             segments=tokens.segments,
         )
         if self.normalised:
             o, total = o[..., :-1], o[..., -1:]
             o = o / self._denominator(total, arguments)
-        return o, {"memory": memory, **arguments.carry}
+        return arguments.add_own(o), {"memory": memory, **arguments.carry}
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         """What `attend` multiplies v by, [B, H, T, T]."""
-        arguments = self._operands(q, k, v, x, tokens, {})
+        arguments = self.operands(q, k, v, x, tokens, {})
         assert self.operator is not None
-        m = self.operator.matrix(arguments.q, arguments.k, *self._gates(arguments), segments=tokens.segments)
+        m = self.operator.matrix(arguments.q, arguments.k, *arguments.gates, segments=tokens.segments)
         if self.normalised:
             total = m.sum(-1).transpose(1, 2).unsqueeze(-1)
             m = m / self._denominator(total, arguments).squeeze(-1).transpose(1, 2).unsqueeze(-1)
-        return m
+        return arguments.add_diagonal(m)
 
-    def readout(self, o: Tensor, x: Tensor) -> Tensor:
-        """Head norm and output gate. o: [B, T, H, V], x: [B, T, D] -> [B, T, H, V]."""
-        if self.options.output_norm != "none":
-            wide = o.float() if o.dtype in (torch.float16, torch.bfloat16) else o
-            if self.options.output_norm == "layer":
-                wide = wide - wide.mean(-1, keepdim=True)
-            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-            o = (wide * self.norm_weight).to(o.dtype)
-        if self.options.output_gate != "none":
-            activate = F.silu if self.options.output_gate == "silu" else torch.sigmoid
-            o = o * activate(self.gate(x)).view(o.shape)
-        return o
+    def operands(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+        """`inputs` with padding blanked: a masked token writes nothing and nothing decays."""
+        arguments = self.inputs(q, k, v, x, tokens, state)
+        return arguments if tokens.valid is None else arguments.blanked(tokens.valid)
 
     def state_numel(self) -> int:
         """Numbers that the state of one sequence holds, whatever its length."""
-        s = self.shape
-        memory = s.heads * self.feature_width() * (s.value_width + self.normalised)
+        s = self.site
         channels = s.heads * s.key_width + s.kv_heads * (s.key_width + s.value_width)
-        return memory + max(self.options.conv - 1, 0) * channels
+        return self.memory_numel() + max(self.options.conv - 1, 0) * channels
 
-    def feature_width(self) -> int:
-        """Key width that the operator sees."""
-        return self.shape.key_width
+    def memory_numel(self) -> int:
+        """The same without the convolution's."""
+        return self.shape.heads * self.feature_width() * (self.shape.value_width + self.normalised)
+
+    def _head_width(self, of: str) -> int:
+        """Key or value width of a head after merging."""
+        width = self.site.key_width if of == "key" else self.site.value_width
+        return width * self.site.heads // (self.options.heads or self.site.heads)
+
+    def _inner_shape(self) -> HeadShape:
+        site, heads = self.site, self.options.heads or self.site.heads
+        if site.heads % heads:
+            raise LimbeckError(
+                f"option 'heads' of mixer '{self.name}' is {heads}, the teacher's attention has {site.heads}",
+                expected=f"a divisor of {site.heads}, or 0",
+            )
+        groups = site.kv_heads if heads == site.heads else heads
+        rows = round(self.options.state * site.key_width)
+        if self.options.state and not rows:
+            raise LimbeckError(
+                f"option 'state' of mixer '{self.name}' is {self.options.state}", expected="a row or more"
+            )
+        width = self.input_width(rows)
+        return replace(site, heads=heads, kv_heads=groups, key_width=width, value_width=self._head_width("value"))
+
+    def _prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: State, carried: State
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v convolved, activated, merged into fewer heads and resized; fills `carried`."""
+        if self.options.conv:
+            q, k, v = (self._convolve(name, z, tokens, state, carried) for name, z in zip("qkv", (q, k, v)))
+        if self.options.conv_activation == "silu":
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        if self.shape.heads != self.site.heads:
+            merged = (*q.shape[:2], self.shape.heads, -1)
+            q, k, v = q.reshape(merged), *(widen(z, self.site.heads).reshape(merged) for z in (k, v))
+        if hasattr(self, "resize"):
+            q, k = (torch.einsum("bthk,hkj->bthj", z, self.resize[n]) for n, z in (("q", q), ("k", k)))
+        return q, k, v
 
     def _convolve(self, name: str, z: Tensor, tokens: Tokens, state: State, carried: State) -> Tensor:
         """q, k or v [B, T, heads, width] convolved; puts what the next call needs into `carried`."""
@@ -251,24 +246,22 @@ class Mixer(nn.Module):
         z, carried[key] = convolution.causal(z, self.conv[name], state=state.get(key), segments=tokens.segments)
         return z
 
-    def _operands(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
-        arguments = self.inputs(q, k, v, x, tokens, state)
-        if tokens.valid is not None:  # a masked token is a no-op: it writes nothing and nothing decays
-            blank = ~tokens.valid[..., None]
-            arguments.k = arguments.k.masked_fill(blank[..., None], 0)
-            arguments.v = arguments.v.masked_fill(blank[..., None], 0)
-            if arguments.beta is not None:
-                arguments.beta = arguments.beta.masked_fill(blank, 0)
-            decay = arguments.log_decay
-            if decay is not None:
-                decay = decay.expand(*q.shape[:2], -1) if decay.dim() == 1 else decay
-                arguments.log_decay = decay.masked_fill(blank if decay.dim() == 3 else blank[..., None], 0)
-        return arguments
-
-    def _gates(self, arguments: Inputs) -> tuple[Tensor | None, ...]:
-        if arguments.beta is not None:
-            return arguments.beta, arguments.log_decay
-        return (arguments.log_decay,)
+    def _readout(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """Head norm and output gate, and the teacher's heads again: [B, T, H, V]."""
+        o = self.before_norm(o, q, k, v, x)
+        if self.options.output_norm != "none":
+            wide = o.float() if o.dtype in (torch.float16, torch.bfloat16) else o
+            if self.options.output_norm == "layer":
+                wide = wide - wide.mean(-1, keepdim=True)
+            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+            o = (wide * self.norm_weight).to(o.dtype)
+        o = self.after_norm(o, q, k, v, x)
+        o = o.reshape(*o.shape[:2], self.site.heads, self.site.value_width)
+        if self.options.output_gate != "none":
+            activate = F.silu if self.options.output_gate == "silu" else torch.sigmoid
+            x = self.gate_down(x) if self.options.gate_rank else x
+            o = o * activate(self.gate(x)).view(o.shape)
+        return o
 
     def _denominator(self, total: Tensor, arguments: Inputs) -> Tensor:
         if arguments.floor is not None:
@@ -277,41 +270,3 @@ class Mixer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{f.name}={getattr(self.options, f.name)}" for f in fields(self.options))
-
-
-def spread_half_lives(heads: int, shortest: float, longest: float) -> Tensor:
-    """Log decay per token [H] (negative) under which a write fades to one half in `shortest` tokens in the first head,
-    `longest` in the last and geometrically in between."""
-    steps = torch.linspace(0, 1, heads, dtype=torch.float64) if heads > 1 else torch.zeros(1, dtype=torch.float64)
-    return (-math.log(2.0) / (shortest * (longest / shortest) ** steps)).float()
-
-
-_REGISTRY: dict[str, type[Mixer]] = {}
-
-
-def register(cls: type[Mixer]) -> type[Mixer]:
-    """Class decorator: makes the mixer known by its `name` to conversion, recipes and the contract tests."""
-    _REGISTRY[cls.name] = cls
-    return cls
-
-
-def names() -> list[str]:
-    """All registered mixers."""
-    return list(_REGISTRY)
-
-
-def get(name: str) -> type[Mixer]:
-    """The mixer class of that name; LimbeckError with the nearest name if there is none."""
-    if name not in _REGISTRY:
-        raise LimbeckError(
-            f"unknown mixer '{name}'{closest(name, _REGISTRY)}",
-            expected=", ".join(_REGISTRY),
-            hint="limbeck students   (lists them with what each one is)",
-        )
-    return _REGISTRY[name]
-
-
-def build(name: str, shape: HeadShape, options: dict[str, Any] | None = None) -> Mixer:
-    """A mixer of that name for an attention of that shape; options as plain values."""
-    cls = get(name)
-    return cls(shape, cls.options_class.parse(options or {}, name))

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limbeck.mixers.base import Inputs, Mixer, Options, State, Tokens, register, spread_half_lives
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.inputs import Inputs, State, Tokens
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import register
+from limbeck.mixers.start import logit, spread_half_lives
 from limbeck.ops import vector_decay
 
 
@@ -34,9 +38,11 @@ class GLA(Mixer):
 
     name = "gla"
     summary = "gated linear attention: a data-dependent decay per key channel, head norm and gate (Yang 2023)"
+    source = "arXiv 2312.06635, eq. 3 and sec. 4.4"
     operator = vector_decay
     options_class = GLAOptions
     options: GLAOptions
+    published = {"rope": False}
 
     def build(self) -> None:
         s = self.shape
@@ -49,12 +55,10 @@ class GLA(Mixer):
         nn.init.zeros_(self.decay_up.weight)
         o = self.options
         log_decay = spread_half_lives(self.shape.heads, o.shortest, o.longest) * o.temperature
-        keep = log_decay.exp()  # sigmoid(bias)
         with torch.no_grad():
-            bias = torch.log(keep) - torch.log1p(-keep)
-            self.decay_up.bias.copy_(bias.repeat_interleave(self.shape.key_width))
+            self.decay_up.bias.copy_(logit(log_decay.exp()).repeat_interleave(self.shape.key_width))
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
-        gate = self.decay_up(self.decay_down(x)).view(q.shape)
+        gate = self.decay_up(self.decay_down(x)).unflatten(-1, (self.shape.heads, -1))
         gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
         return Inputs(q * self.shape.scale, k, v, F.logsigmoid(gate) / self.options.temperature)

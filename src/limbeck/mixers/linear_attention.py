@@ -1,32 +1,36 @@
 """Linear attention: o_t = sum_j phi(q_t)·phi(k_j) v_j, optionally divided by the sum of the weights.
 
-Katharopoulos et al. 2020 (arXiv 2006.16236), equations 8 to 12. State [K', V] per head with K' the feature width.
+Katharopoulos et al. 2020 (arXiv 2006.16236), equations 8 to 12. State [K', V] per head with K' the number of features.
+Every feature map is an option here (`feature_map`, see feature_maps.py); those with a name in the field are registered
+as mixers of their own.
 
-Start: no parameters of its own, so the student at step 0 is linear attention over the teacher's q, k, v.
+Start: the student at step 0 is linear attention over the teacher's q, k, v, matrices in feature maps being identities.
+Taylor and ReBased map q and k to 16 channels first, since their features number a half K².
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from limbeck.errors import LimbeckError
-from limbeck.mixers.base import HeadShape, Inputs, Mixer, Options, State, Tokens, register
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.feature_maps import FEATURE_MAPS, CosFormer
+from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import register
 from limbeck.ops import scalar_decay
-
-FEATURE_MAPS = {
-    "identity": lambda x: x,
-    "relu": F.relu,
-    "elu1": lambda x: F.elu(x) + 1,
-    "softmax": lambda x: x.softmax(-1),
-}
 
 
 @dataclass(frozen=True)
 class LinearAttentionOptions(Options):
-    feature_map: Literal["identity", "relu", "elu1", "softmax"] = "elu1"
+    feature_map: Literal[
+        "identity", "relu", "elu1", "softmax", "t2r", "hadamard", "dpfp", "hedgehog", "taylor", "rebased", "cosformer"
+    ] = "elu1"
     normalise: bool = True
+    width: int = 0  # map q and k to so many channels first; 0 to leave them
+    horizon: int = 32768  # cosformer: the length at which a token's weight has fallen to zero
 
 
 @register
@@ -35,20 +39,115 @@ class LinearAttention(Mixer):
 
     name = "linear_attention"
     summary = "kernel attention without decay, phi(q)·phi(k), normalised (Katharopoulos 2020)"
+    source = "arXiv 2006.16236, eq. 8 to 12"
     operator = scalar_decay
     options_class = LinearAttentionOptions
     options: LinearAttentionOptions
+    published = {"rope": False}
 
-    def __init__(self, shape: HeadShape, options: LinearAttentionOptions):
-        if options.normalise and options.feature_map == "identity":
+    def __init__(self, site: HeadShape, options: LinearAttentionOptions):
+        self.kind = FEATURE_MAPS[options.feature_map]
+        if options.normalise and not self.kind.positive:
             raise LimbeckError(
-                "linear_attention cannot normalise with feature_map=identity: its weights change sign",
-                expected="feature_map=elu1 | relu | softmax, or normalise=false",
+                f"linear_attention cannot normalise with feature_map={options.feature_map}: its weights change sign",
+                expected=f"feature_map={' | '.join(n for n, m in FEATURE_MAPS.items() if m.positive)}, "
+                "or normalise=false",
             )
-        super().__init__(shape, options)
+        super().__init__(site, options)
         self.normalised = options.normalise
 
+    def build(self) -> None:
+        s = self.shape
+        self.phi_q, self.phi_k = self.kind(s.heads, s.key_width), self.kind(s.kv_heads, s.key_width)
+
+    def input_width(self, rows: int) -> int:
+        if not rows:
+            return self.options.width or super().input_width(0)
+        fitting = [width for width in range(1, rows + 1) if self.kind.features(width) <= rows]
+        return max(fitting, default=1)
+
+    def feature_width(self) -> int:
+        return self.kind.features(self.shape.key_width)
+
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
-        phi = FEATURE_MAPS[self.options.feature_map]
-        q, k = phi(q), phi(k)
-        return Inputs(q if self.normalised else q * self.shape.scale, k, v)
+        q, k, carry = self.phi_q(q), self.phi_k(k), {}
+        if self.kind is CosFormer:  # only differences of positions matter, so padding and documents are counted along
+            first = state.get("position", q.new_zeros(len(q), dtype=torch.long))
+            position = first[:, None] + torch.arange(q.shape[1], device=q.device)
+            q, k = (CosFormer.at(z, position, self.options.horizon) for z in (q, k))
+            carry = {"position": position[:, -1] + 1}
+        return Inputs(q if self.options.normalise else q * self.shape.scale, k, v, carry=carry)
+
+    def memory_numel(self) -> int:
+        return super().memory_numel() + (self.kind is CosFormer)
+
+
+@register
+class T2R(LinearAttention):
+    """Linear attention with feature map relu(Wx + b)."""
+
+    name = "t2r"
+    summary = "linear attention with a learned relu(Wx + b) (Kasai 2021)"
+    source = "arXiv 2103.13076, eq. 5"
+    defaults = {"feature_map": "t2r"}
+
+
+@register
+class Hadamard(LinearAttention):
+    """Linear attention with the product of two linear maps, without a normaliser."""
+
+    name = "hadamard"
+    summary = "linear attention with (W₁x)⊙(W₂x), not normalised"
+    source = "flash-linear-attention"
+    defaults = {"feature_map": "hadamard", "normalise": False}
+
+
+@register
+class DPFP(LinearAttention):
+    """Linear attention with deterministic parameter-free projection."""
+
+    name = "dpfp"
+    summary = "linear attention with products of rolled relu(±x) (Schlag 2021)"
+    source = "arXiv 2102.11174, eq. 37"
+    defaults = {"feature_map": "dpfp"}
+
+
+@register
+class Hedgehog(LinearAttention):
+    """Linear attention with a softmax over a learned map of q and k."""
+
+    name = "hedgehog"
+    summary = "linear attention with [softmax(Wx), softmax(−Wx)] per head (Zhang 2024)"
+    source = "arXiv 2402.04347, sec. 4.2"
+    defaults = {"feature_map": "hedgehog"}
+    published = {"rope": True}
+
+
+@register
+class Based(LinearAttention):
+    """Linear attention with the Taylor series of the exponential."""
+
+    name = "based"
+    summary = "linear attention with 1 + s + s²/2, on 16 channels (Arora 2024)"
+    source = "arXiv 2402.18668, sec. 4.1"
+    defaults = {"feature_map": "taylor", "width": 16}
+
+
+@register
+class ReBased(LinearAttention):
+    """Linear attention with the square of a learned product."""
+
+    name = "rebased"
+    summary = "linear attention with (q̂·k̂)² of layer-normed q and k, on 16 channels (Aksenov 2024)"
+    source = "arXiv 2402.10644, eq. 7"
+    defaults = {"feature_map": "rebased", "width": 16}
+
+
+@register
+class CosFormerAttention(LinearAttention):
+    """Linear attention with relu and a cosine of the distance."""
+
+    name = "cosformer"
+    summary = "linear attention with relu and a cosine weight over the distance (Qin 2022)"
+    source = "arXiv 2202.08791, eq. 10"
+    defaults = {"feature_map": "cosformer"}

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limbeck.mixers.base import Inputs, Mixer, Options, State, Tokens, register, spread_half_lives
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.inputs import Inputs, State, Tokens
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import register
+from limbeck.mixers.start import logit, spread_half_lives
 from limbeck.ops import scalar_decay
 
 
@@ -37,10 +41,12 @@ class MLSTM(Mixer):
 
     name = "mlstm"
     summary = "xLSTM's matrix memory: exponential input gate, forget gate, normaliser (Beck 2024)"
+    source = "arXiv 2405.04517, eq. 19 to 27"
     operator = scalar_decay
     normalised = True
     options_class = MLSTMOptions
     options: MLSTMOptions
+    published = {"rope": False}
 
     def build(self) -> None:
         self.input_gate = nn.Linear(self.shape.hidden, self.shape.heads)
@@ -53,9 +59,8 @@ class MLSTM(Mixer):
         nn.init.zeros_(self.input_gate.bias)
         keep = spread_half_lives(self.shape.heads, self.options.shortest, self.options.longest).exp()
         with torch.no_grad():
-            bias = torch.log(keep) - torch.log1p(-keep)
             cap = self.options.soft_cap
-            self.forget_gate.bias.copy_(cap * torch.atanh((bias / cap).clamp(max=0.99)))
+            self.forget_gate.bias.copy_(cap * torch.atanh((logit(keep) / cap).clamp(max=0.99)))
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         cap = self.options.soft_cap
@@ -70,6 +75,9 @@ class MLSTM(Mixer):
         k = k.repeat_interleave(self.shape.heads // k.shape[2], dim=2)
         k = k * torch.exp(log_i - m).unsqueeze(-1)
         return Inputs(q * self.shape.scale, k, v, log_f + previous - m, floor=torch.exp(-m), carry={"m": m[:, -1]})
+
+    def memory_numel(self) -> int:
+        return super().memory_numel() + self.shape.heads  # m
 
 
 def stabiliser(log_i: Tensor, log_f: Tensor, tokens: Tokens, start: Tensor | None) -> tuple[Tensor, Tensor]:

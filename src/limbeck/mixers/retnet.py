@@ -12,7 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.mixers.base import Inputs, Mixer, Options, State, Tokens, register
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.inputs import Inputs, State, Tokens
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import register
 from limbeck.ops import scalar_decay
 
 
@@ -28,6 +31,7 @@ class RetNet(Mixer):
 
     name = "retnet"
     summary = "retention: a fixed decay per head, RoPE, head norm and silu gate (Sun 2023)"
+    source = "arXiv 2307.08621, eq. 5 to 8"
     operator = scalar_decay
     options_class = RetNetOptions
 

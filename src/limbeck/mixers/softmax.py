@@ -10,7 +10,9 @@ Start: the teacher's attention (without soft caps, windows and sinks, which the 
 import torch
 from torch import Tensor
 
-from limbeck.mixers.base import Mixer, State, Tokens, register
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.inputs import State, Tokens
+from limbeck.mixers.registry import register
 
 
 @register
@@ -18,7 +20,9 @@ class Softmax(Mixer):
     """See the module's docstring."""
 
     name = "softmax"
+    source = "arXiv 1706.03762, eq. 1"
     summary = "softmax attention, the control arm: must come out as the teacher, its cache grows"
+    controlled = {}  # a head norm would make it another model than the teacher
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         length = q.shape[1]
@@ -33,7 +37,7 @@ class Softmax(Mixer):
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         return self._weights(q, k, _valid(tokens, k), _segments(tokens, k), q.shape[1])
 
-    def state_numel(self) -> int:
+    def memory_numel(self) -> int:
         """Numbers that one more token adds."""
         return self.shape.kv_heads * (self.shape.key_width + self.shape.value_width)
 

@@ -70,8 +70,7 @@ def attention(
     tokens = tokens_of(attention_mask, query.shape[2])
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if output_matrix:
-        matrix = module.mixer.matrix(q, k, v, limbeck_call.x, tokens=tokens)
-        return module.mixer.mix(matrix, v, limbeck_call.x, tokens=tokens), matrix
+        return module.mixer.forward_matrix(q, k, v, limbeck_call.x, tokens=tokens)
     layer = limbeck_call.layer
     y, state = module.mixer(q, k, v, limbeck_call.x, tokens=tokens, state=layer.state if layer else None)
     if layer is not None:

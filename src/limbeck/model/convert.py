@@ -27,6 +27,7 @@ def convert(
     layers: str | list[int] = "all",
     options: dict[str, Any] | None = None,
     *,
+    preset: str = "default",
     copy_projections: bool = True,
     share: bool = False,
 ) -> PreTrainedModel:
@@ -36,7 +37,9 @@ def convert(
         model: a causal language model of transformers whose family uses its attention interface.
         mixer: name of the mixer (`limbeck students` lists them).
         layers: "all", a list of layer numbers, or text such as "0,2,5-9"; the others keep softmax.
-        options: the mixer's options; what is not given keeps the mixer's default.
+        options: the mixer's options; what is not given is as the preset has it.
+        preset: what the mixer's options start from: "default", "published" (as its authors have it) or "controlled"
+            (all mixers alike but for the recurrence).
         copy_projections: keep the teacher's q, k, v and output projections; False draws fresh ones.
         share: let everything outside the converted attention modules be the teacher's very tensors (saves memory while
             only the mixers are trained); False copies all.
@@ -46,8 +49,7 @@ def convert(
     """
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
-    cls = mixers.get(mixer)
-    chosen_options = cls.options_class.parse(options or {}, mixer)
+    chosen_options = mixers.options(mixer, options, preset)
     sites = attention_sites(model)
     chosen = [sites[i] for i in parse_layers(layers, len(sites))]
     plan = _plan(model, mixer, asdict(chosen_options), chosen)

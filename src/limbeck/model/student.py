@@ -114,7 +114,8 @@ def install(model: nn.Module, plan: dict[str, Any]) -> None:
     for entry in plan["layers"]:
         module = model.get_submodule(entry["module"])
         shape = HeadShape(**{**vars(shapes[entry["shape"]]), "layer": entry["layer"]})
-        attention.attach(module, mixers.build(entry["mixer"], shape, entry["options"]))
+        cls = mixers.get(entry["mixer"])
+        attention.attach(module, cls(shape, cls.options_class.parse(entry["options"], cls.name)))
 
 
 def mixers_of(model: nn.Module) -> dict[str, mixers.Mixer]:

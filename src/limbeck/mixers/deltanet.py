@@ -1,0 +1,60 @@
+"""DeltaNet: S_t = (I − b_t k_t k_tᵀ) S_{t-1} + b_t k_t v_tᵀ, no decay, a write strength per head.
+
+Yang et al. 2024 (arXiv 2406.06484), equations 4 to 6: b_t = σ(w·x_t), unit-length q and k. The state replaces what it
+holds at a key instead of adding to it.
+
+Start: w = 0 and the bias such that the write strength is `write`: delta-rule attention over the teacher's q, k, v.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.inputs import Inputs, State, Tokens
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import register
+from limbeck.mixers.start import logit
+from limbeck.ops import delta_rule
+
+
+@dataclass(frozen=True)
+class DeltaNetOptions(Options):
+    rope: bool = False
+    write: float = 0.25
+    negative_eigenvalues: bool = False  # write strengths up to 2 instead of 1
+
+
+@register
+class DeltaNet(Mixer):
+    """See the module's docstring. Subclasses add a decay."""
+
+    name = "deltanet"
+    summary = "delta rule: a write replaces what the state holds for its key (Schlag 2021, Yang 2024)"
+    source = "arXiv 2406.06484, eq. 4 to 6"
+    operator = delta_rule
+    options_class = DeltaNetOptions
+    options: DeltaNetOptions
+    published = {"conv": 4, "conv_activation": "silu", "output_norm": "rms"}
+
+    def build(self) -> None:
+        self.strength = nn.Linear(self.shape.hidden, self.shape.heads)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        most = 2.0 if self.options.negative_eigenvalues else 1.0
+        nn.init.zeros_(self.strength.weight)
+        nn.init.constant_(self.strength.bias, float(logit(torch.tensor(self.options.write / most))))
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+        raw = self.strength(x)
+        beta = torch.sigmoid(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        beta = 2 * beta if self.options.negative_eigenvalues else beta
+        q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
+        return Inputs(q, k, v, self.log_decay(x), beta)
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """[B, T, H], [B, T, H, K], or None for no decay."""
+        return None

@@ -1,0 +1,199 @@
+"""Feature maps φ of linear attention: what stands in for exp(q·k) as φ(q)·φ(k).
+
+    phi = FEATURE_MAPS["hedgehog"](heads=9, width=64)
+    phi(q).shape                                 # [B, T, 9, phi.features(64)]
+
+Each one is made twice, for q and for k. Those with a matrix have one per head, which starts as the identity.
+Shapes: B batch, T time, H heads, K width of q or k.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FeatureMap(nn.Module):
+    """A map of every head's q or k, [B, T, H, K] -> [B, T, H, features(K)]. Here: the identity."""
+
+    positive: ClassVar[bool] = False  # φ(q)·φ(k) is never negative, so that rows can be normalised
+
+    def __init__(self, heads: int, width: int):
+        super().__init__()
+        self.width = width
+
+    @staticmethod
+    def features(width: int) -> int:
+        """Number of features of a q of that width."""
+        return width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ReLU(FeatureMap):
+    """relu(x)."""
+
+    positive = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class Elu1(FeatureMap):
+    """elu(x) + 1, Katharopoulos et al. 2020 (arXiv 2006.16236), equation 7."""
+
+    positive = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.elu(x) + 1
+
+
+class Softmax(FeatureMap):
+    """softmax over the channels, as Liger has it (arXiv 2503.01496)."""
+
+    positive = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+
+class _PerHead(FeatureMap):
+    """Base of the maps with a matrix per head, which starts as the identity."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__(heads, width)
+        self.weight = nn.Parameter(torch.eye(width).expand(heads, width, width).clone())
+
+    def project(self, x: Tensor) -> Tensor:
+        return torch.einsum("bthk,hkj->bthj", x, self.weight)
+
+
+class T2R(_PerHead):
+    """relu(Wx + b), Kasai et al. 2021 (arXiv 2103.13076), equation 5."""
+
+    positive = True
+
+    def __init__(self, heads: int, width: int):
+        super().__init__(heads, width)
+        self.bias = nn.Parameter(torch.zeros(heads, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.project(x) + self.bias)
+
+
+class Hadamard(_PerHead):
+    """(Wx) ⊙ (W'x): the product of two linear maps. W' starts as zero with a bias of one, so that φ(x) = x."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__(heads, width)
+        self.second = nn.Parameter(torch.zeros(heads, width, width))
+        self.bias = nn.Parameter(torch.ones(heads, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x) * (torch.einsum("bthk,hkj->bthj", x, self.second) + self.bias)
+
+
+class DPFP(FeatureMap):
+    """Deterministic parameter-free projection with ν = 1: r ⊙ roll(r) for r = [relu(x), relu(−x)]; Schlag et al. 2021
+    (arXiv 2102.11174), equation 37."""
+
+    positive = True
+
+    @staticmethod
+    def features(width: int) -> int:
+        return 2 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = torch.cat([F.relu(x), F.relu(-x)], -1)
+        return r * r.roll(1, -1)
+
+
+class Hedgehog(_PerHead):
+    """[softmax(Wx), softmax(−Wx)], Zhang et al. 2024 (arXiv 2402.04347), section 4.2, as LoLCATs trains it."""
+
+    positive = True
+
+    @staticmethod
+    def features(width: int) -> int:
+        return 2 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(x)
+        return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
+
+
+class Taylor(FeatureMap):
+    """φ(q)·φ(k) = 1 + s + s²/2 with s = q·k/√K: exp(s) to second order; Based, Arora et al. 2024 (arXiv 2402.18668)."""
+
+    positive = True
+
+    @staticmethod
+    def features(width: int) -> int:
+        return 1 + width + width * (width + 1) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.width**-0.25
+        return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5**0.5], -1)
+
+
+class ReBased(FeatureMap):
+    """φ(q)·φ(k) = (q̂·k̂)² with q̂ = γ ⊙ layernorm(q) + β; Aksenov et al. 2024 (arXiv 2402.10644), equation 7."""
+
+    positive = True
+
+    def __init__(self, heads: int, width: int):
+        super().__init__(heads, width)
+        self.gamma = nn.Parameter(torch.ones(heads, width))
+        self.beta = nn.Parameter(torch.zeros(heads, width))
+
+    @staticmethod
+    def features(width: int) -> int:
+        return width * (width + 1) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:]) * self.gamma + self.beta
+        return products(x * self.width**-0.5)
+
+
+class CosFormer(FeatureMap):
+    """relu; linear_attention adds the position: Qin et al. 2022 (arXiv 2202.08791), equation 10."""
+
+    positive = True
+
+    @staticmethod
+    def features(width: int) -> int:
+        return 2 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    @staticmethod
+    def at(x: Tensor, position: Tensor, horizon: int) -> Tensor:
+        """relu(x) turned by its position: products weigh as cos(π(i−j)/2L). x: [B, T, H, K], position: [B, T]."""
+        angle = (position.double() * (math.pi / (2 * horizon))).to(x.dtype)[..., None, None]
+        return torch.cat([x * angle.cos(), x * angle.sin()], -1)
+
+
+def products(x: Tensor) -> Tensor:
+    """All products of two channels, [..., K] -> [..., K(K+1)/2], so that products(q)·products(k) = (q·k)²."""
+    first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    weight = torch.where(first == second, 1.0, 2.0**0.5).to(x.dtype)
+    return x[..., first] * x[..., second] * weight
+
+
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {
+    "identity": FeatureMap,
+    "relu": ReLU,
+    "elu1": Elu1,
+    "softmax": Softmax,
+    "t2r": T2R,
+    "hadamard": Hadamard,
+    "dpfp": DPFP,
+    "hedgehog": Hedgehog,
+    "taylor": Taylor,
+    "rebased": ReBased,
+    "cosformer": CosFormer,
+}

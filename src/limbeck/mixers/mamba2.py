@@ -1,0 +1,83 @@
+"""Mamba-2: S_t = a_t S_{t-1} + B_t x_tᵀ with a data-dependent decay per head, plus a skip D x_t.
+
+Dao and Gu 2024 (arXiv 2405.21060), with C, B, x the teacher's q, k, v. `mamba2` is the standard discretisation: step
+Δ_t = softplus(w·x_t + d), a_t = exp(−exp(A) Δ_t), keys Δ_t B_t. `discrete_mamba2` is that of Phi-Mamba and Llamba
+(arXiv 2408.10189, section 4.1): a_t = exp(−softplus(w·x_t + d)), keys B_t.
+
+Start: w = 0, A = 0, d such that half-lives are spread from `shortest` to `longest` tokens over the heads (geometric), D
+as `skip` says.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.inputs import Inputs, State, Tokens
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import register
+from limbeck.mixers.start import inverse_softplus, spread_half_lives
+from limbeck.ops import scalar_decay
+
+
+@dataclass(frozen=True)
+class Mamba2Options(Options):
+    output_norm: Literal["none", "rms", "layer"] = "rms"
+    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    skip: float = 0.0  # where D starts
+    shortest: float = 8.0  # half-lives in tokens, spread over the heads
+    longest: float = 512.0
+
+
+@register
+class Mamba2(Mixer):
+    """See the module's docstring."""
+
+    name = "mamba2"
+    summary = "state-space duality: a data-dependent decay and step per head, a skip, norm and gate (Dao 2024)"
+    source = "arXiv 2405.21060, eq. 1 and sec. 7"
+    operator = scalar_decay
+    options_class = Mamba2Options
+    options: Mamba2Options
+    published = {"rope": False, "conv": 4, "conv_activation": "silu", "skip": 1.0}
+    steps_in_keys = True
+
+    def build(self) -> None:
+        s = self.shape
+        self.step = nn.Linear(s.hidden, s.heads)
+        if self.steps_in_keys:
+            self.log_rate = nn.Parameter(torch.empty(s.heads))
+        self.skip = nn.Parameter(torch.empty(s.heads))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.step.weight)
+        nn.init.constant_(self.skip, self.options.skip)
+        if self.steps_in_keys:
+            nn.init.zeros_(self.log_rate)
+        rate = -spread_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
+        with torch.no_grad():
+            self.step.bias.copy_(inverse_softplus(rate))
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+        step = self.step(x)
+        step = F.softplus(step.to(torch.promote_types(step.dtype, torch.float32)))
+        log_decay = -step
+        if self.steps_in_keys:
+            log_decay = -self.log_rate.exp() * step
+            k = k.repeat_interleave(self.shape.heads // k.shape[2], dim=2) * step.unsqueeze(-1)
+        return Inputs(q * self.shape.scale, k, v, log_decay, diagonal=self.skip.expand(step.shape))
+
+
+@register
+class DiscreteMamba2(Mamba2):
+    """Mamba-2 as Phi-Mamba and Llamba convert attention to it."""
+
+    name = "discrete_mamba2"
+    summary = "Mamba-2 without step sizes in the keys, as MOHAWK converts attention (Bick 2024)"
+    source = "arXiv 2408.10189, sec. 4.1"
+    published = {"rope": False, "conv": 4, "skip": 1.0, "output_norm": "none"}
+    steps_in_keys = False

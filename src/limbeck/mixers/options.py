@@ -1,0 +1,55 @@
+"""The switches that all mixers share, so that two of them can be compared on equal terms.
+
+    options = GLAOptions.parse({"conv": 4, "rope": False}, mixer="gla")
+
+A mixer's own dataclass inherits from `Options`, adds its own fields and sets its own defaults.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from limbeck.errors import LimbeckError, closest
+
+
+@dataclass(frozen=True)
+class Options:
+    """Switches common to all mixers; each mixer sets its own defaults and adds its own."""
+
+    rope: bool = True  # hand over q and k with the teacher's rotary position embedding
+    conv: int = 0  # width of a causal convolution over q, k and v; 0 for none; starts as the identity
+    conv_activation: Literal["none", "silu"] = "none"  # on q, k and v, after the convolution where there is one
+    output_norm: Literal["none", "rms", "layer"] = "none"  # per head, before the output gate
+    output_gate: Literal["none", "silu", "sigmoid"] = "none"  # from the hidden states, starts open
+    gate_rank: int = 0  # rank of the output gate's projection; 0 for full
+    heads: int = 0  # merge the teacher's heads into so many; 0 for the teacher's own number
+    state: float = 0.0  # rows of the state per head, in key widths; 0 for the mixer's own number
+
+    @classmethod
+    def parse(cls, given: dict[str, Any], mixer: str) -> "Options":
+        """Options from plain values (YAML, the command line); unknown names and values raise LimbeckError."""
+        known = {f.name: f for f in fields(cls)}
+        for name, value in given.items():
+            if name not in known:
+                raise LimbeckError(
+                    f"mixer '{mixer}' has no option '{name}'{closest(name, known)}", expected=", ".join(known)
+                )
+            kind = known[name].type
+            choices = getattr(kind, "__args__", None) if "Literal" in str(kind) else None
+            ok = value in choices if choices else _is_a(value, kind)
+            if not ok:
+                expected = " | ".join(map(str, choices)) if choices else getattr(kind, "__name__", str(kind))
+                raise LimbeckError(f"option '{name}' of mixer '{mixer}' is {value!r}", expected=expected)
+            if not choices and not isinstance(value, bool) and name in _AT_LEAST_ZERO and value < 0:
+                raise LimbeckError(f"option '{name}' of mixer '{mixer}' is {value!r}", expected="0 or more")
+        if given.get("conv") == 1:
+            raise LimbeckError(f"option 'conv' of mixer '{mixer}' is 1", expected="0, or 2 and more")
+        return cls(**given)
+
+
+_AT_LEAST_ZERO = ("conv", "gate_rank", "heads", "state")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

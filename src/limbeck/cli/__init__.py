@@ -27,7 +27,7 @@ def _quiet_transformers() -> None:
 
 def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
-    from limbeck.cli import assets, convert, distill, doctor, eval, generate, students  # noqa: F401
+    from limbeck.cli import assets, convert, distill, doctor, eval, generate, matrices, students  # noqa: F401
 
     _quiet_transformers()
     try:

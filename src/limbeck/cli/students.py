@@ -1,5 +1,9 @@
 """limbeck students: which mixers there are."""
 
+from typing import Annotated
+
+import typer
+from rich.markup import escape
 from rich.table import Table
 
 from limbeck.cli import app
@@ -7,19 +11,26 @@ from limbeck.console import output
 
 
 @app.command()
-def students() -> None:
-    """List the mixers: what each one is, its operator, what it adds to a layer and how large its state is."""
+def students(
+    which: Annotated[str, typer.Argument(help="Mixers as a,b,c, or a set: paper-v2, paper-v3, all.")] = "all",
+    preset: Annotated[str, typer.Option(help="default, published or controlled.")] = "default",
+    options: Annotated[bool, typer.Option("--options", help="List every option with its value instead.")] = False,
+) -> None:
+    """List mixers: what each one is, its operator, what it adds to a layer and how large its state is."""
     from limbeck import mixers
 
-    shape = mixers.HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64, layers=30)
+    shape = mixers.HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64, scale=0.125, layers=30)
     table = Table(box=None, pad_edge=False)
-    for column in ("student", "operator", "new parameters", "state"):
+    columns = ("student", "options") if options else ("student", "operator", "new parameters", "state", "what it is")
+    for column in columns:
         table.add_column(column, justify="right" if column in ("new parameters", "state") else "left")
-    table.add_column("what it is")
-    for name in sorted(mixers.names()):
-        mixer = mixers.build(name, shape)
-        operator = mixer.operator.__name__.rsplit(".", 1)[1].replace("_", " ") if mixer.operator else "softmax"
+    for name in mixers.selection(which):
+        mixer = mixers.build(name, shape, preset=preset)
+        if options:
+            table.add_row(name, mixer.extra_repr())
+            continue
         added = sum(p.numel() for p in mixer.parameters())
-        table.add_row(name, operator, f"{added:,}", f"{mixer.state_numel():,}", mixer.summary)
+        size = f"{mixer.state_numel():,}" + (" a token" if mixer.grows else "")
+        table.add_row(name, mixer.operator_name, f"{added:,}", size, escape(mixer.summary))
     output.print(table)
-    output.print("[dim]numbers a layer with 9 heads of 64 on width 576 (SmolLM2-135M)[/]")
+    output.print(f"[dim]numbers a layer with 9 heads of 64 on width 576 (SmolLM2-135M), preset {preset}[/]")

@@ -2,7 +2,7 @@
 
     from limbeck import mixers
     mixers.names()                      # ['based', 'cosformer', 'deltanet', ...]
-    mixers.named_set("paper-v3")        # ['linear_attention', 'retnet', 'gla', ...]
+    mixers.selection("paper-v3")        # ['linear_attention', 'retnet', 'gla', ...]
     mixers.get("gla").summary
 
 What a mixer is stands in base.py; docs/students.md has the formulas.
@@ -25,7 +25,8 @@ from limbeck.mixers import (  # noqa: F401
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
 from limbeck.mixers.options import Options
-from limbeck.mixers.registry import PRESETS, build, get, named_set, names, options, register
+from limbeck.mixers.registry import PRESETS, build, get, names, options, register
+from limbeck.mixers.sets import selection, sets
 
 __all__ = [
     "PRESETS",
@@ -37,8 +38,9 @@ __all__ = [
     "Tokens",
     "build",
     "get",
-    "named_set",
     "names",
     "options",
     "register",
+    "selection",
+    "sets",
 ]

@@ -35,6 +35,7 @@ class Mixer(nn.Module):
     source: ClassVar[str] = ""  # paper and equation
     # one of limbeck.ops; None where the mixer overrides attend and attend_matrix
     operator: ModuleType | None = None
+    grows: ClassVar[bool] = False  # its state holds more with every token
     normalised: bool = False  # divide by the same read-out of a column of ones
     options_class: type[Options] = Options
     # options by preset: changes to the dataclass's defaults, what the authors have, what makes all mixers alike
@@ -267,6 +268,11 @@ class Mixer(nn.Module):
         if arguments.floor is not None:
             return torch.maximum(total.abs(), arguments.floor.unsqueeze(-1).to(total.dtype))
         return total.clamp_min(1e-6)
+
+    @property
+    def operator_name(self) -> str:
+        """Name of the operator that it runs on."""
+        return self.operator.__name__.rsplit(".", 1)[1].replace("_", " ") if self.operator else "softmax"
 
     def extra_repr(self) -> str:
         return ", ".join(f"{f.name}={getattr(self.options, f.name)}" for f in fields(self.options))

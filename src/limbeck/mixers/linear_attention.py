@@ -128,7 +128,7 @@ class Based(LinearAttention):
     """Linear attention with the Taylor series of the exponential."""
 
     name = "based"
-    summary = "linear attention with 1 + s + s²/2, on 16 channels (Arora 2024)"
+    summary = "linear attention with 1 + s + s²/2, s = q·k (Arora 2024)"
     source = "arXiv 2402.18668, sec. 4.1"
     defaults = {"feature_map": "taylor", "width": 16}
 
@@ -138,7 +138,7 @@ class ReBased(LinearAttention):
     """Linear attention with the square of a learned product."""
 
     name = "rebased"
-    summary = "linear attention with (q̂·k̂)² of layer-normed q and k, on 16 channels (Aksenov 2024)"
+    summary = "linear attention with (q̂·k̂)² of layer-normed q and k (Aksenov 2024)"
     source = "arXiv 2402.10644, eq. 7"
     defaults = {"feature_map": "rebased", "width": 16}
 

@@ -1,9 +1,10 @@
-"""Which mixers there are, by name; named sets of them; and presets of their common switches.
+"""Which mixers there are, by name, and presets of their common switches.
 
-mixers.names()                                   # every registered mixer
-mixers.SETS["paper-v3"]                          # the seven students of arXiv 2504.14366v3
-mixers.options("gla", {"conv": 4}, preset="published")
-mixers.build("gla", HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64))
+    mixers.names()                                   # every registered mixer
+    mixers.options("gla", {"conv": 4}, preset="published")
+    mixers.build("gla", HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64))
+
+A mixer is registered by the decorator `register`.
 """
 
 from typing import Any
@@ -15,9 +16,6 @@ from limbeck.mixers.options import Options
 _REGISTRY: dict[str, type[Mixer]] = {}
 
 PRESETS = ("default", "published", "controlled")
-# The paper's second version names only xLSTM, GLA, MetaLA and linear attention; its other four are a reconstruction.
-_PAPER_V2 = ("linear_attention", "rebased", "hedgehog", "retnet", "gla", "metala", "deltanet", "mlstm")
-_PAPER_V3 = ("linear_attention", "retnet", "gla", "mlstm", "deltanet", "gated_deltanet", "kda")
 
 
 def register(cls: type[Mixer]) -> type[Mixer]:
@@ -29,14 +27,6 @@ def register(cls: type[Mixer]) -> type[Mixer]:
 def names() -> list[str]:
     """All registered mixers, in alphabetical order."""
     return sorted(_REGISTRY)
-
-
-def named_set(name: str) -> list[str]:
-    """The mixers of a named set: paper-v2, paper-v3 or all."""
-    sets = {"paper-v2": list(_PAPER_V2), "paper-v3": list(_PAPER_V3), "all": names()}
-    if name not in sets:
-        raise LimbeckError(f"unknown set of students '{name}'{closest(name, sets)}", expected=", ".join(sets))
-    return sets[name]
 
 
 def get(name: str) -> type[Mixer]:

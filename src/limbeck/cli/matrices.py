@@ -1,0 +1,48 @@
+"""limbeck matrices: a picture of mixing matrices beside the teacher's attention."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from limbeck.cli import app
+from limbeck.console import console, output
+
+
+@app.command()
+def matrices(
+    out: Annotated[Path, typer.Argument(help="The picture to write: .png, .svg or .pdf.")],
+    teacher: Annotated[str, typer.Option(help="'embedded', a local folder or a hub name.")] = "embedded",
+    students: Annotated[str, typer.Option(help="Mixers as a,b,c, or a set: paper-v2, paper-v3, all.")] = "all",
+    preset: Annotated[str, typer.Option(help="default, published or controlled.")] = "default",
+    layer: Annotated[int, typer.Option(help="Which layer.")] = 12,
+    head: Annotated[int, typer.Option(help="Which of its heads is drawn.")] = 0,
+    data: Annotated[str, typer.Option(help="Text to align on and to show, as in a recipe's data.source.")] = "embedded",
+    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 96,
+    steps: Annotated[int, typer.Option(help="Steps of alignment before the picture; 0 for none.")] = 150,
+) -> None:
+    """Align each mixer to one layer's attention matrices, and draw what comes out on held-out text."""
+    import torch
+
+    from limbeck import assets, mixers
+    from limbeck.data.packing import Packed
+    from limbeck.data.shards import prepare
+    from limbeck.evaluate.matrices import mixing_matrices
+    from limbeck.report.matrices import draw
+    from limbeck.stages.teacher import load_teacher
+
+    names = mixers.selection(students)
+    model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
+    store = prepare(data, tokenizer, length=512, vocab_size=rows)
+    train, shown = Packed(store.train, length), Packed(store.held_out, length, shuffle=False)
+    views = mixing_matrices(model, train, shown, layer, names, steps, preset)
+    draw(views, head, out, f"layer {layer}, head {head}: distance ‖cM − A‖ / ‖A‖ after {steps} steps of alignment")
+    table = Table(box=None, pad_edge=False)
+    for column in ("student", "distance, all heads", f"head {head}"):
+        table.add_column(column, justify="left" if column == "student" else "right")
+    for view in views[1:]:
+        table.add_row(view.name, f"{float(view.distance.mean()):.3f}", f"{float(view.distance[head]):.3f}")
+    output.print(table)
+    console.print(f"picture: {out}")

@@ -27,8 +27,9 @@ from limbeck.stages.teacher import load_teacher
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    linear = [name for name in sorted(mixers.names()) if name != "softmax"]
+    linear = [name for name in mixers.names() if name != "softmax"]
     parser.add_argument("students", nargs="*", default=linear, help="mixer or mixer:option=value,option=value")
+    parser.add_argument("--preset", default="default", help="default, published or controlled")
     parser.add_argument("--teacher", default="embedded")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=512)
@@ -45,7 +46,7 @@ def main() -> None:
         name, _, text = spec.partition(":")
         pairs = [part.split("=") for part in text.split(",") if part]
         options = {key: parse_value(value) for key, value in pairs}
-        student = limbeck.convert(teacher, name, options=options, share=True).requires_grad_(False)
+        student = limbeck.convert(teacher, name, options=options, preset=args.preset, share=True).requires_grad_(False)
         judge = Logits(teacher, student, sites, contextlib.nullcontext, LogitWeights())
         before = judge.evaluate(judged)
         began = time.monotonic()

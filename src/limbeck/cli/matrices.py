@@ -35,7 +35,7 @@ def matrices(
     names = mixers.selection(students)
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
-    store = prepare(data, tokenizer, length=512, vocab_size=rows)
+    store = prepare(data, tokenizer, length=length, held_out=0.1, max_tokens=1_000_000, vocab_size=rows)
     train, shown = Packed(store.train, length), Packed(store.held_out, length, shuffle=False)
     views = mixing_matrices(model, train, shown, layer, names, steps, preset)
     draw(views, head, out, f"layer {layer}, head {head}: distance ‖cM − A‖ / ‖A‖ after {steps} steps of alignment")

@@ -22,6 +22,7 @@ class Softmax(Mixer):
     name = "softmax"
     source = "arXiv 1706.03762, eq. 1"
     summary = "softmax attention, the control arm: must come out as the teacher, its cache grows"
+    grows = True
     controlled = {}  # a head norm would make it another model than the teacher
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:

@@ -12,6 +12,7 @@ from limbeck.mixers import (  # noqa: F401
     deltanet,
     gated_deltanet,
     gla,
+    gsa,
     hgrn2,
     kda,
     linear_attention,
@@ -20,6 +21,8 @@ from limbeck.mixers import (  # noqa: F401
     mlstm,
     retnet,
     rwkv6,
+    rwkv7,
+    sliding_window,
     softmax,
 )
 from limbeck.mixers.base import Mixer

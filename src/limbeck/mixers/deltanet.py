@@ -6,6 +6,7 @@ holds at a key instead of adding to it.
 Start: w = 0 and the bias such that the write strength is `write`: delta-rule attention over the teacher's q, k, v.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from limbeck.mixers.base import Mixer
 from limbeck.mixers.inputs import Inputs, State, Tokens
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import logit
 from limbeck.ops import delta_rule
 
 
@@ -46,7 +46,7 @@ class DeltaNet(Mixer):
         super().reset_parameters()
         most = 2.0 if self.options.negative_eigenvalues else 1.0
         nn.init.zeros_(self.strength.weight)
-        nn.init.constant_(self.strength.bias, float(logit(torch.tensor(self.options.write / most))))
+        nn.init.constant_(self.strength.bias, math.log(self.options.write / (most - self.options.write)))
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         raw = self.strength(x)

@@ -140,7 +140,7 @@ class Taylor(FeatureMap):
 
 
 class ReBased(FeatureMap):
-    """φ(q)·φ(k) = (q̂·k̂)² with q̂ = γ ⊙ layernorm(q) + β; Aksenov et al. 2024 (arXiv 2402.10644), equation 7."""
+    """φ(q)·φ(k) = (q̂·k̂/K)² with q̂ = γ ⊙ layernorm(q) + β; Aksenov et al. 2024 (arXiv 2402.10644), equation 7."""
 
     positive = True
 
@@ -180,7 +180,7 @@ class CosFormer(FeatureMap):
 def products(x: Tensor) -> Tensor:
     """All products of two channels, [..., K] -> [..., K(K+1)/2], so that products(q)·products(k) = (q·k)²."""
     first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    weight = torch.where(first == second, 1.0, 2.0**0.5).to(x.dtype)
+    weight = torch.where(first == second, 1, 2).to(x.dtype).sqrt()
     return x[..., first] * x[..., second] * weight
 
 

@@ -181,9 +181,9 @@ def _discover() -> None:
     _discovered = True
     for point in entry_points(group=GROUP):
         try:
-            loaded = point.load()
+            loaded: Any = point.load()
             if inspect.isclass(loaded) and loaded not in _REGISTRY.values():
-                register(loaded)
+                register(loaded)  # type: ignore[arg-type]  register refuses what is no mixer
         except (Exception, SystemExit) as error:
             _BROKEN[point.name] = f"{type(error).__name__}: {error}".replace("\n", "; ")
             warnings.warn(f"mixer '{point.name}'{_from(point)} is left out: {_BROKEN[point.name]}", stacklevel=3)

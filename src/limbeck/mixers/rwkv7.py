@@ -74,7 +74,7 @@ class RWKV7(Mixer):
         nn.init.ones_(self.erase_scale)
         nn.init.ones_(self.rate_share)
         nn.init.zeros_(self.bonus)
-        nn.init.constant_(self.rate_up.bias, float(logit(torch.tensor(o.write))))
+        nn.init.constant_(self.rate_up.bias, math.log(o.write / (1 - o.write)))
         rate = -spread_half_lives(s.heads, o.shortest, o.longest)
         with torch.no_grad():
             self.decay_up.bias.copy_(logit(rate / FASTEST).repeat_interleave(s.key_width))

@@ -6,6 +6,22 @@
 Shapes: B batch, T time, H heads, G groups of keys or values, K key width, V value width, C chunk, N chunks.
 """
 
-from limbeck.ops import convolution, delta_rule, scalar_decay, vector_decay
+from limbeck.ops import (
+    convolution,
+    delta_rule,
+    diagonal_plus_rank_one,
+    scalar_decay,
+    sliding_window,
+    value_decay,
+    vector_decay,
+)
 
-__all__ = ["convolution", "delta_rule", "scalar_decay", "vector_decay"]
+__all__ = [
+    "convolution",
+    "delta_rule",
+    "diagonal_plus_rank_one",
+    "scalar_decay",
+    "sliding_window",
+    "value_decay",
+    "vector_decay",
+]

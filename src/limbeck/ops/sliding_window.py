@@ -1,0 +1,243 @@
+"""Softmax attention over the last `window` tokens and the first few, the sinks: a cache that does not grow.
+
+A query sees the token itself, the window − 1 before it and the first `sinks` of its document (StreamingLLM, arXiv
+2309.17453). Masked tokens take no place among either. Queries go in blocks, each against the blocks that its window
+reaches and the sinks: time and memory O(T · window).
+
+    o, state = sliding_window.chunked(q, k, v, window=128, sinks=4, scale=0.125)                      # a whole sequence
+    o, state = sliding_window.chunked(q1, k1, v1, window=128, sinks=4, scale=0.125, state=state)      # the next token
+
+Shapes: q [B,T,H,K]; k [B,T,G,K] and v [B,T,G',V] with G and G' dividing H, head h using group h // (H/G); segments
+[B,T] non-decreasing document numbers, the incoming state belonging to document 0; valid [B,T] bool, False where a token
+is padding. Legend: S sinks, N blocks, C queries and R keys of a block. Shapes that do not fit raise LimbeckError.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.errors import LimbeckError
+from limbeck.ops import common
+
+# Queries in a block: fewer are slow, more see more keys than they need. Wide windows take a quarter of their width.
+BLOCK = 64
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float = 1.0,
+    state: dict[str, Tensor] | None = None,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attention in the dtype of the inputs; several tokens or, with a state, the next one.
+
+    Returns:
+        o [B,T,H,V] in v's dtype, zero where a token is not valid, and the state, of the same size for every T:
+        `k` and `v` [B,S+window−1,G,·], the sinks and then the last tokens up to the newest, zeros where there are none
+        yet, and `count` [B], the tokens that their document has had.
+    """
+    _check(q, k, v, window, sinks, segments, valid)
+    if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
+        valid = None
+    with common.full_precision(q):
+        keys, values, count = _history(q, k, v, window, sinks, state)
+        held = keys.shape[1] - k.shape[1]  # S + window − 1, or none
+        if valid is None:
+            packed, number = q, segments
+        else:  # valid tokens first, so that their distances are what the window counts
+            order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+            packed, number = _take(q, order), None if segments is None else segments.gather(1, order)
+            behind = torch.cat([torch.arange(held, device=q.device).expand(len(q), -1), held + order], 1)
+            keys, values = _take(keys, behind), _take(values, behind)
+        o = _attend(packed, keys, values, _first(number, count), held, window, sinks, scale).to(v.dtype)
+        if valid is not None:
+            o = _take(o, (valid.cumsum(1) - 1).clamp(min=0)) * valid[..., None, None]
+        return o, _outgoing(keys, values, count, held, q.shape[1], window, sinks, segments, valid)
+
+
+def matrix(
+    q: Tensor,
+    k: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float = 1.0,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The softmax weights [B,H,T,T]: without a state o = M v, head by head. Rows of masked tokens are zero."""
+    _check(q, k, None, window, sinks, segments, valid)
+    length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k)
+    with common.full_precision(q):
+        real = torch.ones(1, length, dtype=torch.bool, device=q.device) if valid is None else valid
+        before = real.cumsum(1) - real.long()  # valid tokens ahead of each
+        at = torch.arange(length, device=q.device)
+        seen = (at[:, None] >= at) & real[:, None]
+        first = torch.zeros_like(before)
+        if segments is not None:
+            first = torch.where(common.starts(segments), before, 0).cummax(1).values
+            seen = seen & common.same_document(segments).squeeze(1)
+        near = before[:, :, None] - before[:, None] < window
+        seen = seen & (near | (before - first < sinks)[:, None]) & real[:, :, None]
+        scores = scale * (q.to(dtype).transpose(1, 2) @ common.widen(k.to(dtype).transpose(1, 2), heads, 1).mT)
+        # A masked token would divide zero by zero: it looks at itself, and its row is cleared.
+        weights = scores.masked_fill(~(seen | (at[:, None] == at)).unsqueeze(1), -torch.inf).softmax(-1)
+        return weights if valid is None else weights * real[:, None, :, None]
+
+
+def state_numel(groups: int, key: int, value: int, window: int, sinks: int) -> int:
+    """Numbers that the state of one sequence takes: keys, values and the count."""
+    return (sinks + window - 1) * groups * (key + value) + 1
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor | None, window: int, sinks: int, segments: Tensor | None, valid: Tensor | None
+) -> None:
+    common.check_shapes(q, k, v, segments=segments)
+    if window < 1 or sinks < 0:
+        raise LimbeckError(f"window is {window} and sinks is {sinks}", expected="window ≥ 1 and sinks ≥ 0")
+    if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != torch.bool):
+        raise LimbeckError(
+            f"valid has shape {list(valid.shape)} and dtype {valid.dtype}",
+            expected=f"[B, T] = {list(q.shape[:2])} of bool",
+        )
+
+
+def _history(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, state: dict[str, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with the state's ahead of them, and the count of the incoming document."""
+    if state is None:
+        return k, v, torch.zeros(len(q), dtype=torch.long, device=q.device)
+    for name, x in (("k", k), ("v", v)):
+        shape = [len(q), sinks + window - 1, *x.shape[2:]]
+        if list(state[name].shape) != shape:
+            raise LimbeckError(
+                f"the state's {name} has shape {list(state[name].shape)}",
+                expected=f"{shape} with window={window} and sinks={sinks}",
+            )
+    return (*(torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v))), state["count"])
+
+
+def _take(x: Tensor, at: Tensor) -> Tensor:
+    """x [B, L, ...] at positions [B, M] -> [B, M, ...]."""
+    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + at
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, at.shape)
+
+
+def _first(number: Tensor | None, count: Tensor) -> Tensor:
+    """Where the document of each token begins, [B, T] or [B, 1]. Tokens count from 0, those of the state backwards.
+
+    All that a query may see lies between here and itself, which keeps documents and empty places of the state out.
+    """
+    incoming = -count.unsqueeze(1)
+    if number is None:
+        return incoming
+    at = torch.arange(number.shape[1], device=number.device)
+    return torch.where(number == 0, incoming, torch.where(common.starts(number), at, 0).cummax(1).values)
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, first: Tensor, held: int, window: int, sinks: int, scale: float
+) -> Tensor:
+    """Outputs [B, T, H, V]; the first `held` of the keys are the state's, `first` as in `_first`."""
+    batch, length, heads = q.shape[:3]
+    past = window - 1 if held else 0  # tokens of the state's window
+    block = max(BLOCK, window // 4)
+    if length <= block:
+        block, reach = length, past
+    else:
+        reach = -(-min(window - 1, length - 1 + past) // block) * block
+    count = -(-length // block)
+    end = count * block - length
+    i = torch.arange(count * block, device=q.device).view(count, block, 1)
+    j = torch.arange(-reach, block, device=q.device) + block * torch.arange(count, device=q.device).view(-1, 1, 1)
+    if first.shape[1] > 1:
+        first = torch.cat([first, first[:, -1:].expand(-1, end)], 1) if end else first
+        first = first.view(batch, count, block, 1)
+    else:
+        first = first.view(batch, 1, 1, 1)
+    seen = (j <= i) & (j >= first.clamp(min=-past)) & ((i - j < window) | (j < first + sinks))
+    near = [_regions(x[:, held - past :], past, reach, block, end) for x in (keys, values)]
+    if sinks and (held or count > 1):
+        # Sinks further back than the block sees are those of its first query's document: others begin inside it.
+        document = first[:, :, :1]
+        sink = document + torch.arange(sinks, device=q.device)  # [B, N|1, 1, S]
+        far = ((first == document) & (sink < j[..., :1].clamp(min=-past))).expand(-1, count, block, -1)
+        seen = torch.cat([far, seen.expand(len(far), -1, -1, -1)], -1)
+        where = _positions(sink.squeeze(2), held, past).clamp(max=keys.shape[1] - 1).expand(-1, count, -1)
+        for n, x in enumerate((keys, values)):
+            taken = _take(x, where.flatten(1)).unflatten(1, (count, sinks))
+            near[n] = torch.cat([taken, near[n]], 2)
+    if keys.shape[2] != values.shape[2]:
+        near = [common.widen(x, heads, 3) for x in near]
+    queries = F.pad(q, (0, 0, 0, 0, 0, end)) if end else q
+    groups = near[0].shape[3]
+    # The queries of a group stand below each other, so that keys need not be repeated.
+    folded = queries.unflatten(2, (groups, -1)).unflatten(1, (count, block)).permute(0, 1, 3, 4, 2, 5)
+    dtype = torch.promote_types(torch.promote_types(q.dtype, keys.dtype), values.dtype)
+    o = F.scaled_dot_product_attention(
+        folded.flatten(3, 4).flatten(0, 1).to(dtype),
+        *(x.transpose(2, 3).flatten(0, 1).to(dtype) for x in near),
+        attn_mask=seen.unsqueeze(2)
+        .expand(batch, count, heads // groups, -1, -1)
+        .flatten(2, 3)
+        .flatten(0, 1)
+        .unsqueeze(1),
+        scale=scale,
+    )
+    o = o.unflatten(2, (-1, block)).unflatten(0, (batch, count)).permute(0, 1, 4, 2, 3, 5)
+    return o.flatten(3, 4).flatten(1, 2)[:, :length]
+
+
+def _regions(x: Tensor, past: int, reach: int, block: int, end: int) -> Tensor:
+    """The last `past` tokens and all new ones, [B, past+T, G, D] -> what each block sees, [B, N, reach+block, G, D]."""
+    if past == reach and x.shape[1] == reach + block:  # a single block
+        return x.unsqueeze(1)
+    blocks = F.pad(x, (0, 0, 0, 0, reach - past, end)).unflatten(1, (-1, block))
+    wide = reach // block
+    return torch.cat([blocks[:, n : blocks.shape[1] - wide + n] for n in range(wide + 1)], 2)
+
+
+def _positions(token: Tensor, held: int, past: int) -> Tensor:
+    """Where sinks [..., S] stand among the keys: with the other tokens, or where the state keeps sinks."""
+    return torch.where(token >= -past, held + token, torch.arange(token.shape[-1], device=token.device))
+
+
+def _outgoing(
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    held: int,
+    length: int,
+    window: int,
+    sinks: int,
+    segments: Tensor | None,
+    valid: Tensor | None,
+) -> dict[str, Tensor]:
+    """The state after the last token: that of its document."""
+    total = torch.full_like(count, length) if valid is None else valid.sum(1)
+    if segments is None:
+        count = count + total
+    else:
+        last = segments == segments[:, -1:]
+        count = (last if valid is None else last & valid).sum(1) + count * (segments[:, -1] == 0)
+    token = (total - count).unsqueeze(1) + torch.arange(sinks, device=count.device)
+    where = _positions(token, held, window - 1 if held else 0)
+    filled = torch.arange(sinks, device=count.device) < count.unsqueeze(1)
+    recent = torch.arange(1 - window, 0, device=count.device)  # before the next token
+    if segments is None and valid is None and keys.shape[1] - bool(held) * sinks >= window - 1:
+        after = slice(keys.shape[1] - window + 1, None)  # empty places stay empty
+    else:
+        after = slice(0, 0)
+        where = torch.cat([where, held + total.unsqueeze(1) + recent], 1)
+        filled = torch.cat([filled, -recent <= count.unsqueeze(1)], 1)
+    where = where.clamp(0, keys.shape[1] - 1)
+    kept = (torch.cat([_take(x, where) * filled[..., None, None], x[:, after]], 1) for x in (keys, values))
+    return {**dict(zip(("k", "v"), kept)), "count": count}

@@ -1,0 +1,193 @@
+"""Value decay: a state whose every value channel forgets at its own rate, plus an outer product per token.
+
+    S_t = S_{t-1} Diag(a_t) + k_t v_tᵀ,    o_t = S_tᵀ q_t,    a_t = exp(log_decay_t) ∈ R^V
+
+The first half of gated slot attention (GSA, arXiv 2409.07146), with the slots' write weights for values. There is no
+mixing matrix, each value channel has its own: o_im = Σ_{j≤i} (q_i·k_j) v_jm exp(Σ_{j<s≤i} log_decay_sm).
+
+    o, state = value_decay.chunked(q, k, v, log_decay)              # a whole sequence
+    o, state = value_decay.recurrent(q1, k1, v1, g1, state=state)   # the next token
+
+Shapes: q [B,T,H,K] scaled by the caller; k [B,T,G,K] and v [B,T,G',V] with G and G' dividing H, head h using group
+h // (H/G); log_decay [B,T,H,V]; state [B,H,K,V]; segments [B,T] non-decreasing document numbers, the incoming state
+belonging to document 0. Shapes that do not fit raise LimbeckError.
+"""
+
+import torch
+from torch import Tensor
+
+from limbeck.errors import LimbeckError
+from limbeck.ops import common
+from limbeck.ops.pairs import _half, _halvings, _inner, _spread, _straddling, _to_log_decay
+
+# A chunk that forgets less than exp(−40) needs no halving: exp(±20) about its middle is far from fp32's limits.
+MILD = 40.0
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, one token after the other: for decoding and as the arbiter.
+
+    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    """
+    dtype = _check(q, k, v, log_decay, state, segments)
+    heads = q.shape[2]
+    with common.full_precision(q):
+        current = common.start_state(state, q, v.shape[-1], dtype)
+        queries = q.to(dtype).unsqueeze(-2)  # [B, T, H, 1, K]
+        keys = common.widen(k.to(dtype), heads).unsqueeze(-1)  # [B, T, H, K, 1]
+        values = common.widen(v.to(dtype), heads).unsqueeze(-2)  # [B, T, H, 1, V]
+        decay = log_decay.to(dtype).exp().unsqueeze(-2)
+        if segments is not None:
+            decay = decay * (~common.starts(segments)).to(dtype)[:, :, None, None, None]
+        outputs = []
+        for t in range(q.shape[1]):
+            current = decay[:, t] * current + keys[:, t] * values[:, t]
+            outputs.append(queries[:, t] @ current)
+        return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The same in chunks of `chunk` tokens (a power of two): for training and prefill.
+
+    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    """
+    dtype = _check(q, k, v, log_decay, state, segments)
+    length, heads = q.shape[1], q.shape[2]
+    chunk = common.fit_chunk(chunk, length)
+    with common.full_precision(q):
+        first = common.start_state(state, q, v.shape[-1], dtype)
+        reads = common.to_chunks(q, chunk, dtype)
+        writes = common.widen(common.to_chunks(k, chunk, dtype), heads)
+        values = common.widen(common.to_chunks(v, chunk, dtype), heads)
+        log = common.to_chunks(log_decay, chunk, dtype)
+        mixing, keeps = (reads @ writes.mT).tril(), None
+        if segments is not None:
+            docs = common.Documents.of(segments, chunk)
+            mixing, keeps = mixing * docs.same, docs.keeps
+            reads, writes = reads * docs.reads, writes * docs.writes
+        if not torch.compiler.is_compiling() and log.detach().abs().sum(-2).max() <= MILD:
+            # Decays factor about half of the chunk's, where the state is taken to as well: one product does it all.
+            g = log.cumsum(-2)
+            half = 0.5 * g[..., -1:, :]
+            values, first = values * (half - g).exp(), first * half[0].exp()
+            to_next = half + torch.cat([half[1:], torch.zeros_like(half[:1])])
+            o, last = _Across.apply(reads, writes, values, mixing, None, to_next, keeps, first)
+            o = o * (g - half).exp()
+        else:
+            within, since, until = _Within.apply(mixing, values, log)
+            total = log.sum(-2, keepdim=True)
+            o, last = _Across.apply(reads, writes, values * until, None, total, None, keeps, first)
+            o = torch.addcmul(within, o, since)
+        return common.from_chunks(o, length, v.dtype), last
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, segments: Tensor | None
+) -> torch.dtype:
+    """The working precision, where everything fits together."""
+    common.check_shapes(q, k, v, segments=segments)
+    want = [*q.shape[:3], v.shape[-1]]
+    if list(log_decay.shape) != want:
+        raise LimbeckError(f"log_decay has shape {list(log_decay.shape)}", expected=f"[B, T, H, V] = {want}")
+    return common.work_dtype(q, k, v, log_decay, state)
+
+
+class _Across(torch.autograd.Function):
+    """From chunk to chunk, for decays of the value channels.
+
+        O_n = Q_n S_n + P_n V_n,    S_{n+1} = exp(after_n) ⊙ (exp(before_n) ⊙ S_n + K_nᵀ V_n)
+
+    with `before` and `after` [N,B,H,1,V], zero where None, P left out where None, and S_n zero where `keeps` is False.
+    """
+
+    @staticmethod
+    def forward(ctx, reads, writes, v, pairs, before, after, keeps, state):
+        keep, leave = _factors(before, after, keeps, v.dtype)
+        states = state.new_empty(reads.shape[0] + 1, *state.shape)
+        states[0] = state
+        for n in range(reads.shape[0]):
+            common.fade(states[n], keep, n, into=states[n + 1])
+            common.add_product(states[n + 1], writes[n].mT, v[n])
+            if leave is not None:
+                states[n + 1].mul_(leave[n])
+        o = reads @ states[:-1] if pairs is None else common.add_product(pairs @ v, reads, states[:-1])
+        ctx.save_for_backward(reads, writes, v, pairs, before, after, keeps, states)
+        return o, states[-1].clone()
+
+    @staticmethod
+    def backward(ctx, do, dlast):
+        reads, writes, v, pairs, before, after, keeps, states = ctx.saved_tensors
+        with common.full_precision(do):
+            do = do.contiguous()
+            keep, leave = _factors(before, after, keeps, v.dtype)
+            dstates = torch.empty_like(states)
+            dstates[-1] = dlast
+            dafter = None if after is None else torch.empty_like(after)
+            for n in reversed(range(reads.shape[0])):
+                if leave is not None:
+                    torch.sum(states[n + 1] * dstates[n + 1], -2, keepdim=True, out=dafter[n])
+                    dstates[n + 1].mul_(leave[n])
+                common.fade(dstates[n + 1], keep, n, into=dstates[n])
+                common.add_product(dstates[n], reads[n].mT, do[n])
+            dbefore = None if before is None else (states[:-1] * dstates[1:]).sum(-2, keepdim=True).mul_(keep)
+            dv = writes @ dstates[1:] if pairs is None else common.add_product(pairs.mT @ do, writes, dstates[1:])
+            dpairs = None if pairs is None else do @ v.mT
+            return do @ states[:-1].mT, v @ dstates[1:].mT, dv, dpairs, dbefore, dafter, None, dstates[0]
+
+
+def _factors(
+    before: Tensor | None, after: Tensor | None, keeps: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What multiplies the state ahead of a chunk's writes and after them."""
+    keep = None if before is None else before.exp()
+    if keeps is not None:
+        keep = keeps.to(dtype) if keep is None else keep * keeps
+    return keep, None if after is None else after.exp()
+
+
+class _Within(torch.autograd.Function):
+    """Σ_{j≤i} pairs_ij v_j exp(Σ_{j<s≤i} log_decay_s) by halving blocks as in `pairs`, and the decays since the start
+    of a chunk and until its end; pairs [...,C,C] lower triangular, v and log_decay [...,C,V]."""
+
+    @staticmethod
+    def forward(ctx, pairs, v, log_decay):
+        out = pairs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
+        since, until = log_decay.clone(), torch.zeros_like(log_decay)
+        for half, late, early in _halvings(since, until):
+            _half(out, half, 1).addcmul_(_spread(_straddling(pairs, half), _half(v, half, 0) * early.exp()), late.exp())
+        since.exp_()
+        until.exp_()
+        ctx.save_for_backward(pairs, v, log_decay, out, since, until)
+        return out, since, until
+
+    @staticmethod
+    def backward(ctx, dout, dsince, duntil):
+        pairs, v, log_decay, out, since, until = ctx.saved_tensors
+        dpairs, dv = torch.zeros_like(pairs), torch.zeros_like(v)
+        diagonal = pairs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        with common.full_precision(dout):
+            for half, late, early in _halvings(log_decay.clone(), torch.zeros_like(log_decay)):
+                early, dlate = early.exp(), _half(dout, half, 1) * late.exp()
+                _straddling(dpairs, half).copy_(_inner(dlate, _half(v, half, 0) * early))
+                _half(dv, half, 0).addcmul_(_spread(_straddling(pairs, half).mT, dlate), early)
+            # A pair (i, j) depends on g_i − g_j, g the cumulative log decay: dg = o do − v dv without the diagonal.
+            dg = (dsince * since).addcmul_(dout, out - diagonal * v).addcmul_(v, dv, value=-1)
+            dpairs.diagonal(dim1=-2, dim2=-1).copy_((dout * v).sum(-1))
+            return dpairs, dv.addcmul_(diagonal, dout), _to_log_decay(dg, duntil * until)

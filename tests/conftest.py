@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from families import tiny
+from limbeck.contract import tiny
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"  # real English that every checkout has
 

@@ -325,7 +325,7 @@ def test_missing_teacher(bad, tmp_path):
 
 
 def test_a_tokenizer_that_does_not_match(bad, teacher_folder, tmp_path):
-    from families import tiny
+    from limbeck.contract import tiny
 
     folder = tmp_path / "small-table"
     shutil.copytree(teacher_folder, folder)

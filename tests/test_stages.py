@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import limbeck
-from families import FAMILIES, VOCABULARY, tiny
+from limbeck.contract import FAMILIES, tiny
+from limbeck.contract.families import VOCABULARY
 from limbeck.data.packing import Batch
 from limbeck.losses import LogitWeights, hidden_distance, logit_losses, matrix_distance
 from limbeck.model import attention_sites

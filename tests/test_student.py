@@ -1,4 +1,4 @@
-"""The contract of every student: all mixers on all families, in float64 where exactness is claimed."""
+"""Conversion and students as Hugging Face models; what every mixer has to fulfil is in test_contract.py."""
 
 import pytest
 import torch
@@ -12,199 +12,16 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 import limbeck
-from families import FAMILIES, VOCABULARY, tiny
-from limbeck import LimbeckError, mixers
+from limbeck import LimbeckError
+from limbeck.contract import FAMILIES, Variant, tiny
+from limbeck.contract.variant import LENGTH, ids_of, left_padded
 from limbeck.data.packing import Batch
-from limbeck.mixers import HeadShape, Tokens
+from limbeck.mixers import Tokens
 from limbeck.model import RecurrentLayer, attention, attention_sites, cache_bytes, mixers_of, parse_layers
 from limbeck.model.attention import tokens_of
 from limbeck.model.body import Head, inputs_of, packs_by_position, run_body
 
-LENGTH = 37
-EXACT = 1e-10
-FULL = {"conv": 4, "output_norm": "rms", "output_gate": "silu", "rope": True}
-# each mixer as it is by default, and one with every common switch turned
-VARIANTS = {**{name: (name, {}) for name in mixers.names()}, "gated_deltanet-full": ("gated_deltanet", FULL)}
-LINEAR = [name for name in VARIANTS if name != "softmax"]
-every_mixer = pytest.mark.parametrize("mixer", VARIANTS)
-every_linear_mixer = pytest.mark.parametrize("mixer", LINEAR)
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def converted(model, variant: str, layers="all", **options):
-    name, switches = VARIANTS[variant]
-    return limbeck.convert(model, name, layers, {**switches, **options})
-
-
-def built(variant: str, shape: HeadShape, **options) -> mixers.Mixer:
-    name, switches = VARIANTS[variant]
-    return mixers.build(name, shape, {**switches, **options})
-
-
-def student_of(family: str, mixer: str, layers="all", **options):
-    """A student in float64 whose new parameters are away from their start, so that every gate does something."""
-    student = converted(tiny(family).double(), mixer, layers, **options)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for module in mixers_of(student).values():
-            for parameter in module.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return student
-
-
-def ids_of(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
-
-
-def left_padded(ids: torch.Tensor, padding: int) -> dict[str, torch.Tensor]:
-    """Row 0 shortened and padded on the left, row 1 whole."""
-    short = torch.cat([torch.zeros(1, padding, dtype=torch.long), ids[:1, : ids.shape[1] - padding]], 1)
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": torch.cat([short, ids[1:]]), "attention_mask": mask, "position_ids": positions}
-
-
-@every_mixer
-@every_family
-@torch.no_grad()
-def test_prefill_and_steps_equal_the_full_pass(family, mixer):
-    student, ids = student_of(family, mixer), ids_of()
-    full = student(ids).logits
-    cache = DynamicCache(config=student.config)
-    ends = [20, 29, *range(30, LENGTH + 1)]
-    parts = [
-        student(ids[:, begin:end], past_key_values=cache, use_cache=True).logits
-        for begin, end in zip([0, *ends[:-1]], ends)
-    ]
-    assert torch.allclose(torch.cat(parts, 1), full, atol=EXACT)
-    changed = ids.clone()
-    changed[:, 0] = 5
-    assert not torch.allclose(student(changed).logits[:, -1], full[:, -1], atol=1e-6), "the past makes no difference"
-
-
-@every_mixer
-@every_family
-@torch.no_grad()
-def test_a_left_padded_batch_equals_its_rows_alone(family, mixer):
-    student, ids = student_of(family, mixer), ids_of()
-    inputs = left_padded(ids, 5)
-    if family == "opt":  # counts its positions from the mask
-        del inputs["position_ids"]
-    logits = student(**inputs).logits
-    assert torch.allclose(logits[0, 5:], student(ids[:1, : LENGTH - 5]).logits[0], atol=EXACT)
-    assert torch.allclose(logits[1], student(ids[1:]).logits[0], atol=EXACT)
-
-
-@every_mixer
-@every_family
-@torch.no_grad()
-def test_left_padded_generation_equals_unpadded(family, mixer):
-    student, ids = student_of(family, mixer), ids_of(length=20)
-    inputs = left_padded(ids, 5)
-    del inputs["position_ids"]
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for beams in (1, 3):
-        both = student.generate(**inputs, num_beams=beams, **settings)
-        alone = [student.generate(row, num_beams=beams, **settings) for row in (ids[:1, :15], ids[1:])]
-        assert torch.equal(both[0, 5:], alone[0][0])
-        assert torch.equal(both[1], alone[1][0])
-
-
-@every_mixer
-@every_family
-@torch.no_grad()
-def test_packed_documents_equal_separate_ones(family, mixer):
-    student, ids = student_of(family, mixer), ids_of()
-    positions = torch.cat([torch.arange(13), torch.arange(LENGTH - 13)])[None].expand(2, -1)
-    packed = run_body(student, Batch(ids, positions, ids))
-    for rows in (slice(0, 13), slice(13, LENGTH)):
-        alone = student.base_model(ids[:, rows], use_cache=False).last_hidden_state
-        assert torch.allclose(packed[:, rows], alone, atol=EXACT)
-
-
-@every_mixer
-@every_family
-@torch.no_grad()
-def test_save_and_reload_is_bit_equal(family, mixer, tmp_path):
-    student = converted(tiny(family), mixer)
-    for parameter in student.parameters():
-        parameter.add_(0.01 * torch.randn_like(parameter))
-    student.save_pretrained(tmp_path)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    before, after = student.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert type(loaded).__mro__[2] is type(tiny(family))
-    assert torch.equal(student(ids_of()).logits, loaded(ids_of()).logits)
-    again = tmp_path / "again"
-    loaded.save_pretrained(again)
-    assert mixers_of(AutoModelForCausalLM.from_pretrained(again)).keys() == mixers_of(student).keys()
-
-
-@every_linear_mixer
-@torch.no_grad()
-def test_the_cache_does_not_grow(mixer):
-    student = converted(tiny("llama"), mixer)
-    sizes = []
-    for length in (8, 64):
-        cache = DynamicCache(config=student.config)
-        student(ids_of(1, length), past_key_values=cache, use_cache=True)
-        assert cache.get_seq_length() == length
-        sizes.append(cache_bytes(cache))
-    assert sizes[0] == sizes[1] > 0
-    mixer_states = sum(m.state_numel() for m in mixers_of(student).values())
-    assert sizes[0] // 4 - mixer_states in (0, 2 * 6)  # mLSTM carries one number a head beside it
-
-
-@every_mixer
-@every_family
-@torch.no_grad()
-def test_the_mixing_matrix_times_v_is_the_output(family, mixer):
-    student, ids = student_of(family, mixer), ids_of()
-    sites, caught = list(mixers_of(student)), {}
-    for name in sites:
-
-        def catch(module, args, kwargs, output, name=name):
-            caught[name] = (args, kwargs, output)
-
-        student.get_submodule(name).register_forward_hook(catch, with_kwargs=True)
-    student(**left_padded(ids, 4) if family != "opt" else {"input_ids": ids})
-    for name in sites:
-        args, kwargs, out = caught.pop(name)
-        again, matrix = student.get_submodule(name)(*args, **kwargs, output_matrix=True)
-        assert matrix.shape == (2, 6, LENGTH, LENGTH)
-        assert torch.equal(matrix, matrix.tril()), "looks ahead"
-        valid = slice(0, None) if family == "opt" else slice(4, None)
-        assert torch.allclose(again[:, valid], out[0][:, valid], atol=EXACT)
-
-
-@every_mixer
-@every_family
-def test_gradients_reach_every_parameter(family, mixer):
-    student, ids = student_of(family, mixer).train(), ids_of()
-    student(ids, labels=ids).loss.backward()
-    missing = [n for n, p in student.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not missing
-    for module in mixers_of(student).values():
-        assert all(p.grad.abs().sum() > 0 for p in module.parameters())
-
-
-@every_mixer
-def test_gradcheck(mixer):
-    torch.manual_seed(0)
-    module = built(mixer, HeadShape(6, 2, 1, 3, 4, scale=0.5)).double()
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    shapes = ((2, 5, 2, 3), (2, 5, 1, 3), (2, 5, 1, 4), (2, 5, 6))
-    given = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    valid = torch.ones(2, 5, dtype=torch.bool)
-    valid[0, :2] = False
-    tokens = Tokens(valid, torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 2]]))
-    assert torch.autograd.gradcheck(lambda *a: module(*a, tokens=tokens)[0], given, atol=1e-6)
 
 
 @every_family
@@ -279,13 +96,13 @@ def test_fresh_projections_are_fresh_and_the_rest_is_the_teachers():
 @torch.no_grad()
 def test_layers_that_stay_softmax_stay_as_they_are(family, kept):
     """One layer of two is converted, either parity; the control arm in it must leave the model as it was."""
-    plain = {"attn_logit_softcapping": None, "sliding_window": 64} if family == "gemma2" else {}
-    teacher = tiny(family, **plain).double()
+    plain = {"gemma2": {"attn_logit_softcapping": None, "sliding_window": 64}, "mistral": {"sliding_window": 64}}
+    teacher = tiny(family, **plain.get(family, {})).double()
     student = limbeck.convert(teacher, "softmax", layers=[1 - kept])
     ids = ids_of()
     exact = 1e-5 if family == "gemma2" else 1e-10  # gemma2's own attention takes its softmax in float32
     assert torch.allclose(student(ids).logits, teacher(ids).logits, atol=exact)
-    half = student_of(family, "gated_deltanet", layers=[1 - kept])
+    half = Variant("gated_deltanet").student(family, layers=[1 - kept])
     cache = DynamicCache(config=half.config)
     parts = [
         half(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 20), (20, 21), (21, LENGTH))
@@ -293,10 +110,18 @@ def test_layers_that_stay_softmax_stay_as_they_are(family, kept):
     assert torch.allclose(torch.cat(parts, 1), half(ids).logits, atol=exact)
     assert isinstance(cache.layers[1 - kept], RecurrentLayer)
     assert not isinstance(cache.layers[kept], RecurrentLayer)
-    inputs = left_padded(ids, 5)
-    if family == "opt":
-        del inputs["position_ids"]
+    inputs = left_padded(ids, 5, family)
     assert torch.allclose(half(**inputs).logits[0, 5:], half(ids[:1, : LENGTH - 5]).logits[0], atol=exact)
+
+
+@torch.no_grad()
+def test_the_cache_does_not_grow():
+    student = limbeck.convert(tiny("llama"), "gla", options={"conv": 4})
+    for length in (8, 64):
+        cache = DynamicCache(config=student.config)
+        student(ids_of(1, length), past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == length
+        assert cache_bytes(cache) == 4 * sum(m.state_numel() for m in mixers_of(student).values())
 
 
 @every_family
@@ -406,36 +231,10 @@ def test_what_cannot_be_converted_says_why():
         limbeck.convert(AutoModelForCausalLM.from_config(config), "gla")
 
 
-@every_linear_mixer
-@torch.no_grad()
-def test_finite_at_extreme_gates_and_long_inputs(mixer):
-    torch.manual_seed(0)
-    module = built(mixer, HeadShape(8, 2, 2, 8, 8, scale=0.3))
-    with torch.no_grad():
-        for p in module.parameters():
-            p.mul_(0).add_(30 * torch.randn_like(p))
-    x = [torch.randn(1, 8192, *rest) for rest in ((2, 8), (2, 8), (2, 8), (8,))]
-    y, state = module(*x)
-    assert y.isfinite().all()
-    assert all(s.isfinite().all() for s in state.values())
-
-
-@every_linear_mixer
-@torch.no_grad()
-def test_at_the_start_a_mixer_is_a_linear_map_of_v(mixer):
-    """Near linear attention: gates stand open and do not depend on the input yet."""
-    torch.manual_seed(0)
-    module = built(mixer, HeadShape(8, 2, 2, 4, 4, scale=0.5), output_norm="none").double()
-    q, k, v, w = (torch.randn(1, 9, 2, 4, dtype=torch.float64) for _ in range(4))
-    x, z = torch.randn(1, 9, 8, dtype=torch.float64), torch.randn(1, 9, 8, dtype=torch.float64)
-    both = module(q, k, v + 2 * w, x)[0]
-    assert torch.allclose(both, module(q, k, v, z)[0] + 2 * module(q, k, w, x)[0], atol=1e-9)
-
-
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
-        student = student_of("llama", "gated_deltanet").train()
+        student = Variant("gated_deltanet").student("llama").train()
         if checkpointing:
             student.gradient_checkpointing_enable()
         positions = torch.cat([torch.arange(13), torch.arange(LENGTH - 13)])[None].expand(2, -1)
@@ -444,25 +243,10 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-@every_mixer
-@torch.no_grad()
-def test_half_precision_stays_close(mixer):
-    """A student in bfloat16, and one in float32 under autocast, beside float32."""
-    student = converted(tiny("llama"), mixer)
-    ids = ids_of()
-    exact = student(ids).logits
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = student(ids).logits
-    half = student.to(torch.bfloat16)(ids).logits
-    for logits in (mixed, half):
-        assert logits.isfinite().all()
-        assert float((logits - exact).norm() / exact.norm()) < 0.1
-
-
 def test_two_threads_may_use_one_student():
     from concurrent.futures import ThreadPoolExecutor
 
-    student = student_of("qwen3", "mlstm")
+    student = Variant("mlstm").student("qwen3")
     rows = [ids_of(1, n) for n in (9, 17, 23, 31)] * 4
 
     def run(ids: torch.Tensor) -> torch.Tensor:

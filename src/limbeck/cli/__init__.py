@@ -1,6 +1,8 @@
 """The command line: `limbeck VERB`, one verb a file."""
 
 import sys
+import warnings
+from typing import Annotated
 
 import typer
 
@@ -17,6 +19,20 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def everywhere(
+    mixer: Annotated[
+        list[str] | None, typer.Option(help="Load the mixer in this file first, for students that have it.")
+    ] = None,
+) -> None:
+    """What goes before the verb."""
+    if mixer:
+        from limbeck.mixers import registry
+
+        for file in mixer:
+            registry.load_file(file)
+
+
 def _quiet_transformers() -> None:
     """Its own bars and advice would stand between ours."""
     from transformers.utils import logging
@@ -27,9 +43,10 @@ def _quiet_transformers() -> None:
 
 def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
-    from limbeck.cli import assets, convert, distill, doctor, eval, generate, matrices, students  # noqa: F401
+    from limbeck.cli import assets, check, convert, distill, doctor, eval, generate, matrices, students  # noqa: F401
 
     _quiet_transformers()
+    warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     try:
         app()
     except LimbeckError as error:

@@ -14,7 +14,9 @@ from limbeck.errors import LimbeckError
 def convert(
     teacher: Annotated[str, typer.Argument(help="'embedded', a local folder or a hub name.")],
     out: Annotated[Path, typer.Argument(help="New folder for the student.")],
-    student: Annotated[str, typer.Option(help="The mixer; `limbeck students` lists them.")] = "gated_deltanet",
+    student: Annotated[
+        str, typer.Option(help="The mixer, or a file with one; see `limbeck students`.")
+    ] = "gated_deltanet",
     preset: Annotated[str, typer.Option(help="default, published or controlled; see docs/students.md.")] = "default",
     layers: Annotated[str, typer.Option(help="'all' or layer numbers such as 0,2,5-9.")] = "all",
 ) -> None:

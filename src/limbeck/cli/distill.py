@@ -67,7 +67,9 @@ def build_recipe(
     base = Recipe.load(name, overrides)
     raw = yaml.safe_load(base.to_yaml())
     if out is None and student is not None:
-        raw["out"] = f"runs/{base.name}-{student}"
+        from limbeck import mixers
+
+        raw["out"] = f"runs/{base.name}-{mixers.get(student).name}"
     if data is not None or tokens is not None:
         raw["data"]["max_tokens"] = None  # the recipe's limit suits its own text and budget
     if stages is not None:

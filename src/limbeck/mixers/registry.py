@@ -183,7 +183,7 @@ def _discover() -> None:
         try:
             loaded: Any = point.load()
             if inspect.isclass(loaded) and loaded not in _REGISTRY.values():
-                register(loaded)  # type: ignore[arg-type]  register refuses what is no mixer
+                register(loaded)  # type: ignore[arg-type]
         except (Exception, SystemExit) as error:
             _BROKEN[point.name] = f"{type(error).__name__}: {error}".replace("\n", "; ")
             warnings.warn(f"mixer '{point.name}'{_from(point)} is left out: {_BROKEN[point.name]}", stacklevel=3)

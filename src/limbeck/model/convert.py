@@ -7,17 +7,19 @@ attention function of the chosen layers is another. The given model is left as i
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from limbeck import mixers
 from limbeck.errors import LimbeckError
+from limbeck.mixers import registry
 from limbeck.model import attention
-from limbeck.model.probe import Site, attention_sites
+from limbeck.model.probe import Site, attention_sites, readers
 from limbeck.model.student import FORMAT, install, mixers_of, student_classes
 
 
@@ -35,7 +37,7 @@ def convert(
 
     Args:
         model: a causal language model of transformers whose family uses its attention interface.
-        mixer: name of the mixer (`limbeck students` lists them).
+        mixer: name of the mixer (`limbeck students` lists them), or a file with one: "mine.py", "mine.py:ClassName".
         layers: "all", a list of layer numbers, or text such as "0,2,5-9"; the others keep softmax.
         options: the mixer's options; what is not given is as the preset has it.
         preset: what the mixer's options start from: "default", "published" (as its authors have it) or "controlled"
@@ -50,8 +52,10 @@ def convert(
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     chosen_options = mixers.options(mixer, options, preset)
+    mixer = mixers.get(mixer).name
     sites = attention_sites(model)
     chosen = [sites[i] for i in parse_layers(layers, len(sites))]
+    _check_sharing(model, chosen)
     plan = _plan(model, mixer, asdict(chosen_options), chosen)
     student = _clone(model, plan, chosen, share)
     install(student, plan)
@@ -123,6 +127,18 @@ def parameter_report(student: PreTrainedModel, copy_projections: bool = True) ->
     return ParameterReport(total, added, fresh, total - fresh)
 
 
+def _check_sharing(model: PreTrainedModel, chosen: list[Site]) -> None:
+    """A converted layer stores no keys and values, so nothing that stays softmax may read them."""
+    converted = {getattr(model.get_submodule(site.module), "layer_idx", None) for site in chosen}
+    for reader, source in readers(model).items():
+        if source in converted and reader not in converted:
+            raise LimbeckError(
+                f"layer {reader} would stay softmax and reads the keys and values of layer {source}, which keeps none",
+                expected="both converted, or the reading one alone",
+                hint="layers='all'",
+            )
+
+
 def _plan(model: PreTrainedModel, mixer: str, options: dict[str, Any], sites: list[Site]) -> dict[str, Any]:
     shapes: list[dict[str, Any]] = []
     layers = []
@@ -139,13 +155,17 @@ def _plan(model: PreTrainedModel, mixer: str, options: dict[str, Any], sites: li
                 "shape": shapes.index(shape),
             }
         )
-    return {
+    plan: dict[str, Any] = {
         "format": FORMAT,
         "base_model_type": model.config.model_type,
         "base_architecture": type(model).__name__,
         "shapes": shapes,
         "layers": layers,
     }
+    origin = registry.origin(mixer)
+    if origin is not None:
+        plan["origins"] = {mixer: origin.plain()}
+    return plan
 
 
 def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], share: bool) -> PreTrainedModel:
@@ -158,19 +178,30 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
     old = student.config
     raw = old.to_dict()
     raw.pop("quantization_config", None)
+    raw.pop("model_type")  # it would stand before the class's own
     raw["architectures"] = [model_class.__name__]
     raw["auto_map"] = {
         "AutoConfig": "modeling_limbeck.LimbeckConfig",
         "AutoModelForCausalLM": "modeling_limbeck.LimbeckForCausalLM",
     }
     config = config_class.from_dict({**raw, "limbeck": plan})
-    config._attn_implementation = attention.NAME
+    config._attn_implementation = attention.implementation(model_class)
+    config._experts_implementation = getattr(old, "_experts_implementation", None)
     config._name_or_path = getattr(old, "_name_or_path", "")
+    renewed = dict(_pairs(old, config))
     for module in student.modules():
-        if getattr(module, "config", None) is old:
-            module.config = config
+        if id(getattr(module, "config", None)) in renewed:
+            module.config = renewed[id(module.config)]
     student.__class__ = model_class
     return student
+
+
+def _pairs(old: PreTrainedConfig, new: PreTrainedConfig) -> Iterator[tuple[int, PreTrainedConfig]]:
+    """A config and the configs inside it, each with the one that takes its place."""
+    yield id(old), new
+    for name in old.sub_configs:
+        if isinstance(getattr(old, name, None), PreTrainedConfig):
+            yield from _pairs(getattr(old, name), getattr(new, name))
 
 
 def _draw_projections(student: PreTrainedModel, module: nn.Module) -> None:

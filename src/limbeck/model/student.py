@@ -16,12 +16,13 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from limbeck import mixers
 from limbeck.errors import LimbeckError
 from limbeck.mixers import HeadShape
-from limbeck.model import attention
+from limbeck.model import attention, foreign
 
 MODEL_TYPE = "limbeck"
 FORMAT = 1
@@ -67,21 +68,28 @@ class StudentMixin:
     """What a student's class adds to its family's class."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
-        config._attn_implementation = attention.NAME
+        config._attn_implementation = attention.implementation(type(self))
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, config.limbeck)  # type: ignore[arg-type]
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
-        if attn_implementation != attention.NAME:
+        if attn_implementation != attention.implementation(type(self)):
             raise LimbeckError(
                 f"attention implementation '{attn_implementation}' would drop the student's mixers",
-                expected=f"'{attention.NAME}'",
+                expected=f"'{attention.implementation(type(self))}'",
             )
+
+    @classmethod
+    def from_pretrained(cls, path, *args, trust_remote_code=False, **kwargs) -> Any:
+        if trust_remote_code and hasattr(kwargs.get("config"), "limbeck"):
+            foreign.load_beside(path, kwargs["config"].limbeck)
+        return super().from_pretrained(path, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             (Path(save_directory) / "modeling_limbeck.py").write_text(REMOTE_CODE)
+            foreign.save_beside(Path(save_directory), self.config.limbeck)  # type: ignore[attr-defined]
         return result
 
 
@@ -105,6 +113,10 @@ def student_classes(base_model_type: str, base_architecture: str) -> tuple[Any, 
     name = f"Limbeck{base_architecture}"
     model_class = type(name, (StudentMixin, base_model), {"config_class": config_class, "__module__": __name__})
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    # families whose files are laid out otherwise than their modules (experts one by one) say so by class or model type
+    layout = get_checkpoint_conversion_mapping(base_architecture) or get_checkpoint_conversion_mapping(base_model_type)
+    if layout:
+        register_checkpoint_conversion_mapping(name, layout, overwrite=True)
     return config_class, model_class
 
 
@@ -114,7 +126,7 @@ def install(model: nn.Module, plan: dict[str, Any]) -> None:
     for entry in plan["layers"]:
         module = model.get_submodule(entry["module"])
         shape = HeadShape(**{**vars(shapes[entry["shape"]]), "layer": entry["layer"]})
-        cls = mixers.get(entry["mixer"])
+        cls = foreign.find(entry["mixer"], plan)
         attention.attach(module, cls(shape, cls.options_class.parse(entry["options"], cls.name)))
 
 

@@ -37,7 +37,7 @@ def draw(views: list[View], head: int, path: Path, title: str, columns: int = 6)
         raise LimbeckError(f"cannot write a picture to {path}", expected="a name that ends in .png, .svg or .pdf")
     for index, view in enumerate(views):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.imshow(_shade(view.matrix[head]), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        axes.imshow(_shade(view.matrix[head]).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         distance = "" if index == 0 else f"\n{float(view.distance[head]):.2f}"
         axes.set_title(view.name + distance, fontsize=8)
         axes.set_xticks([])

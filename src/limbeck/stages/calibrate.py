@@ -43,6 +43,7 @@ class NormalEquations:
         self.features: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
         self.squares: dict[str, float] = dict.fromkeys(self.projections, 0.0)
+        self.unexplained: dict[str, float] = {}  # share of Y's size by module, from the last `solve`
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
@@ -72,16 +73,15 @@ class NormalEquations:
         Args:
             ridge: share of the mean diagonal of FᵀF.
         """
-        left = []
         for name, projection in self.projections.items():
             ftf, fty, w0 = self.features[name], self.products[name], self.start[name]
             strength = ridge * ftf.diagonal().mean()
             system = ftf + strength * torch.eye(len(ftf), dtype=ftf.dtype, device=ftf.device)
             w = torch.cholesky_solve(fty + strength * w0, torch.linalg.cholesky(system))
             residual = self.squares[name] - 2 * (w * fty).sum() + (w * (ftf @ w)).sum()
-            left.append(float(residual / max(self.squares[name], 1e-30)))
+            self.unexplained[name] = float(residual / max(self.squares[name], 1e-30))
             _write_affine(projection, w)
-        return sum(left) / len(left)
+        return sum(self.unexplained.values()) / len(self.unexplained)
 
     def _accumulate(self, name: str, f: Tensor, y: Tensor) -> None:
         if self.start[name].shape[0] > f.shape[1]:

@@ -1,0 +1,151 @@
+"""Checks on the mixer alone: its forms against each other, its state, masks and documents, all in float64.
+
+    split(Variant("gla"))
+
+Sequences are longer than two chunks of the operators, so that what runs from chunk to chunk is in them.
+"""
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from limbeck.contract.registry import check
+from limbeck.contract.variant import Variant, rows, same, sample
+from limbeck.mixers import State, Tokens
+
+LONG = 150  # more than two chunks of 64
+CUTS = ((1, 64, 65, 66), (63, 128), (100,), (7, 8, 9, 140, 149))
+DOCUMENTS = (40, 24, 1, 5, 60, 20)  # one ends with the first chunk, one is a single token, one covers a boundary
+
+
+@check("the name, summary and options are in order; every parameter starts finite; no unsaved buffers")
+def described(variant: Variant) -> None:
+    cls = variant.cls
+    assert cls.name, "the class has no `name`"
+    assert len(cls.summary.splitlines()) == 1, "`summary` is not one line"
+    module = variant.module(moved=0.0)
+    again = cls.options_class.parse(asdict(module.options), cls.name)
+    assert again == module.options, f"options do not survive being written down: {module.options} became {again}"
+    bad = [name for name, p in module.named_parameters() if not p.isfinite().all()]
+    assert not bad, f"not set by reset_parameters: {', '.join(bad)}"
+    lost = set(dict(module.named_buffers())) - set(module.state_dict())
+    assert not lost, f"buffers that are not saved are lost on loading: {', '.join(lost)}; compute them in `inputs`"
+
+
+@check("any split of a sequence with the state handed on gives what the whole gives")
+@torch.no_grad()
+def split(variant: Variant) -> None:
+    module = variant.module()
+    given = sample(module, 2, LONG)
+    kept = [z.clone() for z in given]
+    whole, last = module(*given)
+    assert whole.shape == (2, LONG, module.site.heads, module.site.value_width), list(whole.shape)
+    for cuts in CUTS:
+        state: State | None = None
+        for begin, end in zip((0, *cuts), (*cuts, LONG)):
+            before = {name: tensor.clone() for name, tensor in (state or {}).items()}
+            part, new = module(*_cut(given, begin, end), state=state)
+            same(part, whole[:, begin:end], f"cut at {cuts}: tokens {begin} to {end}")
+            for name, tensor in (state or {}).items():
+                assert torch.equal(tensor, before[name]), f"the state '{name}' that was handed in was written to"
+            state = new
+        assert state is not None
+        assert state.keys() == last.keys(), f"cut at {cuts}: state has {sorted(state)}, expected {sorted(last)}"
+        for name in last:
+            same(state[name].double(), last[name].double(), f"cut at {cuts}: the last state's '{name}'")
+    assert all(torch.equal(a, b) for a, b in zip(given, kept)), "q, k, v or x was written to"
+
+
+@check("one token at a time, a whole pass, and the mixing matrix times v are the same")
+@torch.no_grad()
+def three_forms(variant: Variant) -> None:
+    module = variant.module()
+    length = 70
+    given = sample(module, 2, length)
+    whole, _ = module(*given)
+    by_matrix, matrix = module.forward_matrix(*given)
+    same(by_matrix, whole, "matrix times v beside the whole pass")
+    assert matrix.shape == (2, module.site.heads, length, length), f"the matrix has shape {list(matrix.shape)}"
+    assert torch.equal(matrix, matrix.tril()), "the matrix looks ahead"
+    state: State | None = None
+    for t in range(length):
+        y, state = module(*_cut(given, t, t + 1), state=state)
+        same(y[:, 0], whole[:, t], f"token {t} alone beside the whole pass")
+
+
+@check("left padding changes nothing, whatever stands in it, in the pass, the matrix and the state")
+@torch.no_grad()
+def padded_module(variant: Variant) -> None:
+    module = variant.module()
+    given = sample(module, 3, LONG)
+    padding = (0, 3, 70)
+    for row, count in enumerate(padding):
+        for z in given:
+            z[row, :count] = 100.0
+    valid = torch.arange(LONG) >= torch.tensor(padding)[:, None]
+    y, last = module(*given, tokens=Tokens(valid))
+    by_matrix, matrix = module.forward_matrix(*given, tokens=Tokens(valid))
+    # the first of these pieces is nothing but padding to the third row
+    pieces, state = [], None
+    for begin, end in ((0, 64), (64, 65), (65, LONG)):
+        piece = Tokens(valid[:, begin:end])
+        part, state = module(*_cut(given, begin, end), tokens=piece, state=state)
+        pieces.append(part)
+    more = sample(module, 1, 9, seed=5)
+    for row, count in enumerate(padding):
+        alone, end = module(*(z[row : row + 1, count:] for z in given))
+        what = f"the row with {count} tokens of padding"
+        same(y[row, count:], alone[0], what)
+        same(torch.cat(pieces, 1)[row, count:], alone[0], f"{what}, in three pieces")
+        same(by_matrix[row, count:], alone[0], f"{what}, by the matrix")
+        assert not matrix[row, :, count:, :count].any(), f"{what}: the matrix reads padding"
+        same(module(*more, state=rows(last, row))[0], module(*more, state=end)[0], f"{what}: what follows its state")
+
+
+@check("packed documents are kept apart in the pass, the matrix and the state")
+@torch.no_grad()
+def documents(variant: Variant) -> None:
+    module = variant.module()
+    given = sample(module, 2, LONG)
+    segments = torch.repeat_interleave(torch.arange(len(DOCUMENTS)), torch.tensor(DOCUMENTS)).expand(2, -1)
+    tokens = Tokens(segments=segments)
+    before, more = sample(module, 2, 5, seed=3), sample(module, 2, 9, seed=5)
+    _, start = module(*before)
+    y, last = module(*given, tokens=tokens, state=start)
+    by_matrix, matrix = module.forward_matrix(*given, tokens=tokens)
+    apart = segments[:, None, :, None] != segments[:, None, None, :]
+    assert not matrix.masked_select(apart.expand_as(matrix)).any(), "the matrix reads another document"
+    begin, end = 0, None
+    for number, count in enumerate(DOCUMENTS):
+        part = _cut(given, begin, begin + count)
+        alone, end = module(*part, state=None if number else start)
+        same(y[:, begin : begin + count], alone, f"document {number} of {DOCUMENTS}")
+        plain = module(*part)[0]
+        same(by_matrix[:, begin : begin + count], plain, f"document {number} of {DOCUMENTS}, by the matrix")
+        begin += count
+    same(module(*more, state=last)[0], module(*more, state=end)[0], "what follows the last document's state")
+
+
+@check("the state does not grow and holds exactly state_numel() numbers a sequence")
+@torch.no_grad()
+def state_size(variant: Variant) -> None:
+    module = variant.module()
+    if module.grows:
+        return
+    shapes: dict[str, torch.Size] = {}
+    for length in (1, 2, 64, LONG):
+        _, state = module(*sample(module, 3, length))
+        for name, tensor in state.items():
+            assert tensor.shape[0] == 3, f"state '{name}' {list(tensor.shape)} does not have the batch first"
+            known = shapes.setdefault(name, tensor.shape)
+            assert tensor.shape == known, f"state '{name}': {list(known)}, after {length} tokens {list(tensor.shape)}"
+        assert state.keys() == shapes.keys(), f"state: {sorted(shapes)}, after {length} tokens {sorted(state)}"
+    held = sum(shape.numel() // 3 for shape in shapes.values())
+    said = module.state_numel()
+    detail = ", ".join(f"{name} {list(shape[1:])}" for name, shape in shapes.items())
+    assert held == said, f"state_numel() is {said}, the state holds {held}: {detail}"
+
+
+def _cut(given: list[Tensor], begin: int, end: int) -> list[Tensor]:
+    return [z[:, begin:end] for z in given]

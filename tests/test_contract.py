@@ -1,0 +1,127 @@
+"""Every mixer under the whole contract, on every family; and the contract itself against mixers that break it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from limbeck import LimbeckError, contract, mixers
+from limbeck.contract import CHECKS, FAMILIES, FEW, Variant
+from limbeck.contract.variant import sample
+
+# each mixer as it is by default, and one with every common switch turned
+FULL = {"conv": 4, "output_norm": "rms", "output_gate": "silu", "rope": True}
+VARIANTS = {**{name: Variant(name) for name in mixers.names()}, "gated_deltanet-full": Variant("gated_deltanet", FULL)}
+# one of each operator; the slow checks run on all families for these, on few for the others
+THOROUGH = ("gla", "gated_deltanet-full", "mlstm")
+
+
+def cases() -> list[tuple[str, str, str | None]]:
+    chosen = []
+    for variant in VARIANTS:
+        for check, family in contract.cases():
+            if family is None or family in FEW or variant in THOROUGH or not CHECKS[check].slow:
+                chosen.append((variant, check, family))
+    return chosen
+
+
+@pytest.mark.parametrize(("variant", "check", "family"), cases())
+def test_contract(variant, check, family):
+    CHECKS[check](VARIANTS[variant], family)
+
+
+@pytest.mark.parametrize("name", mixers.names())
+@torch.no_grad()
+def test_at_the_start_no_gate_looks_at_the_hidden_states(name):
+    module = Variant(name, {"output_norm": "none"}).module(moved=0.0)
+    q, k, v, x = sample(module, 2, 20)
+    other = sample(module, 2, 20, seed=9)[3]
+    assert torch.allclose(module(q, k, v, x)[0], module(q, k, v, other)[0], atol=1e-12)
+
+
+# ------------------------------------------------------- what the checks find
+
+
+class Broken(mixers.get("gla")):
+    """A GLA with one thing wrong, said by an attribute."""
+
+    name, summary = "broken", "a GLA with a mistake"
+    mistake = ""
+
+    def inputs(self, q, k, v, x, tokens, state):
+        arguments = super().inputs(q, k, v, x, tokens, state)
+        if self.mistake == "looks ahead":
+            arguments.log_decay = arguments.log_decay - (x.mean() ** 2)
+        if self.mistake == "forgets the state":
+            arguments.k = arguments.k * (1 if state else 2)
+        if self.mistake == "reads padding":
+            arguments.q = arguments.q + x.cumsum(1)[..., :1, None] * 1e-3
+        if self.mistake == "takes no gradient":
+            arguments.log_decay = arguments.log_decay.detach()
+        if self.mistake == "overflows":
+            arguments.q = arguments.q * x.mean(-1)[..., None, None].mul(30).exp()
+        return arguments
+
+    def memory_numel(self):
+        return super().memory_numel() + (self.mistake == "miscounts")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "check", "message"),
+    [
+        ("looks ahead", "split", "cut at"),
+        ("forgets the state", "three_forms", "token 1 alone"),
+        ("reads padding", "padded_module", "tokens of padding"),
+        ("takes no gradient", "gradients", "no finite gradient: .*decay_up"),
+        ("overflows", "extreme_gates", "not finite"),
+        ("miscounts", "state_size", r"state_numel\(\) is"),
+    ],
+)
+def test_a_mistake_is_found(mistake, check, message, monkeypatch):
+    monkeypatch.setitem(mixers.registry._REGISTRY, "broken", Broken)
+    monkeypatch.setattr(Broken, "mistake", mistake)
+    family = "llama" if CHECKS[check].per_family else None
+    with pytest.raises(AssertionError, match=message):
+        CHECKS[check](Variant("broken"), family)
+
+
+def test_a_run_reports_failures_and_goes_on(monkeypatch):
+    monkeypatch.setitem(mixers.registry._REGISTRY, "broken", Broken)
+    monkeypatch.setattr(Broken, "mistake", "miscounts")
+    kept = {name: CHECKS[name] for name in ("described", "state_size", "padding")}
+    crash = dataclasses.replace(CHECKS["described"], name="crash", function=lambda variant: {}["nothing"])
+    monkeypatch.setattr(contract.registry, "CHECKS", {**kept, "crash": crash})
+    outcomes = list(contract.run("broken", families=["llama", "opt"]))
+    assert [(o.check.name, o.family) for o in outcomes] == [
+        ("described", None),
+        ("state_size", None),
+        ("padding", "llama"),
+        ("padding", "opt"),
+        ("crash", None),
+    ]
+    assert outcomes[0].failure is None
+    assert "state_numel() is" in outcomes[1].failure
+    assert outcomes[4].failure == "KeyError: 'nothing'"
+
+
+def test_cases():
+    assert {family for _, family in contract.cases()} == {None, *FAMILIES}
+    quick = contract.cases(quick=True)
+    assert {family for _, family in quick} == {None, *FEW}
+    assert not any(CHECKS[check].slow for check, _ in quick)
+    with pytest.raises(LimbeckError, match="did you mean 'gemma2'"):
+        contract.cases(["gemma"])
+    with pytest.raises(LimbeckError, match="unknown mixer"):
+        list(contract.run("nothing"))
+
+
+def test_the_document_lists_the_checks_and_shows_the_example():
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "own_mixer.md").read_text()
+    for check in CHECKS.values():
+        assert f"| `{check.name}` | {check.summary} |" in text
+    example = (root / "examples" / "lightning" / "limbeck_lightning.py").read_text()
+    shown = text.split("## 2. The file")[1].split("```python\n")[1].split("```")[0]
+    code = [line for line in shown.splitlines() if line and not line.lstrip().startswith("def ")]
+    assert not [line for line in code if line not in example.splitlines()]

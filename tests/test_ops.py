@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from limbeck.errors import LimbeckError
-from limbeck.ops import delta_rule, scalar_decay, vector_decay
+from limbeck.ops import cpu, delta_rule, scalar_decay, vector_decay
 
 CASES = [
     (scalar_decay, None),
@@ -26,6 +26,17 @@ def cases(*gates):
 
 
 case = cases(None, "scalar", "constant", "vector")
+
+
+@pytest.fixture(params=["cached", "exact"])
+def route(request, monkeypatch):
+    """Both ways through `chunked`: chunk by chunk with factored decays, and all chunks at once with halvings."""
+    if request.param == "exact":
+        monkeypatch.setattr(cpu, "plan", lambda *_: None)
+    return request.param
+
+
+both = pytest.mark.usefixtures("route")
 grouped = pytest.mark.parametrize("groups", [(4, 4), (2, 2), (2, 1), (1, 4)], ids=lambda g: f"k{g[0]}v{g[1]}")
 
 
@@ -128,6 +139,7 @@ def test_recurrent_is_the_definition(op, gate, groups):
     same(x.recurrent(state=None), definition(x, torch.zeros_like(x.state)))
 
 
+@both
 @case
 @grouped
 @pytest.mark.parametrize("length", [1, 16, 37])
@@ -138,11 +150,13 @@ def test_chunked_is_recurrent(op, gate, groups, length, chunk):
     same(x.chunked(state=None, chunk=chunk), x.recurrent(state=None))
 
 
+@both
 @case
 @grouped
 @pytest.mark.parametrize("documents", [False, True])
-def test_matrix_times_values_is_the_output(op, gate, groups, documents):
-    x = Inputs(op, gate, groups=groups)
+@pytest.mark.parametrize("length", [37, 150])
+def test_matrix_times_values_is_the_output(op, gate, groups, documents, length):
+    x = Inputs(op, gate, groups=groups, length=length)
     segments = _documents(x) if documents else None
     m = x.matrix(segments=segments)
     assert m.triu(1).abs().max() == 0
@@ -151,16 +165,19 @@ def test_matrix_times_values_is_the_output(op, gate, groups, documents):
     same([found], x.recurrent(state=None, segments=segments)[:1])
 
 
+@both
 @case
-def test_matrix_is_differentiable(op, gate):
-    x, y = Inputs(op, gate, length=11), Inputs(op, gate, length=11)
-    weight = torch.randn(2, 11, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("length", [11, 150])
+def test_matrix_is_differentiable(op, gate, length):
+    x, y = Inputs(op, gate, length=length), Inputs(op, gate, length=length)
+    weight = torch.randn(2, length, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     leaves, others = x.leaves(), y.leaves()
     found = torch.einsum("bhij,bjhv->bihv", x.matrix(), x.v.repeat_interleave(2, dim=2))
     found = torch.autograd.grad((found * weight).sum(), leaves[:-1])
     same(found, torch.autograd.grad((y.recurrent(state=None)[0] * weight).sum(), others[:-1]))
 
 
+@both
 @case
 @pytest.mark.parametrize("form", ["recurrent", "chunked"])
 @pytest.mark.parametrize("at", [1, 16, 23, 36])
@@ -181,6 +198,7 @@ def _documents(x):
     return numbers
 
 
+@both
 @case
 @pytest.mark.parametrize("form", ["recurrent", "chunked-8", "chunked-64"])
 def test_documents_do_not_see_each_other(op, gate, form):
@@ -198,6 +216,7 @@ def test_documents_do_not_see_each_other(op, gate, form):
         same([last[i : i + 1]], [end])
 
 
+@both
 @case
 @pytest.mark.parametrize("form", ["recurrent", "chunked"])
 def test_documents_have_the_gradients_of_the_definition(op, gate, form):
@@ -211,6 +230,7 @@ def test_documents_have_the_gradients_of_the_definition(op, gate, form):
     assert found[-1].abs().max() == 0
 
 
+@both
 @cases(None, "scalar", "vector")  # a constant decay cannot pause
 @pytest.mark.parametrize("form", ["recurrent", "chunked"])
 def test_no_op_tokens_leave_no_trace(op, gate, form):
@@ -228,6 +248,7 @@ def test_no_op_tokens_leave_no_trace(op, gate, form):
     same([out[:, keep], last], [plain, end], 1e-12)
 
 
+@both
 @cases(None, "scalar", "vector")
 def test_no_op_tokens_keep_the_state_to_the_bit(op, gate):
     x = Inputs(op, gate, dtype=torch.float32)._times(torch.zeros_like)
@@ -235,6 +256,7 @@ def test_no_op_tokens_keep_the_state_to_the_bit(op, gate):
         assert torch.equal(form()[1], x.state)
 
 
+@both
 @case
 def test_gradcheck(op, gate):
     x = Inputs(op, gate, batch=1, length=5, heads=2, groups=(1, 2), key=2, value=2)
@@ -251,6 +273,7 @@ def test_gradcheck(op, gate):
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@both
 @case
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("chunk", [8, 64])
@@ -266,6 +289,68 @@ def test_chunked_has_the_gradients_of_recurrent(op, gate, documents, chunk):
         out, last = getattr(x, form)(segments=_documents(x) if documents else None, **options)
         grads.append(torch.autograd.grad((out * weights).sum() + (last * state_weights).sum(), leaves))
     same(*grads, 1e-9)
+
+
+@case
+def test_one_token_at_a_time(op, gate):
+    """A step neither writes to the state it is given nor differs from the loop, with and without gradients."""
+    x = Inputs(op, gate, length=6)
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 2, 2, 3]])
+    wanted, last = x.recurrent(segments=segments)
+    with torch.no_grad():
+        state, outputs = x.state, []
+        for t in range(6):
+            before = state.clone()
+            # a step counts documents from the state it is given
+            new = (segments[:, t : t + 1] != (segments[:, t - 1 : t] if t else 0)).long()
+            out, after = x.cut(t, t + 1).recurrent(state=state, segments=new)
+            assert torch.equal(state, before)
+            state = after
+            outputs.append(out)
+    same([torch.cat(outputs, 1), state], [wanted, last])
+    one = x.cut(0, 1)
+    leaves = one.leaves()
+    assert torch.autograd.gradcheck(lambda *_: one.recurrent(), leaves)
+
+
+@cases("scalar", "vector")
+@pytest.mark.parametrize("level", [-0.3, -0.9, -1.1, -3.0, -5.0])
+def test_the_route_keeps_to_what_fp32_can_hold(op, gate, level):
+    """Shorter chunks for stronger decays, halvings for the strongest; all as near to fp64 as each other."""
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        x = Inputs(op, gate, length=130, key=32, value=16, dtype=dtype)
+        x.log_decay = (
+            (x.log_decay.new_full(x.log_decay.shape, level) * (1 + 0.01 * x.log_decay.sin())).float().to(dtype)
+        )
+        leaves = x.leaves()
+        out, last = x.chunked()
+        results.append((out, last, *torch.autograd.grad(out.sum() + last.sum(), leaves)))
+    log = x.log_decay if gate == "vector" else x.log_decay.unsqueeze(-1)
+    found = cpu.plan(x.q, log, None)
+    assert (found and found.chunk) == {-0.3: 64, -0.9: 64, -1.1: 32, -3.0: 16, -5.0: None}[level]
+    for exact, a in zip(*results, strict=True):
+        assert (a.double() - exact).norm() <= (2e-6 if a is out or a is last else 2e-5) * exact.norm()
+
+
+@cases("scalar", "vector")
+def test_decays_that_grow_take_the_general_path(op, gate):
+    x = Inputs(op, gate)
+    x.log_decay = -x.log_decay
+    assert cpu.plan(x.q, x.log_decay if gate == "vector" else x.log_decay.unsqueeze(-1), 8) is None
+
+
+@case
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_are_handled_one_by_one_or_together(op, gate, rows, monkeypatch):
+    grads = []
+    for x in (Inputs(op, gate, batch=3), Inputs(op, gate, batch=3)):
+        leaves = x.leaves()
+        if grads:
+            monkeypatch.setattr(cpu, "CACHE", rows * 4 * 8 * 5 * 8)
+        out, last = x.chunked(chunk=8)
+        grads.append((out, last, *torch.autograd.grad(out.square().sum() + last.sum(), leaves)))
+    same(*grads)
 
 
 @cases("scalar", "constant", "vector")
@@ -290,12 +375,15 @@ def test_extreme_gates(op, gate, level):
     assert x.matrix().isfinite().all()
 
 
+@both
 @case
 def test_long_sequences(op, gate):
     """32k tokens in fp32 stay as near to fp64 as a short sequence does; gradients too."""
     results = []
     for dtype in (torch.float64, torch.float32):
         x = Inputs(op, gate, batch=1, length=32768, heads=1, groups=(1, 1), key=8, value=4, dtype=dtype)
+        if gate == "constant":  # the gradient per token: what is left of their sum, a thousandth, is rounding
+            x.log_decay = x.log_decay.expand(1, 32768, 1)
         leaves = x.leaves()
         out, last = x.chunked()
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
@@ -305,6 +393,7 @@ def test_long_sequences(op, gate):
         assert (found.double() - exact).norm() <= 2e-5 * exact.norm()
 
 
+@both
 @case
 def test_fp32_error_bound(op, gate):
     exact, x = (Inputs(op, gate, length=300, key=32, value=16, dtype=d) for d in (torch.float64, torch.float32))
@@ -316,6 +405,7 @@ def test_fp32_error_bound(op, gate):
     assert (x.matrix().double() - m).norm() <= 2e-6 * m.norm()
 
 
+@both
 @case
 def test_autocast_changes_nothing(op, gate):
     plain = Inputs(op, gate, dtype=torch.float32)
@@ -331,6 +421,7 @@ def test_autocast_changes_nothing(op, gate):
         assert torch.equal(plain.matrix(), plain.matrix().float())
 
 
+@both
 @case
 def test_bf16_in_bf16_out_fp32_state(op, gate):
     x = Inputs(op, gate, dtype=torch.bfloat16)

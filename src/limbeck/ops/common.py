@@ -78,8 +78,9 @@ def start_state(state: Tensor | None, q: Tensor, width: int, dtype: torch.dtype)
     return state.to(dtype)
 
 
-def fit_chunk(chunk: int, length: int) -> int:
-    """The chunk to use: not longer than the sequence, rounded up to a power of two."""
+def fit_chunk(chunk: int | None, length: int) -> int:
+    """The chunk to use: not longer than the sequence, rounded up to a power of two; None stands for 64."""
+    chunk = 64 if chunk is None else chunk
     check_chunk(chunk)
     return min(chunk, 1 << (length - 1).bit_length())
 
@@ -226,6 +227,8 @@ def step_by_step(
     heads, dtype = q.shape[2], work_dtype(q, k, v, beta, log_decay, state)
     with full_precision(q):
         current = start_state(state, q, v.shape[-1], dtype)
+        if q.shape[1] == 1:
+            return _one_step(q, k, v, log_decay, current, segments, vector=vector, beta=beta)
         queries = q.to(dtype).unsqueeze(-2)  # [B, T, H, 1, K]
         keys = widen(k.to(dtype), heads).unsqueeze(-1)  # [B, T, H, K, 1]
         values = widen(v.to(dtype), heads).unsqueeze(-2)  # [B, T, H, 1, V]
@@ -246,3 +249,31 @@ def step_by_step(
             current = current + keys[:, t] * write
             outputs.append(queries[:, t] @ current)
         return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
+
+
+def _one_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    segments: Tensor | None,
+    *,
+    vector: bool,
+    beta: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token, in as few passes over the state as there are: that is all a step of decoding costs."""
+    heads, dtype, own = q.shape[2], state.dtype, False
+    query = q.to(dtype).transpose(1, 2)  # [B, H, 1, K]
+    key, write = (widen(x.to(dtype), heads).transpose(1, 2) for x in (k, v))
+    if log_decay is not None:
+        decay = per_token(log_decay, q, vector=vector, dtype=dtype).exp().view(*key.shape[:2], -1, 1)
+        state, own = state * decay, True
+    if segments is not None:
+        state, own = state * (segments == 0).to(dtype)[..., None, None], True
+    if beta is not None:
+        write = (write - key @ state) * beta.to(dtype).view(*key.shape[:2], 1, 1)
+    # the caller's state is never written to, nor one that autograd may have kept
+    add = state.addcmul_ if own and not torch.is_grad_enabled() else state.addcmul
+    state = add(key.mT, write)
+    return (query @ state).transpose(1, 2).to(v.dtype), state

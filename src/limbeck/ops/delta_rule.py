@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.ops import common
+from limbeck.ops import common, cpu
 from limbeck.ops.pairs import decayed, gamma
 
 
@@ -51,37 +51,56 @@ def chunked(
     *,
     state: Tensor | None = None,
     segments: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of `chunk` tokens (a power of two): for training and prefill.
+    """The same in chunks of `chunk` tokens (a power of two; None chooses): for training and prefill.
 
     Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
     """
+    return _chunked(q, k, v, beta, log_decay, state, segments, chunk)
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    chunk: int | None,
+    *,
+    triangular: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`triangular`: v is lower triangular and takes no gradient, which may be made use of."""
     _check_beta(beta, q)
     common.check_shapes(q, k, v, segments=segments)
     length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k, v, beta, log_decay, state)
-    chunk = common.fit_chunk(chunk, length)
+    vector, log = log_decay is not None and log_decay.dim() == 4, None
     with common.full_precision(q):
         first = common.start_state(state, q, v.shape[-1], dtype)
+        if log_decay is not None:
+            log = common.per_token(log_decay, q, vector=vector, dtype=dtype)
+        route = cpu.plan(q, log, chunk)
+        if route:
+            return cpu.run(q, k, v, beta, log, first, segments, route._replace(triangular=triangular))
+        chunk = common.fit_chunk(chunk, length)
         reads = common.to_chunks(q, chunk, dtype)
         keys = common.to_chunks(k, chunk, dtype)
         writes = common.widen(keys, heads)
         values = common.widen(common.to_chunks(v, chunk, dtype), heads)
         rate = common.to_chunks(beta.unsqueeze(-1), chunk, dtype)
-        vector = log_decay is not None and log_decay.dim() == 4
         decay, erases = None, writes
-        if log_decay is not None:
-            log = common.to_chunks(common.per_token(log_decay, q, vector=vector, dtype=dtype), chunk, dtype)
-        if vector:
-            mixing, overlap, since, until = decayed(reads, writes, log, overlap=True)
+        if log is not None and vector:
+            mixing, overlap, since, until = decayed(reads, writes, common.to_chunks(log, chunk, dtype), overlap=True)
         else:
             mixing, overlap = reads @ writes.mT, common.widen(keys @ keys.mT, heads)
-            if log_decay is None:
+            if log is None:
                 mixing = mixing.tril()
             else:
-                within, since, until = gamma(log)
+                within, since, until = gamma(common.to_chunks(log, chunk, dtype))
                 mixing, overlap = mixing * within, overlap * within
-        if log_decay is not None:
+        if log is not None:
             reads, erases, writes, decay = reads * since, writes * since, writes * until, since[..., -1:, :].mT
         if segments is not None:
             docs = common.Documents.of(segments, chunk)
@@ -98,7 +117,7 @@ def matrix(
     # In chunks with v = I: the closed form has T×T factors, and with its gradient took 1.7 times as long.
     dtype, length = common.work_dtype(q, k, beta, log_decay), q.shape[1]
     identity = torch.eye(length, dtype=dtype, device=q.device)[None, :, None].expand(q.shape[0], -1, 1, -1)
-    m, _ = chunked(q, k, identity, beta, log_decay, segments=segments)
+    m, _ = _chunked(q, k, identity, beta, log_decay, None, segments, None, triangular=True)
     return m.transpose(1, 2)
 
 

@@ -153,6 +153,6 @@ class _Gamma(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dsince, duntil):
         out, since, until = ctx.saved_tensors
-        both = dout * out
+        both = (dout * out).tril_(-1)  # tokens with themselves decay by nothing
         dg = (dsince * since).add_(both.sum(-1, keepdim=True)).sub_(both.sum(-2).unsqueeze(-1))
         return _to_log_decay(dg, duntil * until)

@@ -16,7 +16,7 @@ incoming state belonging to document 0. Shapes that do not fit raise LimbeckErro
 import torch
 from torch import Tensor
 
-from limbeck.ops import common
+from limbeck.ops import common, cpu
 from limbeck.ops.pairs import gamma, pairs
 
 
@@ -44,26 +44,29 @@ def chunked(
     *,
     state: Tensor | None = None,
     segments: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of `chunk` tokens (a power of two): for training and prefill.
+    """The same in chunks of `chunk` tokens (a power of two; None chooses): for training and prefill.
 
     Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
     """
     common.check_shapes(q, k, v, segments=segments)
     length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k, v, log_decay, state)
-    chunk = common.fit_chunk(chunk, length)
     with common.full_precision(q):
         first = common.start_state(state, q, v.shape[-1], dtype)
+        log = None if log_decay is None else common.per_token(log_decay, q, vector=False, dtype=dtype)
+        route = cpu.plan(q, log, chunk)
+        if route:
+            return cpu.run(q, k, v, None, log, first, segments, route)
+        chunk = common.fit_chunk(chunk, length)
         reads = common.to_chunks(q, chunk, dtype)
         writes = common.widen(common.to_chunks(k, chunk, dtype), heads)
         values = common.widen(common.to_chunks(v, chunk, dtype), heads)
         mixing, decay = reads @ writes.mT, None
-        if log_decay is None:
+        if log is None:
             mixing = mixing.tril()
         else:
-            log = common.to_chunks(common.per_token(log_decay, q, vector=False, dtype=dtype), chunk, dtype)
-            within, since, until = gamma(log)
+            within, since, until = gamma(common.to_chunks(log, chunk, dtype))
             reads, writes, mixing, decay = reads * since, writes * until, mixing * within, since[..., -1:, :]
         if segments is not None:
             reads, writes, mixing, decay = common.apart(segments, chunk, reads, writes, mixing, decay)

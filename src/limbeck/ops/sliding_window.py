@@ -47,6 +47,8 @@ def chunked(
         valid = None
     with common.full_precision(q):
         keys, values, count = _history(q, k, v, window, sinks, state)
+        if state is not None and q.shape[1] == 1 and valid is None:
+            return _next(q, keys, values, count, window, sinks, scale, segments)
         held = keys.shape[1] - k.shape[1]  # S + window − 1, or none
         if valid is None:
             packed, number = q, segments
@@ -122,7 +124,46 @@ def _history(
                 f"the state's {name} has shape {list(state[name].shape)}",
                 expected=f"{shape} with window={window} and sinks={sinks}",
             )
-    return (*(torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v))), state["count"])
+    keys, values = (torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
+    return keys, values, state["count"]
+
+
+def _next(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    segments: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One token after a state, in few operations: decoding spends its time on calls, not on arithmetic."""
+    if segments is not None:  # a new document finds an empty state
+        goes_on = segments == 0
+        count = count * goes_on[:, 0]
+        forget = goes_on[..., None, None]
+        keys, values = (torch.cat([x[:, :-1] * forget, x[:, -1:]], 1) for x in (keys, values))
+    # How many tokens it takes to fill a place; a sink counts as one when it has left the window.
+    needed = torch.arange(sinks + window - 1, -1, -1, device=q.device)
+    if sinks:
+        needed = torch.cat([needed[:sinks].flip(0), needed[sinks:]])
+    seen = (count.unsqueeze(1) >= needed)[:, None, None]
+    near = (keys, values) if keys.shape[2] == values.shape[2] else (common.widen(x, q.shape[2]) for x in (keys, values))
+    dtype = _common_dtype(q, keys, values)
+    k, v = (x.transpose(1, 2).to(dtype) for x in near)
+    folded = q.squeeze(1).unflatten(1, (k.shape[1], -1)).to(dtype)  # the heads of a group as its queries
+    o = F.scaled_dot_product_attention(folded, k, v, attn_mask=seen, scale=scale)
+    state = {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
+    if sinks:
+        here = (count.unsqueeze(1) == torch.arange(sinks, device=q.device))[..., None, None]
+        for name, x in (("k", keys), ("v", values)):
+            state[name] = torch.cat([torch.where(here, x[:, -1:], x[:, :sinks]), x[:, sinks + 1 :]], 1)
+    return o.flatten(1, 2).unsqueeze(1).to(values.dtype), state
+
+
+def _common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:
@@ -181,17 +222,11 @@ def _attend(
     groups = near[0].shape[3]
     # The queries of a group stand below each other, so that keys need not be repeated.
     folded = queries.unflatten(2, (groups, -1)).unflatten(1, (count, block)).permute(0, 1, 3, 4, 2, 5)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, keys.dtype), values.dtype)
-    o = F.scaled_dot_product_attention(
-        folded.flatten(3, 4).flatten(0, 1).to(dtype),
-        *(x.transpose(2, 3).flatten(0, 1).to(dtype) for x in near),
-        attn_mask=seen.unsqueeze(2)
-        .expand(batch, count, heads // groups, -1, -1)
-        .flatten(2, 3)
-        .flatten(0, 1)
-        .unsqueeze(1),
-        scale=scale,
-    )
+    dtype = _common_dtype(q, keys, values)
+    seen = seen.unsqueeze(2).expand(batch, count, heads // groups, -1, -1).flatten(2, 3).flatten(0, 1)
+    k, v = (x.transpose(2, 3).flatten(0, 1).to(dtype) for x in near)
+    folded = folded.flatten(3, 4).flatten(0, 1).to(dtype)
+    o = F.scaled_dot_product_attention(folded, k, v, attn_mask=seen.unsqueeze(1), scale=scale)
     o = o.unflatten(2, (-1, block)).unflatten(0, (batch, count)).permute(0, 1, 4, 2, 3, 5)
     return o.flatten(3, 4).flatten(1, 2)[:, :length]
 

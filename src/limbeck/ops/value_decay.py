@@ -141,7 +141,7 @@ class _Across(torch.autograd.Function):
             dstates[-1] = dlast
             dafter = None if after is None else torch.empty_like(after)
             for n in reversed(range(reads.shape[0])):
-                if leave is not None:
+                if leave is not None and dafter is not None:
                     torch.sum(states[n + 1] * dstates[n + 1], -2, keepdim=True, out=dafter[n])
                     dstates[n + 1].mul_(leave[n])
                 common.fade(dstates[n + 1], keep, n, into=dstates[n])

@@ -15,7 +15,7 @@ incoming state belonging to document 0. Shapes that do not fit raise LimbeckErro
 
 from torch import Tensor
 
-from limbeck.ops import common, scalar_decay
+from limbeck.ops import common, cpu, scalar_decay
 from limbeck.ops.pairs import decayed, pairs
 
 
@@ -43,9 +43,9 @@ def chunked(
     *,
     state: Tensor | None = None,
     segments: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of `chunk` tokens (a power of two): for training and prefill.
+    """The same in chunks of `chunk` tokens (a power of two; None chooses): for training and prefill.
 
     Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
     """
@@ -53,14 +53,17 @@ def chunked(
         return scalar_decay.chunked(q, k, v, state=state, segments=segments, chunk=chunk)
     common.check_shapes(q, k, v, segments=segments)
     length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k, v, log_decay, state)
-    chunk = common.fit_chunk(chunk, length)
     with common.full_precision(q):
         first = common.start_state(state, q, v.shape[-1], dtype)
+        log = common.per_token(log_decay, q, vector=True, dtype=dtype)
+        route = cpu.plan(q, log, chunk)
+        if route:
+            return cpu.run(q, k, v, None, log, first, segments, route)
+        chunk = common.fit_chunk(chunk, length)
         reads = common.to_chunks(q, chunk, dtype)
         writes = common.widen(common.to_chunks(k, chunk, dtype), heads)
         values = common.widen(common.to_chunks(v, chunk, dtype), heads)
-        log = common.to_chunks(common.per_token(log_decay, q, vector=True, dtype=dtype), chunk, dtype)
-        mixing, _, since, until = decayed(reads, writes, log)
+        mixing, _, since, until = decayed(reads, writes, common.to_chunks(log, chunk, dtype))
         reads, writes, decay = reads * since, writes * until, since[..., -1:, :].mT
         if segments is not None:
             reads, writes, mixing, decay = common.apart(segments, chunk, reads, writes, mixing, decay)

@@ -20,7 +20,8 @@ from limbeck.stages.layerwise import Hidden, Matrix
 from limbeck.stages.teacher import tap
 
 NOTHING = contextlib.nullcontext
-PLAIN = {"gemma2": {"attn_logit_softcapping": None, "sliding_window": 64}}  # what the control arm can mimic
+# what the control arm can mimic
+PLAIN = {"gemma2": {"attn_logit_softcapping": None, "sliding_window": 64}, "mistral": {"sliding_window": 64}}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -43,7 +43,18 @@ def _quiet_transformers() -> None:
 
 def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
-    from limbeck.cli import assets, check, convert, distill, doctor, eval, generate, matrices, students  # noqa: F401
+    from limbeck.cli import (  # noqa: F401
+        assets,
+        check,
+        convert,
+        distill,
+        doctor,
+        eval,
+        families,
+        generate,
+        matrices,
+        students,
+    )
 
     _quiet_transformers()
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"

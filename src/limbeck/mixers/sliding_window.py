@@ -7,6 +7,7 @@ Start: no parameters of its own: the teacher's attention with everything between
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -45,8 +46,8 @@ class SlidingWindow(Mixer):
         return self._head_width("key")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
-        masks = {"segments": tokens.segments, "valid": tokens.valid}
-        return sliding_window.chunked(q, k, v, **self._settings(), state=state or None, **masks)
+        segments, valid = tokens.segments, tokens.valid
+        return sliding_window.chunked(q, k, v, **self._settings(), state=state or None, segments=segments, valid=valid)
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         return sliding_window.matrix(q, k, **self._settings(), segments=tokens.segments, valid=tokens.valid)
@@ -55,5 +56,5 @@ class SlidingWindow(Mixer):
         s = self.shape
         return sliding_window.state_numel(s.kv_heads, s.key_width, s.value_width, self.window, self.options.sinks)
 
-    def _settings(self) -> dict:
+    def _settings(self) -> dict[str, Any]:
         return {"window": self.window, "sinks": self.options.sinks, "scale": self.shape.scale}

@@ -9,14 +9,18 @@ Padding and packed documents are read from the mask that the softmax layers use:
 is padding, and one that may not attend to the valid token before it begins a document.
 """
 
+import copy
+import functools
+import inspect
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
-from transformers.masking_utils import sdpa_mask
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from limbeck.errors import LimbeckError
@@ -24,20 +28,44 @@ from limbeck.mixers import Tokens
 from limbeck.model.cache import RecurrentLayer, recurrent_layer
 
 NAME = "limbeck"
+EAGER = "limbeck_eager"  # the same for families whose softmax layers have no SDPA
 
 
 @dataclass
 class Call:
-    """What the pre-hook hands to the attention function: the layer's input [B, T, D] and its cache layer."""
+    """What the pre-hook hands to the attention function: the layer's input [B, T, D], its cache and its masks."""
 
     x: Tensor
-    layer: RecurrentLayer | None
+    cache: Cache | None = None
+    layer: RecurrentLayer | None = None  # found when the module updates the cache, under whatever index
+    mask: Tensor | None = None
+    knows_mask: bool = False  # the module takes the mask as an argument
+    positions: Tensor | None = None
+    count: int = 0  # calls of the attention function so far
+
+
+def implementation(model: type | nn.Module) -> str:
+    """Name of the attention implementation for students of that model class."""
+    return NAME if getattr(model, "_supports_sdpa", True) else EAGER
 
 
 def attach(module: nn.Module, mixer: nn.Module) -> None:
     """Make `mixer` the attention of `module` (a transformers self-attention module)."""
+    if not any(p.kind is p.VAR_KEYWORD for p in _parameters(module).values()):
+        raise LimbeckError(f"{type(module).__name__} takes no further keyword arguments, so nothing can be handed over")
     module.mixer = mixer
     module.register_forward_pre_hook(_hand_over, with_kwargs=True)
+
+
+def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = [n for n, p in _parameters(module).items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def layer_input(given: dict[str, Any]) -> Tensor:
+    """The hidden states among an attention module's arguments: under their usual name, or the first there is."""
+    return given["hidden_states"] if "hidden_states" in given else next(iter(given.values()))
 
 
 def attention(
@@ -67,14 +95,28 @@ def attention(
         return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if limbeck_call is None:
         raise LimbeckError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
-    tokens = tokens_of(attention_mask, query.shape[2])
+    call, length = limbeck_call, query.shape[2]
+    if call.cache is not None and call.layer is None:
+        # a layer that reads the keys and values of another stores none of its own
+        call.layer = recurrent_layer(call.cache, module.layer_idx)  # type: ignore[arg-type]
+        call.layer.update(query, query)
+        call.layer.begin = None  # its mask is that of the other layer, whose last columns are this call's
+        key, value = key[:, :, -length:], value[:, :, -length:]
+    layer = call.layer
+    tokens = tokens_of(
+        call.mask if call.knows_mask else attention_mask,
+        length,
+        begin=layer.begin if layer else None,
+        positions=call.positions,
+        chunk=getattr(module.config, "attention_chunk_size", None),
+    )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if output_matrix:
-        return module.mixer.forward_matrix(q, k, v, limbeck_call.x, tokens=tokens)
-    layer = limbeck_call.layer
-    y, state = module.mixer(q, k, v, limbeck_call.x, tokens=tokens, state=layer.state if layer else None)
+        return module.mixer.forward_matrix(q, k, v, call.x, tokens=tokens)
+    y, state = module.mixer(q, k, v, call.x, tokens=tokens, state=layer.read(call.count) if layer else None)
     if layer is not None:
-        layer.state = state
+        layer.write(call.count, state)
+    call.count += 1
     return y, None
 
 
@@ -82,9 +124,10 @@ def softmax_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of a layer that keeps it: SDPA, or the family's eager function where SDPA lacks a feature."""
-    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+    eager = module.config._attn_implementation == EAGER  # type: ignore[union-attr]
+    if not eager and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    function = sys.modules[type(module).__module__].eager_attention_forward
     if attention_mask is None:
         length, total = query.shape[2], key.shape[2]
         ones = torch.ones(length, total, dtype=torch.bool, device=query.device)
@@ -92,29 +135,41 @@ def softmax_attention(
     if attention_mask.dtype == torch.bool:
         closed = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, closed)
-    return eager(module, query, key, value, attention_mask, **kwargs)
+    return function(module, query, key, value, attention_mask, **kwargs)
 
 
-def tokens_of(mask: Tensor | None, length: int) -> Tokens:
-    """Padding and documents of the last `length` tokens, read from an attention mask of any layout.
+def tokens_of(
+    mask: Tensor | None,
+    length: int,
+    begin: int | None = None,
+    positions: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tokens:
+    """Padding and documents of `length` tokens, read from an attention mask of any layout.
 
     Args:
         mask: None, [B, keys] (1 = valid), or [B, 1, T, keys] bool or additive.
+        begin: the column of the first token, for a call with a cache; None without: the tokens have the last columns.
+        positions: [B, T] position ids, where known.
+        chunk: the mask may be one of chunked attention, whose chunks of so many tokens end as documents do. What ends
+            there is a document only if the positions say so; with a cache there is one document.
     """
     if mask is None:
         return Tokens()
     known = getattr(mask, "_limbeck_tokens", None)  # one mask serves all layers of a pass
     if known is not None:
         return known
+    cached = begin is not None
+    begin = mask.shape[-1] - length if begin is None else begin
     if mask.dim() == 2:
-        valid, starts = mask[:, -length:].bool(), None
+        valid, starts = mask[:, begin : begin + length].bool(), None
     else:
         allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-        offset = mask.shape[-1] - length
-        valid = allowed.diagonal(offset=offset, dim1=-2, dim2=-1)
-        joined = allowed[:, 1:] if offset == 0 else allowed
-        joined = joined.diagonal(offset=max(offset - 1, 0), dim1=-2, dim2=-1)[:, -length:]
-        starts = ~joined[:, -(length - 1) :] & valid[:, 1:] & valid[:, :-1] if length > 1 else None
+        valid = allowed.diagonal(offset=begin, dim1=-2, dim2=-1)[:, :length]
+        joined = allowed[:, 1:].diagonal(offset=begin, dim1=-2, dim2=-1)[:, : length - 1]
+        if chunk:
+            joined = joined | (True if cached else _goes_on(valid, positions, chunk))
+        starts = ~joined & valid[:, 1:] & valid[:, :-1]
     segments = None
     if starts is not None and bool(starts.any()):
         segments = torch.cat([torch.zeros_like(starts[:, :1]), starts], 1).cumsum(1)
@@ -123,31 +178,89 @@ def tokens_of(mask: Tensor | None, length: int) -> Tokens:
     return tokens
 
 
+def _goes_on(valid: Tensor, positions: Tensor | None, chunk: int) -> Tensor:
+    """Where no document can begin, for tokens 1 to T - 1: [B, T - 1]."""
+    if positions is not None:
+        return positions[:, 1:] == positions[:, :-1] + 1
+    padding = (valid.cumsum(1) == 0).sum(1, keepdim=True)  # chunks are counted from the first valid token
+    index = torch.arange(1, valid.shape[1], device=valid.device)
+    return (index - padding) % chunk == 0
+
+
 def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    if module.config._attn_implementation != NAME:
+    if module.config._attn_implementation not in (NAME, EAGER):
         raise LimbeckError(
             f"attention implementation '{module.config._attn_implementation}' would drop the student's mixers",
             expected=f"'{NAME}'",
             hint="load the student without attn_implementation=...",
         )
-    x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = next((c for c in (*kwargs.values(), *args) if isinstance(c, Cache)), None)
-    layer = None if cache is None else recurrent_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+    given = arguments(module, args, kwargs)
+    call = Call(layer_input(given))
+    mask = given.get("attention_mask")
+    if "attention_mask" in _parameters(module) and (mask is None or isinstance(mask, Tensor)):
+        # not the attention function's: some modules close further keys there
+        call.mask, call.knows_mask = mask, True
+    if isinstance(given.get("position_ids"), Tensor) and given["position_ids"].dim() == 2:
+        call.positions = given["position_ids"]
+    given = {name: handed(value, call) if isinstance(value, Cache) else value for name, value in given.items()}
     if not module.mixer.options.rope:
-        kwargs = _without_rope(kwargs)
-    return args, {**kwargs, "limbeck_call": Call(x, layer)}
+        given = _without_rope(given)
+    return (), {**given, "limbeck_call": call}
 
 
-def _without_rope(kwargs: dict) -> dict:
+def handed(cache: Cache, call: Call) -> Cache:
+    """The cache as the module sees it: the same object's contents, and `update` puts a recurrent layer in its place."""
+    if isinstance(cache, EncoderDecoderCache):
+        both: Any = copy.copy(cache)
+        both.self_attention_cache = handed(cache.self_attention_cache, call)
+        return both
+    cls: Any = type(cache)
+    seen = object.__new__(_handed_class(cls))
+    seen.__dict__ = cache.__dict__
+    seen.call = call
+    call.cache = cache
+    return seen
+
+
+class _Handed:
+    """What `handed` adds to a class of caches."""
+
+    __slots__ = ("call",)
+    call: Call
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        self.call.layer = recurrent_layer(self, layer_idx)  # type: ignore[arg-type]
+        return self.call.layer.update(key_states, value_states)
+
+
+@functools.cache
+def _handed_class(cls: Any) -> Any:
+    return type(f"Handed{cls.__name__}", (_Handed, cls), {})
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    cls: Any = type(module)
+    return _signature(cls)
+
+
+@functools.cache
+def _signature(cls: Any) -> dict[str, inspect.Parameter]:
+    return dict(list(inspect.signature(cls.forward).parameters.items())[1:])
+
+
+def _without_rope(given: dict[str, Any]) -> dict[str, Any]:
     """Rotate by nothing: cos = 1, sin = 0. Families with learned positions have nothing to switch off."""
-    rotary = kwargs.get("position_embeddings")
+    rotary = given.get("position_embeddings")
     if rotary is None:
-        return kwargs
+        return given
+    if isinstance(rotary, Tensor) and rotary.is_complex():
+        return {**given, "position_embeddings": torch.ones_like(rotary)}
     if not isinstance(rotary, tuple | list) or len(rotary) != 2:
         raise LimbeckError("this family's rotary embedding cannot be switched off", expected="a mixer option rope=true")
     cos, sin = rotary
-    return {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    return {**given, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for _name, _mask in ((NAME, sdpa_mask), (EAGER, eager_mask)):
+    AttentionInterface.register(_name, attention)
+    AttentionMaskInterface.register(_name, _mask)

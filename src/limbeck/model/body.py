@@ -6,6 +6,8 @@
 Neither knows anything of a family.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,6 +51,11 @@ def run_body(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model.get_decoder()(**inputs_of(model, batch), use_cache=False).last_hidden_state
 
 
+@dataclass
+class _Given(BaseModelOutputWithPastAndCrossAttentions):
+    router_logits: None = None  # mixtures of experts hand them on
+
+
 class Head:
     """What turns hidden states into logits, with every family's own extras (soft cap, scale, bias), on a few tokens.
 
@@ -62,7 +69,7 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
         body = self.model.get_decoder()
-        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
+        output = _Given(last_hidden_state=hidden[None])
         body.forward = lambda *args, **kwargs: output
         try:
             return self.model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]

@@ -3,13 +3,24 @@
 transformers keeps one cache object per sequence batch with one layer each for the model's attention modules. The
 mixer's layer stands among them, so softmax layers beside it keep their own keys and values.
 
-    layer = recurrent_layer(cache, layer_idx)      # put in place on first use
-    layer.state                                    # what the mixer returned last, None at the start
+    layer = recurrent_layer(cache, index)      # put in place on first use
+    layer.read(0)                              # what the mixer returned last, None at the start
+
+It keeps the layer in whose place it stands (its twin): for the sizes of masks, which softmax layers of the same kind
+share, and for what a module stores there beside keys and values (convolution states, an indexer's keys).
 """
 
-import torch
+from collections.abc import Iterator
+from typing import Any
+
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from limbeck.errors import LimbeckError
 from limbeck.mixers import State
@@ -18,28 +29,63 @@ from limbeck.mixers import State
 class RecurrentLayer(CacheLayerMixin):
     """Counts tokens and holds the mixer's state; hands keys and values back untouched."""
 
-    is_sliding = False
+    is_compileable = False
+    is_croppable = False
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: State | None = None
+    def __init__(self, twin: Any = None) -> None:
+        CacheLayerMixin.__init__(self)
+        self.twin = twin  # first: what is not found here is looked up there
+        self.states: list[State | None] = []  # one for each call of the attention function in a forward pass
         self.length = 0
+        self.begin: int | None = None  # column of the mask that belongs to the first token of the running call
+
+    def __getattr__(self, name: str) -> Any:
+        twin = self.__dict__.get("twin")
+        if twin is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return getattr(twin, name)
+
+    @property
+    def is_sliding(self) -> bool:  # type: ignore[override]
+        return getattr(self.twin, "is_sliding", False)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = key_states.new_empty(0)  # some families look whether there are any
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.length += key_states.shape[-2]
+        new = key_states.shape[-2]
+        self.begin = self.length - self.get_mask_sizes(new)[1]
+        self.length += new
         return key_states, value_states
+
+    def read(self, call: int) -> State | None:
+        """State that the attention function's call of this number in a forward pass goes on from."""
+        return self.states[call] if call < len(self.states) else None
+
+    def write(self, call: int, state: State) -> None:
+        """Keep the state that this call ended with."""
+        self.states[call : call + 1] = [state]
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        counters = [n for n in ("cumulative_length", "cumulative_length_int") if hasattr(self.twin, n)]
+        if not counters:
+            return self.length + query_length, 0
+        # windows and static layers have sizes of their own; the twin's count is lent to it, as it stores nothing
+        before = {name: getattr(self.twin, name) for name in counters}
+        try:
+            for name in counters:
+                setattr(self.twin, name, self.length)
+            return self.twin.get_mask_sizes(query_length)
+        finally:
+            for name, count in before.items():
+                setattr(self.twin, name, count)
 
     def get_max_length(self) -> int:
         return -1
@@ -47,17 +93,20 @@ class RecurrentLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.state, self.length = None, 0
+        self.states, self.length = [], 0
+        self._pass_on("reset")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
+        self._pass_on("reorder_cache", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
+        self._pass_on("batch_select_indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in self.state.items()}
+        self.states = [s and {n: t.repeat_interleave(repeats, dim=0) for n, t in s.items()} for s in self.states]
+        self._pass_on("batch_repeat_interleave", repeats)
 
     def crop(self, *args, **kwargs) -> None:
         raise LimbeckError(
@@ -74,11 +123,29 @@ class RecurrentLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes that the state takes."""
-        return sum(t.numel() * t.element_size() for t in (self.state or {}).values())
+        return sum(t.numel() * t.element_size() for s in self.states for t in (s or {}).values())
 
     def _select(self, indices: Tensor) -> None:
-        if self.state is not None:
-            self.state = {name: t.index_select(0, indices.to(t.device)) for name, t in self.state.items()}
+        self.states = [s and {n: t.index_select(0, indices.to(t.device)) for n, t in s.items()} for s in self.states]
+
+    def _pass_on(self, method: str, *args: Any) -> None:
+        if hasattr(self.twin, method):
+            getattr(self.twin, method)(*args)
+
+
+class RecurrentAndLinearLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
+    """The same where the family stores convolution or recurrent states of its own in that layer: its twin does."""
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        if args:
+            return RecurrentLayer.lazy_initialization(self, *args)
+        return self.twin.lazy_initialization(**kwargs)
+
+    def update_conv_state(self, *args, **kwargs) -> Tensor:
+        return self.twin.update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs) -> Tensor:
+        return self.twin.update_recurrent_state(*args, **kwargs)
 
 
 def recurrent_layer(cache: Cache, index: int) -> RecurrentLayer:
@@ -93,23 +160,30 @@ def recurrent_layer(cache: Cache, index: int) -> RecurrentLayer:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if not isinstance(layer, RecurrentLayer):
-        if layer.is_initialized and layer.get_seq_length() > 0:
+        if getattr(layer, "keys", None) is not None and layer.get_seq_length() > 0:
             raise LimbeckError(
                 f"cache layer {index} already holds the keys and values of {int(layer.get_seq_length())} tokens",
                 expected="a new cache, or one that this student filled",
             )
-        layer = RecurrentLayer()
+        linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+        layer = RecurrentAndLinearLayer(layer) if linear else RecurrentLayer(layer)
         cache.layers[index] = layer
     return layer
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes held by a cache: states, keys and values of all layers."""
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, RecurrentLayer):
-            total += layer.nbytes()
-        else:
-            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-    return total
+    if isinstance(cache, EncoderDecoderCache):
+        return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.dim():  # counters are no memory
+            yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+    elif isinstance(value, CacheLayerMixin | LinearAttentionCacheLayerMixin):
+        yield from _tensors(vars(value))

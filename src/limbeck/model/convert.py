@@ -191,7 +191,7 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
     renewed = dict(_pairs(old, config))
     for module in student.modules():
         if id(getattr(module, "config", None)) in renewed:
-            module.config = renewed[id(module.config)]
+            module.config = renewed[id(module.config)]  # type: ignore[assignment]
     student.__class__ = model_class
     return student
 

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import sdpa_mask
 
 from limbeck.errors import LimbeckError
 from limbeck.mixers import HeadShape
+from limbeck.model.attention import arguments, layer_input
 
 PROBE = "limbeck_probe"
 
@@ -33,44 +36,94 @@ def attention_sites(model: PreTrainedModel) -> list[Site]:
     """All self-attention modules that go through transformers' attention interface.
 
     Raises:
-        LimbeckError: the family has attention code of its own (bloom, mpt, gptj, codegen, falcon ...).
+        LimbeckError: the family has attention code of its own (bloom, mpt, gptj, codegen, falcon ...) or none at all,
+            its attention looks ahead, or it decodes without a cache.
     """
-    AttentionInterface.register(PROBE, _record)
-    names = {module: name for name, module in model.named_modules()}
-    calls: dict[nn.Module, dict] = {}
-    hook = _find_output(calls)
-    handles = [module.register_forward_hook(hook) for module in names]
-    old = model.config._attn_implementation
-    _record.calls = calls  # type: ignore[attr-defined]
-    try:
-        model.config._attn_implementation = PROBE
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
-    except LimbeckError:
-        raise
-    except Exception as error:
-        raise _no_interface(model) from error
-    finally:
-        model.config._attn_implementation = old
-        del _record.calls  # type: ignore[attr-defined]
-        for handle in handles:
-            handle.remove()
+    calls, names = _try_out(model)
+    if not calls:
+        raise _no_interface(model)
     found = [module for module in calls if calls[module].get("output") is not None]
     if not found:
-        raise _no_interface(model)
+        raise LimbeckError(
+            f"the family '{model.config.model_type}' ({type(model).__name__}) does not make what leaves "
+            f"{names[next(iter(calls))]} by one linear map from the heads' values of the same tokens",
+            expected="self-attention with an output projection",
+        )
+    if any(getattr(module, "is_causal", True) is False for module in found) and _looks_ahead(model):
+        raise LimbeckError(
+            f"the attention of {type(model).__name__} looks ahead",
+            expected="a causal language model; encoders become one with is_decoder=True in their config",
+        )
+    if not any(calls[module]["cached"] for module in found):
+        raise LimbeckError(
+            f"{type(model).__name__} hands its attention no cache in which a mixer could keep its state",
+            expected="a family that decodes with transformers' cache",
+        )
     sites = []
     for index, module in enumerate(found):
-        if not isinstance(getattr(module, "layer_idx", None), int):
-            raise LimbeckError(f"{names[module]} does not know its layer number, so it cannot find its cache")
         output = next(name for name, child in module.named_modules() if child is calls[module]["output"])
         shape = dataclasses.replace(calls[module]["shape"], layer=index, layers=len(found))
         sites.append(Site(names[module], _block(model, names[module]), output, shape))
     return sites
 
 
-def _record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, scaling=None, **kwargs):
+def _try_out(model: PreTrainedModel) -> tuple[dict[nn.Module, dict], dict[nn.Module, str]]:
+    """What the attention function saw in each module when two tokens ran through the model, and all modules' names."""
+    AttentionInterface.register(PROBE, _record)
+    AttentionMaskInterface.register(PROBE, sdpa_mask)
+    names = {module: name for name, module in model.named_modules()}
+    calls: dict[nn.Module, dict] = {}
+    hook = _find_output(calls)
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
+    old, training = model.config._attn_implementation, model.training
+    _record.calls = calls  # type: ignore[attr-defined]
+    try:
+        model.config._attn_implementation = PROBE
+        ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+        with torch.no_grad():
+            try:
+                model.eval()(input_ids=ids, use_cache=True)
+            except Exception:
+                calls.clear()
+                model(input_ids=ids, use_cache=False)
+    except LimbeckError:
+        raise
+    except Exception as error:
+        raise _no_interface(model) from error
+    finally:
+        model.config._attn_implementation = old
+        model.train(training)
+        del _record.calls  # type: ignore[attr-defined]
+        for handle in handles:
+            handle.remove()
+    return calls, names
+
+
+def readers(model: PreTrainedModel) -> dict[int, int]:
+    """By layer number: whose keys and values a layer reads instead of its own, in families that share them."""
+    config = model.config.get_text_config(decoder=True)
+    modes = getattr(config, "kv_sharing_modes", None) or []
+    kinds = getattr(config, "layer_types", None) or [None] * len(modes)
+    stores = {kinds[i]: i for i, mode in enumerate(modes) if mode == "store"}
+    return {i: stores[kinds[i]] for i, mode in enumerate(modes) if mode == "reuse"}
+
+
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Does the second token change the first one's logits?"""
+    ids = torch.tensor([[0, 1], [0, 2]], device=next(model.parameters()).device)
+    training = model.training
+    try:
+        with torch.no_grad():
+            first = model.eval()(input_ids=ids, use_cache=False).logits[:, 0]
+    finally:
+        model.train(training)
+    return not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-5)
+
+
+def _record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **kwargs):
     """Attention function that mixes nothing: notes the shapes, returns each token its own value."""
+    if key.shape[2] != query.shape[2]:
+        return query.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2), None  # of other tokens: no mixer's
     heads, groups = query.shape[1], key.shape[1]
     shape = HeadShape(
         hidden=0,
@@ -88,16 +141,18 @@ def _find_output(calls: dict):
     """Forward hook: the projection called last within an attention module is its output projection."""
     projections: list[nn.Module] = []
 
-    def hook(module: nn.Module, args: tuple, output) -> None:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         if _widths(module) is not None:
             projections.append(module)
         elif module in calls:
             result = output[0] if isinstance(output, tuple) else output
-            shape = dataclasses.replace(calls[module]["shape"], hidden=result.shape[-1])
+            given = arguments(module, args, kwargs)
+            calls[module]["cached"] = any(isinstance(value, Cache) for value in given.values())
+            shape = dataclasses.replace(calls[module]["shape"], hidden=layer_input(given).shape[-1])
             inside = set(module.modules())
             last = next((p for p in reversed(projections) if p in inside), None)
-            if last is not None and _widths(last) == (shape.heads * shape.value_width, shape.hidden):
-                calls[module] = {"shape": shape, "output": last}
+            if last is not None and _widths(last) == (shape.heads * shape.value_width, result.shape[-1]):
+                calls[module].update(shape=shape, output=last)
 
     return hook
 
@@ -121,7 +176,10 @@ def _block(model: PreTrainedModel, name: str) -> str:
 
 
 def _no_interface(model: PreTrainedModel) -> LimbeckError:
+    name = f"the family '{model.config.model_type}' ({type(model).__name__})"
+    if not any("attention" in type(module).__name__.lower() for module in model.modules()):
+        return LimbeckError(f"{name} has no attention to replace", expected="a family with softmax attention")
     return LimbeckError(
-        f"the family '{model.config.model_type}' ({type(model).__name__}) computes attention in code of its own",
+        f"{name} computes attention in code of its own",
         expected="a family that dispatches through transformers' attention interface (llama, qwen3, gemma2, ...)",
     )

@@ -72,6 +72,11 @@ class StudentMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, config.limbeck)  # type: ignore[arg-type]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not what transformers calls so: buffers that the family computes anew at loading would be skipped."""
+        return False
+
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         if attn_implementation != attention.implementation(type(self)):
             raise LimbeckError(

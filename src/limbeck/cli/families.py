@@ -1,0 +1,43 @@
+"""limbeck families: which of transformers' models can become students."""
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from limbeck.cli import app
+from limbeck.console import output, progress
+
+STYLES = {"works": "green", "partly": "yellow", "no": "red"}
+
+
+@app.command()
+def families(
+    which: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Model types, such as qwen3.")] = None,
+    mixer: Annotated[str, typer.Option(help="The mixer that stands in for their attention.")] = "gated_deltanet",
+    all_: Annotated[bool, typer.Option("--all", help="All families of the installed transformers (minutes).")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as in docs/families.md.")] = False,
+) -> None:
+    """Try families of models: each as a tiny random model that is converted and checked, the common ones by default."""
+    from limbeck import families as found
+
+    chosen = found.names() if all_ else which or found.COMMON
+    rows = []
+    with progress("families", total=len(chosen), unit="families") as advance:
+        for family in chosen:
+            rows.append(found.examine(family, mixer))
+            advance(1, note=f"{family} {rows[-1].status}")
+    if markdown:
+        print(found.markdown(rows))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("family", "status", "its attention", "what fails, or why not"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        status = f"[{STYLES[row.status]}]{row.status}[/]"
+        table.add_row(row.family, status, ", ".join(row.features), escape(row.problem))
+    output.print(table)
+    counts = Counter(row.status for row in rows)
+    output.print(f"[dim]{counts['works']} work, {counts['partly']} partly, {counts['no']} do not; mixer {mixer}[/]")

@@ -1,0 +1,204 @@
+"""What docs/families.md says of transformers' families is what comes out when they are tried."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from typer.testing import CliRunner
+
+import limbeck
+from limbeck import LimbeckError, families
+from limbeck.families.checks import SETTINGS, StudentChecks, padded, student_of, tokens
+from limbeck.model import RecurrentLayer, attention_sites, cache_bytes, mixers_of
+from limbeck.model.attention import tokens_of
+
+DOCS = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCS.splitlines() if line.startswith("| `")]
+TABLE = {row[0].strip("`"): row[1:] for row in ROWS if len(row) == 5}
+WALKS = 8
+# one of each structure
+SAMPLE = {
+    "llama": "gla",
+    "gpt2": "gated_deltanet",  # fused projections, learned positions
+    "gpt_neox": "gla",  # names its cache otherwise
+    "gpt_bigcode": "gla",  # one key head
+    "bert": "gla",  # an encoder as a decoder
+    "gemma2": "gated_deltanet",  # soft caps, windows
+    "gemma3": "gla",  # text inside a multimodal model
+    "gemma4_text": "gla",  # layers that read the keys of others
+    "deepseek_v3": "gated_deltanet",  # latent attention, experts
+    "deepseek_v32": "gla",  # an indexer that closes keys
+    "gpt_oss": "gla",  # sinks
+    "llama4_text": "gla",  # chunks
+    "qwen3_next": "gated_deltanet",  # linear layers between
+    "falcon_h1": "gla",  # and in the same layer
+    "zamba2": "gla",  # one module at several depths, wider input than output
+    "hrm_text": "gated_deltanet",  # several passes over the same layers
+    "diffllama": "gla",  # two calls of the attention function a layer
+    "mllama": "gla",  # cross-attention beside
+    "bart": "gla",
+    "bloom": "gla",
+    "mamba": "gla",
+}
+as_documented = pytest.mark.skipif(
+    transformers.__version__ not in DOCS, reason=f"docs/families.md is not of transformers {transformers.__version__}"
+)
+
+
+def test_enough_families_work():
+    counts = {status: sum(row[1] == status for row in TABLE.values()) for status in ("works", "partly", "no")}
+    assert counts["works"] >= 140
+    assert f"{counts['works']} work, {counts['partly']} work partly, {counts['no']} do not." in DOCS
+
+
+@as_documented
+def test_the_table_has_every_family():
+    assert list(TABLE) == families.names()
+
+
+@as_documented
+@pytest.mark.parametrize("family", SAMPLE)
+def test_a_sample_is_as_documented(family):
+    assert_documented(families.examine(family, SAMPLE[family]))
+
+
+@as_documented
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(WALKS))
+def test_all_are_as_documented(part):
+    for row in families.walk(families.names()[part::WALKS]):
+        if "requires the" not in row.problem + TABLE[row.family][-1]:  # depends on what else is installed
+            assert_documented(row)
+
+
+def assert_documented(row: families.Row) -> None:
+    assert [row.architecture, row.status, ", ".join(row.features), row.problem] == TABLE[row.family]
+
+
+def test_what_goes_wrong_is_one_line(monkeypatch):
+    from limbeck.families import trial
+
+    monkeypatch.setattr(trial, "tiny", lambda family: torch.zeros(2) @ torch.zeros(3))
+    assert families.examine("llama").problem.startswith("no tiny model can be made: RuntimeError: ")
+
+    def forever(family):
+        while True:
+            pass
+
+    monkeypatch.setattr(trial, "tiny", forever)
+    assert families.examine("llama", seconds=0.2).problem == "takes more than 0 s at its tiniest"
+    with pytest.raises(LimbeckError, match="did you mean 'llama'"):
+        families.tiny("lama")
+    with pytest.raises(LimbeckError, match="unknown mixer"):
+        families.examine("llama", "softmin")
+
+
+def test_the_command():
+    from limbeck.cli import app
+    from limbeck.cli import families as _  # noqa: F401
+
+    done = CliRunner().invoke(app, ["families", "llama", "bloom", "--markdown"])
+    assert done.exit_code == 0
+    assert "1 work, 0 work partly, 1 do not." in done.stdout
+    assert "| `bloom` | BloomForCausalLM | no |  | computes attention in code of its own |" in done.stdout
+    done = CliRunner().invoke(app, ["families", "llama", "--mixer", "gla"])
+    assert done.exit_code == 0
+    assert "1 work, 0 partly, 0 do not; mixer gla" in done.stdout
+
+
+# --------------------------------------------------------------- what the families need
+
+
+def test_chunks_are_no_documents():
+    mask = torch.block_diag(torch.ones(4, 4), torch.ones(4, 4)).bool().tril()[None, None]
+    assert tokens_of(mask.clone(), 8).segments.tolist() == [[0] * 4 + [1] * 4]
+    assert tokens_of(mask.clone(), 8, chunk=4).segments is None
+    going_on, restarting = torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    assert tokens_of(mask.clone(), 8, positions=going_on, chunk=4).segments is None
+    assert tokens_of(mask.clone(), 8, positions=restarting, chunk=4).segments.tolist() == [[0] * 4 + [1] * 4]
+    both = mask & torch.block_diag(torch.ones(3, 3), torch.ones(5, 5)).bool()
+    assert tokens_of(both, 8, chunk=4).segments.tolist() == [[0] * 3 + [1] * 5]
+    padded_by_one = torch.zeros(9, 9).bool()
+    padded_by_one[1:, 1:] = mask[0, 0]
+    assert tokens_of(padded_by_one[None, None], 9, chunk=4).segments is None
+
+
+@torch.no_grad()
+def test_packed_documents_in_a_family_with_chunks():
+    student = student_of(families.tiny("llama4_text").double(), "gla")
+    ids = tokens()
+    positions = torch.cat([torch.arange(13), torch.arange(8)])[None].expand(2, -1)
+    packed = student(ids, position_ids=positions, use_cache=False).logits
+    assert torch.allclose(packed[:, :13], student(ids[:, :13], use_cache=False).logits, atol=1e-8)
+    alone = student.model(ids[:, 13:], use_cache=False).last_hidden_state
+    together = student.model(ids, position_ids=positions, use_cache=False).last_hidden_state[:, 13:]
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_layers_that_read_what_is_gone_are_refused():
+    teacher = families.tiny("gemma4_text")
+    with pytest.raises(LimbeckError, match="layer 2 would stay softmax and reads the keys and values of layer 0"):
+        limbeck.convert(teacher, "gla", layers=[0])
+    assert len(mixers_of(limbeck.convert(teacher, "gla", layers=[0, 2]))) == 2
+    StudentChecks(teacher.double(), "gla", layers=[2]).steps()
+
+
+def test_what_looks_ahead_is_refused():
+    config = families.tiny("bert").config
+    config.is_decoder = False
+    with pytest.raises(LimbeckError, match="BertLMHeadModel looks ahead"):
+        attention_sites(AutoModelForCausalLM.from_config(config))
+
+
+@torch.no_grad()
+def test_states_of_the_familys_own_stay_where_they_are():
+    student = student_of(families.tiny("falcon_h1"), "gla")
+    cache = DynamicCache(config=student.config)
+    student(tokens(), past_key_values=cache, use_cache=True)
+    layer = cache.layers[0]
+    assert isinstance(layer, RecurrentLayer)
+    assert isinstance(layer, LinearAttentionCacheLayerMixin)
+    assert cache.get_seq_length() == tokens().shape[1]
+    held = cache_bytes(cache)
+    assert held > sum(layer.nbytes() for layer in cache.layers) > 0
+    student(tokens(), past_key_values=cache, use_cache=True)
+    assert cache_bytes(cache) == held
+    cache.batch_repeat_interleave(2)
+    assert all(len(s) == 4 for s in layer.read(0).values())
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert layer.read(0) is None
+    assert not cache.has_previous_state()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "falcon_h1"])
+@pytest.mark.parametrize("layers", ["all", [0], [1]])
+def test_static_caches_and_beams(family, layers):
+    student = student_of(families.tiny(family), "gla", layers)
+    inputs = padded(tokens(length=17))
+    inputs.pop("position_ids")
+    dynamic = student.generate(**inputs, **SETTINGS)
+    assert torch.equal(student.generate(**inputs, **SETTINGS, cache_implementation="static"), dynamic)
+    beams = student.generate(**inputs, **SETTINGS, num_beams=3)
+    alone = student.generate(tokens(length=17)[1:], **SETTINGS, num_beams=3)
+    assert torch.equal(beams[1:], alone)
+
+
+@torch.no_grad()
+def test_a_family_without_sdpa_keeps_its_own_softmax():
+    teacher = families.tiny("gpt_oss").double() if not torch.cuda.is_available() else families.tiny("gpt_oss")
+    assert not type(teacher)._supports_sdpa
+    student = limbeck.convert(teacher.float(), "softmax", layers=[1])
+    assert student.config._attn_implementation == "limbeck_eager"
+    ids = tokens(1, 6)
+    ours, theirs = {}, {}
+    for model, seen in ((teacher, theirs), (student, ours)):
+        block = model.model.layers[0].self_attn
+        handle = block.register_forward_hook(lambda m, a, out, seen=seen: seen.update(y=out[0]))
+        model(ids, use_cache=False)
+        handle.remove()
+    assert torch.allclose(ours["y"], theirs["y"], atol=1e-6)

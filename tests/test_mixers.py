@@ -36,7 +36,7 @@ def test_a_wider_state_starts_with_the_same_products(state):
     assert wide.memory_numel() == state * plain.memory_numel()
 
 
-@pytest.mark.parametrize("name", [n for n in mixers.names() if not mixers.get(n).grows])
+@pytest.mark.parametrize("name", [n for n in mixers.names() if "state" in mixers.get(n).controlled])
 def test_controlled_students_have_states_of_one_size(name):
     shape = HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64, scale=0.125, layers=30)
     size = mixers.build(name, shape, preset="controlled").state_numel()

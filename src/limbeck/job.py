@@ -31,7 +31,7 @@ from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes, peak_memory
 from limbeck.generate import continuation
 from limbeck.losses import LogitWeights
-from limbeck.model import Site, attention_sites, convert, parse_layers, unshare
+from limbeck.model import Site, attention_sites, convert, converted_layers, unshare
 from limbeck.model.convert import parameter_report
 from limbeck.plan import Plan, make_plan
 from limbeck.recipe import Recipe
@@ -116,7 +116,7 @@ def prepare_job(recipe: Recipe) -> Job:
             hint=f"--set data.length={longest}",
         )
     sites = attention_sites(teacher)
-    chosen = [sites[i] for i in parse_layers(recipe.student.layers, len(sites))]
+    chosen = [sites[i] for i in converted_layers(recipe.student.layers, recipe.student.keep, len(sites))]
     data = recipe.data
     rows = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
     store = prepare(
@@ -157,6 +157,7 @@ def _student(job: Job) -> PreTrainedModel:
         [site.shape.layer for site in job.sites],
         student.options,
         preset=student.preset,
+        rules=[rule.model_dump(exclude_none=True) for rule in student.rules],
         copy_projections=student.copy_projections,
         share=True,
     ).requires_grad_(False)

@@ -22,6 +22,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Rule(_Part):
+    """Another mixer for some of the layers."""
+
+    layers: str | list[int]
+    mixer: str | None = None  # the student's by default
+    preset: Literal["default", "published", "controlled"] | None = None
+    options: dict[str, Any] = {}
+
+
 class Student(_Part):
     """Which mixer stands where, and what it starts from."""
 
@@ -30,6 +39,9 @@ class Student(_Part):
     # what the mixer's options start from: Limbeck's own, its authors', or all mixers alike but for the recurrence
     preset: Literal["default", "published", "controlled"] = "default"
     options: dict[str, Any] = {}
+    # layers that keep softmax: none, numbers, "every 4", "uniform 7", or a file that `limbeck select` wrote
+    keep: str | list[int] = "none"
+    rules: list[Rule] = []  # later ones over earlier ones
     copy_projections: bool = True  # the teacher's q, k, v and output projections; false draws fresh ones
 
 

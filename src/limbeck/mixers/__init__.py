@@ -14,6 +14,7 @@ from limbeck.mixers import (  # noqa: F401
     gla,
     gsa,
     hgrn2,
+    hybrid,
     kda,
     linear_attention,
     mamba2,

@@ -1,7 +1,8 @@
 """Students as Hugging Face models: conversion, the attention function, the cache, saving and loading."""
 
 from limbeck.model.cache import RecurrentLayer, cache_bytes
-from limbeck.model.convert import convert, numel, parameter_report, parse_layers, unshare
+from limbeck.model.convert import convert, numel, parameter_report, unshare
+from limbeck.model.layers import converted_layers, parse_keep, parse_layers
 from limbeck.model.probe import Site, attention_sites
 from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM, mixers_of
 
@@ -13,9 +14,11 @@ __all__ = [
     "attention_sites",
     "cache_bytes",
     "convert",
+    "converted_layers",
     "mixers_of",
     "numel",
     "parameter_report",
+    "parse_keep",
     "parse_layers",
     "unshare",
 ]

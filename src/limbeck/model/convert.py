@@ -7,7 +7,7 @@ attention function of the chosen layers is another. The given model is left as i
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from limbeck import mixers
 from limbeck.errors import LimbeckError
 from limbeck.mixers import registry
 from limbeck.model import attention
+from limbeck.model.layers import converted_layers, parse_layers
 from limbeck.model.probe import Site, attention_sites, readers
 from limbeck.model.student import FORMAT, install, mixers_of, student_classes
 
@@ -30,6 +31,8 @@ def convert(
     options: dict[str, Any] | None = None,
     *,
     preset: str = "default",
+    keep: str | list[int] = "none",
+    rules: Sequence[dict[str, Any]] = (),
     copy_projections: bool = True,
     share: bool = False,
 ) -> PreTrainedModel:
@@ -39,6 +42,10 @@ def convert(
         model: a causal language model of transformers whose family uses its attention interface.
         mixer: name of the mixer (`limbeck students` lists them), or a file with one: "mine.py", "mine.py:ClassName".
         layers: "all", a list of layer numbers, or text such as "0,2,5-9"; the others keep softmax.
+        keep: of these, layers that keep softmax all the same: numbers, "every 4", "uniform 7", or a file that
+            `limbeck select` wrote.
+        rules: other mixers for some of the layers, later ones over earlier ones: dicts with `layers` and any of
+            `mixer`, `preset`, `options`.
         options: the mixer's options; what is not given is as the preset has it.
         preset: what the mixer's options start from: "default", "published" (as its authors have it) or "controlled"
             (all mixers alike but for the recurrence).
@@ -51,12 +58,14 @@ def convert(
     """
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
-    chosen_options = mixers.options(mixer, options, preset)
-    mixer = mixers.get(mixer).name
+    first = Assignment.of(mixer, options, preset)
     sites = attention_sites(model)
-    chosen = [sites[i] for i in parse_layers(layers, len(sites))]
+    chosen = [sites[i] for i in converted_layers(layers, keep, len(sites))]
     _check_sharing(model, chosen)
-    plan = _plan(model, mixer, asdict(chosen_options), chosen)
+    assigned = dict.fromkeys((site.shape.layer for site in chosen), first)
+    for rule in rules:
+        assigned.update(_ruled(rule, mixer, preset, assigned, len(sites)))
+    plan = _plan(model, assigned, chosen)
     student = _clone(model, plan, chosen, share)
     install(student, plan)
     dtype, device = model.dtype, model.device
@@ -68,26 +77,36 @@ def convert(
     return student.train(model.training)
 
 
-def parse_layers(layers: str | list[int], count: int) -> list[int]:
-    """Layer numbers from "all", [0, 3] or "0,2,5-9"."""
-    if layers == "all":
-        return list(range(count))
-    problem = LimbeckError(
-        f"layers is {layers!r}, the teacher has {count}", expected=f"'all', or numbers from 0 to {count - 1} as 0,2,5-9"
-    )
-    try:
-        if isinstance(layers, str):
-            chosen: set[int] = set()
-            for part in layers.split(","):
-                first, _, last = part.strip().partition("-")
-                chosen.update(range(int(first), int(last or first) + 1))
-        else:
-            chosen = {int(i) for i in layers}
-    except (TypeError, ValueError) as error:
-        raise problem from error
-    if not chosen or min(chosen) < 0 or max(chosen) >= count:
-        raise problem
-    return sorted(chosen)
+@dataclass(frozen=True)
+class Assignment:
+    """A mixer for a layer, with all its options."""
+
+    mixer: str
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, mixer: str, options: dict[str, Any] | None, preset: str) -> "Assignment":
+        chosen = mixers.options(mixer, options, preset)
+        return cls(mixers.get(mixer).name, asdict(chosen))
+
+
+def _ruled(
+    rule: dict[str, Any], mixer: str, preset: str, assigned: dict[int, Assignment], count: int
+) -> dict[int, Assignment]:
+    """What a rule assigns, by layer."""
+    known = ("layers", "mixer", "preset", "options")
+    unknown = [key for key in rule if key not in known]
+    if unknown or "layers" not in rule:
+        raise LimbeckError(
+            f"a rule has {', '.join(map(repr, rule)) or 'nothing'}",
+            expected="layers, and any of mixer, preset, options",
+        )
+    layers = parse_layers(rule["layers"], count)
+    absent = [i for i in layers if i not in assigned]
+    if absent:
+        raise LimbeckError(f"a rule names layer {absent[0]}, which keeps softmax", expected="layers that are converted")
+    new = Assignment.of(rule.get("mixer", mixer), rule.get("options"), rule.get("preset", preset))
+    return dict.fromkeys(layers, new)
 
 
 def unshare(student: PreTrainedModel) -> None:
@@ -139,7 +158,7 @@ def _check_sharing(model: PreTrainedModel, chosen: list[Site]) -> None:
             )
 
 
-def _plan(model: PreTrainedModel, mixer: str, options: dict[str, Any], sites: list[Site]) -> dict[str, Any]:
+def _plan(model: PreTrainedModel, assigned: dict[int, Assignment], sites: list[Site]) -> dict[str, Any]:
     shapes: list[dict[str, Any]] = []
     layers = []
     for site in sites:
@@ -150,8 +169,8 @@ def _plan(model: PreTrainedModel, mixer: str, options: dict[str, Any], sites: li
             {
                 "module": site.module,
                 "layer": site.shape.layer,
-                "mixer": mixer,
-                "options": options,
+                "mixer": assigned[site.shape.layer].mixer,
+                "options": assigned[site.shape.layer].options,
                 "shape": shapes.index(shape),
             }
         )
@@ -162,9 +181,10 @@ def _plan(model: PreTrainedModel, mixer: str, options: dict[str, Any], sites: li
         "shapes": shapes,
         "layers": layers,
     }
-    origin = registry.origin(mixer)
-    if origin is not None:
-        plan["origins"] = {mixer: origin.plain()}
+    foreign = {a.mixer: registry.origin(a.mixer) for a in assigned.values()}
+    origins = {mixer: origin.plain() for mixer, origin in foreign.items() if origin is not None}
+    if origins:
+        plan["origins"] = origins
     return plan
 
 

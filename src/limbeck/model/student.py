@@ -137,7 +137,9 @@ def install(model: nn.Module, plan: dict[str, Any]) -> None:
 
 def mixers_of(model: nn.Module) -> dict[str, mixers.Mixer]:
     """The mixers of a student by the name of their attention module."""
-    return {name.removesuffix(".mixer"): m for name, m in model.named_modules() if isinstance(m, mixers.Mixer)}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, mixers.Mixer)}
+    # a mixer may be made of mixers; those within are its own business
+    return {name.removesuffix(".mixer"): m for name, m in found.items() if ".mixer." not in name}
 
 
 AutoConfig.register(MODEL_TYPE, LimbeckConfig, exist_ok=True)

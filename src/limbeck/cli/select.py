@@ -1,0 +1,57 @@
+"""limbeck select: which layers to keep as softmax."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from limbeck.cli import app
+from limbeck.console import console, output
+
+
+@app.command()
+def select(
+    out: Annotated[Path, typer.Argument(help="The file to write, for student.keep of a recipe.")] = Path("keep.json"),
+    keep: Annotated[int, typer.Option(help="How many layers keep softmax.")] = 4,
+    by: Annotated[str, typer.Option(help="kl, recall, halo or uniform.")] = "kl",
+    teacher: Annotated[str, typer.Option(help="'embedded', a local folder or a hub name.")] = "embedded",
+    student: Annotated[str, typer.Option(help="The mixer; `limbeck students` lists them.")] = "gated_deltanet",
+    preset: Annotated[str, typer.Option(help="default, published or controlled.")] = "default",
+    data: Annotated[str, typer.Option(help="Text, as in a recipe's data.source.")] = "embedded",
+    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens for the calibration of the mixers.")] = 8192,
+    judged: Annotated[int, typer.Option(help="Held-out tokens that each swap is measured on.")] = 2048,
+) -> None:
+    """Swap one layer at a time on your own text, read what it costs, and write down the layers worth keeping."""
+    import torch
+
+    from limbeck import assets
+    from limbeck import keep as keeping
+    from limbeck.data.packing import Packed
+    from limbeck.data.shards import prepare
+    from limbeck.model import attention_sites, convert
+    from limbeck.stages.teacher import load_teacher
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_teacher(assets.resolve_teacher(teacher), device)
+    sites = attention_sites(model)
+    keeping.check(keep, by, len(sites))
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
+    store = prepare(data, tokenizer, length=length, held_out=0.1, max_tokens=1_000_000, vocab_size=rows)
+    texts = Packed(store.train, length), Packed(store.held_out, length, shuffle=False)
+    arm = convert(model, student, preset=preset, share=True).requires_grad_(False)
+    prices = keeping.price_layers(model, arm, sites, *texts, contextlib.nullcontext, tokens=tokens, judged=judged)
+    chosen = keeping.choose(prices, keep, by)  # type: ignore[arg-type]
+    facts = {"by": by, "teacher": teacher, "mixer": student, "preset": preset, "data": data, "tokens": tokens}
+    out.write_text(json.dumps(keeping.plan_file(prices, chosen, **facts), indent=1) + "\n")
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "KL", "recall", "unexplained", "kept"):
+        table.add_column(column, justify="right")
+    for price in prices:
+        numbers = (f"{x:.4f}" for x in (price.kl, price.recall, price.unexplained))
+        table.add_row(str(price.layer), *numbers, "softmax" if price.layer in chosen else "")
+    output.print(table)
+    console.print(f"written to {out}; use it with: limbeck distill --set student.keep={out}")

@@ -1,0 +1,107 @@
+"""Two branches inside a layer: a linear mixer beside sliding-window attention with sinks, and a gate between them.
+
+    y = g ⊙ linear(q, k, v) + (1 − g) ⊙ window(q, k, v),   g = σ(w·x) per head and token
+
+as the xLSTM hybrids have it (arXiv 2603.15590). `combine="fixed"` takes g = `share` everywhere, as Liger does with a
+half (arXiv 2503.01496). `branches` switches one of the two off without changing what was learnt, to see who does the
+work.
+
+Start: w = 0 and the bias such that g = `share`.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.errors import LimbeckError
+from limbeck.mixers import registry
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.inputs import HeadShape, State, Tokens
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import register
+from limbeck.mixers.sliding_window import SlidingWindow, SlidingWindowOptions
+
+BRANCHES = ("linear", "window")
+
+
+@dataclass(frozen=True)
+class HybridOptions(Options):
+    linear: str = "gated_deltanet"  # name of the linear branch's mixer
+    linear_options: dict = field(default_factory=dict)  # and its options
+    window: int = 64
+    sinks: int = 4
+    combine: Literal["gate", "fixed"] = "gate"
+    share: float = 0.5  # of the linear branch, at the start or for good
+    branches: Literal["both", "linear", "window"] = "both"
+
+
+@register
+class Hybrid(Mixer):
+    """See the module's docstring. Common switches other than `rope` are the linear branch's."""
+
+    name = "hybrid"
+    summary = "a linear mixer beside a sliding window with sinks, joined by a gate per head and token"
+    source = "arXiv 2603.15590"
+    options_class = HybridOptions
+    options: HybridOptions
+    controlled = {"rope": True}
+
+    def __init__(self, site: HeadShape, options: HybridOptions):
+        common = {f.name: getattr(options, f.name) for f in fields(Options)}
+        self.switches = {name: value for name, value in common.items() if value != getattr(Options(), name)}
+        super().__init__(site, replace(options, **{**vars(Options()), "rope": options.rope}))
+
+    def build(self) -> None:
+        o = self.options
+        if not 0 < o.share < 1:
+            raise LimbeckError(f"option 'share' of mixer 'hybrid' is {o.share}", expected="more than 0 and less than 1")
+        if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).grows:
+            raise LimbeckError(f"'{o.linear}' cannot be the linear branch of a hybrid", expected="a linear mixer")
+        self.linear = registry.build(o.linear, self.site, {**self.switches, **o.linear_options, "rope": o.rope})
+        self.window = SlidingWindow(self.site, SlidingWindowOptions(rope=o.rope, window=o.window, sinks=o.sinks))
+        if o.combine == "gate":
+            self.choice = nn.Linear(self.site.hidden, self.site.heads)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.options.combine == "gate":
+            nn.init.zeros_(self.choice.weight)
+            nn.init.constant_(self.choice.bias, math.log(self.options.share / (1 - self.options.share)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+        outputs, new = {}, {}
+        for name in BRANCHES:
+            own = {key.removeprefix(f"{name}."): z for key, z in state.items() if key.startswith(f"{name}.")}
+            outputs[name], after = getattr(self, name)(q, k, v, x, tokens=tokens, state=own)
+            new.update({f"{name}.{key}": z for key, z in after.items()})
+        return self._join(outputs, self._share(x).unsqueeze(-1)), new
+
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
+        found = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens)[1] for name in BRANCHES}
+        return self._join(found, self._share(x).transpose(1, 2).unsqueeze(-1))
+
+    def forward_matrix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # a branch's norm and gate stand between its matrix and the sum, so outputs and matrices are summed apart
+        both = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens) for name in BRANCHES}
+        share = self._share(x)
+        y = self._join({name: pair[0] for name, pair in both.items()}, share.unsqueeze(-1))
+        return y, self._join({n: pair[1] for n, pair in both.items()}, share.transpose(1, 2).unsqueeze(-1))
+
+    def memory_numel(self) -> int:
+        return self.linear.state_numel() + self.window.state_numel()
+
+    def _share(self, x: Tensor) -> Tensor:
+        """Of the linear branch, [B, T, H]."""
+        if self.options.combine == "gate":
+            return torch.sigmoid(self.choice(x))
+        return x.new_full((*x.shape[:2], self.site.heads), self.options.share)
+
+    def _join(self, parts: dict[str, Any], share: Tensor) -> Tensor:
+        linear, window = share * parts["linear"], (1 - share) * parts["window"]
+        joined = {"both": linear + window, "linear": linear, "window": window}[self.options.branches]
+        return joined.to(parts["linear"].dtype)

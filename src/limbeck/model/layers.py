@@ -1,0 +1,87 @@
+"""Which layers get a mixer and which keep softmax, said in a few words.
+
+    parse_layers("0,2,5-9", 30)                 # [0, 2, 5, 6, 7, 8, 9]
+    parse_keep("every 4", 30)                   # [3, 7, 11, 15, 19, 23, 27]: the last of every four
+    parse_keep("uniform 7", 30)                 # seven, evenly spread
+    parse_keep("keep.json", 30)                 # what `limbeck select` chose
+
+Both also take lists of numbers.
+"""
+
+import json
+from pathlib import Path
+
+from limbeck.errors import LimbeckError
+
+
+def parse_layers(layers: str | list[int], count: int) -> list[int]:
+    """Layer numbers from "all", [0, 3] or "0,2,5-9"."""
+    if layers == "all":
+        return list(range(count))
+    problem = LimbeckError(
+        f"layers is {layers!r}, the teacher has {count}", expected=f"'all', or numbers from 0 to {count - 1} as 0,2,5-9"
+    )
+    chosen = _numbers(layers, problem)
+    if not chosen or min(chosen) < 0 or max(chosen) >= count:
+        raise problem
+    return sorted(chosen)
+
+
+def parse_keep(keep: str | list[int], count: int) -> list[int]:
+    """Layers that stay softmax, from "none", numbers, "every N", "uniform K" or a file that `limbeck select` wrote."""
+    if keep in ("none", "", []):
+        return []
+    problem = LimbeckError(
+        f"keep is {keep!r}, the teacher has {count} layers",
+        expected=f"none, numbers from 0 to {count - 1} as 0,2,5-9, 'every 4', 'uniform 7', or a file.json",
+    )
+    if isinstance(keep, str):
+        word, _, number = keep.partition(" ")
+        if word in ("every", "uniform"):
+            if not number.strip().isdigit() or not 0 < int(number) <= count:
+                raise problem
+            return list(range(int(number) - 1, count, int(number))) if word == "every" else spread(count, int(number))
+        if keep.endswith(".json"):
+            keep = _from_file(Path(keep))
+    chosen = _numbers(keep, problem)
+    if chosen and (min(chosen) < 0 or max(chosen) >= count):
+        raise problem
+    return sorted(chosen)
+
+
+def converted_layers(layers: str | list[int], keep: str | list[int], count: int) -> list[int]:
+    """The layers that get a mixer: those named, without those kept."""
+    kept = set(parse_keep(keep, count))
+    chosen = [i for i in parse_layers(layers, count) if i not in kept]
+    if not chosen:
+        raise LimbeckError(f"layers={layers!r} and keep={keep!r} leave nothing to convert", expected="a layer at least")
+    return chosen
+
+
+def spread(count: int, chosen: int) -> list[int]:
+    """`chosen` of `count` layers, evenly spread."""
+    return [int((i + 0.5) * count / chosen) for i in range(chosen)]
+
+
+def _numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
+    try:
+        if not isinstance(text, str):
+            return {int(i) for i in text}
+        chosen: set[int] = set()
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            chosen.update(range(int(first), int(last or first) + 1))
+        return chosen
+    except (TypeError, ValueError) as error:
+        raise problem from error
+
+
+def _from_file(path: Path) -> list[int]:
+    try:
+        return [int(i) for i in json.loads(path.read_text())["keep"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LimbeckError(
+            f"cannot read the layers to keep from {path}: {error}",
+            expected='a JSON file with "keep": [numbers]',
+            hint="limbeck select --out keep.json",
+        ) from error

@@ -11,6 +11,7 @@ second table is a step of decoding. xLSTM also computes a normaliser, Mamba-2 al
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import math
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from limbeck.ops import delta_rule, scalar_decay, vector_decay
 from peers import Inputs, Peer, chunked_peers, step_peers
 
-PATIENCE, LIMIT = 3.0, 60.0
+PATIENCE, LIMIT = 3.0, 40.0
 OURS: dict[str, Callable] = {
     "scalar_decay, none": lambda f, x, **o: f(scalar_decay)(x.q, x.k, x.v, **o),
     "scalar_decay, scalar": lambda f, x, **o: f(scalar_decay)(x.q, x.k, x.v, x.scalar, **o),
@@ -83,20 +84,19 @@ def resident(name: str) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), None)
 
 
-def peak_of(run: Callable, x: Inputs) -> float | None:
-    """MB that forward and backward add to the process at their peak."""
+def first_run(run: Callable, x: Inputs) -> tuple[float, torch.Tensor, float | None]:
+    """Seconds, outputs and the MB that forward and backward add to the process at their peak."""
     for leaf in x.leaves:
         leaf.grad = None
     gc.collect()
-    try:
+    before = None
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError, TypeError):
-        return None
-    before = resident("VmRSS")
-    forward_backward(run, x)
+        before = resident("VmRSS")
+    seconds, out = forward_backward(run, x)
     after = resident("VmHWM")
-    return None if before is None or after is None else after - before
+    return seconds, out, None if before is None or after is None else after - before
 
 
 def ceiling() -> float:
@@ -131,22 +131,22 @@ def measure(entries: list[Contestant], x: Inputs, length: int, rounds: int) -> l
         if reason:
             print(f"left out at T={length}: {entry.operator}, {entry.name} ({reason})")
             continue
-        first, out = forward_backward(entry.run, x)
+        first, out, entry.peak = first_run(entry.run, x)
         if entry.name == "ours":
             outputs[entry.operator] = out
         elif entry.same and entry.operator in outputs:  # up to the factor that some apply to q
             error = (F.normalize(out.flatten(), dim=0) - F.normalize(outputs[entry.operator].flatten(), dim=0)).norm()
             if error > 1e-4:
                 print(f"differs from ours by {error:.1e} at T={length}: {entry.operator}, {entry.name}")
-        entry.peak = peak_of(entry.run, x)
         entry.history[length] = (first, entry.peak or 0.0)
         if first > PATIENCE:
             entry.times.append(first)
         running.append(entry)
-    for _ in range(rounds):
+    for i in range(rounds + 1):
         for entry in running:
             if entry.history[length][0] <= PATIENCE:
-                entry.times.append(forward_backward(entry.run, x)[0])
+                seconds, _ = forward_backward(entry.run, x)
+                entry.times += [seconds] if i else []  # the first is for warming up
     return running
 
 

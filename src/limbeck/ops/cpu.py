@@ -25,7 +25,7 @@ from limbeck.ops.cpu_chunk import Chunk
 
 # How far the log decays of half a chunk may add up: above the diagonal, where it is cut off, Q Kᵀ reaches their square.
 LIMITS = {torch.float32: 32.0, torch.float64: 300.0}
-CACHE = 2**18  # bytes of one [R, H, C, K] buffer; ten of them are in use at a time
+CACHE = 2**18  # bytes of one [R, H, C, K] buffer and thread; ten of them are in use at a time
 
 
 class Route(NamedTuple):
@@ -47,12 +47,14 @@ def plan(q: Tensor, log_decay: Tensor | None, chunk: int | None) -> Route | None
         common.check_chunk(chunk)
     if q.device.type != "cpu" or q.shape[1] == 0 or torch.compiler.is_compiling():
         return None
+    # 64 takes the least time; threads wait for each other less often in 128
+    sizes = (chunk,) if chunk else (64, 32, 16) if torch.get_num_threads() == 1 else (128, 64, 32, 16)
     if log_decay is None:
-        return Route(min(chunk or 64, q.shape[1]), None)
+        return Route(min(sizes[0], q.shape[1]), None)
     log_decay = log_decay.detach()
     if log_decay.amax() > 0:
         return None
-    for size in (64, 32, 16) if chunk is None else (chunk,):
+    for size in sizes:
         halves = _halves(log_decay, size)
         if halves.amin() >= -LIMITS[log_decay.dtype]:
             return Route(size, halves)
@@ -113,7 +115,8 @@ class _Pass:
         if segments is not None:
             self.docs = common.Documents.of(segments, route.chunk)
             self.mixed = (~(self.docs.same.flatten(1).all(1) & self.docs.keeps.flatten(1).all(1))).tolist()
-        self.rows = max(1, CACHE // (self.heads * self.size * max(self.key, self.value) * dtype.itemsize))
+        size = self.heads * self.size * max(self.key, self.value) * dtype.itemsize
+        self.rows = max(1, CACHE * torch.get_num_threads() // size)
 
     @property
     def count(self) -> int:
@@ -211,7 +214,8 @@ class _Chunks(torch.autograd.Function):
                     x, before = block.chunk(n), block.state(states[n])
                     dstate = dstate[..., : x.value].contiguous()
                     if log_decay is not None:
-                        leaving = (block.state(states[n + 1])[..., : x.value] * dstate).sum(-1)
+                        after = block.state(states[n + 1])[..., : x.value]
+                        leaving = torch.mul(after, dstate, out=x.buffer("leaving", *dstate.shape[1:])).sum(-1)
                         dstate.mul_(block.decays[n + 1])
                     dq, de, dk, du = x.backward(dos[n], before, dstate, us[n])
                     if log_decay is not None:

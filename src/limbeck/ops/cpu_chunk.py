@@ -36,6 +36,7 @@ class Chunk:
         self.whole, self.rows, self.c, self.value = whole, rows, c, value
         key = whole.key
         self.buffers: dict[str, Tensor] = {}
+        self.views: dict[int, dict[int | None, Tensor]] = {}  # of the tensors that `new` made, by their id
         self.kt, self.p, self.read = self.new(key, c), self.new(c, c), self.new(c, value)
         self.l = self.new(c, c) if whole.beta is not None else None
         if whole.width:
@@ -49,7 +50,9 @@ class Chunk:
             self.up, self.down, self.rate = (self.new(c, whole.width) for _ in range(3))
 
     def new(self, *shape: int) -> Tensor:
-        return torch.empty(self.rows * self.whole.heads, *shape, dtype=self.whole.dtype)
+        out = torch.empty(self.rows * self.whole.heads, *shape, dtype=self.whole.dtype)
+        self.views[id(out)] = {}
+        return out
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """[R·H, ·, ·], made when first asked for."""
@@ -59,7 +62,14 @@ class Chunk:
 
     def heads(self, x: Tensor, groups: int | None = None) -> Tensor:
         """[R·H, ·, ·] -> the view [R, H, ·, ·], or [R, G, H/G, ·, ·]."""
-        return x.view(self.rows, -1, *x.shape[1:]) if groups is None else x.view(self.rows, groups, -1, *x.shape[1:])
+        known = self.views.get(id(x))
+        if known is not None and groups in known:
+            return known[groups]
+        shape = (self.rows, -1) if groups is None else (self.rows, groups, -1)
+        out = x.view(*shape, *x.shape[1:])
+        if known is not None:  # a tenth of all time went into making views
+            known[groups] = out
+        return out
 
     def own(self, name: str, x: Tensor, factor: Tensor | None = None) -> Tensor:
         """x [R, G, c, D] times factor [R·H, c, ·] as [R·H, c, D]: where that asks for nothing, x itself."""
@@ -89,9 +99,8 @@ class Chunk:
             self.heads(up).copy_(self.g_heads)
             torch.reciprocal(up, out=down)
         self.q = self.own("q", block.q[n], up)
-        groups = self.k_in.shape[1]
-        kt, k = self.heads(self.kt, groups).mT, self.k_in.unsqueeze(2)
-        kt.copy_(k) if down is None else torch.mul(k, self.heads(down, groups), out=kt)
+        self.k = self.own("k", self.k_in, down)
+        self.kt.copy_(self.k.mT)
         self.masked(torch.bmm(self.q, self.kt, out=self.p), 0)
         if block.beta is None:
             self.u = self.own("u", self.v_in)
@@ -139,7 +148,7 @@ class Chunk:
         key, value, c, docs, delta = self.whole.key, self.value, self.c, self.docs, u is not None
         do = self.own("do", do)
         u = self.u if u is None else self.own("u", u)
-        k = self.k = self.own("k", self.k_in, self.down if self.whole.width else None)
+        k = self.k
         ut = self.buffer("ut", value, c).copy_(u.mT)
         st, dst = self.buffer("st", value, key).copy_(before.mT), self.buffer("dst", value, key).copy_(dstate.mT)
         du, dq, dk = self.buffer("du", c, value), self.buffer("dq", c, key), self.buffer("dk", c, key)

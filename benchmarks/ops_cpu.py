@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from limbeck.ops import delta_rule, scalar_decay, vector_decay
 from peers import Inputs, Peer, chunked_peers, step_peers
 
-PATIENCE, LIMIT = 3.0, 40.0
+PATIENCE, LIMIT = 3.0, 40.0  # seconds
 OURS: dict[str, Callable] = {
     "scalar_decay, none": lambda f, x, **o: f(scalar_decay)(x.q, x.k, x.v, **o),
     "scalar_decay, scalar": lambda f, x, **o: f(scalar_decay)(x.q, x.k, x.v, x.scalar, **o),
@@ -115,8 +115,8 @@ def too_much(entry: Contestant, length: int) -> str | None:
         return None
     last = max(entry.history)
     seconds, memory = entry.history[last]
-    power = 2 if entry.operator == "SDPA" else 1
-    seconds, memory = seconds * (length / last) ** power, memory * length / last
+    power = exponent([(t, found[0]) for t, found in entry.history.items()]) if len(entry.history) > 1 else 1.0
+    seconds, memory = seconds * (length / last) ** max(power, 1.0), memory * length / last
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20 if hasattr(os, "sysconf") else math.inf
     if seconds > LIMIT:
         return f"about {seconds:.0f} s"
@@ -142,11 +142,12 @@ def measure(entries: list[Contestant], x: Inputs, length: int, rounds: int) -> l
         if first > PATIENCE:
             entry.times.append(first)
         running.append(entry)
-    for i in range(rounds + 1):
+    for _ in range(rounds):
         for entry in running:
             if entry.history[length][0] <= PATIENCE:
-                seconds, _ = forward_backward(entry.run, x)
-                entry.times += [seconds] if i else []  # the first is for warming up
+                if entry.history[length][0] < PATIENCE / 10:  # or the one before decides what is in cache
+                    forward_backward(entry.run, x)
+                entry.times.append(forward_backward(entry.run, x)[0])
     return running
 
 

@@ -312,4 +312,5 @@ def test_mixer_is_its_equation(case, form):
 def test_every_mixer_has_an_equation():
     covered = {name for _, name, _ in CASES.values()}
     covered |= {m for m in mixers.names() if f"linear_attention-{m}" in CASES}  # registered feature maps
+    covered.add("hybrid")  # made of two others: tests/test_hybrids.py
     assert set(mixers.names()) <= covered

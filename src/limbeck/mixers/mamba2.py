@@ -21,6 +21,7 @@ from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
 from limbeck.mixers.start import inverse_softplus, spread_half_lives
 from limbeck.ops import scalar_decay
+from limbeck.ops.common import widen
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Mamba2(Mixer):
         log_decay = -step
         if self.steps_in_keys:
             log_decay = -self.log_rate.exp() * step
-            k = k.repeat_interleave(self.shape.heads // k.shape[2], dim=2) * step.unsqueeze(-1)
+            k = widen(k, self.shape.heads) * step.unsqueeze(-1)
         return Inputs(q * self.shape.scale, k, v, log_decay, diagonal=self.skip.expand(step.shape))
 
 

@@ -24,6 +24,7 @@ from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
 from limbeck.mixers.start import logit, spread_half_lives
 from limbeck.ops import scalar_decay
+from limbeck.ops.common import widen
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class MLSTM(Mixer):
             log_i = log_i.masked_fill(~tokens.valid[..., None], -1e9)
             log_f = log_f.masked_fill(~tokens.valid[..., None], 0)
         m, previous = stabiliser(log_i.detach(), log_f.detach(), tokens, state.get("m"))
-        k = k.repeat_interleave(self.shape.heads // k.shape[2], dim=2)
-        k = k * torch.exp(log_i - m).unsqueeze(-1)
+        k = widen(k, self.shape.heads) * torch.exp(log_i - m).unsqueeze(-1)
         return Inputs(q * self.shape.scale, k, v, log_f + previous - m, floor=torch.exp(-m), carry={"m": m[:, -1]})
 
     def memory_numel(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.inputs import State, Tokens
 from limbeck.mixers.registry import register
+from limbeck.ops.common import widen
 
 
 @register
@@ -33,7 +34,7 @@ class Softmax(Mixer):
             old = {**state, "segments": state["segments"] - state["segments"][:, -1:]}
             new = {name: torch.cat([old[name], tensor], 1) for name, tensor in new.items()}
         weights = self._weights(q, new["k"], new["valid"], new["segments"], length)
-        return torch.einsum("bhij,bjhv->bihv", weights, self._widen(new["v"])).to(v.dtype), new
+        return torch.einsum("bhij,bjhv->bihv", weights, widen(new["v"], self.shape.heads)).to(v.dtype), new
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         return self._weights(q, k, _valid(tokens, k), _segments(tokens, k), q.shape[1])
@@ -45,15 +46,12 @@ class Softmax(Mixer):
     def _weights(self, q: Tensor, k: Tensor, valid: Tensor, segments: Tensor, length: int) -> Tensor:
         """[B, H, T, keys] for the last `length` of the keys' tokens as queries."""
         total = k.shape[1]
-        logits = torch.einsum("bihk,bjhk->bhij", q * self.shape.scale, self._widen(k))
+        logits = torch.einsum("bihk,bjhk->bhij", q * self.shape.scale, widen(k, self.shape.heads))
         causal = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
         same = segments[:, -length:, None] == segments[:, None, :]
         allowed = (causal & same & valid[:, None, :])[:, None]
         # a padded query may see nothing at all; its row is zero instead of an even spread
         return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1) * allowed
-
-    def _widen(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.shape.heads // x.shape[2], dim=2)
 
 
 def _valid(tokens: Tokens, k: Tensor) -> Tensor:

@@ -68,6 +68,12 @@ def per_token(log_decay: Tensor, q: Tensor, *, vector: bool, dtype: torch.dtype)
     return log_decay.to(dtype) if vector else log_decay.to(dtype).unsqueeze(-1)
 
 
+def is_mild(log_decay: Tensor) -> bool:
+    """Does no chunk of log decays [..., C, D] forget more than exp(−40)? Then it needs no halving: exp(±20) about its
+    middle is far from fp32's limits. Never under torch.compile, which cannot branch on values."""
+    return not torch.compiler.is_compiling() and bool(log_decay.detach().abs().sum(-2).max() <= 40.0)
+
+
 def start_state(state: Tensor | None, q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The incoming state [B, H, K, V] in the working precision, zeros where there is none."""
     shape = (q.shape[0], q.shape[2], q.shape[3], width)

@@ -21,9 +21,6 @@ from limbeck.errors import LimbeckError
 from limbeck.ops import common
 from limbeck.ops.pairs import decayed
 
-# A chunk that forgets less than exp(−40) needs no halving: exp(±20) about its middle is far from fp32's limits.
-MILD = 40.0
-
 
 def recurrent(
     q: Tensor,
@@ -83,8 +80,7 @@ def chunked(
         values = common.widen(common.to_chunks(v, chunk, dtype), heads)
         keys = common.widen(common.to_chunks(k, chunk, dtype), heads)
         queries, removals, writes, log = (common.to_chunks(x, chunk, dtype) for x in (q, a, b, log_decay))
-        mild = not torch.compiler.is_compiling() and log.detach().abs().sum(-2).max() <= MILD
-        products = _mild if mild else _any
+        products = _mild if common.is_mild(log) else _any
         reads, erases, writes, mixing, decay = products(queries, removals, keys, writes, log)
         if segments is not None:
             docs = common.Documents.of(segments, chunk)

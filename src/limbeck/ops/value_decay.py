@@ -20,9 +20,6 @@ from limbeck.errors import LimbeckError
 from limbeck.ops import common
 from limbeck.ops.pairs import _half, _halvings, _inner, _spread, _straddling, _to_log_decay
 
-# A chunk that forgets less than exp(−40) needs no halving: exp(±20) about its middle is far from fp32's limits.
-MILD = 40.0
-
 
 def recurrent(
     q: Tensor,
@@ -82,7 +79,7 @@ def chunked(
             docs = common.Documents.of(segments, chunk)
             mixing, keeps = mixing * docs.same, docs.keeps
             reads, writes = reads * docs.reads, writes * docs.writes
-        if not torch.compiler.is_compiling() and log.detach().abs().sum(-2).max() <= MILD:
+        if common.is_mild(log):
             # Decays factor about half of the chunk's, where the state is taken to as well: one product does it all.
             g = log.cumsum(-2)
             half = 0.5 * g[..., -1:, :]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.matrices import View
+from limbeck.report.figure import check_format, new_figure, save
 
 
 def draw(views: list[View], head: int, path: Path, title: str, columns: int = 6) -> None:
@@ -22,19 +23,12 @@ def draw(views: list[View], head: int, path: Path, title: str, columns: int = 6)
     Raises:
         LimbeckError: matplotlib is not installed, no such head, or a format that it does not know.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LimbeckError("pictures need matplotlib", hint="pip install 'limbeck[report]'") from error
     heads = len(views[0].matrix)
     if not 0 <= head < heads:
         raise LimbeckError(f"head is {head}, the teacher has {heads}", expected=f"0 to {heads - 1}")
     rows = math.ceil(len(views) / columns)
-    figure = Figure(figsize=(1.9 * columns, 2.15 * rows + 0.4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if path.suffix.lstrip(".").lower() not in canvas.get_supported_filetypes():
-        raise LimbeckError(f"cannot write a picture to {path}", expected="a name that ends in .png, .svg or .pdf")
+    check_format(path)
+    figure = new_figure(1.9 * columns, 2.15 * rows + 0.4)
     for index, view in enumerate(views):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.imshow(_shade(view.matrix[head]).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
@@ -43,8 +37,7 @@ def draw(views: list[View], head: int, path: Path, title: str, columns: int = 6)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.suptitle(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _shade(matrix: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""Time and memory of the next token after 1 k to 64 k tokens of context: teacher, hybrid, pure student.
+
+    python benchmarks/decoding.py                                          # ten minutes, 12 GB at 65,536 tokens
+    python benchmarks/decoding.py --lengths 1024,4096 --student mlstm --keep 0,9 --picture decoding.png
+
+The teacher runs as transformers runs it, by SDPA, once with the cache that grows (copied whole for each token) and once with a
+static one; the better of the two is what the others are compared with. The students have the teacher's weights and
+untrained gates: what a token costs does not depend on what they learnt. All contestants take turns.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import limbeck
+from limbeck import assets
+from limbeck.evaluate.decoding import SEED, Contestant, Point, break_even, measure
+from limbeck.model import converted_layers
+from limbeck.report.decoding import draw
+from limbeck.stages.teacher import load_teacher
+
+TEXT = Path(__file__).parent.parent / "LICENSE"
+LENGTHS = "1024,2048,4096,8192,16384,32768,65536"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="embedded")
+    parser.add_argument("--student", default="gated_deltanet")
+    parser.add_argument("--keep", default="uniform 7", help="layers that the hybrid keeps as softmax")
+    parser.add_argument("--lengths", default=LENGTHS)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--picture", type=Path, help="a .png or .svg to draw")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    teacher, tokenizer = load_teacher(assets.resolve_teacher(args.teacher), torch.device("cpu"))
+    text = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[:, :SEED]
+    count = teacher.config.get_text_config().num_hidden_layers
+    kept = count - len(converted_layers("all", args.keep, count))
+    pure = limbeck.convert(teacher, args.student, share=True)
+    hybrid = limbeck.convert(teacher, args.student, keep=args.keep, share=True)
+    contestants = [
+        Contestant("teacher, growing cache", teacher),
+        Contestant("teacher, static cache", teacher, static=True),
+        Contestant(f"hybrid, {kept} of {count} layers softmax", hybrid),
+        Contestant(f"{args.student} in all layers", pure),
+    ]
+    lengths = [int(length) for length in args.lengths.split(",")]
+    print(f"{'context':>8}  {'model':36} {'ms a token':>10} {'min to max':>20} {'cache':>10}")
+    points: list[Point] = []
+    for length in lengths:
+        for p in measure(contestants, length, args.steps, text):
+            points.append(p)
+            spread = f"{p.least:.1f} to {p.most:.1f}"
+            print(f"{length:8,}  {p.name:36} {p.milliseconds:10.1f} {spread:>20} {p.bytes / 1e6:7.1f} MB", flush=True)
+    series = {c.name: [p for p in points if p.name == c.name] for c in contestants}
+    best = [min(a.milliseconds, b.milliseconds) for a, b in zip(*list(series.values())[:2])]
+    held = [p.bytes for p in series["teacher, growing cache"]]
+    print()
+    for name, own in list(series.items())[2:]:
+        when = break_even(lengths, best, [p.milliseconds for p in own])
+        bytes_when = break_even(lengths, held, [p.bytes for p in own])
+        print(
+            f"{name}: a token is cheaper than the teacher's {_from(when, lengths)}; memory {_from(bytes_when, lengths)}"
+        )
+        faster, smaller = best[-1] / own[-1].milliseconds, held[-1] / own[-1].bytes
+        print(f"  at {lengths[-1]:,}: {faster:.1f} x as fast, 1/{smaller:.0f} of the memory")
+    if args.picture:
+        draw(series, args.picture)
+    if args.json:
+        facts = {"command": sys.argv, "threads": args.threads, "points": [vars(p) for p in points]}
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _from(length: float | None, lengths: list[int]) -> str:
+    if length is None:
+        return f"not within {lengths[-1]:,} tokens"
+    return f"from {length:,.0f} tokens on" if length > lengths[0] else f"at every length from {lengths[0]:,} on"
+
+
+if __name__ == "__main__":
+    main()

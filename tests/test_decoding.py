@@ -1,0 +1,78 @@
+"""What the next token costs: the caches that it is measured on, and the break-even length."""
+
+import pytest
+import torch
+
+from limbeck import convert
+from limbeck.contract import tiny
+from limbeck.errors import LimbeckError
+from limbeck.evaluate.decoding import SEED, Contestant, break_even, filled, measure
+from limbeck.model import cache_bytes
+from limbeck.report.decoding import draw
+
+KINDS = [("teacher", False), ("teacher", True), ("hybrid", False), ("pure", False)]  # and whether its cache is static
+IDS = torch.randint(7, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def models():
+    teacher = tiny("llama").eval()
+    return {
+        "teacher": teacher,
+        "hybrid": convert(teacher, "gated_deltanet", keep=[1]),
+        "pure": convert(teacher, "gated_deltanet"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "static"), [("teacher", False), ("teacher", True), ("hybrid", False), ("pure", False)]
+)
+@torch.no_grad()
+def test_a_filled_cache_is_the_context(models, name, static):
+    model = models[name]
+    cache = filled(model, 39, room=4, static=static, text=IDS)
+    last = model(input_ids=IDS[:, 39:], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(last, model(IDS).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_beyond_the_seed_caches_have_the_length_that_was_asked_for(models):
+    length = SEED + 300
+    for name, static in KINDS:
+        cache = filled(models[name], length, room=1, static=static)
+        assert int(cache.get_seq_length()) == length, name
+        models[name](input_ids=IDS[:, :1], past_key_values=cache, use_cache=True)
+        assert int(cache.get_seq_length()) == length + 1, name
+    grown = filled(models["teacher"], length).layers[0].keys
+    assert torch.equal(grown[:, :, SEED:], grown[:, :, :300])
+
+
+def test_memory_a_student_constant_a_hybrid_by_its_layers_and_time_for_all(models, tmp_path):
+    contestants = [Contestant(name, model) for name, model in models.items()]
+    points = {(p.name, p.length): p for n in (64, 128, 512) for p in measure(contestants, n, steps=2)}
+    sizes = {name: [points[name, n].bytes for n in (64, 128, 512)] for name in models}
+    per_token = sizes["teacher"][0] // 64
+    assert sizes["teacher"] == [64 * per_token, 128 * per_token, 512 * per_token]
+    assert len(set(sizes["pure"])) == 1
+    layers = models["teacher"].config.num_hidden_layers
+    assert sizes["hybrid"][2] - sizes["hybrid"][1] == (512 - 128) * per_token // layers
+    assert all(0 < p.least <= p.milliseconds <= p.most for p in points.values())
+    draw({name: [p for p in points.values() if p.name == name] for name in models}, tmp_path / "curves.svg")
+    assert "tokens of context" in (tmp_path / "curves.svg").read_text()
+
+
+def test_break_even():
+    lengths = [100, 200, 400]
+    assert break_even(lengths, [1.0, 3.0, 9.0], [2.0, 2.0, 2.0]) == pytest.approx(150)
+    assert break_even(lengths, [1.0, 1.5, 1.9], [2.0, 2.0, 2.0]) is None
+    assert break_even(lengths, [3.0, 4.0, 5.0], [2.0, 2.0, 2.0]) == 100
+    # noise below does not count: what matters is from where on it stays so
+    assert break_even(lengths, [3.0, 1.0, 5.0], [2.0, 2.0, 2.0]) == pytest.approx(250)
+
+
+def test_what_cannot_be_measured_says_why(models):
+    with pytest.raises(LimbeckError, match="at least 1"):
+        measure([Contestant("pure", models["pure"])], 0)
+    window = tiny("mistral")
+    with pytest.raises(LimbeckError, match="cannot be lengthened"):
+        filled(window, SEED + 1)
+    assert cache_bytes(filled(window, 20)) > 0

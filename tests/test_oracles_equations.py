@@ -172,6 +172,22 @@ def sliding_window(m, x):
     return softmax(m, x, lambda i, j: j <= i and (i - j < m.options.window or j < m.options.sinks))
 
 
+def lolcats(m, x):
+    """Equation 6: exponentials near, relative to the largest, features far, one sum below the line."""
+    o, scores, v, rows = m.options, dot(x.q, x.k) * SCALE, wide(x.v), []
+    q, k = (per_head(z, m.linear.resize[n]) if o.width else z for n, z in (("q", x.q), ("k", x.k)))
+    features = WEIGHTS[o.feature_map](m.linear, q, k)
+    for i in range(x.q.shape[1]):
+        near = [j for j in range(i + 1) if i - j < o.window or j < o.sinks]
+        far = [j for j in range(i + 1) if j not in near]
+        s = scores[:, :, i, near]
+        soft = torch.sigmoid(m.factor)[:, None] * torch.exp(s - s.max(-1, keepdim=True).values)
+        weights = torch.cat([soft, features[:, :, i, far]], -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        rows.append(torch.einsum("bhj,bjhv->bhv", weights, v[:, near + far]))
+    return torch.stack(rows, 1)
+
+
 # ---------------------------------------------------------------- linear attention: a pair's weight by its formula
 
 
@@ -274,6 +290,9 @@ CASES = {
     "softmax": (softmax, "softmax", {}),
     "sliding_window": (sliding_window, "sliding_window", {"window": 5, "sinks": 2}),
     "sliding_window-no-sinks": (sliding_window, "sliding_window", {"window": 3, "sinks": 0}),
+    "lolcats": (lolcats, "lolcats", {"window": 5}),
+    "lolcats-sinks": (lolcats, "lolcats", {"window": 3, "sinks": 2, "output_norm": "rms"}),
+    "lolcats-taylor": (lolcats, "lolcats", {"window": 4, "feature_map": "taylor", "width": 3}),
     "based": (linear_attention, "based", {"width": 3}),
     "rebased": (linear_attention, "rebased", {"width": 3}),
     "hedgehog": (linear_attention, "hedgehog", {}),

@@ -17,6 +17,7 @@ from limbeck.mixers import (  # noqa: F401
     hybrid,
     kda,
     linear_attention,
+    lolcats,
     mamba2,
     metala,
     mlstm,

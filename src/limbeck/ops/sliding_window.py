@@ -12,15 +12,19 @@ Shapes: q [B,T,H,K]; k [B,T,G,K] and v [B,T,G',V] with G and G' dividing H, head
 is padding. Legend: S sinks, N blocks, C queries and R keys of a block. Shapes that do not fit raise LimbeckError.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
-from limbeck.ops import common
+from limbeck.ops import common, window_state
 
 # Queries in a block: fewer are slow, more see more keys than they need. Wide windows take a quarter of their width.
 BLOCK = 64
+Weigh = Callable[..., Tensor]  # what stands where F.scaled_dot_product_attention does
 
 
 def chunked(
@@ -46,21 +50,65 @@ def chunked(
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
     with common.full_precision(q):
-        keys, values, count = _history(q, k, v, window, sinks, state)
+        keys, values, count = window_state.history(q, k, v, window, sinks, state)
         if state is not None and q.shape[1] == 1 and valid is None:
-            return _next(q, keys, values, count, window, sinks, scale, segments)
+            keys, values, count = window_state.forget(keys, values, count, segments)
+            o = _next(q, keys, values, count, window, sinks, scale, F.scaled_dot_product_attention).to(v.dtype)
+            return o, window_state.shifted(keys, values, count, sinks)
         held = keys.shape[1] - k.shape[1]  # S + window − 1, or none
-        if valid is None:
-            packed, number = q, segments
-        else:  # valid tokens first, so that their distances are what the window counts
-            order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
-            packed, number = _take(q, order), None if segments is None else segments.gather(1, order)
-            behind = torch.cat([torch.arange(held, device=q.device).expand(len(q), -1), held + order], 1)
-            keys, values = _take(keys, behind), _take(values, behind)
+        packed, keys, values, number = window_state.pack(q, keys, values, held, segments, valid)
         o = _attend(packed, keys, values, _first(number, count), held, window, sinks, scale).to(v.dtype)
-        if valid is not None:
-            o = _take(o, (valid.cumsum(1) - 1).clamp(min=0)) * valid[..., None, None]
-        return o, _outgoing(keys, values, count, held, q.shape[1], window, sinks, segments, valid)
+        new = window_state.outgoing(keys, values, count, held, q.shape[1], window, sinks, segments, valid)
+        return window_state.unpack(o, valid), new
+
+
+def unnormalised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float = 1.0,
+    state: dict[str, Tensor] | None = None,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+    """Attention before its division, for mixers that see the tokens behind the window in another way.
+
+    Returns:
+        o [B,T,H,V+1] in fp32 (fp64 for fp64 inputs), the weighted values and at the end the sum of weights, which are
+        exponentials relative to the largest one; the key [B,T,G,K] and value [B,T,G',V] of the token that each token
+        pushes out of the window, and where there is one that is no sink, [B,T] bool; and the state of `chunked` for a
+        window of one more, since who is pushed out next must still be there.
+    """
+    _check(q, k, v, window, sinks, segments, valid)
+    length = q.shape[1]
+    if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
+        valid = None
+    with common.full_precision(q):
+        keys, values, count = window_state.history(q, k, v, window + 1, sinks, state)
+        if state is not None and length == 1 and valid is None:
+            keys, values, count = window_state.forget(keys, values, count, segments)
+            oldest = slice(sinks, sinks + 1)
+            near = [torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1) if sinks else x[:, 1:] for x in (keys, values)]
+            o = _next(q, near[0], near[1], count, window, sinks, scale, _Exponentials.weigh)
+            left = (count >= window + sinks).unsqueeze(1)
+            return o, (keys[:, oldest], values[:, oldest], left), window_state.shifted(keys, values, count, sinks)
+        held = keys.shape[1] - length
+        packed, keys, values, number = window_state.pack(q, keys, values, held, segments, valid)
+        first = _first(number, count)
+        o = _attend(packed, keys, values, first, held, window, sinks, scale, weigh=_Exponentials.weigh)
+        behind = torch.arange(length, device=q.device) - window  # stands at [S + i] among the keys, or ahead of them
+        left = (behind - first >= sinks).expand(len(q), -1)
+        ahead = (0, 0, 0, 0, min(window, length), 0)
+        gone = [
+            x[:, sinks : sinks + length] if held else F.pad(x[:, : max(length - window, 0)], ahead)
+            for x in (keys, values)
+        ]
+        o, k, v, left = (window_state.unpack(x, valid) for x in (o, *gone, left))
+        new = window_state.outgoing(keys, values, count, held, length, window + 1, sinks, segments, valid)
+        return o, (k, v, left), new
 
 
 def matrix(
@@ -72,25 +120,36 @@ def matrix(
     scale: float = 1.0,
     segments: Tensor | None = None,
     valid: Tensor | None = None,
+    normalise: bool = True,
 ) -> Tensor:
-    """The softmax weights [B,H,T,T]: without a state o = M v, head by head. Rows of masked tokens are zero."""
+    """The softmax weights [B,H,T,T]: without a state o = M v, head by head. Rows of masked tokens are zero.
+
+    Not normalised: exponentials relative to the largest of a row, as `unnormalised` has them.
+    """
     _check(q, k, None, window, sinks, segments, valid)
     length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k)
     with common.full_precision(q):
         real = torch.ones(1, length, dtype=torch.bool, device=q.device) if valid is None else valid
-        before = real.cumsum(1) - real.long()  # valid tokens ahead of each
-        at = torch.arange(length, device=q.device)
-        seen = (at[:, None] >= at) & real[:, None]
-        first = torch.zeros_like(before)
-        if segments is not None:
-            first = torch.where(common.starts(segments), before, 0).cummax(1).values
-            seen = seen & common.same_document(segments).squeeze(1)
-        near = before[:, :, None] - before[:, None] < window
-        seen = seen & (near | (before - first < sinks)[:, None]) & real[:, :, None]
+        look = seen(real, window=window, sinks=sinks, segments=segments)
         scores = scale * (q.to(dtype).transpose(1, 2) @ common.widen(k.to(dtype).transpose(1, 2), heads, 1).mT)
         # A masked token would divide zero by zero: it looks at itself, and its row is cleared.
-        weights = scores.masked_fill(~(seen | (at[:, None] == at)).unsqueeze(1), -torch.inf).softmax(-1)
+        itself = torch.eye(length, dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(~(look | itself).unsqueeze(1), -torch.inf)
+        weights = scores.softmax(-1) if normalise else (scores - scores.amax(-1, keepdim=True)).exp()
         return weights if valid is None else weights * real[:, None, :, None]
+
+
+def seen(valid: Tensor, *, window: int, sinks: int, segments: Tensor | None = None) -> Tensor:
+    """Which tokens each one attends to, [B,T,T] bool, for valid [B,T]."""
+    before = valid.cumsum(1) - valid.long()  # valid tokens ahead of each
+    at = torch.arange(valid.shape[1], device=valid.device)
+    look = (at[:, None] >= at) & valid[:, None]
+    first = torch.zeros_like(before)
+    if segments is not None:
+        first = torch.where(common.starts(segments), before, 0).cummax(1).values
+        look = look & common.same_document(segments).squeeze(1)
+    near = before[:, :, None] - before[:, None] < window
+    return look & (near | (before - first < sinks)[:, None]) & valid[:, :, None]
 
 
 def state_numel(groups: int, key: int, value: int, window: int, sinks: int) -> int:
@@ -111,39 +170,10 @@ def _check(
         )
 
 
-def _history(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, state: dict[str, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values with the state's ahead of them, and the count of the incoming document."""
-    if state is None:
-        return k, v, torch.zeros(len(q), dtype=torch.long, device=q.device)
-    for name, x in (("k", k), ("v", v)):
-        shape = [len(q), sinks + window - 1, *x.shape[2:]]
-        if list(state[name].shape) != shape:
-            raise LimbeckError(
-                f"the state's {name} has shape {list(state[name].shape)}",
-                expected=f"{shape} with window={window} and sinks={sinks}",
-            )
-    keys, values = (torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
-    return keys, values, state["count"]
-
-
 def _next(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    count: Tensor,
-    window: int,
-    sinks: int,
-    scale: float,
-    segments: Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    q: Tensor, keys: Tensor, values: Tensor, count: Tensor, window: int, sinks: int, scale: float, weigh: Weigh
+) -> Tensor:
     """One token after a state, in few operations: decoding spends its time on calls, not on arithmetic."""
-    if segments is not None:  # a new document finds an empty state
-        goes_on = segments == 0
-        count = count * goes_on[:, 0]
-        forget = goes_on[..., None, None]
-        keys, values = (torch.cat([x[:, :-1] * forget, x[:, -1:]], 1) for x in (keys, values))
     # How many tokens it takes to fill a place; a sink counts as one when it has left the window.
     needed = torch.arange(sinks + window - 1, -1, -1, device=q.device)
     if sinks:
@@ -153,23 +183,39 @@ def _next(
     dtype = _common_dtype(q, keys, values)
     k, v = (x.transpose(1, 2).to(dtype) for x in near)
     folded = q.squeeze(1).unflatten(1, (k.shape[1], -1)).to(dtype)  # the heads of a group as its queries
-    o = F.scaled_dot_product_attention(folded, k, v, attn_mask=seen, scale=scale)
-    state = {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
-    if sinks:
-        here = (count.unsqueeze(1) == torch.arange(sinks, device=q.device))[..., None, None]
-        for name, x in (("k", keys), ("v", values)):
-            state[name] = torch.cat([torch.where(here, x[:, -1:], x[:, :sinks]), x[:, sinks + 1 :]], 1)
-    return o.flatten(1, 2).unsqueeze(1).to(values.dtype), state
+    o = weigh(folded, k, v, attn_mask=seen, scale=scale)
+    return o.flatten(1, 2).unsqueeze(1)
+
+
+class _Exponentials(torch.autograd.Function):
+    """Σ exp(s − c) v with s = scale · q·k and c the largest of a row's, for v with a last column of ones."""
+
+    @staticmethod
+    def weigh(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
+        dtype = common.work_dtype(q, k, v)
+        v = F.pad(v.to(dtype), (0, 1), value=1.0)
+        return _Exponentials.apply(scale * q.to(dtype), k.to(dtype), v, ~attn_mask)
+
+    @staticmethod
+    def forward(ctx, q, k, v, hidden):
+        weights = (q @ k.mT).masked_fill_(hidden, -torch.inf)
+        largest, at = weights.max(-1, keepdim=True)
+        weights.sub_(largest).exp_()
+        ctx.save_for_backward(q, k, v, weights, at)
+        return weights @ v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, weights, at = ctx.saved_tensors
+        with common.full_precision(do):
+            ds = (do @ v.mT).mul_(weights)
+            ds.scatter_add_(-1, at, -ds.sum(-1, keepdim=True))  # c falls on the largest
+            return ds @ k, ds.mT @ q, weights.mT @ do, None
 
 
 def _common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-
-
-def _take(x: Tensor, at: Tensor) -> Tensor:
-    """x [B, L, ...] at positions [B, M] -> [B, M, ...]."""
-    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + at
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, at.shape)
 
 
 def _first(number: Tensor | None, count: Tensor) -> Tensor:
@@ -185,7 +231,15 @@ def _first(number: Tensor | None, count: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, first: Tensor, held: int, window: int, sinks: int, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    held: int,
+    window: int,
+    sinks: int,
+    scale: float,
+    weigh: Weigh = F.scaled_dot_product_attention,
 ) -> Tensor:
     """Outputs [B, T, H, V]; the first `held` of the keys are the state's, `first` as in `_first`."""
     batch, length, heads = q.shape[:3]
@@ -212,9 +266,9 @@ def _attend(
         sink = document + torch.arange(sinks, device=q.device)  # [B, N|1, 1, S]
         far = ((first == document) & (sink < j[..., :1].clamp(min=-past))).expand(-1, count, block, -1)
         seen = torch.cat([far, seen.expand(len(far), -1, -1, -1)], -1)
-        where = _positions(sink.squeeze(2), held, past).clamp(max=keys.shape[1] - 1).expand(-1, count, -1)
+        where = window_state.positions(sink.squeeze(2), held, past).clamp(max=keys.shape[1] - 1).expand(-1, count, -1)
         for n, x in enumerate((keys, values)):
-            taken = _take(x, where.flatten(1)).unflatten(1, (count, sinks))
+            taken = window_state.take(x, where.flatten(1)).unflatten(1, (count, sinks))
             near[n] = torch.cat([taken, near[n]], 2)
     if keys.shape[2] != values.shape[2]:
         near = [common.widen(x, heads, 3) for x in near]
@@ -226,7 +280,7 @@ def _attend(
     seen = seen.unsqueeze(2).expand(batch, count, heads // groups, -1, -1).flatten(2, 3).flatten(0, 1)
     k, v = (x.transpose(2, 3).flatten(0, 1).to(dtype) for x in near)
     folded = folded.flatten(3, 4).flatten(0, 1).to(dtype)
-    o = F.scaled_dot_product_attention(folded, k, v, attn_mask=seen.unsqueeze(1), scale=scale)
+    o = weigh(folded, k, v, attn_mask=seen.unsqueeze(1), scale=scale)
     o = o.unflatten(2, (-1, block)).unflatten(0, (batch, count)).permute(0, 1, 4, 2, 3, 5)
     return o.flatten(3, 4).flatten(1, 2)[:, :length]
 
@@ -238,41 +292,3 @@ def _regions(x: Tensor, past: int, reach: int, block: int, end: int) -> Tensor:
     blocks = F.pad(x, (0, 0, 0, 0, reach - past, end)).unflatten(1, (-1, block))
     wide = reach // block
     return torch.cat([blocks[:, n : blocks.shape[1] - wide + n] for n in range(wide + 1)], 2)
-
-
-def _positions(token: Tensor, held: int, past: int) -> Tensor:
-    """Where sinks [..., S] stand among the keys: with the other tokens, or where the state keeps sinks."""
-    return torch.where(token >= -past, held + token, torch.arange(token.shape[-1], device=token.device))
-
-
-def _outgoing(
-    keys: Tensor,
-    values: Tensor,
-    count: Tensor,
-    held: int,
-    length: int,
-    window: int,
-    sinks: int,
-    segments: Tensor | None,
-    valid: Tensor | None,
-) -> dict[str, Tensor]:
-    """The state after the last token: that of its document."""
-    total = torch.full_like(count, length) if valid is None else valid.sum(1)
-    if segments is None:
-        count = count + total
-    else:
-        last = segments == segments[:, -1:]
-        count = (last if valid is None else last & valid).sum(1) + count * (segments[:, -1] == 0)
-    token = (total - count).unsqueeze(1) + torch.arange(sinks, device=count.device)
-    where = _positions(token, held, window - 1 if held else 0)
-    filled = torch.arange(sinks, device=count.device) < count.unsqueeze(1)
-    recent = torch.arange(1 - window, 0, device=count.device)  # before the next token
-    if segments is None and valid is None and keys.shape[1] - bool(held) * sinks >= window - 1:
-        after = slice(keys.shape[1] - window + 1, None)  # empty places stay empty
-    else:
-        after = slice(0, 0)
-        where = torch.cat([where, held + total.unsqueeze(1) + recent], 1)
-        filled = torch.cat([filled, -recent <= count.unsqueeze(1)], 1)
-    where = where.clamp(0, keys.shape[1] - 1)
-    kept = (torch.cat([_take(x, where) * filled[..., None, None], x[:, after]], 1) for x in (keys, values))
-    return {**dict(zip(("k", "v"), kept)), "count": count}

@@ -53,6 +53,7 @@ def main() -> None:
         families,
         generate,
         matrices,
+        push,
         select,
         students,
     )

@@ -1,0 +1,76 @@
+"""limbeck push: a student with its card to the Hugging Face hub."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markdown import Markdown
+
+from limbeck.cli import app
+from limbeck.console import console, output
+from limbeck.errors import LimbeckError
+
+
+@app.command()
+def push(
+    student: Annotated[Path, typer.Argument(help="A run directory, or a student's folder.")],
+    repo: Annotated[str, typer.Argument(help="The repository: owner/name, or a name of your own.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that only its owner sees.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show everything that would be sent, and stop.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="The licence, as the hub writes it, where the teacher's is not found.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The teacher's hub name, where the run has a local folder or there is no run.")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="The address of a hub that is not huggingface.co.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
+) -> None:
+    """Publish a student: writes a model card from the run, checks that all is there, and uploads in one commit."""
+    from limbeck.publish import hub, parcel
+
+    parcel.check_name(repo)
+    folder = parcel.find_student(student)
+    if dry_run:
+        name = repo if "/" in repo else f"YOUR-NAME/{repo}"
+    else:
+        if not yes and not sys.stdin.isatty():
+            raise LimbeckError("there is nobody to ask before sending", expected="--yes, or --dry-run to look first")
+        hub.check_ready()
+        name = hub.full_name(repo, endpoint)
+    ready = parcel.prepare(folder, name, private=private, licence=license, teacher=teacher)
+    show(ready)
+    if dry_run:
+        show_card(ready.card)
+        console.print("nothing was sent; without --dry-run it is")
+        return
+    if not yes and not typer.confirm("send it?"):
+        console.print("nothing was sent; --dry-run shows the card too")
+        return
+    console.print(f"sent: {hub.push(ready, endpoint)}", markup=False)
+
+
+def show(ready: Any) -> None:
+    """Print what a parcel holds."""
+    output.print(f"repository: {ready.repo} ({'private' if ready.private else 'public'})", markup=False)
+    output.print(f"commit message: {ready.message}", markup=False)
+    width = max(len(f"{item.size:,}") for item in ready.items)
+    output.print(f"\n{'bytes':>{width}}  kept in  {'sha256':64}  file", soft_wrap=True)
+    for item in ready.items:
+        line = f"{item.size:>{width},}  {'LFS' if item.lfs else 'git':7}  {item.sha256}  {item.path}"
+        output.print(line, markup=False, soft_wrap=True)
+    output.print(f"{len(ready.items)} files, {ready.size:,} bytes")
+    if ready.left_out:
+        output.print(f"not sent: {', '.join(ready.left_out)}", markup=False)
+
+
+def show_card(card: str) -> None:
+    """Print a card: rendered on a terminal, as it is anywhere else."""
+    output.print("\nREADME.md:\n")
+    if not output.is_terminal:
+        output.print(card, markup=False, soft_wrap=True)
+        return
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    output.print(head + "\n", markup=False, style="dim")
+    output.print(Markdown(body))

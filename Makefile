@@ -1,4 +1,5 @@
 # make demo   sets everything up and runs the main job        make test   sets up and passes the tests
+# make test-oldest   the core tests with the oldest transformers that pyproject.toml allows
 # PYTHON=python3.12 picks another interpreter, RECIPE=smoke another recipe, PIP_ARGS=... goes to every pip install.
 
 PYTHON ?= python3
@@ -6,8 +7,11 @@ RECIPE ?= quickstart
 PIP_ARGS ?=
 BIN := .venv/bin
 DONE := .venv/.installed
+# the oldest transformers that is supported, and what it needs older than constraints.txt has it
+OLDEST := transformers==5.5.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
+CORE := tests/test_student.py tests/test_saving.py tests/test_hybrids.py tests/test_contract.py
 
-.PHONY: setup demo test lint assets clean
+.PHONY: setup demo test test-oldest lint assets clean
 
 setup: $(DONE)
 
@@ -29,6 +33,16 @@ assets: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+.venv/oldest/.installed: $(DONE) Makefile
+	@echo "setup: $(word 1,$(OLDEST)) in .venv/oldest"
+	@rm -rf .venv/oldest
+	@$(BIN)/python -m pip install -q -q $(PIP_ARGS) --no-deps --target .venv/oldest $(OLDEST)
+	@touch $@
+
+test-oldest: .venv/oldest/.installed
+	@PYTHONPATH=.venv/oldest $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	@PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(CORE) -k 'not test_contract or gated_deltanet-full'
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -3,9 +3,9 @@
     python benchmarks/decoding.py                                          # ten minutes, 12 GB at 65,536 tokens
     python benchmarks/decoding.py --lengths 1024,4096 --student mlstm --keep 0,9 --picture decoding.png
 
-The teacher runs as transformers runs it, by SDPA, once with the cache that grows (copied whole for each token) and once with a
-static one; the better of the two is what the others are compared with. The students have the teacher's weights and
-untrained gates: what a token costs does not depend on what they learnt. All contestants take turns.
+The teacher runs as transformers runs it, by SDPA, once with the cache that grows (copied whole for each token) and
+once with a static one; the better of the two is what the others are compared with. The students have the teacher's
+weights and untrained gates: what a token costs does not depend on what they learnt. All contestants take turns.
 """
 
 import argparse

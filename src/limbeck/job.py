@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import assets, mixers
 from limbeck import recipe as recipes
+from limbeck.adapters import Adapters, check_peft, targets_of
 from limbeck.console import console, progress
 from limbeck.data.cache import check_room, no_room_is_an_error
 from limbeck.data.packing import Packed
@@ -107,7 +108,7 @@ def prepare_job(recipe: Recipe) -> Job:
     path = Path(recipe.out or f"runs/{recipe.name}")
     check_run(path, recipe)
     device = _device(recipe.device)
-    teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), device)
+    teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), device, recipe.teacher_bits)
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and recipe.data.length > longest:
         raise LimbeckError(
@@ -117,6 +118,10 @@ def prepare_job(recipe: Recipe) -> Job:
         )
     sites = attention_sites(teacher)
     chosen = [sites[i] for i in converted_layers(recipe.student.layers, recipe.student.keep, len(sites))]
+    for stage in recipe.stages:
+        if isinstance(stage, recipes.Logits) and stage.lora is not None:
+            check_peft()
+            targets_of(teacher, chosen, stage.lora.targets)
     data = recipe.data
     rows = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
     store = prepare(
@@ -150,9 +155,13 @@ def _existing(path: Path) -> Path:
 
 def _student(job: Job) -> PreTrainedModel:
     student = job.recipe.student
+    teacher = job.teacher
+    if job.recipe.teacher_bits is not None:
+        # the student is what it would be without bits: it takes the checkpoint's own weights, and keeps all of them
+        teacher, _ = load_teacher(assets.resolve_teacher(job.recipe.teacher), job.device)
     torch.manual_seed(job.recipe.seed)
     return convert(
-        job.teacher,
+        teacher,
         student.mixer,
         [site.shape.layer for site in job.sites],
         student.options,
@@ -169,13 +178,13 @@ def _student(job: Job) -> PreTrainedModel:
 def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     """Bring the student through all stages, skipping what is finished."""
     position = 0
-    shared = True
+    shared = job.recipe.teacher_bits is None
     for index, settings in enumerate(job.recipe.stages):
-        if shared and getattr(settings, "train", "attention") != "attention":
+        if shared and getattr(settings, "train", "attention") not in ("attention", "lora"):
             unshare(student)
             shared = False
         if run.finished(index):
-            _load(student, run.result(index))
+            _load(student, job.teacher, run.result(index))
             facts = run.facts(index)
             position = facts["position"]
             console.print(f"{settings.stage}: finished before ({facts['seconds']:.0f} s)")
@@ -188,21 +197,30 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
                 for name, p in student.get_submodule(f"{s.module}.{s.output}").named_parameters()
             }
         else:
-            stage = _stage(job, student, settings)
+            stage = _stage(job, student, settings, index)
             facts = train(stage, settings, job.training, run, index, position)
-            learnt = stage.parameters()
+            adapters = getattr(stage, "adapters", None)
+            learnt = stage.parameters() if adapters is None else adapters.merge()
         position = facts["position"]
         run.finish(index, dict(learnt), facts)
 
 
-def _stage(job: Job, student: PreTrainedModel, settings: recipes.Matrix | recipes.Hidden | recipes.Logits) -> Stage:
+def _stage(
+    job: Job, student: PreTrainedModel, settings: recipes.Matrix | recipes.Hidden | recipes.Logits, index: int
+) -> Stage:
     common = (job.teacher, student, job.sites, job.autocast)
     if isinstance(settings, recipes.Matrix):
         return Matrix(*common)
     if isinstance(settings, recipes.Hidden):
         return Hidden(*common, target=settings.target, loss=settings.loss, train=settings.train)
     weights = LogitWeights(settings.ce, settings.kl, settings.temperature, settings.direction)
-    return Logits(*common, weights, train=settings.train, chunk=settings.chunk)
+    adapters = None
+    if settings.lora is not None:
+        lora = settings.lora
+        names = targets_of(student, job.sites, lora.targets)
+        seed = job.recipe.seed + 1000 * index
+        adapters = Adapters(student, names, lora.rank, lora.alpha, lora.dropout, seed)
+    return Logits(*common, weights, train=settings.train, chunk=settings.chunk, adapters=adapters)
 
 
 def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, position: int) -> dict[str, Any]:
@@ -245,10 +263,15 @@ def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, 
 
 
 @torch.no_grad()
-def _load(student: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(student.named_parameters())
+def _load(student: PreTrainedModel, teacher: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Give the student what a finished stage taught; what it shares with the teacher becomes its own before."""
+    theirs = {id(p) for p in teacher.parameters()}
     for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+        parameter = student.get_parameter(name)
+        if id(parameter) in theirs:  # an adapter outside the attention was merged
+            unshare(student.get_submodule(name.rpartition(".")[0]))
+            parameter = student.get_parameter(name)
+        parameter.copy_(tensor)
 
 
 # ---------------------------------------------------------------------- results

@@ -8,14 +8,18 @@ measured now, times the share of it that the stages reach.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from limbeck import mixers
 from limbeck import recipe as recipes
-from limbeck.model import Site, numel
+from limbeck.adapters import adapter_numel, targets_of
+from limbeck.model import Site
+from limbeck.model.layers import parse_layers
+from limbeck.quantise import numel
 from limbeck.recipe import Recipe
 from limbeck.stages.loop import steps_of
 
@@ -54,7 +58,10 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
     attention = sum(numel(teacher.get_submodule(s.module)) for s in sites)
     block = sum(numel(teacher.get_submodule(s.block)) for s in sites)
     outputs = sum(numel(teacher.get_submodule(f"{s.module}.{s.output}")) for s in sites)
+    added = _mixer_numel(recipe, sites)
     rows: list[Row] = []
+    kept, own = 0, recipe.teacher_bits is not None  # own: the student shares no weight with the teacher
+    copies = attention  # weights that the student has to itself
     speed = matmul_speed(teacher.device, sites[0].shape.hidden)
     largest = 0
     for settings in recipe.stages:
@@ -62,28 +69,57 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
         if isinstance(settings, recipes.Calibrate):
             each = 2 * body + 2 * attention + 4 * sum((s.shape.heads * s.shape.value_width) ** 2 for s in sites)
         elif isinstance(settings, recipes.Logits):
-            trained = {"attention": attention, "body": body, "all": total}[settings.train]
+            kinds = {"attention": attention, "body": body, "all": total}
+            weights = kinds.get(settings.train, 0)
+            if settings.lora is not None:
+                names = targets_of(teacher, sites, settings.lora.targets)
+                weights = adapter_numel(teacher, names, settings.lora.rank)
+                merged = sum(numel(teacher.get_submodule(name)) for name in names)
+                copies = max(copies, attention + merged)
+                kept += merged - weights  # a stage keeps what it changed, not the adapters
+            trained = weights + added
             each = 2 * (body + head) + 4 * (body + head) + 2 * trained
         else:
             block_target = isinstance(settings, recipes.Hidden) and settings.target == "block"
             through = block if block_target else attention
-            trained = block if isinstance(settings, recipes.Hidden) and settings.train == "block" else attention
+            whole = isinstance(settings, recipes.Hidden) and settings.train == "block"
+            trained = (block if whole else attention) + added
             each = 2 * body + 4 * through + 2 * trained
         if not isinstance(settings, recipes.Calibrate):
             steps = steps_of(settings, recipe.data.length)
             tokens = steps * settings.batch * recipe.data.length
             largest = max(largest, trained)
+        own = own or getattr(settings, "train", "attention") not in ("attention", "lora")
+        kept += trained
         rows.append(Row(settings.stage, tokens, steps, trained, tokens * each / (speed * REACHED)))
     evaluation = recipe.evaluation.tokens * 4 * (body + head) / (speed * REACHED)
     student = 4 * total
-    kept = sum(4 * row.trained for row in rows)
+    given = sum(p.numel() * p.element_size() for p in teacher.parameters())
     return Plan(
         rows=rows,
         seconds=sum(row.seconds for row in rows) + evaluation,
-        disk_bytes=student + kept + 2 * 12 * largest,
-        memory_bytes=4 * total + (4 * total if largest > attention else 4 * attention) + 12 * largest + 800_000_000,
+        disk_bytes=student + 4 * kept + 2 * 12 * largest,
+        memory_bytes=given + 4 * (total if own else min(copies, total)) + 12 * largest + 800_000_000,
         speed=speed,
     )
+
+
+def _mixer_numel(recipe: Recipe, sites: list[Site]) -> int:
+    """Parameters of all mixers of the recipe's student."""
+    student = recipe.student
+    of_layer = dict.fromkeys((s.shape.layer for s in sites), (student.mixer, student.options, student.preset))
+    for rule in student.rules:
+        chosen = rule.mixer or student.mixer, rule.options, rule.preset or student.preset
+        of_layer.update(dict.fromkeys(parse_layers(rule.layers, sites[0].shape.layers), chosen))
+    sizes: dict[str, int] = {}
+    total = 0
+    for site in sites:
+        name, options, preset = of_layer[site.shape.layer]
+        key = f"{name} {options} {preset} {replace(site.shape, layer=0)}"
+        if key not in sizes:
+            sizes[key] = numel(mixers.build(name, site.shape, options, preset))
+        total += sizes[key]
+    return total
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ A recipe is complete: every default is written into the run directory, so that t
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -99,6 +99,16 @@ class Hidden(_Trained):
     train: Literal["attention", "block"] = "attention"
 
 
+class Lora(_Part):
+    """Low-rank adapters on linear layers; they are merged into the weights when the stage is done (docs/peft.md)."""
+
+    rank: Annotated[int, Field(gt=0)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0  # the adapter's output is multiplied by alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input
+    # "attention": the linear layers of the converted attention; "all-linear": those of the body; or their names
+    targets: str | list[str] = "attention"
+
+
 class Logits(_Trained):
     """Stage 3: the whole student against labels and the teacher's logits."""
 
@@ -106,7 +116,9 @@ class Logits(_Trained):
     lr: Annotated[float, Field(gt=0)] = 5e-4
     lr_rest: Annotated[float, Field(ge=0)] | None = None  # outside the converted attention; None: a fifth of lr
     batch: Annotated[int, Field(gt=0)] = 1
-    train: Literal["attention", "body", "all"] = "body"  # body: everything but embeddings and head
+    # body: everything but embeddings and head; lora: adapters on linear layers, and the mixers in full
+    train: Literal["attention", "body", "all", "lora"] = "body"
+    lora: Lora | None = None  # given, it is what trains instead of the body
     ce: Annotated[float, Field(ge=0)] = 0.0  # weight of the cross-entropy on the labels
     kl: Annotated[float, Field(ge=0)] = 1.0  # weight of the divergence to the teacher
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -118,6 +130,19 @@ class Logits(_Trained):
         if self.ce == 0 and self.kl == 0:
             raise ValueError("ce and kl are both 0, so there is nothing to learn from")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_trains(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        if raw.get("lora") is not None and raw.get("train", "body") == "body":  # the default: nobody asked for it
+            return {**raw, "train": "lora"}
+        if raw.get("train") == "lora" and raw.get("lora") is None:
+            return {**raw, "lora": {}}
+        if raw.get("lora") is not None and raw["train"] != "lora":
+            raise ValueError(f"lora is given, so it is what trains, and train is {raw['train']!r}, not 'lora'")
+        return raw
 
 
 StageRecipe = Annotated[Calibrate | Matrix | Hidden | Logits, Field(discriminator="stage")]
@@ -137,6 +162,7 @@ class Recipe(_Part):
 
     name: str = "custom"
     teacher: str = "embedded"
+    teacher_bits: Literal[8, 4] | None = None  # the teacher's linear layers in so many bits; None: float32
     student: Student = Student()
     data: Data = Data()
     stages: list[StageRecipe] = []
@@ -269,6 +295,7 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
             model = STAGES[part]
         elif isinstance(part, str) and part in model.model_fields:
             kind = model.model_fields[part].annotation
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                model = kind
+            for one in (kind, *get_args(kind)):
+                if isinstance(one, type) and issubclass(one, BaseModel):
+                    model = one
     return list(model.model_fields)

@@ -19,6 +19,10 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the tokens that have this probability.")] = 1.0,
     seed: int = 0,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights in int8 on a CPU: a third of the memory.")] = False,
+    int8_dynamic: Annotated[
+        bool, typer.Option("--int8-dynamic", help="Activations in int8 too: faster, less exact.")
+    ] = False,
 ) -> None:
     """Continue a text."""
     import time
@@ -46,7 +50,12 @@ def generate(
         raise LimbeckError(
             f"cannot load '{name}': {str(error).splitlines()[0]}", expected="a model's folder"
         ) from error
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    if int8 or int8_dynamic:
+        from limbeck import quantise
+
+        loaded = quantise.int8(loaded, activations=int8_dynamic)
+    else:
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     console.print(text, end="", markup=False, style="dim")
     began, pieces = time.monotonic(), []
     for piece in stream(loaded, tokenizer, text, tokens, temperature, top_p, seed):

@@ -27,6 +27,15 @@ from limbeck.ops import convolution
 from limbeck.ops.common import widen
 
 
+class ByInput(nn.ParameterDict):
+    """Parameters of q, k and v, got by calling: weights that accelerate keeps elsewhere are there during calls only."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, name: str) -> Tensor:
+        return self[name]
+
+
 class Mixer(nn.Module):
     """Base of all mixers. A subclass sets the class attributes, writes `inputs` and starts its own parameters."""
 
@@ -64,11 +73,11 @@ class Mixer(nn.Module):
         if options.conv:
             widths = {"q": (site.heads, site.key_width), "k": (site.kv_heads, site.key_width)}
             widths["v"] = (site.kv_heads, site.value_width)
-            self.conv = nn.ParameterDict({n: nn.Parameter(torch.empty(options.conv, *w)) for n, w in widths.items()})
+            self.conv = ByInput({n: nn.Parameter(torch.empty(options.conv, *w)) for n, w in widths.items()})
         if shape.key_width != self._head_width("key"):
             sizes = {"q": shape.heads, "k": shape.kv_heads}
             maps = {n: torch.empty(h, self._head_width("key"), shape.key_width) for n, h in sizes.items()}
-            self.resize = nn.ParameterDict({n: nn.Parameter(m) for n, m in maps.items()})
+            self.resize = ByInput({n: nn.Parameter(m) for n, m in maps.items()})
         self.build()
         self.reset_parameters()
 
@@ -236,7 +245,7 @@ class Mixer(nn.Module):
             merged = (*q.shape[:2], self.shape.heads, -1)
             q, k, v = q.reshape(merged), *(widen(z, self.site.heads).reshape(merged) for z in (k, v))
         if hasattr(self, "resize"):
-            q, k = (torch.einsum("bthk,hkj->bthj", z, self.resize[n]) for n, z in (("q", q), ("k", k)))
+            q, k = (torch.einsum("bthk,hkj->bthj", z, self.resize(n)) for n, z in (("q", q), ("k", k)))
         return q, k, v
 
     def _convolve(self, name: str, z: Tensor, tokens: Tokens, state: State, carried: State) -> Tensor:
@@ -244,7 +253,7 @@ class Mixer(nn.Module):
         if tokens.valid is not None:
             z = z.masked_fill(~tokens.valid[..., None, None], 0)
         key = f"conv_{name}"
-        z, carried[key] = convolution.causal(z, self.conv[name], state=state.get(key), segments=tokens.segments)
+        z, carried[key] = convolution.causal(z, self.conv(name), state=state.get(key), segments=tokens.segments)
         return z
 
     def _readout(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:

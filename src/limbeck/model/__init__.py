@@ -2,7 +2,7 @@
 
 from limbeck.model.cache import RecurrentLayer, cache_bytes
 from limbeck.model.convert import convert, numel, parameter_report, unshare
-from limbeck.model.layers import converted_layers, parse_keep, parse_layers
+from limbeck.model.layers import as_ranges, by_mixer, converted_layers, parse_keep, parse_layers
 from limbeck.model.probe import Site, attention_sites
 from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM, mixers_of
 
@@ -11,7 +11,9 @@ __all__ = [
     "LimbeckForCausalLM",
     "RecurrentLayer",
     "Site",
+    "as_ranges",
     "attention_sites",
+    "by_mixer",
     "cache_bytes",
     "convert",
     "converted_layers",

@@ -22,6 +22,7 @@ from limbeck.model import attention
 from limbeck.model.layers import converted_layers, parse_layers
 from limbeck.model.probe import Site, attention_sites, readers
 from limbeck.model.student import FORMAT, install, mixers_of, student_classes
+from limbeck.quantise import refuse_quantised
 
 
 def convert(
@@ -54,10 +55,12 @@ def convert(
             only the mixers are trained); False copies all.
 
     Raises:
-        LimbeckError: unknown mixer, option or layer, a student already, or a family without the attention interface.
+        LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, or a family without the
+            attention interface.
     """
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
+    refuse_quantised(model.config, "this model")
     first = Assignment.of(mixer, options, preset)
     sites = attention_sites(model)
     chosen = [sites[i] for i in converted_layers(layers, keep, len(sites))]
@@ -109,8 +112,8 @@ def _ruled(
     return dict.fromkeys(layers, new)
 
 
-def unshare(student: PreTrainedModel) -> None:
-    """Give a student made with `share=True` tensors of its own. Tied tensors stay tied."""
+def unshare(student: nn.Module) -> None:
+    """Give a student made with `share=True`, or a module of it, tensors of its own. Tied tensors stay tied."""
     own: dict[int, nn.Parameter] = {}
     for module in student.modules():
         for name, parameter in module._parameters.items():

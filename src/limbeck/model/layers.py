@@ -4,12 +4,14 @@
     parse_keep("every 4", 30)                   # [3, 7, 11, 15, 19, 23, 27]: the last of every four
     parse_keep("uniform 7", 30)                 # seven, evenly spread
     parse_keep("keep.json", 30)                 # what `limbeck select` chose
+    as_ranges([0, 2, 5, 6, 7])                  # "0, 2, 5-7"
 
-Both also take lists of numbers.
+Both parsers also take lists of numbers.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from limbeck.errors import LimbeckError
 
@@ -61,6 +63,32 @@ def converted_layers(layers: str | list[int], keep: str | list[int], count: int)
 def spread(count: int, chosen: int) -> list[int]:
     """`chosen` of `count` layers, evenly spread."""
     return [int((i + 0.5) * count / chosen) for i in range(chosen)]
+
+
+def by_mixer(plan: dict[str, Any], count: int) -> dict[str, list[int]]:
+    """The layers of a student by what stands in them, "softmax" included.
+
+    Args:
+        plan: `config.limbeck` of the student.
+        count: attention layers of the teacher.
+    """
+    found: dict[str, list[int]] = {}
+    for entry in plan["layers"]:
+        found.setdefault(entry["mixer"], []).append(entry["layer"])
+    converted = {layer for layers in found.values() for layer in layers}
+    kept = [i for i in range(count) if i not in converted]
+    return {**found, **({"softmax": sorted(kept + found.get("softmax", []))} if kept else {})}
+
+
+def as_ranges(layers: list[int]) -> str:
+    """Layer numbers as people write them: "0, 2, 5-7"."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
 def _numbers(text: str | list[int], problem: LimbeckError) -> set[int]:

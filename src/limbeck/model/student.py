@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -23,9 +23,12 @@ from limbeck import mixers
 from limbeck.errors import LimbeckError
 from limbeck.mixers import HeadShape
 from limbeck.model import attention, foreign
+from limbeck.model.decoding import check_decoding
+from limbeck.model.loading import check_plan, check_tensors, where
 
 MODEL_TYPE = "limbeck"
 FORMAT = 1
+ONLY_MIXERS = "limbeck_only"  # an attention implementation that nobody registers
 REMOTE_CODE = '''"""Lets trust_remote_code=True load this student; the code itself is the package limbeck."""
 
 from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM  # noqa: F401
@@ -59,9 +62,9 @@ class LimbeckForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs) -> Any:  # type: ignore[override]
-        for handled in ("config", "trust_remote_code"):
-            kwargs.pop(handled, None)
-        return AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where(kwargs))
+        _, model_class = student_classes(config.limbeck["base_model_type"], config.limbeck["base_architecture"])
+        return model_class.from_pretrained(path, *args, config=config, **kwargs)
 
 
 class StudentMixin:
@@ -77,6 +80,10 @@ class StudentMixin:
         """Not what transformers calls so: buffers that the family computes anew at loading would be skipped."""
         return False
 
+    def generate(self, *args, **kwargs):
+        check_decoding(self, *args, **kwargs)  # type: ignore[arg-type]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         if attn_implementation != attention.implementation(type(self)):
             raise LimbeckError(
@@ -85,17 +92,59 @@ class StudentMixin:
             )
 
     @classmethod
-    def from_pretrained(cls, path, *args, trust_remote_code=False, **kwargs) -> Any:
-        if trust_remote_code and hasattr(kwargs.get("config"), "limbeck"):
-            foreign.load_beside(path, kwargs["config"].limbeck)
-        return super().from_pretrained(path, *args, **kwargs)  # type: ignore[misc]
+    def from_pretrained(
+        cls, path, *args, trust_remote_code=False, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs
+    ) -> Any:
+        """As of any model, but weights that do not fit the plan are a LimbeckError and never drawn at random."""
+        plan = getattr(kwargs.get("config"), "limbeck", None)
+        if plan:
+            check_plan(path, plan, **kwargs)
+            if trust_remote_code:
+                foreign.load_beside(path, plan)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        check_tensors(path, info, ignore_mismatched_sizes)
+        return (model, info) if output_loading_info else model
+
+    def __reduce_ex__(self, protocol):
+        """Pickled by the names of its family: the class itself is made on the fly."""
+        return _by_name(self, self.config.limbeck, 1, super().__reduce_ex__(max(protocol, 2)))  # type: ignore[attr-defined]
+
+
+class StudentConfig:
+    """What a student's config adds to its family's config."""
+
+    model_type = MODEL_TYPE
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # the family's own class, asked to load this as softmax, finds no attention of that name and stops
+        return {**super().to_diff_dict(), "attn_implementation": ONLY_MIXERS}  # type: ignore[misc]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("is_main_process", True):
-            (Path(save_directory) / "modeling_limbeck.py").write_text(REMOTE_CODE)
-            foreign.save_beside(Path(save_directory), self.config.limbeck)  # type: ignore[attr-defined]
-        return result
+        """Writes what remote code needs beside config.json, before anything is uploaded."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        (Path(save_directory) / "modeling_limbeck.py").write_text(REMOTE_CODE)
+        foreign.save_beside(Path(save_directory), self.limbeck)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol):
+        return _by_name(self, getattr(self, "limbeck", None), 0, super().__reduce_ex__(max(protocol, 2)))
+
+
+class HeadlessStudent(PreTrainedModel):
+    """What AutoModel makes of a student: an error, for the plan names the modules of the whole model."""
+
+    @classmethod
+    def from_pretrained(cls, path=None, *args, **kwargs) -> Any:  # type: ignore[override]
+        raise LimbeckError(
+            "AutoModel loads a body without its head, and a student is saved whole",
+            expected="AutoModelForCausalLM",
+            hint="AutoModelForCausalLM.from_pretrained(...).base_model is the body with its mixers",
+        )
+
+    @classmethod
+    def _from_config(cls, config, **kwargs) -> Any:
+        return cls.from_pretrained()
 
 
 @cache
@@ -114,15 +163,30 @@ def student_classes(base_model_type: str, base_architecture: str) -> tuple[Any, 
             hint="pip install --upgrade transformers",
         )
     base_config = CONFIG_MAPPING[base_model_type]
-    config_class = type(f"Limbeck{base_config.__name__}", (base_config,), {"model_type": MODEL_TYPE})
+    made = {"model_type": MODEL_TYPE, "__module__": __name__}
+    config_class = type(f"Limbeck{base_config.__name__}", (StudentConfig, base_config), made)
     name = f"Limbeck{base_architecture}"
-    model_class = type(name, (StudentMixin, base_model), {"config_class": config_class, "__module__": __name__})
+    of_config = {"config_class": config_class, "__module__": __name__}
+    model_class = type(name, (StudentMixin, base_model), of_config)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    AutoModel.register(config_class, type(f"{name}Headless", (HeadlessStudent,), of_config), exist_ok=True)
     # families whose files are laid out otherwise than their modules (experts one by one) say so by class or model type
     layout = get_checkpoint_conversion_mapping(base_architecture) or get_checkpoint_conversion_mapping(base_model_type)
     if layout:
         register_checkpoint_conversion_mapping(name, layout, overwrite=True)
     return config_class, model_class
+
+
+def _by_name(made: Any, plan: dict[str, Any] | None, which: int, reduced: Any) -> Any:
+    """How an object of a class made here is pickled and copied; of a class derived from it, as Python does."""
+    if plan and type(made) is student_classes(plan["base_model_type"], plan["base_architecture"])[which]:
+        return _blank, (plan["base_model_type"], plan["base_architecture"], which), *reduced[2:]
+    return reduced
+
+
+def _blank(base_model_type: str, base_architecture: str, which: int) -> Any:
+    made = student_classes(base_model_type, base_architecture)[which]
+    return made.__new__(made)
 
 
 def install(model: nn.Module, plan: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from limbeck import __version__
 from limbeck.data.sources import HUB_NAME, KINDS
 from limbeck.errors import LimbeckError
 from limbeck.mixers import registry
+from limbeck.model import as_ranges
 from limbeck.publish.origin import Origin
 from limbeck.publish.results import RunFacts, cell, run_sections
 
@@ -150,7 +151,7 @@ def _layers(plan: dict[str, Any]) -> str:
         rows.append((kept, "softmax", "the teacher's own attention", ""))
     lines = ["## Layers", "", "| layers | mixer | what it is | options |", "|---|---|---|---|"]
     for layers, name, what, options in sorted(rows, key=lambda row: row[0][0]):
-        lines.append(f"| {_ranges(layers)} | {name} | {cell(what)} | {cell(options)} |")
+        lines.append(f"| {as_ranges(layers)} | {name} | {cell(what)} | {cell(options)} |")
     return "\n".join(lines)
 
 
@@ -234,17 +235,6 @@ def _summary(name: str) -> str:
 
 def _linked(source: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _value(value: Any) -> str:

@@ -6,13 +6,15 @@
 The heads run on a chunk of tokens at a time and their gradient is formed there, so no tensor of all logits exists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
+from limbeck.adapters import Adapters
 from limbeck.data.packing import Batch
 from limbeck.losses import LogitWeights, logit_losses
 from limbeck.model import Site
@@ -32,13 +34,17 @@ class Logits:
         weights: LogitWeights,
         train: str = "body",
         chunk: int = 128,
+        adapters: Adapters | None = None,
     ):
         self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
         self.weights, self.train, self.chunk = weights, train, chunk
+        self.adapters = adapters
         self.teacher_head, self.student_head = Head(teacher), Head(student)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn: of the converted attention, of the body, or all."""
+        """The parameters that learn: of the converted attention, of the body, all, or adapters and mixers."""
+        if self.adapters is not None:
+            return self.adapters.parameters()
         if self.train == "attention":
             prefixes = tuple(f"{site.module}." for site in self.sites)
             return {n: p for n, p in self.student.named_parameters() if n.startswith(prefixes)}
@@ -62,7 +68,7 @@ class Logits:
         """Add the gradients of one micro-batch; returns its share of each loss."""
         with torch.no_grad(), self.autocast():
             teacher = run_body(self.teacher, batch)
-        with self.autocast():
+        with self.autocast(), self._draws(batch):
             student = run_body(self.student, batch)
             sums, gradient = self._losses(student, teacher, batch, self.weights, 1 / counts["targets"])
         student.backward(gradient)
@@ -75,6 +81,17 @@ class Logits:
             teacher, student = run_body(self.teacher, batch), run_body(self.student, batch)
             sums, _ = self._losses(student, teacher, batch, None, 1.0)
         return self._shares(sums, float(batch.valid))
+
+    @contextmanager
+    def _draws(self, batch: Batch) -> Iterator[None]:
+        """An adapter's dropout is drawn from the batch itself, so that a resumed step draws what it drew before."""
+        if self.adapters is None or not self.adapters.dropout:
+            yield
+            return
+        with torch.random.fork_rng():
+            place = torch.arange(1, batch.input_ids.numel() + 1, device=batch.input_ids.device)
+            torch.manual_seed(int((batch.input_ids.flatten() * place).sum()))
+            yield
 
     def _losses(self, student: Tensor, teacher: Tensor, batch: Batch, weights: LogitWeights | None, scale: float):
         heads = self.student_head, self.teacher_head

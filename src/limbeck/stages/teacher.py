@@ -12,26 +12,35 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.errors import LimbeckError
 from limbeck.model.body import packs_by_position
+from limbeck.quantise import refuse_quantised, teacher_settings
 
 Visit = Callable[[tuple, dict, Tensor | tuple], None]
 
 
-def load_teacher(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_teacher(
+    name: str, device: torch.device, bits: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen teacher in float32 and its tokenizer, from a local folder or a hub name.
 
+    Args:
+        bits: 8 or 4 loads the linear layers of the body in so many bits (bitsandbytes); None leaves all in float32.
+
     Raises:
-        LimbeckError: nothing there, not a causal language model, or a student already.
+        LimbeckError: nothing there, not a causal language model, a student already, weights that are stored in few
+            bits, or `bits` without bitsandbytes.
     """
+    settings = teacher_settings(bits, device)
     if device.type == "cpu":
         # a student that is still far off has many probabilities too small to matter, which slow products down tenfold
         torch.set_flush_denormal(True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        refuse_quantised(AutoConfig.from_pretrained(name), f"'{name}'")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **settings)
     except LimbeckError:
         raise
     except Exception as error:
@@ -43,7 +52,8 @@ def load_teacher(name: str, device: torch.device) -> tuple[PreTrainedModel, PreT
         ) from error
     if hasattr(model.config, "limbeck"):
         raise LimbeckError(f"'{name}' is a student already", expected="a softmax teacher")
-    model.to(device)  # type: ignore[arg-type]
+    if bits is None:
+        model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -30,7 +30,7 @@ from limbeck.errors import LimbeckError
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes, peak_memory
 from limbeck.generate import continuation
-from limbeck.losses import LogitWeights
+from limbeck.losses import OBJECTIVES, Weights
 from limbeck.model import Site, attention_sites, convert, converted_layers, unshare
 from limbeck.model.convert import parameter_report
 from limbeck.plan import Plan, make_plan
@@ -201,7 +201,8 @@ def _stage(job: Job, student: PreTrainedModel, settings: recipes.Matrix | recipe
         return Matrix(*common)
     if isinstance(settings, recipes.Hidden):
         return Hidden(*common, target=settings.target, loss=settings.loss, train=settings.train)
-    weights = LogitWeights(settings.ce, settings.kl, settings.temperature, settings.direction)
+    names = (*OBJECTIVES, "temperature", "beta", "top")
+    weights = Weights(**{name: getattr(settings, name) for name in names})
     return Logits(*common, weights, train=settings.train, chunk=settings.chunk)
 
 
@@ -221,7 +222,7 @@ def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, 
     tried: dict[str, dict[str, float]] = {}
     ridge = settings.ridge
     if ridge == "auto":
-        judge = Logits(job.teacher, student, job.sites, job.autocast, LogitWeights())
+        judge = Logits(job.teacher, student, job.sites, job.autocast, Weights())
         batch = data.batch(position, CHOOSING).to(job.device)
         position += CHOOSING
         with progress("choose the ridge", len(RIDGES), "fits") as advance:

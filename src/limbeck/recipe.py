@@ -93,9 +93,7 @@ class Hidden(_Trained):
     stage: Literal["hidden"]
     lr: Annotated[float, Field(gt=0)] = 1e-3
     target: Literal["attention", "block"] = "attention"
-    loss: Literal["l2", "relative"] = (
-        "relative"  # mean over tokens of the distance, or of its share of the target's norm
-    )
+    loss: Literal["l2", "relative", "mse", "cosine"] = "relative"
     train: Literal["attention", "block"] = "attention"
 
 
@@ -108,15 +106,19 @@ class Logits(_Trained):
     batch: Annotated[int, Field(gt=0)] = 1
     train: Literal["attention", "body", "all"] = "body"  # body: everything but embeddings and head
     ce: Annotated[float, Field(ge=0)] = 0.0  # weight of the cross-entropy on the labels
-    kl: Annotated[float, Field(ge=0)] = 1.0  # weight of the divergence to the teacher
+    kl: Annotated[float, Field(ge=0)] = 1.0  # of KL(teacher || student)
+    reverse_kl: Annotated[float, Field(ge=0)] = 0.0  # of KL(student || teacher)
+    jsd: Annotated[float, Field(ge=0)] = 0.0  # of the generalised Jensen-Shannon divergence
+    top_kl: Annotated[float, Field(ge=0)] = 0.0  # of KL over the teacher's `top` likeliest tokens and the rest as one
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    direction: Literal["forward", "reverse"] = "forward"  # forward: KL(teacher || student)
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
+    top: Annotated[int, Field(gt=0)] = 32
     chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Logits":
-        if self.ce == 0 and self.kl == 0:
-            raise ValueError("ce and kl are both 0, so there is nothing to learn from")
+        if not any((self.ce, self.kl, self.reverse_kl, self.jsd, self.top_kl)):
+            raise ValueError("ce, kl, reverse_kl, jsd and top_kl are all 0, so there is nothing to learn from")
         return self
 
 

@@ -189,7 +189,7 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             }
         else:
             stage = _stage(job, student, settings)
-            facts = train(stage, settings, job.training, run, index, position)
+            facts = train(stage, settings, job.training, run, index, position, job.held_out)
             learnt = stage.parameters()
         position = facts["position"]
         run.finish(index, dict(learnt), facts)

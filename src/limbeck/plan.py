@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from limbeck import recipe as recipes
 from limbeck.model import Site, numel
 from limbeck.recipe import Recipe
-from limbeck.stages.loop import steps_of
+from limbeck.stages.optimize import steps_of
 
 REACHED = 0.7  # of the matrix product's speed, as measured on the quickstart (benchmarks/README.md)
 

@@ -69,17 +69,31 @@ class Calibrate(_Stage):
     weight: Literal["none", "inverse_norm"] = "none"  # weight of a token in the fit
 
 
-class _Trained(_Stage):
+class Trained(_Stage):
     lr: Annotated[float, Field(gt=0)]
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # learning rate of the last step as a share of the peak
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2  # of wsd: share of the steps at the end in which it comes down
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the teacher's matrices; the mixers' own stay with adamw
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of the gradient
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # hand on the running average of the weights
+    evaluate_every: Annotated[int, Field(gt=0)] | None = None  # steps between losses on held-out text
+    evaluate_sequences: Annotated[int, Field(gt=0)] = 8
+    patience: Annotated[int, Field(gt=0)] | None = (
+        None  # stop after so many of these without a better one; keep the best
+    )
+
+    @model_validator(mode="after")
+    def _patient(self) -> "Trained":
+        if self.patience and not self.evaluate_every:
+            raise ValueError("patience counts losses on held-out text, so evaluate_every is needed")
+        return self
 
 
-class Matrix(_Trained):
+class Matrix(Trained):
     """Stage 1: mixing matrices against the teacher's attention matrices."""
 
     stage: Literal["matrix"]
@@ -87,7 +101,7 @@ class Matrix(_Trained):
     micro_batch: Annotated[int, Field(gt=0)] | None = 1  # one sequence's T x T matrices at a time are the fastest too
 
 
-class Hidden(_Trained):
+class Hidden(Trained):
     """Stage 2: each layer's output against the teacher's, on the teacher's input."""
 
     stage: Literal["hidden"]
@@ -97,7 +111,7 @@ class Hidden(_Trained):
     train: Literal["attention", "block"] = "attention"
 
 
-class Logits(_Trained):
+class Logits(Trained):
     """Stage 3: the whole student against labels and the teacher's logits."""
 
     stage: Literal["logits"]

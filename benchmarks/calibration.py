@@ -17,7 +17,7 @@ import limbeck
 from limbeck import assets, mixers
 from limbeck.data.packing import Packed
 from limbeck.data.shards import prepare
-from limbeck.losses import LogitWeights
+from limbeck.losses import Weights
 from limbeck.model import attention_sites
 from limbeck.recipe import parse_value
 from limbeck.stages.calibrate import NormalEquations
@@ -47,7 +47,7 @@ def main() -> None:
         pairs = [part.split("=") for part in text.split(",") if part]
         options = {key: parse_value(value) for key, value in pairs}
         student = limbeck.convert(teacher, name, options=options, preset=args.preset, share=True).requires_grad_(False)
-        judge = Logits(teacher, student, sites, contextlib.nullcontext, LogitWeights())
+        judge = Logits(teacher, student, sites, contextlib.nullcontext, Weights())
         before = judge.evaluate(judged)
         began = time.monotonic()
         fits = NormalEquations(teacher, student, sites, contextlib.nullcontext)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from limbeck import LimbeckError, job
 from limbeck.cli import main
 from limbeck.recipe import Hidden, Recipe
-from limbeck.stages.loop import learning_rate, steps_of
+from limbeck.stages.optimize import Average, Optimizer, learning_rate, steps_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -127,10 +127,21 @@ def test_the_control_arm_comes_out_as_the_teacher(recipe):
     assert held["top1_agreement"] > 0.99
 
 
-@pytest.mark.parametrize("stage", ["matrix", "hidden", "logits"])
-def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("matrix", {}),
+        ("hidden", {}),
+        ("logits", {}),
+        ("hidden", {"optimizer": "muon", "decay": "wsd", "weight_decay": 0.1}),
+        ("logits", {"ema": 0.9, "evaluate_every": 2, "patience": 3}),
+        ("logits", {"kl": 0, "jsd": 0.5, "top_kl": 0.5, "ema": 0.9}),
+    ],
+    ids=str,
+)
+def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path, monkeypatch):
     """An interrupted run, resumed and interrupted again, ends with the very weights and log of an uninterrupted one."""
-    settings = {"stage": stage, "tokens": 1024, "batch": 4}
+    settings = {"stage": stage, "tokens": 1024, "batch": 4, **more}
     stages = [{"stage": "calibrate", "tokens": 256}, settings]
     whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
     job.distill(whole)
@@ -209,6 +220,80 @@ def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
     assert (Path(made.out) / "eval.json").exists()
     once_more = limbeck("distill", str(path))
     assert "finished already" in once_more.stderr
+
+
+def test_asked_to_stop_it_keeps_its_state_and_says_so_to_the_scheduler(recipe, tmp_path):
+    made = recipe(stages=[{"stage": "hidden", "tokens": 60_000, "batch": 1}], checkpoint_seconds=1000)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(made.to_yaml())
+    command = [sys.executable, "-c", "from limbeck.cli import main; main()", "distill", str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = Path(made.out) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "state kept" in told
+    (kept,) = Path(made.out).glob("stages/0-hidden/step-*")
+    assert int(kept.name.removeprefix("step-")) == len(log.read_text().splitlines())
+
+
+def test_patience_ends_a_stage_early_and_keeps_its_best_weights(recipe):
+    settings = {"tokens": 4096, "batch": 1, "lr": 3.0, "decay": "constant", "evaluate_every": 2, "patience": 2}
+    made = recipe(stages=[{"stage": "hidden", **settings}])
+    stage = job.distill(made)["stages"][0]
+    assert stage["steps"] < 128
+    assert stage["tokens"] == stage["steps"] * 32
+    lines = [json.loads(line) for line in (Path(made.out) / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert len(losses) == stage["steps"] // 2
+    assert losses.index(min(losses)) == len(losses) - 3
+    assert stage["best_loss"] == min(losses) < losses[-1]
+
+
+def test_the_average_is_what_a_stage_hands_on():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    average = Average({"w": parameter}, 0.5)
+    for step in range(1, 40):
+        with torch.no_grad():
+            parameter.fill_(step)
+        average.update(step)
+    with average.lent():
+        lent = float(parameter.detach()[0])
+    assert lent == pytest.approx(39 - 1, abs=1e-3)  # of a ramp, one step behind: sum of 2^-k k
+    assert float(parameter.detach()[0]) == 39
+    average.take_over()
+    assert float(parameter.detach()[0]) == lent
+
+
+def test_muon_takes_the_teachers_matrices_and_leaves_the_rest_to_adamw():
+    settings = Hidden(stage="hidden", tokens=1, optimizer="muon", weight_decay=0.1)
+    shapes = {
+        "a.q_proj.weight": (4, 4),
+        "a.q_proj.bias": (4,),
+        "a.mixer.gate.weight": (4, 4),
+        "embed_tokens.weight": (9, 4),
+    }
+    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    rates = {**dict.fromkeys(parameters, 0.1), "a.q_proj.bias": 0.0}
+    adamw, muon = Optimizer(parameters, rates, settings).parts
+    assert [[p is q for q in parameters.values()] for g in muon.param_groups for p in g["params"]] == [
+        [True, False, False, False]
+    ]
+    decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    assert decays == {id(parameters["a.mixer.gate.weight"]): 0.0, id(parameters["embed_tokens.weight"]): 0.1}
+
+
+def test_wsd_stays_at_the_peak_and_comes_down_at_the_end():
+    settings = Hidden(stage="hidden", tokens=1, warmup=0.1, floor=0.0, decay="wsd", cooldown=0.25)
+    rates = [learning_rate(i, 40, settings) for i in range(40)]
+    assert rates[4:30] == [1.0] * 26
+    assert rates[-1] == 0
+    assert rates[30:] == sorted(rates[30:], reverse=True)
+    assert rates[31] == pytest.approx(1 - (2 / 10) ** 0.5)
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(recipe, monkeypatch):

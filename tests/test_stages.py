@@ -11,7 +11,8 @@ import limbeck
 from limbeck.contract import FAMILIES, tiny
 from limbeck.contract.families import VOCABULARY
 from limbeck.data.packing import Batch
-from limbeck.losses import LogitWeights, hidden_distance, logit_losses, matrix_distance
+from limbeck.errors import LimbeckError
+from limbeck.losses import FromDisk, FromHidden, Weights, hidden_distance, logit_losses, matrix_distance
 from limbeck.model import attention_sites
 from limbeck.model.body import Head, run_body
 from limbeck.stages.calibrate import NormalEquations
@@ -52,7 +53,7 @@ def stages_of(teacher, student, sites) -> dict:
         "hidden l2": Hidden(*common, loss="l2"),
         "hidden relative": Hidden(*common),
         "hidden block": Hidden(*common, target="block", loss="l2"),
-        "logits": Logits(*common, LogitWeights(ce=0.3, kl=0.7, temperature=1.5)),
+        "logits": Logits(*common, Weights(ce=0.3, kl=0.7, temperature=1.5)),
     }
 
 
@@ -157,16 +158,42 @@ def test_padding_changes_no_distance():
         assert hidden_distance(*wide, valid, loss) == pytest.approx(float(hidden_distance(h, -t, loss=loss)), rel=1e-6)
 
 
+def plain(s, t, targets, weights):
+    """The weighted objectives as their papers write them, for torch to differentiate."""
+    tau, total = weights.temperature, 0.0
+    log_p, log_q = (s / tau).log_softmax(-1), (t / tau).log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+
+    def kl(a, log_a, log_b):
+        return tau**2 * (a * (log_a - log_b)).sum()
+
+    total += weights.ce * torch.nn.functional.cross_entropy(s, targets, reduction="sum")
+    total += weights.kl * kl(q, log_q, log_p) + weights.reverse_kl * kl(p, log_p, log_q)
+    mixture = (weights.beta * q + (1 - weights.beta) * p).log()
+    total += weights.jsd * (weights.beta * kl(q, log_q, mixture) + (1 - weights.beta) * kl(p, log_p, mixture))
+    if not weights.top_kl:
+        return total
+    index = t.topk(weights.top).indices
+    both = [torch.cat([x.gather(1, index), 1 - x.gather(1, index).sum(1, keepdim=True)], 1) for x in (q, p)]
+    return total + weights.top_kl * kl(both[0], both[0].log(), both[1].log())
+
+
+EACH = [
+    Weights(ce=1, kl=0),
+    Weights(),
+    Weights(kl=0, reverse_kl=1),
+    Weights(kl=0, jsd=1),
+    Weights(kl=0, jsd=1, beta=0.1),
+    Weights(kl=0, top_kl=1, top=5),
+    Weights(ce=0.5, kl=2, temperature=1.7),
+    Weights(ce=0.1, kl=0, reverse_kl=1, temperature=0.6),
+    Weights(ce=0.9, kl=0.1),
+    Weights(ce=0.3, kl=0.2, reverse_kl=0.7, jsd=1.3, top_kl=0.4, top=7, temperature=1.3),
+]
+
+
 @pytest.mark.parametrize("chunk", [5, 64])
-@pytest.mark.parametrize(
-    "weights",
-    [
-        LogitWeights(ce=1, kl=0),
-        LogitWeights(ce=0, kl=1),
-        LogitWeights(ce=0.5, kl=2, temperature=1.7),
-        LogitWeights(ce=0.1, kl=1, temperature=0.6, direction="reverse"),
-    ],
-)
+@pytest.mark.parametrize("weights", EACH, ids=lambda w: ",".join(w.used()) + f" at {w.temperature}")
 def test_the_fused_loss_is_the_plain_one_with_its_gradient(weights, chunk):
     torch.manual_seed(0)
     head_s, head_t = torch.nn.Linear(8, 31).double(), torch.nn.Linear(6, 31).double()
@@ -175,31 +202,70 @@ def test_the_fused_loss_is_the_plain_one_with_its_gradient(weights, chunk):
     targets = torch.randint(0, 31, (2, 9))
     targets[0, 3:5] = -100
     valid = targets != -100
-    s, t = head_s(h)[valid], head_t(teacher)[valid].detach()
-    tau = weights.temperature
-    log_s, log_t = (s / tau).log_softmax(-1), (t / tau).log_softmax(-1)
-    if weights.direction == "reverse":
-        log_s, log_t = log_t, log_s
-    kl = tau**2 * (log_t.exp() * (log_t - log_s)).sum()
-    loss = (weights.ce * torch.nn.functional.cross_entropy(s, targets[valid], reduction="sum") + weights.kl * kl) / 7
-    want_h, want_w = torch.autograd.grad(loss, [h, head_s.weight])
-    sums, got = logit_losses(head_s, head_t, h, teacher, targets, weights, scale=1 / 7, chunk=chunk)
+    loss = plain(head_s(h)[valid], head_t(teacher)[valid].detach(), targets[valid], weights)
+    want_h, want_w = torch.autograd.grad(loss / 7, [h, head_s.weight])
+    signal = FromHidden(head_t, teacher)
+    sums, got = logit_losses(head_s, h, signal, targets, weights, scale=1 / 7, chunk=chunk)
     # losses are taken in float32, whatever the models' precision
     assert torch.allclose(got, want_h, atol=1e-6)
     assert torch.allclose(head_s.weight.grad, want_w, atol=1e-6)
     assert float(sums["count"]) == 16
-    plain = torch.nn.functional.cross_entropy(head_s(h)[valid], targets[valid], reduction="sum")
-    assert float(sums["ce"]) == pytest.approx(float(plain.detach()), rel=1e-5)
+    assert float(sums["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    ce = torch.nn.functional.cross_entropy(head_s(h)[valid], targets[valid], reduction="sum")
+    assert float(sums["ce"]) == pytest.approx(float(ce.detach()), rel=1e-5)
+    again, nothing = logit_losses(head_s, h, signal, targets, weights, learn=False)
+    assert nothing is None
+    assert float(again["loss"]) == pytest.approx(float(sums["loss"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("top", [1, 6, 31])
+def test_a_cached_signal_gives_what_the_teacher_gives(top):
+    torch.manual_seed(0)
+    head_s, head_t = torch.nn.Linear(8, 31), torch.nn.Linear(6, 31)
+    h, teacher, targets = torch.randn(1, 9, 8), torch.randn(1, 9, 6), torch.randint(0, 31, (1, 9))
+    weights = Weights(ce=0.2, kl=0, top_kl=1, top=top)
+    cached = head_t(teacher).log_softmax(-1).detach().topk(top)
+    found = [
+        logit_losses(head_s, h, signal, targets, weights)
+        for signal in (FromHidden(head_t, teacher), FromDisk(cached.indices, cached.values))
+    ]
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+    for name in ("loss", "ce", "agree"):
+        assert float(found[0][0][name]) == pytest.approx(float(found[1][0][name]), rel=1e-5)
+    if top == 31:  # nothing is left for the tail
+        whole = logit_losses(head_s, h, FromHidden(head_t, teacher), targets, Weights(ce=0.2))
+        assert torch.allclose(found[1][1], whole[1], atol=1e-5)
+    with pytest.raises(LimbeckError, match="most likely tokens"):
+        logit_losses(head_s, h, FromDisk(cached.indices, cached.values), targets, Weights())
 
 
 def test_a_vocabulary_padded_on_one_side_is_no_obstacle():
     torch.manual_seed(0)
     head_s, head_t = torch.nn.Linear(8, 40), torch.nn.Linear(8, 31)
     h, targets = torch.randn(1, 4, 8), torch.tensor([[1, 2, 3, -100]])
-    sums, gradient = logit_losses(head_s, head_t, h, h, targets, LogitWeights(ce=1))
+    sums, gradient = logit_losses(head_s, h, FromHidden(head_t, h), targets, Weights(ce=1))
     assert gradient.isfinite().all()
     assert head_s.weight.grad[31:].abs().sum() == 0
     assert float(sums["ce"]) > 0
+
+
+@pytest.mark.parametrize("loss", ["l2", "relative", "mse", "cosine"])
+def test_distances_of_hidden_states(loss):
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
+    each = {
+        "l2": lambda x, y: math.dist(x, y),
+        "relative": lambda x, y: math.dist(x, y) ** 2 / sum(v * v for v in y),
+        "mse": lambda x, y: math.dist(x, y) ** 2 / 7,
+        "cosine": lambda x, y: 1 - sum(v * w for v, w in zip(x, y)) / math.hypot(*x) / math.hypot(*y),
+    }[loss]
+    want = sum(each(x.tolist(), y.tolist()) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1)))
+    assert float(hidden_distance(a, b, loss=loss)) == pytest.approx(want)
+    assert float(hidden_distance(a, a, loss=loss)) == pytest.approx(0, abs=1e-9)
+    with torch.enable_grad():
+        same = a.clone().requires_grad_(True)
+        hidden_distance(same, a, loss=loss).backward()
+    assert same.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -245,7 +311,7 @@ def test_stage_three_trains_what_it_says(family):
     teacher, student, sites = pair(family, "gla")
     everything = dict(student.named_parameters())
     by = {
-        train: Logits(teacher, student, sites, NOTHING, LogitWeights(), train).parameters()
+        train: Logits(teacher, student, sites, NOTHING, Weights(), train).parameters()
         for train in ("attention", "body", "all")
     }
     assert by["all"].keys() == everything.keys()
@@ -276,7 +342,7 @@ def test_autocast_changes_losses_and_gradients_a_little():
         teacher, student, sites = pair("llama", "gated_deltanet")
         teacher, student = teacher.float(), student.float()
         common = (teacher, student, sites, context)
-        for stage in (Matrix(*common), Hidden(*common), Logits(*common, LogitWeights(ce=0.5, kl=0.5))):
+        for stage in (Matrix(*common), Hidden(*common), Logits(*common, Weights(ce=0.5, kl=0.5))):
             for p in stage.parameters().values():
                 p.requires_grad_(True)
             losses = stage.backward(batch, stage.count(batch))

@@ -18,6 +18,8 @@ class LimbeckError(Exception):
         hint: the next command to type or setting to change.
     """
 
+    exit_code = 2
+
     def __init__(self, found: str, *, expected: str | None = None, hint: str | None = None):
         self.found, self.expected, self.hint = found, expected, hint
         lines = [found]

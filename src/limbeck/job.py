@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from limbeck.errors import LimbeckError
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes, peak_memory
 from limbeck.generate import continuation
-from limbeck.losses import LogitWeights
-from limbeck.model import Site, attention_sites, convert, converted_layers, unshare
+from limbeck.losses import Weights
+from limbeck.model import Site, attention_sites, by_mixer, convert, converted_layers, unshare
 from limbeck.model.convert import parameter_report
 from limbeck.plan import Plan, make_plan
 from limbeck.recipe import Recipe
@@ -40,7 +40,7 @@ from limbeck.stages.calibrate import RIDGES, NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
 from limbeck.stages.loop import Stage, train
-from limbeck.stages.run import RunDirectory, check_run, open_run
+from limbeck.stages.run import RunDirectory, check_run, environment, open_run
 from limbeck.stages.teacher import load_teacher
 from limbeck.summary import write_summary
 
@@ -96,7 +96,7 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
                 return known
         if confirm:
             confirm(plan)
-        run.manifest(**_provenance(job))
+        run.manifest(**environment(), **_provenance(job))
         student = _student(job)
         _run_stages(job, run, student)
         return _hand_over(job, run, student)
@@ -198,7 +198,7 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             }
         else:
             stage = _stage(job, student, settings, index)
-            facts = train(stage, settings, job.training, run, index, position)
+            facts = train(stage, settings, job.training, run, index, position, job.held_out)
             adapters = getattr(stage, "adapters", None)
             learnt = stage.parameters() if adapters is None else adapters.merge()
         position = facts["position"]
@@ -213,7 +213,7 @@ def _stage(
         return Matrix(*common)
     if isinstance(settings, recipes.Hidden):
         return Hidden(*common, target=settings.target, loss=settings.loss, train=settings.train)
-    weights = LogitWeights(settings.ce, settings.kl, settings.temperature, settings.direction)
+    weights = Weights(**{f.name: getattr(settings, f.name) for f in fields(Weights)})
     adapters = None
     if settings.lora is not None:
         lora = settings.lora
@@ -239,7 +239,7 @@ def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, 
     tried: dict[str, dict[str, float]] = {}
     ridge = settings.ridge
     if ridge == "auto":
-        judge = Logits(job.teacher, student, job.sites, job.autocast, LogitWeights())
+        judge = Logits(job.teacher, student, job.sites, job.autocast, Weights())
         batch = data.batch(position, CHOOSING).to(job.device)
         position += CHOOSING
         with progress("choose the ridge", len(RIDGES), "fits") as advance:
@@ -292,6 +292,7 @@ def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[st
         "run": str(job.path),
         "teacher": recipe.teacher,
         "mixer": recipe.student.mixer,
+        "mixers": by_mixer(student.config.limbeck, job.layers),
         "layers": f"{len(job.sites)} of {job.layers}",
         "text": recipe.data.source,
         "held_out": agreement(job.teacher, student, job.held_out, evaluation.tokens, job.autocast),
@@ -332,5 +333,5 @@ def _provenance(job: Job) -> dict[str, Any]:
         "held_out_tokens": job.store.held_out.n_tokens,
         "seed": job.recipe.seed,
         "device": str(job.device),
-        "backend": {job.recipe.student.mixer: "torch"},
+        "backend": "torch",
     }

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from limbeck.console import progress
 from limbeck.data.packing import IGNORE, Batch, Packed
 from limbeck.errors import LimbeckError, closest
-from limbeck.losses import logit_losses
+from limbeck.losses import FromHidden, logit_losses
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
 from limbeck.model.layers import spread
@@ -71,18 +71,19 @@ def price_layers(
     fits.solve(ridge)
     text = held_out.batch(0, max(1, round(judged / held_out.length))).to(device)
     exams = text, repeating(text)
-    heads = Head(teacher), Head(teacher)
+    head = Head(teacher)
     prices = []
     with torch.no_grad(), autocast():
         known = [run_body(teacher, exam) for exam in exams]
-        before = logit_losses(*heads, known[1], known[1], exams[1].targets, None, 1.0)[0]
+        signals = [FromHidden(head, hidden) for hidden in known]
+        before = logit_losses(head, known[1], signals[1], exams[1].targets)[0]
         count = float(exams[1].valid)
         with progress("swap one layer", len(sites), "layers") as advance:
             for site in sites:
                 with swapped(teacher, site.module, student.get_submodule(site.module)):
                     hidden = [run_body(teacher, exam) for exam in exams]
-                kl = logit_losses(*heads, hidden[0], known[0], exams[0].targets, None, 1.0)[0]["kl"]
-                after = logit_losses(*heads, hidden[1], known[1], exams[1].targets, None, 1.0)[0]
+                kl = logit_losses(head, hidden[0], signals[0], exams[0].targets)[0]["kl"]
+                after = logit_losses(head, hidden[1], signals[1], exams[1].targets)[0]
                 price = Price(
                     site.shape.layer,
                     kl=float(kl) / exams[0].valid,

@@ -21,7 +21,7 @@ from limbeck.model import Site
 from limbeck.model.layers import parse_layers
 from limbeck.quantise import numel
 from limbeck.recipe import Recipe
-from limbeck.stages.loop import steps_of
+from limbeck.stages.optimize import steps_of
 
 REACHED = 0.7  # of the matrix product's speed, as measured on the quickstart (benchmarks/README.md)
 

@@ -69,17 +69,31 @@ class Calibrate(_Stage):
     weight: Literal["none", "inverse_norm"] = "none"  # weight of a token in the fit
 
 
-class _Trained(_Stage):
+class Trained(_Stage):
     lr: Annotated[float, Field(gt=0)]
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # learning rate of the last step as a share of the peak
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2  # of wsd: share of the steps at the end in which it comes down
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the teacher's matrices; the mixers' own stay with adamw
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of the gradient
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # hand on the running average of the weights
+    evaluate_every: Annotated[int, Field(gt=0)] | None = None  # steps between losses on held-out text
+    evaluate_sequences: Annotated[int, Field(gt=0)] = 8
+    patience: Annotated[int, Field(gt=0)] | None = (
+        None  # stop after so many of these without a better one; keep the best
+    )
+
+    @model_validator(mode="after")
+    def _patient(self) -> "Trained":
+        if self.patience and not self.evaluate_every:
+            raise ValueError("patience counts losses on held-out text, so evaluate_every is needed")
+        return self
 
 
-class Matrix(_Trained):
+class Matrix(Trained):
     """Stage 1: mixing matrices against the teacher's attention matrices."""
 
     stage: Literal["matrix"]
@@ -87,15 +101,13 @@ class Matrix(_Trained):
     micro_batch: Annotated[int, Field(gt=0)] | None = 1  # one sequence's T x T matrices at a time are the fastest too
 
 
-class Hidden(_Trained):
+class Hidden(Trained):
     """Stage 2: each layer's output against the teacher's, on the teacher's input."""
 
     stage: Literal["hidden"]
     lr: Annotated[float, Field(gt=0)] = 1e-3
     target: Literal["attention", "block"] = "attention"
-    loss: Literal["l2", "relative"] = (
-        "relative"  # mean over tokens of the distance, or of its share of the target's norm
-    )
+    loss: Literal["l2", "relative", "mse", "cosine"] = "relative"
     train: Literal["attention", "block"] = "attention"
 
 
@@ -109,7 +121,7 @@ class Lora(_Part):
     targets: str | list[str] = "attention"
 
 
-class Logits(_Trained):
+class Logits(Trained):
     """Stage 3: the whole student against labels and the teacher's logits."""
 
     stage: Literal["logits"]
@@ -120,15 +132,19 @@ class Logits(_Trained):
     train: Literal["attention", "body", "all", "lora"] = "body"
     lora: Lora | None = None  # given, it is what trains instead of the body
     ce: Annotated[float, Field(ge=0)] = 0.0  # weight of the cross-entropy on the labels
-    kl: Annotated[float, Field(ge=0)] = 1.0  # weight of the divergence to the teacher
+    kl: Annotated[float, Field(ge=0)] = 1.0  # of KL(teacher || student)
+    reverse_kl: Annotated[float, Field(ge=0)] = 0.0  # of KL(student || teacher)
+    jsd: Annotated[float, Field(ge=0)] = 0.0  # of the generalised Jensen-Shannon divergence
+    top_kl: Annotated[float, Field(ge=0)] = 0.0  # of KL over the teacher's `top` likeliest tokens and the rest as one
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    direction: Literal["forward", "reverse"] = "forward"  # forward: KL(teacher || student)
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
+    top: Annotated[int, Field(gt=0)] = 32
     chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Logits":
-        if self.ce == 0 and self.kl == 0:
-            raise ValueError("ce and kl are both 0, so there is nothing to learn from")
+        if not any((self.ce, self.kl, self.reverse_kl, self.jsd, self.top_kl)):
+            raise ValueError("ce, kl, reverse_kl, jsd and top_kl are all 0, so there is nothing to learn from")
         return self
 
     @model_validator(mode="before")

@@ -5,6 +5,8 @@ print(write_summary(result))          # result: what limbeck.job.distill returns
 
 from typing import Any
 
+from limbeck.model import as_ranges
+
 
 def write_summary(result: dict[str, Any]) -> str:
     """Markdown: quality beside the teacher, stages, parameters, memory, samples, the next commands."""
@@ -13,6 +15,7 @@ def write_summary(result: dict[str, Any]) -> str:
     lines = [
         f"# {result['mixer']} in {result['layers']} layers of {result['teacher']}",
         "",
+        *_layers(result["mixers"]),
         f"Held-out text: {held['targets']:,} tokens of `{result['text']}` in packed sequences of {held['length']}.",
         "",
         "| | teacher | student |",
@@ -54,6 +57,13 @@ def write_summary(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _layers(mixers: dict[str, list[int]]) -> list[str]:
+    """What stands where, unless it is the same everywhere."""
+    if len(mixers) == 1:
+        return []
+    return ["; ".join(f"{name} in layers {as_ranges(layers)}" for name, layers in mixers.items()) + ".", ""]
 
 
 def _outcome(stage: dict[str, Any]) -> str:

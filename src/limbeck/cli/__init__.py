@@ -65,7 +65,7 @@ def main() -> None:
     except LimbeckError as error:
         console.print("[bold red]error:[/] ", end="")
         console.print(str(error), markup=False)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.print(
             "stopped" + ("; the same command goes on from the last checkpoint" if "distill" in sys.argv else "")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from limbeck.console import progress
 from limbeck.data.packing import Packed
-from limbeck.losses import logit_losses
+from limbeck.losses import FromHidden, logit_losses
 from limbeck.model.body import Head, run_body
 
 
@@ -37,7 +37,7 @@ def agreement(
         most likely next token is the same, and how many targets in how many sequences were counted.
     """
     sequences = min(max(1, round(tokens / data.length)), data.n_sequences)
-    heads = Head(student), Head(teacher)
+    head_s, head_t = Head(student), Head(teacher)
     device = student.device
     totals: dict[str, float] = {}
     differences: list[float] = []
@@ -48,7 +48,8 @@ def agreement(
                 hidden_t, hidden_s = run_body(teacher, part), run_body(student, part)
                 for row in range(len(part.input_ids)):
                     rows = slice(row, row + 1)
-                    sums, _ = logit_losses(*heads, hidden_s[rows], hidden_t[rows], part.targets[rows], None)
+                    signal = FromHidden(head_t, hidden_t[rows])
+                    sums, _ = logit_losses(head_s, hidden_s[rows], signal, part.targets[rows])
                     numbers = {name: float(value) for name, value in sums.items()}
                     differences.append((numbers["ce"] - numbers["teacher_ce"]) / max(numbers["count"], 1))
                     for name, value in numbers.items():

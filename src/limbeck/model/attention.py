@@ -36,6 +36,7 @@ class Call:
     """What the pre-hook hands to the attention function: the layer's input [B, T, D], its cache and its masks."""
 
     x: Tensor
+    module: nn.Module
     cache: Cache | None = None
     layer: RecurrentLayer | None = None  # found when the module updates the cache, under whatever index
     mask: Tensor | None = None
@@ -54,13 +55,15 @@ def attach(module: nn.Module, mixer: nn.Module) -> None:
     if not any(p.kind is p.VAR_KEYWORD for p in _parameters(module).values()):
         raise LimbeckError(f"{type(module).__name__} takes no further keyword arguments, so nothing can be handed over")
     module.mixer = mixer
+    module.limbeck_takes = _names(module)  # type: ignore[assignment]  # looked up once: a compiler cannot
+    # index of its layer in the cache, once it was seen to update one; -1 if several
+    module.limbeck_place = None  # type: ignore[assignment]
     module.register_forward_pre_hook(_hand_over, with_kwargs=True)
 
 
 def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """A call's arguments by name."""
-    names = [n for n, p in _parameters(module).items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return {**dict(zip(names, args)), **kwargs}
+    return {**dict(zip(getattr(module, "limbeck_takes", None) or _names(module), args)), **kwargs}
 
 
 def layer_input(given: dict[str, Any]) -> Tensor:
@@ -141,7 +144,7 @@ def softmax_attention(
 def tokens_of(
     mask: Tensor | None,
     length: int,
-    begin: int | None = None,
+    begin: int | Tensor | None = None,
     positions: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tokens:
@@ -150,32 +153,58 @@ def tokens_of(
     Args:
         mask: None, [B, keys] (1 = valid), or [B, 1, T, keys] bool or additive.
         begin: the column of the first token, for a call with a cache; None without: the tokens have the last columns.
+            A tensor [] where a static cache counts.
         positions: [B, T] position ids, where known.
         chunk: the mask may be one of chunked attention, whose chunks of so many tokens end as documents do. What ends
             there is a document only if the positions say so; with a cache there is one document.
     """
     if mask is None:
         return Tokens()
-    known = getattr(mask, "_limbeck_tokens", None)  # one mask serves all layers of a pass
-    if known is not None:
-        return known
     cached = begin is not None
     begin = mask.shape[-1] - length if begin is None else begin
+    # neither a compiled step nor one on an accelerator stops to look at values; it gets what may be trivial
+    looks = not torch.compiler.is_compiling() and (length > 1 or mask.device.type == "cpu")
+    call = (length, int(begin)) if looks else None
+    known = getattr(mask, "_limbeck_tokens", None) if looks else None  # one mask serves all layers of a pass
+    if known is not None and known[0] == call:
+        return known[1]
     if mask.dim() == 2:
-        valid, starts = mask[:, begin : begin + length].bool(), None
+        valid, starts = _columns(mask, begin, length).bool(), None
     else:
         allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-        valid = allowed.diagonal(offset=begin, dim1=-2, dim2=-1)[:, :length]
-        joined = allowed[:, 1:].diagonal(offset=begin, dim1=-2, dim2=-1)[:, : length - 1]
-        if chunk:
-            joined = joined | (True if cached else _goes_on(valid, positions, chunk))
-        starts = ~joined & valid[:, 1:] & valid[:, :-1]
+        valid, starts = _diagonal(allowed, begin, length), None
+        if length > 1:
+            joined = _diagonal(allowed[:, 1:], begin, length - 1)
+            if chunk:
+                joined = joined | (True if cached else _goes_on(valid, positions, chunk))
+            starts = ~joined & valid[:, 1:] & valid[:, :-1]
     segments = None
-    if starts is not None and bool(starts.any()):
+    if starts is not None and not (looks and not bool(starts.any())):
+        if looks and bool((allowed[:, 1:].expand(len(starts), -1, -1)[starts].sum(-1) > 1).any()):
+            raise LimbeckError(
+                "the attention mask holds texts that branch from one beginning",
+                expected="padding, or documents one after another: a recurrent state follows one line of tokens",
+            )
         segments = torch.cat([torch.zeros_like(starts[:, :1]), starts], 1).cumsum(1)
-    tokens = Tokens(None if bool(valid.all()) else valid, segments)
-    mask._limbeck_tokens = tokens  # type: ignore[attr-defined]
+    tokens = Tokens(None if looks and bool(valid.all()) else valid, segments)
+    if looks:
+        mask._limbeck_tokens = (call, tokens)  # type: ignore[attr-defined]
     return tokens
+
+
+def _columns(mask: Tensor, begin: int | Tensor, length: int) -> Tensor:
+    """`length` columns of mask [B, keys] from column `begin` on."""
+    if isinstance(begin, Tensor):
+        return mask.index_select(1, begin + torch.arange(length, device=mask.device))
+    return mask[:, begin : begin + length]
+
+
+def _diagonal(allowed: Tensor, begin: int | Tensor, length: int) -> Tensor:
+    """Whether the first `length` queries of allowed [B, T, keys] may see key `begin`, `begin` + 1, ...: [B, length]."""
+    if isinstance(begin, Tensor):
+        query = torch.arange(length, device=allowed.device)
+        return allowed[:, query, begin + query]
+    return allowed.diagonal(offset=begin, dim1=-2, dim2=-1)[:, :length]
 
 
 def _goes_on(valid: Tensor, positions: Tensor | None, chunk: int) -> Tensor:
@@ -195,9 +224,9 @@ def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
             hint="load the student without attn_implementation=...",
         )
     given = arguments(module, args, kwargs)
-    call = Call(layer_input(given))
+    call = Call(layer_input(given), module)
     mask = given.get("attention_mask")
-    if "attention_mask" in _parameters(module) and (mask is None or isinstance(mask, Tensor)):
+    if "attention_mask" in module.limbeck_takes and (mask is None or isinstance(mask, Tensor)):
         # not the attention function's: some modules close further keys there
         call.mask, call.knows_mask = mask, True
     if isinstance(given.get("position_ids"), Tensor) and given["position_ids"].dim() == 2:
@@ -209,7 +238,16 @@ def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 def handed(cache: Cache, call: Call) -> Cache:
-    """The cache as the module sees it: the same object's contents, and `update` puts a recurrent layer in its place."""
+    """The cache as the module sees it: the same object's contents, and `update` puts a recurrent layer in its place.
+
+    In a compiled step the recurrent layers stand there already, and the cache goes to the module as it is.
+    """
+    place = call.module.limbeck_place
+    if torch.compiler.is_compiling() and isinstance(place, int) and 0 <= place < len(cache.layers):
+        layer = cache.layers[place]
+        if isinstance(layer, RecurrentLayer):
+            call.cache, call.layer = cache, layer
+            return cache
     if isinstance(cache, EncoderDecoderCache):
         both: Any = copy.copy(cache)
         both.self_attention_cache = handed(cache.self_attention_cache, call)
@@ -229,6 +267,9 @@ class _Handed:
     call: Call
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        module = self.call.module
+        if module.limbeck_place != layer_idx:
+            module.limbeck_place = layer_idx if module.limbeck_place is None else -1  # type: ignore[assignment]
         self.call.layer = recurrent_layer(self, layer_idx)  # type: ignore[arg-type]
         return self.call.layer.update(key_states, value_states)
 
@@ -236,6 +277,11 @@ class _Handed:
 @functools.cache
 def _handed_class(cls: Any) -> Any:
     return type(f"Handed{cls.__name__}", (_Handed, cls), {})
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """What a module's forward pass takes by name, in order."""
+    return tuple(n for n, p in _parameters(module).items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

@@ -7,12 +7,14 @@ mixer's layer stands among them, so softmax layers beside it keep their own keys
     layer.read(0)                              # what the mixer returned last, None at the start
 
 It keeps the layer in whose place it stands (its twin): for the sizes of masks, which softmax layers of the same kind
-share, and for what a module stores there beside keys and values (convolution states, an indexer's keys).
+share, and for what a module stores there beside keys and values (convolution states, an indexer's keys). In a static
+cache it is static too: states and the count of tokens keep their tensors, so that a compiled step finds them again.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -29,15 +31,15 @@ from limbeck.mixers import State
 class RecurrentLayer(CacheLayerMixin):
     """Counts tokens and holds the mixer's state; hands keys and values back untouched."""
 
-    is_compileable = False
     is_croppable = False
 
     def __init__(self, twin: Any = None) -> None:
         CacheLayerMixin.__init__(self)
         self.twin = twin  # first: what is not found here is looked up there
         self.states: list[State | None] = []  # one for each call of the attention function in a forward pass
-        self.length = 0
-        self.begin: int | None = None  # column of the mask that belongs to the first token of the running call
+        self.static = bool(getattr(twin, "is_compileable", False))
+        self.length: Any = 0  # a number, or a tensor [] beside static layers that count in one
+        self.begin: Any = None  # column of the mask that belongs to the first token of the running call, likewise
 
     def __getattr__(self, name: str) -> Any:
         twin = self.__dict__.get("twin")
@@ -46,20 +48,31 @@ class RecurrentLayer(CacheLayerMixin):
         return getattr(twin, name)
 
     @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        # transformers takes a whole cache for one kind or the other, and masks softmax layers accordingly
+        return self.static
+
+    @property
     def is_sliding(self) -> bool:  # type: ignore[override]
         return getattr(self.twin, "is_sliding", False)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = self.values = key_states.new_empty(0)  # some families look whether there are any
+        if self._counts_in_tensor():
+            self.length = _fixed(torch.zeros((), dtype=torch.long, device=self.device))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
-        self.begin = self.length - self.get_mask_sizes(new)[1]
-        self.length += new
+        if isinstance(self.length, Tensor):
+            self.begin = self.length.clone()  # such a layer's mask begins with the first token
+            self.length.add_(new)
+        else:
+            self.begin = self.length - self.get_mask_sizes(new)[1]
+            self.length += new
         return key_states, value_states
 
     def read(self, call: int) -> State | None:
@@ -68,7 +81,15 @@ class RecurrentLayer(CacheLayerMixin):
 
     def write(self, call: int, state: State) -> None:
         """Keep the state that this call ended with."""
-        self.states[call : call + 1] = [state]
+        if not self.static:
+            self.states[call : call + 1] = [state]
+            return
+        old = self.read(call) or {}
+        kept = {name: _kept(old.get(name), tensor.detach()) for name, tensor in state.items()}
+        if call < len(self.states):
+            self.states[call] = kept
+        else:
+            self.states.append(kept)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -88,12 +109,16 @@ class RecurrentLayer(CacheLayerMixin):
                 setattr(self.twin, name, count)
 
     def get_max_length(self) -> int:
-        return -1
+        return self.twin.get_max_length() if self.static else -1
 
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.states, self.length = [], 0
+        self.states, self.begin = [], None
+        if isinstance(self.length, Tensor):
+            self.length.zero_()
+        else:
+            self.length = 0
         self._pass_on("reset")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -124,6 +149,11 @@ class RecurrentLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes that the state takes."""
         return sum(t.numel() * t.element_size() for s in self.states for t in (s or {}).values())
+
+    def _counts_in_tensor(self) -> bool:
+        """Do the softmax layers beside it? Static ones do, but for those with a window."""
+        count = getattr(self.twin, "cumulative_length", None)
+        return self.static and isinstance(count, Tensor) and not hasattr(self.twin, "cumulative_length_int")
 
     def _select(self, indices: Tensor) -> None:
         self.states = [s and {n: t.index_select(0, indices.to(t.device)) for n, t in s.items()} for s in self.states]
@@ -165,6 +195,9 @@ def recurrent_layer(cache: Cache, index: int) -> RecurrentLayer:
                 f"cache layer {index} already holds the keys and values of {int(layer.get_seq_length())} tokens",
                 expected="a new cache, or one that this student filled",
             )
+        if getattr(layer, "is_compileable", False) and getattr(layer, "is_initialized", False) is True:
+            layer.keys = layer.values = None  # a static layer made ready beforehand: nothing will be kept there
+            layer.is_initialized = False
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
         layer = RecurrentAndLinearLayer(layer) if linear else RecurrentLayer(layer)
         cache.layers[index] = layer
@@ -176,6 +209,20 @@ def cache_bytes(cache: Cache) -> int:
     if isinstance(cache, EncoderDecoderCache):
         return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+
+
+def _kept(old: Tensor | None, new: Tensor) -> Tensor:
+    """A static cache's tensor after a step: the old one with the new contents, or a first one."""
+    if old is None or old.shape != new.shape or old.dtype != new.dtype:
+        return _fixed(new.clone())
+    return old.copy_(new)
+
+
+def _fixed(tensor: Tensor) -> Tensor:
+    """The same tensor, told to the compiler as one that stays where it is."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

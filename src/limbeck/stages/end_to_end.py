@@ -1,6 +1,6 @@
 """Stage 3: the whole student, running on its own hidden states, against labels and the teacher's logits.
 
-    stage = Logits(teacher, student, sites, autocast, LogitWeights(ce=0.5, kl=0.5))
+    stage = Logits(teacher, student, sites, autocast, Weights(ce=0.5, kl=0.5))
     sums = stage.backward(batch, {"targets": 511})
 
 The heads run on a chunk of tokens at a time and their gradient is formed there, so no tensor of all logits exists.
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from limbeck import recipe as recipes
 from limbeck.adapters import Adapters
 from limbeck.data.packing import Batch
-from limbeck.losses import LogitWeights, logit_losses
+from limbeck.losses import FromHidden, Weights, logit_losses
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
 from limbeck.stages.layerwise import Counts
@@ -31,7 +31,7 @@ class Logits:
         student: PreTrainedModel,
         sites: list[Site],
         autocast: Callable,
-        weights: LogitWeights,
+        weights: Weights,
         train: str = "body",
         chunk: int = 128,
         adapters: Adapters | None = None,
@@ -70,7 +70,7 @@ class Logits:
             teacher = run_body(self.teacher, batch)
         with self.autocast(), self._draws(batch):
             student = run_body(self.student, batch)
-            sums, gradient = self._losses(student, teacher, batch, self.weights, 1 / counts["targets"])
+            sums, gradient = self._losses(student, teacher, batch, 1 / counts["targets"])
         student.backward(gradient)
         return self._shares(sums, counts["targets"])
 
@@ -79,7 +79,7 @@ class Logits:
         """The losses on a batch, without gradients."""
         with self.autocast():
             teacher, student = run_body(self.teacher, batch), run_body(self.student, batch)
-            sums, _ = self._losses(student, teacher, batch, None, 1.0)
+            sums, _ = self._losses(student, teacher, batch, 1.0, learn=False)
         return self._shares(sums, float(batch.valid))
 
     @contextmanager
@@ -93,13 +93,11 @@ class Logits:
             torch.manual_seed(int((batch.input_ids.flatten() * place).sum()))
             yield
 
-    def _losses(self, student: Tensor, teacher: Tensor, batch: Batch, weights: LogitWeights | None, scale: float):
-        heads = self.student_head, self.teacher_head
-        return logit_losses(*heads, student, teacher, batch.targets, weights, scale, self.chunk)
+    def _losses(self, student: Tensor, teacher: Tensor, batch: Batch, scale: float, learn: bool = True):
+        signal = FromHidden(self.teacher_head, teacher)
+        return logit_losses(
+            self.student_head, student, signal, batch.targets, self.weights, scale, self.chunk, learn=learn
+        )
 
     def _shares(self, sums: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        shares = {name: value / count for name, value in sums.items() if name != "count"}
-        shares["loss"] = self.weights.ce * shares["ce"] + self.weights.kl * (
-            shares["kl"] if self.weights.direction == "forward" else shares["reverse_kl"]
-        )
-        return shares
+        return {name: value / count for name, value in sums.items() if name != "count"}

@@ -1,24 +1,26 @@
 """The one training loop of all stages that learn by gradient; it knows no stage.
 
-    train(stage, settings, data, run, index, position)
+    train(stage, settings, data, run, index, position, held_out)
 
-AdamW, warm-up and decay sized in optimiser steps, gradient clipping, gradient accumulation with counts taken over the
-whole step first (so a split changes nothing), non-finite steps skipped and counted, a line of metrics a step,
-checkpoints by the clock. A resumed run continues bit for bit on a CPU: weights, optimiser and data position are all its
-state.
+Gradient accumulation with counts taken over the whole step first (so a split changes nothing), clipping, non-finite
+steps skipped and counted, a line of metrics a step, checkpoints by the clock and on SIGTERM. A resumed run continues
+bit for bit on a CPU: weights, optimiser, averages and data position are all its state.
 """
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
 
 from limbeck.console import console, progress
 from limbeck.data.packing import Batch, Packed
 from limbeck.errors import LimbeckError
-from limbeck.recipe import Hidden, Logits, Matrix
+from limbeck.recipe import Trained
+from limbeck.stages.interrupt import Stopped, watch
+from limbeck.stages.optimize import Average, Optimizer, copy_into, gradient_norm, learning_rate, steps_of
 from limbeck.stages.run import RunDirectory
 
 MOST_SKIPPED = 5  # non-finite steps in a row
@@ -35,44 +37,38 @@ class Stage(Protocol):
 
     def backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]: ...
 
-
-def learning_rate(step: int, steps: int, settings: Matrix | Hidden | Logits) -> float:
-    """Share of the peak learning rate in a step: up over the warm-up, then down to the floor in the last step."""
-    warm = round(settings.warmup * steps)
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    if settings.decay == "constant":
-        return 1.0
-    along = (step - warm) / max(steps - 1 - warm, 1)
-    shape = 1 - along if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * along))
-    return settings.floor + (1 - settings.floor) * shape
-
-
-def steps_of(settings: Matrix | Hidden | Logits, length: int) -> int:
-    """Optimiser steps that the stage's token budget pays for, at least one."""
-    return max(1, round(settings.tokens / (settings.batch * length)))
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]: ...
 
 
 def train(
-    stage: Stage, settings: Matrix | Hidden | Logits, data: Packed, run: RunDirectory, index: int, position: int
+    stage: Stage,
+    settings: Trained,
+    data: Packed,
+    run: RunDirectory,
+    index: int,
+    position: int,
+    held_out: Packed | None = None,
 ) -> dict[str, Any]:
     """Train to the end of the stage's budget, from its last checkpoint if there is one.
 
     Args:
         stage: what to minimise, and by which parameters.
         position: of the stage's first sequence in `data`.
+        held_out: text for `settings.evaluate_every`.
 
     Returns:
         facts: steps, tokens, seconds, skipped steps, the data position after the stage, first and last loss.
 
     Raises:
         LimbeckError: the loss was not finite several steps in a row.
+        Stopped: SIGTERM came; the state is kept.
     """
     parameters = stage.parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
-        return _Run(stage, settings, data, run, index, position, parameters).go()
+        with watch() as asked_to_stop:
+            return _Run(stage, settings, data, run, index, position, parameters, held_out).go(asked_to_stop)
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
@@ -80,13 +76,15 @@ def train(
 
 
 class _Run:
-    def __init__(self, stage, settings, data, run, index, position, parameters):
+    def __init__(self, stage, settings, data, run, index, position, parameters, held_out):
         self.stage, self.settings, self.data, self.run, self.index = stage, settings, data, run, index
-        self.start, self.parameters = position, parameters
+        self.start, self.parameters, self.held_out = position, parameters, held_out
         self.device = next(iter(parameters.values())).device
         self.steps = steps_of(settings, data.length)
         self.micro = min(settings.micro_batch or settings.batch, settings.batch)
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=settings.betas, fused=True)
+        self.optimizer = Optimizer(parameters, stage.learning_rates(settings), settings)
+        self.average = Average(parameters, settings.ema) if settings.ema else None
+        self.best: dict[str, Tensor] | None = None  # weights of the best held-out loss, where there is patience
         self.facts: dict[str, Any] = {
             "step": 0,
             "seconds": 0.0,
@@ -94,28 +92,43 @@ class _Run:
             "in_a_row": 0,
             "first_loss": None,
             "loss": None,
+            "held_out_loss": None,
+            "best_loss": None,
+            "waited": 0,
         }
         self._resume()
 
-    def go(self) -> dict[str, Any]:
+    def go(self, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
         tokens = self.settings.batch * self.data.length
         saved = time.monotonic()
         name = self.settings.stage
         with progress(f"{name}", self.steps, "steps", done=self.facts["step"]) as advance:
-            while self.facts["step"] < self.steps:
+            while self.facts["step"] < self.steps and not self._out_of_patience():
                 began = time.monotonic()
                 line = self._step()
                 self.facts["seconds"] += time.monotonic() - began
                 line["tokens_per_second"] = round(tokens / (time.monotonic() - began), 1)
+                self._evaluate(line)
                 self.run.log({"stage": name, "stage_index": self.index, **line})
                 speed = tokens * self.facts["step"] / self.facts["seconds"]
                 advance(1, note=f"loss {line['loss']:.4g}, {speed:.0f} tokens/s")
-                if time.monotonic() - saved > self.run.recipe.checkpoint_seconds and self.facts["step"] < self.steps:
+                over = self.facts["step"] == self.steps
+                if not over and (asked_to_stop() or time.monotonic() - saved > self.run.recipe.checkpoint_seconds):
                     self._save()
                     saved = time.monotonic()
-        sequences = self.steps * self.settings.batch
+                if asked_to_stop():
+                    raise Stopped(f"asked to stop in step {self.facts['step']} of {self.steps}, state kept")
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        if self.best is not None:
+            copy_into(self.parameters, self.best)
+        elif self.average is not None:
+            self.average.take_over()
+        sequences = self.facts["step"] * self.settings.batch
         return {
             **self.facts,
+            "steps": self.facts["step"],
             "tokens": sequences * self.data.length,
             "position": self.start + sequences,
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
@@ -131,17 +144,17 @@ class _Run:
             for name, value in self.stage.count(batch).items():
                 counts[name] = counts.get(name, 0.0) + value
         rate = learning_rate(step, self.steps, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+        self.optimizer.set_rate(rate)
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for name, value in self.stage.backward(batch, counts).items():
                 sums[name] = sums[name] + value if name in sums else value
-        norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip))
-        losses = {name: float(value) for name, value in sums.items()}
-        loss = losses.pop("loss") if "loss" in losses else sum(losses.values()) / len(losses)
+        norm = gradient_norm(self.parameters.values(), settings.clip)
+        loss, losses = _total({name: float(value) for name, value in sums.items()})
         if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update(step + 1)
             self.facts["in_a_row"] = 0
             self.facts["loss"] = loss
             if self.facts["first_loss"] is None:
@@ -163,18 +176,27 @@ class _Run:
                 hint=f"--set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder",
             )
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameters by peak learning rate and weight decay; gates, norms and biases do not decay."""
-        rates = self.stage.learning_rates(self.settings)
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.parameters.items():
-            decay = self.settings.weight_decay if parameter.dim() > 1 and ".mixer." not in name else 0.0
-            groups.setdefault((rates[name], decay), []).append(parameter)
-        return [
-            {"params": members, "peak": peak, "lr": peak, "weight_decay": decay}
-            for (peak, decay), members in groups.items()
-            if peak > 0
-        ]
+    def _evaluate(self, line: dict[str, Any]) -> None:
+        """Loss on held-out text, where it is due."""
+        every = self.settings.evaluate_every
+        if not every or self.held_out is None or self.facts["step"] % every:
+            return
+        count = min(self.settings.evaluate_sequences, self.held_out.n_sequences)
+        with self.average.lent() if self.average else nullcontext(), no_grad():
+            batches = (self.held_out.batch(at, 1).to(self.device) for at in range(count))
+            found = [self.stage.evaluate(batch) for batch in batches]
+        loss = sum(_total({n: float(v) for n, v in losses.items()})[0] for losses in found) / count
+        line["held_out_loss"] = self.facts["held_out_loss"] = loss
+        if self.facts["best_loss"] is None or loss < self.facts["best_loss"]:
+            self.facts["best_loss"], self.facts["waited"] = loss, 0
+            if self.settings.patience:
+                source = self.average.values if self.average else self.parameters
+                self.best = {name: t.detach().clone() for name, t in source.items()}
+        else:
+            self.facts["waited"] += 1
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.settings.patience and self.facts["waited"] >= self.settings.patience)
 
     def _resume(self) -> None:
         found = self.run.last_checkpoint(self.index)
@@ -182,12 +204,24 @@ class _Run:
         if found is None:
             return
         tensors, optimizer, self.facts = found
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("|")
+            kinds.setdefault(kind, {})[name] = tensor.to(self.device)
+        copy_into(self.parameters, kinds["last"])
+        if self.average is not None:
+            self.average.values = kinds["average"]
+        self.best = kinds.get("best")
         self.optimizer.load_state_dict(optimizer)
         console.print(f"{self.settings.stage}: going on from step {self.facts['step']} of {self.steps}")
 
     def _save(self) -> None:
-        tensors = dict(self.parameters.items())
+        kinds = {"last": self.parameters, "average": self.average and self.average.values, "best": self.best}
+        tensors = {f"{kind}|{name}": t for kind, held in kinds.items() for name, t in (held or {}).items()}
         self.run.checkpoint(self.index, self.facts["step"], tensors, self.optimizer.state_dict(), self.facts)
+
+
+def _total(losses: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The loss, which stages of many layers do not name, and its parts."""
+    parts = {name: value for name, value in losses.items() if name != "loss"}
+    return losses["loss"] if "loss" in losses else sum(parts.values()) / len(parts), parts

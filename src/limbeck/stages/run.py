@@ -167,7 +167,6 @@ def open_run(path: Path, recipe: Recipe) -> Iterator[RunDirectory]:
                     ) from error
             run = RunDirectory(path, recipe)
             run.write("recipe.yaml", recipe.to_yaml())
-            run.manifest(**environment())
             yield run
 
 

@@ -1,0 +1,147 @@
+"""Stage 3's loss without the logits: heads run on a chunk of tokens at a time and their gradient is formed there.
+
+    teacher = FromHidden(teacher_head, hidden_t)                       # or FromDisk(index, log_q): cached signals
+    sums, gradient = logit_losses(student_head, hidden_s, teacher, targets, Weights(ce=0.5, kl=0.5))
+
+No tensor of all logits exists, of neither model. What is returned is summed over tokens; the caller divides by a count
+known beforehand.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from limbeck.errors import LimbeckError
+from limbeck.losses.objectives import OBJECTIVES, Rows, Top, Weights, weighted
+
+Head = Callable[[Tensor], Tensor]  # [N, D] -> [N, V]
+
+
+class Signal(Protocol):
+    """What the teacher says about the tokens of a batch."""
+
+    def rows(self, part: Tensor) -> Tensor | Top:
+        """Logits [n, V] of these tokens (numbers in [B · T]), or the most likely of them."""
+
+
+@dataclass(frozen=True)
+class FromHidden:
+    """The teacher's logits from its hidden states [B, T, D], formed when they are asked for."""
+
+    head: Head
+    hidden: Tensor
+
+    def rows(self, part: Tensor) -> Tensor:
+        return self.head(self.hidden.detach().flatten(0, 1)[part]).float()
+
+
+@dataclass(frozen=True)
+class FromDisk:
+    """The teacher's k most likely tokens, kept from an earlier pass: index [B, T, k] and log probability [B, T, k]."""
+
+    index: Tensor
+    log_q: Tensor
+
+    def rows(self, part: Tensor) -> Top:
+        return Top(self.index.flatten(0, 1)[part].long(), self.log_q.flatten(0, 1)[part].float())
+
+
+def logit_losses(
+    student_head: Head,
+    student: Tensor,
+    teacher: Signal,
+    targets: Tensor,
+    weights: Weights | None = None,
+    scale: float = 1.0,
+    chunk: int = 128,
+    learn: bool = True,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The weighted objectives and what else is watched over the valid targets, a chunk of tokens at a time.
+
+    With `weights` and `learn`, the gradient of the weighted sum is formed on the way: that of the head's parameters is
+    added to their `.grad`, that of the hidden states is returned for the caller's backward pass.
+
+    Args:
+        student: [B, T, D] hidden states.
+        targets: [B, T] next tokens, -100 where there is none.
+        weights: None measures only.
+        scale: factor on the gradient (one over the global count of valid targets).
+
+    Returns:
+        sums over valid targets: count, ce and agree (same most likely token); with all of the teacher's logits
+        teacher_ce and kl, and reverse_kl where nothing is learnt; each weighed objective by name, and `loss`, their
+        weighted sum. And the gradient with respect to `student` [B, T, D], None where nothing is learnt.
+
+    Raises:
+        LimbeckError: an objective that needs all of the teacher's logits where there are only the most likely ones.
+    """
+    learn = learn and weights is not None
+    if weights is not None and isinstance(teacher, FromDisk):
+        check_top(weights)
+    rows = (targets.flatten() != -100).nonzero().squeeze(1)
+    flat, labels = student.detach().flatten(0, 1), targets.flatten()
+    gradient = torch.zeros_like(flat) if learn else None
+    sums: dict[str, Tensor] = {}
+    for part in rows.split(chunk):
+        with torch.no_grad():
+            signal = teacher.rows(part)
+        h = flat[part].requires_grad_(learn)
+        with torch.set_grad_enabled(learn):
+            logits = student_head(h)
+        with torch.no_grad():
+            s = logits.float()
+            width = s.shape[-1]
+            if isinstance(signal, Tensor):
+                width = min(width, signal.shape[-1])  # a vocabulary padded on one side
+                signal = signal[:, :width]
+            slope = _token_losses(Rows(s[:, :width], signal, labels[part]), weights, learn, sums)
+        if gradient is not None and slope is not None:
+            if width < s.shape[-1]:
+                slope = F.pad(slope, (0, s.shape[-1] - width))
+            with torch.autocast(logits.device.type, enabled=False):
+                logits.backward((slope * scale).to(logits.dtype))
+            gradient[part] = h.grad  # type: ignore[assignment]
+    sums["count"] = torch.tensor(float(rows.numel()), dtype=torch.float64)
+    return sums, None if gradient is None else gradient.view_as(student)
+
+
+def check_top(weights: Weights) -> None:
+    """Raises LimbeckError unless the teacher's most likely tokens are enough for these objectives."""
+    more = [name for name in weights.used() if name not in ("ce", "top_kl")]
+    if more or weights.temperature != 1:
+        found = f"weight on {', '.join(more)}" if more else f"temperature {weights.temperature}"
+        raise LimbeckError(
+            f"{found}, and a cached signal holds only the teacher's most likely tokens",
+            expected="top_kl and ce, at temperature 1",
+            hint="top_kl in place of kl, or no cached signal",
+        )
+
+
+def _token_losses(rows: Rows, weights: Weights | None, learn: bool, sums: dict[str, Tensor]) -> Tensor | None:
+    """Add a chunk's losses to `sums`; the slope of the weighted ones with respect to the student's logits.
+
+    Every pass over [n, V] numbers costs as much as a good part of the head's own product, so there are few: two
+    softmaxes, their tops, row products, and one difference in place.
+    """
+    seen: dict[str, Tensor] = {}
+    if isinstance(rows.teacher, Top):
+        seen["agree"] = (rows.student[0] == rows.teacher.index[:, 0]).sum()
+    else:
+        seen["agree"] = (rows.student[0] == rows.other[0]).sum()
+        seen["teacher_ce"] = (rows.other[1] - rows.t.gather(1, rows.labels)[:, 0]).sum()
+        seen["kl"] = rows.divergence().sum()
+        if not learn:
+            seen["reverse_kl"] = rows.divergence(reverse=True).sum()
+    seen["ce"] = OBJECTIVES["ce"](rows, Weights())[0]
+    slope = None
+    if weights is not None:
+        values, slope = weighted(rows, weights, learn)
+        seen = {**values, **seen}  # what is watched is taken at temperature 1
+        seen["loss"] = sum((getattr(weights, n) * v.double() for n, v in values.items()), torch.zeros(()).double())
+    for name, value in seen.items():
+        sums[name] = sums[name] + value.double() if name in sums else value.double()
+    return slope

@@ -1,0 +1,148 @@
+"""How a stage's parameters move: schedule, groups, AdamW or Muon, and the running average of the weights.
+
+    optimizer = Optimizer(parameters, rates, settings)
+    optimizer.set_rate(learning_rate(step, steps, settings))
+    optimizer.step()
+
+Everything is sized in optimiser steps, so accumulation and several processes change nothing.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.recipe import Trained
+
+
+def steps_of(settings: Trained, length: int) -> int:
+    """Optimiser steps that the stage's token budget pays for, at least one."""
+    return max(1, round(settings.tokens / (settings.batch * length)))
+
+
+def learning_rate(step: int, steps: int, settings: Trained) -> float:
+    """Share of the peak learning rate in a step: up over the warm-up, then down to the floor in the last step.
+
+    "wsd" stays at the peak and comes down over the last `cooldown` of all steps as one minus the square root
+    (arXiv 2405.18392); "cosine" and "linear" come down all the way; "constant" stays.
+    """
+    warm = round(settings.warmup * steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if settings.decay == "constant":
+        return 1.0
+    begin = warm if settings.decay != "wsd" else max(warm, steps - 1 - round(settings.cooldown * steps))
+    along = max(step - begin, 0) / max(steps - 1 - begin, 1)
+    shape = {
+        "linear": 1 - along,
+        "cosine": 0.5 * (1 + math.cos(math.pi * along)),
+        "wsd": 1 - math.sqrt(along),
+    }[settings.decay]
+    return settings.floor + (1 - settings.floor) * shape
+
+
+class Optimizer:
+    """AdamW for all parameters, or Muon for matrices of the teacher's own and AdamW for the rest.
+
+    Args:
+        parameters: by name.
+        rates: peak learning rate by name; what has none does not move.
+        settings: the stage's recipe.
+
+    Gates, norms, biases and whatever else belongs to a mixer do not decay, and Muon leaves them to AdamW: it equalises
+    the directions of a linear map, and they are none.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], rates: dict[str, float], settings: Trained):
+        groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            own = ".mixer." in name
+            decay = settings.weight_decay if parameter.dim() > 1 and not own else 0.0
+            by_muon = settings.optimizer == "muon" and parameter.dim() == 2 and not own and not _is_table(name)
+            if rates[name] > 0:
+                groups.setdefault((by_muon, rates[name], decay), []).append(parameter)
+        self.parts: list[torch.optim.Optimizer] = []
+        for by_muon in (False, True):
+            mine = [
+                {"params": members, "peak": peak, "lr": peak, "weight_decay": decay}
+                for (muon, peak, decay), members in groups.items()
+                if muon == by_muon
+            ]
+            if mine and by_muon:
+                self.parts.append(torch.optim.Muon(mine, adjust_lr_fn="match_rms_adamw"))
+            elif mine:
+                self.parts.append(torch.optim.AdamW(mine, betas=settings.betas, fused=True))
+
+    def set_rate(self, share: float) -> None:
+        """Every group to this share of its peak."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["peak"] * share
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, own in zip(self.parts, state["parts"]):
+            part.load_state_dict(own)
+
+
+class Average:
+    """The running average of parameters (exponential, over steps), which a stage may hand on instead of the last ones.
+
+    average = Average(parameters, 0.99); average.update(1); average.take_over()
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], keep: float):
+        self.parameters, self.keep = parameters, keep
+        self.values = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimiser step `step`, counted from one: early steps weigh more, so that the start is forgotten."""
+        keep = min(self.keep, step / (step + 9))
+        for name, parameter in self.parameters.items():
+            self.values[name].lerp_(parameter, 1 - keep)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The averages in the parameters' place for a while."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.take_over()
+        try:
+            yield
+        finally:
+            copy_into(self.parameters, kept)
+
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """Put the averages in the parameters' place."""
+        copy_into(self.parameters, self.values)
+
+
+@torch.no_grad()
+def copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    """Write values into parameters of the same names."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], largest: float) -> float:
+    """Norm of all gradients together, which are scaled down to `largest` where it is more."""
+    return float(nn.utils.clip_grad_norm_(list(parameters), largest))
+
+
+def _is_table(name: str) -> bool:
+    """Embeddings and heads: their rows are looked up or scored one by one."""
+    return any(part in name for part in ("embed", "lm_head", "wte", "wpe"))

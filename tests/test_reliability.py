@@ -1,0 +1,19 @@
+"""The fault test of docs/reliability.md in its short form."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "reliability.py"
+
+
+@pytest.mark.slow
+def test_a_run_broken_at_random_instants_loses_nothing():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--kills", "3", "--others", "4"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "WRONG" not in done.stdout
+    assert "SIGKILL" in done.stdout

@@ -124,6 +124,9 @@ def test_the_dearest_layers_are_kept(prices):
     assert keep.choose(prices, 1, "recall") == [max(prices, key=lambda p: p.recall).layer]
     assert keep.choose(prices, 2, "uniform") == [1, 3]
     assert len(keep.choose(prices, 3, "halo")) == 3
+    made = [keep.Price(i, kl, recall, 0.1) for i, (kl, recall) in enumerate([(1, 0), (0.3, -9), (0.1, 2), (0.4, 1.5)])]
+    assert keep.choose(made, 3, "both") == [0, 2, 3]  # 1.0, 0.3, 1.1, 1.15
+    assert keep.choose(made, 1, "both") == [3]
     for wrong in ((0, "kl"), (4, "kl"), (1, "kll")):
         with pytest.raises(LimbeckError):
             keep.choose(prices, *wrong)

@@ -26,7 +26,7 @@ from limbeck.model.body import Head, run_body
 from limbeck.model.layers import spread
 from limbeck.stages.calibrate import NormalEquations
 
-Score = Literal["kl", "recall", "halo", "uniform"]
+Score = Literal["kl", "recall", "both", "halo", "uniform"]
 BATCH = 4  # sequences that calibration takes at once
 
 
@@ -95,21 +95,24 @@ def price_layers(
     return prices
 
 
-def choose(prices: list[Price], keep: int, by: Score = "kl") -> list[int]:
+def choose(prices: list[Price], keep: int, by: Score = "both") -> list[int]:
     """The layers to keep as softmax.
 
     Args:
         keep: how many.
-        by: "kl" the dearest by divergence, "recall" by recall, "halo" by recall over divergence (after HALO, arXiv
-            2601.22156: what recall needs and the rest of the model does not), "uniform" evenly spread.
+        by: "kl" the dearest by divergence, "recall" by recall, "both" by the sum of the two as shares of the dearest
+            layer's, "halo" by recall over divergence (after HALO, arXiv 2601.22156: what recall needs and the rest of
+            the model does not), "uniform" evenly spread.
     """
     check(keep, by, len(prices))
     layers = [price.layer for price in prices]
     if by == "uniform":
         return [layers[i] for i in spread(len(layers), keep)]
+    most = max(p.kl for p in prices), max(p.recall for p in prices)
     worth = {
         "kl": lambda p: p.kl,
         "recall": lambda p: p.recall,
+        "both": lambda p: p.kl / max(most[0], 1e-9) + max(p.recall, 0.0) / max(most[1], 1e-9),
         "halo": lambda p: max(p.recall, 0.0) / (max(p.kl, 0.0) + 1e-3),
     }[by]
     dearest = sorted(prices, key=worth, reverse=True)[:keep]

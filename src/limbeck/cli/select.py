@@ -16,7 +16,7 @@ from limbeck.console import console, output
 def select(
     out: Annotated[Path, typer.Argument(help="The file to write, for student.keep of a recipe.")] = Path("keep.json"),
     keep: Annotated[int, typer.Option(help="How many layers keep softmax.")] = 4,
-    by: Annotated[str, typer.Option(help="kl, recall, halo or uniform.")] = "kl",
+    by: Annotated[str, typer.Option(help="kl, recall, both, halo or uniform.")] = "both",
     teacher: Annotated[str, typer.Option(help="'embedded', a local folder or a hub name.")] = "embedded",
     student: Annotated[str, typer.Option(help="The mixer; `limbeck students` lists them.")] = "gated_deltanet",
     preset: Annotated[str, typer.Option(help="default, published or controlled.")] = "default",

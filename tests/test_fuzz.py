@@ -35,8 +35,8 @@ NASTY = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-(2**70), 2**70),
-    st.sampled_from([0, 1, -1, 3, 31, 1e-30, 1e308, math.inf, -math.inf, math.nan]),
-    st.floats(),
+    st.sampled_from([0, 1, -1, 3, 31, 1e-30, 1e300, math.inf, -math.inf, math.nan]),
+    st.floats(allow_subnormal=False),  # a teacher on a CPU flushes them to zero
     st.text(max_size=12),
     st.sampled_from(
         ["all", "none", "0-99", "every 0", "uniform 3", "kl", "gla", "softmax", "../x", "a/b.json", "ä😀\0"]
@@ -138,13 +138,11 @@ def test_bad_command_lines_end_with_a_word_and_leave_nothing(teacher_folder, cor
     monkeypatch.chdir(tmp_path)
     good = ["--teacher", str(teacher_folder), "--data", str(corpus), "--set", "data.length=32", "--plan"]
 
-    @settings(max_examples=40, **QUIET)
+    @settings(max_examples=150, **QUIET)
     @given(st.lists(st.one_of(st.sampled_from(OPTIONS), WORDS), max_size=5), st.booleans())
-    def each(words, mostly_good):
+    def each(words, good_first):
         out, err = io.StringIO(), io.StringIO()
-        arguments = ["distill", *(["smoke", *good] if mostly_good else []), *words]
-        if "--plan" not in arguments:
-            arguments.append("--plan")
+        arguments = ["distill", *(["smoke", *good, *words] if good_first else [*words, *good])]
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(sys, "argv", ["limbeck", *arguments])
             code = 0
@@ -164,7 +162,7 @@ def test_recipes_that_are_read_plan_or_are_refused_and_leave_nothing(teacher_fol
     monkeypatch.chdir(tmp_path)
     planned, told = [], []
 
-    @settings(max_examples=40, **QUIET)
+    @settings(max_examples=150, **QUIET)
     @given(broken())
     def each(raw):
         for key, part, value in (("teacher", raw, str(teacher_folder)), ("source", raw.get("data"), str(corpus))):
@@ -172,6 +170,8 @@ def test_recipes_that_are_read_plan_or_are_refused_and_leave_nothing(teacher_fol
                 part[key] = value
         try:
             recipe = Recipe.parse(raw)
+            if "embedded" in (recipe.teacher, recipe.data.source):
+                return  # the defaults: they would be brought
             job.prepare_job(recipe)
             planned.append(recipe)
         except LimbeckError as error:

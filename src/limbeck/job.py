@@ -210,7 +210,7 @@ def _stage(
 ) -> Stage:
     common = (job.teacher, student, job.sites, job.autocast)
     if isinstance(settings, recipes.Matrix):
-        return Matrix(*common)
+        return Matrix(*common, rows=settings.rows, seed=job.recipe.seed)
     if isinstance(settings, recipes.Hidden):
         return Hidden(*common, target=settings.target, loss=settings.loss, train=settings.train)
     weights = Weights(**{f.name: getattr(settings, f.name) for f in fields(Weights)})
@@ -220,7 +220,14 @@ def _stage(
         names = targets_of(student, job.sites, lora.targets)
         seed = job.recipe.seed + 1000 * index
         adapters = Adapters(student, names, lora.rank, lora.alpha, lora.dropout, seed)
-    return Logits(*common, weights, train=settings.train, chunk=settings.chunk, adapters=adapters)
+    return Logits(
+        *common,
+        weights,
+        train=settings.train,
+        chunk=settings.chunk,
+        adapters=adapters,
+        checkpoint_activations=settings.checkpoint_activations,
+    )
 
 
 def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, position: int) -> dict[str, Any]:

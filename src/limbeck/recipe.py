@@ -99,6 +99,7 @@ class Matrix(Trained):
     stage: Literal["matrix"]
     lr: Annotated[float, Field(gt=0)] = 1e-3
     micro_batch: Annotated[int, Field(gt=0)] | None = 1  # one sequence's T x T matrices at a time are the fastest too
+    rows: Annotated[int, Field(gt=0)] | None = None  # rows of each matrix that are compared; None: all
 
 
 class Hidden(Trained):
@@ -140,6 +141,7 @@ class Logits(Trained):
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
     top: Annotated[int, Field(gt=0)] = 32
     chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once
+    checkpoint_activations: bool = False  # keep each block's input alone and run it again: less memory, more time
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Logits":

@@ -19,6 +19,7 @@ from limbeck.data.packing import Batch
 from limbeck.losses import FromHidden, Weights, logit_losses
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
+from limbeck.model.checkpointing import blocks_of, checkpointed
 from limbeck.stages.layerwise import Counts
 
 
@@ -35,10 +36,12 @@ class Logits:
         train: str = "body",
         chunk: int = 128,
         adapters: Adapters | None = None,
+        checkpoint_activations: bool = False,
     ):
         self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
         self.weights, self.train, self.chunk = weights, train, chunk
         self.adapters = adapters
+        self.blocks = blocks_of(student, sites[0].block) if checkpoint_activations else []
         self.teacher_head, self.student_head = Head(teacher), Head(student)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -69,7 +72,8 @@ class Logits:
         with torch.no_grad(), self.autocast():
             teacher = run_body(self.teacher, batch)
         with self.autocast(), self._draws(batch):
-            student = run_body(self.student, batch)
+            with checkpointed(self.student, self.blocks):
+                student = run_body(self.student, batch)
             sums, gradient = self._losses(student, teacher, batch, 1 / counts["targets"])
         student.backward(gradient)
         return self._shares(sums, counts["targets"])

@@ -36,10 +36,12 @@ from limbeck.model import Site, attention_sites, by_mixer, convert, converted_la
 from limbeck.model.convert import parameter_report
 from limbeck.plan import Plan, make_plan
 from limbeck.recipe import Recipe
+from limbeck.stages.cached import taught
 from limbeck.stages.calibrate import RIDGES, NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
 from limbeck.stages.loop import Stage, train
+from limbeck.stages.optimize import steps_of
 from limbeck.stages.run import RunDirectory, check_run, environment, open_run
 from limbeck.stages.teacher import load_teacher
 from limbeck.summary import write_summary
@@ -198,7 +200,8 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             }
         else:
             stage = _stage(job, student, settings, index)
-            facts = train(stage, settings, job.training, run, index, position, job.held_out)
+            data, held_out, cached = _texts(job, settings, position)
+            facts = {**train(stage, settings, data, run, index, position, held_out), **cached}
             adapters = getattr(stage, "adapters", None)
             learnt = stage.parameters() if adapters is None else adapters.merge()
         position = facts["position"]
@@ -228,6 +231,21 @@ def _stage(
         adapters=adapters,
         checkpoint_activations=settings.checkpoint_activations,
     )
+
+
+def _texts(job: Job, settings: recipes.Trained, position: int) -> tuple[Packed, Packed, dict[str, Any]]:
+    """A stage's text and the held-out text, with the teacher's signals where they are cached, and facts about those."""
+    if getattr(settings, "cache_teacher", None) is None:
+        return job.training, job.held_out, {}
+    assert isinstance(settings, recipes.Logits)
+    ask = partial(taught, job.teacher, store=job.store.key, top=settings.top, autocast=job.autocast)
+    end = position + steps_of(settings, job.recipe.data.length) * settings.batch
+    data, facts = ask(data=job.training, begin=position, end=end)
+    held_out = job.held_out
+    if settings.evaluate_every:
+        count = min(settings.evaluate_sequences, held_out.n_sequences)
+        held_out, _ = ask(data=held_out, begin=0, end=count)
+    return data, held_out, {"cached_teacher": facts}
 
 
 def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, position: int) -> dict[str, Any]:

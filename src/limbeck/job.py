@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from limbeck.model import Site, attention_sites, by_mixer, convert, converted_la
 from limbeck.model.convert import parameter_report
 from limbeck.plan import Plan, make_plan
 from limbeck.recipe import Recipe
+from limbeck.rehearsal import CHOOSING, rehearse
 from limbeck.stages.cached import taught
 from limbeck.stages.calibrate import RIDGES, NormalEquations
 from limbeck.stages.end_to_end import Logits
@@ -46,7 +47,7 @@ from limbeck.stages.run import RunDirectory, check_run, environment, open_run
 from limbeck.stages.teacher import load_teacher
 from limbeck.summary import write_summary
 
-CHOOSING = 2  # sequences on which the ridge is chosen
+LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed
 
 
 @dataclass
@@ -96,8 +97,9 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
             if known["evaluation"] == recipe.evaluation.model_dump(mode="json"):
                 console.print(f"{job.path} is finished already; its summary:")
                 return known
+        planned = _planned(job, run, plan)
         if confirm:
-            confirm(plan)
+            confirm(planned)
         run.manifest(**environment(), **_provenance(job))
         student = _student(job)
         _run_stages(job, run, student)
@@ -142,6 +144,38 @@ def prepare_job(recipe: Recipe) -> Job:
     if device.type == "cuda":
         autocast = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
     return Job(recipe, device, autocast, teacher, tokenizer, store, len(sites), chosen, path)
+
+
+def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan:
+    """The plan after a step of each stage (all by default) has been run; as it is where those would cost too much."""
+    recipe = job.recipe
+    index = list(range(len(recipe.stages))) if stages is None else stages
+    step = max((row.seconds / max(row.steps, 1) for row in plan.rows if row.steps), default=0.0)
+    adapted = any(getattr(settings, "lora", None) is not None for settings in recipe.stages)
+    if not index or step > LONGEST_STEP or recipe.teacher_bits is not None or adapted:
+        return plan
+
+    def make(number: int) -> Stage:
+        settings = recipe.stages[number]
+        assert not isinstance(settings, recipes.Calibrate)
+        return _stage(job, student, settings, number)
+
+    with torch.random.fork_rng():
+        student = _student(job)
+        seen = rehearse(recipe, job.teacher, student, job.sites, job.autocast, make, index)
+    return plan.measured(seen)
+
+
+def _planned(job: Job, run: RunDirectory, plan: Plan) -> Plan:
+    """The measured plan of a run that begins, which is kept; of one that goes on the plan that was kept then."""
+    path = run.path / "plan.json"
+    if not path.exists():
+        plan = measured_plan(job, plan)
+        run.write(path.name, json.dumps(plan.facts(), indent=1) + "\n")
+        return plan
+    known = json.loads(path.read_text())
+    rows = [replace(row, seconds=then["seconds"]) for row, then in zip(plan.rows, known["stages"])]
+    return replace(plan, rows=rows, seconds=known["seconds"], memory_bytes=known["memory_bytes"])
 
 
 def _device(name: str) -> torch.device:
@@ -329,6 +363,7 @@ def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[st
         "evaluation": evaluation.model_dump(mode="json"),
         "seed": recipe.seed,
         "peak_memory_bytes": peak_memory(),
+        "plan": json.loads((run.path / "plan.json").read_text()),
     }
     run.write("summary.md", write_summary(result))
     run.write("eval.json", json.dumps(result, indent=1) + "\n")

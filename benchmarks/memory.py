@@ -6,7 +6,7 @@
     python benchmarks/memory.py loss          # stage 3's loss alone against all logits at once, with its speed
 
 The models have SmolLM2-135M's shape and random weights. "step" is the peak of resident memory over what was resident
-before the step, gradients that stay behind taken off. Linux only: the peak is set back before the step.
+before the step, gradients included in the latter. Linux only: the peak is set back before the step.
 """
 
 import argparse
@@ -86,11 +86,9 @@ def _one(stage: str, length: int, threads: int = 0, steps: int = 3, **case) -> d
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    step, parameters = _loss(length=length, **case) if stage == "loss" else _stage(stage, length, **case)
-    # the first, smaller step makes what stays: threads, buffers of the libraries
+    step = _loss(length=length, **case) if stage == "loss" else _stage(stage, length, **case)
+    # the first, smaller step makes what stays: gradients, threads, buffers of the libraries
     step(max(16, length // 8))
-    for parameter in parameters:
-        parameter.grad = None
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
@@ -100,8 +98,7 @@ def _one(stage: str, length: int, threads: int = 0, steps: int = 3, **case) -> d
         step(length)
         seconds.append(time.perf_counter() - began)
         peak = peak or resident("VmHWM")
-    kept = sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
-    return {"step_bytes": peak - before - kept, "seconds": sorted(seconds)[len(seconds) // 2], "kept_bytes": kept}
+    return {"step_bytes": peak - before, "seconds": sorted(seconds)[len(seconds) // 2]}
 
 
 def resident(what: str) -> int:
@@ -130,8 +127,7 @@ def _stage(stage, length, layers, mixer, vocabulary, rows=None, checkpoint=False
         made = Logits(*common, Weights(), checkpoint_activations=checkpoint)
     else:
         made = Hidden(*common) if stage == "hidden" else Matrix(*common, rows=rows)
-    parameters = list(made.parameters().values())
-    for parameter in parameters:
+    for parameter in made.parameters().values():
         parameter.requires_grad_(True)
 
     def step(tokens: int) -> None:
@@ -139,7 +135,7 @@ def _stage(stage, length, layers, mixer, vocabulary, rows=None, checkpoint=False
         batch = Batch(ids, torch.arange(tokens)[None], ids)
         made.backward(batch, made.count(batch))
 
-    return step, parameters
+    return step
 
 
 def _loss(length, vocabulary, naive, width=576):
@@ -162,7 +158,7 @@ def _loss(length, vocabulary, naive, width=576):
         kl = F.kl_div(s.log_softmax(-1), q.log_softmax(-1), log_target=True, reduction="batchmean")
         (0.5 * ce + 0.5 * kl).backward()
 
-    return step, [ours.weight]
+    return step
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     seen = rehearse(recipe, teacher, student, sites, autocast, make_stage, stages=[0, 1, 2])
     seen.seconds[1], seen.evaluation, seen.peak_bytes          # of a stage, of a token, of this process
 
-Tokens are drawn at random, and rates and gradients are zero in the update, so no weight moves, but for the output projections of `student`,
-which is thrown away. It takes about as long as two steps of each stage.
+Tokens are drawn at random, and rates and gradients are zero in the update, so no weight moves, but for the output
+projections of `student`, which is thrown away. It takes about as long as two steps of each stage.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
+from limbeck.console import progress
 from limbeck.data.packing import Batch
 from limbeck.data.signals import TaughtBatch
 from limbeck.evaluate.memory import peak_memory
@@ -65,7 +66,7 @@ def rehearse(
         ids = torch.randint(0, vocabulary, (sequences, tokens), device=teacher.device)
         return Batch(ids, torch.arange(tokens, device=teacher.device).expand_as(ids), ids)
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), progress("rehearse", len(stages), "stages") as advance:
         judge = Logits(*common, Weights())
         judge.evaluate(draw(WARM))
         evaluation = _timed(lambda: judge.evaluate(draw(length))) / length
@@ -77,6 +78,7 @@ def rehearse(
             else:
                 seconds[index] = _train(settings, make_stage(index), draw, length)
                 seconds[index] += _asking(settings, *common, draw, length)
+            advance(1)
     return Rehearsal(seconds, evaluation, peak_memory())
 
 

@@ -355,3 +355,25 @@ def test_autocast_changes_losses_and_gradients_a_little():
     assert exact != mixed
     for a, b in zip(exact, mixed):
         assert b == pytest.approx(a, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
+def test_checkpointed_activations_give_the_same_gradients(family):
+    teacher, student, sites = pair(family, "gated_deltanet", layers=[0])
+    batch, gradients, runs = batch_of(9, 14, rows=2), [], []
+    block = student.get_submodule(sites[1].block)
+    run_body(student, batch)  # tries on the first call how the family packs documents
+    count = next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm) or "Norm" in type(m).__name__)
+    handle = count.register_forward_pre_hook(lambda *_: runs.append(1))
+    for again in (False, True):
+        stage = Logits(teacher, student, sites[:1], NOTHING, Weights(ce=0.5, kl=0.5), checkpoint_activations=again)
+        for p in stage.parameters().values():
+            p.requires_grad_(True)
+        stage.backward(batch, stage.count(batch))
+        gradients.append({n: p.grad.clone() for n, p in stage.parameters().items() if p.grad is not None})
+        student.zero_grad()
+    handle.remove()
+    assert len(runs) == 3, "the block was not run again"
+    assert "forward" not in block.__dict__
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,18 @@ from limbeck.model import Site, attention_sites, by_mixer, convert, converted_la
 from limbeck.model.convert import parameter_report
 from limbeck.plan import Plan, make_plan
 from limbeck.recipe import Recipe
+from limbeck.rehearsal import CHOOSING, rehearse
+from limbeck.stages.cached import taught
 from limbeck.stages.calibrate import RIDGES, NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
 from limbeck.stages.loop import Stage, train
+from limbeck.stages.optimize import steps_of
 from limbeck.stages.run import RunDirectory, check_run, environment, open_run
 from limbeck.stages.teacher import load_teacher
 from limbeck.summary import write_summary
 
-CHOOSING = 2  # sequences on which the ridge is chosen
+LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed
 
 
 @dataclass
@@ -94,8 +97,9 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
             if known["evaluation"] == recipe.evaluation.model_dump(mode="json"):
                 console.print(f"{job.path} is finished already; its summary:")
                 return known
+        planned = _planned(job, run, plan)
         if confirm:
-            confirm(plan)
+            confirm(planned)
         run.manifest(**environment(), **_provenance(job))
         student = _student(job)
         _run_stages(job, run, student)
@@ -140,6 +144,38 @@ def prepare_job(recipe: Recipe) -> Job:
     if device.type == "cuda":
         autocast = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
     return Job(recipe, device, autocast, teacher, tokenizer, store, len(sites), chosen, path)
+
+
+def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan:
+    """The plan after a step of each stage (all by default) has been run; as it is where those would cost too much."""
+    recipe = job.recipe
+    index = list(range(len(recipe.stages))) if stages is None else stages
+    step = max((row.seconds / max(row.steps, 1) for row in plan.rows if row.steps), default=0.0)
+    adapted = any(getattr(settings, "lora", None) is not None for settings in recipe.stages)
+    if not index or step > LONGEST_STEP or recipe.teacher_bits is not None or adapted:
+        return plan
+
+    def make(number: int) -> Stage:
+        settings = recipe.stages[number]
+        assert not isinstance(settings, recipes.Calibrate)
+        return _stage(job, student, settings, number)
+
+    with torch.random.fork_rng():
+        student = _student(job)
+        seen = rehearse(recipe, job.teacher, student, job.sites, job.autocast, make, index)
+    return plan.measured(seen)
+
+
+def _planned(job: Job, run: RunDirectory, plan: Plan) -> Plan:
+    """The measured plan of a run that begins, which is kept; of one that goes on the plan that was kept then."""
+    path = run.path / "plan.json"
+    if not path.exists():
+        plan = measured_plan(job, plan)
+        run.write(path.name, json.dumps(plan.facts(), indent=1) + "\n")
+        return plan
+    known = json.loads(path.read_text())
+    rows = [replace(row, seconds=then["seconds"]) for row, then in zip(plan.rows, known["stages"])]
+    return replace(plan, rows=rows, seconds=known["seconds"], memory_bytes=known["memory_bytes"])
 
 
 def _device(name: str) -> torch.device:
@@ -198,7 +234,8 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             }
         else:
             stage = _stage(job, student, settings, index)
-            facts = train(stage, settings, job.training, run, index, position, job.held_out)
+            data, held_out, cached = _texts(job, settings, position)
+            facts = {**train(stage, settings, data, run, index, position, held_out), **cached}
             adapters = getattr(stage, "adapters", None)
             learnt = stage.parameters() if adapters is None else adapters.merge()
         position = facts["position"]
@@ -210,7 +247,7 @@ def _stage(
 ) -> Stage:
     common = (job.teacher, student, job.sites, job.autocast)
     if isinstance(settings, recipes.Matrix):
-        return Matrix(*common)
+        return Matrix(*common, rows=settings.rows, seed=job.recipe.seed)
     if isinstance(settings, recipes.Hidden):
         return Hidden(*common, target=settings.target, loss=settings.loss, train=settings.train)
     weights = Weights(**{f.name: getattr(settings, f.name) for f in fields(Weights)})
@@ -220,7 +257,29 @@ def _stage(
         names = targets_of(student, job.sites, lora.targets)
         seed = job.recipe.seed + 1000 * index
         adapters = Adapters(student, names, lora.rank, lora.alpha, lora.dropout, seed)
-    return Logits(*common, weights, train=settings.train, chunk=settings.chunk, adapters=adapters)
+    return Logits(
+        *common,
+        weights,
+        train=settings.train,
+        chunk=settings.chunk,
+        adapters=adapters,
+        checkpoint_activations=settings.checkpoint_activations,
+    )
+
+
+def _texts(job: Job, settings: recipes.Trained, position: int) -> tuple[Packed, Packed, dict[str, Any]]:
+    """A stage's text and the held-out text, with the teacher's signals where they are cached, and facts about those."""
+    if getattr(settings, "cache_teacher", None) is None:
+        return job.training, job.held_out, {}
+    assert isinstance(settings, recipes.Logits)
+    ask = partial(taught, job.teacher, store=job.store.key, top=settings.top, autocast=job.autocast)
+    end = position + steps_of(settings, job.recipe.data.length) * settings.batch
+    data, facts = ask(data=job.training, begin=position, end=end)
+    held_out = job.held_out
+    if settings.evaluate_every:
+        count = min(settings.evaluate_sequences, held_out.n_sequences)
+        held_out, _ = ask(data=held_out, begin=0, end=count)
+    return data, held_out, {"cached_teacher": facts}
 
 
 def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, position: int) -> dict[str, Any]:
@@ -304,6 +363,7 @@ def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[st
         "evaluation": evaluation.model_dump(mode="json"),
         "seed": recipe.seed,
         "peak_memory_bytes": peak_memory(),
+        "plan": json.loads((run.path / "plan.json").read_text()),
     }
     run.write("summary.md", write_summary(result))
     run.write("eval.json", json.dumps(result, indent=1) + "\n")

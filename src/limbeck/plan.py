@@ -3,12 +3,15 @@
     plan = make_plan(recipe, teacher, sites)
     plan.seconds, plan.disk_bytes, plan.rows
 
-The operations are counted from the models' weights; the speed is that of a matrix product of the models' own size,
-measured now, times the share of it that the stages reach.
+    plan = plan.measured(rehearsal)         # one step of each stage was run (limbeck.rehearsal)
+
+Without a rehearsal the operations are counted from the models' weights, and the speed is that of a matrix product of
+the models' own size, measured now, times the share of it that the stages reach.
 """
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from limbeck.model import Site
 from limbeck.model.layers import parse_layers
 from limbeck.quantise import numel
 from limbeck.recipe import Recipe
+from limbeck.rehearsal import Rehearsal
 from limbeck.stages.optimize import steps_of
 
 REACHED = 0.7  # of the matrix product's speed, as measured on the quickstart (benchmarks/README.md)
@@ -46,6 +50,27 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     speed: float
+    unshared_bytes: int = 0  # of the student's weights that it gets to itself in the run
+    evaluated: int = 0  # tokens
+    rehearsed: bool = False
+
+    def measured(self, seen: Rehearsal) -> "Plan":
+        """The plan with what a rehearsal measured in the place of what was counted."""
+        rows = [replace(row, seconds=seen.seconds.get(i, row.seconds)) for i, row in enumerate(self.rows)]
+        seconds = sum(row.seconds for row in rows) + self.evaluated * seen.evaluation
+        memory = self.memory_bytes if seen.peak_bytes is None else seen.peak_bytes + self.unshared_bytes
+        return replace(self, rows=rows, seconds=seconds, memory_bytes=memory, rehearsed=True)
+
+    def facts(self) -> dict[str, Any]:
+        """What is kept of it, to be compared with what happens."""
+        stages = [{"stage": row.stage, "seconds": row.seconds} for row in self.rows]
+        return {
+            "stages": stages,
+            "seconds": self.seconds,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "rehearsed": self.rehearsed,
+        }
 
 
 def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Plan:
@@ -101,6 +126,8 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
         disk_bytes=student + 4 * kept + 2 * 12 * largest,
         memory_bytes=given + 4 * (total if own else min(copies, total)) + 12 * largest + 800_000_000,
         speed=speed,
+        unshared_bytes=4 * max(total - attention, 0) if own else 0,
+        evaluated=recipe.evaluation.tokens,
     )
 
 

@@ -99,6 +99,7 @@ class Matrix(Trained):
     stage: Literal["matrix"]
     lr: Annotated[float, Field(gt=0)] = 1e-3
     micro_batch: Annotated[int, Field(gt=0)] | None = 1  # one sequence's T x T matrices at a time are the fastest too
+    rows: Annotated[int, Field(gt=0)] | None = None  # rows of each matrix that are compared; None: all
 
 
 class Hidden(Trained):
@@ -140,11 +141,20 @@ class Logits(Trained):
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
     top: Annotated[int, Field(gt=0)] = 32
     chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once
+    # "top-k": what the teacher says of the stage's text, its `top` likeliest tokens, is written to the cache once and
+    # read from there by this and later runs; with top_kl and ce
+    cache_teacher: Literal["top-k"] | None = None
+    checkpoint_activations: bool = False  # keep each block's input alone and run it again: less memory, more time
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Logits":
         if not any((self.ce, self.kl, self.reverse_kl, self.jsd, self.top_kl)):
             raise ValueError("ce, kl, reverse_kl, jsd and top_kl are all 0, so there is nothing to learn from")
+        if self.cache_teacher and (self.kl or self.reverse_kl or self.jsd or self.temperature != 1):
+            raise ValueError(
+                "cache_teacher keeps the teacher's likeliest tokens alone, so it takes top_kl and ce at temperature 1 "
+                "(--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top=64)"
+            )
         return self
 
     @model_validator(mode="before")

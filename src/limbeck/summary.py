@@ -43,6 +43,7 @@ def write_summary(result: dict[str, Any]) -> str:
         "",
         f"Parameters: {parameters['total']:,}, of which {parameters['added']:,} are new "
         f"and {parameters['copied']:,} came from the teacher. Seed {result['seed']}. {_peak(result)}",
+        *_plan(result),
     ]
     if result["samples"]:
         lines += ["", f"Prompt: *{result['prompt']}*", ""]
@@ -81,6 +82,20 @@ def _break_even(memory: dict[str, Any]) -> str:
         per_token = _bytes(memory["student_bytes_per_token"]), _bytes(memory["teacher_bytes_per_token"])
         growth = "grows by {} a token (the teacher's by {})".format(*per_token)
     return f"The student's cache {growth}; it is the smaller one from {memory['break_even_tokens']:.0f} tokens on."
+
+
+def _plan(result: dict[str, Any]) -> list[str]:
+    """What the plan said, beside what happened."""
+    plan = result.get("plan")
+    if not plan:
+        return []
+    pairs = [
+        f"{then['stage']} {_time(then['seconds'])} ({_time(now['seconds'])})"
+        for then, now in zip(plan["stages"], result["stages"])
+    ]
+    if result["peak_memory_bytes"]:
+        pairs.append(f"memory {_bytes(plan['memory_bytes'])} ({_bytes(result['peak_memory_bytes'])})")
+    return ["", f"Planned, and in brackets what it took: {', '.join(pairs)}."]
 
 
 def _peak(result: dict[str, Any]) -> str:

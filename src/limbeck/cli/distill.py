@@ -35,7 +35,7 @@ def distill(
         from limbeck.plan import make_plan
 
         ready = job.prepare_job(chosen)
-        show_plan(make_plan(chosen, ready.teacher, ready.sites))
+        show_plan(job.measured_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
         return
     result = job.distill(chosen, confirm=show_plan)
     from limbeck.summary import write_summary

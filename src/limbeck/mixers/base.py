@@ -25,6 +25,7 @@ from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
 from limbeck.mixers.options import Options
 from limbeck.ops import convolution
 from limbeck.ops.common import widen
+from limbeck.ops.rows import matrix_rows, pick
 
 
 class ByInput(nn.ParameterDict):
@@ -165,6 +166,33 @@ class Mixer(nn.Module):
         matrix = self.attend_matrix(q, k, v, x, tokens)
         o = torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), widen(v, self.shape.heads))
         return self._readout(o, q, k, v, x), widen(matrix, self.site.heads, 1)
+
+    def forward_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: Tokens | None = None
+    ) -> Tensor:
+        """Rows [B, R] of the mixing matrix of `forward_matrix`: [B, H, R, T]."""
+        tokens = tokens or Tokens()
+        if type(self).forward_matrix is not Mixer.forward_matrix:
+            return pick(self.forward_matrix(q, k, v, x, tokens=tokens)[1], rows, 2)
+        q, k, v = self._prepare(q, k, v, tokens, {}, {})
+        return widen(self.attend_rows(q, k, v, x, tokens, rows), self.site.heads, 1)
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, rows: Tensor) -> Tensor:
+        """Rows [B, R] of what `attend` multiplies v by: [B, H, R, T]. Mixers with a matrix of their own make all."""
+        if type(self).attend_matrix is not Mixer.attend_matrix:
+            return pick(self.attend_matrix(q, k, v, x, tokens), rows, 2)
+        arguments = self.operands(q, k, v, x, tokens, {})
+        assert self.operator is not None
+        m = matrix_rows(self.operator, arguments.q, arguments.k, arguments.gates, rows, tokens.segments)
+        if self.normalised:
+            floor = arguments.floor if arguments.floor is None else pick(arguments.floor, rows, 1)
+            total = m.sum(-1).transpose(1, 2).unsqueeze(-1)
+            denominator = self._denominator(total, replace(arguments, floor=floor))
+            m = m / denominator.squeeze(-1).transpose(1, 2).unsqueeze(-1)
+        if arguments.diagonal is None:
+            return m
+        own = pick(arguments.diagonal, rows, 1).transpose(1, 2).unsqueeze(-1).to(m.dtype)
+        return m.scatter_add(3, rows[:, None, :, None].expand_as(own), own)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         """The operator over `inputs`, normalised: o [B, T, H, V] and the new state."""

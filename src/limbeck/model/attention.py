@@ -80,7 +80,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     limbeck_call: Call | None = None,
-    output_matrix: bool = False,
+    output_matrix: bool | Tensor = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function for transformers' interface.
@@ -89,7 +89,8 @@ def attention(
         query: [B, H, T, K]; key: [B, G, T, K]; value: [B, G, T, V], as the interface lays them out.
         attention_mask: [B, 1, T, keys] bool or additive, or None for plain causal attention.
         limbeck_call: set by the pre-hook on modules with a mixer.
-        output_matrix: also return the mixing matrix [B, H, T, T] (stage 1 asks for it).
+        output_matrix: also return the mixing matrix [B, H, T, T] (stage 1 asks for it). Given rows [B, R] of it, return
+            those alone, [B, H, R, T], beside zeros.
 
     Returns:
         [B, T, H, V] and the mixing matrix or None.
@@ -114,6 +115,9 @@ def attention(
         chunk=getattr(module.config, "attention_chunk_size", None),
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if isinstance(output_matrix, Tensor):
+        rows = module.mixer.forward_rows(q, k, v, call.x, output_matrix, tokens=tokens)
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), rows
     if output_matrix:
         return module.mixer.forward_matrix(q, k, v, call.x, tokens=tokens)
     y, state = module.mixer(q, k, v, call.x, tokens=tokens, state=layer.read(call.count) if layer else None)

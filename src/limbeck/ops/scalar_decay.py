@@ -18,6 +18,7 @@ from torch import Tensor
 
 from limbeck.ops import common, cpu
 from limbeck.ops.pairs import gamma, pairs
+from limbeck.ops.rows import pick
 
 
 def recurrent(
@@ -81,6 +82,26 @@ def matrix(q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, segments: T
     with common.full_precision(q):
         scores = q.to(dtype).transpose(1, 2) @ common.widen(k.to(dtype).transpose(1, 2), q.shape[2], 1).mT
         return scores * gates(q, log_decay, segments, dtype)
+
+
+def rows(
+    q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, rows: Tensor, segments: Tensor | None = None
+) -> Tensor:
+    """Rows [B, R] of the mixing matrix: [B,H,R,T]."""
+    common.check_shapes(q, k, segments=segments)
+    dtype, place = common.work_dtype(q, k, log_decay), torch.arange(q.shape[1], device=q.device)
+    with common.full_precision(q):
+        keys = common.widen(k.to(dtype).transpose(1, 2), q.shape[2], 1)
+        scores = pick(q.to(dtype).transpose(1, 2), rows, 2) @ keys.mT
+        allowed = rows[:, :, None] >= place
+        if segments is not None:
+            allowed = allowed & (pick(segments, rows, 1)[:, :, None] == segments[:, None])
+        if log_decay is None:
+            return scores * allowed[:, None]
+        # a difference of two long sums: in float64, so that it is exact to float32
+        g = common.per_token(log_decay, q, vector=False, dtype=torch.float64).cumsum(1)[..., 0].transpose(1, 2)
+        between = (pick(g, rows, 2)[..., None] - g[:, :, None]).to(dtype)
+        return scores * between.masked_fill(~allowed[:, None], -torch.inf).exp()
 
 
 def gates(q: Tensor, log_decay: Tensor | None, segments: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from limbeck import recipe as recipes
 from limbeck.adapters import Adapters
 from limbeck.data.packing import Batch
-from limbeck.losses import FromHidden, Weights, logit_losses
+from limbeck.data.signals import TaughtBatch
+from limbeck.losses import FromDisk, FromHidden, Signal, Weights, logit_losses
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
+from limbeck.model.checkpointing import blocks_of, checkpointed
 from limbeck.stages.layerwise import Counts
 
 
@@ -35,10 +37,12 @@ class Logits:
         train: str = "body",
         chunk: int = 128,
         adapters: Adapters | None = None,
+        checkpoint_activations: bool = False,
     ):
         self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
         self.weights, self.train, self.chunk = weights, train, chunk
         self.adapters = adapters
+        self.blocks = blocks_of(student, sites[0].block) if checkpoint_activations else []
         self.teacher_head, self.student_head = Head(teacher), Head(student)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -67,9 +71,10 @@ class Logits:
     def backward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Add the gradients of one micro-batch; returns its share of each loss."""
         with torch.no_grad(), self.autocast():
-            teacher = run_body(self.teacher, batch)
+            teacher = self._signal(batch)
         with self.autocast(), self._draws(batch):
-            student = run_body(self.student, batch)
+            with checkpointed(self.student, self.blocks):
+                student = run_body(self.student, batch)
             sums, gradient = self._losses(student, teacher, batch, 1 / counts["targets"])
         student.backward(gradient)
         return self._shares(sums, counts["targets"])
@@ -78,8 +83,7 @@ class Logits:
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """The losses on a batch, without gradients."""
         with self.autocast():
-            teacher, student = run_body(self.teacher, batch), run_body(self.student, batch)
-            sums, _ = self._losses(student, teacher, batch, 1.0, learn=False)
+            sums, _ = self._losses(run_body(self.student, batch), self._signal(batch), batch, 1.0, learn=False)
         return self._shares(sums, float(batch.valid))
 
     @contextmanager
@@ -93,8 +97,13 @@ class Logits:
             torch.manual_seed(int((batch.input_ids.flatten() * place).sum()))
             yield
 
-    def _losses(self, student: Tensor, teacher: Tensor, batch: Batch, scale: float, learn: bool = True):
-        signal = FromHidden(self.teacher_head, teacher)
+    def _signal(self, batch: Batch) -> Signal:
+        """What the teacher says of the batch: read from disk where it comes along, else asked now."""
+        if isinstance(batch, TaughtBatch):
+            return FromDisk(batch.index, batch.log_q)
+        return FromHidden(self.teacher_head, run_body(self.teacher, batch))
+
+    def _losses(self, student: Tensor, signal: Signal, batch: Batch, scale: float, learn: bool = True):
         return logit_losses(
             self.student_head, student, signal, batch.targets, self.weights, scale, self.chunk, learn=learn
         )

@@ -9,16 +9,20 @@ the student needs no copy of what it does not train.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
+from limbeck.console import console
 from limbeck.data.packing import Batch
 from limbeck.losses import hidden_distance, matrix_distance
 from limbeck.model import Site
-from limbeck.model.body import run_body
+from limbeck.model.body import packs_by_position, run_body
+from limbeck.model.rows import gives_rows, rows_of
+from limbeck.ops.rows import draw_rows, pick
 from limbeck.stages.teacher import tap
 
 Counts = dict[str, float]
@@ -86,13 +90,44 @@ class LayerStage:
 
 
 class Matrix(LayerStage):
-    """Stage 1: the student's mixing matrix [B, H, T, T] against the teacher's attention matrix of the same layer."""
+    """Stage 1: the student's mixing matrix [B, H, T, T] against the teacher's attention matrix of the same layer.
 
-    eager = True  # the only implementation that returns the matrices; one layer's are alive at a time
+    With `rows` only so many rows of each matrix are compared, drawn anew for each sequence: memory then grows with
+    their number times the length. A teacher whose rows cannot be had alone makes its matrices whole, one at a time.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        sites: list[Site],
+        autocast: Callable,
+        rows: int | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(teacher, student, sites, autocast)
+        self.count_of_rows, self.seed = rows, seed
+        self.rows: Tensor | None = None  # of the batch at hand
+        self.alone = rows is not None and gives_rows(teacher, self.trained())
+        # otherwise eager, the only implementation that returns the matrices; one layer's are alive at a time
+        self.eager = not self.alone
+        if rows is not None and not self.alone:
+            console.print("matrix: this teacher gives no single rows of its attention, so its matrices are made whole")
+
+    def _run(self, batch: Batch, counts: Counts, train: bool) -> dict[str, Tensor]:
+        if self.count_of_rows is None:
+            return super()._run(batch, counts, train)
+        self.rows = draw_rows(batch.input_ids, self.count_of_rows, self.seed)
+        packs_by_position(self.teacher)  # tries the teacher on its first call, which knows nothing of these rows
+        with rows_of(self.teacher, self.trained(), self.rows) if self.alone else nullcontext():
+            return super()._run(batch, counts, train)
 
     def loss(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple, counts: Counts) -> Tensor:
-        _, matrix = module(*args, **kwargs, output_matrix=True)
-        return matrix_distance(matrix, output[1]) / counts["sequences"]
+        target = output[1]
+        if self.rows is not None and not self.alone:
+            target = pick(target, self.rows, 2)
+        _, matrix = module(*args, **kwargs, output_matrix=True if self.rows is None else self.rows)
+        return matrix_distance(matrix, target) / counts["sequences"]
 
 
 class Hidden(LayerStage):

@@ -1,0 +1,88 @@
+"""Rows of a teacher's attention matrix without the matrix: the attention function `limbeck_rows`.
+
+    with rows_of(teacher, ["model.layers.0.self_attn"], rows):       # [B, R] queries
+        run_body(teacher, batch)                                     # these modules return rows [B, H, R, T] second
+
+A layer's values come from SDPA, as in any other pass. Its rows come from the family's own eager function, given the
+sampled queries alone: so windows, documents, sinks and soft caps are the family's, and nothing here knows of them.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from limbeck.model.attention import softmax_attention
+from limbeck.ops.rows import pick
+
+NAME = "limbeck_rows"
+
+
+def gives_rows(model: PreTrainedModel, modules: list[str]) -> bool:
+    """Can `rows_of` be used on these attention modules? Else their matrices have to be made whole."""
+    known = (sys.modules[type(model.get_submodule(name)).__module__] for name in modules)
+    return all(hasattr(module, "eager_attention_forward") for module in known) and _agrees(model, modules[0])
+
+
+@contextmanager
+def rows_of(model: PreTrainedModel, modules: list[str], rows: Tensor) -> Iterator[None]:
+    """Let the named attention modules return rows [B, R] of their attention matrix as their second output."""
+    before = model.config._attn_implementation
+    chosen = [model.get_submodule(name) for name in modules]
+    for module in chosen:
+        module.limbeck_rows = rows  # type: ignore[assignment]
+    try:
+        model.config._attn_implementation = NAME
+        yield
+    finally:
+        model.config._attn_implementation = before
+        for module in chosen:
+            del module.limbeck_rows
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, Tensor | None]:
+    y, _ = softmax_attention(module, query, key, value, attention_mask, **kwargs)
+    rows = getattr(module, "limbeck_rows", None)
+    if rows is None:
+        return y, None
+    if attention_mask is None:
+        allowed = rows[:, None, :, None] >= torch.arange(key.shape[2], device=key.device)
+    else:
+        mask = pick(attention_mask, rows, 2)
+        allowed = mask if mask.dtype == torch.bool else mask == 0
+    closed = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    _, matrix = eager(module, pick(query, rows, 2), key, value, closed, **kwargs)
+    return y, matrix
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel, name: str) -> bool:
+    """Tried on a few tokens: are the rows those of the matrix that the eager implementation returns?"""
+    found = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda m, args, output: found.append(output[1]))
+    device = next(model.parameters()).device
+    ids, rows = torch.tensor([[3, 4, 5, 6]], device=device), torch.tensor([[1, 3]], device=device)
+    before = model.config._attn_implementation
+    try:
+        with rows_of(model, [name], rows):
+            model.get_decoder()(input_ids=ids, use_cache=False)
+        model.config._attn_implementation = "eager"
+        model.get_decoder()(input_ids=ids, use_cache=False)
+        return bool(torch.allclose(found[0], found[1][:, :, rows[0]], atol=1e-4))
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return False
+    finally:
+        model.config._attn_implementation = before
+        handle.remove()
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

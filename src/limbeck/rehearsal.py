@@ -1,0 +1,155 @@
+"""What a run's steps take on this machine, measured: one step of each stage on the real models before the run begins.
+
+    seen = rehearse(recipe, teacher, student, sites, autocast, make_stage, stages=[0, 1, 2])
+    seen.seconds[1], seen.evaluation, seen.peak_bytes          # of a stage, of a token, of this process
+
+Tokens are drawn at random, and rates and gradients are zero in the update, so no weight moves, but for the output
+projections of `student`, which is thrown away. It takes about as long as two steps of each stage.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from limbeck import recipe as recipes
+from limbeck.console import progress
+from limbeck.data.packing import Batch
+from limbeck.data.signals import TaughtBatch
+from limbeck.evaluate.memory import peak_memory
+from limbeck.losses import Weights
+from limbeck.model import Site
+from limbeck.model.body import Head, run_body
+from limbeck.recipe import Recipe
+from limbeck.stages.calibrate import RIDGES, NormalEquations
+from limbeck.stages.end_to_end import Logits
+from limbeck.stages.optimize import Optimizer, gradient_norm, steps_of
+
+WARM = 64  # tokens of the step that is not counted
+CHOOSING = 2  # sequences on which the ridge is chosen
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Seconds by stage number, seconds for a token of the evaluation, and the peak of resident memory so far."""
+
+    seconds: dict[int, float]
+    evaluation: float
+    peak_bytes: int | None
+
+
+def rehearse(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    sites: list[Site],
+    autocast: Callable,
+    make_stage: Callable[[int], Any],
+    stages: list[int],
+) -> Rehearsal:
+    """Run a step of the given stages and tell what all of their steps will take.
+
+    Args:
+        student: one that may be spoiled.
+        make_stage: the stage object of a stage number, on `student`.
+        stages: numbers of those to rehearse.
+    """
+    length, seconds = recipe.data.length, {}
+    common = (teacher, student, sites, autocast)
+    vocabulary = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
+
+    def draw(tokens: int, sequences: int = 1) -> Batch:
+        ids = torch.randint(0, vocabulary, (sequences, tokens), device=teacher.device)
+        return Batch(ids, torch.arange(tokens, device=teacher.device).expand_as(ids), ids)
+
+    with torch.random.fork_rng(), progress("rehearse", len(stages), "stages") as advance:
+        judge = Logits(*common, Weights())
+        judge.evaluate(draw(WARM))
+        evaluation = _timed(lambda: judge.evaluate(draw(length))) / length
+        for index in stages:
+            settings = recipe.stages[index]
+            if isinstance(settings, recipes.Calibrate):
+                seconds[index] = _calibrate(settings, NormalEquations(*common, settings.weight), draw, length)
+                seconds[index] += len(RIDGES) * CHOOSING * length * evaluation if settings.ridge == "auto" else 0
+            else:
+                seconds[index] = _train(settings, make_stage(index), draw, length)
+                seconds[index] += _asking(settings, *common, draw, length)
+            advance(1)
+    return Rehearsal(seconds, evaluation, peak_memory())
+
+
+def _calibrate(settings: recipes.Calibrate, fits: NormalEquations, draw: Callable, length: int) -> float:
+    fits.add(draw(WARM))
+    one = _timed(lambda: fits.add(draw(length)))
+    solving = _timed(lambda: fits.solve(1e-2 if settings.ridge == "auto" else settings.ridge))
+    solutions = len(RIDGES) + 1 if settings.ridge == "auto" else 1
+    return max(1, round(settings.tokens / length)) * one + solutions * solving
+
+
+def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -> float:
+    parameters = stage.parameters()
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    micro = min(settings.micro_batch or settings.batch, settings.batch)
+    try:
+        optimizer = Optimizer(parameters, stage.learning_rates(settings), settings)
+        optimizer.set_rate(0.0)
+
+        def backward(tokens: int, sequences: int) -> None:
+            batch = draw(tokens, sequences)
+            if getattr(settings, "cache_teacher", None):
+                batch = _taught(batch, settings.top)  # type: ignore[attr-defined]
+            stage.backward(batch, stage.count(batch))
+
+        def update() -> None:
+            gradient_norm(parameters.values(), settings.clip)
+            for parameter in parameters.values():
+                if parameter.grad is not None:  # not even a NaN may reach the weights, many of them the teacher's
+                    parameter.grad.zero_()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        backward(WARM, 1)
+        update()  # the first one makes the optimiser's state
+        one = _timed(lambda: backward(length, micro))
+        step = math.ceil(settings.batch / micro) * one + _timed(update)
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return steps_of(settings, length) * step
+
+
+def _taught(batch: Batch, top: int) -> TaughtBatch:
+    index = torch.arange(top, device=batch.input_ids.device).expand(*batch.input_ids.shape, top)
+    return TaughtBatch(**vars(batch), index=index, log_q=torch.full(index.shape, -math.log(2 * top)))
+
+
+@torch.no_grad()
+def _asking(settings, teacher, student, sites, autocast, draw: Callable, length: int) -> float:
+    """Seconds in which the teacher says all of it for the cache; nothing is taken to be there."""
+    if getattr(settings, "cache_teacher", None) is None:
+        return 0.0
+    head = Head(teacher)
+
+    def ask() -> None:
+        with autocast():
+            for part in run_body(teacher, draw(length)).flatten(0, 1).split(128):
+                head(part).topk(settings.top)
+
+    return steps_of(settings, length) * settings.batch * _timed(ask)
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

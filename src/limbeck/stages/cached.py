@@ -1,0 +1,99 @@
+"""Stage 3 without the teacher: its most likely tokens are written to the cache once and read from there.
+
+    data, facts = taught(teacher, data, store.key, 0, 400, top=64, autocast=nullcontext)
+
+The teacher is asked only for what is missing. Other runs, other students and other stages on the same text read the
+same files.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from limbeck.data.cache import cache_root
+from limbeck.data.packing import Batch, Packed
+from limbeck.data.signals import Signals, Taught, report
+from limbeck.model.body import Head, run_body
+
+FORMAT = 1  # raise when the files or what they mean changes
+NO_MATTER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")  # of a config
+
+
+def taught(
+    teacher: PreTrainedModel,
+    data: Packed,
+    store: str,
+    begin: int,
+    end: int,
+    top: int,
+    autocast: Callable,
+    chunk: int = 128,
+) -> tuple[Taught, dict[str, Any]]:
+    """The sequences `begin` to `end` of `data` with what the teacher says of them.
+
+    Args:
+        store: key of the token store.
+        top: how many of the teacher's most likely tokens to keep.
+        chunk: tokens whose logits exist at once.
+
+    Returns:
+        The data, and facts: bytes a token, tokens that the teacher was asked for, and the seconds that it took.
+    """
+    began = time.monotonic()
+    head, rows = Head(teacher), int(teacher.get_output_embeddings().weight.shape[0])
+    signals = Signals(cache_root() / "signals" / _key(teacher, data, store, top, autocast), rows, top)
+
+    @torch.no_grad()
+    def ask(batch: Batch) -> tuple[Tensor, Tensor]:
+        with autocast():
+            hidden = run_body(teacher, batch.to(teacher.device))
+            found = [likeliest(head(part), signals.top) for part in hidden.flatten(0, 1).split(chunk)]
+        return tuple(torch.cat(x).unflatten(0, batch.input_ids.shape) for x in zip(*found))  # type: ignore[return-value]
+
+    asked = signals.fill(data, begin, end, ask)
+    seconds = time.monotonic() - began
+    report(signals, (end - begin) * data.length, asked, seconds)
+    facts = {"bytes_per_token": signals.bytes_per_token, "asked_tokens": asked, "seconds": seconds}
+    return Taught(data, signals, begin, end), facts
+
+
+def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Index and log probability of the most likely tokens, in order: [n, V] -> [n, top] each."""
+    logits = logits.float()
+    values, index = logits.topk(top, dim=-1)
+    return index, values - logits.logsumexp(-1, keepdim=True)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hex sha256 of a model's weights and of what its config says of their use; about a second for a gigabyte."""
+    digest = hashlib.sha256()
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NO_MATTER}
+    digest.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(plain.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _key(teacher: PreTrainedModel, data: Packed, store: str, top: int, autocast: Callable) -> str:
+    """What the signals depend on; the positions are in the names of the parts."""
+    with autocast():
+        mixed = torch.is_autocast_enabled(teacher.device.type)
+    facts = {
+        "format": FORMAT,
+        "teacher": fingerprint(teacher),
+        "tokens": store,
+        "split": data.split.name,
+        "length": data.length,
+        "seed": data.seed if data.shuffle else None,
+        "top": top,
+        "mixed_precision": mixed,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

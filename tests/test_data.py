@@ -376,7 +376,7 @@ def test_max_tokens_is_exact_and_takes_a_fair_mix(tmp_path: Path, tokenizer):
 
 
 def test_long_documents_are_tokenised_in_pieces(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("limbeck.data.shards.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("limbeck.data.encode.PIECE_CHARACTERS", 100)
     texts = ["\n".join(texts_of(20)), "x" * 450]
     store = store_of(tmp_path, tokenizer, texts, held_out=0)
     assert sorted(decoded(store.train, tokenizer)) == sorted(texts)

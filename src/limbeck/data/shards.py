@@ -219,7 +219,7 @@ def tokenise(
                 check_ids(max_id, vocab_size)
                 split = SPLITS[sides[i]]
                 files[split].write(ids.astype(dtype).tobytes())
-                if masks:
+                if mask is not None:
                     masks[split].write(mask[: len(ids)].astype(np.uint8).tobytes())
                 offsets[split].append(offsets[split][-1] + len(ids))
                 written += len(ids)

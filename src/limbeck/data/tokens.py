@@ -126,7 +126,7 @@ class TokenEncoder:
             if end > begin:
                 yield ids[begin:end].astype("<u4").tobytes()
 
-    def encode(self, documents: list[bytes]) -> list[tuple[np.ndarray, None]]:
+    def encode(self, documents: list[bytes]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """The ids, with EOS where the last document of a shard lacks it."""
         found = [np.frombuffer(raw, "<u4").astype(np.int64) for raw in documents]
         return [(ids if ids[-1] == self.eos else np.append(ids, self.eos), None) for ids in found]

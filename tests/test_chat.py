@@ -24,7 +24,10 @@ MARKED = (
     "{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+NO_END = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 # like templates that show what was thought in the last answer only
 REWRITES = (
     "{% for m in messages %}<s>{{ m.role }}{% if loop.last %} now{% endif %}\n{{ m.content }}</s>\n{% endfor %}"
@@ -51,7 +54,9 @@ def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
     raw.train_from_iterator([m["content"] for m in CHAT], trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     made.chat_template = template
@@ -99,7 +104,7 @@ def test_conversations_that_cannot_be_split_are_dropped_and_counted(capsys):
 
 
 def chats(n: int = 60) -> list[list[dict]]:
-    words = "wine spirit water salt fire still".split()
+    words = ["wine", "spirit", "water", "salt", "fire", "still"]
     return [
         [{"role": "user", "content": f"{i} {words[i % 6]}?"}, {"role": "assistant", "content": f"{words[i % 5]} {i}."}]
         for i in range(n)

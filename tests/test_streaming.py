@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.data import streaming
+from limbeck.data import parts, streaming
 from limbeck.data.shards import prepare
-from limbeck.data.streaming import Stream, Streamed
+from limbeck.data.streamed import Streamed
+from limbeck.data.streaming import Stream
 from limbeck.errors import LimbeckError
 
-WORDS = "the old still turns wine into spirit and water salt while slow fire burns".split()
+WORDS = ["the", "old", "still", "turns", "wine", "into", "spirit", "and", "water", "salt", "slow", "fire", "burns"]
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +197,9 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(folder, tokenizer, tmp_path, m
     assert len(one.shards) == 3
     two = Streamed(one, 32, seed=1)
     assert torch.equal(two.batch(0, 9).input_ids, Streamed(one, 32, seed=1).batch(0, 9).input_ids)
-    found = {tokenizer.decode(s.tokens[a : b - 1].tolist()) for s in map(one.train, range(3)) for a, b in pairwise(s.offsets)}
+    found = {
+        tokenizer.decode(s.tokens[a : b - 1].tolist()) for s in map(one.train, range(3)) for a, b in pairwise(s.offsets)
+    }
     assert found <= {text for i in range(3) for text in texts(i)}
     assert len(found) > 70
 
@@ -204,7 +207,7 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(folder, tokenizer, tmp_path, m
 def test_a_saved_dataset_is_cut_into_shards(tokenizer, tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(streaming, "ROWS", 20)
+    monkeypatch.setattr(parts, "ROWS", 20)
     datasets.Dataset.from_dict({"text": texts(0, 50)}).save_to_disk(tmp_path / "saved")
     one = stream(tmp_path / "saved", tokenizer)
     assert [shard.size for shard in one.shards] == [20, 20, 10]

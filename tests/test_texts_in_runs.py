@@ -12,14 +12,17 @@ from safetensors.torch import load_file
 from limbeck import LimbeckError, job
 from limbeck.cli.distill import build_recipe
 from limbeck.data.mixture import Mixture
-from limbeck.data.streaming import Streamed
+from limbeck.data.streamed import Streamed
 from limbeck.evaluate.standalone import evaluate_folder
 from limbeck.plan import make_plan
 from limbeck.recipe import Recipe
 from limbeck.stages.interrupt import Stopped
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-TEMPLATE = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
 
 
 @pytest.fixture
@@ -35,7 +38,12 @@ def recipe(teacher_folder, corpus, tmp_path, tokenizer):
     chats.write_text(
         "".join(
             json.dumps(
-                {"messages": [{"role": "user", "content": " ".join(w)}, {"role": "assistant", "content": " ".join(w[::-1])}]}
+                {
+                    "messages": [
+                        {"role": "user", "content": " ".join(w)},
+                        {"role": "assistant", "content": " ".join(w[::-1])},
+                    ]
+                }
             )
             + "\n"
             for w in words
@@ -164,4 +172,7 @@ def test_a_text_on_the_command_line_takes_the_place_of_several(tmp_path):
     nothing = dict.fromkeys(("teacher", "student", "layers", "stages", "tokens", "out"))
     made = build_recipe(str(path), **nothing, data="c.jsonl", settings=[])
     assert (made.data.source, made.data.sources) == ("c.jsonl", None)
-    assert build_recipe(str(path), **nothing, data=None, settings=["data.length=64"]).data.sources == Recipe.load(path).data.sources
+    assert (
+        build_recipe(str(path), **nothing, data=None, settings=["data.length=64"]).data.sources
+        == Recipe.load(path).data.sources
+    )

@@ -3,9 +3,10 @@
     encoder = ChatEncoder(tokenizer, eos=2)
     ids, mask = encoder.encode([json.dumps([{"role": "user", "content": "Hi"}, ...]).encode()])[0]
 
-A template with `{% generation %}` marks the answers itself. For any other they are found by rendering the conversation
-up to each answer and up to its end: both must be beginnings of the whole, as text and as tokens. A conversation for which
-they are not (a template that rewrites earlier messages, a token across the border) is dropped, counted and reported.
+A template with `{% generation %}` marks the answers itself. For any other they are found by rendering the
+conversation up to each answer and up to its end: both must be beginnings of the whole, as text and as tokens. A
+conversation for which they are not (a template that rewrites earlier messages, a token across the border) is dropped,
+counted and reported.
 """
 
 import hashlib
@@ -65,7 +66,9 @@ class ChatEncoder:
 
     def encode(self, documents: list[bytes]) -> list[Encoded]:
         """Ids and mask of each conversation; nothing where it is dropped."""
-        found = [self._marked(json.loads(raw)) if self.marked else self._by_prefix(json.loads(raw)) for raw in documents]
+        found = [
+            self._marked(json.loads(raw)) if self.marked else self._by_prefix(json.loads(raw)) for raw in documents
+        ]
         self.seen += len(found)
         return found
 

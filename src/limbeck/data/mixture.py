@@ -3,10 +3,10 @@
     mixture = Mixture([Packed(a, 512), Packed(b, 512)], weights=[0.7, 0.3], seed=1)
     batch = mixture.batch(position, size=8)
 
-The sources take turns in a fixed pattern of 10,000 sequences in which every stretch has its share: after n sequences a source
-of share w has come w * n times, less than one off (Tijdeman's rule), so shares hold from the first steps on and no
-draw is needed. The seed says where in the pattern a run begins. Each source counts its own sequences and goes through its
-own epochs. Shares are of sequences, which all have the same number of tokens.
+The sources take turns in a fixed pattern of 10,000 sequences in which every stretch has its share: after n sequences
+a source of share w has come w * n times, less than one off (Tijdeman's rule), so shares hold from the first steps on
+and no draw is needed. The seed says where in the pattern a run begins. Each source counts its own sequences and goes
+through its own epochs. Shares are of sequences, which all have the same number of tokens.
 """
 
 from collections.abc import Sequence

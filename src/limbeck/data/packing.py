@@ -50,7 +50,7 @@ class Batch:
 
 
 class Sequences(Protocol):
-    """Batches by position, whatever they are made of: `Packed`, `mixture.Mixture`, `streaming.Streamed`."""
+    """Batches by position, whatever they are made of: `Packed`, `mixture.Mixture`, `streamed.Streamed`."""
 
     @property
     def length(self) -> int:

@@ -15,7 +15,8 @@
 | a folder with `index.json`, a `.npy` file | tokens made before (`limbeck.data.tokens`) |
 | `embedded`, `embedded:quick`, `embedded:pypi` | the embedded text (`limbeck.assets`) |
 
-Documents that are empty or only white space are left out. With `chat` a document is a conversation: its messages as JSON.
+Documents that are empty or only white space are left out. With `chat` a document is a conversation: its messages as
+JSON.
 """
 
 import gzip

@@ -1,13 +1,13 @@
 """A source too large to tokenise first: shard by shard, ahead of the training, in bounded room.
 
     stream = Stream("big/", tokenizer, length=2048, vocab_size=49152, cache_gb=20)
-    batch = Streamed(stream, length=2048, seed=1).batch(position, size=8)
+    batch = Streamed(stream, length=2048, seed=1).batch(position, size=8)      # of limbeck.data.streamed
 
-A shard is a file of a folder, a part of a Hugging Face dataset (read with streaming=True), or a file of ready tokens. Its
-tokens are published whole, with checksums, under the cache. The order of the shards is drawn from (seed, epoch), that of the
-documents inside a shard too, and every shard is cut into sequences on its own: so a batch is a function of its position
-here as well. How many tokens a shard has is kept even when its tokens are dropped to make room, so to resume reads nothing
-of what came before. While one shard is trained on, the next is tokenised in a thread.
+A shard is a file of a folder, a part of a Hugging Face dataset (read with streaming=True), or a file of ready tokens.
+Its tokens are published whole, with checksums, under the cache. The order of the shards is drawn from (seed, epoch),
+that of the documents inside a shard too, and every shard is cut into sequences on its own: so a batch is a function
+of its position here as well. How many tokens a shard has is kept even when its tokens are dropped to make room, so to
+resume reads nothing of what came before. While one shard is trained on, the next is tokenised in a thread.
 """
 
 import atexit
@@ -17,35 +17,19 @@ import shutil
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from limbeck.console import console
-from limbeck.data import sources
 from limbeck.data.cache import MANIFEST, cache_root, publish, sound
-from limbeck.data.encode import Encoder, TextEncoder, encoder_of
-from limbeck.data.packing import Batch, Packed, Sequences, check_position, mix
+from limbeck.data.encode import encoder_of
+from limbeck.data.parts import shards_of
 from limbeck.data.shards import Split, check_ids, key_of, open_split, stored_settings, tokenise
-from limbeck.data.tokens import TokenEncoder, is_tokens, token_shards
 from limbeck.errors import LimbeckError
 
-ROWS = 20_000  # of a dataset on disk that are one shard
 OPEN = 2  # shards that are held open
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of a source: its name, what tells whether it is still the same, and its documents."""
-
-    name: str
-    size: int
-    read: Callable[[Encoder], Iterator[bytes]]
 
 
 class Stream:
@@ -244,125 +228,6 @@ class Stream:
         if split.n_tokens < wanted:
             console.print(f"'{self.source}' has {split.n_tokens:,} held-out tokens, {wanted:,} were asked for")
         return split
-
-
-class Streamed:
-    """Sequences of a stream, by position.
-
-    Args:
-        stream: its shards.
-        length: T, tokens in a sequence.
-        seed: of the order of the shards, and of the documents in each.
-    """
-
-    def __init__(self, stream: Stream, length: int, seed: int = 0):
-        self.stream, self.length, self.seed = stream, length, seed
-        self._ends: list[int] = []  # of the shards of epoch 0, in its order, as far as they were needed
-        self._orders: dict[int, np.ndarray] = {}
-        self._open: dict[int, Packed] = {}
-
-    @property
-    def n_sequences(self) -> int:
-        """Sequences in an epoch. Tokenises every shard that never was."""
-        return self._epoch_end(len(self.stream.shards))
-
-    def batch(self, position: int, size: int) -> Batch:
-        """Sequences `position` to `position + size` since the start of training, wherever they are."""
-        check_position(position, size)
-        parts: list[Batch] = []
-        while size:
-            epoch, place, row = self._locate(position)
-            shard = int(self._order(epoch)[place])
-            packed = self._packed(shard)
-            take = min(size, packed.n_sequences - row)
-            parts.append(packed.batch(epoch * packed.n_sequences + row, take))
-            position, size = position + take, size - take
-        following = self._order(epoch + (place + 1) // len(self.stream.shards))
-        self.stream.ahead(int(following[(place + 1) % len(following)]))
-        names = ("input_ids", "position_ids", "targets")
-        return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-    def after(self, read: Sequences, position: int) -> int:
-        """The position, in sequences of this length, of what follows the `position` sequences of `read`."""
-        assert isinstance(read, Streamed)
-        if position == 0:
-            return 0
-        epoch, place, row = read._locate(position - 1)
-        here = min(-(-(row + 1) * read.length // self.length), self._in_shard(int(self._order(epoch)[place])))
-        before = sum(self._in_shard(int(i)) for i in self._order(epoch)[:place])
-        return (epoch * self.n_sequences if epoch else 0) + before + here
-
-    def _in_shard(self, shard: int) -> int:
-        return max(self.stream.n_tokens(shard) - 1, 0) // self.length
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            shards = np.arange(len(self.stream.shards))
-            self._orders[epoch] = np.argsort(mix(shards, self.seed, epoch), kind="stable")
-        return self._orders[epoch]
-
-    def _epoch_end(self, places: int) -> int:
-        """Sequences in the first `places` shards of epoch 0."""
-        while len(self._ends) < places:
-            shard = int(self._order(0)[len(self._ends)])
-            self._ends.append((self._ends[-1] if self._ends else 0) + self._in_shard(shard))
-        return self._ends[places - 1]
-
-    def _locate(self, position: int) -> tuple[int, int, int]:
-        """Epoch, place of the shard in the epoch's order, and row in the shard."""
-        for place in range(len(self.stream.shards)):
-            if self._epoch_end(place + 1) > position:
-                return 0, place, position - (self._ends[place - 1] if place else 0)
-        if self.n_sequences == 0:
-            raise LimbeckError(
-                f"no shard of '{self.stream.source}' has {self.length + 1:,} tokens", expected="shards of many sequences"
-            )
-        epoch, rest = divmod(position, self.n_sequences)
-        ends = np.cumsum([self._in_shard(int(shard)) for shard in self._order(epoch)])
-        place = int(np.searchsorted(ends, rest, side="right"))
-        return epoch, place, rest - (int(ends[place - 1]) if place else 0)
-
-    def _packed(self, shard: int) -> Packed:
-        if shard not in self._open:
-            self._open = dict(list(self._open.items())[1 - OPEN :])
-            self._open[shard] = Packed(self.stream.train(shard), self.length, self.seed)
-        return self._open[shard]
-
-
-def shards_of(source: str) -> tuple[list[Shard], Any]:
-    """The shards of a source in stored order, and something of it whose first record can be looked at."""
-    if is_tokens(source):
-        ready = token_shards(source)
-        return [Shard(s.path.name, s.path.stat().st_size if s.path.exists() else 0, _ids(s)) for s in ready], source
-    root, split = sources._local(source)
-    if root is None:
-        dataset = sources._hub(source, streaming=True)
-        n = dataset.num_shards
-        parts = [sources.Rows(dataset.shard(num_shards=n, index=i), f"{source}, shard {i}") for i in range(n)]
-        return [Shard(_hub_name(dataset, i), 0, _rows(part)) for i, part in enumerate(parts)], sources.Rows(dataset, source)
-    if sources._is_saved_dataset(root):
-        saved = sources._saved(root, split)
-        begins = range(0, saved.num_rows, ROWS)
-        pieces = [saved.select(range(a, min(a + ROWS, saved.num_rows))) for a in begins]
-        rows = [sources.Rows(piece, f"{source}, rows from {a:,}") for a, piece in zip(begins, pieces)]
-        return [Shard(f"rows-{a}", r.dataset.num_rows, _rows(r)) for a, r in zip(begins, rows)], sources.Rows(saved, source)
-    files = sources._files(root, source)
-    names = [path.relative_to(root).as_posix() if path != root else path.name for path in files]
-    return [Shard(n, p.stat().st_size, _rows(str(p))) for n, p in zip(names, files)], source
-
-
-def _rows(part: Any) -> Callable[[Encoder], Iterator[bytes]]:
-    return lambda encoder: encoder.read(part, part=True)
-
-
-def _ids(shard: Any) -> Callable[[Encoder], Iterator[bytes]]:
-    return lambda encoder: encoder.read_shard(shard)  # type: ignore[attr-defined]
-
-
-def _hub_name(dataset: Any, index: int) -> str:
-    """The file of a shard, with the version that the hub has of it, where `datasets` tells."""
-    files = getattr(getattr(dataset, "_ex_iterable", None), "kwargs", {}).get("base_files") or []
-    return str(files[index]) if len(files) == dataset.num_shards else f"shard-{index}"
 
 
 def _size(folder: Path) -> int:

@@ -1,8 +1,8 @@
 """The text of a recipe, opened: one source or several, tokenised first or streamed.
 
-    text = open_text(recipe.data, tokenizer, teacher)
-    text.training(512, seed=0).batch(0, 4)
-    text.held_out(512).n_sequences
+text = open_text(recipe.data, tokenizer, teacher)
+text.training(512, seed=0).batch(0, 4)
+text.held_out(512).n_sequences
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from typing import Any
 from limbeck.data.mixture import Mixture
 from limbeck.data.packing import Packed, Sequences
 from limbeck.data.shards import TokenStore, key_of, prepare
-from limbeck.data.streaming import Stream, Streamed
+from limbeck.data.streamed import Streamed
+from limbeck.data.streaming import Stream
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Data, Source
 

@@ -3,9 +3,9 @@
     {"dtype": "uint16", "eos_id": 0, "vocab_size": 49152,
      "shards": [{"file": "train_000.bin", "tokens": 100000000, "sha256": "..."}, "train_001.bin"]}
 
-A .bin file is the ids one after another, little endian; a .npy file is a flat array and knows its own type. Documents end
-with `eos_id` (the tokenizer's EOS by default). `shards` may be left out: then all .bin and .npy files, by name. `tokens` and
-`sha256` are compared where they are given. A single .npy file needs no index.
+A .bin file is the ids one after another, little endian; a .npy file is a flat array and knows its own type. Documents
+end with `eos_id` (the tokenizer's EOS by default). `shards` may be left out: then all .bin and .npy files, by name.
+`tokens` and `sha256` are compared where they are given. A single .npy file needs no index.
 """
 
 import json

@@ -61,7 +61,7 @@ class Logits:
         return {name: recipe.lr if name.startswith(prefixes) else rest for name in self.parameters()}
 
     def count(self, batch: Batch) -> Counts:
-        """What this batch adds to the counts that the losses are divided by (conversations may have no target in it)."""
+        """What this batch adds to the counts that the losses are divided by."""
         return {"targets": float(batch.valid)}
 
     def backward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
@@ -70,6 +70,7 @@ class Logits:
             teacher = run_body(self.teacher, batch)
         with self.autocast(), self._draws(batch):
             student = run_body(self.student, batch)
+            # a stretch of a conversation may hold no answer, so no target
             sums, gradient = self._losses(student, teacher, batch, 1 / max(counts["targets"], 1.0))
         student.backward(gradient)
         return self._shares(sums, counts["targets"])

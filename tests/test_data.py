@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 
 from limbeck.data import cache as cache_module
 from limbeck.data.cache import MANIFEST, publish, sound
+from limbeck.data.encode import tokenizer_key
 from limbeck.data.packing import IGNORE, Packed
-from limbeck.data.shards import Split, prepare, tokenizer_key
+from limbeck.data.shards import Split, prepare
 from limbeck.data.sources import documents, fingerprint
 from limbeck.errors import LimbeckError
 

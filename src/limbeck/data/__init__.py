@@ -2,6 +2,7 @@
 
 text      the text of a recipe, opened: what the rest of the package calls
 sources   documents of a file, a folder, a dataset or the embedded corpus
+hub       those of a dataset of the package datasets
 tokens    tokens that were made before, as a source
 corpus    where the embedded corpus comes from, and its licences
 encode    documents to token ids

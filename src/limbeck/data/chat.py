@@ -20,7 +20,8 @@ import numpy as np
 from limbeck.console import console
 from limbeck.data import sources
 from limbeck.data.encode import Encoded, plain_ids
-from limbeck.data.sources import MESSAGES, Rows
+from limbeck.data.hub import Rows
+from limbeck.data.sources import MESSAGES
 from limbeck.errors import LimbeckError
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")

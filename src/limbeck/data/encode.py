@@ -7,14 +7,18 @@
 A document travels as bytes: UTF-8 text, the JSON of a conversation, or uint32 tokens.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
 from limbeck.data import sources, tokens
-from limbeck.data.sources import MESSAGES, Rows
+from limbeck.data.hub import Rows
+from limbeck.data.sources import MESSAGES
 
+FORMAT = 1  # raise when the files or the rules of split and order change
 PIECE_CHARACTERS = 4_000_000  # a longer document is tokenised in pieces: the tokenizer needs some 40 bytes a character
 
 Encoded = tuple[np.ndarray, np.ndarray | None]  # ids, and 1 where a token is to be learnt
@@ -108,3 +112,33 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[begin:end]
         begin = end
     yield text[begin:]
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Hex sha256 of all that decides how the tokenizer splits text; padding and truncation settings do not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: dict[str, Any] = {"vocab": tokenizer.get_vocab(), "settings": tokenizer.init_kwargs}
+    else:
+        rules = json.loads(backend.to_str())
+        rules["truncation"] = rules["padding"] = None  # what the last call asked for
+    rules["class"] = type(tokenizer).__name__
+    rules["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", False)
+    return hashlib.sha256(json.dumps(rules, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def stored_settings(encoder: Encoder, tokenizer: Any, text_field: str, held_out: float) -> dict[str, Any]:
+    """What decides on the stored tokens of given content."""
+    return {
+        "format": FORMAT,
+        "text_field": text_field,
+        "tokenizer": tokenizer_key(tokenizer),
+        "eos_id": encoder.eos,
+        "held_out": float(held_out),
+        **encoder.settings,
+    }
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """A short hex key of plain values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]

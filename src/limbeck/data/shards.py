@@ -12,7 +12,6 @@ share one store. Checksums are compared at each opening; a damaged store is made
 """
 
 import hashlib
-import json
 import mmap
 from array import array
 from collections.abc import Callable, Iterator
@@ -25,11 +24,10 @@ import numpy as np
 
 from limbeck.console import progress
 from limbeck.data.cache import cache_root, check_room, publish
-from limbeck.data.encode import Encoder, encoder_of
+from limbeck.data.encode import Encoder, encoder_of, key_of, stored_settings
 from limbeck.data.sources import fingerprint, stored_bytes
 from limbeck.errors import LimbeckError
 
-FORMAT = 1  # raise when the files or the rules of split and order change
 SPLITS = ("train", "held_out")
 BATCH_CHARACTERS = 1_000_000  # of text that is handed to the tokenizer at once
 FEWEST_SEQUENCES = 2
@@ -129,36 +127,6 @@ def prepare(
     store = TokenStore(folder, key, eos, *(open_split(folder, name, manifest["dtype"]) for name in SPLITS))
     check_enough(store, source, length, held_out, max_tokens)
     return store
-
-
-def tokenizer_key(tokenizer: Any) -> str:
-    """Hex sha256 of all that decides how the tokenizer splits text; padding and truncation settings do not count."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: dict[str, Any] = {"vocab": tokenizer.get_vocab(), "settings": tokenizer.init_kwargs}
-    else:
-        rules = json.loads(backend.to_str())
-        rules["truncation"] = rules["padding"] = None  # what the last call asked for
-    rules["class"] = type(tokenizer).__name__
-    rules["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", False)
-    return hashlib.sha256(json.dumps(rules, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def stored_settings(encoder: Encoder, tokenizer: Any, text_field: str, held_out: float) -> dict[str, Any]:
-    """What decides on the stored tokens of given content."""
-    return {
-        "format": FORMAT,
-        "text_field": text_field,
-        "tokenizer": tokenizer_key(tokenizer),
-        "eos_id": encoder.eos,
-        "held_out": float(held_out),
-        **encoder.settings,
-    }
-
-
-def key_of(settings: dict[str, Any]) -> str:
-    """A short hex key of plain values."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @contextmanager

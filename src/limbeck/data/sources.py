@@ -22,33 +22,18 @@ JSON.
 import gzip
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limbeck.data.cache import sha256_of
+from limbeck.data.hub import HUB_NAME, KNOWN, NEEDS_DATA, Rows, ValueOf, no_field, open_hub, open_saved, rows_of
 from limbeck.errors import LimbeckError
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
-KNOWN = (
-    "a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, a folder made by datasets.save_to_disk, "
-    "a Hugging Face dataset 'owner/name', or 'embedded'"
-)
-NEEDS_DATA = "pip install 'limbeck[data]'"
 MESSAGES = "messages"  # the field of conversations
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A dataset of the package `datasets` that is open already, or a part of one; `place` is for messages."""
-
-    dataset: Any
-    place: str
 
 
 def documents(source: str | Rows, *, text_field: str = "text", chat: bool = False, part: bool = False) -> Iterator[str]:
@@ -91,7 +76,7 @@ def fingerprint(source: str) -> str:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     root, split = _local(source)
     if root is None:
-        dataset = _hub(source)
+        dataset = open_hub(source)
         return hashlib.sha256(f"{source} {dataset._fingerprint}".encode()).hexdigest()
     digest = hashlib.sha256((split or "").encode())
     for path in _files(root, source):
@@ -142,15 +127,15 @@ def _local(source: str) -> tuple[Path | None, str | None]:
     raise LimbeckError(f"there is no file or folder '{source}'", expected=KNOWN)
 
 
-def _texts(source: str | Rows, text_field: str, value_of: "ValueOf") -> Iterator[str | None]:
+def _texts(source: str | Rows, text_field: str, value_of: ValueOf) -> Iterator[str | None]:
     if isinstance(source, Rows):
-        yield from _rows(source.dataset, text_field, value_of, source.place)
+        yield from rows_of(source.dataset, text_field, value_of, source.place)
         return
     root, split = _local(source)
     if root is None:
-        yield from _rows(_hub(source), text_field, value_of, source)
+        yield from rows_of(open_hub(source), text_field, value_of, source)
     elif _is_saved_dataset(root):
-        yield from _rows(_saved(root, split), text_field, value_of, source)
+        yield from rows_of(open_saved(root, split), text_field, value_of, source)
     else:
         for path in _files(root, source):
             with _readable(path):
@@ -163,9 +148,9 @@ def _fields(source: str | Rows) -> list[str]:
         return list(source.dataset.column_names or next(iter(source.dataset), {}))
     root, split = _local(source)
     if root is None:
-        return list(_hub(source).column_names)
+        return list(open_hub(source).column_names)
     if _is_saved_dataset(root):
-        return list(_saved(root, split).column_names)
+        return list(open_saved(root, split).column_names)
     path = _files(root, source)[0]
     try:
         if _kind(path) == ".parquet":
@@ -224,9 +209,6 @@ def _not_permitted(path: Path) -> LimbeckError:
     return LimbeckError(f"no permission to read '{path}'", hint=f"chmod u+rX '{path}'")
 
 
-ValueOf = Callable[[Any, str, str], str | None]  # value, field, place: the document
-
-
 def _read_txt(path: Path, text_field: str, value_of: ValueOf) -> Iterator[str]:
     if value_of is not _text_of:
         raise LimbeckError(f"'{path}' holds no conversations", expected="records with messages, one JSON object a line")
@@ -251,7 +233,7 @@ def _read_jsonl(path: Path, text_field: str, value_of: ValueOf) -> Iterator[str 
             if not isinstance(row, dict):
                 raise LimbeckError(f"{place}: a JSON {type(row).__name__}", expected="one JSON object a line")
             if text_field not in row:
-                raise _no_field(text_field, row, place)
+                raise no_field(text_field, row, place)
             yield value_of(row[text_field], text_field, place)
 
 
@@ -264,7 +246,7 @@ def _read_parquet(path: Path, text_field: str, value_of: ValueOf) -> Iterator[st
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if text_field not in file.schema_arrow.names:
-            raise _no_field(text_field, file.schema_arrow.names, str(path))
+            raise no_field(text_field, file.schema_arrow.names, str(path))
         for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
             for value in batch.column(0).to_pylist():
                 yield value_of(value, text_field, str(path))
@@ -278,11 +260,6 @@ READERS: dict[str, Callable[[Path, str, ValueOf], Iterator[str | None]]] = {
     ".jsonl.gz": _read_jsonl,
     ".parquet": _read_parquet,
 }
-
-
-def _no_field(text_field: str, fields: Any, place: str) -> LimbeckError:
-    names = ", ".join(map(str, fields)) or "none"
-    return LimbeckError(f"{place}: no field '{text_field}', only: {names}", hint="set text_field to one of those")
 
 
 def _text_of(value: Any, text_field: str, place: str) -> str | None:
@@ -303,66 +280,6 @@ def _messages_of(value: Any, field: str, place: str) -> str | None:
     return json.dumps([{k: v for k, v in one.items() if v is not None} for one in value]) if value else None
 
 
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise LimbeckError("this source needs the package 'datasets'", hint=NEEDS_DATA) from error
-    return datasets
-
-
 def _is_saved_dataset(root: Path) -> bool:
     with _readable(root):
         return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
-
-
-def _saved(root: Path, split: str | None) -> Any:
-    datasets = _datasets()
-    try:
-        dataset = datasets.load_from_disk(str(root))
-    except Exception as error:  # whatever `datasets` trips over, the folder is what the user can look at
-        raise LimbeckError(
-            f"datasets cannot load '{root}': {error}", expected="a folder made by datasets.save_to_disk"
-        ) from error
-    return _one_split(dataset, split, str(root))
-
-
-def _hub(source: str, *, streaming: bool = False) -> Any:
-    match = HUB_NAME.fullmatch(source)
-    assert match is not None, source
-    datasets = _datasets()
-    try:
-        dataset = datasets.load_dataset(match["name"], match["config"], **({"streaming": True} if streaming else {}))
-    except Exception as error:  # no network, no such dataset, no access, several configs: `datasets` says which
-        raise LimbeckError(
-            f"there is no file or folder '{source}', and the Hugging Face dataset of that name cannot be loaded: "
-            f"{type(error).__name__}: {error}",
-            expected=KNOWN,
-            hint="check the name and the network, or train on the embedded text: embedded",
-        ) from error
-    return _one_split(dataset, match["split"], source)
-
-
-def _one_split(dataset: Any, split: str | None, place: str) -> Any:
-    """The dataset of one split: the one that was named, else `train`, else the only one."""
-    if not isinstance(dataset, dict):
-        if split is not None:
-            raise LimbeckError(f"'{place}' has no splits, '{split}' was asked for", hint=f"leave out '@{split}'")
-        return dataset
-    chosen = split or ("train" if "train" in dataset else None) or (next(iter(dataset)) if len(dataset) == 1 else None)
-    if chosen not in dataset:
-        asked = f"no split '{split}'" if split else "several splits and none called train"
-        raise LimbeckError(f"'{place}': {asked}, found: {', '.join(dataset)}", hint=f"{place}@{next(iter(dataset))}")
-    return dataset[chosen]
-
-
-def _rows(dataset: Any, text_field: str, value_of: ValueOf, place: str) -> Iterator[str | None]:
-    if dataset.column_names is not None:  # a streamed dataset may not know them
-        if text_field not in dataset.column_names:
-            raise _no_field(text_field, dataset.column_names, place)
-        dataset = dataset.select_columns([text_field])
-    for batch in dataset.iter(batch_size=1000):
-        if text_field not in batch:
-            raise _no_field(text_field, batch, place)
-        for value in batch[text_field]:
-            yield value_of(value, text_field, place)

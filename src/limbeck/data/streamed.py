@@ -1,6 +1,8 @@
 """Sequences of a stream, by position.
 
-batch = Streamed(Stream("big/", tokenizer, length=2048), length=2048, seed=1).batch(position, size=8)
+    batch = Streamed(Stream("big/", tokenizer, length=2048), length=2048, seed=1).batch(position, size=8)
+
+The order of shards and documents is `limbeck.data.streaming`'s.
 """
 
 import numpy as np

@@ -24,9 +24,9 @@ import numpy as np
 
 from limbeck.console import console
 from limbeck.data.cache import MANIFEST, cache_root, publish, sound
-from limbeck.data.encode import encoder_of
+from limbeck.data.encode import encoder_of, key_of, stored_settings
 from limbeck.data.parts import shards_of
-from limbeck.data.shards import Split, check_ids, key_of, open_split, stored_settings, tokenise
+from limbeck.data.shards import Split, check_ids, open_split, tokenise
 from limbeck.errors import LimbeckError
 
 OPEN = 2  # shards that are held open

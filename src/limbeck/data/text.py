@@ -1,16 +1,19 @@
 """The text of a recipe, opened: one source or several, tokenised first or streamed.
 
-text = open_text(recipe.data, tokenizer, teacher)
-text.training(512, seed=0).batch(0, 4)
-text.held_out(512).n_sequences
+    text = open_text(recipe.data, tokenizer, teacher)
+    text.training(512, seed=0).batch(0, 4)
+    text.held_out(512).n_sequences
+
+A text is opened once, for the longest sequences that are read of it.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.data.encode import key_of
 from limbeck.data.mixture import Mixture
 from limbeck.data.packing import Packed, Sequences
-from limbeck.data.shards import TokenStore, key_of, prepare
+from limbeck.data.shards import TokenStore, prepare
 from limbeck.data.streamed import Streamed
 from limbeck.data.streaming import Stream
 from limbeck.errors import LimbeckError

@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 
 from limbeck.data import cache as cache_module
 from limbeck.data.cache import MANIFEST, publish, sound
+from limbeck.data.encode import tokenizer_key
 from limbeck.data.packing import IGNORE, Packed
-from limbeck.data.shards import Split, prepare, tokenizer_key
+from limbeck.data.shards import Split, prepare
 from limbeck.data.sources import documents, fingerprint
 from limbeck.errors import LimbeckError
 
@@ -376,7 +377,7 @@ def test_max_tokens_is_exact_and_takes_a_fair_mix(tmp_path: Path, tokenizer):
 
 
 def test_long_documents_are_tokenised_in_pieces(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("limbeck.data.shards.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("limbeck.data.encode.PIECE_CHARACTERS", 100)
     texts = ["\n".join(texts_of(20)), "x" * 450]
     store = store_of(tmp_path, tokenizer, texts, held_out=0)
     assert sorted(decoded(store.train, tokenizer)) == sorted(texts)

@@ -25,8 +25,8 @@ from limbeck import recipe as recipes
 from limbeck.adapters import Adapters, check_peft, targets_of
 from limbeck.console import console, progress
 from limbeck.data.cache import check_room, no_room_is_an_error
-from limbeck.data.packing import Packed
-from limbeck.data.shards import TokenStore, prepare
+from limbeck.data.packing import Sequences
+from limbeck.data.text import Text, open_text
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes, peak_memory
@@ -37,7 +37,7 @@ from limbeck.model.convert import parameter_report
 from limbeck.plan import Plan, make_plan
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import CHOOSING, rehearse
-from limbeck.stages.cached import taught
+from limbeck.stages.cached import plain, taught
 from limbeck.stages.calibrate import RIDGES, NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
@@ -59,18 +59,23 @@ class Job:
     autocast: Callable[[], Any]
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    store: TokenStore
+    texts: dict[str, Text]  # by what names the text, see `_name`
     layers: int  # of the teacher
     sites: list[Site]  # of those that are converted
     path: Path
 
     @property
-    def training(self) -> Packed:
-        return Packed(self.store.train, self.recipe.data.length, self.recipe.seed)
+    def text(self) -> Text:
+        """The recipe's own; a stage may have another."""
+        return self.texts[_name(self.recipe.data)]
 
-    @property
-    def held_out(self) -> Packed:
-        return Packed(self.store.held_out, self.recipe.data.length, shuffle=False)
+    def training(self, data: recipes.Data) -> Sequences:
+        """What a stage with that text learns from."""
+        return self.texts[_name(data)].training(data.length, self.recipe.seed)
+
+    def held_out(self, data: recipes.Data) -> Sequences:
+        """What it is measured on."""
+        return self.texts[_name(data)].held_out(data.length)
 
 
 def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> dict[str, Any]:
@@ -100,6 +105,7 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
         planned = _planned(job, run, plan)
         if confirm:
             confirm(planned)
+        _same_text(job)
         run.manifest(**environment(), **_provenance(job))
         student = _student(job)
         _run_stages(job, run, student)
@@ -114,36 +120,49 @@ def prepare_job(recipe: Recipe) -> Job:
     device = _device(recipe.device)
     teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), device, recipe.teacher_bits)
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and recipe.data.length > longest:
-        raise LimbeckError(
-            f"sequences of {recipe.data.length} tokens, the teacher was made for {longest}",
-            expected=f"data.length of at most {longest}",
-            hint=f"--set data.length={longest}",
-        )
+    lengths = {"data.length": recipe.data.length}
+    lengths |= {f"stages.{i}.length": recipe.text_of(stage).length for i, stage in enumerate(recipe.stages)}
+    for key, length in lengths.items():
+        if longest is not None and length > longest:
+            raise LimbeckError(
+                f"sequences of {length} tokens, the teacher was made for {longest}",
+                expected=f"{key} of at most {longest}",
+                hint=f"--set {key}={longest}",
+            )
     sites = attention_sites(teacher)
     chosen = [sites[i] for i in converted_layers(recipe.student.layers, recipe.student.keep, len(sites))]
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
             targets_of(teacher, chosen, stage.lora.targets)
-    data = recipe.data
-    rows = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
-    store = prepare(
-        data.source,
-        tokenizer,
-        length=data.length,
-        held_out=data.held_out,
-        max_tokens=data.max_tokens,
-        text_field=data.text_field,
-        vocab_size=rows,
-    )
-    wanted = sum(stage.tokens for stage in recipe.stages)
-    if wanted > store.train.n_tokens:
-        console.print(f"the stages take {wanted:,} tokens, the text has {store.train.n_tokens:,}: it is read again")
+    texts = _open_texts(recipe, teacher, tokenizer)
     autocast: Callable[[], Any] = contextlib.nullcontext
     if device.type == "cuda":
         autocast = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
-    return Job(recipe, device, autocast, teacher, tokenizer, store, len(sites), chosen, path)
+    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path)
+    for stage in recipe.stages:
+        if getattr(stage, "cache_teacher", None) is not None:
+            plain(job.training(recipe.text_of(stage)))
+    return job
+
+
+def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Text]:
+    """All texts of a recipe, each opened once, for the longest sequences that are read of it."""
+    uses = [(recipe.data, 0), *((recipe.text_of(stage), stage.tokens) for stage in recipe.stages)]
+    texts: dict[str, Text] = {}
+    for name, data in {_name(data): data for data, _ in uses}.items():
+        length = max(one.length for one, _ in uses if _name(one) == name)
+        text = open_text(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
+        wanted = sum(tokens for one, tokens in uses if _name(one) == name)
+        if text.train_tokens is not None and wanted > text.train_tokens:
+            console.print(f"the stages take {wanted:,} tokens, the text has {text.train_tokens:,}: it is read again")
+        texts[name] = text
+    return texts
+
+
+def _name(data: recipes.Data) -> str:
+    """What tells one text from another: all of its settings but the length of the sequences."""
+    return json.dumps(data.model_dump(mode="json", exclude={"length", "cache_gb"}))
 
 
 def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan:
@@ -213,20 +232,23 @@ def _student(job: Job) -> PreTrainedModel:
 
 def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     """Bring the student through all stages, skipping what is finished."""
-    position = 0
+    reached: dict[str, tuple[Sequences, int]] = {}  # of each text, how far it was read, in sequences of which length
     shared = job.recipe.teacher_bits is None
     for index, settings in enumerate(job.recipe.stages):
         if shared and getattr(settings, "train", "attention") not in ("attention", "lora"):
             unshare(student)
             shared = False
+        text = job.recipe.text_of(settings)
+        data = job.training(text)
         if run.finished(index):
             _load(student, job.teacher, run.result(index))
             facts = run.facts(index)
-            position = facts["position"]
+            reached[_name(text)] = data, facts["position"]
             console.print(f"{settings.stage}: finished before ({facts['seconds']:.0f} s)")
             continue
+        position = data.after(*reached[_name(text)]) if _name(text) in reached else 0
         if isinstance(settings, recipes.Calibrate):
-            facts = _calibrate(job, student, settings, position)
+            facts = _calibrate(job, student, settings, data, position)
             learnt: dict[str, nn.Parameter] = {
                 f"{s.module}.{s.output}.{name}": p
                 for s in job.sites
@@ -234,11 +256,11 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             }
         else:
             stage = _stage(job, student, settings, index)
-            data, held_out, cached = _texts(job, settings, position)
-            facts = {**train(stage, settings, data, run, index, position, held_out), **cached}
+            learn, held_out, cached = _texts(job, settings, text, data, position)
+            facts = {**train(stage, settings, learn, run, index, position, held_out), **cached}
             adapters = getattr(stage, "adapters", None)
             learnt = stage.parameters() if adapters is None else adapters.merge()
-        position = facts["position"]
+        reached[_name(text)] = data, facts["position"]
         run.finish(index, dict(learnt), facts)
 
 
@@ -267,27 +289,31 @@ def _stage(
     )
 
 
-def _texts(job: Job, settings: recipes.Trained, position: int) -> tuple[Packed, Packed, dict[str, Any]]:
+def _texts(
+    job: Job, settings: recipes.Trained, text: recipes.Data, data: Sequences, position: int
+) -> tuple[Sequences, Sequences, dict[str, Any]]:
     """A stage's text and the held-out text, with the teacher's signals where they are cached, and facts about those."""
+    held_out = job.held_out(text)
     if getattr(settings, "cache_teacher", None) is None:
-        return job.training, job.held_out, {}
+        return data, held_out, {}
     assert isinstance(settings, recipes.Logits)
-    ask = partial(taught, job.teacher, store=job.store.key, top=settings.top, autocast=job.autocast)
-    end = position + steps_of(settings, job.recipe.data.length) * settings.batch
-    data, facts = ask(data=job.training, begin=position, end=end)
-    held_out = job.held_out
+    store = job.texts[_name(text)].key
+    ask = partial(taught, job.teacher, store=store, top=settings.top, autocast=job.autocast)
+    end = position + steps_of(settings, data.length) * settings.batch
+    learn, facts = ask(data=plain(data), begin=position, end=end)
     if settings.evaluate_every:
         count = min(settings.evaluate_sequences, held_out.n_sequences)
-        held_out, _ = ask(data=held_out, begin=0, end=count)
-    return data, held_out, {"cached_teacher": facts}
+        held_out, _ = ask(data=plain(held_out), begin=0, end=count)
+    return learn, held_out, {"cached_teacher": facts}
 
 
-def _calibrate(job: Job, student: PreTrainedModel, settings: recipes.Calibrate, position: int) -> dict[str, Any]:
+def _calibrate(
+    job: Job, student: PreTrainedModel, settings: recipes.Calibrate, data: Sequences, position: int
+) -> dict[str, Any]:
     began = time.monotonic()
-    length = job.recipe.data.length
+    length = data.length
     sequences = max(1, round(settings.tokens / length))
     fits = NormalEquations(job.teacher, student, job.sites, job.autocast, settings.weight)
-    data = job.training
     with progress("calibrate", sequences, "sequences") as advance:
         for at in range(0, sequences, settings.batch):
             size = min(settings.batch, sequences - at)
@@ -354,7 +380,7 @@ def _hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[st
         "mixers": by_mixer(student.config.limbeck, job.layers),
         "layers": f"{len(job.sites)} of {job.layers}",
         "text": recipe.data.source,
-        "held_out": agreement(job.teacher, student, job.held_out, evaluation.tokens, job.autocast),
+        "held_out": agreement(job.teacher, student, job.held_out(recipe.data), evaluation.tokens, job.autocast),
         "parameters": vars(report),
         "stages": stages,
         "memory": cache_sizes(job.teacher, student),
@@ -385,12 +411,30 @@ def _export(job: Job, student: PreTrainedModel) -> None:
         temporary.rename(final)
 
 
+def _same_text(job: Job) -> None:
+    """Raises LimbeckError where a text has changed since the run began: positions would mean other sequences."""
+    path = job.path / "manifest.json"
+    before = json.loads(path.read_text()).get("texts", {}) if path.exists() else {}
+    for name, text in job.texts.items():
+        if before.get(name, {}).get("key", text.key) == text.key:
+            continue
+        old, now = before[name]["files"], text.files
+        changed = [file for file in {**old, **now} if old.get(file) != now.get(file)]
+        which = "; ".join(f"{file} {'is gone' if file not in now else 'is not what it was'}" for file in changed[:4])
+        raise LimbeckError(
+            f"the text has changed since the run {job.path} began{': ' if which else ''}{which}",
+            expected=f"the same {json.loads(name)['source']} and the same tokenizer, to go on",
+            hint=f"put it back, or begin a new run: --out {job.path}-2",
+        )
+
+
 def _provenance(job: Job) -> dict[str, Any]:
     return {
         "teacher": {"name": job.recipe.teacher, "architecture": type(job.teacher).__name__},
-        "tokens_key": job.store.key,
-        "train_tokens": job.store.train.n_tokens,
-        "held_out_tokens": job.store.held_out.n_tokens,
+        "tokens_key": job.text.key,
+        "train_tokens": job.text.train_tokens,
+        "held_out_tokens": job.text.held_out_tokens,
+        "texts": {name: {"key": text.key, "files": text.files} for name, text in job.texts.items()},
         "seed": job.recipe.seed,
         "device": str(job.device),
         "backend": "torch",

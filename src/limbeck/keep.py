@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck.console import progress
-from limbeck.data.packing import IGNORE, Batch, Packed
+from limbeck.data.packing import IGNORE, Batch, Sequences
 from limbeck.errors import LimbeckError, closest
 from limbeck.losses import FromHidden, logit_losses
 from limbeck.model import Site
@@ -44,8 +44,8 @@ def price_layers(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     sites: list[Site],
-    data: Packed,
-    held_out: Packed,
+    data: Sequences,
+    held_out: Sequences,
     autocast: Callable,
     tokens: int = 8192,
     judged: int = 2048,

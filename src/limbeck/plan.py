@@ -111,8 +111,9 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
             trained = (block if whole else attention) + added
             each = 2 * body + 4 * through + 2 * trained
         if not isinstance(settings, recipes.Calibrate):
-            steps = steps_of(settings, recipe.data.length)
-            tokens = steps * settings.batch * recipe.data.length
+            length = recipe.text_of(settings).length
+            steps = steps_of(settings, length)
+            tokens = steps * settings.batch * length
             largest = max(largest, trained)
         own = own or getattr(settings, "train", "attention") not in ("attention", "lora")
         kept += trained

@@ -6,6 +6,7 @@
 A recipe is complete: every default is written into the run directory, so that the run can be repeated from it alone.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -45,18 +46,48 @@ class Student(_Part):
     copy_projections: bool = True  # the teacher's q, k, v and output projections; false draws fresh ones
 
 
+class Source(_Part):
+    """One of several sources."""
+
+    source: str
+    weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the sequences is weight / all weights
+    text_field: str = "text"
+    chat: bool | None = None
+
+
 class Data(_Part):
-    """The text: where it comes from and how it is cut."""
+    """The text: where it comes from and how it is cut (docs/data.md)."""
 
     source: str = "embedded"
+    sources: Annotated[list[Source], Field(min_length=1)] | None = None  # several in its place, by weight
     text_field: str = "text"
+    # records are conversations, of which the answers are learnt; None: where they have `messages`
+    chat: bool | None = None
     length: Annotated[int, Field(ge=16)] = 512  # tokens in a sequence
     held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # share of the documents kept for evaluation
-    max_tokens: Annotated[int, Field(gt=0)] | None = None  # tokenise no more than this
+    max_tokens: Annotated[int, Field(gt=0)] | None = None  # tokenise no more than this of each source
+    streaming: bool = False  # tokenise shard by shard as the training goes on, not all of it first
+    cache_gb: Annotated[float, Field(gt=0)] = 20.0  # of streaming: room for tokens on disk
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Data":
+        if self.streaming and self.max_tokens is not None:
+            raise ValueError("max_tokens is for text that is tokenised first; with streaming leave it out (null)")
+        if self.sources is not None:
+            names = " + ".join(f"{one.weight:g} {one.source}" for one in self.sources)
+            if "source" in self.model_fields_set and self.source != names:
+                raise ValueError("source and sources are both given; give one of them")
+            given = [name for name in ("text_field", "chat") if getattr(self, name) != Data.model_fields[name].default]
+            if given:
+                raise ValueError(f"{given[0]} belongs to each of the sources")
+            object.__setattr__(self, "source", names)  # what is shown and written down
+        return self
 
 
 class _Stage(_Part):
     tokens: Annotated[int, Field(gt=0)]
+    length: Annotated[int, Field(ge=16)] | None = None  # tokens in a sequence; None: as in data
+    data: Data | None = None  # a text of its own
     batch: Annotated[int, Field(gt=0)] = 4  # sequences in a step
     micro_batch: Annotated[int, Field(gt=0)] | None = None  # sequences at once; None: all of the batch
 
@@ -230,6 +261,11 @@ class Recipe(_Part):
         except ValidationError as error:
             raise _readable(error, origin) from error
 
+    def text_of(self, stage: _Stage) -> Data:
+        """The text of a stage, with the length that it has there."""
+        data = stage.data or self.data
+        return data if stage.length is None else data.model_copy(update={"length": stage.length})
+
     def to_yaml(self) -> str:
         """The complete recipe as YAML, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -320,8 +356,12 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
         if part in STAGES:
             model = STAGES[part]
         elif isinstance(part, str) and part in model.model_fields:
-            kind = model.model_fields[part].annotation
-            for one in (kind, *get_args(kind)):
-                if isinstance(one, type) and issubclass(one, BaseModel):
-                    model = one
+            model = next(_models_in(model.model_fields[part].annotation), model)
     return list(model.model_fields)
+
+
+def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for one in get_args(kind):
+        yield from _models_in(one)

@@ -58,7 +58,7 @@ def rehearse(
         make_stage: the stage object of a stage number, on `student`.
         stages: numbers of those to rehearse.
     """
-    length, seconds = recipe.data.length, {}
+    seconds: dict[int, float] = {}
     common = (teacher, student, sites, autocast)
     vocabulary = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
 
@@ -69,9 +69,10 @@ def rehearse(
     with torch.random.fork_rng(), progress("rehearse", len(stages), "stages") as advance:
         judge = Logits(*common, Weights())
         judge.evaluate(draw(WARM))
-        evaluation = _timed(lambda: judge.evaluate(draw(length))) / length
+        evaluation = _timed(lambda: judge.evaluate(draw(recipe.data.length))) / recipe.data.length
         for index in stages:
             settings = recipe.stages[index]
+            length = recipe.text_of(settings).length
             if isinstance(settings, recipes.Calibrate):
                 seconds[index] = _calibrate(settings, NormalEquations(*common, settings.weight), draw, length)
                 seconds[index] += len(RIDGES) * CHOOSING * length * evaluation if settings.ridge == "auto" else 0

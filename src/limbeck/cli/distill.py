@@ -63,7 +63,9 @@ def build_recipe(
         "data.source": data,
         "out": str(out) if out else None,
     }
-    overrides = {key: value for key, value in given.items() if value is not None}
+    overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if data is not None:
+        overrides["data.sources"] = None
     base = Recipe.load(name, overrides)
     raw = yaml.safe_load(base.to_yaml())
     if out is None and student is not None:

@@ -26,17 +26,16 @@ def matrices(
     import torch
 
     from limbeck import assets, mixers
-    from limbeck.data.packing import Packed
-    from limbeck.data.shards import prepare
+    from limbeck.data.text import open_text
     from limbeck.evaluate.matrices import mixing_matrices
+    from limbeck.recipe import Data
     from limbeck.report.matrices import draw
     from limbeck.stages.teacher import load_teacher
 
     names = mixers.selection(students)
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
-    store = prepare(data, tokenizer, length=length, held_out=0.1, max_tokens=1_000_000, vocab_size=rows)
-    train, shown = Packed(store.train, length), Packed(store.held_out, length, shuffle=False)
+    text = open_text(Data(source=data, length=length, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
+    train, shown = text.training(length, 0), text.held_out(length)
     views = mixing_matrices(model, train, shown, layer, names, steps, preset)
     draw(views, head, out, f"layer {layer}, head {head}: distance ‖cM − A‖ / ‖A‖ after {steps} steps of alignment")
     table = Table(box=None, pad_edge=False)

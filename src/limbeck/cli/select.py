@@ -30,18 +30,17 @@ def select(
 
     from limbeck import assets
     from limbeck import keep as keeping
-    from limbeck.data.packing import Packed
-    from limbeck.data.shards import prepare
+    from limbeck.data.text import open_text
     from limbeck.model import attention_sites, convert
+    from limbeck.recipe import Data
     from limbeck.stages.teacher import load_teacher
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), device)
     sites = attention_sites(model)
     keeping.check(keep, by, len(sites))
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
-    store = prepare(data, tokenizer, length=length, held_out=0.1, max_tokens=1_000_000, vocab_size=rows)
-    texts = Packed(store.train, length), Packed(store.held_out, length, shuffle=False)
+    text = open_text(Data(source=data, length=length, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
+    texts = text.training(length, 0), text.held_out(length)
     arm = convert(model, student, preset=preset, share=True).requires_grad_(False)
     prices = keeping.price_layers(model, arm, sites, *texts, contextlib.nullcontext, tokens=tokens, judged=judged)
     chosen = keeping.choose(prices, keep, by)  # type: ignore[arg-type]

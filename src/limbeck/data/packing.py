@@ -7,11 +7,13 @@ The documents of a split are laid one after another in an order drawn from (seed
 exactly `length` tokens: no padding, and no token is lost but a tail shorter than one sequence. A position counts
 sequences since the start of training and runs on into the next epoch, which has another order. To resume, keep the
 integer; for several processes, give each its own share of the positions. Nothing crosses a document's end: position ids
-start again at 0, and the last token of a document (EOS) has no target. Legend: B batch, T time.
+start again at 0, and the last token of a document (EOS) has no target; of a conversation only the answers are targets.
+Legend: B batch, T time.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ class Batch:
     Args:
         input_ids: int64 [B, T].
         position_ids: int64 [B, T], 0 at each document's start and at the start of a row.
-        targets: int64 [B, T], the next token; -100 where that belongs to another document.
+        targets: int64 [B, T], the next token; -100 where that belongs to another document or is not to be learnt.
     """
 
     input_ids: Tensor
@@ -45,6 +47,24 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return Batch(self.input_ids.to(device), self.position_ids.to(device), self.targets.to(device))
+
+
+class Sequences(Protocol):
+    """Batches by position, whatever they are made of: `Packed`, `mixture.Mixture`, `streamed.Streamed`."""
+
+    @property
+    def length(self) -> int:
+        """T, tokens in a sequence."""
+
+    @property
+    def n_sequences(self) -> int:
+        """How many there are before one comes again."""
+
+    def batch(self, position: int, size: int) -> Batch:
+        """Sequences `position` to `position + size` since the start of training."""
+
+    def after(self, read: "Sequences", position: int) -> int:
+        """The position here, in sequences of another length, of what follows all that was read there."""
 
 
 class Packed:
@@ -81,20 +101,32 @@ class Packed:
         Returns:
             Tensors of shape [size, length].
         """
-        if position < 0 or size < 1:
-            raise LimbeckError(f"position {position}, size {size}", expected="position >= 0 and size >= 1")
+        check_position(position, size)
         epochs, rows = np.divmod(np.arange(position, position + size), self.n_sequences)
         parts = [self._rows(int(epoch), rows[epochs == epoch]) for epoch in np.unique(epochs)]
         return Batch(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts)))
+
+    def after(self, read: Sequences, position: int) -> int:
+        """The position, in sequences of this length, of what follows the `position` sequences of `read`.
+
+        No token is read twice in an epoch; up to a sequence is left out.
+        """
+        assert isinstance(read, Packed)
+        epoch, row = divmod(position, read.n_sequences)
+        return epoch * self.n_sequences + min(-(-row * read.length // self.length), self.n_sequences)
 
     def _rows(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         order, starts = self._layout(epoch)
         begin = rows[:, None] * self.length
         where = begin + np.arange(self.length + 1)  # [B, T + 1], in the stream of this epoch
         document = np.searchsorted(starts, where, side="right") - 1
-        tokens = self.split.tokens[self.split.offsets[order[document]] + where - starts[document]].astype(np.int64)
+        place = self.split.offsets[order[document]] + where - starts[document]
+        tokens = self.split.tokens[place].astype(np.int64)
         position = where - np.maximum(starts[document], begin)
-        targets = np.where(document[:, 1:] == document[:, :-1], tokens[:, 1:], IGNORE)
+        wanted = document[:, 1:] == document[:, :-1]
+        if self.split.mask is not None:
+            wanted &= self.split.mask[place[:, 1:]] != 0
+        targets = np.where(wanted, tokens[:, 1:], IGNORE)
         return tokens[:, :-1], position[:, :-1], targets
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +136,7 @@ class Packed:
         if epoch not in self._layouts:
             order = np.arange(len(self._lengths))
             if self.shuffle:
-                order = np.argsort(_mix(order, self.seed, epoch), kind="stable")
+                order = np.argsort(mix(order, self.seed, epoch), kind="stable")
             starts = np.concatenate([[0], np.cumsum(self._lengths[order])])
             self._layouts[epoch] = order, starts
             while len(self._layouts) > 2:  # a batch spans two epochs at most, if it is not longer than one
@@ -112,7 +144,13 @@ class Packed:
         return self._layouts[epoch]
 
 
-def _mix(index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def check_position(position: int, size: int) -> None:
+    """Raises LimbeckError where no batch can be there."""
+    if position < 0 or size < 1:
+        raise LimbeckError(f"position {position}, size {size}", expected="position >= 0 and size >= 1")
+
+
+def mix(index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """A pseudo-random uint64 for each index (SplitMix64); numpy's own streams may differ between its versions."""
     mask = 2**64 - 1
     with np.errstate(over="ignore"):

@@ -12,10 +12,10 @@ share one store. Checksums are compared at each opening; a damaged store is made
 """
 
 import hashlib
-import json
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ import numpy as np
 
 from limbeck.console import progress
 from limbeck.data.cache import cache_root, check_room, publish
-from limbeck.data.sources import documents, fingerprint, stored_bytes
+from limbeck.data.encode import Encoder, encoder_of, key_of, stored_settings
+from limbeck.data.sources import fingerprint, stored_bytes
 from limbeck.errors import LimbeckError
 
-FORMAT = 1  # raise when the files or the rules of split and order change
 SPLITS = ("train", "held_out")
 BATCH_CHARACTERS = 1_000_000  # of text that is handed to the tokenizer at once
-PIECE_CHARACTERS = 4_000_000  # a longer document is tokenised in pieces: the tokenizer needs some 40 bytes a character
 FEWEST_SEQUENCES = 2
 
 
@@ -42,11 +41,13 @@ class Split:
         name: "train" or "held_out".
         tokens: uint16 or uint32 [n_tokens], a read-only memory map.
         offsets: int64 [n_documents + 1], the first token of each document and the end of the last.
+        mask: uint8 [n_tokens], 1 for a token that is to be learnt; None: all of them.
     """
 
     name: str
     tokens: np.ndarray
     offsets: np.ndarray
+    mask: np.ndarray | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -79,6 +80,7 @@ def prepare(
     text_field: str = "text",
     eos_id: int | None = None,
     vocab_size: int | None = None,
+    chat: bool | None = False,
 ) -> TokenStore:
     """The tokens of `source`; made if they are not in the cache.
 
@@ -92,6 +94,7 @@ def prepare(
         text_field: field or column of the text.
         eos_id: token that ends a document; the tokenizer's by default.
         vocab_size: rows of the teacher's embedding table; a token id beyond it is an error.
+        chat: the records are conversations, of which the answers are learnt; None: where they have `messages`.
 
     Raises:
         LimbeckError: as `documents`; also too few tokens, no EOS, ids beyond `vocab_size`, a disk without room.
@@ -104,78 +107,88 @@ def prepare(
     eos = tokenizer.eos_token_id if eos_id is None else eos_id
     if eos is None:
         raise LimbeckError("the tokenizer has no end-of-sequence token", hint="give eos_id")
-    _check_ids(eos, vocab_size)
+    check_ids(eos, vocab_size)
+    encoder = encoder_of(source, tokenizer, int(eos), text_field, chat)
     settings = {
-        "format": FORMAT,
         "content": fingerprint(source),
-        "text_field": text_field,
-        "tokenizer": tokenizer_key(tokenizer),
-        "eos_id": int(eos),
-        "held_out": float(held_out),
+        **stored_settings(encoder, tokenizer, text_field, held_out),
         "max_tokens": max_tokens,
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    key = key_of(settings)
     folder = (cache or cache_root() / "tokens") / key
 
     def fill(temporary: Path) -> dict[str, Any]:
-        return {"source": source, **settings, **_tokenise(temporary, source, tokenizer, settings, vocab_size)}
+        made = tokenise(temporary, encoder.read(source), encoder, settings, source, vocab_size=vocab_size)
+        return {"source": source, **settings, **made}
 
     # Reading spools the text beside the tokens, so that it can be tokenised in the order of the hashes.
     manifest = publish(folder, fill, what=f"tokens of {source}", need_bytes=2 * stored_bytes(source), verify=True)
-    _check_ids(manifest["max_id"], vocab_size)
-    store = TokenStore(folder, key, eos, *(_open(folder, name, manifest["dtype"]) for name in SPLITS))
-    _check_enough(store, source, length, held_out, max_tokens)
+    check_ids(manifest["max_id"], vocab_size)
+    store = TokenStore(folder, key, eos, *(open_split(folder, name, manifest["dtype"]) for name in SPLITS))
+    check_enough(store, source, length, held_out, max_tokens)
     return store
 
 
-def tokenizer_key(tokenizer: Any) -> str:
-    """Hex sha256 of all that decides how the tokenizer splits text; padding and truncation settings do not count."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: dict[str, Any] = {"vocab": tokenizer.get_vocab(), "settings": tokenizer.init_kwargs}
-    else:
-        rules = json.loads(backend.to_str())
-        rules["truncation"] = rules["padding"] = None  # what the last call asked for
-    rules["class"] = type(tokenizer).__name__
-    rules["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", False)
-    return hashlib.sha256(json.dumps(rules, sort_keys=True, default=str).encode()).hexdigest()
+@contextmanager
+def _quiet(*_: Any, **__: Any) -> Iterator[Any]:
+    yield lambda amount=1, note="": None
 
 
-def _tokenise(
-    folder: Path, source: str, tokenizer: Any, settings: dict[str, Any], vocab_size: int | None
+def tokenise(
+    folder: Path,
+    documents: Iterator[bytes],
+    encoder: Encoder,
+    settings: dict[str, Any],
+    source: str,
+    *,
+    vocab_size: int | None = None,
+    quiet: bool = False,
+    going: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Writes tokens and offsets of both splits into `folder`; returns what the manifest shall say of them."""
-    eos, limit = settings["eos_id"], settings["max_tokens"]
-    highest = max(eos, *tokenizer.get_vocab().values())
-    dtype = np.dtype("<u2" if highest < 65536 else "<u4")
+    """Writes tokens, offsets and, of conversations, masks of both splits into `folder`.
+
+    Args:
+        documents: as `encoder.read` gives them.
+        settings: held_out and, if there is a limit, max_tokens.
+        source: for messages.
+        quiet: no progress bar (there is another one, or a thread in the background does this).
+        going: called between the parts of the work; may raise to end it.
+
+    Returns:
+        What the manifest shall say of them.
+    """
+    limit = settings.get("max_tokens")
+    show = _quiet if quiet else progress
+    dtype = np.dtype("<u2" if encoder.highest < 65536 else "<u4")
     spool = folder / "text"
-    starts, order, sides = _spool(spool, source, settings)
+    starts, order, sides = _spool(spool, documents, settings["held_out"], show, going)
     expected = min(limit or starts[-1], starts[-1] // 2) * dtype.itemsize + 8 * len(order)
     check_room(folder, int(expected), f"tokens of {source}")
 
     offsets = {name: array("q", [0]) for name in SPLITS}
     written = read = shown = max_id = 0
     total, unit = (limit, "tokens") if limit else (starts[-1] // 1000, "kB")
-    with (
-        open(spool, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        open(folder / "train.tokens", "wb") as train,
-        open(folder / "held_out.tokens", "wb") as kept,
-        progress("tokenise", total=total, unit=unit) as advance,
-    ):
-        files = dict(zip(SPLITS, (train, kept)))
+    with ExitStack() as stack:
+        text: Any = b""  # an empty file cannot be mapped
+        if starts[-1]:
+            file = stack.enter_context(open(spool, "rb"))
+            text = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        files = {name: stack.enter_context(open(folder / f"{name}.tokens", "wb")) for name in SPLITS}
+        masks = {name: stack.enter_context(open(folder / f"{name}.mask", "wb")) for name in SPLITS if encoder.masked}
+        advance = stack.enter_context(show("tokenise", total=total, unit=unit))
         for batch in _batches(starts, order):
-            texts = [text[starts[i] : starts[i + 1]].decode("utf-8") for i in batch]
-            for i, ids in zip(batch, _encode(tokenizer, texts)):
-                ids.append(eos)
+            going()
+            for i, (ids, mask) in zip(batch, encoder.encode([text[starts[i] : starts[i + 1]] for i in batch])):
                 if limit is not None:
-                    del ids[limit - written :]
-                if not ids:
-                    break
-                max_id = max(max_id, max(ids))
-                _check_ids(max_id, vocab_size)
+                    ids = ids[: limit - written]
+                if not len(ids):
+                    continue
+                max_id = max(max_id, int(ids.max()))
+                check_ids(max_id, vocab_size)
                 split = SPLITS[sides[i]]
-                files[split].write(np.array(ids, dtype).tobytes())
+                files[split].write(ids.astype(dtype).tobytes())
+                if mask is not None:
+                    masks[split].write(mask[: len(ids)].astype(np.uint8).tobytes())
                 offsets[split].append(offsets[split][-1] + len(ids))
                 written += len(ids)
             read += sum(starts[i + 1] - starts[i] for i in batch)
@@ -187,6 +200,7 @@ def _tokenise(
     spool.unlink()
     for name in SPLITS:
         np.frombuffer(offsets[name], np.int64).astype("<i8").tofile(folder / f"{name}.offsets")
+    encoder.report(source)
     return {
         "dtype": dtype.str,
         "max_id": max_id,
@@ -195,26 +209,28 @@ def _tokenise(
     }
 
 
-def _spool(path: Path, source: str, settings: dict[str, Any]) -> tuple[array, np.ndarray, np.ndarray]:
+def _spool(
+    path: Path, documents: Iterator[bytes], held_out: float, show: Callable[..., Any], going: Callable[[], None]
+) -> tuple[array, np.ndarray, np.ndarray]:
     """Writes all documents one after another.
 
     Returns:
         Byte offsets [n + 1] of the documents, their order by hash [n], and 1 where a document is held out, else 0 [n].
     """
     starts, sides, ranks = array("q", [0]), array("Q"), array("Q")
-    with open(path, "wb") as file, progress("read", total=None, unit="documents") as advance:
-        for text in documents(source, text_field=settings["text_field"]):
-            raw = text.encode("utf-8", "replace")
+    with open(path, "wb") as file, show("read", total=None, unit="documents") as advance:
+        for raw in documents:
             digest = hashlib.blake2b(raw, digest_size=16).digest()
             sides.append(int.from_bytes(digest[:8], "little"))  # two halves, so that order and split are independent
             ranks.append(int.from_bytes(digest[8:], "little"))
             file.write(raw)
             starts.append(starts[-1] + len(raw))
             if len(ranks) % 1000 == 0:
+                going()
                 advance(1000)
         advance(len(ranks) % 1000)
     order = np.argsort(np.frombuffer(ranks, np.uint64), kind="stable")
-    held = np.frombuffer(sides, np.uint64) < np.uint64(int(settings["held_out"] * 2**64))
+    held = np.frombuffer(sides, np.uint64) < np.uint64(int(held_out * 2**64))
     return starts, order, held.astype(np.int8)
 
 
@@ -230,37 +246,23 @@ def _batches(starts: array, order: np.ndarray) -> Iterator[list[int]]:
         yield batch
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    def encode(part: list[str]) -> list[list[int]]:
-        # verbose=False: no "sequence is longer than the model's maximum" for a document that is cut up later anyway.
-        return tokenizer(
-            part, add_special_tokens=False, truncation=False, padding=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+def open_split(folder: Path, name: str, dtype: str) -> Split:
+    """A split of a published folder."""
 
-    if all(len(text) <= PIECE_CHARACTERS for text in texts):
-        return encode(texts)
-    return [[token for ids in encode(list(_pieces(text))) for token in ids] for text in texts]
+    def mapped(path: Path, dtype: str) -> np.ndarray:
+        return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cuts at line ends, where most tokenizers cut in any case, into pieces of about `PIECE_CHARACTERS`."""
-    begin = 0
-    while len(text) - begin > PIECE_CHARACTERS:
-        end = text.rfind("\n", begin, begin + PIECE_CHARACTERS) + 1 or begin + PIECE_CHARACTERS
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+    mask = folder / f"{name}.mask"
+    return Split(
+        name,
+        mapped(folder / f"{name}.tokens", dtype),
+        np.fromfile(folder / f"{name}.offsets", "<i8"),
+        mapped(mask, "u1") if mask.exists() else None,
+    )
 
 
-def _open(folder: Path, name: str, dtype: str) -> Split:
-    path = folder / f"{name}.tokens"
-    tokens: np.ndarray = np.empty(0, dtype)  # an empty file cannot be mapped
-    if path.stat().st_size:
-        tokens = np.memmap(path, dtype, mode="r")
-    return Split(name, tokens, np.fromfile(folder / f"{name}.offsets", "<i8"))
-
-
-def _check_ids(max_id: int, vocab_size: int | None) -> None:
+def check_ids(max_id: int, vocab_size: int | None) -> None:
+    """Raises LimbeckError where the teacher has no row for a token."""
     if vocab_size is not None and max_id >= vocab_size:
         raise LimbeckError(
             f"the tokenizer does not match the teacher: token id {max_id}, embedding table of {vocab_size} rows",
@@ -268,7 +270,7 @@ def _check_ids(max_id: int, vocab_size: int | None) -> None:
         )
 
 
-def _check_enough(store: TokenStore, source: str, length: int, held_out: float, max_tokens: int | None) -> None:
+def check_enough(store: TokenStore, source: str, length: int, held_out: float, max_tokens: int | None) -> None:
     needed = FEWEST_SEQUENCES * length + 1
     for split in (store.train, store.held_out) if held_out else (store.train,):
         if split.n_tokens < needed:

@@ -12,15 +12,16 @@
 | a folder | all such files in it and below, by name |
 | a folder of `datasets.save_to_disk` | one a row; `folder@split` where there are several splits |
 | `owner/name`, `owner/name:config`, each with or without `@split` | one a row of the Hugging Face dataset |
+| a folder with `index.json`, a `.npy` file | tokens made before (`limbeck.data.tokens`) |
 | `embedded`, `embedded:quick`, `embedded:pypi` | the embedded text (`limbeck.assets`) |
 
-Documents that are empty or only white space are left out.
+Documents that are empty or only white space are left out. With `chat` a document is a conversation: its messages as
+JSON.
 """
 
 import gzip
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,34 +29,38 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.data.cache import sha256_of
+from limbeck.data.hub import HUB_NAME, KNOWN, NEEDS_DATA, Rows, ValueOf, no_field, open_hub, open_saved, rows_of
 from limbeck.errors import LimbeckError
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
-KNOWN = (
-    "a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, a folder made by datasets.save_to_disk, "
-    "a Hugging Face dataset 'owner/name', or 'embedded'"
-)
-NEEDS_DATA = "pip install 'limbeck[data]'"
+MESSAGES = "messages"  # the field of conversations
 
 
-def documents(source: str, *, text_field: str = "text") -> Iterator[str]:
+def documents(source: str | Rows, *, text_field: str = "text", chat: bool = False, part: bool = False) -> Iterator[str]:
     """The documents of `source`, in stored order.
 
     Args:
         source: see the table of this module.
         text_field: the field or column of the text.
+        chat: the field holds conversations, lists of {"role": ..., "content": ...}; each comes as JSON.
+        part: the source is a part of one, and may be empty.
 
     Raises:
         LimbeckError: the source is missing, unreadable or empty, or has no such field.
     """
-    found = False
-    for text in _texts(source, text_field):
+    found = part
+    for text in _texts(source, text_field, _messages_of if chat else _text_of):
         if text and not text.isspace():
             found = True
             yield text
     if not found:
         raise LimbeckError(f"no text in '{source}'", expected="at least one document that is not empty")
+
+
+def holds_messages(source: str | Rows, text_field: str) -> bool:
+    """Does the first record have the field `messages`, and not `text_field`?"""
+    fields = _fields(source)
+    return MESSAGES in fields and text_field not in fields
 
 
 def fingerprint(source: str) -> str:
@@ -64,9 +69,14 @@ def fingerprint(source: str) -> str:
     Raises:
         LimbeckError: as `documents`, where the source is missing or cannot be read.
     """
+    from limbeck.data import tokens
+
+    if tokens.is_tokens(source):
+        parts = [f"{shard.path.name} {shard.dtype} {sha256_of(shard.path)}\n" for shard in _present(source)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
     root, split = _local(source)
     if root is None:
-        dataset = _hub(source)
+        dataset = open_hub(source)
         return hashlib.sha256(f"{source} {dataset._fingerprint}".encode()).hexdigest()
     digest = hashlib.sha256((split or "").encode())
     for path in _files(root, source):
@@ -77,10 +87,24 @@ def fingerprint(source: str) -> str:
 
 def stored_bytes(source: str) -> int:
     """Bytes on disk of a local source (compressed as stored); 0 for a hub dataset."""
+    from limbeck.data import tokens
+
+    if tokens.is_tokens(source):
+        return sum(shard.path.stat().st_size for shard in _present(source))
     root, _ = _local(source)
     if root is None:
         return 0
     return sum(path.stat().st_size for path in _files(root, source))
+
+
+def _present(source: str) -> list[Any]:
+    """The shards of ready tokens; LimbeckError naming one that is missing or of the wrong size."""
+    from limbeck.data import tokens
+
+    shards = tokens.token_shards(source)
+    for shard in shards:
+        shard.ids()
+    return shards
 
 
 def _local(source: str) -> tuple[Path | None, str | None]:
@@ -103,16 +127,43 @@ def _local(source: str) -> tuple[Path | None, str | None]:
     raise LimbeckError(f"there is no file or folder '{source}'", expected=KNOWN)
 
 
-def _texts(source: str, text_field: str) -> Iterator[str | None]:
+def _texts(source: str | Rows, text_field: str, value_of: ValueOf) -> Iterator[str | None]:
+    if isinstance(source, Rows):
+        yield from rows_of(source.dataset, text_field, value_of, source.place)
+        return
     root, split = _local(source)
     if root is None:
-        yield from _rows(_hub(source), text_field, source)
+        yield from rows_of(open_hub(source), text_field, value_of, source)
     elif _is_saved_dataset(root):
-        yield from _rows(_saved(root, split), text_field, source)
+        yield from rows_of(open_saved(root, split), text_field, value_of, source)
     else:
         for path in _files(root, source):
             with _readable(path):
-                yield from READERS[_kind(path)](path, text_field)
+                yield from READERS[_kind(path)](path, text_field, value_of)
+
+
+def _fields(source: str | Rows) -> list[str]:
+    """The fields of the first record; none where the records have no fields or cannot be read."""
+    if isinstance(source, Rows):
+        return list(source.dataset.column_names or next(iter(source.dataset), {}))
+    root, split = _local(source)
+    if root is None:
+        return list(open_hub(source).column_names)
+    if _is_saved_dataset(root):
+        return list(open_saved(root, split).column_names)
+    path = _files(root, source)[0]
+    try:
+        if _kind(path) == ".parquet":
+            import pyarrow.parquet
+
+            return list(pyarrow.parquet.ParquetFile(path).schema_arrow.names)
+        if _kind(path) in (".jsonl", ".jsonl.gz"):
+            with _lines(path) as lines:
+                row = json.loads(next((line for line in lines if not line.isspace()), "{}"))
+                return list(row) if isinstance(row, dict) else []
+    except Exception:  # whoever reads the source next says what is wrong with it
+        return []
+    return []
 
 
 def _kind(path: Path) -> str:
@@ -158,13 +209,19 @@ def _not_permitted(path: Path) -> LimbeckError:
     return LimbeckError(f"no permission to read '{path}'", hint=f"chmod u+rX '{path}'")
 
 
-def _read_txt(path: Path, text_field: str) -> Iterator[str]:
+def _read_txt(path: Path, text_field: str, value_of: ValueOf) -> Iterator[str]:
+    if value_of is not _text_of:
+        raise LimbeckError(f"'{path}' holds no conversations", expected="records with messages, one JSON object a line")
     yield path.read_text(encoding="utf-8-sig")
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str | None]:
+def _lines(path: Path) -> Any:
     opener: Callable[..., Any] = gzip.open if _kind(path) == ".jsonl.gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:
+    return opener(path, "rt", encoding="utf-8-sig")
+
+
+def _read_jsonl(path: Path, text_field: str, value_of: ValueOf) -> Iterator[str | None]:
+    with _lines(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.isspace():
                 continue
@@ -176,11 +233,11 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str | None]:
             if not isinstance(row, dict):
                 raise LimbeckError(f"{place}: a JSON {type(row).__name__}", expected="one JSON object a line")
             if text_field not in row:
-                raise _no_field(text_field, row, place)
-            yield _text_of(row[text_field], text_field, place)
+                raise no_field(text_field, row, place)
+            yield value_of(row[text_field], text_field, place)
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str | None]:
+def _read_parquet(path: Path, text_field: str, value_of: ValueOf) -> Iterator[str | None]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -189,25 +246,20 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str | None]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if text_field not in file.schema_arrow.names:
-            raise _no_field(text_field, file.schema_arrow.names, str(path))
+            raise no_field(text_field, file.schema_arrow.names, str(path))
         for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
             for value in batch.column(0).to_pylist():
-                yield _text_of(value, text_field, str(path))
+                yield value_of(value, text_field, str(path))
     except pyarrow.ArrowException as error:
         raise LimbeckError(f"'{path}' is not a whole parquet file: {error}") from error
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
+READERS: dict[str, Callable[[Path, str, ValueOf], Iterator[str | None]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
     ".parquet": _read_parquet,
 }
-
-
-def _no_field(text_field: str, fields: Any, place: str) -> LimbeckError:
-    names = ", ".join(map(str, fields)) or "none"
-    return LimbeckError(f"{place}: no field '{text_field}', only: {names}", hint="set text_field to one of those")
 
 
 def _text_of(value: Any, text_field: str, place: str) -> str | None:
@@ -216,62 +268,18 @@ def _text_of(value: Any, text_field: str, place: str) -> str | None:
     raise LimbeckError(f"{place}: the field '{text_field}' holds a {type(value).__name__}", expected="a string")
 
 
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise LimbeckError("this source needs the package 'datasets'", hint=NEEDS_DATA) from error
-    return datasets
+def _messages_of(value: Any, field: str, place: str) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(one, dict) and "role" in one for one in value):
+        raise LimbeckError(
+            f"{place}: the field '{field}' holds no conversation",
+            expected='a list of {"role": "user" or "assistant", "content": "..."}',
+        )
+    # parquet gives every message all keys, with None for those that it does not have
+    return json.dumps([{k: v for k, v in one.items() if v is not None} for one in value]) if value else None
 
 
 def _is_saved_dataset(root: Path) -> bool:
     with _readable(root):
         return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
-
-
-def _saved(root: Path, split: str | None) -> Any:
-    datasets = _datasets()
-    try:
-        dataset = datasets.load_from_disk(str(root))
-    except Exception as error:  # whatever `datasets` trips over, the folder is what the user can look at
-        raise LimbeckError(
-            f"datasets cannot load '{root}': {error}", expected="a folder made by datasets.save_to_disk"
-        ) from error
-    return _one_split(dataset, split, str(root))
-
-
-def _hub(source: str) -> Any:
-    match = HUB_NAME.fullmatch(source)
-    assert match is not None, source
-    datasets = _datasets()
-    try:
-        dataset = datasets.load_dataset(match["name"], match["config"])
-    except Exception as error:  # no network, no such dataset, no access, several configs: `datasets` says which
-        raise LimbeckError(
-            f"there is no file or folder '{source}', and the Hugging Face dataset of that name cannot be loaded: "
-            f"{type(error).__name__}: {error}",
-            expected=KNOWN,
-            hint="check the name and the network, or train on the embedded text: embedded",
-        ) from error
-    return _one_split(dataset, match["split"], source)
-
-
-def _one_split(dataset: Any, split: str | None, place: str) -> Any:
-    """The dataset of one split: the one that was named, else `train`, else the only one."""
-    if not isinstance(dataset, dict):
-        if split is not None:
-            raise LimbeckError(f"'{place}' has no splits, '{split}' was asked for", hint=f"leave out '@{split}'")
-        return dataset
-    chosen = split or ("train" if "train" in dataset else None) or (next(iter(dataset)) if len(dataset) == 1 else None)
-    if chosen not in dataset:
-        asked = f"no split '{split}'" if split else "several splits and none called train"
-        raise LimbeckError(f"'{place}': {asked}, found: {', '.join(dataset)}", hint=f"{place}@{next(iter(dataset))}")
-    return dataset[chosen]
-
-
-def _rows(dataset: Any, text_field: str, place: str) -> Iterator[str | None]:
-    if text_field not in dataset.column_names:
-        raise _no_field(text_field, dataset.column_names, place)
-    for batch in dataset.select_columns([text_field]).iter(batch_size=1000):
-        for value in batch[text_field]:
-            yield _text_of(value, text_field, place)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck.console import progress
-from limbeck.data.packing import Packed
+from limbeck.data.packing import Sequences
 from limbeck.losses import FromHidden, logit_losses
 from limbeck.model.body import Head, run_body
 
@@ -24,7 +24,7 @@ from limbeck.model.body import Head, run_body
 def agreement(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
-    data: Packed,
+    data: Sequences,
     tokens: int,
     autocast: Callable = contextlib.nullcontext,
     batch: int = 4,

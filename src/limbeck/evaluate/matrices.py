@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.console import progress
-from limbeck.data.packing import Packed
+from limbeck.data.packing import Sequences
 from limbeck.errors import LimbeckError
 from limbeck.model import Site, attention_sites, convert
 from limbeck.model.body import run_body
@@ -43,8 +43,8 @@ class _Call:
 
 def mixing_matrices(
     teacher: PreTrainedModel,
-    train: Packed,
-    shown: Packed,
+    train: Sequences,
+    shown: Sequences,
     layer: int,
     students: list[str],
     steps: int,
@@ -97,7 +97,7 @@ def distance(m: Tensor, a: Tensor) -> Tensor:
     return (1 - cosine.square()).clamp_min(1e-8).sqrt()
 
 
-def _calls(teacher: PreTrainedModel, site: Site, data: Packed, count: int) -> list[_Call]:
+def _calls(teacher: PreTrainedModel, site: Site, data: Sequences, count: int) -> list[_Call]:
     """The calls of one attention module over the first sequences, with the matrices that came out."""
     calls: list[_Call] = []
 

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from limbeck import assets
-from limbeck.data.packing import Packed
-from limbeck.data.shards import prepare
+from limbeck.data.text import open_text
 from limbeck.evaluate.agreement import agreement
 from limbeck.recipe import Data, Recipe
 from limbeck.stages.teacher import load_teacher
@@ -29,16 +28,7 @@ def evaluate_folder(
     student.to(device)
     known = recipe is not None and source == recipe.data.source
     data = recipe.data if recipe is not None and known else Data(source=source, length=length)
-    store = prepare(
-        source,
-        tokenizer,
-        length=length,
-        held_out=data.held_out if known else 0,
-        max_tokens=data.max_tokens,
-        text_field=data.text_field,
-        vocab_size=int(model.get_input_embeddings().weight.shape[0]),  # type: ignore[arg-type, index]
-    )
-    split = store.held_out if known else store.train
-    result = agreement(model, student, Packed(split, length, shuffle=False), tokens)
+    text = open_text(data, tokenizer, model, length=length, held_out=None if known else 0, held_out_tokens=tokens)
+    result = agreement(model, student, text.held_out(length) if known else text.all_in_order(length), tokens)
     part = "held-out part" if known else "all"
-    return {"student": str(folder), "teacher": teacher, "text": source, "part": part, "tokens_key": store.key, **result}
+    return {"student": str(folder), "teacher": teacher, "text": source, "part": part, "tokens_key": text.key, **result}

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.data.cache import cache_root
-from limbeck.data.packing import Batch, Packed
+from limbeck.data.packing import Batch, Packed, Sequences
 from limbeck.data.signals import Signals, Taught, report
+from limbeck.errors import LimbeckError
 from limbeck.model.body import Head, run_body
 
 FORMAT = 1  # raise when the files or what they mean changes
@@ -61,6 +62,17 @@ def taught(
     report(signals, (end - begin) * data.length, asked, seconds)
     facts = {"bytes_per_token": signals.bytes_per_token, "asked_tokens": asked, "seconds": seconds}
     return Taught(data, signals, begin, end), facts
+
+
+def plain(data: Sequences) -> Packed:
+    """The text itself, if its sequences can be named by a position for good."""
+    if isinstance(data, Packed):
+        return data
+    raise LimbeckError(
+        "cache_teacher with a mixture or a stream",
+        expected="one source that is tokenised first",
+        hint="leave out cache_teacher, or data.streaming and data.sources",
+    )
 
 
 def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:

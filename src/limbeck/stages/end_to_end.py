@@ -75,7 +75,8 @@ class Logits:
         with self.autocast(), self._draws(batch):
             with checkpointed(self.student, self.blocks):
                 student = run_body(self.student, batch)
-            sums, gradient = self._losses(student, teacher, batch, 1 / counts["targets"])
+            # a stretch of a conversation may hold no answer, so no target
+            sums, gradient = self._losses(student, teacher, batch, 1 / max(counts["targets"], 1.0))
         student.backward(gradient)
         return self._shares(sums, counts["targets"])
 
@@ -109,4 +110,4 @@ class Logits:
         )
 
     def _shares(self, sums: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        return {name: value / count for name, value in sums.items() if name != "count"}
+        return {name: value / max(count, 1.0) for name, value in sums.items() if name != "count"}

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn, no_grad
 
 from limbeck.console import console, progress
-from limbeck.data.packing import Batch, Packed
+from limbeck.data.packing import Batch, Sequences
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Trained
 from limbeck.stages.interrupt import Stopped, watch
@@ -43,11 +43,11 @@ class Stage(Protocol):
 def train(
     stage: Stage,
     settings: Trained,
-    data: Packed,
+    data: Sequences,
     run: RunDirectory,
     index: int,
     position: int,
-    held_out: Packed | None = None,
+    held_out: Sequences | None = None,
 ) -> dict[str, Any]:
     """Train to the end of the stage's budget, from its last checkpoint if there is one.
 

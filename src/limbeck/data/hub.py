@@ -1,0 +1,102 @@
+"""Datasets of the package `datasets`: a folder on disk, or a name on the Hugging Face hub.
+
+    rows = Rows(open_hub("owner/name@train", streaming=True), "owner/name@train")
+    for text in rows_of(rows.dataset, "text", check, rows.place):
+        ...
+
+Errors name the dataset as the user wrote it.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import LimbeckError
+
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
+KNOWN = (
+    "a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, a folder made by datasets.save_to_disk, "
+    "a Hugging Face dataset 'owner/name', or 'embedded'"
+)
+NEEDS_DATA = "pip install 'limbeck[data]'"
+
+ValueOf = Callable[[Any, str, str], str | None]  # value, field, place: the document
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A dataset of the package `datasets` that is open already, or a part of one; `place` is for messages."""
+
+    dataset: Any
+    place: str
+
+
+def no_field(text_field: str, fields: Any, place: str) -> LimbeckError:
+    """The error where a record has no such field."""
+    names = ", ".join(map(str, fields)) or "none"
+    return LimbeckError(f"{place}: no field '{text_field}', only: {names}", hint="set text_field to one of those")
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise LimbeckError("this source needs the package 'datasets'", hint=NEEDS_DATA) from error
+    return datasets
+
+
+def open_saved(root: Path, split: str | None) -> Any:
+    """A split of a folder made by datasets.save_to_disk."""
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_from_disk(str(root))
+    except Exception as error:  # whatever `datasets` trips over, the folder is what the user can look at
+        raise LimbeckError(
+            f"datasets cannot load '{root}': {error}", expected="a folder made by datasets.save_to_disk"
+        ) from error
+    return _one_split(dataset, split, str(root))
+
+
+def open_hub(source: str, *, streaming: bool = False) -> Any:
+    """A split of a dataset by its name on the hub; streamed, nothing is downloaded yet."""
+    match = HUB_NAME.fullmatch(source)
+    assert match is not None, source
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_dataset(match["name"], match["config"], **({"streaming": True} if streaming else {}))
+    except Exception as error:  # no network, no such dataset, no access, several configs: `datasets` says which
+        raise LimbeckError(
+            f"there is no file or folder '{source}', and the Hugging Face dataset of that name cannot be loaded: "
+            f"{type(error).__name__}: {error}",
+            expected=KNOWN,
+            hint="check the name and the network, or train on the embedded text: embedded",
+        ) from error
+    return _one_split(dataset, match["split"], source)
+
+
+def _one_split(dataset: Any, split: str | None, place: str) -> Any:
+    """The dataset of one split: the one that was named, else `train`, else the only one."""
+    if not isinstance(dataset, dict):
+        if split is not None:
+            raise LimbeckError(f"'{place}' has no splits, '{split}' was asked for", hint=f"leave out '@{split}'")
+        return dataset
+    chosen = split or ("train" if "train" in dataset else None) or (next(iter(dataset)) if len(dataset) == 1 else None)
+    if chosen not in dataset:
+        asked = f"no split '{split}'" if split else "several splits and none called train"
+        raise LimbeckError(f"'{place}': {asked}, found: {', '.join(dataset)}", hint=f"{place}@{next(iter(dataset))}")
+    return dataset[chosen]
+
+
+def rows_of(dataset: Any, text_field: str, value_of: ValueOf, place: str) -> Iterator[str | None]:
+    """The documents of a dataset."""
+    if dataset.column_names is not None:  # a streamed dataset may not know them
+        if text_field not in dataset.column_names:
+            raise no_field(text_field, dataset.column_names, place)
+        dataset = dataset.select_columns([text_field])
+    for batch in dataset.iter(batch_size=1000):
+        if text_field not in batch:
+            raise no_field(text_field, batch, place)
+        for value in batch[text_field]:
+            yield value_of(value, text_field, place)

@@ -1,0 +1,110 @@
+"""Several sources in given shares: which one a position takes is a pure function of the position.
+
+    mixture = Mixture([Packed(a, 512), Packed(b, 512)], weights=[0.7, 0.3], seed=1)
+    batch = mixture.batch(position, size=8)
+
+The sources take turns in a fixed pattern of 10,000 sequences in which every stretch has its share: after n sequences
+a source of share w has come w * n times, less than one off (Tijdeman's rule), so shares hold from the first steps on
+and no draw is needed. The seed says where in the pattern a run begins. Each source counts its own sequences and goes
+through its own epochs. Shares are of sequences, which all have the same number of tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from limbeck.data.packing import Batch, Sequences, check_position, mix
+from limbeck.errors import LimbeckError
+
+PERIOD = 10_000
+
+
+class Mixture:
+    """Sequences of several sources.
+
+    Args:
+        parts: one `Sequences` each, all of one length.
+        weights: positive; only their ratio counts. A share below 1/10,000 is taken as that.
+        seed: of the place where the pattern begins.
+        shuffle: False begins at the pattern's own start (for evaluation).
+    """
+
+    def __init__(self, parts: Sequence[Sequences], weights: Sequence[float], seed: int = 0, *, shuffle: bool = True):
+        if not parts or len(parts) != len(weights) or min(weights) <= 0:
+            raise LimbeckError(f"weights {list(weights)} for {len(parts)} sources", expected="a positive one for each")
+        self.parts, self.length = list(parts), parts[0].length
+        self.shares = _shares(weights)
+        begin = int(mix(np.array([0]), seed, 0)[0] % PERIOD) if shuffle else 0
+        self._order = np.roll(_pattern(self.shares), -begin)  # [PERIOD], the source of each place
+        came = self._order[None, :] == np.arange(len(self.parts))[:, None]
+        self._before = np.concatenate([np.zeros((len(self.parts), 1), np.int64), np.cumsum(came, 1)], 1)
+
+    @property
+    def n_sequences(self) -> int:
+        """How many there are before a sequence of any source comes again."""
+        return min(self._first_with(i, part.n_sequences + 1) for i, part in enumerate(self.parts)) - 1
+
+    def counts(self, position: int) -> list[int]:
+        """How many sequences of each source come before `position`."""
+        rounds, place = divmod(position, PERIOD)
+        return [rounds * share + int(n) for share, n in zip(self.shares, self._before[:, place])]
+
+    def batch(self, position: int, size: int) -> Batch:
+        """Sequences `position` to `position + size` since the start of training."""
+        check_position(position, size)
+        sources = self._order[np.arange(position, position + size) % PERIOD]
+        before = self.counts(position)
+        rows: dict[int, tuple[Batch, int]] = {}
+        for i in np.unique(sources).tolist():
+            of_source = self.parts[i].batch(before[i], int((sources == i).sum()))
+            rows |= {int(row): (of_source, n) for n, row in enumerate(np.flatnonzero(sources == i))}
+        made = [rows[row] for row in range(size)]
+        names = ("input_ids", "position_ids", "targets")
+        return Batch(*(torch.stack([getattr(batch, name)[n] for batch, n in made]) for name in names))
+
+    def after(self, read: Sequences, position: int) -> int:
+        """The position of what follows the `position` sequences of `read`, of another length; nothing comes twice."""
+        assert isinstance(read, Mixture)
+        counts = zip(self.parts, read.parts, read.counts(position))
+        wanted = [mine.after(theirs, count) for mine, theirs, count in counts]
+        return max(self._first_with(i, count) for i, count in enumerate(wanted))
+
+    def _first_with(self, source: int, count: int) -> int:
+        """The smallest position before which `count` sequences of a source come."""
+        rounds, rest = divmod(count, self.shares[source])
+        if rest == 0:  # the last of a round, not the first place of the next
+            rounds, rest = rounds - 1, self.shares[source]
+        if count <= 0:
+            return 0
+        return rounds * PERIOD + int(np.searchsorted(self._before[source], rest, side="left"))
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the ratio of the weights, at least 1 each, that add up to PERIOD (largest remainders)."""
+    total = sum(weights)
+    exact = [weight / total * PERIOD for weight in weights]
+    shares = [max(1, int(one)) for one in exact]
+    while sum(shares) != PERIOD:
+        step = 1 if sum(shares) < PERIOD else -1
+        able = [i for i, share in enumerate(shares) if share + step >= 1]
+        shares[max(able, key=lambda i: step * (exact[i] - shares[i]))] += step
+    return shares
+
+
+def _pattern(shares: list[int]) -> np.ndarray:
+    """The sources in turn, each less than one off its share after any number of turns (Tijdeman 1980)."""
+    n = len(shares)
+    if n == 1:
+        return np.zeros(PERIOD, np.int64)
+    slack = 2 * n - 2
+    given = [0] * n
+    order = np.empty(PERIOD, np.int64)
+    for turn in range(1, PERIOD + 1):
+        # what a source is owed after this turn, in units of 1 / PERIOD; of those owed enough the most urgent comes
+        owed = [share * turn - PERIOD * came for share, came in zip(shares, given)]
+        able = [i for i in range(n) if slack * owed[i] >= PERIOD]
+        chosen = min(able, key=lambda i: ((slack - 1) * PERIOD - slack * owed[i]) / shares[i])
+        given[chosen] += 1
+        order[turn - 1] = chosen
+    return order

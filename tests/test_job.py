@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -111,6 +112,32 @@ def test_a_student_learns(recipe):
     result = job.distill(recipe(stages=stages))
     for stage in result["stages"]:
         assert stage["loss"] < 0.95 * stage["first_loss"], stage["stage"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper", "mohawk", "lolcats", "radlads", "halo", "xlstm_hybrid"])
+def test_named_recipes_run(recipe, name, teacher_folder, corpus, tmp_path):
+    """With their own settings but for teacher, text and sizes."""
+    raw = yaml.safe_load(Recipe.load(name).to_yaml())
+    raw["teacher"], raw["out"], raw["evaluation"] = (
+        str(teacher_folder),
+        str(tmp_path / name),
+        {"tokens": 256, "prompt": None},
+    )
+    raw["data"] = {"source": str(corpus), "length": 32, "held_out": 0.2}
+    raw["student"]["keep"] = "none" if raw["student"]["keep"] == "none" else "uniform 1"
+    for stage in raw["stages"]:
+        stage.update(tokens=256, batch=2, length=64 if stage["length"] else None)
+    result = job.distill(Recipe.parse(raw))
+    assert [stage["stage"] for stage in result["stages"]] == [stage["stage"] for stage in raw["stages"]]
+    assert 1 < result["held_out"]["student_perplexity"] < 1e4
+    if name == "lolcats":
+        mixers = [p for n, p in student_parameters(tmp_path / name) if ".mixer." in n]
+        assert result["stages"][0]["trained_parameters"] == sum(p.numel() for p in mixers)
+
+
+def student_parameters(run):
+    return AutoModelForCausalLM.from_pretrained(run / "student").named_parameters()
 
 
 @pytest.mark.parametrize("mixer", ["linear_attention", "gla", "mlstm", "retnet", "softmax"])

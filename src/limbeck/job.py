@@ -235,7 +235,7 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     reached: dict[str, tuple[Sequences, int]] = {}  # of each text, how far it was read, in sequences of which length
     shared = job.recipe.teacher_bits is None
     for index, settings in enumerate(job.recipe.stages):
-        if shared and getattr(settings, "train", "attention") not in ("attention", "lora"):
+        if shared and getattr(settings, "train", "attention") not in ("mixer", "attention", "lora"):
             unshare(student)
             shared = False
         text = job.recipe.text_of(settings)

@@ -108,14 +108,15 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
             block_target = isinstance(settings, recipes.Hidden) and settings.target == "block"
             through = block if block_target else attention
             whole = isinstance(settings, recipes.Hidden) and settings.train == "block"
-            trained = (block if whole else attention) + added
+            alone = isinstance(settings, recipes.Hidden) and settings.train == "mixer"
+            trained = (0 if alone else block if whole else attention) + added
             each = 2 * body + 4 * through + 2 * trained
         if not isinstance(settings, recipes.Calibrate):
             length = recipe.text_of(settings).length
             steps = steps_of(settings, length)
             tokens = steps * settings.batch * length
             largest = max(largest, trained)
-        own = own or getattr(settings, "train", "attention") not in ("attention", "lora")
+        own = own or getattr(settings, "train", "attention") not in ("mixer", "attention", "lora")
         kept += trained
         rows.append(Row(settings.stage, tokens, steps, trained, tokens * each / (speed * REACHED)))
     evaluation = recipe.evaluation.tokens * 4 * (body + head) / (speed * REACHED)

@@ -140,7 +140,7 @@ class Hidden(Trained):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     target: Literal["attention", "block"] = "attention"
     loss: Literal["l2", "relative", "mse", "cosine"] = "relative"
-    train: Literal["attention", "block"] = "attention"
+    train: Literal["mixer", "attention", "block"] = "attention"  # mixer: its new parameters alone
 
 
 class Lora(_Part):

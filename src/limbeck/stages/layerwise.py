@@ -151,7 +151,8 @@ class Hidden(LayerStage):
         return {name: self.student.get_submodule(name) for name in names}
 
     def trained(self) -> list[str]:
-        return [site.module if self.train == "attention" else site.block for site in self.sites]
+        by = {"mixer": lambda s: f"{s.module}.mixer", "attention": lambda s: s.module, "block": lambda s: s.block}
+        return [by[self.train](site) for site in self.sites]
 
     def loss(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple, counts: Counts) -> Tensor:
         y = _first(module(*args, **kwargs))

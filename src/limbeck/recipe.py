@@ -140,6 +140,8 @@ class Logits(Trained):
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
     top: Annotated[int, Field(gt=0)] = 32
     chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once
+    # full: each of several processes keeps a part of every block's weights and optimiser state (docs/scaling.md)
+    sharding: Literal["none", "full"] = "none"
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Logits":

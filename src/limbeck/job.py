@@ -27,6 +27,7 @@ from limbeck.console import console, progress
 from limbeck.data.cache import check_room, no_room_is_an_error
 from limbeck.data.packing import Sequences
 from limbeck.data.text import Text, open_text
+from limbeck.distributed import local_device, main_first, on_main, share, take_from_main, together, world
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes, peak_memory
@@ -44,6 +45,7 @@ from limbeck.stages.layerwise import Hidden, Matrix
 from limbeck.stages.loop import Stage, train
 from limbeck.stages.optimize import steps_of
 from limbeck.stages.run import RunDirectory, check_run, environment, open_run
+from limbeck.stages.shards import sharded
 from limbeck.stages.teacher import load_teacher
 from limbeck.summary import write_summary
 
@@ -89,35 +91,53 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
         The summary that is also written to eval.json.
 
     Raises:
-        LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then.
+        LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then. Of several
+            processes all raise the error of the first that failed.
     """
-    torch.manual_seed(recipe.seed)
-    job = prepare_job(recipe)
-    plan = make_plan(recipe, job.teacher, job.sites)
-    check_room(_existing(job.path), plan.disk_bytes, f"the run {job.path}")
-    with open_run(job.path, recipe) as run:
-        done = job.path / "eval.json"
-        if done.exists() and all(run.finished(i) for i in range(len(recipe.stages))):
-            known = json.loads(done.read_text())
-            if known["evaluation"] == recipe.evaluation.model_dump(mode="json"):
-                console.print(f"{job.path} is finished already; its summary:")
+    with together():
+        torch.manual_seed(recipe.seed)
+        with main_first():
+            job = prepare_job(recipe)
+        plan = on_main(lambda: _plan(job))
+        with open_run(job.path, recipe) as run:
+            known = on_main(lambda: _known(job, run))
+            if known is not None:
                 return known
-        planned = _planned(job, run, plan)
-        if confirm:
-            confirm(planned)
-        _same_text(job)
-        run.manifest(**environment(), **_provenance(job))
-        student = _student(job)
-        _run_stages(job, run, student)
-        return _hand_over(job, run, student)
+            planned = on_main(lambda: _planned(job, run, plan))
+            if confirm:
+                confirm(planned)
+            _same_text(job)
+            run.manifest(**environment(), **_provenance(job))
+            student = _student(job)
+            _run_stages(job, run, student)
+            return on_main(lambda: _hand_over(job, run, student))
+
+
+def _plan(job: Job) -> Plan:
+    plan = make_plan(job.recipe, job.teacher, job.sites)
+    check_room(_existing(job.path), plan.disk_bytes, f"the run {job.path}")
+    return plan
+
+
+def _known(job: Job, run: RunDirectory) -> dict[str, Any] | None:
+    """The summary of a run that is finished."""
+    done = job.path / "eval.json"
+    if done.exists() and all(run.finished(i) for i in range(len(job.recipe.stages))):
+        known = json.loads(done.read_text())
+        if known["evaluation"] == job.recipe.evaluation.model_dump(mode="json"):
+            console.print(f"{job.path} is finished already; its summary:")
+            return known
+    return None
 
 
 def prepare_job(recipe: Recipe) -> Job:
     """Check a recipe and load what it names. Writes nothing but the caches."""
+    _check_shares(recipe)
     mixers.options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
     path = Path(recipe.out or f"runs/{recipe.name}")
-    check_run(path, recipe)
-    device = _device(recipe.device)
+    if world().main:
+        check_run(path, recipe)
+    device = local_device(recipe.device)
     teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), device, recipe.teacher_bits)
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"data.length": recipe.data.length}
@@ -171,7 +191,7 @@ def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan
     index = list(range(len(recipe.stages))) if stages is None else stages
     step = max((row.seconds / max(row.steps, 1) for row in plan.rows if row.steps), default=0.0)
     adapted = any(getattr(settings, "lora", None) is not None for settings in recipe.stages)
-    if not index or step > LONGEST_STEP or recipe.teacher_bits is not None or adapted:
+    if not index or step > LONGEST_STEP or recipe.teacher_bits is not None or adapted or world().size > 1:
         return plan
 
     def make(number: int) -> Stage:
@@ -197,10 +217,24 @@ def _planned(job: Job, run: RunDirectory, plan: Plan) -> Plan:
     return replace(plan, rows=rows, seconds=known["seconds"], memory_bytes=known["memory_bytes"])
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise LimbeckError("no CUDA device here", expected="device: auto or cpu", hint="limbeck doctor")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def _check_shares(recipe: Recipe) -> None:
+    """Every process needs a row of every step."""
+    size = world().size
+    for index, stage in enumerate(recipe.stages):
+        at = f"stages.{index} ({stage.stage}): a batch of {stage.batch} for {size} processes"
+        whole = -(-stage.batch // size) * size
+        if stage.batch < size:
+            raise LimbeckError(at, expected="a sequence for each, or more", hint=f"--set stages.{index}.batch={size}")
+        if size > 1 and getattr(stage, "sharding", "none") == "full":
+            if stage.batch % size:
+                raise LimbeckError(
+                    f"{at}, sharded", expected="as many for each", hint=f"--set stages.{index}.batch={whole}"
+                )
+            if getattr(stage, "optimizer", "adamw") == "muon":
+                raise LimbeckError(
+                    f"stages.{index}: muon needs whole matrices, and sharding leaves a part of each",
+                    expected="optimizer: adamw, or sharding: none",
+                )
 
 
 def _existing(path: Path) -> Path:
@@ -256,12 +290,21 @@ def _run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             }
         else:
             stage = _stage(job, student, settings, index)
-            learn, held_out, cached = _texts(job, settings, text, data, position)
-            facts = {**train(stage, settings, learn, run, index, position, held_out), **cached}
+            with main_first():
+                learn, held_out, cached = _texts(job, settings, text, data, position)
+            with _sharded(job, student, settings, stage):
+                facts = {**train(stage, settings, learn, run, index, position, held_out), **cached}
             adapters = getattr(stage, "adapters", None)
             learnt = stage.parameters() if adapters is None else adapters.merge()
         reached[_name(text)] = data, facts["position"]
         run.finish(index, dict(learnt), facts)
+
+
+def _sharded(job: Job, student: PreTrainedModel, settings: Any, stage: Stage) -> contextlib.AbstractContextManager:
+    if getattr(settings, "sharding", "none") == "none":
+        return contextlib.nullcontext()
+    blocks = [site.block for site in attention_sites(job.teacher)]
+    return sharded(job.teacher, student, blocks, set(stage.parameters()))
 
 
 def _stage(
@@ -317,8 +360,11 @@ def _calibrate(
     with progress("calibrate", sequences, "sequences") as advance:
         for at in range(0, sequences, settings.batch):
             size = min(settings.batch, sequences - at)
-            fits.add(data.batch(position + at, size).to(job.device))
+            first, mine = share(size)
+            if mine:
+                fits.add(data.batch(position + at + first, mine).to(job.device))
             advance(size, note=f"{(at + size) * length / (time.monotonic() - began):.0f} tokens/s")
+    fits.add_processes()
     fitted = time.monotonic() - began
     position += sequences
     tried: dict[str, dict[str, float]] = {}
@@ -333,8 +379,9 @@ def _calibrate(
                 loss = float(judge.evaluate(batch)["ce"])
                 tried[f"{candidate:g}"] = {"unexplained": unexplained, "loss": loss}
                 advance(1, note=f"ridge {candidate:g}: loss {loss:.3f}")
-        ridge = float(min(tried, key=lambda name: tried[name]["loss"]))
+        ridge = on_main(lambda: float(min(tried, key=lambda name: tried[name]["loss"])))
     unexplained = fits.solve(float(ridge))
+    take_from_main(p for projection in fits.projections.values() for p in projection.parameters())
     return {
         "fit_seconds": fitted,
         "ridge": ridge,

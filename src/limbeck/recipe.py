@@ -176,6 +176,8 @@ class Logits(Trained):
     # read from there by this and later runs; with top_kl and ce
     cache_teacher: Literal["top-k"] | None = None
     checkpoint_activations: bool = False  # keep each block's input alone and run it again: less memory, more time
+    # full: each of several processes keeps a part of every block's weights and optimiser state (docs/scaling.md)
+    sharding: Literal["none", "full"] = "none"
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Logits":

@@ -1,5 +1,6 @@
 """The command line: `limbeck VERB`, one verb a file."""
 
+import os
 import sys
 import warnings
 from typing import Annotated
@@ -61,6 +62,10 @@ def main() -> None:
     _quiet_transformers()
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     try:
+        if "RANK" in os.environ:  # one of several processes
+            from limbeck.distributed import one_voice
+
+            one_voice()
         app()
     except LimbeckError as error:
         console.print("[bold red]error:[/] ", end="")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck.data.packing import Batch
+from limbeck.distributed import add_tensors, add_up
 from limbeck.model import Site
 from limbeck.model.body import run_body
 from limbeck.stages.teacher import tap
@@ -65,6 +66,15 @@ class NormalEquations:
 
         with self.autocast(), tap(self.teacher, {site.module: visitor(site) for site in self.sites}):
             run_body(self.teacher, batch)
+
+    @torch.no_grad()
+    def add_processes(self) -> None:
+        """Sum over all processes, once each has added what is its own."""
+        for name, w0 in self.start.items():
+            self.features.setdefault(name, w0.new_zeros(len(w0), len(w0)))
+            self.products.setdefault(name, torch.zeros_like(w0))
+        add_tensors([*self.features.values(), *self.products.values()])
+        self.squares = add_up(self.squares)
 
     @torch.no_grad()
     def solve(self, ridge: float) -> float:

@@ -5,6 +5,9 @@
 Gradient accumulation with counts taken over the whole step first (so a split changes nothing), clipping, non-finite
 steps skipped and counted, a line of metrics a step, checkpoints by the clock and on SIGTERM. A resumed run continues
 bit for bit on a CPU: weights, optimiser, averages and data position are all its state.
+
+Of several processes each takes its rows of a step. Counts are summed over them before the first gradient, gradients
+after the last one, so a step is that of one process with all rows (docs/scaling.md).
 """
 
 import math
@@ -17,11 +20,13 @@ from torch import Tensor, nn, no_grad
 
 from limbeck.console import console, progress
 from limbeck.data.packing import Batch, Sequences
+from limbeck.distributed import add_up, agree, share, take_from_main
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Trained
 from limbeck.stages.interrupt import Stopped, watch
 from limbeck.stages.optimize import Average, Optimizer, copy_into, gradient_norm, learning_rate, steps_of
 from limbeck.stages.run import RunDirectory
+from limbeck.stages.shards import Held
 
 MOST_SKIPPED = 5  # non-finite steps in a row
 
@@ -78,12 +83,16 @@ def train(
 class _Run:
     def __init__(self, stage, settings, data, run, index, position, parameters, held_out):
         self.stage, self.settings, self.data, self.run, self.index = stage, settings, data, run, index
-        self.start, self.parameters, self.held_out = position, parameters, held_out
+        self.start, self.held_out = position, held_out
+        self.held = Held(parameters)
+        self.parameters = self.held.local  # what is kept and moved here: all, or a part of each that is sharded
+        take_from_main(p for name, p in self.parameters.items() if name not in self.held.sharded)
         self.device = next(iter(parameters.values())).device
         self.steps = steps_of(settings, data.length)
-        self.micro = min(settings.micro_batch or settings.batch, settings.batch)
-        self.optimizer = Optimizer(parameters, stage.learning_rates(settings), settings)
-        self.average = Average(parameters, settings.ema) if settings.ema else None
+        self.first, self.rows = share(settings.batch)
+        self.micro = min(settings.micro_batch or self.rows, self.rows)
+        self.optimizer = Optimizer(self.parameters, stage.learning_rates(settings), settings)
+        self.average = Average(self.parameters, settings.ema) if settings.ema else None
         self.best: dict[str, Tensor] | None = None  # weights of the best held-out loss, where there is patience
         self.facts: dict[str, Any] = {
             "step": 0,
@@ -113,10 +122,11 @@ class _Run:
                 speed = tokens * self.facts["step"] / self.facts["seconds"]
                 advance(1, note=f"loss {line['loss']:.4g}, {speed:.0f} tokens/s")
                 over = self.facts["step"] == self.steps
-                if not over and (asked_to_stop() or time.monotonic() - saved > self.run.recipe.checkpoint_seconds):
+                stop, save = agree(asked_to_stop(), time.monotonic() - saved > self.run.recipe.checkpoint_seconds)
+                if not over and (stop or save):
                     self._save()
                     saved = time.monotonic()
-                if asked_to_stop():
+                if stop:
                     raise Stopped(f"asked to stop in step {self.facts['step']} of {self.steps}, state kept")
         return self._finish()
 
@@ -131,26 +141,28 @@ class _Run:
             "steps": self.facts["step"],
             "tokens": sequences * self.data.length,
             "position": self.start + sequences,
-            "trained_parameters": sum(p.numel() for p in self.parameters.values()),
+            "trained_parameters": self.held.numel,
         }
 
     def _step(self) -> dict[str, Any]:
         step, settings = self.facts["step"], self.settings
-        at = self.start + step * settings.batch
-        sizes = [min(self.micro, settings.batch - done) for done in range(0, settings.batch, self.micro)]
+        at = self.start + step * settings.batch + self.first
+        sizes = [min(self.micro, self.rows - done) for done in range(0, self.rows, self.micro)]
         batches = [self.data.batch(at + i * self.micro, size).to(self.device) for i, size in enumerate(sizes)]
         counts: dict[str, float] = {}
         for batch in batches:
             for name, value in self.stage.count(batch).items():
                 counts[name] = counts.get(name, 0.0) + value
+        counts = add_up(counts)
         rate = learning_rate(step, self.steps, settings)
         self.optimizer.set_rate(rate)
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for name, value in self.stage.backward(batch, counts).items():
                 sums[name] = sums[name] + value if name in sums else value
-        norm = gradient_norm(self.parameters.values(), settings.clip)
-        loss, losses = _total({name: float(value) for name, value in sums.items()})
+        self.held.take_gradients()
+        norm = gradient_norm(self.parameters, settings.clip, self.held.sharded)
+        loss, losses = _total(add_up({name: float(value) for name, value in sums.items()}))
         if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
             if self.average is not None:
@@ -162,6 +174,7 @@ class _Run:
         else:
             self._skip(loss, norm)
         self.optimizer.zero_grad()
+        self.held.drop_gradients()
         self.facts["step"] += 1
         return {"step": self.facts["step"], "loss": loss, "losses": losses, "grad_norm": norm, "lr": settings.lr * rate}
 
@@ -183,9 +196,12 @@ class _Run:
             return
         count = min(self.settings.evaluate_sequences, self.held_out.n_sequences)
         with self.average.lent() if self.average else nullcontext(), no_grad():
-            batches = (self.held_out.batch(at, 1).to(self.device) for at in range(count))
+            # blocks that are sharded run in all processes or in none, so all of them see all of the text
+            first, mine = (0, count) if self.held.sharded else share(count)
+            batches = (self.held_out.batch(at, 1).to(self.device) for at in range(first, first + mine))
             found = [self.stage.evaluate(batch) for batch in batches]
-        loss = sum(_total({n: float(v) for n, v in losses.items()})[0] for losses in found) / count
+        total = sum(_total({n: float(v) for n, v in losses.items()})[0] for losses in found)
+        loss = total / count if self.held.sharded else add_up({"loss": total})["loss"] / count
         line["held_out_loss"] = self.facts["held_out_loss"] = loss
         if self.facts["best_loss"] is None or loss < self.facts["best_loss"]:
             self.facts["best_loss"], self.facts["waited"] = loss, 0
@@ -207,18 +223,20 @@ class _Run:
         kinds: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("|")
-            kinds.setdefault(kind, {})[name] = tensor.to(self.device)
+            kinds.setdefault(kind, {})[name] = self.held.part(name, tensor).to(self.device)
         copy_into(self.parameters, kinds["last"])
         if self.average is not None:
             self.average.values = kinds["average"]
         self.best = kinds.get("best")
-        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.load_state_dict(self.optimizer.with_names(optimizer, self.held.part))
         console.print(f"{self.settings.stage}: going on from step {self.facts['step']} of {self.steps}")
 
     def _save(self) -> None:
         kinds = {"last": self.parameters, "average": self.average and self.average.values, "best": self.best}
-        tensors = {f"{kind}|{name}": t for kind, held in kinds.items() for name, t in (held or {}).items()}
-        self.run.checkpoint(self.index, self.facts["step"], tensors, self.optimizer.state_dict(), self.facts)
+        whole = self.held.whole
+        tensors = {f"{kind}|{name}": whole(name, t) for kind, held in kinds.items() for name, t in (held or {}).items()}
+        optimizer = self.optimizer.with_names(self.optimizer.state_dict(), whole)
+        self.run.checkpoint(self.index, self.facts["step"], tensors, optimizer, self.facts)
 
 
 def _total(losses: dict[str, float]) -> tuple[float, dict[str, float]]:

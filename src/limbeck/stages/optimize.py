@@ -8,13 +8,14 @@ Everything is sized in optimiser steps, so accumulation and several processes ch
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from limbeck.distributed import add_up
 from limbeck.recipe import Trained
 
 
@@ -64,6 +65,7 @@ class Optimizer:
             by_muon = settings.optimizer == "muon" and parameter.dim() == 2 and not own and not _is_table(name)
             if rates[name] > 0:
                 groups.setdefault((by_muon, rates[name], decay), []).append(parameter)
+        self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.parts: list[torch.optim.Optimizer] = []
         for by_muon in (False, True):
             mine = [
@@ -96,6 +98,18 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, own in zip(self.parts, state["parts"]):
             part.load_state_dict(own)
+
+    def with_names(self, state: dict[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+        """The same state, each tensor of a parameter's size replaced by `change(name of the parameter, tensor)`."""
+        changed = []
+        for part, own in zip(self.parts, state["parts"]):
+            members = [self.names[id(p)] for group in part.param_groups for p in group["params"]]
+            of = {
+                i: {k: change(members[i], t) if torch.is_tensor(t) and t.dim() else t for k, t in held.items()}
+                for i, held in own["state"].items()
+            }
+            changed.append({**own, "state": of})
+        return {"parts": changed}
 
 
 class Average:
@@ -138,9 +152,22 @@ def copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) ->
         parameter.copy_(values[name])
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Norm of all gradients together, which are scaled down to `largest` where it is more."""
-    return float(nn.utils.clip_grad_norm_(list(parameters), largest))
+def gradient_norm(parameters: dict[str, nn.Parameter], largest: float, sharded: Collection[str] = ()) -> float:
+    """Norm of all gradients together, which are scaled down to `largest` where it is more.
+
+    Args:
+        sharded: names of those of which this process holds a part only; every process takes part then.
+    """
+    if not sharded:
+        return float(nn.utils.clip_grad_norm_(list(parameters.values()), largest))
+    parts, others = (
+        [p.grad for name, p in parameters.items() if p.grad is not None and (name in sharded) == inside]
+        for inside in (True, False)
+    )
+    square = add_up({"square": float(nn.utils.get_total_norm(parts)) ** 2})["square"]
+    norm = math.sqrt(square + float(nn.utils.get_total_norm(others)) ** 2)
+    nn.utils.clip_grads_with_norm_(list(parameters.values()), largest, torch.tensor(norm))
+    return norm
 
 
 def _is_table(name: str) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from limbeck import __version__
 from limbeck.data.cache import no_room_is_an_error, publish, sound
+from limbeck.distributed import on_main, tensors_from_main, world
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Recipe
 
@@ -147,6 +148,51 @@ class RunDirectory:
         return load_file(folder / "model.safetensors"), state, _facts(folder)
 
 
+class SharedRun(RunDirectory):
+    """A run of several processes: process 0 alone reads and writes, and tells the others what they ask for.
+
+    So a run needs no file system that all machines see.
+    """
+
+    def finished(self, index: int) -> bool:
+        return on_main(lambda: RunDirectory.finished(self, index))
+
+    def result(self, index: int) -> dict[str, Tensor]:
+        return tensors_from_main(lambda: RunDirectory.result(self, index))
+
+    def facts(self, index: int) -> dict[str, Any]:
+        return on_main(lambda: RunDirectory.facts(self, index))
+
+    def last_checkpoint(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]] | None:
+        return tensors_from_main(lambda: RunDirectory.last_checkpoint(self, index))
+
+    def finish(self, index: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if world().main:
+            super().finish(index, tensors, facts)
+
+    def checkpoint(
+        self, index: int, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        if world().main:
+            super().checkpoint(index, step, tensors, optimizer, facts)
+
+    def log(self, line: dict[str, Any]) -> None:
+        if world().main:
+            super().log(line)
+
+    def forget(self, index: int, step: int) -> None:
+        if world().main:
+            super().forget(index, step)
+
+    def write(self, name: str, text: str) -> None:
+        if world().main:
+            super().write(name, text)
+
+    def manifest(self, **facts: Any) -> None:
+        if world().main:
+            super().manifest(**facts)
+
+
 @contextmanager
 def open_run(path: Path, recipe: Recipe) -> Iterator[RunDirectory]:
     """The run directory at `path`, new or gone on with, held against other processes meanwhile.
@@ -154,6 +200,9 @@ def open_run(path: Path, recipe: Recipe) -> Iterator[RunDirectory]:
     Raises:
         LimbeckError: the folder holds another run (with the difference), something else, or is in use.
     """
+    if not world().main:
+        yield SharedRun(path, recipe)
+        return
     check_run(path, recipe)
     with no_room_is_an_error(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -165,7 +214,7 @@ def open_run(path: Path, recipe: Recipe) -> Iterator[RunDirectory]:
                     raise LimbeckError(
                         f"another process is working on {path}", hint="wait for it, or give another --out"
                     ) from error
-            run = RunDirectory(path, recipe)
+            run = (RunDirectory if world().size == 1 else SharedRun)(path, recipe)
             run.write("recipe.yaml", recipe.to_yaml())
             yield run
 
@@ -202,6 +251,7 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "processes": world().size,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "opened": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

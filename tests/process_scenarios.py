@@ -1,0 +1,84 @@
+"""What tests/test_processes.py runs in each of two processes, one launch for all: torchrun process_scenarios.py FOLDER.
+
+FOLDER holds a recipe NAME.yaml for each scenario; what came of it is written to NAME.RANK.json.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from limbeck import LimbeckError, job
+from limbeck.console import console
+from limbeck.distributed import world
+from limbeck.recipe import Recipe
+from limbeck.stages import loop
+from limbeck.stages.layerwise import Hidden
+
+RANK = world().rank
+
+
+def nan_on_one():
+    """The second step's gradient is not finite in process 1."""
+    original, calls = Hidden.backward, []
+
+    def backward(self, batch, counts):
+        calls.append(1)
+        sums = original(self, batch, counts)
+        if RANK == 1 and len(calls) == 2:
+            next(iter(self.parameters().values())).grad.fill_(float("nan"))
+        return sums
+
+    return mock.patch.object(Hidden, "backward", backward)
+
+
+def at_step(step, act, rank=1):
+    """`act()` in one process, before it does that step."""
+    original = loop._Run._step
+
+    def patched(self):
+        if rank == RANK and self.facts["step"] == step:
+            act()
+        return original(self)
+
+    return mock.patch.object(loop._Run, "_step", patched)
+
+
+def refuse():
+    raise LimbeckError("the dog ate it", hint="a cat")
+
+
+PATCHES = {
+    "nan": nan_on_one,
+    "stop": lambda: at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "sharded_stop": lambda: at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "error": lambda: at_step(3, refuse),
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for path in sorted(folder.glob("*.yaml")):
+        name = path.stem
+        ends = False
+        try:
+            with PATCHES.get(name.split("-")[0], mock.MagicMock)():
+                result = job.distill(Recipe.load(path))
+            found = {"held_out": result["held_out"], "stages": result["stages"]}
+        except LimbeckError as error:
+            found = {"error": str(error), "exit_code": error.exit_code, "quiet": console.quiet}
+            ends = "dog" in str(error)
+        except Exception as error:
+            found = {"failed": traceback.format_exc() + str(error)}
+        (folder / f"{name}.{RANK}.json").write_text(json.dumps(found))
+        if ends:  # as the command line does; the other process hears of it
+            sys.exit(found["exit_code"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

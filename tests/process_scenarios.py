@@ -13,9 +13,9 @@ from unittest import mock
 
 import torch
 
-from limbeck import LimbeckError, job
+from limbeck import LimbeckError, distributed, job
 from limbeck.console import console
-from limbeck.distributed import world
+from limbeck.distributed import add_gradients, together, world
 from limbeck.recipe import Recipe
 from limbeck.stages import loop
 from limbeck.stages.layerwise import Hidden
@@ -61,8 +61,20 @@ PATCHES = {
 }
 
 
+def gradients() -> dict:
+    """Sums of gradients that not every process has, in buckets of one or two."""
+    a, b, c, d = (torch.nn.Parameter(torch.zeros(2)) for _ in range(4))
+    a.grad = torch.full((2,), 1.0 + RANK)
+    b.grad = torch.full((2,), 5.0) if RANK else None
+    d.grad = torch.full((2,), 10.0 + RANK)
+    with together(), mock.patch.object(distributed, "BUCKET_BYTES", 16):
+        add_gradients([a, b, c, d])
+    return {"sums": [None if p.grad is None else p.grad.tolist() for p in (a, b, c, d)]}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    (folder / f"gradients.{RANK}.json").write_text(json.dumps(gradients()))
     for path in sorted(folder.glob("*.yaml")):
         name = path.stem
         ends = False

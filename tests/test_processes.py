@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from limbeck import LimbeckError, job
+from limbeck.contract import tiny
 from limbeck.distributed import share, world
 from limbeck.recipe import Recipe
 from limbeck.stages import loop
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 SHARDED = {"sharding": "full"}
 HIDDEN = {"stage": "hidden", "tokens": 1024, "batch": 4}
 LOGITS = {"stage": "logits", "tokens": 1024, "batch": 4, "ce": 0.5, "train": "all"}
+ALIKE = ("calibrate", "matrix", "hidden", "logits", "sharded")
 CASES = {
     "calibrate": [{"stage": "calibrate", "tokens": 480, "batch": 3, "ridge": 0.01}],
     "matrix": [{"stage": "matrix", "tokens": 512, "batch": 3}],
@@ -27,6 +29,8 @@ CASES = {
     "logits": [{**LOGITS, "batch": 3, "micro_batch": 1}],
     "sharded": [{**LOGITS, **SHARDED, "micro_batch": 1, "ema": 0.9, "evaluate_every": 4, "clip": 0.01}],
     "sharded_attention": [{**LOGITS, **SHARDED, "train": "attention", "tokens": 512}],
+    "sharded_lora": [{**LOGITS, **SHARDED, "train": "lora", "tokens": 512}],
+    "sharded_experts": [{**LOGITS, **SHARDED, "tokens": 512}],
     "nan": [HIDDEN],
     "stop": [HIDDEN],
     "sharded_stop": [{**LOGITS, **SHARDED}],
@@ -59,13 +63,22 @@ def recipe(teacher, corpus, out: Path, stages) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, teacher_folder, corpus):
+def experts_folder(tmp_path_factory, tokenizer):
+    """A mixture of experts."""
+    folder = tmp_path_factory.mktemp("teacher") / "experts"
+    tiny("qwen3_moe").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, teacher_folder, experts_folder, corpus):
     """Every scenario run in two processes, with one launch."""
     root = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIMBECK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         for name, stages in CASES.items():
-            made = recipe(teacher_folder, corpus, root / name, stages)
+            made = recipe(experts_folder if "experts" in name else teacher_folder, corpus, root / name, stages)
             (root / f"{name}.yaml").write_text(made.to_yaml())
         launch(root)
     return root
@@ -86,16 +99,17 @@ def difference(one: Path, other: Path) -> float:
 
 
 @pytest.fixture
-def alone(teacher_folder, corpus, tmp_path):
+def alone(teacher_folder, experts_folder, corpus, tmp_path):
     def run(name: str) -> Path:
-        job.distill(recipe(teacher_folder, corpus, tmp_path / name, CASES[name]))
+        teacher = experts_folder if "experts" in name else teacher_folder
+        job.distill(recipe(teacher, corpus, tmp_path / name, CASES[name]))
         return tmp_path / name
 
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["calibrate", "matrix", "hidden", "logits", "sharded", "sharded_attention"])
+@pytest.mark.parametrize("name", [n for n in CASES if n.split("_")[0] in ALIKE and "stop" not in n])
 def test_two_processes_give_the_weights_of_one(folder, alone, name):
     """Rows are shared out unevenly, in micro-batches, with documents of every length."""
     first, second = told(folder, name)
@@ -110,6 +124,12 @@ def test_two_processes_give_the_weights_of_one(folder, alone, name):
     if name != "calibrate":
         ours, theirs = ([json.loads(x) for x in path.read_text().splitlines()] for path in lines)
         assert [x["grad_norm"] for x in ours] == pytest.approx([x["grad_norm"] for x in theirs], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_and_none_stays_none(folder):
+    for one in told(folder, "gradients"):
+        assert one["sums"] == [[3.0, 3.0], [5.0, 5.0], None, [21.0, 21.0]]
 
 
 @pytest.mark.slow

@@ -35,6 +35,13 @@ BUCKET_BYTES = 25 * 2**20  # gradients that travel together
 POLL_S = 0.25
 GRACE_S = 20.0  # for a process that is stuck in a collective after another one has failed
 
+# where launchers say which process of how many this is, and which on its machine
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
 T = TypeVar("T")
 
 
@@ -57,14 +64,15 @@ def world() -> World:
     Raises:
         LimbeckError: the launcher's variables are no numbers, or do not fit together.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = next((names for names in LAUNCHERS if names[1] in os.environ), LAUNCHERS[0])
+    given = [os.environ.get(name) for name in names]
     try:
-        rank, size, local = (int(os.environ.get(name, default)) for name, default in zip(names, ("0", "1", "0")))
+        rank, size, local = (int(text or default) for text, default in zip(given, ("0", "1", "0")))
     except ValueError as error:
         raise LimbeckError(f"{', '.join(names)} in the environment: {error}", expected="numbers") from error
-    if (size > 1 and "RANK" not in os.environ) or not 0 <= rank < max(size, 1):
+    if (size > 1 and given[0] is None) or not 0 <= rank < max(size, 1):
         raise LimbeckError(
-            f"process RANK={os.environ.get('RANK')} of WORLD_SIZE={size}",
+            f"process {names[0]}={given[0]} of {names[1]}={size}",
             expected="a launcher that sets both, or none",
             hint="torchrun --nproc-per-node 2 -m limbeck distill ...",
         )
@@ -115,7 +123,14 @@ class _Session:
             store = dist.distributed_c10d._get_default_store()
             self.control = dist.new_group(backend="gloo", timeout=self.timeout)
         else:
-            store, rank, size = next(dist.rendezvous("env://", timeout=self.timeout))
+            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+            if missing:
+                raise LimbeckError(
+                    f"process {self.me.rank} of {self.me.size} is not told where process 0 is",
+                    expected=f"{' and '.join(missing)} in the environment",
+                    hint="torchrun --nproc-per-node 2 -m limbeck distill ...",
+                )
+            store, rank, size = next(dist.rendezvous("env://", self.me.rank, self.me.size, timeout=self.timeout))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             own = dist.PrefixStore("limbeck_groups", store)
             dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=self.timeout)
@@ -161,6 +176,11 @@ class _Session:
             time.sleep(POLL_S / 5)
         try:
             if self.told is None:
+                if lost and _is_of_the_link(error):
+                    error = LimbeckError(
+                        f"process {self.me.rank} of {self.me.size} lost the others: {_first_line(error)}",
+                        hint="one of them ended or stood still; the same command goes on from the last checkpoint",
+                    )
                 mine = self.me.rank, _message(error, self.me), getattr(error, "exit_code", 1)
                 # all may fail at once; the first is heard
                 self.told = tuple(json.loads(self.store.compare_set("error", "", json.dumps(mine))))
@@ -180,6 +200,16 @@ class _Told(LimbeckError):
     def __init__(self, told: tuple[int, str, int]):
         super().__init__(told[1])
         self.exit_code = told[2]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _is_of_the_link(error: BaseException) -> bool:
+    """Does this come from a collective or the store, rather than from what is computed?"""
+    known = isinstance(error, dist.DistError)
+    return known or any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "tcpstore"))
 
 
 def _message(error: BaseException, me: World) -> str:
@@ -209,7 +239,7 @@ def together() -> Iterator[World]:
     except RuntimeError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LimbeckError(
-            f"process {me.rank} of {me.size} found no others at {address}: {str(error).strip().splitlines()[0]}",
+            f"process {me.rank} of {me.size} found no others at {address}: {_first_line(error)}",
             expected="all of them started within LIMBECK_TIMEOUT seconds (600)",
         ) from error
     _session.begin()

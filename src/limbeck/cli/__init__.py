@@ -62,7 +62,7 @@ def main() -> None:
     _quiet_transformers()
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     try:
-        if "RANK" in os.environ:  # one of several processes
+        if any(name.endswith("_SIZE") for name in os.environ):  # one of several processes, perhaps
             from limbeck.distributed import one_voice
 
             one_voice()

@@ -107,7 +107,7 @@ def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -
             stage.backward(batch, stage.count(batch))
 
         def update() -> None:
-            gradient_norm(parameters.values(), settings.clip)
+            gradient_norm(parameters, settings.clip)
             for parameter in parameters.values():
                 if parameter.grad is not None:  # not even a NaN may reach the weights, many of them the teacher's
                     parameter.grad.zero_()

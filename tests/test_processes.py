@@ -215,13 +215,16 @@ def test_a_launcher_that_does_not_say_which_process_is_refused(monkeypatch):
         world()
 
 
-def test_muon_is_not_sharded(teacher_folder, corpus, tmp_path, monkeypatch):
+def test_what_cannot_be_sharded_is_refused(teacher_folder, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     for change, words in (({"optimizer": "muon"}, "whole matrices"), ({"batch": 3}, "batch=4")):
         made = recipe(teacher_folder, corpus, tmp_path / "x", [{**LOGITS, **SHARDED, **change}])
         with pytest.raises(LimbeckError, match=words):
             job.prepare_job(made)
+    made = recipe(teacher_folder, corpus, tmp_path / "x", [{**LOGITS, **SHARDED}])
+    with pytest.raises(LimbeckError, match="8 bits"):
+        job.prepare_job(made.model_copy(update={"teacher_bits": 8}))
 
 
 def test_alone_nothing_is_communicated(teacher_folder, corpus, tmp_path):

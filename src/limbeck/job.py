@@ -230,6 +230,11 @@ def _check_shares(recipe: Recipe) -> None:
                 raise LimbeckError(
                     f"{at}, sharded", expected="as many for each", hint=f"--set stages.{index}.batch={whole}"
                 )
+            if recipe.teacher_bits is not None:
+                raise LimbeckError(
+                    f"stages.{index}: a teacher in {recipe.teacher_bits} bits cannot be sharded",
+                    expected="sharding: none, or no teacher_bits",
+                )
             if getattr(stage, "optimizer", "adamw") == "muon":
                 raise LimbeckError(
                     f"stages.{index}: muon needs whole matrices, and sharding leaves a part of each",

@@ -10,7 +10,13 @@ from limbeck.evaluate.decoding import SEED, Contestant, break_even, filled, meas
 from limbeck.model import cache_bytes
 from limbeck.report.decoding import draw
 
-KINDS = [("teacher", False), ("teacher", True), ("hybrid", False), ("pure", False)]  # and whether its cache is static
+KINDS = [
+    ("teacher", False),
+    ("teacher", True),
+    ("hybrid", False),
+    ("hybrid", True),
+    ("pure", False),
+]  # and whether its cache is static
 IDS = torch.randint(7, 90, (1, 40), generator=torch.Generator().manual_seed(0))
 
 

@@ -13,7 +13,8 @@ from limbeck import LimbeckError, job
 from limbeck.cli.distill import build_recipe
 from limbeck.data.mixture import Mixture
 from limbeck.data.streamed import Streamed
-from limbeck.evaluate.standalone import evaluate_folder
+from limbeck.evaluate.measures import find, take
+from limbeck.evaluate.subject import Subjects
 from limbeck.plan import make_plan
 from limbeck.recipe import Recipe
 from limbeck.stages.interrupt import Stopped
@@ -114,8 +115,9 @@ def test_a_run_of_all_kinds_of_text_ends_the_same_when_it_is_stopped_twice(recip
     expected, got = weights(straight), weights(made)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
-    again = evaluate_folder(tmp_path / "run" / "student", made.teacher, made.data.source, 128, 32, made)
-    assert again["student_perplexity"] == pytest.approx(result["held_out"]["student_perplexity"], rel=1e-4)
+    subject = Subjects().open(str(tmp_path / "run"))
+    again = take(find("agreement"), subject, {"tokens": 128, "length": 32})
+    assert again.values["perplexity"] == pytest.approx(result["held_out"]["student_perplexity"], rel=1e-4)
 
 
 def test_plan_and_texts_follow_the_stages(recipe):

@@ -1,51 +1,74 @@
-"""limbeck eval: perplexity and agreement with the teacher on held-out text."""
+"""limbeck eval: measures of students, hybrids and teachers, side by side."""
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import output
+from limbeck.console import console, output
 from limbeck.errors import LimbeckError
 
 
 @app.command()
 def eval(
-    student: Annotated[Path, typer.Argument(help="A student's folder, or a run directory.")],
+    models: Annotated[list[str] | None, typer.Argument(help="Runs, models' folders, hub names, 'embedded'.")] = None,
+    measure: Annotated[
+        str, typer.Option(help="Which, joined by commas, or 'all'; --list tells what there is.")
+    ] = "agreement",
     teacher: Annotated[str | None, typer.Option(help="The teacher; by default the one of the run.")] = None,
     data: Annotated[str | None, typer.Option(help="Text; by default the held-out part of the run's.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 8192,
+    tokens: Annotated[int | None, typer.Option(help="How many tokens, where a measure counts them.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a sequence; by default the run's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the numbers here as JSON.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="A measure's setting, e.g. agreement.tokens=4096.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep all results, a table and figures in this folder.")] = None,
+    seed: int = 0,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured.")] = False,
+    list_measures: Annotated[bool, typer.Option("--list", help="The measures and their settings, and stop.")] = False,
 ) -> None:
-    """Measure a student beside its teacher on text that it was not trained on."""
-    folder = student / "student" if (student / "student").is_dir() else student
-    recipe_file = folder.parent / "recipe.yaml"
-    if not (folder / "config.json").is_file():
-        raise LimbeckError(f"{folder} holds no model", expected="a folder made by `limbeck distill` or save_pretrained")
-    from limbeck.evaluate.standalone import evaluate_folder
-    from limbeck.recipe import Recipe
+    """Measure models; a student beside its teacher on text that it was not trained on."""
+    from limbeck.evaluate import measures
+    from limbeck.report import comparison
 
-    recipe = Recipe.load(recipe_file) if recipe_file.is_file() else None
-    if recipe is None and (teacher is None or data is None):
-        raise LimbeckError(f"{folder} is in no run directory", expected="--teacher to compare with, and --data")
-    run = recipe or Recipe()
-    result = evaluate_folder(
-        folder, teacher or run.teacher, data or run.data.source, tokens, length or run.data.length, recipe
-    )
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "teacher", "student"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("perplexity", f"{result['teacher_perplexity']:.3f}", f"{result['student_perplexity']:.3f}")
-    table.add_row("same most likely token", "", f"{100 * result['top1_agreement']:.2f} %")
-    table.add_row("KL(teacher ‖ student)", "", f"{result['kl']:.4f}")
-    table.add_row("KL(student ‖ teacher)", "", f"{result['reverse_kl']:.4f}")
-    output.print(table)
-    output.print(
-        f"{result['targets']:,} tokens in sequences of {result['length']}: {result['part']} of {result['text']}"
-    )
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    if list_measures:
+        output.print(comparison.listing([measures.find(name) for name in measures.MODULES]))
+        return
+    if not models:
+        raise LimbeckError(
+            "no model to measure", expected="a run directory, a folder or a name", hint="limbeck eval --list"
+        )
+    chosen = [measures.find(name.strip()) for name in (measures.MODULES if measure == "all" else measure.split(","))]
+    given = _settings(set or [], [one.name for one in chosen])
+    for one in chosen:
+        for key, value in (("tokens", tokens), ("length", length)):
+            if value is not None and key in one.settings.model_fields:
+                given[one.name].setdefault(key, value)
+        measures.settings_of(one, given[one.name])
+    from limbeck.evaluate.subject import Subjects
+
+    subjects = Subjects(teacher, data, seed, out)
+    found = []
+    for name in models:
+        subject = subjects.open(name)
+        found += [measures.take(one, subject, given[one.name], again) for one in chosen]
+    output.print(comparison.table(found))
+    for path in comparison.write(found, out) if out else []:
+        console.print(f"[dim]written: {path}[/]")
+    if not out:
+        console.print(f"[dim]kept in {', '.join(dict.fromkeys(str(subjects.homes[name]) for name in models))}[/]")
+
+
+def _settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Settings by measure from "measure.key=value"."""
+    from limbeck.recipe import parse_value
+
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        name, dot, setting = key.partition(".")
+        if not equals or not dot or name not in given:
+            raise LimbeckError(
+                f"--set {text}", expected="measure.setting=value of a measure that is taken", hint="limbeck eval --list"
+            )
+        given[name][setting] = parse_value(value)
+    return given

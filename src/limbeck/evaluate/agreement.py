@@ -9,13 +9,16 @@ Both models see the same packed sequences; the numbers are per target, documents
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from limbeck.console import progress
 from limbeck.data.packing import Sequences
+from limbeck.evaluate.measures import Found, Measure, Settings
+from limbeck.evaluate.subject import Subject
 from limbeck.losses import FromHidden, logit_losses
 from limbeck.model.body import Head, run_body
 
@@ -70,3 +73,36 @@ def agreement(
         "sequences": sequences,
         "length": data.length,
     }
+
+
+class AgreementSettings(Settings):
+    """How much text, in sequences of which length (None: as in the run)."""
+
+    tokens: Annotated[int, Field(gt=0)] = 8192
+    length: Annotated[int, Field(ge=16)] | None = None
+
+
+def measure_agreement(subject: Subject, settings: AgreementSettings) -> Found:
+    """Agreement with the teacher on the subject's held-out text."""
+    length = settings.length or (subject.data.length if subject.data else 512)
+    sequences, about = subject.held_out(length, settings.tokens)
+    result = agreement(subject.teacher.model, subject.model, sequences, settings.tokens)
+    names = {
+        "perplexity": "student_perplexity",
+        "teacher_perplexity": "teacher_perplexity",
+        "kl": "kl",
+        "reverse_kl": "reverse_kl",
+        "top1_agreement": "top1_agreement",
+        "loss_difference": "loss_difference",
+    }
+    error = result["loss_difference_standard_error"]
+    return Found(
+        values={name: result[key] for name, key in names.items()},
+        errors={} if error is None else {"loss_difference": error},
+        data={**about, **{key: result[key] for key in ("targets", "sequences", "length")}},
+    )
+
+
+MEASURE = Measure(
+    "agreement", "perplexity, divergence and top-1 agreement with the teacher", AgreementSettings, measure_agreement
+)

@@ -109,7 +109,10 @@ def break_even(lengths: list[int], first: list[float], second: list[float]) -> f
 def _lengthen(layer, seed: int, length: int) -> None:
     """Make a cache layer of `seed` tokens one of `length` tokens."""
     if isinstance(layer, RecurrentLayer):
-        layer.length = length
+        if isinstance(layer.length, Tensor):  # beside static layers
+            layer.length.fill_(length)
+        else:
+            layer.length = length
     elif type(layer) is DynamicLayer:
         times = -(-length // seed)
         for name in ("keys", "values"):

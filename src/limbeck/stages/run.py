@@ -31,6 +31,7 @@ from limbeck.data.cache import no_room_is_an_error, publish, sound
 from limbeck.distributed import on_main, tensors_from_main, world
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Recipe
+from limbeck.teacher_recipe import TeacherRecipe
 
 try:
     import fcntl
@@ -43,7 +44,7 @@ FREE_TO_CHANGE = {"out", "name", "device", "checkpoint_seconds", "evaluation"}  
 class RunDirectory:
     """A run on disk. Use `open_run`."""
 
-    def __init__(self, path: Path, recipe: Recipe):
+    def __init__(self, path: Path, recipe: Recipe | TeacherRecipe):
         self.path, self.recipe = path, recipe
         self.metrics = path / "metrics.jsonl"
 
@@ -194,7 +195,7 @@ class SharedRun(RunDirectory):
 
 
 @contextmanager
-def open_run(path: Path, recipe: Recipe) -> Iterator[RunDirectory]:
+def open_run(path: Path, recipe: Recipe | TeacherRecipe) -> Iterator[RunDirectory]:
     """The run directory at `path`, new or gone on with, held against other processes meanwhile.
 
     Raises:
@@ -219,7 +220,7 @@ def open_run(path: Path, recipe: Recipe) -> Iterator[RunDirectory]:
             yield run
 
 
-def check_run(path: Path, recipe: Recipe) -> None:
+def check_run(path: Path, recipe: Recipe | TeacherRecipe) -> None:
     """Raises LimbeckError where `path` cannot become or go on being the directory of this run; writes nothing."""
     if path.exists() and not path.is_dir():
         raise LimbeckError(f"{path} is a file", expected="a folder for the run", hint="--out runs/another-name")
@@ -232,7 +233,7 @@ def check_run(path: Path, recipe: Recipe) -> None:
                 hint="--out runs/another-name",
             )
         return
-    before, now = Recipe.load(old).model_dump(mode="json"), recipe.model_dump(mode="json")
+    before, now = type(recipe).load(old).model_dump(mode="json"), recipe.model_dump(mode="json")
     changed = [line for key in now if key not in FREE_TO_CHANGE for line in _difference(key, before.get(key), now[key])]
     if changed:
         raise LimbeckError(

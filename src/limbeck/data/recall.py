@@ -1,0 +1,115 @@
+"""Documents whose end repeats what stood earlier: what attention can do and a small state cannot.
+
+    count = write_recall(Path("recall.jsonl"), texts, documents=12_000)      # {"source": "pairs", "text": ...} a line
+
+All words and passages are those of the given texts; which of them, in which order and how far apart is drawn from the
+number of the document, so the same texts give the same file. A third of the documents is of each kind:
+
+| source | what | what has to be remembered |
+| --- | --- | --- |
+| pairs | N lines ` key: value`, then the same lines in another order | N associations, each asked once (MQAR, arXiv 2312.04927) |
+| list | N words, text in between, then the N words again | N words in order, over a distance |
+| copy | a passage, text in between, then the passage again | a passage in order, over a distance |
+
+N and the distances are spread evenly over their logarithms: 4 to 96 pairs, 8 to 128 words, passages of 16 to 128 words,
+up to 400 words in between. Words in pairs and lists are distinct within a document, so nothing but memory tells them.
+"""
+
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from limbeck.errors import LimbeckError
+
+WORDS = 1024  # different words in pairs and lists
+AGAIN = "\n\nAgain:\n\n"  # stands before what is repeated
+KINDS = ("pairs", "list", "copy")
+
+
+def write_recall(out: Path, texts: Sequence[str], documents: int, seed: int = 0) -> dict[str, int]:
+    """Writes the documents as JSON lines, the kinds in turn.
+
+    Args:
+        out: the file to write.
+        texts: what words and passages are taken from; no held-out text, or it is given away.
+        documents: how many.
+
+    Returns:
+        For each kind the number of characters.
+
+    Raises:
+        LimbeckError: texts too short for passages, or with too few different words.
+    """
+    words, passages = common_words(texts), Passages(texts)
+    makers = {"pairs": pairs, "list": word_list, "copy": copied_passage}
+    kept = dict.fromkeys(KINDS, 0)
+    with open(out, "w", encoding="utf-8", newline="\n") as file:
+        for number in range(documents):
+            kind = KINDS[number % len(KINDS)]
+            text = makers[kind](random.Random(f"{seed} {number}"), words, passages)
+            file.write(json.dumps({"source": kind, "text": text}, ensure_ascii=False) + "\n")
+            kept[kind] += len(text)
+    return kept
+
+
+def common_words(texts: Sequence[str], count: int = WORDS) -> list[str]:
+    """The most frequent lower-case words of 4 to 9 letters, which a small vocabulary holds whole."""
+    seen: Counter[str] = Counter()
+    for text in texts:
+        seen.update(re.findall(r"(?<= )[a-z]{4,9}(?=[ ,.;])", text))
+    found = sorted(seen, key=lambda word: (-seen[word], word))[:count]
+    if len(found) < count:
+        raise LimbeckError(f"{len(found):,} different words in the text", expected=f"{count:,} for recall tasks")
+    return found
+
+
+class Passages:
+    """Stretches of running text: `draw` takes so many words from a place that chance says."""
+
+    LONGEST = 400
+
+    def __init__(self, texts: Sequence[str]):
+        self.paragraphs = [
+            paragraph for text in texts for paragraph in text.split("\n") if paragraph.count(" ") > self.LONGEST // 4
+        ]
+        if not self.paragraphs:
+            raise LimbeckError("no paragraph of a hundred words in the text", expected="running text")
+
+    def draw(self, rng: random.Random, count: int) -> str:
+        """`count` words (fewer where the paragraph is shorter) from the start of one of its words."""
+        words = rng.choice(self.paragraphs).split(" ")
+        begin = rng.randrange(max(1, len(words) - count))
+        return " ".join(words[begin : begin + count]).strip()
+
+
+def pairs(rng: random.Random, words: list[str], passages: Passages) -> str:
+    """N lines of key and value, then every line again, shuffled."""
+    count = _spread(rng, 4, 96)
+    drawn = rng.sample(words, 2 * count)
+    lines = [f" {key}: {value}\n" for key, value in zip(drawn[:count], drawn[count:])]
+    return "".join(lines + rng.sample(lines, count))
+
+
+def word_list(rng: random.Random, words: list[str], passages: Passages) -> str:
+    """Words, a passage, and the words again."""
+    listed = " " + " ".join(rng.sample(words, _spread(rng, 8, 128)))
+    return f"{listed}\n\n{_between(rng, passages)}{AGAIN}{listed}"
+
+
+def copied_passage(rng: random.Random, words: list[str], passages: Passages) -> str:
+    """A passage, another one, and the first again."""
+    passage = passages.draw(rng, _spread(rng, 16, 128))
+    return f"{passage}\n\n{_between(rng, passages)}{AGAIN}{passage}"
+
+
+def _between(rng: random.Random, passages: Passages) -> str:
+    return passages.draw(rng, _spread(rng, 1, Passages.LONGEST))
+
+
+def _spread(rng: random.Random, low: int, high: int) -> int:
+    """A whole number from `low` to `high`, its logarithm uniform."""
+    return round(math.exp(rng.uniform(math.log(low), math.log(high))))

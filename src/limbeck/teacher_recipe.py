@@ -1,0 +1,54 @@
+"""What a teacher that Limbeck trains itself is: its model, its text, its steps; `recipes/teachers/*.yaml`.
+
+    recipe = TeacherRecipe.load("small")
+    recipe.key                                     # hex: what tells one teacher from another
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from limbeck.data.cache import cache_root
+from limbeck.recipe import BUILT_IN, Data, Document, Trained
+
+FORMAT = 1  # raise when the same recipe makes another teacher: text, vocabulary, start or steps changed
+
+
+class NextToken(Trained):
+    """Steps of plain language modelling."""
+
+    stage: Literal["next_token"] = "next_token"
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+
+
+class TeacherRecipe(Document):
+    """A whole teacher."""
+
+    built_in: ClassVar[Path] = BUILT_IN / "teachers"
+
+    name: str
+    model: dict[str, Any]  # fields of the family's config in transformers, `model_type` among them
+    vocabulary: Annotated[int, Field(ge=300)]  # tokens of the byte-level BPE, special ones included
+    data: Data
+    stages: Annotated[list[NextToken], Field(min_length=1)]
+    seed: int = 0
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the weights depend on, machine and versions aside."""
+        settings = self.model_dump(mode="json", exclude={"name", "checkpoint_seconds"})
+        return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        """Where the finished teacher is, or will be."""
+        return cache_root() / "assets" / f"teacher-{self.name}-{self.key[:12]}"
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Those that come with limbeck."""
+        return sorted(path.stem for path in cls.built_in.glob("*.yaml"))

@@ -1,10 +1,10 @@
 """How well a small teacher and students of it write and remember.
 
-    python benchmarks/small_teacher.py small runs/laptop-gated_deltanet runs/laptop-retnet     # a minute each, one thread
+    python benchmarks/small_teacher.py small runs/laptop-gated_deltanet runs/laptop-retnet     # a minute each
 
 Perplexity is on the held-out part of the embedded text, beside that of bigrams counted on the training part (Witten and
-Bell's smoothing). Recall is the share of words that are the likeliest next token where the text alone tells them: values
-of N pairs, each asked once, and the second half of a list of 16 words that comes again after so many other tokens.
+Bell's smoothing). Recall is the share of words that are the likeliest next token where the text alone tells them:
+values of N pairs, each asked once, and the second half of a list of 16 words that comes again after so many tokens.
 """
 
 import argparse
@@ -34,7 +34,9 @@ LIST = 16  # words
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="+", help="'small', 'tiny', folders, run directories; the first one is the teacher")
+    parser.add_argument(
+        "models", nargs="+", help="'small', 'tiny', folders, run directories; the first one is the teacher"
+    )
     parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
     parser.add_argument("--sequences", type=int, default=8, help="recall sequences of each kind")
     parser.add_argument("--out", type=Path, help="keep the numbers there as JSON")
@@ -79,7 +81,7 @@ def measure(name: str, model, batches, tasks) -> dict:
 
 
 def recall_tasks(tokenizer, sequences: int) -> dict[str, list]:
-    """By name: token ids [T] and the places whose token memory alone tells, in sequences that no training text holds."""
+    """By name: token ids [T] and the places that memory alone tells, in sequences that no training text holds."""
     words = [ids[0] for word in common_words(texts_for_learning()) if len(ids := tokenizer(f" {word}").input_ids) == 1]
     colon, newline, again = (tokenizer(text).input_ids for text in (":", "\n", AGAIN))
     filler = tokenizer("\n\n".join(texts_for_learning()[:200])).input_ids

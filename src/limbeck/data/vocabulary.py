@@ -2,7 +2,7 @@
 
     tokenizer = learn_vocabulary(texts, 4096, context=2048)        # a tokenizer of transformers
 
-Digits stand alone, so numbers of any length are sequences of ten tokens; every byte has a token, so there is no unknown.
+Digits stand alone, so a number of any length is written in ten tokens; every byte has a token, so nothing is unknown.
 """
 
 from collections.abc import Iterable

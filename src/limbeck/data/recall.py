@@ -8,8 +8,8 @@ number of the document, so the same texts give the same file. A third of the doc
 | source | what | what has to be remembered |
 | --- | --- | --- |
 | pairs (MQAR, arXiv 2312.04927) | N lines ` key: value`, then the same lines in another order | N associations |
-| list | N words, text in between, then the N words again | N words in order, over a distance |
-| copy | a passage, text in between, then the passage again | a passage in order, over a distance |
+| list | N words, text in between, then the N words again, up to three times | N words in order, over a distance |
+| copy | a passage, text in between, then the passage again, up to three times | a passage in order, over a distance |
 
 N and the distances are spread evenly over their logarithms: 4 to 96 pairs, 8 to 128 words, passages of 16 to 128 words,
 up to 400 words in between. Words in pairs and lists are distinct within a document, so nothing but memory tells them.
@@ -96,18 +96,17 @@ def pairs(rng: random.Random, words: list[str], passages: Passages) -> str:
 
 def word_list(rng: random.Random, words: list[str], passages: Passages) -> str:
     """Words, a passage, and the words again."""
-    listed = " " + " ".join(rng.sample(words, _spread(rng, 8, 128)))
-    return f"{listed}\n\n{_between(rng, passages)}{AGAIN}{listed}"
+    return _repeated(rng, " " + " ".join(rng.sample(words, _spread(rng, 8, 128))), passages)
 
 
 def copied_passage(rng: random.Random, words: list[str], passages: Passages) -> str:
     """A passage, another one, and the first again."""
-    passage = passages.draw(rng, _spread(rng, 16, 128))
-    return f"{passage}\n\n{_between(rng, passages)}{AGAIN}{passage}"
+    return _repeated(rng, passages.draw(rng, _spread(rng, 16, 128)), passages)
 
 
-def _between(rng: random.Random, passages: Passages) -> str:
-    return passages.draw(rng, _spread(rng, 1, Passages.LONGEST))
+def _repeated(rng: random.Random, what: str, passages: Passages) -> str:
+    between = passages.draw(rng, _spread(rng, 1, Passages.LONGEST))
+    return f"{what}\n\n{between}" + f"{AGAIN}{what}" * rng.randint(1, 3)
 
 
 def _spread(rng: random.Random, low: int, high: int) -> int:

@@ -20,6 +20,7 @@ from limbeck.data.shards import place_of
 from limbeck.data.vocabulary import END, learn_vocabulary
 from limbeck.errors import LimbeckError
 from limbeck.pretrain import planned, trained_teacher
+from limbeck.publish.origin import find_origin
 from limbeck.stages.next_token import NextToken
 from limbeck.teacher_recipe import TeacherRecipe
 
@@ -260,3 +261,10 @@ def test_the_small_teacher_writes_and_remembers():
     text = " river: stone\n market: green\n music: early\n winter: paper\n market: green\n winter: paper\n river:"
     best = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].argmax()
     assert tokenizer.decode(best) == " stone"
+
+
+def test_a_teacher_trained_here_is_no_model_on_the_hub():
+    with pytest.raises(LimbeckError, match="licence of the teacher is not known"):
+        find_origin("small")
+    origin = find_origin("small", licence="cc-by-sa-4.0")
+    assert (origin.label, origin.repo, origin.licence) == ("small", None, {"license": "cc-by-sa-4.0"})

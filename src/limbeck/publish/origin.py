@@ -15,6 +15,7 @@ from typing import Any
 
 from limbeck.errors import LimbeckError
 from limbeck.publish.privacy import is_local, last_part
+from limbeck.teacher_recipe import TeacherRecipe
 
 LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 TEXTS = {  # how licence files begin, and the hub's name of the licence
@@ -68,7 +69,8 @@ def find_origin(teacher: str | None, licence: str | None = None, stated: str | N
         return EMBEDDED if licence is None else replace(EMBEDDED, licence={"license": licence})
     named = [name for name in (stated, teacher) if name]
     local = next((Path(name).expanduser() for name in named if Path(name).expanduser().is_dir()), None)
-    repo = next((name for name in named if not is_local(name)), None) or _cached_repo(local)
+    own = TeacherRecipe.names()  # trained here: not on the hub, whatever has the same name there
+    repo = next((name for name in named if not is_local(name) and name not in own), None) or _cached_repo(local)
     label = repo or (last_part(named[0]) if named else family or "its teacher")
     facts = _local_facts(local) if local else {}
     if not facts.get("license") and licence is None and repo:

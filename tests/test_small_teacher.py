@@ -241,6 +241,8 @@ def test_the_names_are_teachers_everywhere(small_world, monkeypatch):
 
 
 def test_the_command_plans_and_makes(small_world):
+    from limbeck.cli import assets as _  # noqa: F401  registers the verb
+
     runner = CliRunner()
     plan = runner.invoke(app, ["assets", "--teacher", str(small_world), "--plan"])
     assert plan.exit_code == 0

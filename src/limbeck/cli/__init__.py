@@ -72,7 +72,6 @@ def main() -> None:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        console.print(
-            "stopped" + ("; the same command goes on from the last checkpoint" if "distill" in sys.argv else "")
-        )
+        resumes = "distill" in sys.argv or "assets" in sys.argv
+        console.print("stopped" + ("; the same command goes on from the last checkpoint" if resumes else ""))
         sys.exit(130)

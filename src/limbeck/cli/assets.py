@@ -28,7 +28,7 @@ def assets(
         from limbeck.pretrain import planned, trained_teacher
 
         if plan:
-            output.print(planned(teacher))
+            output.print(str(planned(teacher)), markup=False)
             return
         folder = trained_teacher(teacher, verify=verify)
     output.print(f"teacher: {folder}", markup=False)

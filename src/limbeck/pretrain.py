@@ -27,6 +27,7 @@ from limbeck.data.text import Text, open_text
 from limbeck.data.vocabulary import learn_vocabulary
 from limbeck.distributed import world
 from limbeck.errors import LimbeckError
+from limbeck.lookback import look_back
 from limbeck.stages.loop import train
 from limbeck.stages.next_token import NextToken
 from limbeck.stages.optimize import copy_into, steps_of
@@ -108,7 +109,10 @@ def new_model(recipe: TeacherRecipe, tokenizer: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(**{**fields, **recipe.model})
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if recipe.start == "look_back":
+        look_back(model, recipe.seed)
+    return model
 
 
 def planned(name: str | Path) -> TeacherPlan:

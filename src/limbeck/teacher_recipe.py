@@ -31,6 +31,7 @@ class TeacherRecipe(Document):
 
     name: str
     model: dict[str, Any]  # fields of the family's config in transformers, `model_type` among them
+    start: Literal["random", "look_back"] = "random"  # what the weights are before the first step; `limbeck.lookback`
     vocabulary: Annotated[int, Field(ge=300)]  # tokens of the byte-level BPE, special ones included
     data: Data
     stages: Annotated[list[NextToken], Field(min_length=1)]

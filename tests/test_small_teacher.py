@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from limbeck import assets, pretrain
@@ -19,6 +19,7 @@ from limbeck.data.recall import AGAIN, Passages, common_words, copied_passage, p
 from limbeck.data.shards import place_of
 from limbeck.data.vocabulary import END, learn_vocabulary
 from limbeck.errors import LimbeckError
+from limbeck.lookback import look_back
 from limbeck.pretrain import planned, trained_teacher
 from limbeck.publish.origin import find_origin
 from limbeck.stages.next_token import NextToken
@@ -163,6 +164,45 @@ def test_the_loss_is_that_of_the_model_itself_however_a_step_is_split():
         stage.backward(one, counts)
     for name, p in stage.parameters().items():
         torch.testing.assert_close(p.grad, whole[name], rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- the start
+
+
+def small_llama(**fields):
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 500, "tie_word_embeddings": True, "pad_token_id": None}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**sizes, **fields})).eval()
+
+
+@torch.no_grad()
+def attention_to_what_followed(model) -> tuple[float, float]:
+    """Mean attention of the first layer's first head to the place before, and of the second layer's to the place behind
+    the same token, on 20 different tokens that come twice."""
+    ids = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:20].repeat(2)[None]
+    model.config._attn_implementation = "eager"
+    first, second = (a[0, 0] for a in model(input_ids=ids, output_attentions=True).attentions)
+    again = torch.arange(20, 40)
+    return float(first[again, again - 1].mean()), float(second[again, again - 19].mean())
+
+
+def test_a_start_that_looks_back_does_so_and_a_random_one_does_not():
+    model = small_llama()
+    assert max(attention_to_what_followed(model)) < 0.06
+    look_back(model)
+    before, followed = attention_to_what_followed(model)
+    assert before > 0.8
+    assert followed > 0.15
+
+
+def test_models_that_cannot_look_back_are_refused():
+    with pytest.raises(LimbeckError, match="model_type: llama"):
+        look_back(tiny("gpt2"))
+    with pytest.raises(LimbeckError, match="tied embeddings"):
+        look_back(small_llama(tie_word_embeddings=False))
+    with pytest.raises(LimbeckError, match="a width of 64"):
+        look_back(small_llama(hidden_size=64, num_attention_heads=2))
 
 
 # ---------------------------------------------------------------------- a whole teacher

@@ -4,7 +4,7 @@
 
 Copying from the context takes two steps in a row (an induction head, arXiv 2209.11895): a head that fetches the token
 before each place, and a later one that finds the place whose predecessor is the token at hand. Neither earns anything
-without the other, so a random start waits long until both appear by chance: the small teacher had no trace of them after
+without the other, so from a random start both wait for chance: the small teacher had no trace of them after
 1.66 M tokens (docs/small_teacher.md). Here both are in the initial weights, in the manner of mimetic initialisation
 (arXiv 2305.09828), weak enough that training shapes them; all else stays random.
 

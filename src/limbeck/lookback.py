@@ -47,7 +47,7 @@ def look_back(model: PreTrainedModel, seed: int = 0) -> None:
         ) from error
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         raise LimbeckError("a start that looks back needs tied embeddings", hint="tie_word_embeddings: true")
-    table = model.get_input_embeddings().weight
+    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     width, groups, half = table.shape[1], config.num_key_value_heads, len(rotations)
     per_group, key = config.num_attention_heads // groups, 2 * half
     generator = torch.Generator().manual_seed(seed)

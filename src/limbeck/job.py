@@ -20,6 +20,7 @@ from limbeck.distributed import main_first, on_main, together, world
 from limbeck.errors import LimbeckError
 from limbeck.handover import hand_over, provenance
 from limbeck.plan import Plan, make_plan
+from limbeck.precision import arithmetic
 from limbeck.prepare import Job, new_student, prepare_job
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse
@@ -44,7 +45,7 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
         LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then. Of several
             processes all raise the error of the first that failed.
     """
-    with together():
+    with together(), arithmetic(recipe):
         torch.manual_seed(recipe.seed)
         with main_first():
             job = prepare_job(recipe)

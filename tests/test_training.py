@@ -3,22 +3,26 @@
 import builtins
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
+from typer.testing import CliRunner
 
 import limbeck
-from limbeck import LimbeckError, job
+from limbeck import LimbeckError, cli, job
 from limbeck.contract import tiny
+from limbeck.find_rate import find_rates
 from limbeck.precision import arithmetic, autocast_of
 from limbeck.recipe import Converged, Recipe
 from limbeck.stages import loop, trackers
 from limbeck.stages.convergence import Convergence
 from limbeck.stages.layerwise import Hidden
 from limbeck.stages.loss_scale import DOUBLED_AFTER, FIRST, LossScale, needs_scale
+from limbeck.stages.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 HIDDEN = {"stage": "hidden", "tokens": 1024, "batch": 4}
@@ -111,17 +115,18 @@ def test_states_stay_float32_under_autocast(mixer):
             ids = torch.arange(3, 40)[None]
             student(ids, past_key_values=cache, use_cache=True)
             student(ids[:, :1], past_key_values=cache, use_cache=True)
-        caches.append([t for layer in cache.layers for t in recurrent_states(layer)])
+        caches.append([t for layer in cache.layers for t in memories(layer)])
     assert caches[1]
     assert all(state.dtype == torch.float32 for state in caches[1])
     for exact, mixed in zip(*caches):
         assert float((exact - mixed).norm() / exact.norm()) < 0.05
 
 
-def recurrent_states(layer):
-    """Tensors of a layer's cache that are states: [B, H, K, V] and their like."""
-    found = [value for value in vars(layer.state if hasattr(layer, "state") else layer).values()]
-    return [t for t in found if torch.is_tensor(t) and t.is_floating_point() and t.dim() == 4]
+def memories(layer) -> list[torch.Tensor]:
+    """The recurrent states [B, H, K, V] in a layer's cache, with what goes with them; not the convolution's inputs."""
+    found = [t for state in layer.states for name, t in (state or {}).items() if name == "memory"]
+    inner = [t for one in found for t in (one.values() if isinstance(one, dict) else [one])]
+    return [t for t in inner if torch.is_tensor(t) and t.is_floating_point()]
 
 
 def test_a_loss_that_is_scaled_has_the_same_gradient():
@@ -434,3 +439,82 @@ def test_the_real_one_offline(recipe, name, monkeypatch, tmp_path):
     made = recipe(trackers=[name])
     job.distill(made)
     assert name in json.loads((Path(made.out) / "trackers.json").read_text())
+
+
+# ---------------------------------------------------------------------- learning rates and curves
+
+
+def test_the_sweep_of_rates_touches_nothing_and_is_the_same_again(recipe):
+    stages = [
+        {"stage": "calibrate", "tokens": 256},
+        {"stage": "matrix", "tokens": 512, "micro_batch": 3},
+        {**HIDDEN, "train": "block", "target": "block"},
+        {"stage": "logits", "tokens": 512, "batch": 2, "lora": {"rank": 2}},
+    ]
+    made = recipe(stages=stages)
+    first, again = (find_rates(made, points=16) for _ in range(2))
+    assert first == again
+    assert not Path(made.out).exists()
+    assert [(sweep.index, sweep.stage) for sweep in first] == [(1, "matrix"), (2, "hidden"), (3, "logits")]
+    assert {sweep.begun_from for sweep in first} == {"calibrate"}
+    for sweep in first:
+        assert sweep.rates[0] == pytest.approx(1e-6)
+        assert sweep.rates == sorted(sweep.rates)
+        assert sweep.suggested is not None, sweep.stage
+        assert sweep.suggested < sweep.rates[sweep.lowest]
+        assert min(sweep.losses) < 0.99 * sweep.losses[0], "the student learnt on the way"
+    job.distill(recipe(stages=stages[:2]))
+    begun = Path(made.out) / "recipe.yaml"
+    before = {path: path.read_bytes() for path in Path(made.out).rglob("*") if path.is_file()}
+    gone_on = find_rates(recipe(stages=stages[:2]), points=4)
+    assert begun in before
+    assert {path: path.read_bytes() for path in Path(made.out).rglob("*") if path.is_file()} == before
+    assert gone_on[0].losses[0] == pytest.approx(first[0].losses[0])
+
+
+def test_the_suggested_rate_is_where_the_loss_falls_fastest():
+    rates = [10 ** (-6 + i / 5) for i in range(31)]
+    falling = Sweep(
+        0, "hidden", "conversion", 1e-3, 4, rates, [1 / (1 + math.exp(2 * (i - 15))) + 0.01 * i for i in range(31)]
+    )
+    assert falling.suggested == pytest.approx(rates[16], rel=2)
+    assert Sweep(0, "hidden", "conversion", 1e-3, 4, rates, [1 + 0.1 * i for i in range(31)]).suggested is None
+
+
+def test_the_command_line_shows_the_sweep_and_draws_it(recipe, tmp_path):
+    made = recipe(stages=[HIDDEN])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(made.to_yaml())
+    done = CliRunner().invoke(_verbs(), ["distill", str(path), "--find-lr"])
+    assert done.exit_code == 0, done.output
+    rows = (tmp_path / "run-rates" / "rates.csv").read_text().splitlines()
+    assert rows[0] == "stage_index,stage,rate,loss,smooth_loss"
+    assert len(rows) > 20
+    assert (tmp_path / "run-rates" / "rates.png").stat().st_size > 1000 or not importlib.util.find_spec("matplotlib")
+    assert not Path(made.out).exists()
+
+
+def _verbs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["limbeck", "--help"])
+        with pytest.raises(SystemExit):
+            cli.main()
+    return cli.app
+
+
+def test_the_curves_have_a_line_a_layer(recipe, tmp_path):
+    pytest.importorskip("matplotlib")
+    from limbeck.report import curves
+
+    made = recipe(stages=[{"stage": "matrix", "tokens": 512}, {"stage": "logits", "tokens": 256}])
+    job.distill(made)
+    assert (Path(made.out) / "curves.png").stat().st_size > 1000
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+        curves.draw(Path(made.out) / "metrics.jsonl", tmp_path / "x.png")
+    matrix, logits = drawn[0].axes
+    assert [len(axes.lines) for axes in (matrix, logits)] == [3, 1]
+    assert list(matrix.lines[2].get_ydata()) == [line["loss"] for line in lines_of(made) if line["stage"] == "matrix"]
+    with pytest.raises(LimbeckError, match="holds no steps"):
+        curves.draw(tmp_path / "nothing.jsonl", tmp_path / "x.png")

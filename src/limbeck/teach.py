@@ -38,7 +38,7 @@ def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     reached: dict[str, tuple[Sequences, int]] = {}  # of each text, how far it was read, in sequences of which length
     shared = job.recipe.teacher_bits is None
     for index, settings in enumerate(job.recipe.stages):
-        if shared and getattr(settings, "train", "attention") not in ("mixer", "attention", "lora"):
+        if shared and goes_beyond_attention(settings):
             unshare(student)
             shared = False
         text = job.recipe.text_of(settings)
@@ -51,12 +51,7 @@ def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             continue
         position = data.after(*reached[name_of(text)]) if name_of(text) in reached else 0
         if isinstance(settings, recipes.Calibrate):
-            facts = _calibrate(job, student, settings, data, position)
-            learnt: dict[str, nn.Parameter] = {
-                f"{s.module}.{s.output}.{name}": p
-                for s in job.sites
-                for name, p in student.get_submodule(f"{s.module}.{s.output}").named_parameters()
-            }
+            facts, learnt = calibrate(job, student, settings, data, position)
         else:
             stage = make_stage(job, student, settings, index)
             with main_first():
@@ -67,6 +62,11 @@ def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             learnt = stage.parameters() if adapters is None else adapters.merge()
         reached[name_of(text)] = data, facts["position"]
         run.finish(index, dict(learnt), facts)
+
+
+def goes_beyond_attention(settings: Any) -> bool:
+    """Does this stage change weights that a student may share with its teacher?"""
+    return getattr(settings, "train", "attention") not in ("mixer", "attention", "lora")
 
 
 def _sharded(job: Job, student: PreTrainedModel, settings: Any, stage: Stage) -> contextlib.AbstractContextManager:
@@ -119,9 +119,10 @@ def _texts(
     return learn, held_out, {"cached_teacher": facts}
 
 
-def _calibrate(
+def calibrate(
     job: Job, student: PreTrainedModel, settings: recipes.Calibrate, data: Sequences, position: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, nn.Parameter]]:
+    """Stage 0; its facts and the output projections, by name."""
     began = time.monotonic()
     length = data.length
     sequences = max(1, round(settings.tokens / length))
@@ -151,7 +152,7 @@ def _calibrate(
         ridge = on_main(lambda: float(min(tried, key=lambda name: tried[name]["loss"])))
     unexplained = fits.solve(float(ridge))
     take_from_main(p for projection in fits.projections.values() for p in projection.parameters())
-    return {
+    facts = {
         "fit_seconds": fitted,
         "ridge": ridge,
         "unexplained": unexplained,
@@ -161,6 +162,9 @@ def _calibrate(
         "position": position,
         "trained_parameters": sum(p.numel() for m in fits.projections.values() for p in m.parameters()),
     }
+    outputs = [f"{site.module}.{site.output}" for site in job.sites]
+    learnt = {f"{o}.{name}": p for o in outputs for name, p in student.get_submodule(o).named_parameters()}
+    return facts, learnt
 
 
 @torch.no_grad()

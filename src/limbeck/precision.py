@@ -75,8 +75,9 @@ def arithmetic(recipe: Recipe) -> Iterator[None]:
     except RuntimeError as error:
         if not recipe.deterministic or "deterministic" not in str(error):
             raise
+        which = str(error).strip().partition(", but you set")[0].partition(". ")[0]
         raise LimbeckError(
-            f"deterministic is asked for, and this device cannot: {str(error).strip().split('. ')[0]}",
+            f"deterministic is asked for, and this device cannot: {which}",
             expected="operations that give the same bits each time",
             hint="--set deterministic=false, another mixer, or device=cpu",
         ) from error

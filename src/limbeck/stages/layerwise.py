@@ -80,7 +80,7 @@ class LayerStage:
                     loss = self.loss(module, args, kwargs, output, counts)
                 if train:
                     with torch.autocast(loss.device.type, enabled=False):  # the pass around us is under autocast
-                        (loss * self.loss_scale).backward()
+                        loss.backward(torch.full_like(loss, self.loss_scale))
                 losses[name] = loss.detach()
 
             return visit

@@ -69,7 +69,7 @@ class Trackers:
             known: the last step that was logged before; those up to it were sent already.
 
         Raises:
-            LimbeckError: a tracker does not start.
+            LimbeckError: a tracker that the recipe names does not start.
         """
         if self.live is not None:
             return
@@ -78,6 +78,9 @@ class Trackers:
             try:
                 self.live[name] = self._start(name, first)
             except Exception as error:
+                if self.recipe.trackers == "auto":  # nobody asked for it
+                    console.print(f"no {name}: {error}", markup=False)
+                    continue
                 raise LimbeckError(
                     f"trackers: {name} does not start: {str(error).strip() or type(error).__name__}",
                     hint="--set trackers=[]   (the run's numbers are in metrics.jsonl as well)",
@@ -114,8 +117,12 @@ class Trackers:
             del self.live[name]
 
     def _start(self, name: str, first: int) -> Any:
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        threads = torch.get_num_threads()
+        PartialState()  # its trackers' messages ask for it; it joins the processes that are joined already
+        torch.set_num_threads(threads)  # which it may change
         made = LOGGER_TYPE_TO_CLASS[name]
         known = self._ids()
         title = self.recipe.name
@@ -130,7 +137,7 @@ class Trackers:
         else:
             again = known.setdefault(name, f"{title}-{uuid.uuid4().hex[:6]}")
             tracker = made(PROJECT, name=again, resume="allow")
-        tracker.main_process_only = False  # only process 0 comes here, and accelerate's own state need not know of it
+        tracker.main_process_only = False  # only process 0 comes here
         tracker.start()
         if name == "mlflow":
             known[name] = tracker.tracker.info.run_id

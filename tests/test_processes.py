@@ -26,6 +26,7 @@ CASES = {
     "calibrate": [{"stage": "calibrate", "tokens": 480, "batch": 3, "ridge": 0.01}],
     "matrix": [{"stage": "matrix", "tokens": 512, "batch": 3}],
     "hidden": [{**HIDDEN, "batch": 5, "micro_batch": 2, "evaluate_every": 3, "evaluate_sequences": 3, "ema": 0.9}],
+    "hidden_converged": [{**HIDDEN, "tokens": 2048, "converged": {"patience": 2, "tolerance": 0.03}}],
     "logits": [{**LOGITS, "batch": 3, "micro_batch": 1}],
     "sharded": [{**LOGITS, **SHARDED, "micro_batch": 1, "ema": 0.9, "evaluate_every": 4, "clip": 0.01}],
     "sharded_attention": [{**LOGITS, **SHARDED, "train": "attention", "tokens": 512}],

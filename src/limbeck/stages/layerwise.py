@@ -35,6 +35,8 @@ class LayerStage:
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, sites: list[Site], autocast: Callable):
         self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
+        self.loss_scale = 1.0  # gradients are so many times too large, see limbeck.stages.loss_scale
+        self.stopped: set[str] = set()  # names of the modules that have converged and learn no more
 
     def modules(self) -> dict[str, nn.Module]:
         """The student's modules that run behind the teacher's of the same name."""
@@ -78,12 +80,13 @@ class LayerStage:
                     loss = self.loss(module, args, kwargs, output, counts)
                 if train:
                     with torch.autocast(loss.device.type, enabled=False):  # the pass around us is under autocast
-                        loss.backward()
+                        loss.backward(torch.full_like(loss, self.loss_scale))
                 losses[name] = loss.detach()
 
             return visit
 
-        visits = {name: visitor(name, module) for name, module in self.modules().items()}
+        left_out = self.stopped if train else ()
+        visits = {name: visitor(name, module) for name, module in self.modules().items() if name not in left_out}
         with torch.no_grad(), self.autocast(), tap(self.teacher, visits, self.eager):
             run_body(self.teacher, batch)
         return losses
@@ -119,7 +122,8 @@ class Matrix(LayerStage):
             return super()._run(batch, counts, train)
         self.rows = draw_rows(batch.input_ids, self.count_of_rows, self.seed)
         packs_by_position(self.teacher)  # tries the teacher on its first call, which knows nothing of these rows
-        with rows_of(self.teacher, self.trained(), self.rows) if self.alone else nullcontext():
+        asked = [name for name in self.trained() if not train or name not in self.stopped]
+        with rows_of(self.teacher, asked, self.rows) if self.alone else nullcontext():
             return super()._run(batch, counts, train)
 
     def loss(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple, counts: Counts) -> Tensor:

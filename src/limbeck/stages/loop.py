@@ -12,7 +12,7 @@ after the last one, so a step is that of one process with all rows (docs/scaling
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -23,7 +23,9 @@ from limbeck.data.packing import Batch, Sequences
 from limbeck.distributed import add_up, agree, share, take_from_main
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Trained
+from limbeck.stages.convergence import Convergence
 from limbeck.stages.interrupt import Stopped, watch
+from limbeck.stages.loss_scale import LossScale, needs_scale
 from limbeck.stages.optimize import Average, Optimizer, copy_into, gradient_norm, learning_rate, steps_of
 from limbeck.stages.run import RunDirectory
 from limbeck.stages.shards import Held
@@ -33,6 +35,10 @@ MOST_SKIPPED = 5  # non-finite steps in a row
 
 class Stage(Protocol):
     """What the loop asks of a stage."""
+
+    autocast: Callable[[], Any]
+    loss_scale: float
+    stopped: set[str]  # names of those of its losses that are taken no more
 
     def parameters(self) -> dict[str, nn.Parameter]: ...
 
@@ -106,13 +112,15 @@ class _Run:
             "waited": 0,
         }
         self._resume()
+        self.scale = LossScale(self.facts, needs_scale(stage.autocast, self.device.type))
+        self.layers = Convergence(getattr(settings, "converged", None), self.facts)
 
     def go(self, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
         tokens = self.settings.batch * self.data.length
         saved = time.monotonic()
         name = self.settings.stage
         with progress(f"{name}", self.steps, "steps", done=self.facts["step"]) as advance:
-            while self.facts["step"] < self.steps and not self._out_of_patience():
+            while self.facts["step"] < self.steps and not self._over():
                 began = time.monotonic()
                 line = self._step()
                 self.facts["seconds"] += time.monotonic() - began
@@ -149,21 +157,19 @@ class _Run:
         at = self.start + step * settings.batch + self.first
         sizes = [min(self.micro, self.rows - done) for done in range(0, self.rows, self.micro)]
         batches = [self.data.batch(at + i * self.micro, size).to(self.device) for i, size in enumerate(sizes)]
-        counts: dict[str, float] = {}
-        for batch in batches:
-            for name, value in self.stage.count(batch).items():
-                counts[name] = counts.get(name, 0.0) + value
-        counts = add_up(counts)
         rate = learning_rate(step, self.steps, settings)
         self.optimizer.set_rate(rate)
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, value in self.stage.backward(batch, counts).items():
-                sums[name] = sums[name] + value if name in sums else value
+        self.stage.loss_scale = self.scale.value
+        self.stage.stopped = self.layers.stopped
+        sums = accumulate(self.stage, batches)
         self.held.take_gradients()
+        self.scale.off(self.parameters.values())
         norm = gradient_norm(self.parameters, settings.clip, self.held.sharded)
-        loss, losses = _total(add_up({name: float(value) for name, value in sums.items()}))
-        if math.isfinite(norm) and math.isfinite(loss):
+        losses = add_up({name: float(value) for name, value in sums.items()})
+        loss = total_loss({**self.layers.last, **losses})
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        lowered = self.scale.update(finite)
+        if finite:
             self.optimizer.step()
             if self.average is not None:
                 self.average.update(step + 1)
@@ -171,15 +177,23 @@ class _Run:
             self.facts["loss"] = loss
             if self.facts["first_loss"] is None:
                 self.facts["first_loss"] = loss
+            for name in self.layers.update(step + 1, losses):
+                console.print(f"{settings.stage}: {name} has converged in step {step + 1}")
         else:
-            self._skip(loss, norm)
+            self._skip(loss, norm, lowered)
         self.optimizer.zero_grad()
         self.held.drop_gradients()
         self.facts["step"] += 1
-        return {"step": self.facts["step"], "loss": loss, "losses": losses, "grad_norm": norm, "lr": settings.lr * rate}
+        line = {"step": self.facts["step"], "loss": loss, "losses": parts_of(losses), "grad_norm": norm}
+        line |= {"lr": settings.lr * rate, "skipped": self.facts["skipped"]}
+        if self.scale.needed:
+            line["loss_scale"] = self.stage.loss_scale
+        return line
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, loss: float, norm: float, lowered: bool) -> None:
         self.facts["skipped"] += 1
+        if lowered:  # fp16 begins with a scale that is too large for most
+            return
         self.facts["in_a_row"] += 1
         console.print(f"step {self.facts['step'] + 1} skipped: loss {loss:g}, gradient norm {norm:g}")
         if self.facts["in_a_row"] >= MOST_SKIPPED:
@@ -200,7 +214,7 @@ class _Run:
             first, mine = (0, count) if self.held.sharded else share(count)
             batches = (self.held_out.batch(at, 1).to(self.device) for at in range(first, first + mine))
             found = [self.stage.evaluate(batch) for batch in batches]
-        total = sum(_total({n: float(v) for n, v in losses.items()})[0] for losses in found)
+        total = sum(total_loss({n: float(v) for n, v in losses.items()}) for losses in found)
         loss = total / count if self.held.sharded else add_up({"loss": total})["loss"] / count
         line["held_out_loss"] = self.facts["held_out_loss"] = loss
         if self.facts["best_loss"] is None or loss < self.facts["best_loss"]:
@@ -211,15 +225,18 @@ class _Run:
         else:
             self.facts["waited"] += 1
 
-    def _out_of_patience(self) -> bool:
-        return bool(self.settings.patience and self.facts["waited"] >= self.settings.patience)
+    def _over(self) -> bool:
+        """Nothing more to learn, before the steps are at an end: no better loss for long, or no layer left."""
+        out_of_patience = bool(self.settings.patience and self.facts["waited"] >= self.settings.patience)
+        return out_of_patience or self.layers.all_stopped
 
     def _resume(self) -> None:
         found = self.run.last_checkpoint(self.index)
         self.run.forget(self.index, found[2]["step"] if found else 0)
         if found is None:
             return
-        tensors, optimizer, self.facts = found
+        tensors, optimizer, facts = found
+        self.facts |= facts
         kinds: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("|")
@@ -239,7 +256,25 @@ class _Run:
         self.run.checkpoint(self.index, self.facts["step"], tensors, optimizer, self.facts)
 
 
-def _total(losses: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The loss, which stages of many layers do not name, and its parts."""
-    parts = {name: value for name, value in losses.items() if name != "loss"}
-    return losses["loss"] if "loss" in losses else sum(parts.values()) / len(parts), parts
+def accumulate(stage: Stage, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Gradients of a step, by counts taken over all of its micro-batches and processes first; this process's losses."""
+    counts: dict[str, float] = {}
+    for batch in batches:
+        for name, value in stage.count(batch).items():
+            counts[name] = counts.get(name, 0.0) + value
+    counts = add_up(counts)
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        for name, loss in stage.backward(batch, counts).items():
+            sums[name] = sums[name] + loss if name in sums else loss
+    return sums
+
+
+def total_loss(losses: dict[str, float]) -> float:
+    """The loss; that of stages of many layers is the mean over them."""
+    return losses["loss"] if "loss" in losses else sum(losses.values()) / len(losses)
+
+
+def parts_of(losses: dict[str, float]) -> dict[str, float]:
+    """The losses without their total."""
+    return {name: value for name, value in losses.items() if name != "loss"}

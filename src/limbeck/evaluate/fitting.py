@@ -1,12 +1,12 @@
-"""Whether prompt and answer fit into a model's context, and what is done where they do not: an error, or a cut in the middle.
+"""Whether prompt and answer fit into a model's context, and what is done where not: an error, or a cut in the middle.
 
     room = room_for_prompt(context=8192, answer=128)        # 8064 tokens
     prompt = fitted(ids, room, overlong="middle")           # the first 4032 and the last 4032 tokens of ids
 
-All lengths are tokens of the model's own tokenizer, chat template and special tokens included, because those are what the
-model reads. The cut in the middle is LongBench's (Bai et al. 2024, arXiv 2308.14508): instructions and question stand at
-the two ends of a prompt. LongBench decodes both halves and reads them again, which may change their number, and adds the
-chat template afterwards; here tokens are cut, so what fits is exact.
+All lengths are tokens of the model's own tokenizer, chat template and special tokens included, because those are what
+the model reads. The cut in the middle is LongBench's (Bai et al. 2024, arXiv 2308.14508): instructions and question
+stand at the two ends of a prompt. LongBench decodes both halves and reads them again, which may change their number,
+and adds the chat template afterwards; here tokens are cut, so what fits is exact.
 """
 
 from collections.abc import Sequence

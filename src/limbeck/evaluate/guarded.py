@@ -4,8 +4,9 @@
     lm_eval.simple_evaluate(lm, tasks=["long_hotpotqa"])
     lm.cuts                     # which prompts were cut, from how many tokens to how many
 
-lm-evaluation-harness drops the left end of what does not fit, instructions first, with a warning in a log. Here all requests
-of a call are counted before the first one runs: what does not fit is an error, or is cut in the middle as LongBench does.
+lm-evaluation-harness drops the left end of what does not fit, instructions first, with a warning in a log. Here all
+requests of a call are counted before the first one runs: what does not fit is an error, or is cut in the middle as
+LongBench does.
 """
 
 from dataclasses import asdict, dataclass
@@ -106,9 +107,7 @@ class GuardedLM(HFLM):
         self._tell()
         return super()._loglikelihood_tokens(ready, **harness)
 
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
-    ) -> torch.Tensor:
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         return super()._model_generate(context, max_length, stop, prefill_chunk_size=self.piece, **settings)
 
     def _count(self, ids: list[int], room: int, task: str, item: int, what: str) -> None:
@@ -120,8 +119,8 @@ class GuardedLM(HFLM):
         if self.cuts:
             longest = max(cut.tokens for cut in self.cuts)
             console.print(
-                f"{len(self.cuts)} prompts do not fit into {self.max_length} tokens with their answers (the longest has "
-                f"{longest}): cut in the middle"
+                f"{len(self.cuts)} prompts do not fit into {self.max_length} tokens with their answers "
+                f"(the longest has {longest}): cut in the middle"
             )
 
     def cut_details(self) -> list[dict[str, Any]]:

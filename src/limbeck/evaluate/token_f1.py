@@ -3,8 +3,8 @@
     token_f1("The Eiffel Tower in Paris", "Eiffel tower")      # precision 2 of 4, recall 2 of 2: 0.667
     best_f1("Paris", ["in Paris, France", "Paris"])            # 1.0
 
-Normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no ASCII punctuation, no articles, single spaces. Tokens are
-what spaces then separate, counted with their multiplicity; of several references the one that fits best counts.
+Normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no ASCII punctuation, no articles, single spaces. Tokens
+are what spaces then separate, counted with their multiplicity; of several references the one that fits best counts.
 `score_answers` is what task definitions of lm-evaluation-harness name in `process_results`.
 """
 

@@ -1,22 +1,24 @@
 """The pack `long-documents`: questions about long texts in LongBench's form, out of wheels. It is not LongBench.
 
-    limbeck assets --pack long-documents         # 125 MB to download, 26 MB stay
+    limbeck assets --pack long-documents         # 125 MB to download, 20 MB stay
     limbeck eval MODEL --tasks long_hotpotqa --set tasks.overlong=middle
 
-Prompts, longest answers and metric are those of LongBench (Bai et al. 2024, arXiv 2308.14508; MIT), read from the harness'
-own definitions; questions, texts and answers are other items of the same data sets. A length bucket is LongBench-E's: words,
-separated by white space, of text, question and answers. Each bucket is a task, and each data set a tag for its buckets.
+Prompts, longest answers and metric are those of LongBench (Bai et al. 2024, arXiv 2308.14508; MIT), read from the
+harness' own definitions; questions, texts and answers are other items of the same data sets. A length bucket is
+LongBench-E's: words, separated by white space, of text, question and answers. Each bucket is a task, and each data
+set a tag for its buckets.
 
 | tasks | rows 0-4k, 4-8k, 8k+ | data | licence |
 | --- | --- | --- | --- |
-| `long_qasper_yesno_*` | 186, 104, 10 | QASPER, training split: the questions answered by yes or no, whole papers | CC BY 4.0 |
+| `long_qasper_yesno_*` | 180, 107, 13 | QASPER, training split: questions with yes or no, whole papers | CC BY 4.0 |
 | `long_hotpotqa_*` | 100, 100, 100 | HotpotQA, development split, distractor setting | CC BY-SA 4.0 |
 | `long_narrativeqa_summaries_0_4k` | 202 | NarrativeQA, two questions on each of 101 stories' summaries | Apache-2.0 |
 
-Questions of QASPER whose evidence lies in tables and figures alone are left out: the text does not hold it. HotpotQA has ten
-paragraphs a question, 910 words in the middle; those are the bucket 0-4k, and for the others paragraphs of other questions
-are added at random places, as LongBench adds distracting passages. The hundred questions are the same in the three. Whole
-stories of NarrativeQA are in no wheel: what there is are the summaries (the data set's own easier setting), all short.
+Questions of QASPER whose evidence lies in tables and figures alone are left out: the text does not hold it. HotpotQA
+has ten paragraphs a question, 910 words in the middle; those are the bucket 0-4k, and for the others paragraphs of
+other questions are added at random places, as LongBench adds distracting passages. The hundred questions are the same
+in the three. Whole stories of NarrativeQA are in no wheel: what there is are the summaries (the data set's own easier
+setting), all short.
 """
 
 import gzip
@@ -103,7 +105,7 @@ def longbench(name: str) -> tuple[str, int]:
             "the pack long-documents takes its prompts from lm-evaluation-harness", hint="pip install 'limbeck[eval]'"
         ) from error
     text = (Path(lm_eval.__file__).parent / "tasks" / "longbench" / f"{name}.yaml").read_text(encoding="utf-8")
-    definition = yaml.load(text, _Plain)  # noqa: S506  a SafeLoader
+    definition = yaml.load(text, _Plain)
     return definition["doc_to_text"], definition["generation_kwargs"]["max_gen_toks"]
 
 

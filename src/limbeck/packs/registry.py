@@ -10,7 +10,10 @@ from importlib import import_module
 from limbeck.errors import LimbeckError, closest
 from limbeck.packs.pack import TASKS, Dataset, Pack, Served, folder_of, manifest_of
 
-MODULES = {"benchmarks": "limbeck.packs.benchmarks"}  # name -> module with a PACK
+MODULES = {  # name -> module with a PACK
+    "benchmarks": "limbeck.packs.benchmarks",
+    "long-documents": "limbeck.packs.long_documents",
+}
 
 
 def find(name: str) -> Pack:

@@ -69,6 +69,7 @@ def test_the_cut_at_the_exact_boundary(room):
             assert kept == list(range(length))
             assert fitted(list(range(length)), room, "refuse") == kept
             continue
+        assert fitted(list(range(length)), room, "left") == list(range(length - room, length))
         first = room // 2
         assert kept[:first] == list(range(first))
         assert kept[first:] == list(range(length - (room - first), length))

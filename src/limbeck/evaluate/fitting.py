@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from limbeck.errors import LimbeckError
 
-Overlong = Literal["refuse", "middle"]  # what to do with a prompt that does not fit
-LEAST_PROMPT = 2  # a first and a last half
+Overlong = Literal["refuse", "middle", "left"]  # what to do with a prompt that does not fit
+LEAST_PROMPT = 2  # tokens: a first and a last half
 
 
 def context_of(model: Any, tokenizer: Any = None, asked: int | None = None) -> int:
@@ -57,9 +57,11 @@ def room_for_prompt(context: int, answer: int, what: str = "") -> int:
 
 
 def fitted(ids: Sequence[int], room: int, overlong: Overlong, what: str = "a prompt") -> list[int]:
-    """`ids` where they fit into `room` tokens, else an error or their first and last half.
+    """`ids` where they fit into `room` tokens, else what `overlong` says.
 
-    Of an odd room the larger half is the last one, which holds the question.
+    Args:
+        overlong: "refuse" is an error; "middle" keeps the first and the last half, of an odd room the larger one last,
+            where the question is; "left" keeps the last `room` tokens, as lm-evaluation-harness does.
 
     Raises:
         LimbeckError: they do not fit, and `overlong` says to refuse.
@@ -72,5 +74,7 @@ def fitted(ids: Sequence[int], room: int, overlong: Overlong, what: str = "a pro
             expected=f"at most {room}: prompt and answer together have to fit into the context",
             hint="overlong=middle keeps the first and the last half of a prompt, as LongBench does",
         )
+    if overlong == "left":
+        return list(ids[len(ids) - room :])
     first = room // 2
     return [*ids[:first], *ids[len(ids) - (room - first) :]]

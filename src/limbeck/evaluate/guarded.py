@@ -36,7 +36,7 @@ class GuardedLM(HFLM):
 
     Args:
         length: tokens of prompt and answer together; by default the model's context.
-        overlong: "refuse" raises LimbeckError for what does not fit, "middle" keeps both ends of a prompt.
+        overlong: what becomes of a prompt that does not fit, see `fitted`.
         piece: tokens of a prompt that are read at a time; memory for a student does not grow beyond that.
         harness: what the harness' class takes besides, such as `batch_size`.
 
@@ -120,7 +120,7 @@ class GuardedLM(HFLM):
             longest = max(cut.tokens for cut in self.cuts)
             console.print(
                 f"{len(self.cuts)} prompts do not fit into {self.max_length} tokens with their answers "
-                f"(the longest has {longest}): cut in the middle"
+                f"(the longest has {longest}): cut, {self.overlong}"
             )
 
     def cut_details(self) -> list[dict[str, Any]]:

@@ -27,7 +27,10 @@ from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
 
-MODULES = {"agreement": "limbeck.evaluate.agreement"}  # name -> module with a MEASURE
+MODULES = {  # name -> module with a MEASURE
+    "agreement": "limbeck.evaluate.agreement",
+    "tasks": "limbeck.evaluate.tasks",
+}
 
 
 class Settings(BaseModel):
@@ -100,6 +103,7 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
         return known
     began = time.monotonic()
     torch.manual_seed(subject.seed)
+    subject.again = again
     found = measure.run(subject, settings)
     measurement = Measurement(
         measure=measure.name,

@@ -4,6 +4,7 @@ import copy
 import gzip
 import importlib
 import json
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -12,10 +13,14 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from limbeck import packs
+from limbeck.data.cache import publish
 from limbeck.errors import LimbeckError
+from limbeck.evaluate import measures
 from limbeck.evaluate.fitting import context_of, fitted, room_for_prompt
+from limbeck.evaluate.subject import Subjects
 from limbeck.evaluate.token_f1 import best_f1, normalised, score_answers, token_f1
 from limbeck.model import convert
 from limbeck.packs import long_documents
@@ -73,7 +78,7 @@ def test_the_cut_at_the_exact_boundary(room):
         first = room // 2
         assert kept[:first] == list(range(first))
         assert kept[first:] == list(range(length - (room - first), length))
-        with pytest.raises(LimbeckError, match=f"has {length} tokens"):
+        with pytest.raises(LimbeckError, match=f"too long: {length} tokens"):
             fitted(list(range(length)), room, "refuse")
 
 
@@ -131,9 +136,9 @@ def with_beginning(tokenizer):
 
 
 def guarded(model, tokenizer, **settings):
-    from limbeck.evaluate.guarded import GuardedLM
+    from limbeck.evaluate.scorer import Scorer
 
-    return GuardedLM(model, tokenizer, device="cpu", **settings)
+    return Scorer(model, tokenizer, **{"batch": 1, **settings})
 
 
 def answers(lm, prompts, answer=6):
@@ -145,7 +150,7 @@ def answers(lm, prompts, answer=6):
         Instance("generate_until", {}, (prompt, dict(settings)), 0, ("long_test", at, 1))
         for at, prompt in enumerate(prompts)
     ]
-    return lm.generate_until(asked, disable_tqdm=True)
+    return lm.generate_until(asked)
 
 
 def read_by(lm, monkeypatch):
@@ -163,7 +168,7 @@ def read_by(lm, monkeypatch):
 def test_pieces_and_batches_change_nothing(model, tokenizer):
     whole = answers(guarded(model, tokenizer, piece=4096), PROMPTS)
     assert any(whole)
-    for settings in ({"piece": 4}, {"batch_size": 3}, {"piece": 5, "batch_size": 3}):
+    for settings in ({"piece": 4}, {"batch": 3}, {"piece": 5, "batch": 3}):
         assert answers(guarded(model, tokenizer, **settings), PROMPTS) == whole
 
 
@@ -179,7 +184,7 @@ def test_a_prompt_that_just_fits_is_read_whole(model, with_beginning, monkeypatc
     assert lm.cuts == []
     # One token less, and it is refused; or cut in the middle, to the token.
     short = guarded(model, with_beginning, length=len(ids) + answer - 1)
-    with pytest.raises(LimbeckError, match=f"long_test, item 0, has {len(ids)} tokens"):
+    with pytest.raises(LimbeckError, match=f"long_test, item 0, is too long: {len(ids)} tokens"):
         answers(short, [prompt], answer)
     middle = guarded(model, with_beginning, length=len(ids) + answer - 1, overlong="middle")
     seen = read_by(middle, monkeypatch)
@@ -200,7 +205,7 @@ def test_special_tokens_of_a_template_are_counted_once(model, with_beginning, mo
 
 def test_one_long_prompt_in_a_batch_cuts_no_other(model, tokenizer, monkeypatch):
     lengths = [len(tokenizer(prompt).input_ids) for prompt in PROMPTS]
-    lm = guarded(model, tokenizer, length=max(lengths), overlong="middle", batch_size=3)
+    lm = guarded(model, tokenizer, length=max(lengths), overlong="middle", batch=3)
     seen = read_by(lm, monkeypatch)
     answers(lm, PROMPTS, 4)
     rows = {tuple(token for token in row if token != tokenizer.pad_token_id) for row in seen[0][0].tolist()}
@@ -223,12 +228,12 @@ def test_likelihoods_at_the_boundary(model, tokenizer):
     with torch.no_grad():
         logits = model(torch.tensor([(context + continuation)[:-1]])).logits[0].log_softmax(-1)
     expected = sum(float(logits[len(context) - 1 + at, token]) for at, token in enumerate(continuation))
-    got = guarded(model, tokenizer, length=fits)._loglikelihood_tokens(request, disable_tqdm=True)
+    got = guarded(model, tokenizer, length=fits)._loglikelihood_tokens(request)
     assert got[0][0] == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(LimbeckError, match=f"request 0 has {len(context)} tokens"):
-        guarded(model, tokenizer, length=fits - 1)._loglikelihood_tokens(request, disable_tqdm=True)
+    with pytest.raises(LimbeckError, match=f"item 0, is too long: {len(context)} tokens"):
+        guarded(model, tokenizer, length=fits - 1)._loglikelihood_tokens(request)
     cut = guarded(model, tokenizer, length=fits - 1, overlong="middle")
-    assert cut._loglikelihood_tokens(request, disable_tqdm=True)[0][0] != pytest.approx(expected, abs=1e-4)
+    assert cut._loglikelihood_tokens(request)[0][0] != pytest.approx(expected, abs=1e-4)
     assert cut.cuts[0].kept == len(context) - 1
 
 
@@ -351,3 +356,42 @@ def test_tasks_have_the_prompts_of_longbench(pack):
             assert f"long_{name}" in long_documents.PACK.tasks
     assert long_documents.longbench("qasper")[1] == 128
     assert long_documents.longbench("hotpotqa")[1] == 32
+
+
+@pytest.fixture
+def published(own_cache, archives):
+    """The pack where the measure looks for it."""
+    publish(packs.folder_of(long_documents.PACK), lambda folder: _filled(folder, archives), what="a pack")
+    yield
+    shutil.rmtree(packs.folder_of(long_documents.PACK))
+
+
+def _filled(folder, archives):
+    made = long_documents.make(folder, archives)
+    return {"datasets": [{"path": one.path, "name": one.name, "splits": one.splits} for one in made]}
+
+
+def test_the_measure_on_a_student_and_its_teacher(published, teacher_folder, corpus, tmp_path):
+    from limbeck.evaluate.tasks import MEASURE
+
+    folder = tmp_path / "student"
+    convert(AutoModelForCausalLM.from_pretrained(teacher_folder), "retnet").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
+    student = Subjects(str(teacher_folder), str(corpus), out=tmp_path / "out").open(str(folder))
+    asked = {"names": ["long_hotpotqa_0_4k"], "limit": 2, "length": 200, "defaults": False}
+    with pytest.raises(LimbeckError, match=r"long_hotpotqa_0_4k, item \d+, is too long: \d+ tokens"):
+        measures.take(MEASURE, student, asked)
+    found = measures.take(MEASURE, student, {**asked, "overlong": "middle"})
+    assert 0 <= found.values["long_hotpotqa_0_4k qa_f1_score"] <= 1
+    assert "long_hotpotqa_0_4k qa_f1_score" in found.errors
+    cuts = found.details["tasks"]["long_hotpotqa_0_4k"]["cuts"]
+    assert [cut["kept"] for cut in cuts] == [200 - 32] * 2
+    with pytest.raises(LimbeckError, match="an answer of up to 32 tokens does not fit into 33 tokens"):
+        measures.take(MEASURE, student, {**asked, "length": 33, "overlong": "middle"})
+
+
+def test_a_missing_pack_says_what_brings_it(own_cache):
+    from limbeck.evaluate.harness import Catalogue
+
+    with pytest.raises(LimbeckError, match="limbeck assets --pack long-documents"):
+        Catalogue(defaults=False).expand(["long_qasper_yesno"])

@@ -40,17 +40,21 @@ def context_of(model: Any, tokenizer: Any = None, asked: int | None = None) -> i
     return asked or own or 0
 
 
-def room_for_prompt(context: int, answer: int, what: str = "") -> int:
+def room_for_prompt(context: int, answer: int, what: str = "", least: int = LEAST_PROMPT) -> int:
     """Tokens left for the prompt, in `context` tokens with an answer of at most `answer`.
+
+    Args:
+        what: whose answer, for the message.
+        least: tokens that a prompt needs.
 
     Raises:
         LimbeckError: the answer leaves no room for a prompt.
     """
     room = context - answer
-    if room < LEAST_PROMPT:
+    if room < least:
         raise LimbeckError(
             f"{what + ': ' if what else ''}an answer of up to {answer} tokens does not fit into {context} tokens",
-            expected=f"a context of {answer + LEAST_PROMPT} tokens or more",
+            expected=f"a context of {answer + least} tokens or more",
             hint="a model or a length with more room, or a shorter answer",
         )
     return room
@@ -70,9 +74,9 @@ def fitted(ids: Sequence[int], room: int, overlong: Overlong, what: str = "a pro
         return list(ids)
     if overlong == "refuse":
         raise LimbeckError(
-            f"{what} has {len(ids)} tokens",
-            expected=f"at most {room}: prompt and answer together have to fit into the context",
-            hint="overlong=middle keeps the first and the last half of a prompt, as LongBench does",
+            f"{what} is too long: {len(ids)} tokens",
+            expected=f"at most {room}, so that prompt and answer together fit",
+            hint="tasks.overlong=middle keeps the first and the last half of a prompt, as LongBench does",
         )
     if overlong == "left":
         return list(ids[len(ids) - room :])

@@ -27,6 +27,7 @@ from pydantic import Field
 
 from limbeck.data.cache import cache_root, no_room_is_an_error
 from limbeck.errors import LimbeckError
+from limbeck.evaluate.fitting import Overlong
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.shares import Score, shares
@@ -47,7 +48,8 @@ class TaskSettings(Settings):
     few_shot: examples in the context; None as the task says (0 for most).
     batch: rows at once, or "auto".
     source: where the data come from: a pack that has them, else the hub; or only one of the two.
-    truncate: cut what is too long on the left, as the harness does, in the place of an error.
+    length: tokens of prompt and answer together; None for the model's context.
+    overlong: what becomes of a prompt that does not fit: an error, or a cut in the middle or on the left.
     chat: put the questions into the model's chat template.
     include: a folder of further task definitions.
     defaults: whether the harness' own tasks are known; without them `include` says all.
@@ -59,7 +61,8 @@ class TaskSettings(Settings):
     few_shot: Annotated[int, Field(ge=0)] | None = None
     batch: Annotated[int, Field(gt=0)] | Literal["auto"] = 8
     source: Literal["auto", "pack", "hub"] = "auto"
-    truncate: bool = False
+    length: Annotated[int, Field(gt=0)] | None = None
+    overlong: Overlong = "refuse"
     chat: bool = False
     include: str | None = None
     defaults: bool = True
@@ -121,7 +124,14 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
         return Score(**json.loads(path.read_text(encoding="utf-8")))
     leaves = {one.task_name: one for one in (task.get_all_tasks() if isinstance(task, Group) else [task])}
     chosen = {leaf: _items(leaf, len(one.eval_docs), subject.seed, settings) for leaf, one in leaves.items()}
-    scorer = Scorer(subject.model, subject.tokenizer, settings.batch, settings.truncate, f"{name}, {subject.name}")
+    scorer = Scorer(
+        subject.model,
+        subject.tokenizer,
+        settings.batch,
+        settings.length,
+        settings.overlong,
+        f"{name}, {subject.name}",
+    )
     try:
         with _quiet():
             result = simple_evaluate(
@@ -140,6 +150,7 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
     except (ValueError, AssertionError) as error:
         raise LimbeckError(f"the harness refuses {name}: {str(error).splitlines()[0]}") from error
     score = _read(name, result, origins, list(leaves), settings)
+    score.details["cuts"] = [asdict(cut) for cut in scorer.cuts]
     if path is not None:
         with no_room_is_an_error(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,9 @@ def eval(
         for key, value in (("tokens", tokens), ("length", length)):
             if value is not None and key in one.settings.model_fields:
                 given[one.name].setdefault(key, value)
-        measures.settings_of(one, given[one.name])
+        settings = measures.settings_of(one, given[one.name])
+        if one.check is not None:
+            one.check(settings)
     from limbeck.evaluate.subject import Subjects
 
     subjects = Subjects(teacher, data, seed, out)

@@ -2,7 +2,8 @@
 
     catalogue = Catalogue()                                  # 15,000 names; read once, then from the cache
     names = catalogue.expand(["paper", "ai2_arc"])           # LimbeckError with near matches for an unknown one
-    task, origin = catalogue.build("arc_easy", source="auto", few_shot=None)
+    catalogue.origins("mmlu", "auto", few_shot=5)            # task -> "pack benchmarks" or "hub"
+    task = catalogue.build("arc_easy", "auto", few_shot=None)
 
 A task keeps the harness' definition; over a pack only the place of its data is another (`limbeck.packs`). The module
 needs the extra `eval` and is imported late.
@@ -65,42 +66,57 @@ class Catalogue:
                 found += SETS[name]
             elif entry is None:
                 raise self._unknown(name)
-            elif entry.kind is Kind.TAG:
-                found += sorted(entry.tags)
+            elif entry.kind is Kind.TAG or (
+                entry.kind is Kind.GROUP and "aggregate_metric_list" not in _definition(entry)
+            ):
+                found += self._leaves(name)
             else:
                 found.append(name)
         return list(dict.fromkeys(found))
 
-    def build(self, name: str, source: Source, few_shot: int | None) -> tuple[Task | Group, dict[str, str]]:
-        """A task or group with its data, and where the data of each of its tasks came from.
+    def origins(self, name: str, source: Source, few_shot: int | None) -> dict[str, str]:
+        """Where the data of a task, or of each task of a group, come from: "hub" or "pack ...". Nothing is loaded.
 
         Args:
             source: "pack", "hub", or "auto": a pack that has all that the task needs, else the hub.
             few_shot: as in `simple_evaluate`; says whether examples are needed.
 
         Raises:
+            LimbeckError: a pack is asked for, and none has it.
+        """
+        places = {leaf: self._place(leaf, source, few_shot) for leaf in self._leaves(name)}
+        return {leaf: place[1] if place else "hub" for leaf, place in places.items()}
+
+    def build(self, name: str, source: Source, few_shot: int | None) -> Task | Group:
+        """A task or group with its data; see `origins`.
+
+        Raises:
             LimbeckError: no data: what to do.
         """
-        index, origins = self.manager.task_index, {}
+        index = self.manager.task_index
         before = {leaf: index[leaf] for leaf in self._leaves(name)}
-        for leaf, entry in before.items():
-            served = None if source == "hub" else _over_a_pack(entry, few_shot)
-            if source == "pack" and served is None:
-                raise _no_data(leaf, entry, "no pack has what it needs" + (" for examples" if few_shot else ""))
-            origins[leaf] = served[1] if served else "hub"
-            if served:
-                index[leaf] = served[0]
+        places = {leaf: self._place(leaf, source, few_shot) for leaf in before}
+        index.update({leaf: place[0] for leaf, place in places.items() if place})
         try:
             built = self.manager.load([name])
         except ImportError as error:
             raise LimbeckError(f"task {name} needs {error.name or error}", hint=f"pip install {error.name}") from error
         except Exception as error:  # datasets, the hub and the harness each have their own
-            first = next((leaf for leaf, place in origins.items() if place == "hub"), name)
-            raise _no_data(first, before[first], str(error).splitlines()[0] if str(error) else repr(error)) from error
+            first = next((leaf for leaf, place in places.items() if place is None), name)
+            said = str(error).splitlines()[0] if str(error) else repr(error)
+            raise _no_data(first, before.get(first, index[name]), said) from error
         finally:
             index.update(before)
         groups = built.get("groups") or {}
-        return (groups[name] if name in groups else built["tasks"][name]), origins
+        return groups[name] if name in groups else built["tasks"][name]
+
+    def _place(self, leaf: str, source: Source, few_shot: int | None) -> tuple[Entry, str] | None:
+        """A task over a pack's files, and which pack; None where it is the hub's."""
+        entry = self.manager.task_index[leaf]
+        served = None if source == "hub" else _over_a_pack(entry, few_shot)
+        if source == "pack" and served is None:
+            raise _no_data(leaf, entry, "no pack has what it needs" + (" for examples" if few_shot else ""))
+        return served
 
     def _leaves(self, name: str) -> list[str]:
         """Names of the tasks below a task or group."""

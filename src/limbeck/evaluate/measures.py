@@ -56,6 +56,7 @@ class Measure:
     about: one line for the list.
     run: takes the subject and an instance of `settings`.
     draw: one figure for several models' measurements; None where a table says it all.
+    check: LimbeckError for settings that are wrong in a way that shows before a model is loaded.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Measure:
     settings: type[Settings]
     run: Callable[[Subject, Any], Found]
     draw: Callable[[list[Measurement]], Any] | None = None
+    check: Callable[[Any], None] | None = None
 
 
 def find(name: str) -> Measure:

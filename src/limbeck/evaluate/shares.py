@@ -28,7 +28,7 @@ ABOVE = 2.0  # standard errors above chance from which a teacher is said to do a
 class Score:
     """One model on one task.
 
-    metric: the one that stands for the task.
+    metric: the one that stands for the task; "" where none does (perplexities), and it enters no mean.
     values, errors: all metrics of the task, and their standard errors.
     chance: what guessing gives of `metric`.
     items: `metric` of each item, in the order of the data.

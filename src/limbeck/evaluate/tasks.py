@@ -83,17 +83,28 @@ def measure_tasks(subject: Subject, settings: TaskSettings) -> Found:
         values |= {f"{name} {metric}": value for metric, value in score.values.items()}
         errors |= {f"{name} {metric}": error for metric, error in score.errors.items()}
         details[name] = {**score.details, "metric": score.metric, "chance": score.chance}
-    values["mean score"] = sum(score.main for score in scores.values()) / len(scores)
-    errors["mean score"] = sum(score.error**2 for score in scores.values()) ** 0.5 / len(scores)
     found = Found(values, errors, {"tasks": names, "harness": harness_version()}, {"tasks": details})
+    ours = {name: score for name, score in scores.items() if score.metric}
+    if not ours:
+        return found
+    values["mean score"] = sum(score.main for score in ours.values()) / len(ours)
+    errors["mean score"] = sum(score.error**2 for score in ours.values()) ** 0.5 / len(ours)
     if subject.student and subject.base is not None:
-        theirs = scores_of(subject.teacher, names, catalogue, settings)
-        kept, spread, about = shares(scores, theirs, subject.seed)
+        theirs = scores_of(subject.teacher, list(ours), catalogue, settings)
+        kept, spread, about = shares(ours, theirs, subject.seed)
         found.values |= kept
         found.errors |= spread
         found.details |= about
         found.details["teacher"] = {name: {"score": one.main, "error": one.error} for name, one in theirs.items()}
     return found
+
+
+def check_tasks(settings: TaskSettings) -> None:
+    """Raises LimbeckError for what can be seen before a model is loaded: no harness, tasks that there are not."""
+    needs_the_harness()
+    from limbeck.evaluate.harness import Catalogue
+
+    Catalogue(settings.include, settings.defaults).expand(settings.names)
 
 
 def scores_of(subject: Subject, names: list[str], catalogue: Any, settings: TaskSettings) -> dict[str, Score]:
@@ -118,10 +129,12 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
 
     from limbeck.evaluate.scorer import Scorer
 
-    task, origins = catalogue.build(name, settings.source, settings.few_shot)
+    origins = catalogue.origins(name, settings.source, settings.few_shot)
     path = _file(subject, name, origins, settings)
-    if path is not None and path.is_file() and not subject.again:
-        return Score(**json.loads(path.read_text(encoding="utf-8")))
+    known = None if subject.again else _kept(path)
+    if known is not None:
+        return known
+    task = catalogue.build(name, settings.source, settings.few_shot)
     leaves = {one.task_name: one for one in (task.get_all_tasks() if isinstance(task, Group) else [task])}
     chosen = {leaf: _items(leaf, len(one.eval_docs), subject.seed, settings) for leaf, one in leaves.items()}
     scorer = Scorer(
@@ -196,9 +209,10 @@ def _read(
         else:
             values[metric] = float(value)
     better = result["higher_is_better"].get(name, {})
-    metric = _main(name, leaves, values, better)
+    answers = [one for leaf in leaves for one in result["samples"][leaf]]
+    metric = _main(name, leaves, values, better, answers)
     bare, _, kind = metric.rstrip(")").partition(" (")
-    answers = [one for leaf in leaves for one in result["samples"][leaf] if one["filter"] == (kind or "none")]
+    answers = [one for one in answers if one["filter"] == (kind or "none")]
     choice = result["configs"][leaves[0]]["output_type"] == "multiple_choice"
     guessing = [1 / len(one["arguments"]) if choice else 0.0 for one in answers]
     details = {
@@ -216,20 +230,34 @@ def _read(
         metric=metric,
         values=values,
         errors=errors,
-        chance=sum(guessing) / len(guessing),
-        items=[float(one[bare]) for one in answers],
+        chance=sum(guessing) / max(1, len(guessing)),
+        items=[float(one[bare]) for one in answers] if metric else [],
         details={"parts": details},
     )
 
 
-def _main(name: str, leaves: list[str], values: dict[str, float], better: dict[str, bool]) -> str:
-    """The metric that stands for a task: see `MAIN`, else accuracy, else the first of which more is better."""
-    wanted = [MAIN.get(name, ""), MAIN.get(leaves[0], ""), "acc", "exact_match"]
+def _main(
+    name: str, leaves: list[str], values: dict[str, float], better: dict[str, bool], answers: list[dict[str, Any]]
+) -> str:
+    """The metric that stands for a task: see `MAIN`, else accuracy, else the first of which more is better.
+
+    It has to be a number for each item; "" where there is none.
+    """
+
+    def counts(metric: str) -> bool:
+        return metric in values and isinstance(answers[0].get(metric.split(" (")[0]), int | float)
+
     rising = [metric for metric in values if better.get(metric.split(" (")[0])]
-    found = next((metric for metric in (*wanted, *rising) if metric in values), None)
-    if found is None:
-        raise LimbeckError(f"task {name} has no score of which more is better", expected="a task with accuracy")
-    return found
+    wanted = [MAIN.get(name, ""), MAIN.get(leaves[0], ""), "acc", "exact_match", *rising]
+    return next(filter(counts, wanted), "")
+
+
+def _kept(path: Path | None) -> Score | None:
+    """A score from its file; None where there is none, or none that can be read."""
+    try:
+        return Score(**json.loads(path.read_text(encoding="utf-8"))) if path is not None else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _file(subject: Subject, name: str, origins: dict[str, str], settings: TaskSettings) -> Path | None:
@@ -250,5 +278,10 @@ def draw(found: list[Measurement]) -> Any:
 
 
 MEASURE = Measure(
-    "tasks", "benchmarks of lm-evaluation-harness, and the share of the teacher's scores", TaskSettings, measure_tasks
+    "tasks",
+    "benchmarks of lm-evaluation-harness, and the share of the teacher's scores",
+    TaskSettings,
+    measure_tasks,
+    draw,
+    check_tasks,
 )

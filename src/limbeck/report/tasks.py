@@ -11,7 +11,7 @@ from limbeck.report.figure import new_figure
 
 def bars(found: list[Measurement]) -> Any:
     """A group of bars a task, a bar a model; guessing is a dashed line across the group."""
-    names = list(dict.fromkeys(name for one in found for name in one.details["tasks"]))
+    names = list(dict.fromkeys(name for one in found for name, task in one.details["tasks"].items() if task["metric"]))
     figure = new_figure(max(5.0, 1.2 + 0.4 * len(names) * (1 + len(found))), 3.4)
     axes = figure.subplots()
     width = 0.8 / len(found)

@@ -1,14 +1,11 @@
-"""Long documents: token F1, what fits into a context, the pack, and the harness under guard."""
+"""Long documents: the pack, its tasks, and the harness under guard."""
 
 import copy
 import gzip
-import importlib
 import json
 import shutil
-import sys
 import zipfile
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,99 +16,10 @@ from limbeck import packs
 from limbeck.data.cache import publish
 from limbeck.errors import LimbeckError
 from limbeck.evaluate import measures
-from limbeck.evaluate.fitting import context_of, fitted, room_for_prompt
 from limbeck.evaluate.subject import Subjects
-from limbeck.evaluate.token_f1 import best_f1, normalised, score_answers, token_f1
+from limbeck.evaluate.token_f1 import score_answers
 from limbeck.model import convert
 from limbeck.packs import long_documents
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "f1"),
-    [
-        ("Paris", "Paris", 1),
-        ("  The PARIS!! ", "paris", 1),
-        ("The Eiffel Tower in Paris", "Eiffel tower", 2 * (2 / 4) * 1 / (2 / 4 + 1)),
-        ("yes, they do", "Yes", 2 * (1 / 3) * 1 / (1 / 3 + 1)),
-        ("no", "yes", 0),
-        ("", "yes", 0),
-        ("the", "a", 0),  # articles alone are nothing, and nothing matches nothing
-        ("yes yes yes", "yes", 0.5),  # repeated tokens are counted once per match
-        ("a-b", "ab", 1),  # punctuation goes before articles
-        ("state-of-the-art", "state of the art", 0),
-        ("U.S.A.", "usa", 1),
-        ("naïve – test", "naïve test", 2 * (2 / 3) * 1 / (2 / 3 + 1)),  # only ASCII punctuation goes
-    ],
-)
-def test_token_f1_worked_by_hand(answer, reference, f1):
-    assert token_f1(answer, reference) == pytest.approx(f1)
-
-
-def test_the_best_reference_counts():
-    assert best_f1("Paris", ["in Paris, France", "Paris"]) == 1
-    assert best_f1("Paris", []) == 0
-    assert score_answers({"answers": ["No", "not at all"]}, ["not at all."]) == {"qa_f1_score": 1}
-    assert normalised("An apple, the pear; a\tplum") == ["apple", "pear", "plum"]
-
-
-def test_token_f1_is_the_harness_own(monkeypatch):
-    pytest.importorskip("lm_eval")
-    for name in ("jieba", "fuzzywuzzy", "rouge"):  # for its other metrics; F1 uses none of them
-        monkeypatch.setitem(sys.modules, name, MagicMock())
-    metrics = importlib.import_module("lm_eval.tasks.longbench.metrics")
-    texts = ["The cat, a hat", "cat hat", "an end.", "", "the a", "x-ray of the U.S.", "xray us", "no no yes", "no"]
-    for answer in texts:
-        for reference in texts:
-            assert token_f1(answer, reference) == pytest.approx(metrics.qa_f1_score(answer, reference))
-
-
-@pytest.mark.parametrize("room", [2, 3, 8, 9, 10])
-def test_the_cut_at_the_exact_boundary(room):
-    for length in range(1, 13):
-        kept = fitted(list(range(length)), room, "middle")
-        assert len(kept) == min(length, room)
-        if length <= room:
-            assert kept == list(range(length))
-            assert fitted(list(range(length)), room, "refuse") == kept
-            continue
-        assert fitted(list(range(length)), room, "left") == list(range(length - room, length))
-        first = room // 2
-        assert kept[:first] == list(range(first))
-        assert kept[first:] == list(range(length - (room - first), length))
-        with pytest.raises(LimbeckError, match=f"too long: {length} tokens"):
-            fitted(list(range(length)), room, "refuse")
-
-
-def test_room_for_prompt():
-    assert room_for_prompt(context=10, answer=8) == 2
-    with pytest.raises(LimbeckError, match="long_x: an answer of up to 9 tokens does not fit into 10 tokens"):
-        room_for_prompt(context=10, answer=9, what="long_x")
-
-
-class _Config:
-    def __init__(self, **sizes):
-        self.__dict__.update(sizes)
-
-
-class _Sized:
-    def __init__(self, **sizes):
-        self.config = _Config(**sizes)
-        self.model_max_length = 10**30
-
-
-def test_context_of():
-    assert context_of(_Sized(max_position_embeddings=64)) == 64
-    assert context_of(_Sized(n_positions=32), asked=16) == 16
-    assert context_of(_Sized(text_config=_Config(max_position_embeddings=48))) == 48
-    tokenizer = _Sized()
-    tokenizer.model_max_length = 24
-    assert context_of(_Sized(), tokenizer) == 24
-    assert context_of(_Sized(), _Sized(), asked=12) == 12
-    with pytest.raises(LimbeckError, match="65 tokens is asked for"):
-        context_of(_Sized(max_position_embeddings=64), asked=65)
-    with pytest.raises(LimbeckError, match="nowhere"):
-        context_of(_Sized(), _Sized())
-
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'limbeck[eval]'")
 
@@ -395,3 +303,17 @@ def test_a_missing_pack_says_what_brings_it(own_cache):
 
     with pytest.raises(LimbeckError, match="limbeck assets --pack long-documents"):
         Catalogue(defaults=False).expand(["long_qasper_yesno"])
+
+
+@pytest.mark.assets
+def test_the_real_pack_is_what_the_document_says():
+    folder = packs.folder_of(long_documents.PACK)
+    if packs.manifest_of(long_documents.PACK) is None:
+        pytest.skip("limbeck assets --pack long-documents")
+    table = (Path(__file__).parent.parent / "docs" / "long_documents.md").read_text()
+    for name, (_, buckets) in long_documents.SETS.items():
+        for bucket in buckets:
+            file = folder / packs.Dataset(long_documents.PATH, f"{name}_{bucket}", {}).file("test")
+            rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+            median = sorted(row["length"] for row in rows)[len(rows) // 2]
+            assert f"| `long_{name}_{bucket}` | {len(rows)} | {median:,} |" in table

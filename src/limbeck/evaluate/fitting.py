@@ -34,7 +34,9 @@ def context_of(model: Any, tokenizer: Any = None, asked: int | None = None) -> i
         said = getattr(tokenizer, "model_max_length", None)
         own = int(said) if said and said < 10**9 else None  # transformers writes 10**30 where nothing is known
     if own is None and asked is None:
-        raise LimbeckError("the model says nowhere how long its context is", hint="give a length")
+        raise LimbeckError(
+            "the model says nowhere how long its context is", hint="give a length: --set tasks.length=4096"
+        )
     if own is not None and asked is not None and asked > own:
         raise LimbeckError(f"a length of {asked} tokens is asked for", expected=f"at most the model's context, {own}")
     return asked or own or 0

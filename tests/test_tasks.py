@@ -103,12 +103,13 @@ def taken(subject, definitions, *names, again=True, **settings):
 
 
 def test_scores_do_not_change_with_the_batch(subject, definitions):
-    found = [taken(subject, definitions, "all_tiny", "answers", batch=batch) for batch in (1, 4, "auto")]
-    assert set(found[0].values) >= {"choices acc", "choices acc_norm", "words perplexity", "words acc"}
-    for other in found[1:]:
-        assert other.values == pytest.approx(found[0].values, rel=1e-5)
-        assert other.errors == pytest.approx(found[0].errors, rel=1e-5)
-    part = found[0].details["tasks"]["choices"]["parts"]["choices"]
+    one, four = (taken(subject, definitions, "all_tiny", "answers", batch=batch) for batch in (1, 4))
+    assert set(one.values) >= {"choices acc", "choices acc_norm", "words perplexity", "words acc"}
+    assert four.values == pytest.approx(one.values, rel=1e-5)
+    assert four.errors == pytest.approx(one.errors, rel=1e-5)
+    some = taken(subject, definitions, "words", batch="auto")
+    assert some.values["words perplexity"] == pytest.approx(one.values["words perplexity"], rel=1e-5)
+    part = one.details["tasks"]["choices"]["parts"]["choices"]
     assert part == {"items": 13, "of": 13, "chosen": "all", "version": 3.0, "few_shot": 0, "data": "hub"}
 
 
@@ -260,6 +261,7 @@ def test_a_context_that_is_too_long_is_an_error(subject, definitions, name):
 
 def test_the_command_line(own_cache, student_folder, teacher_folder, definitions, tmp_path):
     from limbeck.cli import app
+    from limbeck.cli import eval as _  # noqa: F401
 
     options = ["--teacher", str(teacher_folder), "--tasks", "choices,words", "--out", str(tmp_path / "out")]
     settings = [f"tasks.include={definitions}", "tasks.defaults=false", "tasks.limit=4"]
@@ -270,3 +272,18 @@ def test_the_command_line(own_cache, student_folder, teacher_folder, definitions
     assert any(",tasks,words perplexity," in line for line in lines)
     assert any(",tasks,alpha*," in line for line in lines)
     assert (tmp_path / "out" / "tasks.svg").stat().st_size > 1000
+
+
+def test_the_document_names_the_settings():
+    from pathlib import Path
+
+    from limbeck.evaluate.tasks import TaskSettings
+
+    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `tasks.")]
+    told = {row[0].strip("`").removeprefix("tasks."): row[1].strip("`") for row in rows}
+    plain = TaskSettings().model_dump(mode="json")
+    assert set(told) == set(plain) - {"names", "defaults"}  # --tasks, and one for tests
+    assert all(
+        told[key] == str(plain[key]).lower() for key in ("limit", "choose", "batch", "source", "truncate", "chat")
+    )

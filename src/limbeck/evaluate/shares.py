@@ -21,6 +21,7 @@ import numpy as np
 
 TOLERANCES = (0.0, 0.01, 0.05, 0.1)
 RESAMPLES = 1000
+ROUNDING = 1e-9  # what arithmetic may lose without turning a tie into a loss
 ABOVE = 2.0  # standard errors above chance from which a teacher is said to do a task
 
 
@@ -63,8 +64,7 @@ def tolerances(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     """For each task the least α ≥ 0 with student ≥ (1 − α) · teacher; 0 where the teacher scores 0. [..., tasks]"""
     with np.errstate(divide="ignore", invalid="ignore"):
         lost = np.where(teacher > 0, 1 - student / teacher, 0.0)
-    # rounding must not turn a tie into a loss
-    return np.where(lost > 1e-12, lost, 0.0)
+    return np.where(lost > ROUNDING, lost, 0.0)
 
 
 def critical_tolerance(needed: np.ndarray) -> np.ndarray:
@@ -110,5 +110,5 @@ def _summary(ours: np.ndarray, theirs: np.ndarray, chance: np.ndarray, done: np.
     if done.any():
         above = (ours - chance)[..., done] / np.maximum((theirs - chance)[..., done], 1e-9)
         found["share above chance"] = np.mean(above, axis=-1)
-    found |= {f"C at tolerance {alpha:g}": np.mean(needed <= alpha, axis=-1) for alpha in TOLERANCES}
+    found |= {f"C at tolerance {alpha:g}": np.mean(needed <= alpha + ROUNDING, axis=-1) for alpha in TOLERANCES}
     return found | {"alpha*": critical_tolerance(needed)}

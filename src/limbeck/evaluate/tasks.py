@@ -124,8 +124,7 @@ def harness_version() -> str:
 
 
 def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) -> Score:
-    from lm_eval import simple_evaluate
-    from lm_eval.api.group import Group
+    from lm_eval import evaluate
 
     from limbeck.evaluate.scorer import Scorer
 
@@ -135,7 +134,10 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
     if known is not None:
         return known
     task = catalogue.build(name, settings.source, settings.few_shot)
-    leaves = {one.task_name: one for one in (task.get_all_tasks() if isinstance(task, Group) else [task])}
+    loaded = catalogue.manager.load([task])
+    leaves = loaded["tasks"]
+    for one in leaves.values():
+        _set_examples(one, settings.few_shot, subject.seed)
     chosen = {leaf: _items(leaf, len(one.eval_docs), subject.seed, settings) for leaf, one in leaves.items()}
     scorer = Scorer(
         subject.model,
@@ -147,18 +149,14 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
     )
     try:
         with _quiet():
-            result = simple_evaluate(
-                model=scorer,
-                tasks=[task],
-                task_manager=catalogue.manager,
-                num_fewshot=settings.few_shot,
+            result = evaluate(
+                lm=scorer,
+                task_dict=loaded,
                 samples=chosen,
-                apply_chat_template=settings.chat,
                 bootstrap_iters=BOOTSTRAP,
-                random_seed=subject.seed,
-                numpy_random_seed=subject.seed,
-                torch_random_seed=subject.seed,
-                fewshot_random_seed=subject.seed,
+                log_samples=True,
+                apply_chat_template=settings.chat,
+                fewshot_as_multiturn=settings.chat,
             )
     except (ValueError, AssertionError) as error:
         raise LimbeckError(f"the harness refuses {name}: {str(error).splitlines()[0]}") from error
@@ -171,6 +169,16 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
             aside.write_text(json.dumps(asdict(score)), encoding="utf-8")
             aside.replace(path)
     return score
+
+
+def _set_examples(task: Any, few_shot: int | None, seed: int) -> None:
+    """As `simple_evaluate` does it: what a task fixes at 0 stays 0."""
+    fixed = task.get_config("num_fewshot")
+    if few_shot is not None and fixed != 0:
+        task.set_config(key="num_fewshot", value=few_shot)
+    elif fixed is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=seed)
 
 
 @contextmanager

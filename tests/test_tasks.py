@@ -285,5 +285,5 @@ def test_the_document_names_the_settings():
     plain = TaskSettings().model_dump(mode="json")
     assert set(told) == set(plain) - {"names", "defaults"}  # --tasks, and one for tests
     assert all(
-        told[key] == str(plain[key]).lower() for key in ("limit", "choose", "batch", "source", "truncate", "chat")
+        told[key] == str(plain[key]).lower() for key in ("limit", "choose", "batch", "source", "overlong", "chat")
     )

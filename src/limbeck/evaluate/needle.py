@@ -16,7 +16,7 @@ from limbeck.console import progress
 from limbeck.evaluate.haystacks import Haystack, needle
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
-from limbeck.evaluate.retrieval import ask
+from limbeck.evaluate.retrieval import Asked, ask
 from limbeck.evaluate.retrieval_table import tabulate, within_context
 from limbeck.evaluate.subject import Subject
 from limbeck.report.figure import new_figure
@@ -49,7 +49,7 @@ def measure_needle(subject: Subject, settings: NeedleSettings) -> Found:
     """All tasks at all lengths and depths; the same questions for every model with the same tokenizer and seed."""
     hay = Haystack.embedded()
     lengths = within_context("needle", subject, settings.lengths, settings.past_context)
-    asked = {f"niah {task}": [] for task in settings.tasks}
+    asked: dict[str, list[Asked]] = {f"niah {task}": [] for task in settings.tasks}
     total = len(settings.tasks) * len(settings.depths) * settings.samples * len(lengths)
     with progress("needle", total, "questions") as advance:
         for task in settings.tasks:

@@ -37,7 +37,7 @@ class PositionsSettings(Settings):
     """
 
     text: str = "embedded:held-out-wikipedia"
-    length: Annotated[int, Field(ge=2 * BLOCK)] = 8192
+    length: Annotated[int, Field(ge=16)] = 8192
     piece: Annotated[int, Field(ge=1)] = 1024
     past_context: bool = False
 

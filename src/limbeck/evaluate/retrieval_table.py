@@ -60,6 +60,6 @@ def tabulate(asked: dict[str, list[Asked]], candidates: int) -> Found:
                     }
                 )
     values[f"chance among {candidates}"] = 1 / candidates
-    answers = {task: [asdict(one) for one in list_] for task, list_ in asked.items()}
-    samples = {task: len(list_) for task, list_ in asked.items()}
-    return Found(values, errors, data={"questions": samples}, details={"cells": cells, "answers": answers})
+    told = {task: [asdict(one) for one in answers] for task, answers in asked.items()}
+    counts = {task: len(answers) for task, answers in asked.items()}
+    return Found(values, errors, data={"questions": counts}, details={"cells": cells, "answers": told})

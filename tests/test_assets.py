@@ -219,4 +219,6 @@ def test_the_embedded_text_is_what_it_was(tier: str):
 TEXT_SHA256 = {
     "quick": "463dbfcd8db7a72ebff90cd61f1846e0436c8cfa251c91b3fcb16d1be4db5cd4",
     "pypi": "0bdba1a0744512fd98f475e3f0aea2d5e7c165b8f0e1c0ba6c6fbaeada4d8451",
+    "held-out-wikipedia": "77c34713dfa7a03a2518cfd0caa76516b4592f3d559675de7566bc85137f9be4",
+    "haystack": "e9580fe7c101ac4b9c22e2ff1738a152d2f795acc03c3dcb65f191830fd56fbe",
 }

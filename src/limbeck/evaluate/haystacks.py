@@ -100,7 +100,7 @@ def needle(
         sentences.insert(int(len(sentences) * depth), fact)
         return ASKING.format(kind=kind, key=key, context=joint.join(sentences))
 
-    most = len(hay.words) if task > 1 else length
+    most = len(hay.words) if task > 1 else length  # a repetition is more than one token
     text = _fitted(f"S-NIAH-{task}", prompt, most, length, new_tokens, tokenizer)
     return Question(text, f" {value}", [f" {one}" for one in others], length, depth)
 
@@ -121,19 +121,20 @@ def passkey(
 
 
 def _fitted(what: str, prompt: Callable[[int], str], most: int, length: int, new_tokens: int, tokenizer: Any) -> str:
-    """The prompt with as much haystack as fits, at most `most` units of it, by halving."""
+    """The prompt with as many units of haystack as fit, of `most` that there are, by doubling and halving."""
     check_room(what, token_count(tokenizer, prompt(0)), new_tokens, length)
-    low, high = 0, min(most, length)  # a unit is a word or more, so at least one token
-    if token_count(tokenizer, prompt(high)) + new_tokens <= length:
-        if high == most < length:
+
+    def fits(amount: int) -> bool:
+        return token_count(tokenizer, prompt(amount)) + new_tokens <= length
+
+    low, high = 0, 1
+    while fits(high):
+        if high == most:
             raise LimbeckError(f"{what}: the haystack has no {length} tokens", expected="a shorter length")
-        return prompt(high)
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
-        if token_count(tokenizer, prompt(middle)) + new_tokens <= length:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return prompt(low)
 
 

@@ -5,6 +5,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +108,30 @@ def test_a_students_state_does_not_grow(folders):
     assert cache_bytes(Read.of(teacher, ids_of(teacher, 160), 16).cache) > cache_bytes(
         Read.of(teacher, ids_of(teacher, 16), 16).cache
     )
+
+
+PEAK = """
+import resource, sys, torch
+from transformers import AutoModelForCausalLM
+import limbeck.model
+from limbeck.evaluate.pieces import token_losses
+
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+for n in (8192, 65536):
+    token_losses(model, torch.arange(n) % 97, 1024)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_64k_tokens_take_no_more_memory_than_8k(folders):
+    """Peak memory of a process that streams 8k tokens and then 64k, in MiB: keys and values would add 56k tokens."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folders["retnet"])], capture_output=True, text=True, check=True
+    )
+    short, long = map(int, done.stdout.split())
+    assert long < short + 16
 
 
 def test_positions(subjects, corpus, tmp_path):

@@ -9,7 +9,7 @@ text; of a softmax model it is the keys and values of all tokens before.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from limbeck.model import cache_bytes
 from limbeck.model.body import Head
 
 HEAD_ROWS = 256  # tokens whose logits exist at a time
+MASK_BYTES = 2**24  # of the mask that transformers builds for a piece: its tokens times all tokens so far
 COPIES_BYTES = 2**30  # how much the copies of a cache may take that score answers side by side
 
 
@@ -32,12 +33,12 @@ def token_losses(model: PreTrainedModel, ids: Tensor, piece: int = 1024) -> Tens
 
     Args:
         ids: [T] token ids, at least two.
-        piece: tokens in a forward pass.
+        piece: tokens in a forward pass, fewer far into a text (`MASK_BYTES`).
     """
     head, cache, losses = Head(model), DynamicCache(config=model.config), []
     with progress("stream", len(ids) - 1, "tokens") as advance:
-        for begin in range(0, len(ids) - 1, piece):
-            inputs = ids[begin : min(begin + piece, len(ids) - 1)]
+        for begin, end in _pieces(len(ids) - 1, piece):
+            inputs = ids[begin:end]
             hidden = _body(model, inputs, cache)
             for row in range(0, len(inputs), HEAD_ROWS):
                 rows = hidden[row : row + HEAD_ROWS]
@@ -63,8 +64,8 @@ class Read:
     def of(cls, model: PreTrainedModel, ids: Tensor, piece: int = 1024) -> "Read":
         """Read the prompt `ids` [T] in pieces of `piece` tokens."""
         cache = DynamicCache(config=model.config)
-        for begin in range(0, len(ids), piece):
-            hidden = _body(model, ids[begin : begin + piece], cache)
+        for begin, end in _pieces(len(ids), piece):
+            hidden = _body(model, ids[begin:end], cache)
         return cls(model, cache, Head(model)(hidden[-1:])[0])
 
     @torch.no_grad()
@@ -115,6 +116,15 @@ def check_room(what: str, prompt: int, answer: int, length: int) -> None:
             f"{what}: {prompt} tokens of prompt and {answer} of answer do not fit in {length}",
             expected=f"a length of {prompt + answer} or more",
         )
+
+
+def _pieces(n: int, piece: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each piece of `n` tokens, shorter and shorter so that no mask outgrows `MASK_BYTES`."""
+    begin = 0
+    while begin < n:
+        end = min(n, begin + min(piece, max(16, MASK_BYTES // (begin + piece))))
+        yield begin, end
+        begin = end
 
 
 def _body(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:

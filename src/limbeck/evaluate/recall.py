@@ -146,31 +146,27 @@ def at_queries(model: PreTrainedModel, lookup: Lookup) -> tuple[Tensor, int]:
 
 
 def draw(found: list[Measurement]) -> Any:
-    """Recall over the number of pairs, chance dotted; and recall over the bytes of the state, a line a number."""
+    """Recall over the number of pairs, chance dotted; and the same over the bytes that the state takes by then."""
     figure = new_figure(9, 3.4)
     by_pairs, by_state = figure.subplots(1, 2, sharey=True)
     for one in found:
         pairs = one.details["pairs"]
         names = [f"recall, {n} pairs" for n in pairs]
-        by_pairs.errorbar(
+        recalls = [one.values[name] for name in names]
+        bars = by_pairs.errorbar(
             pairs,
-            [one.values[name] for name in names],
+            recalls,
             [one.errors[name] for name in names],
             marker="o",
             markersize=3,
             capsize=2,
             label=one.model,
         )
+        sizes = [size / 1e6 for size in one.details["state_bytes"]]
+        by_state.plot(sizes, recalls, marker="o", markersize=3, color=bars.lines[0].get_color(), label=one.model)
     numbers = sorted({n for one in found for n in one.details["pairs"]})
     by_pairs.plot(numbers, [1 / n for n in numbers], color="grey", linestyle=":", linewidth=1, label="chance")
-    for n in numbers:
-        points = sorted(
-            (one.values[f"state bytes, {n} pairs"] / 1e6, one.values[f"recall, {n} pairs"])
-            for one in found
-            if n in one.details["pairs"]
-        )
-        by_state.plot(*zip(*points), marker="o", markersize=3, label=f"{n} pairs")
-    for axes, label in ((by_pairs, "pairs"), (by_state, "MB of state")):
+    for axes, label in ((by_pairs, "pairs"), (by_state, "MB of state behind so many pairs")):
         axes.set_xscale("log", base=2)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)

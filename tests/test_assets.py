@@ -81,7 +81,8 @@ def test_a_damaged_file_is_noticed_and_made_again(own_cache: Path, small_downloa
         path.write_bytes(whole[:-5] if damage == "shorter" else b"?" + whole[1:])
     verify = damage == "flipped"  # the same size: seen by the checksum only
     present = {asset.name: asset.present for asset in assets.status()}
-    assert present == {"teacher": False, "text quick": verify, "text pypi": False}
+    others = {f"text {tier}": False for tier in corpus.TIERS}
+    assert present == {"teacher": False, **others, "text quick": verify}
     assert assets.corpus_file("quick", verify=verify).read_bytes() == whole
     assert len(small_downloads) == 4
 
@@ -134,7 +135,7 @@ def test_no_room_is_noticed_before_the_download(own_cache: Path, small_downloads
 
 
 def test_unknown_tiers_are_refused():
-    with pytest.raises(LimbeckError, match=r"unknown tier 'fast'.*\nexpected: one of: quick, pypi"):
+    with pytest.raises(LimbeckError, match=r"unknown tier 'fast'.*\nexpected: one of: quick, pypi, held-out"):
         assets.corpus_file("fast")
 
 
@@ -219,4 +220,6 @@ def test_the_embedded_text_is_what_it_was(tier: str):
 TEXT_SHA256 = {
     "quick": "463dbfcd8db7a72ebff90cd61f1846e0436c8cfa251c91b3fcb16d1be4db5cd4",
     "pypi": "0bdba1a0744512fd98f475e3f0aea2d5e7c165b8f0e1c0ba6c6fbaeada4d8451",
+    "held-out-wikipedia": "77c34713dfa7a03a2518cfd0caa76516b4592f3d559675de7566bc85137f9be4",
+    "haystack": "e9580fe7c101ac4b9c22e2ff1738a152d2f795acc03c3dcb65f191830fd56fbe",
 }

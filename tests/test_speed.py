@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from limbeck.cli import app
 from limbeck.cli import bench as _bench  # noqa: F401  registers the verb
+from limbeck.contract import tiny
 from limbeck.errors import LimbeckError
 from limbeck.evaluate import machine, measures, speed
 from limbeck.evaluate.entry import Entry
@@ -28,7 +30,7 @@ SMALL = SpeedSettings(lengths=[64, 320], batches=[1, 2], steps=4, rounds=1, pref
 def folders(teacher_folder, tmp_path_factory):
     """A pure student and a hybrid of the tiny teacher, in folders."""
     teacher, made = AutoModelForCausalLM.from_pretrained(teacher_folder), {}
-    for name, keep in (("pure", None), ("hybrid", [1])):
+    for name, keep in (("pure", "none"), ("hybrid", [1])):
         made[name] = tmp_path_factory.mktemp("students") / name
         convert(teacher, "gated_deltanet", keep=keep).save_pretrained(made[name])
         AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(made[name])
@@ -126,6 +128,16 @@ def test_what_does_not_fit_is_refused_with_what_fits(entries, monkeypatch):
     race.check([estimate])
 
 
+def test_learnt_positions_have_an_end():
+    """gpt2 has a table of positions, llama computes them."""
+    entries = [Entry(family, Path("."), tiny(family).eval(), None) for family in ("gpt2", "llama")]
+    assert entries[1].limit is None
+    most = entries[0].limit
+    assert most == entries[0].model.config.n_positions
+    with pytest.raises(LimbeckError, match="its positions are learnt"):
+        Race(entries[:1], SpeedSettings(lengths=[most]), keep=False)
+
+
 def test_a_busy_machine_is_told(entries, monkeypatch):
     times = iter([1.0, 1.0, 2.0, 1.0])
     monkeypatch.setattr(speed, "yardstick", lambda device: next(times))
@@ -173,12 +185,12 @@ def test_break_even_lengths():
         return {
             "length": length,
             "batch": batch,
-            "token": {"growing": dict(milliseconds=milliseconds, cache_bytes=size)},
+            "token": {"growing": {"milliseconds": milliseconds, "cache_bytes": size}},
         }
 
     mine = [point(200, 1, 2.0, 10), point(100, 1, 2.0, 10), point(100, 4, 2.0, 10)]
     theirs = [point(100, 1, 1.0, 20), point(200, 1, 3.0, 40), point(100, 4, 1.0, 20)]
-    theirs[1]["token"]["static"] = dict(milliseconds=2.5, cache_bytes=40)
+    theirs[1]["token"]["static"] = {"milliseconds": 2.5, "cache_bytes": 40}
     found = break_evens(mine, {"teacher": theirs})["teacher"]
     assert found == {"1": {"time": pytest.approx(100 + 100 * 1 / 1.5), "memory": 100}}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.evaluate.decoding import SEED, Contestant, arbitrary_text, can_lengthen
@@ -23,7 +24,7 @@ from limbeck.quantise import int8, numel
 
 PROBE = 256  # tokens that each entry reads before the race: warm-up, and what estimates stand on
 BANDWIDTH = 8e9  # bytes a second that a cache is read or copied with, for estimates alone
-WIDTHS = 16  # numbers of a layer's width that a token of a prompt has alive at one time, for estimates alone
+WIDTHS = 8  # numbers of a layer's width that a token of a prompt has alive at one time, for estimates alone
 
 
 @dataclass
@@ -65,6 +66,16 @@ class Entry:
         """Whether students are compared with it."""
         return not self.subject.student
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that it can read, where its positions are learnt; None where they are computed."""
+        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if most is None:
+            return None
+        words = self.model.get_input_embeddings()
+        tables = (m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words)
+        return most if any(most <= table.num_embeddings <= most + 2 for table in tables) else None
+
     def cache_bytes(self, length: int, batch: int) -> float:
         """Of a growing cache."""
         return batch * (self.fixed_bytes + length * self.bytes_per_token)
@@ -72,9 +83,8 @@ class Entry:
     def prefill_seconds(self, length: int, batch: int) -> float:
         """Estimated from the probe: products with weights grow with the length, attention with its square."""
         width = self.model.config.get_text_config(decoder=True).hidden_size
-        attention = (
-            width * self.softmax / numel(self.model)
-        )  # multiplications a token of context, over those of weights
+        # multiplications with one token of context, over those with weights
+        attention = width * self.softmax / numel(self.model)
         return batch * self.probe_seconds * length / PROBE * (1 + attention * length) / (1 + attention * PROBE)
 
     def decoding_seconds(self, length: int, batch: int, steps: int) -> float:
@@ -86,11 +96,8 @@ class Entry:
         """Estimated for a prompt: its cache, and what its tokens have alive in one layer."""
         config = self.model.config.get_text_config(decoder=True)
         widest = max(config.hidden_size, getattr(config, "intermediate_size", None) or 0)
-        return (
-            self.cache_bytes(length, batch)
-            + 4 * batch * length * WIDTHS * config.hidden_size / 2
-            + (4 * batch * length * 3 * widest)
-        )
+        alive = WIDTHS * config.hidden_size + 3 * widest
+        return self.cache_bytes(length, batch) + 4 * batch * length * alive
 
     def decoding_bytes(self, length: int, batch: int) -> float:
         """Of its caches together, with the copy of a layer that a growing one makes at a step."""
@@ -107,7 +114,8 @@ class Entry:
     @torch.no_grad()
     def probe(self) -> None:
         """Find out sizes and a first idea of speed; this is its warm-up too."""
-        ids, device = arbitrary_text(self.model, PROBE).to(self.model.device), self.model.device
+        device = self.model.device
+        ids = arbitrary_text(self.model, PROBE).to(device)
         caches = [DynamicCache(config=self.model.config) for _ in range(2)]
         for cache, length in zip(caches, (PROBE // 2, PROBE)):
             self.model.get_decoder()(input_ids=ids[:, :length], past_key_values=cache, use_cache=True)

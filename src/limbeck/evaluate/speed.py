@@ -67,7 +67,13 @@ class Race:
         names = [entry.name for entry in self.entries]
         if len(set(names)) < len(names):
             raise LimbeckError(f"the same model twice: {', '.join(names)}", expected="each model once")
+        longest = max(self.settings.lengths) + self.settings.steps + 2
         for entry in self.entries:
+            if entry.limit is not None and longest > entry.limit:
+                raise LimbeckError(
+                    f"{max(self.settings.lengths):,} tokens and the timed ones are too many for {entry.name}",
+                    expected=f"at most {entry.limit:,} in all: its positions are learnt",
+                )
             entry.probe()
         self.points = self._finished() if self.keep and not self.again else {}
 
@@ -133,7 +139,7 @@ class Race:
         if 2 * len(unsteady) >= len(tokens):
             self._note(f"at {length:,} tokens the later steps took {unsteady[0].drift:.2f} times the earlier ones")
         return {
-            entry.name: point_of(entry, length, batch, prefills, tokens) | {"yardstick_milliseconds": yard}
+            entry.name: point_of(entry.name, length, batch, prefills, tokens) | {"yardstick_milliseconds": yard}
             for entry in self.entries
         }
 
@@ -179,6 +185,7 @@ class Race:
                 known = None
             if known is None or known.details.get("race") != self.key:
                 return {}
+            self.notes += [note for note in known.details["notes"] if note not in self.notes]
             for point in known.details["points"]:
                 kept.setdefault((point["length"], point["batch"]), {})[entry.name] = point
         return {cell: of for cell, of in kept.items() if len(of) == len(self.entries) and cell in self.cells}

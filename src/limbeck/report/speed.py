@@ -42,8 +42,8 @@ def break_even_lines(found: list[Measurement]) -> list[str]:
             for batch, at in batches.items():
                 together = f" in batches of {batch}" if batch != "1" else ""
                 lines.append(
-                    f"{one.model} against {rival}{together}: a token is cheaper {_from(at['time'], lengths)}, "
-                    f"the cache smaller {_from(at['memory'], lengths)}"
+                    f"{one.model} against {rival}{together}: a token is cheaper {from_on(at['time'], lengths)}, "
+                    f"the cache smaller {from_on(at['memory'], lengths)}"
                 )
     return lines
 
@@ -96,7 +96,8 @@ def _spread(times: dict[str, float]) -> str:
     return f"{times['milliseconds']:,.1f} ({times['least']:,.1f} to {times['most']:,.1f})"
 
 
-def _from(length: float | None, lengths: list[int]) -> str:
+def from_on(length: float | None, lengths: list[int]) -> str:
+    """A break-even length among measured ones in words."""
     if length is None:
         return f"not within {lengths[-1]:,} tokens"
     return f"from {length:,.0f} tokens on" if length > lengths[0] else f"at every length from {lengths[0]:,} on"

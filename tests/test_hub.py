@@ -40,8 +40,6 @@ def test_without_a_network(online, monkeypatch):
     with pytest.raises(LimbeckError, match="the hub cannot be reached to look for a model"):
         hub.look_up("nothing")
     assert time.monotonic() - began < 3
-    with pytest.raises(LimbeckError, match="look for a dataset"):
-        hub.look_up("ann/texts", "dataset")
 
 
 def test_without_a_network_the_cache_serves(online, monkeypatch):

@@ -7,8 +7,6 @@ without a network takes a minute to be refused. One question without a second tr
 not answer but the model is in its local cache, the cache is used and the hub is left alone from there on.
 """
 
-from typing import Literal
-
 from limbeck.console import console
 from limbeck.errors import LimbeckError
 
@@ -16,7 +14,7 @@ SECONDS = 5  # that the hub has for its answer
 LOGIN = "check the spelling; a private one needs `hf auth login`"
 
 
-def look_up(name: str, kind: Literal["model", "dataset"] = "model") -> None:
+def look_up(name: str) -> None:
     """Raises LimbeckError for a name that cannot be a repository, that the hub does not know, or where it cannot be
     reached and its local cache has nothing of that name.
 
@@ -28,12 +26,12 @@ def look_up(name: str, kind: Literal["model", "dataset"] = "model") -> None:
     if constants.HF_HUB_OFFLINE:
         return
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=SECONDS)
+        HfApi().model_info(name, timeout=SECONDS)
     except GatedRepoError:
         return
     except RepositoryNotFoundError as error:
         raise LimbeckError(
-            f"the hub has no {kind} '{name}'", expected="owner/name as the hub spells it, or a folder", hint=LOGIN
+            f"the hub has no model '{name}'", expected="owner/name as the hub spells it, or a folder", hint=LOGIN
         ) from error
     except HFValidationError as error:
         raise LimbeckError(f"'{name}' is neither a folder nor a name on the hub", expected="owner/name") from error
@@ -42,13 +40,12 @@ def look_up(name: str, kind: Literal["model", "dataset"] = "model") -> None:
     except Exception as error:
         if not _no_connection(error):
             return
-        file = "config.json" if kind == "model" else "README.md"
-        if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
             console.print(f"the hub cannot be reached; '{name}' comes from its local cache", markup=False)
             constants.HF_HUB_OFFLINE = True
             return
         raise LimbeckError(
-            f"there is no folder '{name}', and the hub cannot be reached to look for a {kind} of that name",
+            f"there is no folder '{name}', and the hub cannot be reached to look for a model of that name",
             expected="a folder, or a network for names on the hub",
         ) from error
 

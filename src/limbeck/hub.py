@@ -26,10 +26,13 @@ def look_up(name: str) -> None:
     if constants.HF_HUB_OFFLINE:
         return
     try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
         HfApi().model_info(name, timeout=SECONDS)
     except GatedRepoError:
         return
     except RepositoryNotFoundError as error:
+        if cached:  # a private one, and no login any more
+            return
         raise LimbeckError(
             f"the hub has no model '{name}'", expected="owner/name as the hub spells it, or a folder", hint=LOGIN
         ) from error
@@ -40,7 +43,7 @@ def look_up(name: str) -> None:
     except Exception as error:
         if not _no_connection(error):
             return
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if cached:
             console.print(f"the hub cannot be reached; '{name}' comes from its local cache", markup=False)
             constants.HF_HUB_OFFLINE = True
             return

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from limbeck.report import comparison, tradeoff
 from limbeck.report import speed as report
 
 SMALL = SpeedSettings(lengths=[64, 320], batches=[1, 2], steps=4, rounds=1, prefill=64)
+FEW = SpeedSettings(lengths=[16, 32], batches=[1, 2], steps=1, rounds=1, prefill=0)
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +39,31 @@ def folders(teacher_folder, tmp_path_factory):
     return {"teacher": teacher_folder, **made}
 
 
+@pytest.fixture(scope="module")
+def subjects(folders, teacher_folder):
+    opener = Subjects(str(teacher_folder))
+    return [opener.open(str(folder)) for folder in folders.values()]
+
+
 @pytest.fixture
-def entries(folders, teacher_folder, tmp_path):
-    subjects = Subjects(str(teacher_folder), out=tmp_path / "out")
-    return [Entry.of(subjects.open(str(folder))) for folder in folders.values()]
+def entries(subjects, tmp_path):
+    """Each with an empty home."""
+    return [replace(Entry.of(subject), home=tmp_path / str(n)) for n, subject in enumerate(subjects)]
 
 
-def by_name(found):
-    return dict(zip(("teacher", "pure", "hybrid"), found))
-
-
-def test_a_race(entries):
-    race = Race(entries, SMALL)
+@pytest.fixture(scope="module")
+def raced(subjects, tmp_path_factory):
+    """A finished race of teacher, pure student and hybrid, and what it found."""
+    home = tmp_path_factory.mktemp("race")
+    race = Race([replace(Entry.of(s), home=home / str(n)) for n, s in enumerate(subjects)], SMALL)
     assert [(e.length, e.batch) for e in race.estimate()] == [(64, 1), (64, 2), (320, 1), (320, 2)]
     race.check(race.estimate())
-    found = by_name(race.run())
+    return race, race.run()
+
+
+def test_a_race(raced):
+    race, found = raced
+    entries, found = race.entries, dict(zip(("teacher", "pure", "hybrid"), found))
     for one, entry in zip(found.values(), entries):
         assert Measurement.load(entry.home / "speed.json") == one
         assert one.values["prefill_tokens_per_second@64x2"] == pytest.approx(
@@ -76,17 +88,16 @@ def test_a_race(entries):
     assert set(found["pure"].details["break_even"][entries[0].name]) == {"1", "2"}
 
 
-def test_estimates_of_memory_are_what_caches_take(entries):
-    race = Race(entries, SMALL)
-    found = race.run()
-    for entry, one in zip(entries, found):
+def test_estimates_of_memory_are_what_caches_take(raced):
+    race, found = raced
+    for entry, one in zip(race.entries, found):
         for point in one.details["points"]:
             held = point["token"]["growing"]["cache_bytes"]
             assert entry.cache_bytes(point["length"], point["batch"]) == pytest.approx(held)
 
 
 def test_an_interrupted_race_goes_on(entries, monkeypatch):
-    whole = speed.measure
+    entries, whole = entries[:2], speed.measure
     calls = []
 
     def until_third(*args, **kwargs):
@@ -97,22 +108,22 @@ def test_an_interrupted_race_goes_on(entries, monkeypatch):
 
     monkeypatch.setattr(speed, "measure", until_third)
     with pytest.raises(KeyboardInterrupt):
-        Race(entries, SMALL).run()
+        Race(entries, FEW).run()
     monkeypatch.setattr(speed, "measure", whole)
-    later = Race(entries, SMALL)
-    assert set(later.points) == {(64, 1), (64, 2)}
-    assert [(e.length, e.batch) for e in later.estimate()] == [(320, 1), (320, 2)]
+    later = Race(entries, FEW)
+    assert set(later.points) == {(16, 1), (16, 2)}
+    assert [(e.length, e.batch) for e in later.estimate()] == [(32, 1), (32, 2)]
     found = later.run()
-    again = Race(entries, SMALL)
+    again = Race(entries, FEW)
     assert again.estimate() == []
     assert [one.values for one in again.run()] == [one.values for one in found]
     # another race, and the same one asked for anew, begin from nothing
-    assert Race(entries[:2], SMALL).points == {}
-    assert Race(entries, SMALL.model_copy(update={"steps": 5})).points == {}
-    assert Race(entries, SMALL, again=True).points == {}
+    assert Race(entries[:1], FEW).points == {}
+    assert Race(entries, FEW.model_copy(update={"steps": 5})).points == {}
+    assert Race(entries, FEW, again=True).points == {}
     # half a cell is none
     (entries[0].home / "speed.json").unlink()
-    assert Race(entries, SMALL).points == {}
+    assert Race(entries, FEW).points == {}
 
 
 def test_what_does_not_fit_is_refused_with_what_fits(entries, monkeypatch):
@@ -141,7 +152,7 @@ def test_learnt_positions_have_an_end():
 def test_a_busy_machine_is_told(entries, monkeypatch):
     times = iter([1.0, 1.0, 2.0, 1.0])
     monkeypatch.setattr(speed, "yardstick", lambda device: next(times))
-    race = Race(entries[:1], SMALL)
+    race = Race(entries[:1], FEW)
     found = race.run()
     assert any("took 1.0 ms at first and 2.0 ms later" in note for note in race.notes)
     assert found[0].details["notes"] == race.notes
@@ -165,7 +176,7 @@ def test_int8_entries(entries):
     dynamic = entries[0].in_int8(activations=True)
     assert dynamic.name == f"{entries[0].name}, int8, activations too"
     assert dynamic.home != entries[0].home
-    found = Race([entries[0], dynamic], SMALL.model_copy(update={"lengths": [64], "batches": [1]})).run()
+    found = Race([entries[0], dynamic], FEW.model_copy(update={"lengths": [16], "batches": [1]})).run()
     assert found[1].values["weights_bytes"] < found[0].values["weights_bytes"]
     assert found[1].provenance.dtype == "int8, activations too"
     assert (dynamic.home / "speed.json").is_file()
@@ -173,7 +184,7 @@ def test_int8_entries(entries):
 
 def test_as_one_measure_among_others(entries):
     subject = entries[1].subject
-    given = SMALL.model_dump() | {"batches": [1]}
+    given = FEW.model_dump() | {"batches": [1]}
     found = measures.take(measures.find("speed"), subject, given)
     assert found.model == subject.name
     assert found.details["entries"] == [subject.name, subject.base.name]
@@ -245,8 +256,8 @@ def test_accuracy_against_speed(tmp_path):
 
 def test_the_verb(folders, teacher_folder, tmp_path, monkeypatch):
     def bench(*more):
-        where = ("--teacher", str(teacher_folder), "--out", str(tmp_path / "out"), "--steps", "4", "--rounds", "1")
-        return CliRunner().invoke(app, ["bench", str(folders["pure"]), *where, "--lengths", "64,128", *more])
+        where = ("--teacher", str(teacher_folder), "--out", str(tmp_path / "out"), "--steps", "2", "--rounds", "1")
+        return CliRunner().invoke(app, ["bench", str(folders["pure"]), *where, "--lengths", "16,32", *more])
 
     planned = bench("--plan")
     assert planned.exit_code == 0, planned.output
@@ -273,8 +284,8 @@ def test_the_verb(folders, teacher_folder, tmp_path, monkeypatch):
         CliRunner().invoke(app, ["bench"], catch_exceptions=False)
 
 
-def test_on_the_screen(entries, tmp_path):
-    found = Race(entries, SMALL).run()
+def test_on_the_screen(raced):
+    _, found = raced
     shown = report.table(found)
     assert shown.row_count == 3 * 4
     assert len(report.break_even_lines(found)) == 2 * 2

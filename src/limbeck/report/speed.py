@@ -50,8 +50,12 @@ def break_even_lines(found: list[Measurement]) -> list[str]:
 
 def draw(found: list[Measurement]) -> Any:
     """Milliseconds a token with the faster cache (band: least to most), the cache's size, prompt tokens a second."""
-    figure = new_figure(10.5, 3.3)
-    time, memory, prompts = figure.subplots(1, 3)
+    titles = ["next token, ms", "cache, MB"]
+    if any("prefill" in point for one in found for point in one.details["points"]):
+        titles.append("prompt, tokens/s")
+    figure = new_figure(3.5 * len(titles), 3.3)
+    panels = figure.subplots(1, len(titles))
+    time, memory = panels[:2]
     batches = sorted({point["batch"] for one in found for point in one.details["points"]})
     for one in found:
         for batch, dash in zip(batches, (DASHES * len(batches))[: len(batches)]):
@@ -66,10 +70,10 @@ def draw(found: list[Measurement]) -> Any:
             time.fill_between(lengths, *band, color=style["color"], alpha=0.12, linewidth=0)
             memory.plot(lengths, [p["token"]["growing"]["cache_bytes"] / 1e6 for p in points], **style)
             read = [p for p in points if "prefill" in p]
-            speeds = [1000 * batch * p["length"] / p["prefill"]["milliseconds"] for p in read]
-            prompts.plot([p["length"] for p in read], speeds, **style)
-    titles = ("next token, ms", "cache, MB", "prompt, tokens/s")
-    for axes, title in zip((time, memory, prompts), titles):
+            if read:
+                speeds = [1000 * batch * p["length"] / p["prefill"]["milliseconds"] for p in read]
+                panels[2].plot([p["length"] for p in read], speeds, **style)
+    for axes, title in zip(panels, titles):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")

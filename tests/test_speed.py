@@ -182,8 +182,8 @@ def test_int8_entries(entries):
     assert (dynamic.home / "speed.json").is_file()
 
 
-def test_as_one_measure_among_others(entries):
-    subject = entries[1].subject
+def test_as_one_measure_among_others(subjects, tmp_path):
+    subject = replace(subjects[1], home=tmp_path)
     given = FEW.model_dump() | {"batches": [1]}
     found = measures.take(measures.find("speed"), subject, given)
     assert found.model == subject.name

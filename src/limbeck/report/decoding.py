@@ -6,7 +6,7 @@ draw({"teacher": points, "student": points}, Path("decoding.png"))          # po
 from pathlib import Path
 
 from limbeck.evaluate.decoding import Point
-from limbeck.report.figure import check_format, line, look, new_figure, save
+from limbeck.report.figure import check_format, line, logarithmic, look, new_figure, save
 
 
 def draw(series: dict[str, list[Point]], path: Path) -> None:
@@ -23,7 +23,7 @@ def draw(series: dict[str, list[Point]], path: Path) -> None:
             memory.plot(lengths, [p.bytes / 1e6 for p in points], **style)
         for axes, title in ((time, "milliseconds a token"), (memory, "cache, MB")):
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            logarithmic(axes.yaxis)
             axes.set_xlabel("tokens of context")
             axes.set_title(title)
         time.legend()

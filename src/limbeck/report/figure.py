@@ -83,6 +83,15 @@ def line(model: str) -> dict[str, str]:
     return {"color": colour(model), "marker": marker(model)}
 
 
+def logarithmic(axis: Any) -> None:
+    """A y axis in logarithms with plain numbers: 40, 60, 100."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.axes.set_yscale("log")
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.6)))
+
+
 def new_figure(width: float, height: float) -> Any:
     """A figure of so many inches; LimbeckError where matplotlib is not installed."""
     _matplotlib()

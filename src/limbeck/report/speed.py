@@ -10,7 +10,7 @@ from rich.table import Table
 
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.speed_values import fastest
-from limbeck.report.figure import line, new_figure
+from limbeck.report.figure import line, logarithmic, new_figure
 from limbeck.report.naming import size
 
 DASHES = ("-", "--", ":", "-.")  # by batch size, the smallest first
@@ -75,7 +75,7 @@ def draw(found: list[Measurement]) -> Any:
                 panels[2].plot([p["length"] for p in read], speeds, **style)
     for axes, title in zip(panels, titles):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        logarithmic(axes.yaxis)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.set_xlabel("tokens of context")
         axes.set_title(title)

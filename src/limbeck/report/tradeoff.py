@@ -13,7 +13,7 @@ from typing import Any
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.speed_values import token_milliseconds
-from limbeck.report.figure import colour, marker, new_figure
+from limbeck.report.figure import colour, logarithmic, marker, new_figure
 from limbeck.report.naming import size
 
 
@@ -62,9 +62,7 @@ def draw(found: list[Measurement], length: int | None = None) -> Any:
             textcoords="offset points",
             fontsize=7,
         )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.3g}")
-    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:,.3g}")
+    logarithmic(axes.yaxis)
     axes.margins(0.25)
     axes.set_xlabel(f"next token after {at:,} tokens of context, ms")
     axes.set_ylabel("perplexity of held-out text")

@@ -86,8 +86,11 @@ class Race:
     @property
     def key(self) -> str:
         """Fingerprint of all that timings depend on, but for lengths and batch sizes."""
-        facts = [[(e.name, e.kind, e.subject.weights) for e in self.entries]]
-        facts += [self.settings.model_dump(include={"steps", "rounds", "prefill"}), _circumstances(self.entries[0])]
+        facts = {
+            "entries": [(e.name, e.kind, e.subject.weights) for e in self.entries],
+            "settings": self.settings.model_dump(include={"steps", "rounds", "prefill"}),
+            "machine": _circumstances(self.entries[0]),
+        }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def estimate(self) -> list[Estimate]:

@@ -46,6 +46,7 @@ def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
     from limbeck.cli import (  # noqa: F401
         assets,
+        bench,
         check,
         convert,
         distill,

@@ -27,6 +27,10 @@ def eval(
     out: Annotated[Path | None, typer.Option(help="Keep all results, a table and figures in this folder.")] = None,
     seed: int = 0,
     again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured.")] = False,
+    stored: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="A table of what was measured before, from such folders; no model is loaded."),
+    ] = None,
     list_measures: Annotated[bool, typer.Option("--list", help="The measures and their settings, and stop.")] = False,
 ) -> None:
     """Measure models; a student beside its teacher on text that it was not trained on."""
@@ -35,6 +39,11 @@ def eval(
 
     if list_measures:
         output.print(comparison.listing([measures.find(name) for name in measures.MODULES]))
+        return
+    if stored:
+        if models:
+            raise LimbeckError("models and --from together", expected="models to measure, or folders to read")
+        _show(comparison.stored(stored), out)
         return
     if not models:
         raise LimbeckError(
@@ -63,11 +72,17 @@ def eval(
     for name in models:
         subject = subjects.open(name)
         found += [measures.take(one, subject, given[one.name], again) for one in chosen]
+    _show(found, out)
+    if not out:
+        console.print(f"[dim]kept in {', '.join(dict.fromkeys(str(subjects.homes[name]) for name in models))}[/]")
+
+
+def _show(found: list[Any], out: Path | None) -> None:
+    from limbeck.report import comparison
+
     output.print(comparison.table(found))
     for path in comparison.write(found, out) if out else []:
         console.print(f"[dim]written: {path}[/]")
-    if not out:
-        console.print(f"[dim]kept in {', '.join(dict.fromkeys(str(subjects.homes[name]) for name in models))}[/]")
 
 
 def _settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ MODULES = {  # name -> module with a MEASURE
     "needle": "limbeck.evaluate.needle",
     "recall": "limbeck.evaluate.recall",
     "passkey": "limbeck.evaluate.passkey",
+    "speed": "limbeck.evaluate.speed",
 }
 
 

@@ -27,7 +27,11 @@ from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
 
-MODULES = {"agreement": "limbeck.evaluate.agreement"}  # name -> module with a MEASURE
+MODULES = {  # name -> module with a MEASURE
+    "agreement": "limbeck.evaluate.agreement",
+    "mixing": "limbeck.evaluate.mixing",
+    "hidden": "limbeck.evaluate.hidden",
+}
 
 
 class Settings(BaseModel):

@@ -25,7 +25,7 @@ from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.subject import Subject
 from limbeck.model import Site, attention_sites
-from limbeck.model.body import run_body
+from limbeck.model.body import packs_by_position, run_body
 from limbeck.stages.teacher import tap
 
 States = dict[str, Tensor]  # by module name: [N, D]
@@ -57,6 +57,7 @@ def likeness(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -
     """
     sites = attention_sites(teacher)
     counted = batch.position_ids.flatten() > 0
+    packs_by_position(student)  # tries the student on its first call, which no hook should see
     itself = student is teacher  # whose layers cannot run inside their own taps
     free = {} if itself else _states(student, [site.block for site in sites], batch, counted)
     found: list[dict[str, float]] = [{} for _ in sites]

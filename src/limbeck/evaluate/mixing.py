@@ -44,6 +44,7 @@ STATISTICS = (
     "negative",
 )
 MAP = 64  # pixels on a side of a heat map
+RANK = 256  # tokens at the beginning of a document whose matrix the rank is taken of: its cost is their cube
 
 
 @dataclass
@@ -167,7 +168,8 @@ def _visitor(layer: Layer, teacher: Any, models: dict[str, Any], batch: Batch, w
         if first:
             part = longest_document(position)
             cut = {whose: matrix[:, part, part] for whose, matrix in matrices.items()}
-            layer.ranks = {whose: of.effective_rank(matrix).cpu() for whose, matrix in cut.items()}
+            corner = {whose: matrix[:, :RANK, :RANK] for whose, matrix in cut.items()}
+            layer.ranks = {whose: of.effective_rank(matrix).cpu() for whose, matrix in corner.items()}
             sunk = of.shares(cut["teacher"])[:, :, 0].mean(1)
             layer.maps = {whose: _map(matrix, int(sunk.argmin())) for whose, matrix in cut.items()}
         advance(1)
@@ -221,7 +223,7 @@ def measure_mixing(subject: Subject, settings: MixingSettings) -> Found:
             "sequences": min(count, sequences.n_sequences),
             "length": length,
             "rows": layers[0].rows,
-            "rank_of": document.stop - document.start,
+            "rank_of": min(document.stop - document.start, RANK),
         },
         details={
             "layers": [_plain(layer, lives[id(layer)]) for layer in layers],

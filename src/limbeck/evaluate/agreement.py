@@ -132,6 +132,7 @@ def measure_agreement(subject: Subject, settings: AgreementSettings) -> Found:
     """Agreement with the teacher on the subject's held-out text."""
     length = settings.length or (subject.data.length if subject.data else 512)
     sequences, about = subject.held_out(length, settings.tokens)
+    starts = prefixes(sequences, settings.prefixes, min(settings.prefix, length)) if settings.prefixes else None
     compared = compare(subject.teacher.model, subject.model, sequences, settings.tokens)
     result = compared.summary()
     shown = {name: compared.numbers[name] for name in SHOWN}
@@ -150,8 +151,7 @@ def measure_agreement(subject: Subject, settings: AgreementSettings) -> Found:
     spread = {name: compared.numbers[number] for name, number in of.items()}
     spread |= {"top5_overlap": compared.numbers["overlap"], "loss_difference": difference}
     errors = {name: error_over_sequences(value, compared.sequence) for name, value in spread.items()}
-    if settings.prefixes:
-        starts = prefixes(sequences, settings.prefixes, min(settings.prefix, length))
+    if starts is not None:
         free = free_running(subject.teacher.model, subject.model, starts, settings.new)
         errors["equal_tokens"] = free.pop("equal_tokens_error")
         values |= {name: number for name, number in free.items() if isinstance(number, float)}

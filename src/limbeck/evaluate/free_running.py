@@ -38,7 +38,9 @@ def prefixes(data: Sequences, count: int, length: int) -> Tensor:
                 return torch.stack(found)
     if not found:
         raise LimbeckError(
-            f"no document of {length} tokens in the text", expected="longer documents or shorter prefixes"
+            f"no document of {length} tokens in the text",
+            expected="longer documents or shorter prefixes",
+            hint="--set agreement.prefix=16, or agreement.prefixes=0 for none",
         )
     return torch.stack(found)
 

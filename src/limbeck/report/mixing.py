@@ -23,7 +23,7 @@ CURVES = {
     "entropy": "entropy, nats",
     "effective_rank": "effective rank",
     "diversity": "head diversity",
-    "half_life": "half-life of the decay, tokens (median)",
+    "half_life": "half-life, tokens (median)",
 }
 
 

@@ -35,7 +35,7 @@ def subject(own_cache, student_folder, teacher_folder, corpus, tmp_path):
     return Subjects(str(teacher_folder), str(corpus), out=tmp_path / "out").open(str(student_folder))
 
 
-SMALL = {"tokens": 128, "length": 32}
+SMALL = {"tokens": 128, "length": 32, "prefixes": 2, "prefix": 8, "new": 4}
 
 
 def test_a_measurement_says_what_made_it(subject):
@@ -43,7 +43,7 @@ def test_a_measurement_says_what_made_it(subject):
     stored = Measurement.load(subject.home / "agreement.json")
     assert stored == found
     assert found.values["kl"] > 0
-    assert found.settings == SMALL
+    assert found.settings == measures.find("agreement").settings(**SMALL).model_dump()
     assert found.data["key"]
     assert found.data["targets"] > 50
     assert found.provenance.weights == subject.weights

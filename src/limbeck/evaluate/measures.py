@@ -35,6 +35,8 @@ MODULES = {  # name -> module with a MEASURE
     "recall": "limbeck.evaluate.recall",
     "passkey": "limbeck.evaluate.passkey",
     "speed": "limbeck.evaluate.speed",
+    "mixing": "limbeck.evaluate.mixing",
+    "hidden": "limbeck.evaluate.hidden",
 }
 
 

@@ -201,6 +201,17 @@ class Logits(Trained):
 
     @model_validator(mode="before")
     @classmethod
+    def _of_old(cls, raw: Any) -> Any:
+        """Runs of before the objectives were plug-ins say in which direction the divergence goes."""
+        if not isinstance(raw, dict) or raw.get("direction") not in ("forward", "reverse"):
+            return raw
+        raw = dict(raw)
+        if raw.pop("direction") == "reverse":
+            raw |= {"kl": 0.0, "reverse_kl": raw.get("kl", 1.0)}
+        return raw
+
+    @model_validator(mode="before")
+    @classmethod
     def _lora_trains(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw

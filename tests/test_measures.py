@@ -77,7 +77,10 @@ def test_tables(subject, tmp_path):
     comparison.write(found, tmp_path / "table")
     text = (tmp_path / "table" / "table.md").read_text()
     assert "| **agreement** |" in text
-    assert f"| top-1 agreement | {100 * found[0].values['top1_agreement']:.1f} % |" in text
+    error = 100 * found[0].errors["top1_agreement"]
+    shown = next(line for line in text.splitlines() if line.startswith("| top-1 agreement |"))
+    assert f"{100 * found[0].values['top1_agreement']:.1f}" in shown
+    assert f"± {error:.1f}" in shown
     lines = (tmp_path / "table" / "values.csv").read_text().splitlines()
     assert lines[0] == "model,measure,name,value,standard_error"
     assert len(lines) == 1 + len(found[0].values)
@@ -85,7 +88,7 @@ def test_tables(subject, tmp_path):
 
 
 def on_screen(found):
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=1000, file=io.StringIO())
     console.print(comparison.table(found))
     return console.file.getvalue()
 

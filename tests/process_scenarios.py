@@ -13,9 +13,9 @@ from unittest import mock
 
 import torch
 
-from limbeck import LimbeckError, distributed, job
+from limbeck import LimbeckError, job
 from limbeck.console import console
-from limbeck.distributed import add_gradients, together, world
+from limbeck.distributed import add_gradients, sums, together, world
 from limbeck.recipe import Recipe
 from limbeck.stages import loop
 from limbeck.stages.layerwise import Hidden
@@ -67,7 +67,7 @@ def gradients() -> dict:
     a.grad = torch.full((2,), 1.0 + RANK)
     b.grad = torch.full((2,), 5.0) if RANK else None
     d.grad = torch.full((2,), 10.0 + RANK)
-    with together(), mock.patch.object(distributed, "BUCKET_BYTES", 16):
+    with together(), mock.patch.object(sums, "BUCKET_BYTES", 16):
         add_gradients([a, b, c, d])
     return {"sums": [None if p.grad is None else p.grad.tolist() for p in (a, b, c, d)]}
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import limbeck
-from limbeck import LimbeckError, assets, job, quantise
+from limbeck import LimbeckError, assets, job, prepare, quantise
 from limbeck.contract import tiny
 from limbeck.plan import make_plan
 from limbeck.recipe import Recipe
@@ -77,7 +77,7 @@ def test_the_student_starts_from_the_unquantised_weights(recipe, bits, bitsandby
     ready = job.prepare_job(recipe(teacher_bits=bits))
     weight = ready.teacher.model.layers[0].self_attn.q_proj.weight
     assert weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
-    student, plain = job._student(ready), job._student(job.prepare_job(recipe(teacher_bits=None)))
+    student, plain = prepare.new_student(ready), prepare.new_student(job.prepare_job(recipe(teacher_bits=None)))
     assert {name for name, _ in student.named_parameters()} == {name for name, _ in plain.named_parameters()}
     assert all(torch.equal(p, plain.get_parameter(name)) for name, p in student.named_parameters())
     theirs = {p.data_ptr() for p in ready.teacher.parameters()}

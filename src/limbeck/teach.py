@@ -1,0 +1,175 @@
+"""The stages of a recipe in their order, on one student; what is finished is loaded instead.
+
+run_stages(job, run, student)
+make_stage(job, student, job.recipe.stages[1], 1).backward(batch, counts)
+"""
+
+import contextlib
+import time
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from limbeck import recipe as recipes
+from limbeck.adapters import Adapters, targets_of
+from limbeck.console import console, progress
+from limbeck.data.packing import Sequences
+from limbeck.distributed import main_first, on_main, share, take_from_main
+from limbeck.losses import Weights
+from limbeck.model import attention_sites, unshare
+from limbeck.prepare import Job, name_of
+from limbeck.rehearsal import CHOOSING
+from limbeck.stages.cached import plain, taught
+from limbeck.stages.calibrate import RIDGES, NormalEquations
+from limbeck.stages.end_to_end import Logits
+from limbeck.stages.layerwise import Hidden, Matrix
+from limbeck.stages.loop import Stage, train
+from limbeck.stages.optimize import steps_of
+from limbeck.stages.run import RunDirectory
+from limbeck.stages.shards import sharded
+
+
+def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
+    """Bring the student through all stages, skipping what is finished."""
+    reached: dict[str, tuple[Sequences, int]] = {}  # of each text, how far it was read, in sequences of which length
+    shared = job.recipe.teacher_bits is None
+    for index, settings in enumerate(job.recipe.stages):
+        if shared and getattr(settings, "train", "attention") not in ("mixer", "attention", "lora"):
+            unshare(student)
+            shared = False
+        text = job.recipe.text_of(settings)
+        data = job.training(text)
+        if run.finished(index):
+            load_into(student, job.teacher, run.result(index))
+            facts = run.facts(index)
+            reached[name_of(text)] = data, facts["position"]
+            console.print(f"{settings.stage}: finished before ({facts['seconds']:.0f} s)")
+            continue
+        position = data.after(*reached[name_of(text)]) if name_of(text) in reached else 0
+        if isinstance(settings, recipes.Calibrate):
+            facts = _calibrate(job, student, settings, data, position)
+            learnt: dict[str, nn.Parameter] = {
+                f"{s.module}.{s.output}.{name}": p
+                for s in job.sites
+                for name, p in student.get_submodule(f"{s.module}.{s.output}").named_parameters()
+            }
+        else:
+            stage = make_stage(job, student, settings, index)
+            with main_first():
+                learn, held_out, cached = _texts(job, settings, text, data, position)
+            with _sharded(job, student, settings, stage):
+                facts = {**train(stage, settings, learn, run, index, position, held_out), **cached}
+            adapters = getattr(stage, "adapters", None)
+            learnt = stage.parameters() if adapters is None else adapters.merge()
+        reached[name_of(text)] = data, facts["position"]
+        run.finish(index, dict(learnt), facts)
+
+
+def _sharded(job: Job, student: PreTrainedModel, settings: Any, stage: Stage) -> contextlib.AbstractContextManager:
+    if getattr(settings, "sharding", "none") == "none":
+        return contextlib.nullcontext()
+    blocks = [site.block for site in attention_sites(job.teacher)]
+    return sharded(job.teacher, student, blocks, set(stage.parameters()))
+
+
+def make_stage(
+    job: Job, student: PreTrainedModel, settings: recipes.Matrix | recipes.Hidden | recipes.Logits, index: int
+) -> Stage:
+    common = (job.teacher, student, job.sites, job.autocast)
+    if isinstance(settings, recipes.Matrix):
+        return Matrix(*common, rows=settings.rows, seed=job.recipe.seed)
+    if isinstance(settings, recipes.Hidden):
+        return Hidden(*common, target=settings.target, loss=settings.loss, train=settings.train)
+    weights = Weights(**{f.name: getattr(settings, f.name) for f in fields(Weights)})
+    adapters = None
+    if settings.lora is not None:
+        lora = settings.lora
+        names = targets_of(student, job.sites, lora.targets)
+        seed = job.recipe.seed + 1000 * index
+        adapters = Adapters(student, names, lora.rank, lora.alpha, lora.dropout, seed)
+    return Logits(
+        *common,
+        weights,
+        train=settings.train,
+        chunk=settings.chunk,
+        adapters=adapters,
+        checkpoint_activations=settings.checkpoint_activations,
+    )
+
+
+def _texts(
+    job: Job, settings: recipes.Trained, text: recipes.Data, data: Sequences, position: int
+) -> tuple[Sequences, Sequences, dict[str, Any]]:
+    """A stage's text and the held-out text, with the teacher's signals where they are cached, and facts about those."""
+    held_out = job.held_out(text)
+    if getattr(settings, "cache_teacher", None) is None:
+        return data, held_out, {}
+    assert isinstance(settings, recipes.Logits)
+    store = job.texts[name_of(text)].key
+    ask = partial(taught, job.teacher, store=store, top=settings.top, autocast=job.autocast)
+    end = position + steps_of(settings, data.length) * settings.batch
+    learn, facts = ask(data=plain(data), begin=position, end=end)
+    if settings.evaluate_every:
+        count = min(settings.evaluate_sequences, held_out.n_sequences)
+        held_out, _ = ask(data=plain(held_out), begin=0, end=count)
+    return learn, held_out, {"cached_teacher": facts}
+
+
+def _calibrate(
+    job: Job, student: PreTrainedModel, settings: recipes.Calibrate, data: Sequences, position: int
+) -> dict[str, Any]:
+    began = time.monotonic()
+    length = data.length
+    sequences = max(1, round(settings.tokens / length))
+    fits = NormalEquations(job.teacher, student, job.sites, job.autocast, settings.weight)
+    with progress("calibrate", sequences, "sequences") as advance:
+        for at in range(0, sequences, settings.batch):
+            size = min(settings.batch, sequences - at)
+            first, mine = share(size)
+            if mine:
+                fits.add(data.batch(position + at + first, mine).to(job.device))
+            advance(size, note=f"{(at + size) * length / (time.monotonic() - began):.0f} tokens/s")
+    fits.add_processes()
+    fitted = time.monotonic() - began
+    position += sequences
+    tried: dict[str, dict[str, float]] = {}
+    ridge = settings.ridge
+    if ridge == "auto":
+        judge = Logits(job.teacher, student, job.sites, job.autocast, Weights())
+        batch = data.batch(position, CHOOSING).to(job.device)
+        position += CHOOSING
+        with progress("choose the ridge", len(RIDGES), "fits") as advance:
+            for candidate in RIDGES:
+                unexplained = fits.solve(candidate)
+                loss = float(judge.evaluate(batch)["ce"])
+                tried[f"{candidate:g}"] = {"unexplained": unexplained, "loss": loss}
+                advance(1, note=f"ridge {candidate:g}: loss {loss:.3f}")
+        ridge = on_main(lambda: float(min(tried, key=lambda name: tried[name]["loss"])))
+    unexplained = fits.solve(float(ridge))
+    take_from_main(p for projection in fits.projections.values() for p in projection.parameters())
+    return {
+        "fit_seconds": fitted,
+        "ridge": ridge,
+        "unexplained": unexplained,
+        "tried": tried,
+        "tokens": sequences * length,
+        "seconds": time.monotonic() - began,
+        "position": position,
+        "trained_parameters": sum(p.numel() for m in fits.projections.values() for p in m.parameters()),
+    }
+
+
+@torch.no_grad()
+def load_into(student: PreTrainedModel, teacher: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Give the student what a finished stage taught; what it shares with the teacher becomes its own before."""
+    theirs = {id(p) for p in teacher.parameters()}
+    for name, tensor in tensors.items():
+        parameter = student.get_parameter(name)
+        if id(parameter) in theirs:  # an adapter outside the attention was merged
+            unshare(student.get_submodule(name.rpartition(".")[0]))
+            parameter = student.get_parameter(name)
+        parameter.copy_(tensor)

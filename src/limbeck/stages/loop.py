@@ -8,12 +8,14 @@ bit for bit on a CPU: weights, optimiser, averages and data position are all its
 
 Of several processes each takes its rows of a step. Counts are summed over them before the first gradient, gradients
 after the last one, so a step is that of one process with all rows (docs/scaling.md).
+
+`Learner` is a step in its parts, for whoever trains several students at once (`limbeck.stages.together`).
 """
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn, no_grad
@@ -68,19 +70,48 @@ def train(
         LimbeckError: the loss was not finite several steps in a row.
         Stopped: SIGTERM came; the state is kept.
     """
+    with learning(stage) as parameters, watch() as asked_to_stop:
+        return _go(Learner(stage, settings, data, run, index, position, parameters, held_out), asked_to_stop)
+
+
+@contextmanager
+def learning(stage: Stage) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters of a stage, which take gradients meanwhile."""
     parameters = stage.parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
-        with watch() as asked_to_stop:
-            return _Run(stage, settings, data, run, index, position, parameters, held_out).go(asked_to_stop)
+        yield parameters
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
 
 
-class _Run:
+def _go(learner: "Learner", asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
+    settings, saved = learner.settings, time.monotonic()
+    with progress(f"{settings.stage}", learner.steps, "steps", done=learner.step) as advance:
+        while not learner.over:
+            began = time.monotonic()
+            batches, counts = learner.batches()
+            sums: dict[str, Tensor] = {}
+            for batch in batches:
+                add_to(sums, learner.stage.backward(batch, counts))
+            line = learner.update(sums)
+            learner.note(line, time.monotonic() - began)
+            advance(1, note=f"loss {line['loss']:.4g}, {learner.speed:.0f} tokens/s")
+            stop, save = agree(asked_to_stop(), time.monotonic() - saved > learner.run.recipe.checkpoint_seconds)
+            if learner.step < learner.steps and (stop or save):
+                learner.save()
+                saved = time.monotonic()
+            if stop:
+                raise Stopped(f"asked to stop in step {learner.step} of {learner.steps}, state kept")
+    return learner.finish()
+
+
+class Learner:
+    """One student in one stage: its parameters, optimiser and averages, and how far it is. See `train`."""
+
     def __init__(self, stage, settings, data, run, index, position, parameters, held_out):
         self.stage, self.settings, self.data, self.run, self.index = stage, settings, data, run, index
         self.start, self.held_out = position, held_out
@@ -107,30 +138,23 @@ class _Run:
         }
         self._resume()
 
-    def go(self, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
-        tokens = self.settings.batch * self.data.length
-        saved = time.monotonic()
-        name = self.settings.stage
-        with progress(f"{name}", self.steps, "steps", done=self.facts["step"]) as advance:
-            while self.facts["step"] < self.steps and not self._out_of_patience():
-                began = time.monotonic()
-                line = self._step()
-                self.facts["seconds"] += time.monotonic() - began
-                line["tokens_per_second"] = round(tokens / (time.monotonic() - began), 1)
-                self._evaluate(line)
-                self.run.log({"stage": name, "stage_index": self.index, **line})
-                speed = tokens * self.facts["step"] / self.facts["seconds"]
-                advance(1, note=f"loss {line['loss']:.4g}, {speed:.0f} tokens/s")
-                over = self.facts["step"] == self.steps
-                stop, save = agree(asked_to_stop(), time.monotonic() - saved > self.run.recipe.checkpoint_seconds)
-                if not over and (stop or save):
-                    self._save()
-                    saved = time.monotonic()
-                if stop:
-                    raise Stopped(f"asked to stop in step {self.facts['step']} of {self.steps}, state kept")
-        return self._finish()
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.facts["step"]
 
-    def _finish(self) -> dict[str, Any]:
+    @property
+    def over(self) -> bool:
+        """Whether no step is left, or patience is at its end."""
+        return self.step >= self.steps or self._out_of_patience()
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second so far."""
+        return self.settings.batch * self.data.length * self.step / max(self.facts["seconds"], 1e-9)
+
+    def finish(self) -> dict[str, Any]:
+        """Leave the weights that are handed on; returns what `train` returns."""
         if self.best is not None:
             copy_into(self.parameters, self.best)
         elif self.average is not None:
@@ -144,7 +168,8 @@ class _Run:
             "trained_parameters": self.held.numel,
         }
 
-    def _step(self) -> dict[str, Any]:
+    def batches(self) -> tuple[list[Batch], dict[str, float]]:
+        """The next step's micro-batches, and the counts that its losses are divided by."""
         step, settings = self.facts["step"], self.settings
         at = self.start + step * settings.batch + self.first
         sizes = [min(self.micro, self.rows - done) for done in range(0, self.rows, self.micro)]
@@ -153,13 +178,17 @@ class _Run:
         for batch in batches:
             for name, value in self.stage.count(batch).items():
                 counts[name] = counts.get(name, 0.0) + value
-        counts = add_up(counts)
+        return batches, add_up(counts)
+
+    def update(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        """Move the weights by the gradients that are there; returns the step's line of metrics.
+
+        Args:
+            sums: each loss, summed over the step's micro-batches.
+        """
+        step, settings = self.facts["step"], self.settings
         rate = learning_rate(step, self.steps, settings)
         self.optimizer.set_rate(rate)
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, value in self.stage.backward(batch, counts).items():
-                sums[name] = sums[name] + value if name in sums else value
         self.held.take_gradients()
         norm = gradient_norm(self.parameters, settings.clip, self.held.sharded)
         loss, losses = _total(add_up({name: float(value) for name, value in sums.items()}))
@@ -177,6 +206,13 @@ class _Run:
         self.held.drop_gradients()
         self.facts["step"] += 1
         return {"step": self.facts["step"], "loss": loss, "losses": losses, "grad_norm": norm, "lr": settings.lr * rate}
+
+    def note(self, line: dict[str, Any], seconds: float) -> None:
+        """Log a step that took so long, with the loss on held-out text where that is due."""
+        self.facts["seconds"] += seconds
+        line["tokens_per_second"] = round(self.settings.batch * self.data.length / seconds, 1)
+        self._evaluate(line)
+        self.run.log({"stage": self.settings.stage, "stage_index": self.index, **line})
 
     def _skip(self, loss: float, norm: float) -> None:
         self.facts["skipped"] += 1
@@ -231,12 +267,19 @@ class _Run:
         self.optimizer.load_state_dict(self.optimizer.with_names(optimizer, self.held.part))
         console.print(f"{self.settings.stage}: going on from step {self.facts['step']} of {self.steps}")
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Keep a checkpoint."""
         kinds = {"last": self.parameters, "average": self.average and self.average.values, "best": self.best}
         whole = self.held.whole
         tensors = {f"{kind}|{name}": whole(name, t) for kind, held in kinds.items() for name, t in (held or {}).items()}
         optimizer = self.optimizer.with_names(self.optimizer.state_dict(), whole)
         self.run.checkpoint(self.index, self.facts["step"], tensors, optimizer, self.facts)
+
+
+def add_to(sums: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
+    """sums += losses, by name."""
+    for name, value in losses.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def _total(losses: dict[str, float]) -> tuple[float, dict[str, float]]:

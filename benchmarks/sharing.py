@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from limbeck import mixers
 from limbeck.job import begin

@@ -342,7 +342,8 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> None:
 
 def readable(error: ValidationError, origin: str, root: type[BaseModel]) -> LimbeckError:
     """What pydantic says of values for `root`, with a suggestion for a key that it does not know."""
-    first = error.errors()[0]
+    # a key that is not known comes before one that is missing: it is the same key, mistyped
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = [str(p) for p in first["loc"] if p not in STAGES]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":

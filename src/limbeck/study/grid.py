@@ -196,7 +196,10 @@ def students_of(given: str | list[str | Choice]) -> list[Choice]:
     for one in [given] if isinstance(given, str) else given:
         if isinstance(one, Choice):
             mixers.get(one.mixer)
-        for choice in [one] if isinstance(one, Choice) else [Choice(name=n, mixer=n) for n in mixers.selection(one)]:
+            mine = [one]
+        else:
+            mine = [Choice(name=mixers.get(n).name, mixer=n) for n in mixers.selection(one)]
+        for choice in mine:
             if chosen.setdefault(choice.name, choice) != choice:
                 raise LimbeckError(f"two students are named '{choice.name}'", expected="a name for each")
     return list(chosen.values())

@@ -57,10 +57,7 @@ def difference(one: Recipe, other: Recipe) -> float:
     """The largest difference between what two runs of a recipe learnt."""
     largest = 0.0
     for index in range(len(one.stages)):
-        mine, theirs = (
-            load_file(RunDirectory(Path(r.out), r).stage_folder(index) / "done" / "model.safetensors")
-            for r in (one, other)
-        )
+        mine, theirs = (RunDirectory(Path(recipe.out), recipe).result(index) for recipe in (one, other))
         largest = max([largest, *(float((mine[name] - theirs[name]).abs().max()) for name in mine)])
     return largest
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from limbeck.errors import LimbeckError
 from limbeck.job import distill
 from limbeck.prepare import prepare_job
-from limbeck.stages import loop
+from limbeck.stages import learner
 from limbeck.stages.run import RunDirectory
 from limbeck.study import Study, built_in, run_study
 from limbeck.study.sharing import pass_key, teams
@@ -188,7 +188,7 @@ def test_an_arm_that_fails_among_others_stops_alone(raw, tmp_path, monkeypatch):
         "stages": ["2"],
         "settings": {"rate": {"usual": {}, "mad": {"stages.hidden.lr": 1e30, "stages.hidden.clip": 1e30}}},
     }
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 1)
+    monkeypatch.setattr(learner, "MOST_SKIPPED", 1)
     usual, mad = Study.parse(raw).arms(tmp_path / "both")
     job = prepare_job(usual.recipe)
     failures = learn_together([usual, mad], (job.teacher, job.tokenizer))

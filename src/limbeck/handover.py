@@ -3,6 +3,7 @@
 result = hand_over(job, run, student)          # writes student/, summary.md and eval.json
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from limbeck.generate import continuation
 from limbeck.model import by_mixer
 from limbeck.model.convert import parameter_report
 from limbeck.prepare import Job
+from limbeck.report.curves import draw
 from limbeck.stages.run import RunDirectory
 from limbeck.summary import write_summary
 
@@ -50,6 +52,8 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[str
         "peak_memory_bytes": peak_memory(),
         "plan": json.loads((run.path / "plan.json").read_text()),
     }
+    if importlib.util.find_spec("matplotlib") and run.metrics.exists():
+        draw(run.metrics, run.path / "curves.png")
     run.write("summary.md", write_summary(result))
     run.write("eval.json", json.dumps(result, indent=1) + "\n")
     return result

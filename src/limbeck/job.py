@@ -20,10 +20,11 @@ from limbeck.distributed import main_first, on_main, together, world
 from limbeck.errors import LimbeckError
 from limbeck.handover import hand_over, provenance
 from limbeck.plan import Plan, make_plan
+from limbeck.precision import arithmetic
 from limbeck.prepare import Job, Loaded, new_student, prepare_job
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse
-from limbeck.stages.loop import Stage
+from limbeck.stages.learner import Stage
 from limbeck.stages.run import RunDirectory, environment, open_run
 from limbeck.teach import make_stage, run_stages
 
@@ -51,7 +52,7 @@ def distill(
         LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then. Of several
             processes all raise the error of the first that failed.
     """
-    with together():
+    with together(), arithmetic(recipe):
         torch.manual_seed(recipe.seed)
         with main_first():
             job = prepare_job(recipe, loaded)

@@ -126,7 +126,7 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
     return Plan(
         rows=rows,
         seconds=sum(row.seconds for row in rows) + evaluation,
-        disk_bytes=student + 4 * kept + 2 * 12 * largest,
+        disk_bytes=student + 4 * kept + recipe.keep_checkpoints * 12 * largest,
         memory_bytes=given + 4 * (total if own else min(copies, total)) + 12 * largest + 800_000_000,
         speed=speed,
         unshared_bytes=4 * max(total - attention, 0) if own else 0,

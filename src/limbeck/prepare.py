@@ -6,11 +6,9 @@
 Writes nothing but the caches of text and teacher.
 """
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,12 @@ from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
 from limbeck.errors import LimbeckError
 from limbeck.model import Site, attention_sites, convert, converted_layers
+from limbeck.precision import autocast_of, check_arithmetic
 from limbeck.recipe import Recipe
 from limbeck.stages.cached import plain
 from limbeck.stages.run import check_run
 from limbeck.stages.teacher import load_teacher
+from limbeck.stages.trackers import check_trackers
 
 
 @dataclass
@@ -75,6 +75,8 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     if world().main:
         check_run(path, recipe)
     device = local_device(recipe.device)
+    check_arithmetic(recipe, device)
+    check_trackers(recipe.trackers)
     teacher, tokenizer = loaded or load_teacher(assets.resolve_teacher(recipe.teacher), device, recipe.teacher_bits)
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"data.length": recipe.data.length}
@@ -93,9 +95,7 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
             check_peft()
             targets_of(teacher, chosen, stage.lora.targets)
     texts = _open_texts(recipe, teacher, tokenizer)
-    autocast: Callable[[], Any] = contextlib.nullcontext
-    if device.type == "cuda":
-        autocast = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+    autocast = autocast_of(recipe.precision, device)
     job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path)
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:

@@ -124,6 +124,13 @@ class Trained(_Stage):
         return self
 
 
+class Converged(_Part):
+    """When a layer of stages 1 and 2 has learnt what it will: it is left out of the steps that follow."""
+
+    patience: Annotated[int, Field(gt=0)] = 50  # steps without a better running mean of its loss
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share by which the mean has to fall to count as better
+
+
 class Matrix(Trained):
     """Stage 1: mixing matrices against the teacher's attention matrices."""
 
@@ -131,6 +138,7 @@ class Matrix(Trained):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     micro_batch: Annotated[int, Field(gt=0)] | None = 1  # one sequence's T x T matrices at a time are the fastest too
     rows: Annotated[int, Field(gt=0)] | None = None  # rows of each matrix that are compared; None: all
+    converged: Converged | None = None  # None: every layer learns to the end
 
 
 class Hidden(Trained):
@@ -141,6 +149,7 @@ class Hidden(Trained):
     target: Literal["attention", "block"] = "attention"
     loss: Literal["l2", "relative", "mse", "cosine"] = "relative"
     train: Literal["mixer", "attention", "block"] = "attention"  # mixer: its new parameters alone
+    converged: Converged | None = None  # None: every layer learns to the end
 
 
 class Lora(_Part):
@@ -228,7 +237,14 @@ class Recipe(_Part):
     evaluation: Evaluation = Evaluation()
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # of products under autocast; weights are float32. auto: bf16 on a GPU that has it, fp16 on an older one, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = False  # products of float32 in TF32, on NVIDIA GPUs that have it
+    deterministic: bool = False  # the same bits again on the same GPU; what cannot be is an error
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    keep_checkpoints: Annotated[int, Field(gt=0)] = 2  # of a stage that is at work
+    # who is told of each step, beside metrics.jsonl; auto: TensorBoard where it is installed (docs/training.md)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | Literal["auto"] = "auto"
     out: str | None = None
 
     @classmethod

@@ -27,7 +27,8 @@ from limbeck.stages.cached import plain, taught
 from limbeck.stages.calibrate import RIDGES, NormalEquations, add_together
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.loop import Stage, train
+from limbeck.stages.learner import Stage
+from limbeck.stages.loop import train
 from limbeck.stages.optimize import steps_of
 from limbeck.stages.run import RunDirectory
 from limbeck.stages.shards import sharded
@@ -62,7 +63,7 @@ class Course:
         """The first stage that is not finished, those before it loaded; None where all are finished."""
         while self.at < len(self.job.recipe.stages):
             index, settings = self.at, self.job.recipe.stages[self.at]
-            if self.shared and getattr(settings, "train", "attention") not in ("mixer", "attention", "lora"):
+            if self.shared and goes_beyond_attention(settings):
                 unshare(self.student)
                 self.shared = False
             text = self.job.recipe.text_of(settings)
@@ -93,8 +94,8 @@ def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     while (lesson := course.next()) is not None:
         settings = lesson.settings
         if isinstance(settings, recipes.Calibrate):
-            facts = _calibrate(job, student, settings, lesson.data, lesson.position)
-            course.finish(lesson, projections_of(job, student), facts)
+            facts, learnt = calibrate(job, student, settings, lesson.data, lesson.position)
+            course.finish(lesson, learnt, facts)
             continue
         stage = make_stage(job, student, settings, lesson.index)
         with main_first():
@@ -109,6 +110,11 @@ def projections_of(job: Job, student: PreTrainedModel) -> dict[str, nn.Parameter
     """The output projections of the converted layers, which calibration writes, by parameter name."""
     names = [f"{site.module}.{site.output}" for site in job.sites]
     return {f"{name}.{key}": p for name in names for key, p in student.get_submodule(name).named_parameters()}
+
+
+def goes_beyond_attention(settings: Any) -> bool:
+    """Does this stage change weights that a student may share with its teacher?"""
+    return getattr(settings, "train", "attention") not in ("mixer", "attention", "lora")
 
 
 def _sharded(job: Job, student: PreTrainedModel, settings: Any, stage: Stage) -> contextlib.AbstractContextManager:
@@ -161,13 +167,14 @@ def _texts(
     return learn, held_out, {"cached_teacher": facts}
 
 
-def _calibrate(
+def calibrate(
     job: Job, student: PreTrainedModel, settings: recipes.Calibrate, data: Sequences, position: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, nn.Parameter]]:
+    """Stage 0; its facts and the output projections, by name."""
     fits = NormalEquations(job.teacher, student, job.sites, job.autocast, settings.weight)
     seconds = gather([fits], settings, data, position, job.device)
     fits.add_processes()
-    return solve(job, student, settings, data, position, fits, seconds)
+    return solve(job, student, settings, data, position, fits, seconds), projections_of(job, student)
 
 
 def gather(

@@ -15,6 +15,7 @@ OPTIONAL = {
     "accelerate": "the embedded teacher: pip install 'limbeck[gguf]'",
     "datasets": "Hugging Face datasets as text: pip install 'limbeck[data]'",
     "pyarrow": "Parquet files as text: pip install 'limbeck[data]'",
+    "tensorboard": "runs watched in TensorBoard: pip install 'limbeck[track]'",
     "triton": "fast kernels on CUDA; not used by this version",
 }
 

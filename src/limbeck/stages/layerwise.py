@@ -35,6 +35,8 @@ class LayerStage:
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, sites: list[Site], autocast: Callable):
         self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
+        self.loss_scale = 1.0  # gradients are so many times too large, see limbeck.stages.loss_scale
+        self.stopped: set[str] = set()  # names of the modules that have converged and learn no more
 
     def modules(self) -> dict[str, nn.Module]:
         """The student's modules that run behind the teacher's of the same name."""
@@ -109,13 +111,15 @@ def run_layers(
             loss = stages[place].loss(module, args, kwargs, output, counts)
         if train:
             with torch.autocast(loss.device.type, enabled=False):  # the pass around us is under autocast
-                loss.backward()
+                loss.backward(torch.full_like(loss, stages[place].loss_scale))
         losses[place][name] = loss.detach()
 
     learners: dict[str, list[tuple[int, nn.Module]]] = {}
     for place, stage in enumerate(stages):
+        left_out = stage.stopped if train else ()
         for name, module in stage.modules().items():
-            learners.setdefault(name, []).append((place, module))
+            if name not in left_out:
+                learners.setdefault(name, []).append((place, module))
 
     def visitor(name: str):
         def visit(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
@@ -131,7 +135,9 @@ def run_layers(
         return visit
 
     first = stages[0]
-    names = list(dict.fromkeys(name for stage in stages for name in stage.trained()))
+    names = list(
+        dict.fromkeys(name for one in stages for name in one.trained() if not train or name not in one.stopped)
+    )
     with ExitStack() as stack:
         for stage in stages:
             stage.meet(batch)

@@ -25,7 +25,8 @@ from limbeck.model.body import run_body
 from limbeck.recipe import Trained
 from limbeck.stages.interrupt import Stopped, watch
 from limbeck.stages.layerwise import LayerStage, run_layers
-from limbeck.stages.loop import Learner, add_to, learning
+from limbeck.stages.learner import Learner, add_to, counts_of
+from limbeck.stages.loop import learning
 from limbeck.stages.run import RunDirectory
 from limbeck.stages.teacher import tap
 
@@ -81,7 +82,10 @@ def train_together(members: list[Member]) -> list[dict[str, Any] | Exception]:
                 step = min(learners[i].step for i in active)
                 here = [i for i in active if learners[i].step == step]
                 began = time.monotonic()
-                batches, counts = learners[here[0]].batches()
+                for i in here:
+                    learners[i].ready()
+                batches = learners[here[0]].batches()
+                counts = counts_of(members[here[0]].stage, batches)
                 sums: list[dict[str, Tensor]] = [{} for _ in here]
                 failed: dict[int, Exception] = {}  # by place in `here`
                 for batch in batches:
@@ -130,7 +134,7 @@ def _update(
 @torch.no_grad()
 def _teacher_seconds(learner: Learner) -> float:
     """Seconds of the teacher in a step, measured on a pass with no student behind it."""
-    batches, _ = learner.batches()
+    batches = learner.batches()
     taken = min(bare_pass(learner.stage, batches[0]) for _ in range(2))
     return taken * len(batches)
 

@@ -159,7 +159,7 @@ class Study(_Part):
                 reached |= {key for key, value in settings.items() if _set(raw, key, value)}
             axes["seed"] = seed
             name = _name(axes, {axis: bool(settings) for axis, (_, settings) in zip(grid.settings, chosen)}, teacher)
-            raw |= {"seed": seed, "name": name, "out": str(folder / name)}
+            raw |= {"seed": seed, "name": name, "out": str(folder / name), "trackers": raw.get("trackers", [])}
             recipe = Recipe.parse(raw, f"study {self.name}, arm {name}")
             mixers.options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
             found.setdefault(name, Arm(name, axes, recipe))

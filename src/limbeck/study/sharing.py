@@ -23,18 +23,17 @@ from limbeck.teach import sequences_of
 def pass_key(recipe: Recipe, index: int) -> str | None:
     """What the teacher sees in a stage, as text; None where no pass can be shared.
 
-    That is so from stage 3 on, where the student runs on its own hidden states, and after a stage with `patience`,
-    of which nobody knows beforehand where it ends.
+    That is so from stage 3 on, where the student runs on its own hidden states, and after a stage of which nobody
+    knows beforehand where it ends.
     """
     before, stage = recipe.stages[:index], recipe.stages[index]
-    if any(isinstance(one, recipes.Logits) or getattr(one, "patience", None) for one in before):
-        return None
-    if isinstance(stage, recipes.Logits) or getattr(stage, "patience", None):
+    if isinstance(stage, recipes.Logits) or any(isinstance(one, recipes.Logits) or _ends_early(one) for one in before):
         return None
     text = recipe.text_of(stage)
     opened = [recipe.data, *(recipe.text_of(one) for one in recipe.stages)]
     facts: dict[str, Any] = {
         "teacher": (recipe.teacher, recipe.teacher_bits, recipe.device),
+        "arithmetic": (recipe.precision, recipe.tf32, recipe.deterministic),
         "seed": recipe.seed,
         "text": name_of(text),
         "length": text.length,
@@ -72,6 +71,11 @@ def keys(recipe: Recipe) -> list[str]:
     """The keys of the stages whose passes can be shared, in order."""
     found = [pass_key(recipe, index) for index in range(len(recipe.stages))]
     return [key for key in found if key is not None]
+
+
+def _ends_early(stage: Any) -> bool:
+    """May it stop before its tokens are read?"""
+    return bool(getattr(stage, "patience", None) or getattr(stage, "converged", None))
 
 
 def _read(recipe: Recipe, stage: Any) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from limbeck import recipe as recipes
 from limbeck.console import console
 from limbeck.errors import LimbeckError
 from limbeck.job import begin
+from limbeck.precision import arithmetic
 from limbeck.prepare import Job, Loaded, new_student, prepare_job
 from limbeck.stages.calibrate import NormalEquations
 from limbeck.stages.interrupt import Stopped
@@ -57,7 +58,7 @@ def learn_together(arms: list[Arm], loaded: Loaded, room: Callable[[], int] | No
     while wave := _next_wave([arm for arm in arms if arm.name not in failures]):
         waiting = list(wave)
         while waiting:
-            with ExitStack() as stack:
+            with arithmetic(waiting[0].recipe), ExitStack() as stack:
                 pupils = _gather_pupils(waiting, loaded, stack, failures, free)
                 if pupils:
                     _learn(pupils, failures)

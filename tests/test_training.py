@@ -145,7 +145,7 @@ def test_a_loss_that_is_scaled_has_the_same_gradient():
         for p in stage.parameters().values():
             p.requires_grad_(True)
         stage.loss_scale = scale
-        loop.accumulate(stage, [batch])
+        learner.accumulate(stage, [batch])
         LossScale(facts, needed=True).off(stage.parameters().values())
         gradients.append({n: p.grad.clone() for n, p in stage.parameters().items() if p.grad is not None})
         student.zero_grad()

@@ -17,9 +17,9 @@ def arm(student="gla", stages="2+3", copied=True, seed=0, **values) -> dict:
     return {"axes": axes, "values": {name.replace("__", "."): value for name, value in values.items()}}
 
 
-def table(loss, seeds=3, noise=0.003) -> list[dict]:
+def table(loss, seeds=3, noise=0.003, draw=3) -> list[dict]:
     """Experiment 1 with losses `loss(student, stages, copied)` and noise that all arms of a seed share in part."""
-    rng, rows = random.Random(3), []
+    rng, rows = random.Random(draw), []
     for seed in range(seeds):
         shift = rng.gauss(0, 0.5)  # the text of this seed is easier or harder for all
         for student in STUDENTS:
@@ -84,10 +84,14 @@ def test_too_few_seeds_leave_all_undecided_and_say_so(seeds):
 
 
 def test_noise_leaves_undecided():
+    """An effect far smaller than the noise: of three seeds few studies could say anything."""
+
     def flat(student, stages, copied):
         return 3.0 + (0.05 if student in KERNEL_ONLY else 0.0)
 
-    assert verdicts(table(flat, noise=3.0))["dynamic-decay-beats-kernel-only"] == "undecided"
+    name = "dynamic-decay-beats-kernel-only"
+    found = [judge_claims([name], table(flat, noise=3.0, draw=draw))[0]["verdict"] for draw in range(20)]
+    assert found.count("undecided") > 15
 
 
 def test_what_is_not_measured_is_undecided():

@@ -125,33 +125,26 @@ class Study(_Part):
         Raises:
             LimbeckError: a value of the grid makes no recipe.
         """
-        grid, found = self.grid, {}
+        grid = self.grid
+        found: dict[str, Arm] = {}
         reached: set[str] = set()  # settings that some arm could take
-        values = itertools.product(
-            grid.teachers or [None],
+        for axis in grid.settings:
+            if axis in RESERVED:
+                raise LimbeckError(f"{self.name}: grid.settings.{axis} is an axis already", expected="another name")
+        values: list[list[Any]] = [
+            list(grid.teachers or [None]),
             students_of(grid.students),
             grid.stages,
             grid.copy_projections,
             grid.layers,
             grid.keep,
-            grid.tokens or [None],
+            list(grid.tokens or [None]),
             *(list(axis.items()) for axis in grid.settings.values()),
             grid.seeds,
-        )
-        for axis in grid.settings:
-            if axis in RESERVED:
-                raise LimbeckError(f"{self.name}: grid.settings.{axis} is an axis already", expected="another name")
-        for teacher, student, stages, copied, layers, keep, tokens, *chosen, seed in values:
-            raw = copy.deepcopy(self.base)
-            raw["teacher"] = teacher or raw.get("teacher", Recipe.model_fields["teacher"].default)
-            mine = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
-            mine |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
-            shared = raw.get("student", {})
-            raw["student"] = {**shared, **{key: value for key, value in mine.items() if value}}
+        ]
+        for teacher, student, stages, copied, layers, keep, tokens, *chosen, seed in itertools.product(*values):
+            raw = self._raw(student, stages, teacher, tokens)
             raw["student"] |= {"copy_projections": copied, "layers": layers, "keep": keep}
-            raw["stages"] = stages_from_text(stages.replace("+", ","), raw)
-            if tokens is not None:
-                tokens_over_stages(raw["stages"], tokens)
             axes = {"student": student.name, "stages": _numbers(raw["stages"]), "copy_projections": copied}
             axes |= {"layers": layers, "keep": keep, "teacher": raw["teacher"], "tokens": tokens}
             for axis, (label, settings) in zip(grid.settings, chosen):
@@ -170,6 +163,18 @@ class Study(_Part):
                 expected="keys of the recipe, stages by name: stages.hidden.target",
             )
         return _different(list(found.values()))
+
+    def _raw(self, student: Choice, stages: str, teacher: str | None, tokens: int | None) -> dict[str, Any]:
+        """The recipe of a student's stages, as plain values."""
+        raw = copy.deepcopy(self.base)
+        raw["teacher"] = teacher or raw.get("teacher", Recipe.model_fields["teacher"].default)
+        mine = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
+        mine |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
+        raw["student"] = {**raw.get("student", {}), **{key: value for key, value in mine.items() if value}}
+        raw["stages"] = stages_from_text(stages.replace("+", ","), raw)
+        if tokens is not None:
+            tokens_over_stages(raw["stages"], tokens)
+        return raw
 
 
 class Arm:

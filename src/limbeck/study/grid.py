@@ -155,7 +155,10 @@ class Study(_Part):
             raw |= {"seed": seed, "name": name, "out": str(folder / name), "trackers": raw.get("trackers", [])}
             recipe = Recipe.parse(raw, f"study {self.name}, arm {name}")
             mixers.options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
-            found.setdefault(name, Arm(name, axes, recipe))
+            if found.setdefault(name, Arm(name, axes, recipe)).recipe != recipe:
+                raise LimbeckError(
+                    f"{self.name}: two arms are named {name}", expected="a name for each value of an axis"
+                )
         missed = {k for axis in grid.settings.values() for one in axis.values() for k in one} - reached
         if missed:
             raise LimbeckError(

@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from limbeck.cli import main
 from limbeck.errors import LimbeckError
 from limbeck.job import distill
 from limbeck.prepare import prepare_job
@@ -35,7 +36,6 @@ def raw(teacher_folder, corpus) -> dict:
                 {"stage": "logits", "tokens": 128, "batch": 2},
             ],
             "evaluation": {"tokens": 128, "prompt": None, "new_tokens": 0},
-            "checkpoint_seconds": 1e-6,
         },
         "grid": {"students": ["gla", "deltanet"], "stages": ["3", "2+3"]},
         "measures": {"agreement": {"tokens": 128}},
@@ -151,6 +151,7 @@ def weights(path: Path, index: int, stage: str) -> dict[str, torch.Tensor]:
 
 def test_arms_that_learn_together_learn_what_they_learn_alone(raw, tmp_path):
     """Bit for bit, stage 0 to 2; different mixers, layers, losses, rates and numbers of steps in one pass."""
+    raw["base"]["evaluation"]["tokens"] = 32
     raw["grid"] |= {
         "students": ["gla", "mlstm"],
         "stages": ["0+1+2"],
@@ -274,6 +275,29 @@ def test_a_folder_of_something_else_is_refused(raw, tmp_path):
         run_study(with_grid(raw), tmp_path)
 
 
+def test_the_command_plans_and_runs(raw, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "mine.yaml"
+    raw["grid"] |= {"students": ["gla", "deltanet"], "stages": ["2"]}
+    raw |= {"claims": ["memory-constant-in-length"], "base": {**raw["base"], "checkpoint_seconds": 60}}
+    path.write_text(yaml.safe_dump(raw))
+
+    def limbeck(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["limbeck", "study", *arguments])
+        with contextlib.suppress(SystemExit):
+            main()
+        shown = capsys.readouterr()
+        return shown.out + shown.err
+
+    assert "paper-experiment-1" in limbeck("--list")
+    assert "did you mean 'paper-v3'" in limbeck("paper-v4")
+    assert "2 arms, 0 of them finished" in limbeck(str(path), "--out", str(tmp_path / "out"), "--plan")
+    assert not (tmp_path / "out").exists()
+    shown = limbeck(str(path), "--out", str(tmp_path / "out"))
+    assert "sharing the teacher's passes saved" in shown
+    assert "3 are needed" in shown
+    assert "undecided" in (tmp_path / "out" / "claims.md").read_text()
+
+
 class Killed(BaseException):
     """As sudden as a kill: nothing catches it, nothing is tidied up."""
 
@@ -285,6 +309,7 @@ def test_a_study_that_is_killed_leaves_the_tables_of_one_that_is_not(raw, tmp_pa
 
     from limbeck.study import record
 
+    raw["base"]["checkpoint_seconds"] = 1e-6
     study = with_grid(raw, stages=["1+2+3", "2+3"])
     run_study(study, tmp_path / "whole")
     rng, left = random.Random(5), [0]

@@ -80,6 +80,7 @@ def same_students(one: Recipe, other: Recipe) -> bool:
 # ---------------------------------------------------------------------- precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_what_float32_learns_and_resumes_exactly(recipe, stopped_at, precision):
     stages = [
@@ -444,6 +445,7 @@ def test_the_real_one_offline(recipe, name, monkeypatch, tmp_path):
 # ---------------------------------------------------------------------- learning rates and curves
 
 
+@pytest.mark.slow
 def test_the_sweep_of_rates_touches_nothing_and_is_the_same_again(recipe):
     stages = [
         {"stage": "calibrate", "tokens": 256},

@@ -1,5 +1,6 @@
 """Studies: grids, arms that learn together, arms that fail or come later, and studies that are killed."""
 
+import contextlib
 import json
 from pathlib import Path
 

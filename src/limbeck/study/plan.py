@@ -103,6 +103,9 @@ def make_study_plan(study: Study, arms: list[Arm], workplace: Workplace) -> Stud
             if n > 1:
                 saved += (n - 1) / n * row.tokens * paces.teacher(arm, job)
                 kept += 4 * row.trained  # what it taught stays until the arm is finished
+        # the run's own evaluation; what the study's measures take is not known beforehand
+        evaluation = counted.seconds - sum(row.seconds for row in counted.rows)
+        seconds += evaluation * paces.of(arm, counted.rows[-1].stage)
         student = 4 * numel(job.teacher)
         kept += {"none": 0, "students": student, "all": counted.disk_bytes}[study.keep]
         peak = max(peak, counted.disk_bytes)

@@ -287,7 +287,7 @@ def test_the_command_plans_and_runs(raw, tmp_path, monkeypatch, capsys):
         with contextlib.suppress(SystemExit):
             main()
         shown = capsys.readouterr()
-        return shown.out + shown.err
+        return " ".join((shown.out + shown.err).split())  # lines are broken as wide as the terminal is
 
     assert "paper-experiment-1" in limbeck("--list")
     assert "did you mean 'paper-v3'" in limbeck("paper-v4")

@@ -131,14 +131,15 @@ class Study(_Part):
         for axis in grid.settings:
             if axis in RESERVED:
                 raise LimbeckError(f"{self.name}: grid.settings.{axis} is an axis already", expected="another name")
+        one: list[Any] = [None]
         values: list[list[Any]] = [
-            list(grid.teachers or [None]),
+            grid.teachers or one,
             students_of(grid.students),
             grid.stages,
             grid.copy_projections,
             grid.layers,
             grid.keep,
-            list(grid.tokens or [None]),
+            grid.tokens or one,
             *(list(axis.items()) for axis in grid.settings.values()),
             grid.seeds,
         ]
@@ -171,7 +172,7 @@ class Study(_Part):
         """The recipe of a student's stages, as plain values."""
         raw = copy.deepcopy(self.base)
         raw["teacher"] = teacher or raw.get("teacher", Recipe.model_fields["teacher"].default)
-        mine = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
+        mine: dict[str, Any] = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
         mine |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
         raw["student"] = {**raw.get("student", {}), **{key: value for key, value in mine.items() if value}}
         raw["stages"] = stages_from_text(stages.replace("+", ","), raw)

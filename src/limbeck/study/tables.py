@@ -24,7 +24,7 @@ def write(
     study: Study, folder: Path, arms: list[Arm], failures: dict[str, str], claims: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Write study.json, table.md, values.csv and claims.md; returns what study.json holds."""
-    facts = []
+    facts: list[dict[str, Any]] = []
     for arm in arms:
         known = record.read(arm, study)
         status = "finished" if known else "failed" if arm.name in failures else "open"

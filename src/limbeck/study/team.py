@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from limbeck.precision import arithmetic
 from limbeck.prepare import Job, Loaded, new_student, prepare_job
 from limbeck.stages.calibrate import NormalEquations
 from limbeck.stages.interrupt import Stopped
+from limbeck.stages.layerwise import LayerStage
 from limbeck.stages.run import RunDirectory, open_run
 from limbeck.stages.together import Member, train_together
 from limbeck.study.grid import Arm
@@ -90,7 +91,8 @@ def _shared_later(members: list[Arm], ready: dict[str, list[Arm]], later: dict[s
 
 def _unfinished(arm: Arm) -> list[str]:
     """Keys of the arm's stages from the first unfinished one on, as far as their passes can be shared."""
-    run, found = RunDirectory(arm.path, arm.recipe), []
+    run = RunDirectory(arm.path, arm.recipe)
+    found: list[str] = []
     for index in range(len(arm.recipe.stages)):
         key = pass_key(arm.recipe, index)
         if key is None:
@@ -144,7 +146,7 @@ def _learn(pupils: list[_Pupil], failures: dict[str, Exception]) -> None:
 
 def _train(pupils: list[_Pupil]) -> list[Any]:
     """Of each what it learnt and its facts, or an error."""
-    stages = [make_stage(p.job, p.course.student, p.lesson.settings, p.lesson.index) for p in pupils]
+    stages = [cast(LayerStage, make_stage(p.job, p.course.student, p.lesson.settings, p.lesson.index)) for p in pupils]
     members = [
         Member(
             stage,
@@ -152,7 +154,7 @@ def _train(pupils: list[_Pupil]) -> list[Any]:
             p.lesson.data,
             p.run,
             p.lesson.index,
-            p.lesson.position,  # type: ignore[arg-type]
+            p.lesson.position,
             p.job.held_out(p.lesson.text),
         )
         for stage, p in zip(stages, pupils)
@@ -163,7 +165,8 @@ def _train(pupils: list[_Pupil]) -> list[Any]:
 
 def _calibrate(pupils: list[_Pupil]) -> list[Any]:
     """The same for stage 0: the sums are gathered together, each arm solves for itself."""
-    first, ends = pupils[0], []
+    first = pupils[0]
+    ends: list[Any] = []
     fits = [
         NormalEquations(p.job.teacher, p.course.student, p.job.sites, p.job.autocast, p.lesson.settings.weight)
         for p in pupils

@@ -1,6 +1,6 @@
 """Eight students in stages 1 and 2: together on the same passes of the teacher, and one by one.
 
-    python benchmarks/sharing.py                      # about twenty minutes on one thread with SmolLM2-135M
+    python benchmarks/sharing.py                      # SmolLM2-135M, half an hour on one idle thread
     python benchmarks/sharing.py --length 256 --steps 2 --students gla,mlstm --rows 0
 
 Each student is trained both ways with the same recipe; printed are the seconds of training steps (no loading, no
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--data", default="embedded:quick")
     parser.add_argument("--students", default="paper-v2")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, default=64, help="rows of a matrix that are compared; 0: all")
     parser.add_argument("--target", default="attention", help="of stage 2: attention or block")

@@ -17,9 +17,7 @@ MOST_ROWS = 40  # arms that are shown one by one
 @app.command()
 def study(
     study: Annotated[str | None, typer.Argument(help="A built-in study or a YAML file; --list names them.")] = None,
-    size: Annotated[
-        str | None, typer.Option(help="smoke, laptop, gpu, or what the file has; laptop by default.")
-    ] = None,
+    size: Annotated[str | None, typer.Option(help="One of the study's sizes; its first by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Its folder; runs/<study>-<size> by default.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the plan and stop.")] = False,
     list_studies: Annotated[bool, typer.Option("--list", help="The built-in studies, and stop.")] = False,

@@ -1,6 +1,6 @@
 """Studies: grids of runs on one teacher or several, their shared work, their tables, and which claims hold.
 
-study = Study.load("paper-experiment-1", size="smoke")
+study = Study.load("paper-experiment-1", size="gpu")
 run_study(study)["claims"]
 """
 

@@ -1,6 +1,6 @@
 """What a study is: a typed grid of recipes, from YAML; unknown keys are refused with a suggestion.
 
-    study = Study.load("paper-experiment-1", size="smoke")       # or a file: Study.load("mine.yaml")
+    study = Study.load("paper-experiment-1", size="gpu")       # or a file: Study.load("mine.yaml")
     for arm in study.arms(Path("runs/mine")):
         arm.name, arm.axes, arm.recipe                           # "gla_2+3_seed0", {"student": "gla", ...}, Recipe
 
@@ -71,7 +71,7 @@ class Study(_Part):
 
     @classmethod
     def load(cls, source: str | Path, size: str | None = None) -> "Study":
-        """A built-in study by name or a YAML file, in one of its sizes ("laptop" or its first by default).
+        """A built-in study by name or a YAML file, in one of its sizes (its first by default).
 
         Raises:
             LimbeckError: no such study or size, broken YAML, unknown key, measure or claim, impossible value.
@@ -87,7 +87,7 @@ class Study(_Part):
         if not isinstance(sizes, dict) or not all(isinstance(one, dict) for one in sizes.values()):
             raise LimbeckError(f"{source}: sizes", expected="by name, each with the keys that differ in it")
         if size is None and sizes:
-            size = "laptop" if "laptop" in sizes else next(iter(sizes))
+            size = next(iter(sizes))
         if size is not None and size not in sizes:
             raise LimbeckError(
                 f"{source} has no size '{size}'{closest(size, sizes)}", expected=", ".join(sizes) or "no --size"

@@ -1,6 +1,6 @@
 """A study from where it stands to its end; the same command starts it, resumes it, or runs what was added.
 
-results = run_study(Study.load("paper-experiment-1", "smoke"))
+results = run_study(Study.load("paper-experiment-1", "gpu"))
 results["claims"], results["arms"][0]["values"]
 
 runs/<study>-<size>/

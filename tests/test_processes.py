@@ -156,7 +156,7 @@ def test_stopped_in_two_it_goes_on_in_one_and_again_in_two(
 
     def step(self):
         if self.facts["step"] == 6:
-            self._save()
+            self.save()
             raise KeyboardInterrupt
         return original(self)
 

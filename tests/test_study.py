@@ -91,7 +91,7 @@ def test_budgets_students_and_sizes(raw, tmp_path):
     raw["sizes"] = {"half": {"grid": {"tokens": [640]}}, "laptop": {}}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(raw))
-    (arm,) = Study.load(path).arms(tmp_path)
+    (arm,) = Study.load(path, "laptop").arms(tmp_path)
     assert arm.name == "short_2+3_tokens-1280_seed0"
     assert [stage.tokens for stage in arm.recipe.stages] == [1024, 256]
     assert arm.recipe.student.options == {"conv": 4}

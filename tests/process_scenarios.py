@@ -17,7 +17,7 @@ from limbeck import LimbeckError, job
 from limbeck.console import console
 from limbeck.distributed import add_gradients, sums, together, world
 from limbeck.recipe import Recipe
-from limbeck.stages import loop
+from limbeck.stages import learner
 from limbeck.stages.layerwise import Hidden
 
 RANK = world().rank
@@ -39,14 +39,14 @@ def nan_on_one():
 
 def at_step(step, act, rank=1):
     """`act()` in one process, before it does that step."""
-    original = loop._Run._step
+    original = learner.Learner.take_step
 
     def patched(self):
         if rank == RANK and self.facts["step"] == step:
             act()
         return original(self)
 
-    return mock.patch.object(loop._Run, "_step", patched)
+    return mock.patch.object(learner.Learner, "take_step", patched)
 
 
 def refuse():

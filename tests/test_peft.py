@@ -104,12 +104,12 @@ def test_the_stage_learns_and_leaves_an_ordinary_student(recipe):
 )
 def test_killed_twice_it_ends_bit_equal(recipe, lora, tmp_path, monkeypatch):
     """Dropout included; and once more after the stage, before the export."""
-    from limbeck.stages import loop
+    from limbeck.stages import learner
 
     whole, broken = (recipe(lora, out=str(tmp_path / name)) for name in ("whole", "broken"))
     torch.manual_seed(1)
     job.distill(whole)
-    original = loop._Run._step
+    original = learner.Learner.take_step
     for stop in (3, 6):
 
         def step(self, stop=stop):
@@ -118,10 +118,10 @@ def test_killed_twice_it_ends_bit_equal(recipe, lora, tmp_path, monkeypatch):
             torch.rand(stop)  # the state of the generator is not what it was
             return original(self)
 
-        monkeypatch.setattr(loop._Run, "_step", step)
+        monkeypatch.setattr(learner.Learner, "take_step", step)
         with pytest.raises(KeyboardInterrupt):
             job.distill(broken)
-    monkeypatch.setattr(loop._Run, "_step", original)
+    monkeypatch.setattr(learner.Learner, "take_step", original)
     with monkeypatch.context() as patch:
         patch.setattr(handover, "_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):

@@ -99,22 +99,22 @@ def test_a_student_that_learns_nothing_outside_attention_keeps_the_checkpoints_w
 
 
 def test_killed_it_ends_bit_equal(recipe, bitsandbytes, tmp_path, monkeypatch):
-    from limbeck.stages import loop
+    from limbeck.stages import learner
 
     stages = [{"stage": "logits", "tokens": 512, "batch": 2, "lora": {"rank": 2}}]
     whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
     job.distill(whole)
-    original = loop._Run._step
+    original = learner.Learner.take_step
 
     def step(self):
         if self.facts["step"] == 4:
             raise KeyboardInterrupt
         return original(self)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(learner.Learner, "take_step", step)
     with pytest.raises(KeyboardInterrupt):
         job.distill(broken)
-    monkeypatch.setattr(loop._Run, "_step", original)
+    monkeypatch.setattr(learner.Learner, "take_step", original)
     job.distill(broken)
     ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("broken", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

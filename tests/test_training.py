@@ -18,7 +18,7 @@ from limbeck.contract import tiny
 from limbeck.find_rate import find_rates
 from limbeck.precision import arithmetic, autocast_of
 from limbeck.recipe import Converged, Recipe
-from limbeck.stages import loop, trackers
+from limbeck.stages import learner, trackers
 from limbeck.stages.convergence import Convergence
 from limbeck.stages.layerwise import Hidden
 from limbeck.stages.loss_scale import DOUBLED_AFTER, FIRST, LossScale, needs_scale
@@ -51,7 +51,7 @@ def recipe(teacher_folder, corpus, tmp_path):
 @pytest.fixture
 def stopped_at(monkeypatch):
     """Run a recipe and break off before the given step, as a kill does."""
-    original = loop._Run._step
+    original = learner.Learner.take_step
 
     def run(made: Recipe, stop: int, stage: int = 0) -> None:
         def step(self):
@@ -60,7 +60,7 @@ def stopped_at(monkeypatch):
             return original(self)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Run, "_step", step)
+            patch.setattr(learner.Learner, "take_step", step)
             with pytest.raises(KeyboardInterrupt):
                 job.distill(made)
 
@@ -146,7 +146,7 @@ def test_a_loss_that_is_scaled_has_the_same_gradient():
         for p in stage.parameters().values():
             p.requires_grad_(True)
         stage.loss_scale = scale
-        loop.accumulate(stage, [batch])
+        learner.accumulate(stage, [batch])
         LossScale(facts, needed=True).off(stage.parameters().values())
         gradients.append({n: p.grad.clone() for n, p in stage.parameters().items() if p.grad is not None})
         student.zero_grad()
@@ -209,7 +209,7 @@ def test_deterministic_runs_and_explains_what_cannot_be(recipe, monkeypatch):
             "put_ does not have a deterministic implementation, but you set 'torch.use_...'. You can ..."
         )
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(learner.Learner, "take_step", step)
     with pytest.raises(LimbeckError, match=r"put_ does not have[^.]*\n.*\ntry: --set deterministic=false"):
         job.distill(recipe("no", deterministic=True))
     with pytest.raises(RuntimeError), arithmetic(plain):
@@ -295,14 +295,14 @@ def test_as_many_checkpoints_are_kept_as_asked_for_and_damaged_ones_passed_over(
     raw[len(raw) // 2] ^= 1
     (kept[1] / "model.safetensors").write_bytes(raw)
     seen = []
-    original = loop._Run._resume
+    original = learner.Learner._resume
 
     def resume(self):
         original(self)
         seen.append(self.facts["step"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_resume", resume)
+        patch.setattr(learner.Learner, "_resume", resume)
         job.distill(broken)
     assert seen == [4]
     assert same_students(broken, whole)

@@ -23,7 +23,7 @@ from limbeck.model import unshare
 from limbeck.precision import arithmetic
 from limbeck.prepare import Job, new_student, prepare_job
 from limbeck.recipe import Recipe
-from limbeck.stages.loop import accumulate, total_loss
+from limbeck.stages.learner import accumulate, total_loss
 from limbeck.stages.loss_scale import LossScale, needs_scale
 from limbeck.stages.optimize import Optimizer, gradient_norm
 from limbeck.stages.run import RunDirectory

@@ -21,22 +21,29 @@ from limbeck.errors import LimbeckError
 from limbeck.handover import hand_over, provenance
 from limbeck.plan import Plan, make_plan
 from limbeck.precision import arithmetic
-from limbeck.prepare import Job, new_student, prepare_job
+from limbeck.prepare import Job, Loaded, new_student, prepare_job
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse
-from limbeck.stages.loop import Stage
+from limbeck.stages.learner import Stage
 from limbeck.stages.run import RunDirectory, environment, open_run
 from limbeck.teach import make_stage, run_stages
 
 LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed
 
 
-def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> dict[str, Any]:
+def distill(
+    recipe: Recipe,
+    confirm: Callable[[Plan], None] | None = None,
+    loaded: Loaded | None = None,
+    rehearsed: bool = True,
+) -> dict[str, Any]:
     """Run a recipe from where it stands to its end.
 
     Args:
         recipe: what to do; `recipe.out` is the run directory (runs/<name> by default).
         confirm: called with the plan before long work begins (the command line prints it).
+        loaded: the teacher and its tokenizer where they are in memory already.
+        rehearsed: run a step of each stage first, for the plan's times; otherwise those are counted.
 
     Returns:
         The summary that is also written to eval.json.
@@ -48,20 +55,25 @@ def distill(recipe: Recipe, confirm: Callable[[Plan], None] | None = None) -> di
     with together(), arithmetic(recipe):
         torch.manual_seed(recipe.seed)
         with main_first():
-            job = prepare_job(recipe)
+            job = prepare_job(recipe, loaded)
         plan = on_main(lambda: _plan(job))
         with open_run(job.path, recipe) as run:
             known = on_main(lambda: _known(job, run))
             if known is not None:
                 return known
-            planned = on_main(lambda: _planned(job, run, plan))
+            planned = on_main(lambda: _planned(job, run, plan, rehearsed))
             if confirm:
                 confirm(planned)
-            check_text(job)
-            run.manifest(**environment(), **provenance(job))
+            begin(job, run)
             student = new_student(job)
             run_stages(job, run, student)
             return on_main(lambda: hand_over(job, run, student))
+
+
+def begin(job: Job, run: RunDirectory) -> None:
+    """Check that a run's text is what it was, and write down what it works with."""
+    check_text(job)
+    run.manifest(**environment(), **provenance(job))
 
 
 def _plan(job: Job) -> Plan:
@@ -101,11 +113,11 @@ def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan
     return plan.measured(seen)
 
 
-def _planned(job: Job, run: RunDirectory, plan: Plan) -> Plan:
+def _planned(job: Job, run: RunDirectory, plan: Plan, rehearsed: bool) -> Plan:
     """The measured plan of a run that begins, which is kept; of one that goes on the plan that was kept then."""
     path = run.path / "plan.json"
     if not path.exists():
-        plan = measured_plan(job, plan)
+        plan = measured_plan(job, plan) if rehearsed else plan
         run.write(path.name, json.dumps(plan.facts(), indent=1) + "\n")
         return plan
     known = json.loads(path.read_text())

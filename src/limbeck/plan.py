@@ -11,6 +11,7 @@ the models' own size, measured now, times the share of it that the stages reach.
 
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -151,6 +152,7 @@ def _mixer_numel(recipe: Recipe, sites: list[Site]) -> int:
     return total
 
 
+@cache
 @torch.no_grad()
 def matmul_speed(device: torch.device, width: int) -> float:
     """Floating-point operations a second of a linear map of that width on 2,048 tokens."""

@@ -60,8 +60,15 @@ class Job:
         return self.texts[name_of(data)].held_out(data.length)
 
 
-def prepare_job(recipe: Recipe) -> Job:
-    """Check a recipe and load what it names. Writes nothing but the caches."""
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]  # a teacher and its tokenizer
+
+
+def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
+    """Check a recipe and load what it names. Writes nothing but the caches.
+
+    Args:
+        loaded: the recipe's teacher where it is in memory already.
+    """
     _check_shares(recipe)
     mixers.options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
     path = Path(recipe.out or f"runs/{recipe.name}")
@@ -70,7 +77,7 @@ def prepare_job(recipe: Recipe) -> Job:
     device = local_device(recipe.device)
     check_arithmetic(recipe, device)
     check_trackers(recipe.trackers)
-    teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), device, recipe.teacher_bits)
+    teacher, tokenizer = loaded or load_teacher(assets.resolve_teacher(recipe.teacher), device, recipe.teacher_bits)
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"data.length": recipe.data.length}
     lengths |= {f"stages.{i}.length": recipe.text_of(stage).length for i, stage in enumerate(recipe.stages)}

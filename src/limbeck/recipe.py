@@ -272,12 +272,7 @@ class Recipe(_Part):
                 f"there is no recipe '{source}'{closest(str(source), built_in)}",
                 expected=f"a YAML file, or one of: {', '.join(built_in)}",
             )
-        try:
-            raw = yaml.load(path.read_text(), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise LimbeckError(f"{path} is not readable YAML: {error}") from error
-        if not isinstance(raw, dict):
-            raise LimbeckError(f"{path} holds no recipe", expected="keys such as teacher, student, data, stages")
+        raw = read_yaml(path, "recipe", "keys such as teacher, student, data, stages")
         for key, value in (overrides or {}).items():
             assign(raw, key, value)
         return cls.parse(raw, str(source))
@@ -288,7 +283,7 @@ class Recipe(_Part):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise _readable(error, origin) from error
+            raise readable(error, origin, cls) from error
 
     def text_of(self, stage: _Stage) -> Data:
         """The text of a stage, with the length that it has there."""
@@ -336,6 +331,17 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(path: Path, what: str, expected: str) -> dict[str, Any]:
+    """The mapping that a file holds; LimbeckError, with what was expected, where it holds none."""
+    try:
+        raw = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LimbeckError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise LimbeckError(f"{path} holds no {what}", expected=expected)
+    return raw
+
+
 def parse_value(text: str) -> Any:
     """A value of the command line, read as YAML: 3, 1e-3, true, [1, 2], text."""
     try:
@@ -361,12 +367,14 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> None:
         ) from error
 
 
-def _readable(error: ValidationError, origin: str) -> LimbeckError:
-    first = error.errors()[0]
+def readable(error: ValidationError, origin: str, root: type[BaseModel]) -> LimbeckError:
+    """What pydantic says of values for `root`, with a suggestion for a key that it does not know."""
+    # a key that is not known comes before one that is missing: it is the same key, mistyped
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = [str(p) for p in first["loc"] if p not in STAGES]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(first["loc"][:-1], root)
         return LimbeckError(
             f"{origin}: unknown key '{where}'{closest(path[-1], known)}", expected=", ".join(known) or None
         )
@@ -378,9 +386,8 @@ def _readable(error: ValidationError, origin: str) -> LimbeckError:
     return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    """The keys that a recipe knows at a place."""
-    model: type[BaseModel] = Recipe
+def _fields_at(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    """The keys that are known at a place."""
     for part in location:
         if part in STAGES:
             model = STAGES[part]

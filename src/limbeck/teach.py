@@ -6,7 +6,7 @@ make_stage(job, student, job.recipe.stages[1], 1).backward(batch, counts)
 
 import contextlib
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -24,44 +24,92 @@ from limbeck.model import attention_sites, unshare
 from limbeck.prepare import Job, name_of
 from limbeck.rehearsal import CHOOSING
 from limbeck.stages.cached import plain, taught
-from limbeck.stages.calibrate import RIDGES, NormalEquations
+from limbeck.stages.calibrate import RIDGES, NormalEquations, add_together
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.loop import Stage, train
+from limbeck.stages.learner import Stage
+from limbeck.stages.loop import train
 from limbeck.stages.optimize import steps_of
 from limbeck.stages.run import RunDirectory
 from limbeck.stages.shards import sharded
 
 
+@dataclass
+class Lesson:
+    """A stage that is next: its place in the recipe, settings and text, and where in the text it begins."""
+
+    index: int
+    settings: Any  # recipes.Calibrate, Matrix, Hidden or Logits
+    text: recipes.Data
+    data: Sequences
+    position: int
+
+
+class Course:
+    """A student on its way through the stages of its recipe; what is finished is loaded.
+
+    course = Course(job, run, student)
+    while (lesson := course.next()) is not None:
+        course.finish(lesson, stage.parameters(), train(stage, lesson.settings, lesson.data, ...))
+    """
+
+    def __init__(self, job: Job, run: RunDirectory, student: PreTrainedModel):
+        self.job, self.run, self.student = job, run, student
+        self.at = 0
+        self.shared = job.recipe.teacher_bits is None  # with the teacher: what no stage has trained so far
+        self.reached: dict[str, tuple[Sequences, int]] = {}  # of each text, how far it was read, in which sequences
+
+    def next(self) -> Lesson | None:
+        """The first stage that is not finished, those before it loaded; None where all are finished."""
+        while self.at < len(self.job.recipe.stages):
+            index, settings = self.at, self.job.recipe.stages[self.at]
+            if self.shared and goes_beyond_attention(settings):
+                unshare(self.student)
+                self.shared = False
+            text = self.job.recipe.text_of(settings)
+            data = self.job.training(text)
+            before = self.reached.get(name_of(text))
+            lesson = Lesson(index, settings, text, data, data.after(*before) if before else 0)
+            if not self.run.finished(index):
+                return lesson
+            load_into(self.student, self.job.teacher, self.run.result(index))
+            facts = self.run.facts(index)
+            self._passed(lesson, facts)
+            console.print(f"{settings.stage}: finished before ({facts['seconds']:.0f} s)")
+        return None
+
+    def finish(self, lesson: Lesson, learnt: dict[str, nn.Parameter], facts: dict[str, Any]) -> None:
+        """Keep what a stage taught."""
+        self._passed(lesson, facts)
+        self.run.finish(lesson.index, dict(learnt), facts)
+
+    def _passed(self, lesson: Lesson, facts: dict[str, Any]) -> None:
+        self.reached[name_of(lesson.text)] = lesson.data, facts["position"]
+        self.at = lesson.index + 1
+
+
 def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     """Bring the student through all stages, skipping what is finished."""
-    reached: dict[str, tuple[Sequences, int]] = {}  # of each text, how far it was read, in sequences of which length
-    shared = job.recipe.teacher_bits is None
-    for index, settings in enumerate(job.recipe.stages):
-        if shared and goes_beyond_attention(settings):
-            unshare(student)
-            shared = False
-        text = job.recipe.text_of(settings)
-        data = job.training(text)
-        if run.finished(index):
-            load_into(student, job.teacher, run.result(index))
-            facts = run.facts(index)
-            reached[name_of(text)] = data, facts["position"]
-            console.print(f"{settings.stage}: finished before ({facts['seconds']:.0f} s)")
-            continue
-        position = data.after(*reached[name_of(text)]) if name_of(text) in reached else 0
+    course = Course(job, run, student)
+    while (lesson := course.next()) is not None:
+        settings = lesson.settings
         if isinstance(settings, recipes.Calibrate):
-            facts, learnt = calibrate(job, student, settings, data, position)
-        else:
-            stage = make_stage(job, student, settings, index)
-            with main_first():
-                learn, held_out, cached = _texts(job, settings, text, data, position)
-            with _sharded(job, student, settings, stage):
-                facts = {**train(stage, settings, learn, run, index, position, held_out), **cached}
-            adapters = getattr(stage, "adapters", None)
-            learnt = stage.parameters() if adapters is None else adapters.merge()
-        reached[name_of(text)] = data, facts["position"]
-        run.finish(index, dict(learnt), facts)
+            facts, learnt = calibrate(job, student, settings, lesson.data, lesson.position)
+            course.finish(lesson, learnt, facts)
+            continue
+        stage = make_stage(job, student, settings, lesson.index)
+        with main_first():
+            learn, held_out, cached = _texts(job, settings, lesson.text, lesson.data, lesson.position)
+        with _sharded(job, student, settings, stage):
+            facts = {**train(stage, settings, learn, run, lesson.index, lesson.position, held_out), **cached}
+        adapters = getattr(stage, "adapters", None)
+        course.finish(lesson, stage.parameters() if adapters is None else adapters.merge(), facts)
+
+
+def projections_of(job: Job, student: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The output projections of the converted layers, which calibration writes, by parameter name."""
+    names = [f"{site.module}.{site.output}" for site in job.sites]
+    return {f"{name}.{key}": p for name in names for key, p in student.get_submodule(name).named_parameters()}
 
 
 def goes_beyond_attention(settings: Any) -> bool:
@@ -123,19 +171,44 @@ def calibrate(
     job: Job, student: PreTrainedModel, settings: recipes.Calibrate, data: Sequences, position: int
 ) -> tuple[dict[str, Any], dict[str, nn.Parameter]]:
     """Stage 0; its facts and the output projections, by name."""
-    began = time.monotonic()
-    length = data.length
-    sequences = max(1, round(settings.tokens / length))
     fits = NormalEquations(job.teacher, student, job.sites, job.autocast, settings.weight)
+    seconds = gather([fits], settings, data, position, job.device)
+    fits.add_processes()
+    return solve(job, student, settings, data, position, fits, seconds), projections_of(job, student)
+
+
+def gather(
+    fits: list[NormalEquations], settings: recipes.Calibrate, data: Sequences, position: int, device: torch.device
+) -> float:
+    """Sum the normal equations of one or several students over the stage's tokens; returns the seconds it took."""
+    began, length = time.monotonic(), data.length
+    sequences = sequences_of(settings, length)
     with progress("calibrate", sequences, "sequences") as advance:
         for at in range(0, sequences, settings.batch):
             size = min(settings.batch, sequences - at)
             first, mine = share(size)
             if mine:
-                fits.add(data.batch(position + at + first, mine).to(job.device))
+                add_together(fits, data.batch(position + at + first, mine).to(device))
             advance(size, note=f"{(at + size) * length / (time.monotonic() - began):.0f} tokens/s")
-    fits.add_processes()
-    fitted = time.monotonic() - began
+    return time.monotonic() - began
+
+
+def sequences_of(settings: recipes.Calibrate, length: int) -> int:
+    """Sequences that the normal equations are summed over."""
+    return max(1, round(settings.tokens / length))
+
+
+def solve(
+    job: Job,
+    student: PreTrainedModel,
+    settings: recipes.Calibrate,
+    data: Sequences,
+    position: int,
+    fits: NormalEquations,
+    fit_seconds: float,
+) -> dict[str, Any]:
+    """Write the output projections that the sums lead to; returns the stage's facts."""
+    began, sequences = time.monotonic(), sequences_of(settings, data.length)
     position += sequences
     tried: dict[str, dict[str, float]] = {}
     ridge = settings.ridge
@@ -152,19 +225,16 @@ def calibrate(
         ridge = on_main(lambda: float(min(tried, key=lambda name: tried[name]["loss"])))
     unexplained = fits.solve(float(ridge))
     take_from_main(p for projection in fits.projections.values() for p in projection.parameters())
-    facts = {
-        "fit_seconds": fitted,
+    return {
+        "fit_seconds": fit_seconds,
         "ridge": ridge,
         "unexplained": unexplained,
         "tried": tried,
-        "tokens": sequences * length,
-        "seconds": time.monotonic() - began,
+        "tokens": sequences * data.length,
+        "seconds": fit_seconds + time.monotonic() - began,
         "position": position,
         "trained_parameters": sum(p.numel() for m in fits.projections.values() for p in m.parameters()),
     }
-    outputs = [f"{site.module}.{site.output}" for site in job.sites]
-    learnt = {f"{o}.{name}": p for o in outputs for name, p in student.get_submodule(o).named_parameters()}
-    return facts, learnt
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ def main() -> None:
         push,
         select,
         students,
+        study,
     )
 
     _quiet_transformers()
@@ -74,6 +75,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.print(
-            "stopped" + ("; the same command goes on from the last checkpoint" if "distill" in sys.argv else "")
+            "stopped"
+            + ("; the same command goes on from the last checkpoint" if {"distill", "study"} & set(sys.argv) else "")
         )
         sys.exit(130)

@@ -166,6 +166,12 @@ class Subjects:
             subject.base = self._softmax(base, home, data)
         return subject
 
+    def lend(self, name: str, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Use a teacher that is in memory already."""
+        if name not in self._teachers:
+            folder = assets.resolve_teacher(name)
+            self._teachers[name] = Subject(name, folder, Path("eval") / _slug(name), model, tokenizer, seed=self.seed)
+
     def _softmax(self, name: str, home: Path, data: Data) -> Subject:
         if name not in self._teachers:
             folder = assets.resolve_teacher(name)

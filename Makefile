@@ -30,6 +30,7 @@ demo: setup
 
 assets: setup
 	@$(BIN)/limbeck assets
+	@$(BIN)/limbeck assets --pack benchmarks
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -6,6 +6,7 @@
 The teacher runs as transformers runs it, by SDPA, once with the cache that grows (copied whole for each token) and
 once with a static one, and so does the hybrid; the better of the two is what counts. The students have the teacher's
 weights and untrained gates: what a token costs does not depend on what they learnt. All contestants take turns.
+Models in folders, prompts, batches and int8 are for `limbeck bench`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from limbeck import assets
 from limbeck.evaluate.decoding import SEED, Contestant, Point, break_even, measure
 from limbeck.model import converted_layers
 from limbeck.report.decoding import draw
+from limbeck.report.speed import from_on
 from limbeck.stages.teacher import load_teacher
 
 TEXT = Path(__file__).parent.parent / "LICENSE"
@@ -67,9 +69,8 @@ def main() -> None:
     for name, own in (("hybrid", _better(mixed, mixed_static)), (args.student, [p.milliseconds for p in alone])):
         size = [p.bytes for p in (mixed if name == "hybrid" else alone)]
         when, bytes_when = break_even(lengths, best, own), break_even(lengths, held, size)
-        print(
-            f"{name}: a token is cheaper than the teacher's {_from(when, lengths)}; memory {_from(bytes_when, lengths)}"
-        )
+        print(f"{name}: a token is cheaper than the teacher's {from_on(when, lengths)}; ", end="")
+        print(f"memory {from_on(bytes_when, lengths)}")
         faster, smaller = best[-1] / own[-1], held[-1] / size[-1]
         print(f"  at {lengths[-1]:,}: {faster:.1f} x as fast, 1/{smaller:.0f} of the memory")
     if args.picture:
@@ -81,12 +82,6 @@ def main() -> None:
 
 def _better(first: list[Point], second: list[Point]) -> list[float]:
     return [min(a.milliseconds, b.milliseconds) for a, b in zip(first, second)]
-
-
-def _from(length: float | None, lengths: list[int]) -> str:
-    if length is None:
-        return f"not within {lengths[-1]:,} tokens"
-    return f"from {length:,.0f} tokens on" if length > lengths[0] else f"at every length from {lengths[0]:,} on"
 
 
 if __name__ == "__main__":

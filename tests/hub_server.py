@@ -86,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status: int, answer: dict) -> None:
         raw = json.dumps(answer).encode()
         self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()

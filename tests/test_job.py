@@ -172,9 +172,9 @@ def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path
     stages = [{"stage": "calibrate", "tokens": 256}, settings]
     whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
     job.distill(whole)
-    from limbeck.stages import loop
+    from limbeck.stages import learner
 
-    original = loop._Run._step
+    original = learner.Learner.take_step
     for stop in (3, 6):
 
         def step(self, stop=stop):
@@ -182,12 +182,12 @@ def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path
                 raise KeyboardInterrupt
             return original(self)
 
-        monkeypatch.setattr(loop._Run, "_step", step)
+        monkeypatch.setattr(learner.Learner, "take_step", step)
         with pytest.raises(KeyboardInterrupt):
             job.distill(broken)
         # what a kill in the middle of a write leaves
         (tmp_path / "broken" / "metrics.jsonl").open("a").write('{"stage": "hid')
-    monkeypatch.setattr(loop._Run, "_step", original)
+    monkeypatch.setattr(learner.Learner, "take_step", original)
     job.distill(broken)
     ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("broken", "whole"))
     assert ours.keys() == theirs.keys()
@@ -206,23 +206,23 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, monkeypatch, tmp_path):
     stages = [{"stage": "hidden", "tokens": 1024, "batch": 4}]
     whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
     job.distill(whole)
-    from limbeck.stages import loop
+    from limbeck.stages import learner
 
-    original = loop._Run._step
+    original = learner.Learner.take_step
 
     def step(self):
         if self.facts["step"] == 5:
             raise KeyboardInterrupt
         return original(self)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(learner.Learner, "take_step", step)
     with pytest.raises(KeyboardInterrupt):
         job.distill(broken)
     newest = sorted((tmp_path / "broken").glob("stages/0-hidden/step-*"))[-1]
     raw = bytearray((newest / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (newest / "model.safetensors").write_bytes(raw)
-    monkeypatch.setattr(loop._Run, "_step", original)
+    monkeypatch.setattr(learner.Learner, "take_step", original)
     job.distill(broken)
     ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("broken", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -1,16 +1,24 @@
 """Measures: what they leave behind, when they are taken again, and what bad input says."""
 
+import io
 import json
+import math
+from pathlib import Path
 
 import pytest
+from matplotlib import rcParams
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from limbeck.cli import app
+from limbeck.cli import eval as _eval  # noqa: F401  registers the verb
 from limbeck.errors import LimbeckError
 from limbeck.evaluate import measures
-from limbeck.evaluate.measurement import Measurement
+from limbeck.evaluate.measurement import Measurement, describe
 from limbeck.evaluate.subject import Subjects
 from limbeck.model import convert
-from limbeck.report import comparison
+from limbeck.report import comparison, figure, naming
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def subject(own_cache, student_folder, teacher_folder, corpus, tmp_path):
     return Subjects(str(teacher_folder), str(corpus), out=tmp_path / "out").open(str(student_folder))
 
 
-SMALL = {"tokens": 128, "length": 32}
+SMALL = {"tokens": 128, "length": 32, "prefixes": 2, "prefix": 8, "new": 4}
 
 
 def test_a_measurement_says_what_made_it(subject):
@@ -35,7 +43,7 @@ def test_a_measurement_says_what_made_it(subject):
     stored = Measurement.load(subject.home / "agreement.json")
     assert stored == found
     assert found.values["kl"] > 0
-    assert found.settings == SMALL
+    assert found.settings == measures.find("agreement").settings(**SMALL).model_dump()
     assert found.data["key"]
     assert found.data["targets"] > 50
     assert found.provenance.weights == subject.weights
@@ -67,16 +75,107 @@ def test_a_teacher_agrees_with_itself(own_cache, teacher_folder, corpus, tmp_pat
 def test_tables(subject, tmp_path):
     found = [measures.take(measures.find("agreement"), subject, SMALL)]
     comparison.write(found, tmp_path / "table")
-    assert "| agreement: kl |" in (tmp_path / "table" / "table.md").read_text()
+    text = (tmp_path / "table" / "table.md").read_text()
+    assert "| **agreement** |" in text
+    error = 100 * found[0].errors["top1_agreement"]
+    shown = next(line for line in text.splitlines() if line.startswith("| top-1 agreement |"))
+    assert f"{100 * found[0].values['top1_agreement']:.1f}" in shown
+    assert f"± {error:.1f}" in shown
     lines = (tmp_path / "table" / "values.csv").read_text().splitlines()
     assert lines[0] == "model,measure,name,value,standard_error"
     assert len(lines) == 1 + len(found[0].values)
+    assert f"top1_agreement,{found[0].values['top1_agreement']}," in "\n".join(lines)
+
+
+def on_screen(found):
+    console = Console(width=1000, file=io.StringIO())
+    console.print(comparison.table(found))
+    return console.file.getvalue()
+
+
+def test_many_models_are_rows(subject):
+    one = measures.take(measures.find("agreement"), subject, SMALL)
+    names = [f"model-{n}" for n in (3, 1, 2, 5, 4, 0)]
+    few = [one.model_copy(update={"model": name}) for name in names]
+    assert on_screen(few).splitlines()[0].split() == names  # in the order given
+    many = [*few, one.model_copy(update={"model": "one-more"})]
+    lines = on_screen(many).splitlines()
+    assert lines[0].strip() == "agreement"
+    assert "top-1 agreement" in lines[1]
+    assert [line.split()[0] for line in lines[2:9]] == [*names, "one-more"]
+    rows = comparison.markdown(many).splitlines()
+    assert rows[0] == "**agreement**"
+    assert len({row.count("|") for row in rows[2:]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "value", "shown"),
+    [
+        ("token_milliseconds@4096x1", "token at 4,096 tokens, ms", 12.3456, "12.35"),
+        ("token_milliseconds_static_cache@4096x4", "token static cache at 4,096 tokens, batch 4, ms", 5.0, "5"),
+        ("prefill_tokens_per_second@64x1", "prefill tokens a second at 64 tokens", 812.5, "812.5"),
+        ("cache_bytes@1024x1", "cache at 1,024 tokens", 4423680.0, "4.42 MB"),
+        ("break_even_time_tokens@batch4", "break even time tokens, batch 4", 3012.4, "3,012"),
+        ("top1_agreement", "top-1 agreement", 0.528, "52.8 %"),
+        ("kl", "KL", 0.61234, "0.6123"),
+    ],
+)
+def test_names_and_numbers_as_people_read_them(name, label, value, shown):
+    assert naming.label(name) == label
+    assert naming.shown(name, value) == shown
+
+
+def test_numbers_with_their_errors():
+    assert naming.shown("acc", 0.5, 0.0123) == "50.0 ± 1.2 %"
+    assert naming.shown("loss_difference", 0.71234, 0.0312) == "0.7123 ± 0.031"
+    assert naming.shown("cache_bytes", 3.02e9) == "3.02 GB"
+
+
+def test_what_was_measured_before_without_any_model(subject, tmp_path, monkeypatch):
+    one = measures.take(measures.find("agreement"), subject, SMALL)
+    later = one.model_copy(deep=True)
+    later.provenance.date, later.values["kl"] = "2999-01-01T00:00:00Z", 7.0
+    later.save(tmp_path / "later")
+    (tmp_path / "later" / "eval.json").write_text('{"mixer": "a run\'s own result, no measurement"}')
+    (tmp_path / "later" / "broken.json").write_text("{")
+    found = comparison.stored([subject.home, tmp_path / "later"])
+    assert [(m.model, m.values["kl"]) for m in found] == [(one.model, 7.0)]
+    monkeypatch.setattr(Subjects, "open", None)
+    result = CliRunner().invoke(app, ["eval", "--from", str(subject.home), "--out", str(tmp_path / "made")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "made" / "table.md").is_file()
+    assert "top-1 agreement" in result.stdout
+    for places, says in (([tmp_path / "none"], "there is no"), ([tmp_path / "made"], "no measurements in")):
+        with pytest.raises(LimbeckError, match=says):
+            comparison.stored(places)
+    with pytest.raises(LimbeckError, match="together"):
+        CliRunner().invoke(app, ["eval", "x", "--from", str(subject.home)], catch_exceptions=False)
+
+
+def test_the_document_is_the_schema():
+    """To renew it: python -c "from limbeck.evaluate.measurement import describe; print(describe())"."""
+    assert describe() in (Path(__file__).parent.parent / "docs" / "measurements.md").read_text()
+
+
+def test_a_model_keeps_its_colour():
+    with figure.look(["a", "b", "c"]):
+        first = [figure.line(name) for name in "abc"]
+        assert [figure.line(name) for name in "ca"] == [first[2], first[0]]
+        assert len({style["color"] for style in first}) == 3
+        axes = figure.new_figure(3, 2).subplots()
+        assert axes.plot([1, 2])[0].get_color() == figure.COLOURS[0]
+    with figure.look():
+        assert figure.colour("c") == figure.COLOURS[0]
+    assert rcParams["axes.grid"] is False  # what is outside keeps its own settings
+    assert len({(figure.colour(str(n)), figure.marker(str(n))) for n in range(24)}) == 24
 
 
 def test_numbers_that_json_does_not_know(subject, tmp_path):
     found = measures.take(measures.find("agreement"), subject, SMALL)
     found.details["curve"] = [1.0, float("inf"), float("nan")]
+    found.values["perplexity"] = float("inf")
     assert json.loads(found.save(tmp_path).read_text())["details"]["curve"] == [1.0, None, None]
+    assert math.isnan(Measurement.load(tmp_path / "agreement.json").values["perplexity"])
 
 
 def test_bad_input(subject, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import limbeck
-from limbeck import LimbeckError, adapters, job
+from limbeck import LimbeckError, adapters, handover, job, prepare, teach
 from limbeck.adapters import Adapters, adapter_numel, targets_of
 from limbeck.contract import tiny
 from limbeck.model import attention_sites
@@ -104,12 +104,12 @@ def test_the_stage_learns_and_leaves_an_ordinary_student(recipe):
 )
 def test_killed_twice_it_ends_bit_equal(recipe, lora, tmp_path, monkeypatch):
     """Dropout included; and once more after the stage, before the export."""
-    from limbeck.stages import loop
+    from limbeck.stages import learner
 
     whole, broken = (recipe(lora, out=str(tmp_path / name)) for name in ("whole", "broken"))
     torch.manual_seed(1)
     job.distill(whole)
-    original = loop._Run._step
+    original = learner.Learner.take_step
     for stop in (3, 6):
 
         def step(self, stop=stop):
@@ -118,12 +118,12 @@ def test_killed_twice_it_ends_bit_equal(recipe, lora, tmp_path, monkeypatch):
             torch.rand(stop)  # the state of the generator is not what it was
             return original(self)
 
-        monkeypatch.setattr(loop._Run, "_step", step)
+        monkeypatch.setattr(learner.Learner, "take_step", step)
         with pytest.raises(KeyboardInterrupt):
             job.distill(broken)
-    monkeypatch.setattr(loop._Run, "_step", original)
+    monkeypatch.setattr(learner.Learner, "take_step", original)
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(handover, "_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             job.distill(broken)
     job.distill(broken)
@@ -140,7 +140,7 @@ def test_the_teacher_keeps_its_weights(recipe):
     """Adapters outside the attention are merged into weights that the student shared with the teacher until then."""
     ready = job.prepare_job(recipe())
     before = {name: p.clone() for name, p in ready.teacher.named_parameters()}
-    student = job._student(ready)
+    student = prepare.new_student(ready)
     inside = Adapters(student, targets_of(student, ready.sites, "all-linear"), rank=2)
     with torch.no_grad():
         for p in inside.parameters().values():
@@ -149,8 +149,8 @@ def test_the_teacher_keeps_its_weights(recipe):
     assert all(torch.equal(p, before[name]) for name, p in ready.teacher.named_parameters())
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(learnt[name], before[name])
-    another = job._student(ready)  # as in a run that is gone on with after the stage
-    job._load(another, ready.teacher, {name: learnt[name]})
+    another = prepare.new_student(ready)  # as in a run that is gone on with after the stage
+    teach.load_into(another, ready.teacher, {name: learnt[name]})
     assert torch.equal(another.get_parameter(name), learnt[name])
     assert torch.equal(ready.teacher.get_parameter(name), before[name])
 
@@ -160,16 +160,16 @@ def test_the_plan_counts_what_the_stage_trains(recipe):
         made = recipe(lora, out=None, name="plan")
         ready = job.prepare_job(made)
         row = make_plan(made, ready.teacher, ready.sites).rows[1]
-        student = job._student(ready)
+        student = prepare.new_student(ready)
         settings = made.stages[1]
-        trained = job._stage(ready, student, settings, 1).parameters()
+        trained = teach.make_stage(ready, student, settings, 1).parameters()
         assert row.trained == sum(p.numel() for p in trained.values())
         adapted = [p for name, p in trained.items() if "lora_" in name]
         names = targets_of(ready.teacher, ready.sites, settings.lora.targets)
         assert sum(p.numel() for p in adapted) == adapter_numel(ready.teacher, names, settings.lora.rank)
     whole = Recipe.parse({**made.model_dump(), "stages": [{"stage": "logits", "tokens": 512, "train": "attention"}]})
     row = make_plan(whole, ready.teacher, ready.sites).rows[0]
-    plain = job._stage(ready, job._student(ready), whole.stages[0], 0).parameters()
+    plain = teach.make_stage(ready, prepare.new_student(ready), whole.stages[0], 0).parameters()
     assert row.trained == sum(p.numel() for p in plain.values())
 
 

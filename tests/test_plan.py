@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from limbeck import job, rehearsal
+from limbeck import job, rehearsal, teach
 from limbeck.plan import make_plan
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import Rehearsal
@@ -57,7 +57,7 @@ def test_a_rehearsal_counts_steps_and_moves_nothing(recipe, monkeypatch):
 
 
 def test_not_even_a_nan_reaches_the_weights(recipe, monkeypatch):
-    original = job.Logits.backward
+    original = teach.Logits.backward
 
     def backward(self, batch, counts):
         sums = original(self, batch, counts)
@@ -65,7 +65,7 @@ def test_not_even_a_nan_reaches_the_weights(recipe, monkeypatch):
             p.grad = torch.full_like(p, torch.nan)
         return sums
 
-    monkeypatch.setattr(job.Logits, "backward", backward)
+    monkeypatch.setattr(teach.Logits, "backward", backward)
     ready = job.prepare_job(recipe)
     job.measured_plan(ready, make_plan(recipe, ready.teacher, ready.sites), [2])
     assert all(p.isfinite().all() for p in ready.teacher.parameters())

@@ -14,7 +14,7 @@ from limbeck import LimbeckError, job
 from limbeck.contract import tiny
 from limbeck.distributed import share, world
 from limbeck.recipe import Recipe
-from limbeck.stages import loop
+from limbeck.stages import learner
 
 SCENARIOS = Path(__file__).parent / "process_scenarios.py"
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -26,6 +26,7 @@ CASES = {
     "calibrate": [{"stage": "calibrate", "tokens": 480, "batch": 3, "ridge": 0.01}],
     "matrix": [{"stage": "matrix", "tokens": 512, "batch": 3}],
     "hidden": [{**HIDDEN, "batch": 5, "micro_batch": 2, "evaluate_every": 3, "evaluate_sequences": 3, "ema": 0.9}],
+    "hidden_converged": [{**HIDDEN, "tokens": 2048, "converged": {"patience": 2, "tolerance": 0.03}}],
     "logits": [{**LOGITS, "batch": 3, "micro_batch": 1}],
     "sharded": [{**LOGITS, **SHARDED, "micro_batch": 1, "ema": 0.9, "evaluate_every": 4, "clip": 0.01}],
     "sharded_attention": [{**LOGITS, **SHARDED, "train": "attention", "tokens": 512}],
@@ -151,21 +152,21 @@ def test_stopped_in_two_it_goes_on_in_one_and_again_in_two(
             assert one["exit_code"] == 143
             assert "state kept" in one["error"]
         assert [path.name for path in (folder / name / "stages").glob("*/step-*")] == ["step-000004"]
-    original = loop._Run._step
+    original = learner.Learner.take_step
 
     def step(self):
         if self.facts["step"] == 6:
-            self._save()
+            self.save()
             raise KeyboardInterrupt
         return original(self)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(learner.Learner, "take_step", step)
     for name in names:
         made = recipe(teacher_folder, corpus, folder / name, CASES[name])
         (tmp_path / f"on-{name}.yaml").write_text(made.to_yaml())
         with pytest.raises(KeyboardInterrupt):
             job.distill(made)
-    monkeypatch.setattr(loop._Run, "_step", original)
+    monkeypatch.setattr(learner.Learner, "take_step", original)
     launch(tmp_path)
     for name in names:
         assert all("held_out" in one for one in told(tmp_path, f"on-{name}"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import limbeck
-from limbeck import LimbeckError, assets, job, quantise
+from limbeck import LimbeckError, assets, job, prepare, quantise
 from limbeck.contract import tiny
 from limbeck.plan import make_plan
 from limbeck.recipe import Recipe
@@ -77,7 +77,7 @@ def test_the_student_starts_from_the_unquantised_weights(recipe, bits, bitsandby
     ready = job.prepare_job(recipe(teacher_bits=bits))
     weight = ready.teacher.model.layers[0].self_attn.q_proj.weight
     assert weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
-    student, plain = job._student(ready), job._student(job.prepare_job(recipe(teacher_bits=None)))
+    student, plain = prepare.new_student(ready), prepare.new_student(job.prepare_job(recipe(teacher_bits=None)))
     assert {name for name, _ in student.named_parameters()} == {name for name, _ in plain.named_parameters()}
     assert all(torch.equal(p, plain.get_parameter(name)) for name, p in student.named_parameters())
     theirs = {p.data_ptr() for p in ready.teacher.parameters()}
@@ -99,22 +99,22 @@ def test_a_student_that_learns_nothing_outside_attention_keeps_the_checkpoints_w
 
 
 def test_killed_it_ends_bit_equal(recipe, bitsandbytes, tmp_path, monkeypatch):
-    from limbeck.stages import loop
+    from limbeck.stages import learner
 
     stages = [{"stage": "logits", "tokens": 512, "batch": 2, "lora": {"rank": 2}}]
     whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
     job.distill(whole)
-    original = loop._Run._step
+    original = learner.Learner.take_step
 
     def step(self):
         if self.facts["step"] == 4:
             raise KeyboardInterrupt
         return original(self)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(learner.Learner, "take_step", step)
     with pytest.raises(KeyboardInterrupt):
         job.distill(broken)
-    monkeypatch.setattr(loop._Run, "_step", original)
+    monkeypatch.setattr(learner.Learner, "take_step", original)
     job.distill(broken)
     ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("broken", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -139,3 +139,11 @@ def test_make_has_the_readmes_targets():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_runs_of_old_can_be_read():
+    old = {"stage": "logits", "tokens": 100, "kl": 0.7}
+    forward = Recipe.parse({"stages": [{**old, "direction": "forward"}]}).stages[0]
+    reverse = Recipe.parse({"stages": [{**old, "direction": "reverse"}]}).stages[0]
+    assert (forward.kl, forward.reverse_kl) == (0.7, 0)
+    assert (reverse.kl, reverse.reverse_kl) == (0, 0.7)

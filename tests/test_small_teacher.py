@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from limbeck import assets, pretrain
+from limbeck import assets
 from limbeck.cli import app
 from limbeck.contract import tiny
 from limbeck.data.cache import publish, sound
@@ -19,11 +19,12 @@ from limbeck.data.recall import AGAIN, Passages, common_words, copied_passage, p
 from limbeck.data.shards import place_of
 from limbeck.data.vocabulary import END, learn_vocabulary
 from limbeck.errors import LimbeckError
-from limbeck.lookback import look_back
-from limbeck.pretrain import planned, trained_teacher
 from limbeck.publish.origin import find_origin
 from limbeck.stages.next_token import NextToken
-from limbeck.teacher_recipe import TeacherRecipe
+from limbeck.teachers import pretrain
+from limbeck.teachers.lookback import look_back
+from limbeck.teachers.pretrain import planned, trained_teacher
+from limbeck.teachers.recipe import TeacherRecipe
 
 RECIPE = """
 name: mine
@@ -32,8 +33,8 @@ model: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_la
 vocabulary: 400
 data: {length: 32, held_out: 0.05, sources: [{source: "embedded:quick"}, {source: "embedded:recall"}]}
 stages:
-  - {tokens: 384, batch: 2, lr: 1.0e-2}
-  - {tokens: 256, length: 64, batch: 1, lr: 1.0e-3}
+  - {stage: next_token, tokens: 384, batch: 2, lr: 1.0e-2}
+  - {stage: next_token, tokens: 256, length: 64, batch: 1, lr: 1.0e-3}
 checkpoint_seconds: 1.0e-9
 """
 

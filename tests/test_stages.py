@@ -192,11 +192,12 @@ EACH = [
 ]
 
 
+@pytest.mark.parametrize("bias", [True, False])  # without one the head is a product, whose gradient is added in place
 @pytest.mark.parametrize("chunk", [5, 64])
 @pytest.mark.parametrize("weights", EACH, ids=lambda w: ",".join(w.used()) + f" at {w.temperature}")
-def test_the_fused_loss_is_the_plain_one_with_its_gradient(weights, chunk):
+def test_the_fused_loss_is_the_plain_one_with_its_gradient(weights, chunk, bias):
     torch.manual_seed(0)
-    head_s, head_t = torch.nn.Linear(8, 31).double(), torch.nn.Linear(6, 31).double()
+    head_s, head_t = torch.nn.Linear(8, 31, bias=bias).double(), torch.nn.Linear(6, 31).double()
     h = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(2, 9, 6, dtype=torch.float64)
     targets = torch.randint(0, 31, (2, 9))
@@ -206,6 +207,7 @@ def test_the_fused_loss_is_the_plain_one_with_its_gradient(weights, chunk):
     want_h, want_w = torch.autograd.grad(loss / 7, [h, head_s.weight])
     signal = FromHidden(head_t, teacher)
     sums, got = logit_losses(head_s, h, signal, targets, weights, scale=1 / 7, chunk=chunk)
+    assert not got.requires_grad, "holds on to a chunk's slopes"
     # losses are taken in float32, whatever the models' precision
     assert torch.allclose(got, want_h, atol=1e-6)
     assert torch.allclose(head_s.weight.grad, want_w, atol=1e-6)

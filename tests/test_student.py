@@ -133,6 +133,12 @@ def test_the_head_on_its_own_gives_the_models_logits(family):
     assert torch.allclose(Head(model)(hidden[1]), model(ids).logits[1], atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "plain"), [("llama", True), ("gemma2", False), ("gpt2", True)])
+def test_a_head_that_is_a_product_is_told_from_one_that_is_more(family, plain):
+    model = tiny(family)  # gemma2 has a soft cap
+    assert (Head(model).weight is model.get_output_embeddings().weight) == plain
+
+
 def test_which_families_keep_packed_documents_apart_is_found_out():
     assert packs_by_position(tiny("llama"))
     assert not packs_by_position(tiny("opt"))

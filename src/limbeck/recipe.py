@@ -124,6 +124,13 @@ class Trained(_Stage):
         return self
 
 
+class Converged(_Part):
+    """When a layer of stages 1 and 2 has learnt what it will: it is left out of the steps that follow."""
+
+    patience: Annotated[int, Field(gt=0)] = 50  # steps without a better running mean of its loss
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share by which the mean has to fall to count as better
+
+
 class Matrix(Trained):
     """Stage 1: mixing matrices against the teacher's attention matrices."""
 
@@ -131,6 +138,7 @@ class Matrix(Trained):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     micro_batch: Annotated[int, Field(gt=0)] | None = 1  # one sequence's T x T matrices at a time are the fastest too
     rows: Annotated[int, Field(gt=0)] | None = None  # rows of each matrix that are compared; None: all
+    converged: Converged | None = None  # None: every layer learns to the end
 
 
 class Hidden(Trained):
@@ -141,6 +149,7 @@ class Hidden(Trained):
     target: Literal["attention", "block"] = "attention"
     loss: Literal["l2", "relative", "mse", "cosine"] = "relative"
     train: Literal["mixer", "attention", "block"] = "attention"  # mixer: its new parameters alone
+    converged: Converged | None = None  # None: every layer learns to the end
 
 
 class Lora(_Part):
@@ -192,6 +201,17 @@ class Logits(Trained):
 
     @model_validator(mode="before")
     @classmethod
+    def _of_old(cls, raw: Any) -> Any:
+        """Runs of before the objectives were plug-ins say in which direction the divergence goes."""
+        if not isinstance(raw, dict) or raw.get("direction") not in ("forward", "reverse"):
+            return raw
+        raw = dict(raw)
+        if raw.pop("direction") == "reverse":
+            raw |= {"kl": 0.0, "reverse_kl": raw.get("kl", 1.0)}
+        return raw
+
+    @model_validator(mode="before")
+    @classmethod
     def _lora_trains(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
@@ -217,9 +237,10 @@ class Evaluation(_Part):
 
 
 class Document(_Part):
-    """Settings that are kept as YAML."""
+    """Settings that are kept as YAML: of a run (`Recipe`), or of a teacher that is trained here."""
 
     built_in: ClassVar[Path] = BUILT_IN  # where those are that come with limbeck
+    data: Data = Data()
 
     @classmethod
     def load(cls, source: str | Path = "quickstart", overrides: dict[str, Any] | None = None) -> Self:
@@ -235,12 +256,7 @@ class Document(_Part):
                 f"there is no recipe '{source}'{closest(str(source), built_in)}",
                 expected=f"a YAML file, or one of: {', '.join(built_in)}",
             )
-        try:
-            raw = yaml.load(path.read_text(), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise LimbeckError(f"{path} is not readable YAML: {error}") from error
-        if not isinstance(raw, dict):
-            raise LimbeckError(f"{path} holds no recipe", expected="keys such as teacher, student, data, stages")
+        raw = read_yaml(path, "recipe", "keys such as teacher, student, data, stages")
         for key, value in (overrides or {}).items():
             assign(raw, key, value)
         return cls.parse(raw, str(source))
@@ -251,11 +267,16 @@ class Document(_Part):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise _readable(error, origin) from error
+            raise readable(error, origin, cls) from error
 
     def to_yaml(self) -> str:
         """The complete recipe as YAML, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def text_of(self, stage: _Stage) -> Data:
+        """The text of a stage, with the length that it has there."""
+        data = stage.data or self.data
+        return data if stage.length is None else data.model_copy(update={"length": stage.length})
 
 
 class Recipe(Document):
@@ -270,13 +291,15 @@ class Recipe(Document):
     evaluation: Evaluation = Evaluation()
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # of products under autocast; weights are float32. auto: bf16 on a GPU that has it, fp16 on an older one, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = False  # products of float32 in TF32, on NVIDIA GPUs that have it
+    deterministic: bool = False  # the same bits again on the same GPU; what cannot be is an error
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    keep_checkpoints: Annotated[int, Field(gt=0)] = 2  # of a stage that is at work
+    # who is told of each step, beside metrics.jsonl; auto: TensorBoard where it is installed (docs/training.md)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | Literal["auto"] = "auto"
     out: str | None = None
-
-    def text_of(self, stage: _Stage) -> Data:
-        """The text of a stage, with the length that it has there."""
-        data = stage.data or self.data
-        return data if stage.length is None else data.model_copy(update={"length": stage.length})
 
 
 def stages_from_text(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
@@ -315,6 +338,17 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(path: Path, what: str, expected: str) -> dict[str, Any]:
+    """The mapping that a file holds; LimbeckError, with what was expected, where it holds none."""
+    try:
+        raw = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LimbeckError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise LimbeckError(f"{path} holds no {what}", expected=expected)
+    return raw
+
+
 def parse_value(text: str) -> Any:
     """A value of the command line, read as YAML: 3, 1e-3, true, [1, 2], text."""
     try:
@@ -340,12 +374,14 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> None:
         ) from error
 
 
-def _readable(error: ValidationError, origin: str) -> LimbeckError:
-    first = error.errors()[0]
+def readable(error: ValidationError, origin: str, root: type[BaseModel]) -> LimbeckError:
+    """What pydantic says of values for `root`, with a suggestion for a key that it does not know."""
+    # a key that is not known comes before one that is missing: it is the same key, mistyped
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = [str(p) for p in first["loc"] if p not in STAGES]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(first["loc"][:-1], root)
         return LimbeckError(
             f"{origin}: unknown key '{where}'{closest(path[-1], known)}", expected=", ".join(known) or None
         )
@@ -357,9 +393,8 @@ def _readable(error: ValidationError, origin: str) -> LimbeckError:
     return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    """The keys that a recipe knows at a place."""
-    model: type[BaseModel] = Recipe
+def _fields_at(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    """The keys that are known at a place."""
     for part in location:
         if part in STAGES:
             model = STAGES[part]

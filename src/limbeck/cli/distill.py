@@ -25,10 +25,14 @@ def distill(
     data: Annotated[str | None, typer.Option(help="Text: a file, a folder, a dataset name or 'embedded'.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
     set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.1.lr=1e-3.")] = None,
+    find_lr: Annotated[bool, typer.Option("--find-lr", help="Sweep each stage's learning rate and stop.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show the plan and stop.")] = False,
 ) -> None:
     """Distil a teacher into a subquadratic student. Without arguments: the quickstart. The same command resumes."""
     chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [])
+    if find_lr:
+        _find_rates(chosen)
+        return
     from limbeck import job
 
     if plan:
@@ -42,6 +46,19 @@ def distill(
 
     output.print(Markdown(write_summary(result)))
     console.print(f"[dim]written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/[/]")
+
+
+def _find_rates(recipe: Recipe) -> None:
+    from limbeck.find_rate import find_rates
+    from limbeck.report import rates
+
+    sweeps = find_rates(recipe)
+    output.print(rates.table(sweeps))
+    folder = Path(f"{recipe.out or f'runs/{recipe.name}'}-rates")
+    console.print(f"[dim]written to {folder}/: {', '.join(path.name for path in rates.write(sweeps, folder))}[/]")
+    for sweep in sweeps:
+        if sweep.suggested is not None:
+            console.print(f"--set stages.{sweep.index}.lr={sweep.suggested:.1e}")
 
 
 def build_recipe(

@@ -15,6 +15,8 @@ OPTIONAL = {
     "accelerate": "the embedded teacher: pip install 'limbeck[gguf]'",
     "datasets": "Hugging Face datasets as text: pip install 'limbeck[data]'",
     "pyarrow": "Parquet files as text: pip install 'limbeck[data]'",
+    "tensorboard": "runs watched in TensorBoard: pip install 'limbeck[track]'",
+    "lm_eval": "benchmarks: pip install 'limbeck[eval]'",
     "triton": "fast kernels on CUDA; not used by this version",
 }
 
@@ -24,7 +26,7 @@ def doctor() -> None:
     """Print versions, threads, devices, backends and assets, and how to get what is missing."""
     import torch
 
-    from limbeck import __version__, mixers
+    from limbeck import __version__, mixers, packs
     from limbeck import assets as embedded
     from limbeck.data.cache import cache_root
     from limbeck.plan import matmul_speed
@@ -47,6 +49,10 @@ def doctor() -> None:
     for asset in embedded.status():
         size = f"{asset.bytes / 1e6:.0f} MB" if asset.present else "not fetched"
         table.add_row(asset.name, size, str(asset.folder) if asset.present else "limbeck assets")
+    for pack in map(packs.find, packs.MODULES):
+        manifest = packs.manifest_of(pack)
+        size = f"{sum(one['bytes'] for one in manifest['files'].values()) / 1e6:.0f} MB" if manifest else "not fetched"
+        table.add_row(f"pack {pack.name}", size, str(packs.folder_of(pack)) if manifest else pack.command)
     cache = cache_root()
     place = next(p for p in (cache, *cache.parents) if p.exists())
     table.add_row("free disk", f"{shutil.disk_usage(place).free / 1e9:.0f} GB", f"cache: {cache} (LIMBECK_CACHE)")

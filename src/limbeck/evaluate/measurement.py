@@ -12,9 +12,9 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from limbeck.data.cache import no_room_is_an_error
 from limbeck.errors import LimbeckError
@@ -24,34 +24,46 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _said(meaning: str, **more: Any) -> Any:
+    return Field(description=meaning, **more)
+
+
+def _number(value: Any) -> Any:
+    """JSON knows no NaN: it is null there."""
+    return math.nan if value is None else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
 class Provenance(_Part):
     """What made the numbers."""
 
-    command: str
-    date: str  # UTC, ISO 8601
-    seconds: float
-    seed: int
-    dtype: str
-    weights: str  # fingerprint of the model's files
-    versions: dict[str, str]
-    platform: str
-    device: str
-    threads: int
+    command: str = _said("the command line")
+    date: str = _said("when it ended: UTC, ISO 8601")
+    seconds: float = _said("how long it took")
+    seed: int = _said("of all that is drawn")
+    dtype: str = _said("of the model's weights")
+    weights: str = _said("fingerprint of the model's files")
+    versions: dict[str, str] = _said("of limbeck, torch, transformers and python")
+    platform: str = _said("the operating system and processor family")
+    device: str = _said("cpu, or the accelerator's name")
+    threads: int = _said("of the CPU")
 
 
 class Measurement(_Part):
     """One measure of one model."""
 
-    format: Literal[1] = 1
-    measure: str
-    model: str
-    teacher: str | None
-    settings: dict[str, Any]  # of the measure, defaults included
-    data: dict[str, Any]  # which text or tasks, by name, key and count
-    values: dict[str, float]
-    errors: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    provenance: Provenance
+    format: Literal[1] = _said("of this file", default=1)
+    measure: str = _said("its name; the file is `<measure>.json`")
+    model: str = _said("as it was asked for: a run, a folder, a name")
+    teacher: str | None = _said("the model it was compared with; its own name for a teacher, null for none")
+    settings: dict[str, Any] = _said("of the measure, defaults included (`limbeck eval --list`)")
+    data: dict[str, Any] = _said("which text or tasks: name, part, key, counts")
+    values: dict[str, Number] = _said("the numbers of the table by name; null stands for one that is no number")
+    errors: dict[str, Number] = _said("standard errors of values, by the same names", default={})
+    details: dict[str, Any] = _said("what figures need: curves, layers, single tasks", default={})
+    provenance: Provenance = _said("what made the numbers: see the second table")
 
     def save(self, folder: Path) -> Path:
         """Write `<folder>/<measure>.json`, whole or not at all."""
@@ -75,6 +87,31 @@ class Measurement(_Part):
             raise LimbeckError(
                 f"{path} holds no measurement: {str(error).splitlines()[0]}", expected="a file that limbeck eval wrote"
             ) from error
+
+
+def describe() -> str:
+    """The two tables of docs/measurements.md, from the classes."""
+    parts = []
+    for cls in (Measurement, Provenance):
+        schema = cls.model_json_schema()
+        rows = [
+            f"| `{name}` | {_type(field)} | {field['description']} |" for name, field in schema["properties"].items()
+        ]
+        title = "A file" if cls is Measurement else "Provenance"
+        parts.append("\n".join([f"## {title}", "", "| field | type | what it is |", "|---|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _type(field: dict[str, Any]) -> str:
+    """A field's type in JSON's words."""
+    if "anyOf" in field:
+        return " or ".join(_type(one) for one in field["anyOf"])
+    if "const" in field:
+        return f"{field['const']}"
+    if "$ref" in field or "allOf" in field:
+        return "object"
+    inner = field.get("additionalProperties")
+    return f"object of {inner['type']}s" if isinstance(inner, dict) and "type" in inner else field["type"]
 
 
 def _finite(value: Any) -> Any:

@@ -27,7 +27,17 @@ from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
 
-MODULES = {"agreement": "limbeck.evaluate.agreement"}  # name -> module with a MEASURE
+MODULES = {  # name -> module with a MEASURE
+    "agreement": "limbeck.evaluate.agreement",
+    "tasks": "limbeck.evaluate.tasks",
+    "positions": "limbeck.evaluate.positions",
+    "needle": "limbeck.evaluate.needle",
+    "recall": "limbeck.evaluate.recall",
+    "passkey": "limbeck.evaluate.passkey",
+    "speed": "limbeck.evaluate.speed",
+    "mixing": "limbeck.evaluate.mixing",
+    "hidden": "limbeck.evaluate.hidden",
+}
 
 
 class Settings(BaseModel):
@@ -53,6 +63,7 @@ class Measure:
     about: one line for the list.
     run: takes the subject and an instance of `settings`.
     draw: one figure for several models' measurements; None where a table says it all.
+    check: LimbeckError for settings that are wrong in a way that shows before a model is loaded.
     """
 
     name: str
@@ -60,6 +71,7 @@ class Measure:
     settings: type[Settings]
     run: Callable[[Subject, Any], Found]
     draw: Callable[[list[Measurement]], Any] | None = None
+    check: Callable[[Any], None] | None = None
 
 
 def find(name: str) -> Measure:
@@ -100,6 +112,7 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
         return known
     began = time.monotonic()
     torch.manual_seed(subject.seed)
+    subject.again = again
     found = measure.run(subject, settings)
     measurement = Measurement(
         measure=measure.name,

@@ -13,13 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import limbeck.model  # noqa: F401  registers students with transformers
 from limbeck import assets
 from limbeck.data.packing import Sequences
-from limbeck.data.text import open_text
+from limbeck.data.shards import TokenStore
+from limbeck.data.text import Text, open_text
 from limbeck.errors import LimbeckError
 from limbeck.recipe import Data, Recipe
 from limbeck.stages.teacher import load_teacher
@@ -43,6 +46,7 @@ class Subject:
     data: Data | None = None
     base: "Subject | None" = None
     seed: int = 0
+    again: bool = False  # measure anew what a measure keeps by itself
 
     @property
     def student(self) -> bool:
@@ -87,15 +91,35 @@ class Subject:
         Raises:
             LimbeckError: no text is known; see also `open_text`.
         """
+        text, mine = self._text(length, tokens)
+        assert self.data is not None
+        sequences = text.held_out(length) if mine else text.all_in_order(length)
+        return sequences, {"text": self.data.source, "part": "held-out part" if mine else "all", "key": text.key}
+
+    def token_counts(self, length: int, most: int = 20_000_000) -> Tensor | None:
+        """How often each token occurs in the training part of the same text, [vocabulary].
+
+        Counted are the first `most` tokens of each source; None for a text that is streamed. See `held_out`.
+        """
+        text, _ = self._text(length, length)
+        table: Any = self.model.get_input_embeddings()
+        size = len(table.weight)
+        counts = torch.zeros(size, dtype=torch.long)
+        for part in text.parts:
+            if not isinstance(part, TokenStore):
+                return None
+            counts += torch.from_numpy(np.bincount(part.train.tokens[:most], minlength=size))
+        return counts
+
+    def _text(self, length: int, tokens: int) -> tuple[Text, bool]:
+        """Its text, opened, and whether a part of it was held out."""
         data, mine = self.data, self.recipe is not None and self.data == self.recipe.data
         if data is None:
             raise LimbeckError(f"no text to measure {self.name} on", hint="--data FILE, or --data embedded")
         mine = mine or data.source == "embedded"
-        text = open_text(
-            data, self.tokenizer, self.model, length=length, held_out=None if mine else 0, held_out_tokens=tokens
-        )
-        sequences = text.held_out(length) if mine else text.all_in_order(length)
-        return sequences, {"text": data.source, "part": "held-out part" if mine else "all", "key": text.key}
+        held_out = None if mine else 0
+        opened = open_text(data, self.tokenizer, self.model, length=length, held_out=held_out, held_out_tokens=tokens)
+        return opened, mine
 
 
 @dataclass
@@ -141,6 +165,12 @@ class Subjects:
         if base is not None:
             subject.base = self._softmax(base, home, data)
         return subject
+
+    def lend(self, name: str, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Use a teacher that is in memory already."""
+        if name not in self._teachers:
+            folder = assets.resolve_teacher(name)
+            self._teachers[name] = Subject(name, folder, Path("eval") / _slug(name), model, tokenizer, seed=self.seed)
 
     def _softmax(self, name: str, home: Path, data: Data) -> Subject:
         if name not in self._teachers:

@@ -34,7 +34,8 @@ def matrix_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = Non
 
 def hidden_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None, loss: str = "relative") -> Tensor:
     """Distance of hidden states [B, T, D], summed over the valid tokens; `loss` is one of `HIDDEN`."""
-    each = HIDDEN[loss](student, teacher.to(student.dtype))
+    wide = torch.promote_types(student.dtype, torch.float32)  # squares of half precision would overflow
+    each = HIDDEN[loss](student.to(wide), teacher.to(wide))
     return (each if valid is None else each * valid).sum()
 
 

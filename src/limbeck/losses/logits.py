@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.errors import LimbeckError
@@ -57,7 +57,7 @@ def logit_losses(
     targets: Tensor,
     weights: Weights | None = None,
     scale: float = 1.0,
-    chunk: int = 128,
+    chunk: int = 256,
     learn: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The weighted objectives and what else is watched over the valid targets, a chunk of tokens at a time.
@@ -85,13 +85,14 @@ def logit_losses(
     rows = (targets.flatten() != -100).nonzero().squeeze(1)
     flat, labels = student.detach().flatten(0, 1), targets.flatten()
     gradient = torch.zeros_like(flat) if learn else None
+    weight = _plain_weight(student_head) if learn else None
     sums: dict[str, Tensor] = {}
     for part in rows.split(chunk):
         with torch.no_grad():
             signal = teacher.rows(part)
-        h = flat[part].requires_grad_(learn)
-        with torch.set_grad_enabled(learn):
-            logits = student_head(h)
+        h = flat[part].requires_grad_(learn and weight is None)
+        with torch.set_grad_enabled(learn and weight is None):
+            logits = student_head(h) if weight is None else F.linear(h, weight)
         with torch.no_grad():
             s = logits.float()
             width = s.shape[-1]
@@ -102,11 +103,35 @@ def logit_losses(
         if gradient is not None and slope is not None:
             if width < s.shape[-1]:
                 slope = F.pad(slope, (0, s.shape[-1] - width))
-            with torch.autocast(logits.device.type, enabled=False):
-                logits.backward((slope * scale).to(logits.dtype))
-            gradient[part] = h.grad  # type: ignore[assignment]
+            gradient[part] = _through_head(logits, slope.mul_(scale).to(logits.dtype), h, weight)
     sums["count"] = torch.tensor(float(rows.numel()), dtype=torch.float64)
     return sums, None if gradient is None else gradient.view_as(student)
+
+
+def _plain_weight(head: Head) -> nn.Parameter | None:
+    """W of a head that is h Wᵀ, in the precision of the rest: what follows can then be added up in place."""
+    weight = getattr(head, "weight", None)
+    if weight is None or getattr(head, "bias", None) is not None or torch.is_autocast_enabled(weight.device.type):
+        return None
+    return weight if weight.dtype in (torch.float32, torch.float64) else None
+
+
+def _through_head(logits: Tensor, slope: Tensor, h: Tensor, weight: nn.Parameter | None) -> Tensor:
+    """Gradient at h [n, D] of a slope at the logits [n, V], that of the head's parameters added to theirs.
+
+    Autograd makes a tensor of the head's size a chunk and adds it up; for a plain product one call does both in place.
+    """
+    if weight is None:
+        with torch.autocast(logits.device.type, enabled=False):
+            logits.backward(slope)
+        assert h.grad is not None
+        return h.grad
+    with torch.no_grad():
+        if weight.requires_grad:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.addmm_(slope.T, h)
+        return slope @ weight
 
 
 def check_top(weights: Weights) -> None:

@@ -7,9 +7,11 @@ Neither knows anything of a family.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -65,6 +67,21 @@ class Head:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+
+    @cached_property
+    def weight(self) -> nn.Parameter | None:
+        """W [vocabulary, D] of a head that is hidden · Wᵀ and nothing else, found by trying; None of any other."""
+        last = self.model.get_output_embeddings()
+        if type(last) is not nn.Linear or last.bias is not None or type(last.weight) is not nn.Parameter:
+            return None
+        with torch.no_grad(), torch.autocast(last.weight.device.type, enabled=False):
+            hidden = 30 * torch.linspace(-1, 1, 2 * last.in_features).cos().view(2, -1).to(
+                last.weight
+            )  # soft caps show
+            logits = self(hidden)
+            plain = F.linear(hidden, last.weight)
+        same = logits.shape == plain.shape and torch.allclose(logits, plain, rtol=1e-4, atol=1e-4)
+        return last.weight if same else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""

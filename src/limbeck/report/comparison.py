@@ -1,41 +1,70 @@
 """Measurements of several models in one table: on the screen, as Markdown, as CSV, with their figures.
 
-output.print(table(found))
-write(found, Path("comparison"))       # table.md, values.csv, <measure>.svg and .png
+    output.print(table(found))
+    write(found, Path("comparison"))       # table.md, values.csv, <measure>.svg and .png, tradeoff.svg and .png
+    found = stored([Path("runs")])         # what was measured before, without any model
+
+Rows are numbers, grouped by measure, and columns models; with more than six models rows are models, and each measure
+has a table of its own.
 """
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from limbeck.console import console
+from limbeck.errors import LimbeckError
 from limbeck.evaluate.measurement import Measurement
-from limbeck.evaluate.measures import Measure, find
-from limbeck.report.figure import save
+from limbeck.evaluate.measures import MODULES, Measure, find
+from limbeck.report import tradeoff
+from limbeck.report.figure import look, save
+from limbeck.report.naming import label, shown
+
+WIDE = 6  # models that fit beside each other
 
 
-def table(found: list[Measurement]) -> Table:
-    """A row a number, a column a model."""
-    rows, models = _rows(found)
-    shown = Table(box=None, pad_edge=False)
-    for column in ("", *models):
-        shown.add_column(column, justify="right" if column else "left", overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def table(found: list[Measurement]) -> RenderableType:
+    """For the screen: a row a number, a column a model, or the other way round where there are many."""
+    models = _models(found)
+    groups = _groups(found)
+    if len(models) > WIDE:
+        parts: list[RenderableType] = []
+        for measure, names in groups.items():
+            shape = [[model, *(_cell(found, measure, name, model) for name in names)] for model in models]
+            parts += [Text(measure, style="bold"), _shown(["", *map(label, names)], shape), Text("")]
+        return Group(*parts)
+    rows: list[list[Any]] = []
+    for measure, names in groups.items():
+        rows.append([Text(measure, style="bold")])
+        rows += [[f"  {label(name)}", *(_cell(found, measure, name, model) for model in models)] for name in names]
+    return _shown(["", *models], rows)
 
 
 def markdown(found: list[Measurement]) -> str:
-    """The same as a Markdown table."""
-    rows, models = _rows(found)
-    head = ["| | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
-    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    """The same for documents."""
+    models = _models(found)
+    groups = _groups(found)
+    if len(models) > WIDE:
+        parts = []
+        for measure, names in groups.items():
+            rows = [[model, *(_cell(found, measure, name, model) for name in names)] for model in models]
+            parts.append(f"**{measure}**\n\n{_pipes(['', *map(label, names)], rows)}")
+        return "\n".join(parts)
+    rows = []
+    for measure, names in groups.items():
+        rows.append([f"**{measure}**", *("" for _ in models)])
+        rows += [[label(name), *(_cell(found, measure, name, model) for model in models)] for name in names]
+    return _pipes(["", *models], rows)
 
 
 def as_csv(found: list[Measurement]) -> str:
-    """One line a number: model, measure, name, value, standard error."""
+    """One line a number: model, measure, name, value, standard error; plain numbers, as in the files."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model", "measure", "name", "value", "standard_error"])
@@ -45,19 +74,23 @@ def as_csv(found: list[Measurement]) -> str:
 
 
 def write(found: list[Measurement], folder: Path) -> list[Path]:
-    """Table, CSV and the figures of the measures that have one."""
+    """Table, CSV, the figures of the measures that have one, and accuracy against speed where both were measured."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "table.md", folder / "values.csv"]
     paths[0].write_text(markdown(found))
     paths[1].write_text(as_csv(found))
-    for name in dict.fromkeys(one.measure for one in found):
-        draw = find(name).draw
-        if draw is None:
-            continue
-        figure = draw([one for one in found if one.measure == name])
-        for ending in ("svg", "png"):
-            paths.append(folder / f"{name}.{ending}")
-            save(figure, paths[-1])
+    with look(_models(found)):
+        figures = {}
+        for name in dict.fromkeys(one.measure for one in found):
+            draw = find(name).draw if name in MODULES else None
+            if draw is not None:
+                figures[name] = draw([one for one in found if one.measure == name])
+        if tradeoff.possible(found):
+            figures["tradeoff"] = tradeoff.draw(found)
+        for name, figure in figures.items():
+            for ending in ("svg", "png"):
+                paths.append(folder / f"{name}.{ending}")
+                save(figure, paths[-1])
     return paths
 
 
@@ -72,14 +105,70 @@ def listing(measures: list[Measure]) -> Table:
     return shown
 
 
-def _rows(found: list[Measurement]) -> tuple[list[list[str]], list[str]]:
-    models = list(dict.fromkeys(one.model for one in found))
-    names = dict.fromkeys((one.measure, name) for one in found for name in one.values)
-    cells = {(one.measure, name, one.model): _cell(one, name) for one in found for name in one.values}
-    rows = [[f"{m}: {name}".replace("_", " "), *(cells.get((m, name, one), "") for one in models)] for m, name in names]
-    return rows, models
+def stored(places: list[Path]) -> list[Measurement]:
+    """Measurements from files and folders, all folders below included; of one model's measure the newest.
+
+    Raises:
+        LimbeckError: no such place, a file that is no measurement, or none in all the places.
+    """
+    kept: dict[tuple[str, str], Measurement] = {}
+    for place in places:
+        if not place.exists():
+            raise LimbeckError(f"there is no {place}", expected="a folder with measurements, or a file")
+        for path in sorted(place.rglob("*.json")) if place.is_dir() else [place]:
+            if place.is_dir() and not _looks_like_one(path):
+                continue
+            one = Measurement.load(path)
+            earlier = kept.get((one.model, one.measure))
+            if earlier is not None and earlier != one:
+                console.print(f"{one.measure} of {one.model}: found more than once, the newest counts", markup=False)
+                one = max(one, earlier, key=lambda m: m.provenance.date)
+            kept[one.model, one.measure] = one
+    if not kept:
+        raise LimbeckError(
+            f"no measurements in {', '.join(map(str, places))}",
+            expected="a run directory, or what --out named",
+            hint="limbeck eval MODEL",
+        )
+    return list(kept.values())
 
 
-def _cell(one: Measurement, name: str) -> str:
-    value, error = one.values[name], one.errors.get(name)
-    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+def _looks_like_one(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"measure", "model", "values", "provenance"} <= content.keys()
+
+
+def _models(found: list[Measurement]) -> list[str]:
+    return list(dict.fromkeys(one.model for one in found))
+
+
+def _groups(found: list[Measurement]) -> dict[str, list[str]]:
+    """The names of the numbers by measure, each in the order in which models bring them."""
+    groups: dict[str, dict[str, None]] = {}
+    for one in found:
+        groups.setdefault(one.measure, {}).update(dict.fromkeys(one.values))
+    return {measure: list(names) for measure, names in groups.items()}
+
+
+def _cell(found: list[Measurement], measure: str, name: str, model: str) -> str:
+    for one in found:
+        if (one.measure, one.model) == (measure, model) and name in one.values:
+            return shown(name, one.values[name], one.errors.get(name))
+    return ""
+
+
+def _shown(head: list[str], rows: list[list[Any]]) -> Table:
+    made = Table(box=None, pad_edge=False)
+    for index, column in enumerate(head):
+        made.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def _pipes(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in lines)

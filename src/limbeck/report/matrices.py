@@ -14,7 +14,7 @@ from torch import Tensor
 
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.matrices import View
-from limbeck.report.figure import check_format, new_figure, save
+from limbeck.report.figure import check_format, look, new_figure, save
 
 
 def draw(views: list[View], head: int, path: Path, title: str, columns: int = 6) -> None:
@@ -28,16 +28,19 @@ def draw(views: list[View], head: int, path: Path, title: str, columns: int = 6)
         raise LimbeckError(f"head is {head}, the teacher has {heads}", expected=f"0 to {heads - 1}")
     rows = math.ceil(len(views) / columns)
     check_format(path)
-    figure = new_figure(1.9 * columns, 2.15 * rows + 0.4)
-    for index, view in enumerate(views):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        axes.imshow(_shade(view.matrix[head]).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-        distance = "" if index == 0 else f"\n{float(view.distance[head]):.2f}"
-        axes.set_title(view.name + distance, fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    figure.suptitle(title, fontsize=9)
-    save(figure, path)
+    with look():
+        figure = new_figure(1.9 * columns, 2.15 * rows + 0.4)
+        for index, view in enumerate(views):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            axes.imshow(_shade(view.matrix[head]).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            distance = "" if index == 0 else f"\n{float(view.distance[head]):.2f}"
+            axes.set_title(view.name + distance, fontsize=8)
+            axes.grid(False)
+            axes.spines[:].set_visible(True)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        figure.suptitle(title, fontsize=9)
+        save(figure, path)
 
 
 def _shade(matrix: Tensor) -> Tensor:

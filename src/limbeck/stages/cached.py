@@ -97,7 +97,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _key(teacher: PreTrainedModel, data: Packed, store: str, top: int, autocast: Callable) -> str:
     """What the signals depend on; the positions are in the names of the parts."""
     with autocast():
-        mixed = torch.is_autocast_enabled(teacher.device.type)
+        mixed: bool | str = torch.is_autocast_enabled(teacher.device.type)
+        if mixed and torch.get_autocast_dtype(teacher.device.type) != torch.bfloat16:
+            mixed = str(torch.get_autocast_dtype(teacher.device.type))
     facts = {
         "format": FORMAT,
         "teacher": fingerprint(teacher),

@@ -12,7 +12,7 @@ solved in float64 with a ridge that pulls towards the weights that are there:
     fits.solve(ridge=1e-2)                 # writes the student's output projections
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from limbeck.data.packing import Batch
 from limbeck.distributed import add_tensors, add_up
 from limbeck.model import Site
 from limbeck.model.body import run_body
-from limbeck.stages.teacher import tap
+from limbeck.stages.teacher import Visit, tap
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -46,26 +46,24 @@ class NormalEquations:
         self.squares: dict[str, float] = dict.fromkeys(self.projections, 0.0)
         self.unexplained: dict[str, float] = {}  # share of Y's size by module, from the last `solve`
 
-    @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Add a batch's tokens to the sums."""
+        add_together([self], batch)
 
-        def visitor(site: Site):
-            module, projection = self.student.get_submodule(site.module), self.projections[site.module]
+    def visitor(self, site: Site) -> Visit:
+        """What runs behind the teacher's attention at a site: the student's, and its part of the sums."""
+        module, projection = self.student.get_submodule(site.module), self.projections[site.module]
 
-            def visit(args: tuple, kwargs: dict, output: tuple) -> None:
-                caught: list[Tensor] = []
-                handle = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-                try:
-                    module(*args, **kwargs)
-                finally:
-                    handle.remove()
-                self._accumulate(site.module, _wide(caught[0].flatten(0, -2)), _wide(output[0].flatten(0, -2)))
+        def visit(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            caught: list[Tensor] = []
+            handle = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+            try:
+                module(*args, **kwargs)
+            finally:
+                handle.remove()
+            self._accumulate(site.module, _wide(caught[0].flatten(0, -2)), _wide(output[0].flatten(0, -2)))
 
-            return visit
-
-        with self.autocast(), tap(self.teacher, {site.module: visitor(site) for site in self.sites}):
-            run_body(self.teacher, batch)
+        return visit
 
     @torch.no_grad()
     def add_processes(self) -> None:
@@ -103,6 +101,26 @@ class NormalEquations:
         self.features[name] = self.features[name] + ftf if name in self.features else ftf
         self.products[name] = self.products[name] + fty if name in self.products else fty
         self.squares[name] += float(y.double().square().sum())
+
+
+@torch.no_grad()
+def add_together(fits: Sequence[NormalEquations], batch: Batch) -> None:
+    """Add a batch's tokens to the sums of one or several students, of which the teacher is asked once."""
+    visitors: dict[str, list[Visit]] = {}
+    for fit in fits:
+        for site in fit.sites:
+            visitors.setdefault(site.module, []).append(fit.visitor(site))
+
+    def all_of(visits: list[Visit]) -> Visit:
+        def visit(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            for one in visits:
+                one(args, kwargs, output)
+
+        return visit
+
+    first = fits[0]
+    with first.autocast(), tap(first.teacher, {name: all_of(visits) for name, visits in visitors.items()}):
+        run_body(first.teacher, batch)
 
 
 def _wide(x: Tensor) -> Tensor:

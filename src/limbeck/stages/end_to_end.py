@@ -42,6 +42,8 @@ class Logits:
         self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
         self.weights, self.train, self.chunk = weights, train, chunk
         self.adapters = adapters
+        self.loss_scale = 1.0  # gradients are so many times too large, see limbeck.stages.loss_scale
+        self.stopped: set[str] = set()  # always empty: there is one loss
         self.blocks = blocks_of(student, sites[0].block) if checkpoint_activations else []
         self.teacher_head, self.student_head = Head(teacher), Head(student)
 
@@ -76,7 +78,7 @@ class Logits:
             with checkpointed(self.student, self.blocks):
                 student = run_body(self.student, batch)
             # a stretch of a conversation may hold no answer, so no target
-            sums, gradient = self._losses(student, teacher, batch, 1 / max(counts["targets"], 1.0))
+            sums, gradient = self._losses(student, teacher, batch, self.loss_scale / max(counts["targets"], 1.0))
         student.backward(gradient)
         return self._shares(sums, counts["targets"])
 

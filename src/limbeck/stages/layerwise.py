@@ -8,8 +8,8 @@ the student needs no copy of what it does not train.
     sums = stage.backward(batch, {"tokens": 2048})      # gradients added; sums per layer
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class LayerStage:
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, sites: list[Site], autocast: Callable):
         self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
+        self.loss_scale = 1.0  # gradients are so many times too large, see limbeck.stages.loss_scale
+        self.stopped: set[str] = set()  # names of the modules that have converged and learn no more
 
     def modules(self) -> dict[str, nn.Module]:
         """The student's modules that run behind the teacher's of the same name."""
@@ -69,24 +71,82 @@ class LayerStage:
         """Each layer's loss on a batch, without gradients."""
         return self._run(batch, self.count(batch), train=False)
 
+    def meet(self, batch: Batch) -> None:
+        """Make ready for a batch, before the teacher's pass."""
+
+    def passing(self, names: list[str]) -> AbstractContextManager:
+        """What the teacher's pass over the batch happens in.
+
+        Args:
+            names: of all modules that learn from the pass, of whichever student.
+        """
+        return nullcontext()
+
     def _run(self, batch: Batch, counts: Counts, train: bool) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = {}
+        return run_layers([self], batch, counts, train)[0]
 
-        def visitor(name: str, module: nn.Module):
-            def visit(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-                with torch.set_grad_enabled(train), self.autocast():
-                    loss = self.loss(module, args, kwargs, output, counts)
-                if train:
-                    with torch.autocast(loss.device.type, enabled=False):  # the pass around us is under autocast
-                        loss.backward()
-                losses[name] = loss.detach()
 
-            return visit
+def run_layers(
+    stages: Sequence[LayerStage],
+    batch: Batch,
+    counts: Counts,
+    train: bool,
+    failed: dict[int, Exception] | None = None,
+) -> list[dict[str, Tensor]]:
+    """One pass of the teacher, in which the layers of one or several students learn.
 
-        visits = {name: visitor(name, module) for name, module in self.modules().items()}
-        with torch.no_grad(), self.autocast(), tap(self.teacher, visits, self.eager):
-            run_body(self.teacher, batch)
-        return losses
+    Args:
+        stages: of one kind with the same teacher, settings of the teacher's pass and autocast; a student each.
+        counts: what the losses are divided by.
+        train: add gradients.
+        failed: where to put the error of a stage, by its place, while the others go on; without it errors are raised.
+
+    Returns:
+        Of each stage, each layer's share of the loss by module name.
+    """
+    losses: list[dict[str, Tensor]] = [{} for _ in stages]
+
+    def learn(place: int, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+        with torch.set_grad_enabled(train), stages[place].autocast():
+            loss = stages[place].loss(module, args, kwargs, output, counts)
+        if train:
+            with torch.autocast(loss.device.type, enabled=False):  # the pass around us is under autocast
+                loss.backward(torch.full_like(loss, stages[place].loss_scale))
+        losses[place][name] = loss.detach()
+
+    learners: dict[str, list[tuple[int, nn.Module]]] = {}
+    for place, stage in enumerate(stages):
+        left_out = stage.stopped if train else ()
+        for name, module in stage.modules().items():
+            if name not in left_out:
+                learners.setdefault(name, []).append((place, module))
+
+    def visitor(name: str):
+        def visit(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            for place, module in learners[name]:
+                if failed is None:
+                    learn(place, name, module, args, kwargs, output)
+                elif place not in failed:
+                    try:
+                        learn(place, name, module, args, kwargs, output)
+                    except Exception as error:
+                        failed[place] = error
+
+        return visit
+
+    first = stages[0]
+    names = list(
+        dict.fromkeys(name for one in stages for name in one.trained() if not train or name not in one.stopped)
+    )
+    with ExitStack() as stack:
+        for stage in stages:
+            stage.meet(batch)
+        stack.enter_context(first.passing(names))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(first.autocast())
+        stack.enter_context(tap(first.teacher, {name: visitor(name) for name in learners}, first.eager))
+        run_body(first.teacher, batch)
+    return losses
 
 
 class Matrix(LayerStage):
@@ -114,13 +174,13 @@ class Matrix(LayerStage):
         if rows is not None and not self.alone:
             console.print("matrix: this teacher gives no single rows of its attention, so its matrices are made whole")
 
-    def _run(self, batch: Batch, counts: Counts, train: bool) -> dict[str, Tensor]:
-        if self.count_of_rows is None:
-            return super()._run(batch, counts, train)
-        self.rows = draw_rows(batch.input_ids, self.count_of_rows, self.seed)
-        packs_by_position(self.teacher)  # tries the teacher on its first call, which knows nothing of these rows
-        with rows_of(self.teacher, self.trained(), self.rows) if self.alone else nullcontext():
-            return super()._run(batch, counts, train)
+    def meet(self, batch: Batch) -> None:
+        if self.count_of_rows is not None:
+            self.rows = draw_rows(batch.input_ids, self.count_of_rows, self.seed)
+            packs_by_position(self.teacher)  # tries the teacher on its first call, which knows nothing of these rows
+
+    def passing(self, names: list[str]) -> AbstractContextManager:
+        return nullcontext() if self.rows is None or not self.alone else rows_of(self.teacher, names, self.rows)
 
     def loss(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple, counts: Counts) -> Tensor:
         target = output[1]

@@ -3,8 +3,12 @@
     stage = NextToken(model)
     train(stage, settings, data, run, index, position)      # limbeck.stages.loop
 
-This is how Limbeck trains a small teacher of its own (`limbeck.pretrain`); a student learns by the other stages.
+This is how Limbeck trains a small teacher of its own (`limbeck.teachers`); a student learns by the other stages.
 """
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,9 @@ class NextToken:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.head = model, Head(model)
+        self.autocast: Callable[[], Any] = nullcontext
+        self.loss_scale = 1.0
+        self.stopped: set[str] = set()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All of the model."""
@@ -37,7 +44,7 @@ class NextToken:
     def backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
         """Add the gradients of one micro-batch; returns its share of the loss."""
         loss = self._loss(batch) / max(counts["targets"], 1.0)
-        loss.backward()
+        (loss * self.loss_scale).backward()
         return {"loss": loss.detach().double()}
 
     @torch.no_grad()

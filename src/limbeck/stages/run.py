@@ -2,7 +2,7 @@
 
     recipe.yaml       the complete recipe
     manifest.json     versions, hardware, seeds, data and teacher, the table of stages
-    metrics.jsonl     one line a step
+    metrics.jsonl     one line a step; tensorboard/ the same, where that is installed
     stages/1-hidden/  step-000040/ (the newest checkpoints while it runs), done/ (what it taught, when it is finished)
     student/          the exported Hugging Face folder
     eval.json, summary.md
@@ -30,23 +30,25 @@ from limbeck import __version__
 from limbeck.data.cache import no_room_is_an_error, publish, sound
 from limbeck.distributed import on_main, tensors_from_main, world
 from limbeck.errors import LimbeckError
-from limbeck.recipe import Recipe
-from limbeck.teacher_recipe import TeacherRecipe
+from limbeck.stages.trackers import Trackers, chosen, steps_before
+from limbeck.teachers.recipe import AnyRecipe
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-FREE_TO_CHANGE = {"out", "name", "device", "checkpoint_seconds", "evaluation"}  # change nothing that is finished
+# what may change when a run goes on: it changes nothing that is finished, and no number that is to come
+FREE_TO_CHANGE = {"out", "name", "device", "evaluation", "checkpoint_seconds", "keep_checkpoints", "trackers"}
 
 
 class RunDirectory:
     """A run on disk. Use `open_run`."""
 
-    def __init__(self, path: Path, recipe: Recipe | TeacherRecipe):
+    def __init__(self, path: Path, recipe: AnyRecipe):
         self.path, self.recipe = path, recipe
         self.metrics = path / "metrics.jsonl"
+        self.trackers = Trackers(chosen(recipe.trackers), path, recipe)
 
     # ------------------------------------------------------------------ stages
 
@@ -76,9 +78,9 @@ class RunDirectory:
     def checkpoint(
         self, index: int, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], facts: dict[str, Any]
     ) -> None:
-        """Keep the state after `step` optimiser steps; the checkpoint before the last one goes."""
+        """Keep the state after `step` optimiser steps; of older checkpoints so many as the recipe has."""
         self._publish(self.stage_folder(index) / f"step-{step:06d}", tensors, optimizer, facts)
-        for old in self._checkpoints(index)[:-2]:
+        for old in self._checkpoints(index)[: -self.recipe.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
 
     def last_checkpoint(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]] | None:
@@ -94,20 +96,26 @@ class RunDirectory:
         """Append a line to metrics.jsonl."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
+        self.trackers.log(line)
 
     def forget(self, index: int, step: int) -> None:
-        """Drop the log lines of steps that a resumed stage will do again."""
-        if not self.metrics.exists():
-            return
-        kept = []
+        """Drop the log lines of steps that a resumed stage will do again, and begin to log."""
+        last = self._forget(index, step) if self.metrics.exists() else 0
+        self.trackers.begin(steps_before(self.recipe, index) + step + 1, last)
+
+    def _forget(self, index: int, step: int) -> int:
+        """Drop lines; the last step of the dropped ones, counted over all stages."""
+        kept, last = [], 0
         for text in self.metrics.read_text().splitlines():
             try:
                 line = json.loads(text)
             except ValueError:  # the line that a kill cut short
                 continue
+            last = steps_before(self.recipe, line["stage_index"]) + line["step"]
             if line.get("stage_index", -1) < index or (line.get("stage_index") == index and line["step"] <= step):
                 kept.append(text)
         self.write("metrics.jsonl", "".join(f"{text}\n" for text in kept))
+        return last
 
     def write(self, name: str, text: str) -> None:
         """Write a small file at once."""
@@ -195,7 +203,7 @@ class SharedRun(RunDirectory):
 
 
 @contextmanager
-def open_run(path: Path, recipe: Recipe | TeacherRecipe) -> Iterator[RunDirectory]:
+def open_run(path: Path, recipe: AnyRecipe) -> Iterator[RunDirectory]:
     """The run directory at `path`, new or gone on with, held against other processes meanwhile.
 
     Raises:
@@ -217,10 +225,13 @@ def open_run(path: Path, recipe: Recipe | TeacherRecipe) -> Iterator[RunDirector
                     ) from error
             run = (RunDirectory if world().size == 1 else SharedRun)(path, recipe)
             run.write("recipe.yaml", recipe.to_yaml())
-            yield run
+            try:
+                yield run
+            finally:
+                run.trackers.end()
 
 
-def check_run(path: Path, recipe: Recipe | TeacherRecipe) -> None:
+def check_run(path: Path, recipe: AnyRecipe) -> None:
     """Raises LimbeckError where `path` cannot become or go on being the directory of this run; writes nothing."""
     if path.exists() and not path.is_dir():
         raise LimbeckError(f"{path} is a file", expected="a folder for the run", hint="--out runs/another-name")
@@ -233,14 +244,22 @@ def check_run(path: Path, recipe: Recipe | TeacherRecipe) -> None:
                 hint="--out runs/another-name",
             )
         return
-    before, now = type(recipe).load(old).model_dump(mode="json"), recipe.model_dump(mode="json")
-    changed = [line for key in now if key not in FREE_TO_CHANGE for line in _difference(key, before.get(key), now[key])]
+    before, now = _what_counts(type(recipe).load(old)), _what_counts(recipe)
+    changed = [line for key in now for line in _difference(key, before.get(key), now[key])]
     if changed:
         raise LimbeckError(
             f"{path} holds another run:\n  " + "\n  ".join(changed),
             expected="the same recipe, to go on with it",
             hint=f"--out {path}-2   (a new run), or delete the folder",
         )
+
+
+def _what_counts(recipe: AnyRecipe) -> dict[str, Any]:
+    """The recipe without what may change when a run goes on."""
+    raw = recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+    for data in (raw["data"], *(stage["data"] or {} for stage in raw["stages"])):
+        data.pop("cache_gb", None)  # room for tokens on disk, which are made again
+    return raw
 
 
 def environment() -> dict[str, Any]:

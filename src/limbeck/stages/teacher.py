@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.errors import LimbeckError
+from limbeck.hub import look_up
 from limbeck.model.body import packs_by_position
 from limbeck.quantise import refuse_quantised, teacher_settings
 
@@ -37,6 +38,8 @@ def load_teacher(
     if device.type == "cpu":
         # a student that is still far off has many probabilities too small to matter, which slow products down tenfold
         torch.set_flush_denormal(True)
+    if not Path(name).exists():
+        look_up(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         refuse_quantised(AutoConfig.from_pretrained(name), f"'{name}'")

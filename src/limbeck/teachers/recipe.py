@@ -12,16 +12,22 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from limbeck.data.cache import cache_root
-from limbeck.recipe import BUILT_IN, Data, Document, Trained
+from limbeck.recipe import BUILT_IN, Data, Document, Recipe, Trained
 
-FORMAT = 1  # raise when the same recipe makes another teacher: text, vocabulary, start or steps changed
+FORMAT = 2  # raise when the same recipe makes another teacher: text, vocabulary, start or steps changed
 
 
 class NextToken(Trained):
     """Steps of plain language modelling."""
 
-    stage: Literal["next_token"] = "next_token"
+    stage: Literal["next_token"]
     lr: Annotated[float, Field(gt=0)] = 3e-3
+
+
+class Repeats(NextToken):
+    """The same on lists of random tokens that come again (`limbeck.data.repeats`), before any text is read."""
+
+    stage: Literal["repeats"]  # type: ignore[assignment]
 
 
 class TeacherRecipe(Document):
@@ -31,17 +37,19 @@ class TeacherRecipe(Document):
 
     name: str
     model: dict[str, Any]  # fields of the family's config in transformers, `model_type` among them
-    start: Literal["random", "look_back"] = "random"  # what the weights are before the first step; `limbeck.lookback`
+    start: Literal["random", "look_back"] = "random"  # weights before the first step, see `lookback`
     vocabulary: Annotated[int, Field(ge=300)]  # tokens of the byte-level BPE, special ones included
     data: Data
-    stages: Annotated[list[NextToken], Field(min_length=1)]
+    stages: Annotated[list[Annotated[NextToken | Repeats, Field(discriminator="stage")]], Field(min_length=1)]
     seed: int = 0
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    keep_checkpoints: Annotated[int, Field(gt=0)] = 2
+    trackers: list[str] = []
 
     @property
     def key(self) -> str:
         """Hash of all that the weights depend on, machine and versions aside."""
-        settings = self.model_dump(mode="json", exclude={"name", "checkpoint_seconds"})
+        settings = self.model_dump(mode="json", exclude={"name", "checkpoint_seconds", "keep_checkpoints", "trackers"})
         return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()
 
     @property
@@ -53,3 +61,6 @@ class TeacherRecipe(Document):
     def names(cls) -> list[str]:
         """Those that come with limbeck."""
         return sorted(path.stem for path in cls.built_in.glob("*.yaml"))
+
+
+AnyRecipe = Recipe | TeacherRecipe  # what a run directory can be of

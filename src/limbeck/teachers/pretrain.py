@@ -23,16 +23,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from limbeck.console import console
 from limbeck.data.cache import cache_root, publish, sound
 from limbeck.data.packing import Packed, Sequences
+from limbeck.data.repeats import Repeats
 from limbeck.data.text import Text, open_text
 from limbeck.data.vocabulary import learn_vocabulary
 from limbeck.distributed import world
 from limbeck.errors import LimbeckError
-from limbeck.lookback import look_back
 from limbeck.stages.loop import train
 from limbeck.stages.next_token import NextToken
 from limbeck.stages.optimize import copy_into, steps_of
 from limbeck.stages.run import RunDirectory, environment, open_run
-from limbeck.teacher_recipe import TeacherRecipe
+from limbeck.teachers.lookback import look_back
+from limbeck.teachers.recipe import TeacherRecipe
 
 EVALUATED = 65_536  # held-out tokens of each source that a finished teacher is measured on
 
@@ -128,7 +129,7 @@ def plan_of(recipe: TeacherRecipe, model: PreTrainedModel, text: Text) -> Teache
     for index, settings in enumerate(recipe.stages):
         length = _length(recipe, index)
         count = steps_of(settings, length)
-        batch = text.training(length, recipe.seed).batch(0, settings.micro_batch or settings.batch)
+        batch = _reading(recipe, index, text, model).batch(0, settings.micro_batch or settings.batch)
         took = []
         for _ in range(2):  # the first one warms up
             began = time.monotonic()
@@ -169,15 +170,16 @@ def _train(recipe: TeacherRecipe, run: RunDirectory, model: PreTrainedModel, tex
     stage, done = NextToken(model), []
     read: tuple[Sequences, int] | None = None
     for index, settings in enumerate(recipe.stages):
-        data = text.training(_length(recipe, index), recipe.seed)
+        data = _reading(recipe, index, text, model)
         if run.finished(index):
             copy_into(stage.parameters(), run.result(index))
             facts = run.facts(index)
         else:
-            position = data.after(*read) if read else 0
+            position = data.after(*read) if read and settings.stage == "next_token" else 0
             facts = train(stage, settings, data, run, index, position, text.held_out(data.length))
             run.finish(index, dict(stage.parameters()), facts)
-        read = data, facts["position"]
+        if settings.stage == "next_token":
+            read = data, facts["position"]
         kept = ("steps", "tokens", "seconds", "skipped", "first_loss", "loss", "held_out_loss")
         done.append({name: facts[name] for name in kept})
     return done
@@ -197,6 +199,14 @@ def _tokenizer(recipe: TeacherRecipe) -> Any:
 
     publish(folder, fill, what="vocabulary", verify=True)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _reading(recipe: TeacherRecipe, index: int, text: Text, model: PreTrainedModel) -> Sequences:
+    """What a stage reads."""
+    length = _length(recipe, index)
+    if recipe.stages[index].stage == "repeats":
+        return Repeats(model.config.vocab_size, length, recipe.seed)
+    return text.training(length, recipe.seed)
 
 
 def _length(recipe: TeacherRecipe, index: int) -> int:

@@ -1,0 +1,117 @@
+"""limbeck bench: speed and memory of students beside their teacher, all in turns in one run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from limbeck.cli import app
+from limbeck.console import console, output
+from limbeck.errors import LimbeckError
+
+INT8 = ("weights", "dynamic", "none")
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str] | None, typer.Argument(help="Runs, models' folders, hub names, 'embedded'.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The softmax model to race against; by default the runs' own; 'none' for none.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of context, joined by commas.")] = "1024,4096",
+    batch: Annotated[str, typer.Option(help="Sequences at once, joined by commas.")] = "1",
+    steps: Annotated[int, typer.Option(help="Tokens that are timed at each length.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Prompts that are timed at each length.")] = 3,
+    prefill: Annotated[int, typer.Option(help="The longest prompt that is timed; 0 for none.")] = 8192,
+    int8: Annotated[
+        str, typer.Option(help="The teacher in int8 too, on a CPU: weights, dynamic (activations too) or none.")
+    ] = "dynamic",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default torch's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep all results, a table and figures in this folder.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="What it takes in time and memory, and stop.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured.")] = False,
+) -> None:
+    """Race models: prompts, the next token, caches and memory, over lengths and batch sizes."""
+    if not models:
+        raise LimbeckError("no model to race", expected="a run directory, a folder or a name")
+    if int8 not in INT8:
+        raise LimbeckError(f"--int8 {int8}", expected=", ".join(INT8))
+    from limbeck.evaluate.measures import find, settings_of
+
+    given: dict[str, Any] = {"lengths": _numbers("lengths", lengths), "batches": _numbers("batch", batch)}
+    settings: Any = settings_of(find("speed"), given | {"steps": steps, "rounds": rounds, "prefill": prefill})
+    if threads is not None and threads < 1:
+        raise LimbeckError(f"--threads {threads}", expected="a positive number")
+    import torch
+
+    from limbeck.evaluate.machine import crowded
+    from limbeck.evaluate.speed import Race
+    from limbeck.report import comparison, speed
+    from limbeck.report.figure import look, save
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    busy = crowded(torch.get_num_threads())
+    entries = _entries(models, teacher, int8, out)
+    race = Race(entries, settings, again=again, notes=[busy] if busy else [])
+    estimates = race.estimate()
+    _show_plan(estimates, len(race.points))
+    race.check(estimates)
+    if plan:
+        return
+    if busy:
+        console.print(f"[bold]busy:[/] {busy}; trust ratios more than times")
+    found = race.run()
+    output.print(speed.table(found))
+    for sentence in speed.break_even_lines(found):
+        output.print(sentence, markup=False)
+    for note in race.notes:
+        console.print(f"[bold]the machine was busy:[/] {note}")
+    if out:
+        paths = comparison.write(found, out)
+    else:
+        paths = [entries[0].home / f"speed.{ending}" for ending in ("svg", "png")]
+        with look(one.model for one in found):
+            figure = speed.draw(found)
+            for path in paths:
+                save(figure, path)
+    console.print(f"[dim]kept in {', '.join(str(entry.home / 'speed.json') for entry in entries)}[/]", markup=True)
+    console.print(f"[dim]written: {', '.join(map(str, paths))}[/]")
+
+
+def _entries(models: list[str], teacher: str | None, int8: str, out: Path | None) -> list[Any]:
+    """The models, behind them their teachers, behind each teacher its int8 twin."""
+    from limbeck.evaluate.entry import Entry
+    from limbeck.evaluate.subject import Subjects
+
+    subjects = Subjects(None if teacher == "none" else teacher, out=out)
+    opened = [subjects.open(name) for name in dict.fromkeys(models)]
+    bases = [teacher] if teacher else [s.base.name for s in opened if s.base is not None]
+    extra = [name for name in dict.fromkeys(bases) if name not in models and name != "none"]
+    opened += [subjects.open(name) for name in extra]
+    entries = []
+    for subject in opened:
+        entries.append(Entry.of(subject))
+        if int8 != "none" and not subject.student and subject.device.type == "cpu":
+            entries.append(entries[-1].in_int8(activations=int8 == "dynamic"))
+    return entries
+
+
+def _show_plan(estimates: list[Any], done: int) -> None:
+    from limbeck.report.naming import size
+
+    seconds = sum(estimate.seconds for estimate in estimates)
+    for estimate in estimates:
+        console.print(
+            f"plan: {estimate.length:,} tokens, batch {estimate.batch}: about {estimate.seconds:.0f} s, "
+            f"{size(estimate.bytes)} on top of the models"
+        )
+    already = f"; {done} measured already" if done else ""
+    console.print(f"plan: about {seconds / 60:.1f} min in all{already}")
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part.replace("_", "")) for part in text.split(",")]
+    except ValueError as error:
+        raise LimbeckError(f"--{name} {text}", expected="numbers joined by commas, for example 1024,4096") from error

@@ -1,0 +1,93 @@
+"""limbeck study: a grid of runs, its tables, and which claims hold."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markdown import Markdown
+from rich.table import Table
+
+from limbeck.cli import app
+from limbeck.console import console, output
+from limbeck.errors import LimbeckError
+
+MOST_ROWS = 40  # arms that are shown one by one
+
+
+@app.command()
+def study(
+    study: Annotated[str | None, typer.Argument(help="A built-in study or a YAML file; --list names them.")] = None,
+    size: Annotated[str | None, typer.Option(help="One of the study's sizes; its first by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Its folder; runs/<study>-<size> by default.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show the plan and stop.")] = False,
+    list_studies: Annotated[bool, typer.Option("--list", help="The built-in studies, and stop.")] = False,
+) -> None:
+    """Run a grid of arms on one teacher or several. The same command resumes, and runs arms that were added."""
+    from limbeck.study import Study, built_in, run_study
+
+    if list_studies:
+        output.print(_listing(built_in()))
+        return
+    if study is None:
+        raise LimbeckError("no study named", expected=f"a YAML file, or one of: {', '.join(built_in())}")
+    chosen = Study.load(study, size)
+    if plan:
+        from limbeck.study.plan import make_study_plan
+        from limbeck.study.run import check_study
+        from limbeck.study.work import Workplace
+
+        arms = check_study(chosen, Path(out or f"runs/{chosen.title}"))
+        show_plan(make_study_plan(chosen, arms, Workplace()))
+        return
+    results = run_study(chosen, out, confirm=show_plan)
+    from limbeck.study.tables import claims_markdown
+
+    folder = Path(out or f"runs/{chosen.title}")
+    output.print(Markdown((folder / "table.md").read_text()))
+    if results["claims"]:
+        output.print(Markdown(claims_markdown(results["claims"])))
+    sharing = results["sharing"]
+    console.print(
+        f"trained for {sharing['seconds'] / 60:.1f} min; sharing the teacher's passes "
+        f"saved {sharing['saved_seconds'] / 60:.1f} min of {(sharing['seconds'] + sharing['saved_seconds']) / 60:.1f}"
+    )
+    console.print(f"[dim]written to {folder}/: study.json, table.md, values.csv, claims.md[/]")
+    failed = [one["name"] for one in results["arms"] if one["status"] == "failed"]
+    if failed:
+        raise LimbeckError(
+            f"{len(failed)} of {len(results['arms'])} arms failed: {', '.join(failed[:5])}",
+            hint=f"see {folder}/failures.json; the same command tries them again",
+        )
+
+
+def show_plan(plan: Any) -> None:
+    """Print what the study will cost."""
+    left = [arm for arm in plan.arms if arm.state != "finished"]
+    table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
+    for column in ("arm", "", "tokens", "time", "saved by sharing"):
+        table.add_column(column, justify="right" if column in ("tokens", "time", "saved by sharing") else "left")
+    for arm in left[:MOST_ROWS]:
+        times = (f"{(arm.seconds - arm.saved_seconds) / 60:.1f} min", f"{arm.saved_seconds / 60:.1f} min")
+        table.add_row(arm.name, arm.problem or arm.state, f"{arm.tokens:,}", *times)
+    if len(left) > MOST_ROWS:
+        table.add_row(f"and {len(left) - MOST_ROWS} more")
+    if left:
+        console.print(table)
+    console.print(
+        f"{len(plan.arms)} arms, {len(plan.arms) - len(left)} of them finished; {plan.tokens:,} tokens, about "
+        f"{plan.seconds / 60:.0f} min of training ({plan.saved_seconds / 60:.0f} min saved by sharing), "
+        f"{plan.disk_bytes / 1e9:.2f} GB of disk"
+    )
+
+
+def _listing(names: list[str]) -> Table:
+    from limbeck.recipe import read_yaml
+    from limbeck.study.grid import BUILT_IN
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("study", "sizes", "what it asks"):
+        table.add_column(column, overflow="fold")
+    for name in names:
+        raw = read_yaml(BUILT_IN / f"{name}.yaml", "study", "a mapping")
+        table.add_row(name, ", ".join(raw["sizes"]), raw["about"])
+    return table

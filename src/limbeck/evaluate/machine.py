@@ -1,0 +1,107 @@
+"""The machine while it is timed: how much memory is free, the most that something takes, whether others are at work.
+
+free_memory(device)                                   # bytes, or None where the system does not tell
+extra_peak(lambda: model(ids), device)                # bytes at most on top of what was there before
+crowded(threads=2)                                    # a sentence where other programs are at work
+"""
+
+import ctypes
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROCESS = Path("/proc/self")
+GROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had without another program losing any; on an accelerator those of its own memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+    if free is None:
+        return None
+    try:  # a container may have less than the machine
+        limit = int((GROUP / "memory.max").read_text()) - int((GROUP / "memory.current").read_text())
+        return min(free, max(limit, 0))
+    except (OSError, ValueError):  # no container, or no limit
+        return free
+
+
+def extra_peak(work: Callable[[], Any], device: torch.device) -> int | None:
+    """The most bytes that `work` has at one time, on top of what the process had before; None where nobody counts.
+
+    On a CPU that is resident memory, on Linux: the system's high-water mark is set back before.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    _give_back()
+    try:
+        (PROCESS / "clear_refs").write_text("5")  # "5" sets the high-water mark back to what is resident now
+        resident = _kilobytes(PROCESS / "status", "VmRSS")
+    except OSError:
+        resident = None
+    work()
+    peak = _kilobytes(PROCESS / "status", "VmHWM") if resident is not None else None
+    return max(peak - resident, 0) if peak is not None and resident is not None else None
+
+
+def crowded(threads: int) -> str | None:
+    """A sentence where the load of other programs leaves no core for some of our threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not hasattr(os, "getloadavg"):
+        return None
+    load = os.getloadavg()[0]
+    if load + threads <= cores + 0.5:
+        return None
+    return f"other programs are at work: a load of {load:.1f} on {cores} cores before {threads} threads of ours"
+
+
+def yardstick(device: torch.device) -> float:
+    """Milliseconds of a fixed matrix product now: what changes in it is the machine, not the models."""
+    x = torch.ones(512, 1024, device=device)
+    w = torch.ones(1024, 2048, device=device)
+    times = []
+    for _ in range(15):
+        wait(device)
+        began = time.perf_counter()
+        x @ w
+        wait(device)
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[3:])
+
+
+def wait(device: torch.device) -> None:
+    """Until an accelerator has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system, where the allocator can: it would hide what is taken next."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # another allocator than glibc's
+        return
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
+    """Bytes from a line such as "VmRSS:  2000 kB"."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(found[0]) if found else None

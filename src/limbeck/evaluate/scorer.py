@@ -1,0 +1,141 @@
+"""A loaded model as lm-evaluation-harness wants it: its own class for transformers, which here cuts nothing silently.
+
+    scorer = Scorer(model, tokenizer, length=4096, overlong="middle")
+    simple_evaluate(model=scorer, tasks=["piqa", "longbench_qasper"])
+    scorer.cuts         # which prompts were cut, from how many tokens to how many
+
+For what fits the numbers are those of `HFLM(pretrained=folder)`. That class drops the left end of what does not fit,
+instructions first, with a warning in a log. Here all requests of a call are counted before the first one runs, and
+what does not fit is an error, or is cut as was asked (`limbeck.evaluate.fitting`). Prompts that are to be continued
+are read in pieces, so that a student's memory does not grow with them. The module needs the extra `eval` and is
+imported late.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+
+from limbeck.console import console, progress
+from limbeck.evaluate.fitting import Overlong, context_of, fitted, room_for_prompt
+
+PIECE = 1024  # tokens of a prompt that are read at a time
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A prompt that was cut: of which task and item, its tokens before and after."""
+
+    task: str
+    item: int
+    tokens: int
+    kept: int
+
+
+class Scorer(HFLM):
+    """`HFLM` around a model that is loaded already.
+
+    Args:
+        batch: rows at once, or "auto".
+        length: tokens of prompt and answer together; by default the model's context.
+        overlong: what becomes of a prompt that does not fit, see `fitted`.
+        piece: tokens of a prompt that are read at a time before it is continued.
+
+    Raises:
+        LimbeckError: more length is asked for than the model has.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch: int | str = 8,
+        length: int | None = None,
+        overlong: Overlong = "refuse",
+        name: str = "tasks",
+        piece: int = PIECE,
+    ):
+        context = context_of(model, tokenizer, length)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal", max_length=context)
+        self.overlong, self.name, self.piece = overlong, name, piece
+        self.cuts: list[Cut] = []
+        self._advance: Callable[[float], None] = lambda rows: None
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        ready = []
+        for at, (texts, context, rest) in enumerate(requests):
+            # The last token is predicted, not read: one more than the model reads still fits.
+            room = room_for_prompt(self.max_length + 1, len(rest), least=1)
+            ready.append((texts, self._fit(context, room, self.name, at), rest))
+        self._tell()
+        with progress(self.name, len(ready), "requests") as advance:
+            self._advance = advance
+            return super()._loglikelihood_tokens(ready, disable_tqdm=True, override_bs=override_bs)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        for request in requests:
+            prompt, settings = request.args
+            answer = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            task = request.task_name or self.name
+            self._fit(self._encoded(prompt), room_for_prompt(self.max_length, answer, task), task, request.doc_id or 0)
+        self._tell()
+        with progress(self.name, len(requests), "requests") as advance:
+            self._advance = advance
+            return super().generate_until(requests, disable_tqdm=True)
+
+    def tok_batch_encode(
+        self,
+        strings: Sequence[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts as a padded batch, tokens and mask [B, T], each cut by itself."""
+        rows = [self._encoded(text) for text in strings]
+        if left_truncate_len is not None:
+            rows = [fitted(row, left_truncate_len, self.overlong) for row in rows]
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
+
+    def _encoded(self, text: str) -> list[int]:
+        """As the harness does, text by text: no second beginning before one that a chat template has written."""
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        if has_bos_prefix(text, getattr(self.tokenizer, "bos_token", None)):
+            special = {"add_special_tokens": False}
+        return self.tokenizer(text, **special)["input_ids"]
+
+    def _fit(self, ids: list[int], room: int, task: str, item: int) -> list[int]:
+        kept = fitted(ids, room, self.overlong, f"the prompt of {task}, item {item},")
+        if len(kept) < len(ids):
+            self.cuts.append(Cut(task, item, len(ids), len(kept)))
+        return kept
+
+    def _tell(self) -> None:
+        if self.cuts:
+            longest = max(cut.tokens for cut in self.cuts)
+            console.print(
+                f"{self.name}: {len(self.cuts)} prompts do not fit into {self.max_length:,} tokens with their answers "
+                f"(the longest has {longest:,}) and are cut ({self.overlong})"
+            )
+
+    def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
+        shown, self._advance = self._advance, lambda rows: None
+        try:
+            return super()._detect_batch_size(requests, pos)
+        finally:
+            self._advance = shown
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = super()._model_call(inps, *args, **kwargs)
+        self._advance(len(inps))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens = super()._model_generate(context, *args, prefill_chunk_size=self.piece, **kwargs)
+        self._advance(len(context))
+        return tokens

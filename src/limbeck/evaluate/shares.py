@@ -1,0 +1,114 @@
+"""How much of its teacher's scores a student keeps, over a set of tasks.
+
+    kept = shares(student, teacher)           # both: task -> Score
+    kept["share of teacher"], kept["share above chance"], kept["alpha*"]
+
+* share: student / teacher.
+* share above chance: (student − chance) / (teacher − chance), as in RADLADS (Goldstein et al. 2025). A teacher that is
+  itself at chance has nothing to keep: tasks on which it is less than two standard errors above are left out.
+* C_α: share of the tasks on which student ≥ (1 − α) · teacher, the tolerance-corrected win-and-tie rate of Hauzenberger
+  et al. 2026 (arXiv 2603.15590); α* is the least α with C_α ≥ 1/2.
+
+All are means over tasks of equal weight. Standard errors are bootstrapped over the items of each task, the same items
+for both models.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+TOLERANCES = (0.0, 0.01, 0.05, 0.1)
+RESAMPLES = 1000
+ROUNDING = 1e-9  # what arithmetic may lose without turning a tie into a loss
+ABOVE = 2.0  # standard errors above chance from which a teacher is said to do a task
+
+
+@dataclass
+class Score:
+    """One model on one task.
+
+    metric: the one that stands for the task; "" where none does (perplexities), and it enters no mean.
+    values, errors: all metrics of the task, and their standard errors.
+    chance: what guessing gives of `metric`.
+    items: `metric` of each item, in the order of the data.
+    details: counts, versions, data, by task of a group.
+    """
+
+    metric: str
+    values: dict[str, float]
+    errors: dict[str, float]
+    chance: float
+    items: list[float]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def main(self) -> float:
+        """The value that stands for the task."""
+        return self.values[self.metric]
+
+    @property
+    def error(self) -> float:
+        """Its standard error; 0 where there is a single item."""
+        n = len(self.items)
+        return float(np.std(self.items, ddof=1) / math.sqrt(n)) if n > 1 else 0.0
+
+    @property
+    def at_chance(self) -> bool:
+        """Less than two standard errors above guessing."""
+        return self.main <= self.chance + ABOVE * self.error
+
+
+def tolerances(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """For each task the least α ≥ 0 with student ≥ (1 − α) · teacher; 0 where the teacher scores 0. [..., tasks]"""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lost = np.where(teacher > 0, 1 - student / teacher, 0.0)
+    return np.where(lost > ROUNDING, lost, 0.0)
+
+
+def critical_tolerance(needed: np.ndarray) -> np.ndarray:
+    """α*: the least α within which half of the tasks lie. [..., tasks] -> [...]"""
+    half = math.ceil(needed.shape[-1] / 2)
+    return np.sort(needed, axis=-1)[..., half - 1]
+
+
+def shares(
+    student: dict[str, Score], teacher: dict[str, Score], seed: int = 0
+) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+    """Values, their standard errors, and by task what was taken in.
+
+    Args:
+        student, teacher: the same tasks on the same items.
+    """
+    names = list(student)
+    chance = np.array([teacher[name].chance for name in names])
+    done = np.array([not teacher[name].at_chance for name in names])
+    ours, theirs = (np.array([one[name].main for name in names]) for one in (student, teacher))
+    rng = np.random.default_rng(seed)
+    drawn_s, drawn_t = np.empty((2, RESAMPLES, len(names)))
+    for at, name in enumerate(names):
+        items = np.stack([student[name].items, teacher[name].items])  # [2, items]
+        draws = rng.integers(0, items.shape[1], size=(RESAMPLES, items.shape[1]))
+        drawn_s[:, at], drawn_t[:, at] = items[:, draws].mean(axis=-1)
+    values, errors = {}, {}
+    found, spread = _summary(ours, theirs, chance, done), _summary(drawn_s, drawn_t, chance, done)
+    for name, value in found.items():
+        values[name], errors[name] = float(value), float(np.std(spread[name], ddof=1))
+    details = {
+        "tolerance_needed": dict(zip(names, tolerances(ours, theirs).tolist())),
+        "share_above_chance_over": [name for name, one in zip(names, done) if one],
+        "teacher_at_chance": [name for name, one in zip(names, done) if not one],
+    }
+    return values, errors, details
+
+
+def _summary(ours: np.ndarray, theirs: np.ndarray, chance: np.ndarray, done: np.ndarray) -> dict[str, np.ndarray]:
+    """Means over tasks; the arrays are [..., tasks]."""
+    needed = tolerances(ours, theirs)
+    found = {"share of teacher": np.mean(ours / np.maximum(theirs, 1e-9), axis=-1)}
+    if done.any():
+        above = (ours - chance)[..., done] / np.maximum((theirs - chance)[..., done], 1e-9)
+        found["share above chance"] = np.mean(above, axis=-1)
+    found |= {f"C at tolerance {alpha:g}": np.mean(needed <= alpha + ROUNDING, axis=-1) for alpha in TOLERANCES}
+    return found | {"alpha*": critical_tolerance(needed)}

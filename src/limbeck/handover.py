@@ -1,0 +1,87 @@
+"""The end of a run: the student as a Hugging Face folder, measured beside its teacher, and what it all came from.
+
+result = hand_over(job, run, student)          # writes student/, summary.md and eval.json
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from limbeck.data.cache import no_room_is_an_error
+from limbeck.evaluate.agreement import agreement
+from limbeck.evaluate.memory import cache_sizes, peak_memory
+from limbeck.generate import continuation
+from limbeck.model import by_mixer
+from limbeck.model.convert import parameter_report
+from limbeck.prepare import Job
+from limbeck.report.curves import draw
+from limbeck.stages.run import RunDirectory
+from limbeck.summary import write_summary
+
+
+def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[str, Any]:
+    recipe = job.recipe
+    student.eval()
+    _export(job, student)
+    evaluation = recipe.evaluation
+    stages = [{**s.model_dump(mode="json"), **run.facts(i)} for i, s in enumerate(recipe.stages)]
+    samples = {}
+    if evaluation.prompt and evaluation.new_tokens:
+        for name, model in (("teacher", job.teacher), ("student", student)):
+            samples[name] = continuation(model, job.tokenizer, evaluation.prompt, evaluation.new_tokens)
+    report = parameter_report(student, recipe.student.copy_projections)
+    result = {
+        "run": str(job.path),
+        "teacher": recipe.teacher,
+        "mixer": recipe.student.mixer,
+        "mixers": by_mixer(student.config.limbeck, job.layers),
+        "layers": f"{len(job.sites)} of {job.layers}",
+        "text": recipe.data.source,
+        "held_out": agreement(job.teacher, student, job.held_out(recipe.data), evaluation.tokens, job.autocast),
+        "parameters": vars(report),
+        "stages": stages,
+        "memory": cache_sizes(job.teacher, student),
+        "prompt": evaluation.prompt,
+        "samples": samples,
+        "evaluation": evaluation.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "peak_memory_bytes": peak_memory(),
+        "plan": json.loads((run.path / "plan.json").read_text()),
+    }
+    if importlib.util.find_spec("matplotlib") and run.metrics.exists():
+        draw(run.metrics, run.path / "curves.png")
+    run.write("summary.md", write_summary(result))
+    run.write("eval.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _export(job: Job, student: PreTrainedModel) -> None:
+    """Save the student as a Hugging Face folder, whole or not at all."""
+    final = job.path / "student"
+    temporary = job.path / ".student.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with no_room_is_an_error(job.path):
+        student.save_pretrained(temporary)
+        job.tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    return {
+        "teacher": {"name": job.recipe.teacher, "architecture": type(job.teacher).__name__},
+        "tokens_key": job.text.key,
+        "train_tokens": job.text.train_tokens,
+        "held_out_tokens": job.text.held_out_tokens,
+        "texts": {name: {"key": text.key, "files": text.files} for name, text in job.texts.items()},
+        "seed": job.recipe.seed,
+        "device": str(job.device),
+        "backend": "torch",
+    }

@@ -1,0 +1,64 @@
+"""A short question to the Hugging Face hub before long work with it: is there a model of that name?
+
+    look_up("Qwen/Qwen3-0.6B")
+
+huggingface_hub tries each file of a model several times, with pauses that double, so that a mistyped name on a machine
+without a network takes a minute to be refused. One question without a second try tells in seconds. Where the hub does
+not answer but the model is in its local cache, the cache is used and the hub is left alone from there on.
+"""
+
+from limbeck.console import console
+from limbeck.errors import LimbeckError
+
+SECONDS = 5  # that the hub has for its answer
+LOGIN = "check the spelling; a private one needs `hf auth login`"
+
+
+def look_up(name: str) -> None:
+    """Raises LimbeckError for a name that cannot be a repository, that the hub does not know, or where it cannot be
+    reached and its local cache has nothing of that name.
+
+    Any other trouble (no access, a slow or an ailing hub) is left to the loading itself, which knows more of it.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        HfApi().model_info(name, timeout=SECONDS)
+    except GatedRepoError:
+        return
+    except RepositoryNotFoundError as error:
+        if cached:  # a private one, and no login any more
+            return
+        raise LimbeckError(
+            f"the hub has no model '{name}'", expected="owner/name as the hub spells it, or a folder", hint=LOGIN
+        ) from error
+    except HFValidationError as error:
+        raise LimbeckError(f"'{name}' is neither a folder nor a name on the hub", expected="owner/name") from error
+    except OfflineModeIsEnabled:
+        return
+    except Exception as error:
+        if not _no_connection(error):
+            return
+        if cached:
+            console.print(f"the hub cannot be reached; '{name}' comes from its local cache", markup=False)
+            constants.HF_HUB_OFFLINE = True
+            return
+        raise LimbeckError(
+            f"there is no folder '{name}', and the hub cannot be reached to look for a model of that name",
+            expected="a folder, or a network for names on the hub",
+        ) from error
+
+
+def _no_connection(error: BaseException) -> bool:
+    """Whether no connection came about, by the name of what httpx or requests raised."""
+    seen: BaseException | None = error
+    while seen is not None:
+        names = {cls.__name__ for cls in type(seen).__mro__}
+        if names & {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -1,0 +1,109 @@
+"""What is kept of a finished arm: its numbers in one file, whatever becomes of its weights.
+
+    record = write(arm, study.measures, summary, found)          # <arm>/result.json
+    read(arm)["values"]["agreement.perplexity"]
+
+`values` are flat: `<measure>.<name>` of every measure, and what every run has: `held_out.*` (its own evaluation),
+`memory.*` (cache sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from limbeck.data.cache import no_room_is_an_error
+from limbeck.evaluate.measurement import Measurement
+from limbeck.evaluate.measures import find, settings_of
+from limbeck.study.grid import Arm, Study
+
+NAME = "result.json"
+EARLY = 0.1  # share of a stage's steps over which `early_loss` is the mean
+
+
+def wanted(study: Study) -> dict[str, Any]:
+    """The measures with all of their settings."""
+    return {name: settings_of(find(name), given).model_dump(mode="json") for name, given in study.measures.items()}
+
+
+def read(arm: Arm, study: Study | None = None) -> dict[str, Any] | None:
+    """The record of an arm; with a study only if it has all of the study's measures."""
+    try:
+        known = json.loads((arm.path / NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    if study is not None and any(known["measures"].get(name) != one for name, one in wanted(study).items()):
+        return None
+    return known
+
+
+def state(arm: Arm, study: Study) -> str:
+    """ "finished"; "measure" where its student is there but not all of the study's measures; else "train"."""
+    if read(arm, study) is not None:
+        return "finished"
+    return "measure" if read(arm) is not None and (arm.path / "student" / "config.json").exists() else "train"
+
+
+def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measurement]) -> dict[str, Any]:
+    """Keep what a finished arm gave; returns the record."""
+    values: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for name, held in summary["held_out"].items():
+        values |= _number(f"held_out.{name}", held)
+    for part in ("memory", "parameters"):
+        for name, held in summary[part].items():
+            values |= _number(f"{part}.{name}", held)
+    for index, stage in enumerate(summary["stages"]):
+        early = _early_loss(arm.path / "metrics.jsonl", index)
+        for name, held in (*stage.items(), ("early_loss", early)):
+            if name in ("first_loss", "loss", "early_loss", "unexplained", "held_out_loss", "tokens"):
+                values |= _number(f"stages.{stage['stage']}.{name}", held)
+    for one in found:
+        values |= {f"{one.measure}.{name}": value for name, value in one.values.items()}
+        errors |= {f"{one.measure}.{name}": value for name, value in one.errors.items()}
+    record = {
+        "format": 1,
+        "name": arm.name,
+        "axes": arm.axes,
+        "measures": wanted(study),
+        "values": values,
+        "errors": errors,
+        "seconds": sum(stage["seconds"] for stage in summary["stages"]),
+        "saved_seconds": sum(stage.get("saved_seconds", 0.0) for stage in summary["stages"]),
+        "stages": summary["stages"],
+    }
+    put(arm.path / NAME, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file at once, whole or not at all."""
+    with no_room_is_an_error(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text(text)
+        aside.replace(path)
+
+
+def drop(arm: Arm, keep: str) -> None:
+    """Delete what a finished arm need not keep: "none" leaves numbers and logs, "students" the student too."""
+    if keep == "all":
+        return
+    shutil.rmtree(arm.path / "stages", ignore_errors=True)
+    if keep == "none":
+        shutil.rmtree(arm.path / "student", ignore_errors=True)
+
+
+def _early_loss(metrics: Path, index: int) -> float | None:
+    """Mean loss of a stage's first steps; None for a stage without steps."""
+    losses = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        one = json.loads(line)
+        if one["stage_index"] == index:
+            losses.append(one["loss"])
+    first = losses[: max(1, round(EARLY * len(losses)))]
+    return sum(first) / len(first) if first else None
+
+
+def _number(name: str, value: Any) -> dict[str, float]:
+    return {name: float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else {}

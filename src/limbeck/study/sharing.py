@@ -1,0 +1,86 @@
+"""Which stages of which arms can learn from the same passes of the teacher.
+
+    key = pass_key(recipe, 1)             # equal keys: the same teacher reads the same text at the same positions
+    teams(arms)                           # arms that share anything with each other, directly or through others
+
+Stages 0 to 2 run the teacher without a gradient and nothing that they train changes what it sees. So all that has to
+agree is the teacher, the text, where in it the stage begins, how it is cut into batches and the seed, which orders the
+text. Mixer, layers, loss, target and rates may differ.
+"""
+
+import json
+from typing import Any
+
+from limbeck import recipe as recipes
+from limbeck.prepare import name_of
+from limbeck.recipe import Recipe
+from limbeck.rehearsal import CHOOSING
+from limbeck.stages.optimize import steps_of
+from limbeck.study.grid import Arm
+from limbeck.teach import sequences_of
+
+
+def pass_key(recipe: Recipe, index: int) -> str | None:
+    """What the teacher sees in a stage, as text; None where no pass can be shared.
+
+    That is so from stage 3 on, where the student runs on its own hidden states, and after a stage of which nobody
+    knows beforehand where it ends.
+    """
+    before, stage = recipe.stages[:index], recipe.stages[index]
+    if isinstance(stage, recipes.Logits) or any(isinstance(one, recipes.Logits) or _ends_early(one) for one in before):
+        return None
+    text = recipe.text_of(stage)
+    opened = [recipe.data, *(recipe.text_of(one) for one in recipe.stages)]
+    facts: dict[str, Any] = {
+        "teacher": (recipe.teacher, recipe.teacher_bits, recipe.device),
+        "arithmetic": (recipe.precision, recipe.tf32, recipe.deterministic),
+        "seed": recipe.seed,
+        "text": name_of(text),
+        "length": text.length,
+        # a text is opened for the longest sequences that are read of it, and gathers what is evaluated on
+        "opened": (max(one.length for one in opened if name_of(one) == name_of(text)), recipe.evaluation.tokens),
+        "read": [_read(recipe, one) for one in before if name_of(recipe.text_of(one)) == name_of(text)],
+        "stage": stage.stage,
+        "batch": (stage.batch, stage.micro_batch),
+    }
+    if isinstance(stage, recipes.Calibrate):
+        facts["sequences"] = sequences_of(stage, text.length)
+    if isinstance(stage, recipes.Matrix):
+        facts["rows"] = stage.rows
+    return json.dumps(facts, sort_keys=True)
+
+
+def teams(arms: list[Arm]) -> list[list[Arm]]:
+    """Arms in groups of which no two share a pass; an arm that shares none is in no group."""
+    group = {arm.name: {arm.name} for arm in arms}
+    holder: dict[str, str] = {}
+    for arm in arms:
+        for key in keys(arm.recipe):
+            other = holder.setdefault(key, arm.name)
+            if group[other] is not group[arm.name]:
+                group[other] |= group[arm.name]
+                for name in group[arm.name]:
+                    group[name] = group[other]
+    seen: dict[int, list[Arm]] = {}
+    for arm in arms:
+        seen.setdefault(id(group[arm.name]), []).append(arm)
+    return [members for members in seen.values() if len(members) > 1]
+
+
+def keys(recipe: Recipe) -> list[str]:
+    """The keys of the stages whose passes can be shared, in order."""
+    found = [pass_key(recipe, index) for index in range(len(recipe.stages))]
+    return [key for key in found if key is not None]
+
+
+def _ends_early(stage: Any) -> bool:
+    """May it stop before its tokens are read?"""
+    return bool(getattr(stage, "patience", None) or getattr(stage, "converged", None))
+
+
+def _read(recipe: Recipe, stage: Any) -> tuple[int, int]:
+    """Length and number of the sequences that a stage reads."""
+    length = recipe.text_of(stage).length
+    if isinstance(stage, recipes.Calibrate):
+        return length, sequences_of(stage, length) + (CHOOSING if stage.ridge == "auto" else 0)
+    return length, steps_of(stage, length) * stage.batch

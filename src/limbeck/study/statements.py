@@ -1,0 +1,268 @@
+"""The paper's findings as claims, by name.
+
+    judge_claims(["xlstm-first"], rows)[0]["findings"]
+
+Losses are compared in nats a token (the logarithm of perplexity), so an effect of 0.01 is one per cent of perplexity.
+The paper is arXiv 2504.14366, v2 of May 2025 and v3 of January 2026; a statement is our wording of its finding.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from limbeck.study.claims import MATTERS, Claim, Part, by_length, judge_claim, log_perplexity, mean_of, value
+from limbeck.study.statistics import Effect, Row, Term, difference
+
+KERNEL_ONLY = ("linear_attention", "rebased", "hedgehog", "based", "cosformer", "hadamard", "t2r", "dpfp", "elu")
+FIXED_DECAY = ("retnet",)
+DYNAMIC_DECAY = ("gla", "metala", "mlstm", "mamba2", "hgrn2", "rwkv6", "gsa", "gated_deltanet", "kda", "rwkv7")
+DELTA = ("deltanet", "gated_deltanet", "kda", "rwkv7")
+ADDITIVE = (*KERNEL_ONLY, *FIXED_DECAY, "gla", "metala", "mlstm", "mamba2", "hgrn2", "rwkv6", "gsa")
+LITTLE = 0.02  # nats a token: what counts as little
+
+
+def judge_claims(names: list[str], rows: list[Row]) -> list[dict[str, Any]]:
+    """Each named claim judged; see `limbeck.study.claims.judge_claim`."""
+    return [judge_claim(name, CLAIMS[name], rows) for name in names]
+
+
+def _part(says: str, effect: Effect, kind: Literal["more", "little"] = "more", margin: float = MATTERS) -> Part:
+    return Part(says, effect.at_places, kind, margin)
+
+
+def _fixed(*parts: Part) -> Callable[[list[Row]], list[Part]]:
+    return lambda rows: list(parts)
+
+
+def _lower(better: dict, worse: dict, within: dict | None = None) -> Effect:
+    """How much lower the loss of `better` is."""
+    return difference(log_perplexity, worse, better, within)
+
+
+def _than(better: str, worse: str) -> Effect:
+    return _lower({"student": (better,)}, {"student": (worse,)})
+
+
+def _students(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["axes"]["student"] for row in rows))
+
+
+def _first(name: str) -> Callable[[list[Row]], list[Part]]:
+    def parts(rows: list[Row]) -> list[Part]:
+        rivals = [one for one in _students(rows) if one != name]
+        return [Part(f"{name} is better than {one}", _than(name, one).at_places, margin=0.0) for one in rivals]
+
+    return parts
+
+
+def _same_order(axis: str) -> Callable[[list[Row]], dict[str, list[float]]]:
+    """Kendall's rank correlation of the students between neighbouring values of an axis, by seed."""
+
+    def effect(rows: list[Row]) -> dict[str, list[float]]:
+        losses: dict[str, dict[Any, dict[str, float]]] = {}
+        for row in rows:
+            if (loss := log_perplexity(row)) is not None:
+                here = losses.setdefault(str(row["axes"]["seed"]), {}).setdefault(row["axes"].get(axis), {})
+                here[row["axes"]["student"]] = loss
+        found: dict[str, list[float]] = {}
+        for seed, by_value in losses.items():
+            tables = list(by_value.values())
+            for one, other in itertools.pairwise(tables):
+                if (tau := _kendall(one, other)) is not None:
+                    found.setdefault(seed, []).append(tau)
+        return found
+
+    return effect
+
+
+def _kendall(one: dict[str, float], other: dict[str, float]) -> float | None:
+    both = [name for name in one if name in other]
+    pairs = [(a, b) for i, a in enumerate(both) for b in both[i + 1 :]]
+    signs = [math.copysign(1, (one[a] - one[b]) * (other[a] - other[b])) for a, b in pairs]
+    return sum(signs) / len(signs) if len(both) > 2 else None
+
+
+def _growth(where: dict, weight: float) -> tuple[Term, Term]:
+    """How much the loss rises from the first to the last stretch of a long text, as terms of an effect."""
+    name = r"loss, tokens \d+ to (\d+)"
+    return (
+        Term(weight, by_length("positions", name, last=True), where),
+        Term(-weight, by_length("positions", name, last=False), where),
+    )
+
+
+_OTHERS = {"student": (*KERNEL_ONLY, *FIXED_DECAY, "deltanet")}
+_DYNAMIC, _KERNEL = {"student": DYNAMIC_DECAY}, {"student": KERNEL_ONLY}
+_3, _23, _123 = {"stages": ("3",)}, {"stages": ("2+3",)}, {"stages": ("1+2+3",)}
+_NIAH = r"niah \d, (\d+) tokens, among \d+"
+_COPIED, _FRESH = {"copy_projections": (True,)}, {"copy_projections": (False,)}
+
+
+def _time_constant(rows: list[Row]) -> dict[str, list[float]]:
+    """How much a token's time grows from the shortest to the longest context, as a share of it."""
+    last, first = (by_length("speed", r"token_milliseconds@(\d+)x1", last=end) for end in (True, False))
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        a, b = first(row), last(row)
+        if a and b:
+            found.setdefault(str(row["axes"]["seed"]), []).append(b / a - 1)
+    return found
+
+
+def _memory_growth(rows: list[Row]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        mine, theirs = (row["values"].get(f"memory.{who}_bytes_per_token") for who in ("student", "teacher"))
+        if mine is not None and theirs:
+            found.setdefault(str(row["axes"]["seed"]), []).append(mine / theirs)
+    return found
+
+
+CLAIMS: dict[str, Claim] = {
+    "dynamic-decay-beats-kernel-only": Claim(
+        "Students whose decay depends on the input end at a lower loss than linear attention by a feature map alone.",
+        "v2, experiment 1",
+        "nats a token",
+        _fixed(_part("lower loss on held-out text", _lower(_DYNAMIC, _KERNEL))),
+    ),
+    "xlstm-first": Claim(
+        "xLSTM (mLSTM) is the best of all students.", "v2, experiment 1; v3, table 2", "nats a token", _first("mlstm")
+    ),
+    "hidden-state-alignment-helps": Claim(
+        "Aligning hidden states is the most dependable gain: it lowers the loss, by more than aligning matrices does.",
+        "v2, experiment 1",
+        "nats a token",
+        _fixed(
+            _part("2+3 is better than 3", _lower(_23, _3)),
+            _part(
+                "what stage 2 gains is more than what stage 1 gains on top",
+                Effect(tuple(Term(w, log_perplexity, s) for w, s in ((1.0, _3), (-2.0, _23), (1.0, _123)))),
+            ),
+        ),
+    ),
+    "matrix-mixing-adds-little": Claim(
+        "Aligning mixing matrices before hidden states gains little.",
+        "v2, experiment 1",
+        "nats a token",
+        _fixed(_part("what 1+2+3 gains over 2+3", _lower(_123, _23), "little", LITTLE)),
+    ),
+    "copying-starts-faster-but-is-not-enough": Claim(
+        "Copying the teacher's projections speeds up the start, but a copied student still needs alignment.",
+        "v2, experiment 1",
+        "nats a token",
+        _fixed(
+            _part(
+                "the loss in the first tenth of stage 3 is lower with copies",
+                difference(value("stages.logits.early_loss"), _FRESH, _COPIED, within=_3),
+            ),
+            _part("with copies, 2+3 is still better than 3", _lower(_23, _3, within=_COPIED)),
+        ),
+    ),
+    "dynamic-decay-keeps-perplexity-with-length": Claim(
+        "Past the training length the loss of students with dynamic decay rises less than that of the others.",
+        "v2, figure 2",
+        "nats a token",
+        _fixed(
+            _part("rise of the loss, others minus these", Effect((*_growth(_OTHERS, 1.0), *_growth(_DYNAMIC, -1.0))))
+        ),
+    ),
+    "delta-rule-keeps-retrieval": Claim(
+        "Students with the delta rule retrieve what additive ones lose.",
+        "v3, table 3",
+        "share of the questions",
+        _fixed(
+            _part(
+                "needles found, delta rule minus additive",
+                difference(mean_of("needle", _NIAH), {"student": DELTA}, {"student": ADDITIVE}),
+            ),
+            _part(
+                "key-value pairs recalled, delta rule minus additive",
+                difference(mean_of("recall", r"recall, \d+ pairs"), {"student": DELTA}, {"student": ADDITIVE}),
+            ),
+        ),
+    ),
+    "memory-constant-in-length": Claim(
+        "A student's cache does not grow with the text.",
+        "v2, figure 4",
+        "share of the teacher's growth",
+        _fixed(Part("growth of the cache a token", _memory_growth, "little", 0.001)),
+    ),
+    "time-constant-in-length": Claim(
+        "A token takes a student as long behind a long text as behind a short one.",
+        "v2, figure 4",
+        "share of the time at the shortest length",
+        _fixed(Part("growth of a token's time", _time_constant, "little", 0.1)),
+    ),
+    "order-stable-over-teachers": Claim(
+        "Which student is better than which does not depend on the size of the teacher.",
+        "v3, table 2",
+        "Kendall's tau",
+        _fixed(Part("agreement of the order between teachers", _same_order("teacher"), margin=0.5)),
+    ),
+    "gaps-set-early": Claim(
+        "The order of the students is set early: a larger budget keeps it.",
+        "v3, budget curves",
+        "Kendall's tau",
+        _fixed(Part("agreement of the order between budgets", _same_order("tokens"), margin=0.5)),
+    ),
+    "head-gates-beat-channel-gates": Claim(
+        "A decay for each head is better than one for each channel.",
+        "v3, discussion",
+        "nats a token",
+        _fixed(
+            _part(
+                "Gated DeltaNet is better than KDA, which differs by that alone",
+                _than("gated_deltanet", "kda"),
+            ),
+            _part("Mamba-2 is better than GLA", _than("mamba2", "gla")),
+        ),
+    ),
+    "delta-rule-beats-additive-at-equal-state": Claim(
+        "With heads, state, convolution, gate and norm alike the delta rule is better than the additive update.",
+        "v3, discussion; here under control",
+        "nats a token",
+        _fixed(
+            _part(
+                "Gated DeltaNet is better than Mamba-2",
+                _lower({"student": ("gated_deltanet",)}, {"student": ("mamba2",)}),
+            )
+        ),
+    ),
+    "decay-beats-none-at-equal-state": Claim(
+        "With all else alike an input-dependent decay is better than none.",
+        "v2, experiment 1; here under control",
+        "nats a token",
+        _fixed(
+            _part(
+                "Mamba-2 is better than linear attention",
+                _lower({"student": ("mamba2",)}, {"student": ("linear_attention",)}),
+            )
+        ),
+    ),
+    "outputs-beat-matrices": Claim(
+        "At equal budget, aligning outputs before stage 3 is better than aligning T x T matrices.",
+        "RADLADS (arXiv 2505.03005) against MOHAWK (arXiv 2408.10189)",
+        "nats a token",
+        _fixed(_part("2+3 is better than 1+3", _lower(_23, {"stages": ("1+3",)}, within={"target": ("attention",)}))),
+    ),
+    "block-outputs-add-little": Claim(
+        "Aligning the outputs of whole blocks gains little over those of the attention alone.",
+        "a question that the papers leave open",
+        "nats a token",
+        _fixed(
+            _part(
+                "what the block's output gains over the attention's",
+                _lower({"target": ("block",)}, {"target": ("attention",)}, within=_23),
+                "little",
+                LITTLE,
+            )
+        ),
+    ),
+    "most-tokens-to-stage-3": Claim(
+        "Of a fixed budget the paper's split, nine tenths for stage 3, is better than equal parts.",
+        "v2, settings",
+        "nats a token",
+        _fixed(_part("the paper's split is better", _lower({"split": ("paper",)}, {"split": ("even",)}))),
+    ),
+}

@@ -1,0 +1,141 @@
+"""What a study found, on disk: study.json for programs, tables and claims for people.
+
+    results = write(study, folder, arms, failures, claims)
+    print(claims_markdown(results["claims"]))
+
+The tables hold no times, so that a study which was killed and resumed leaves the same ones.
+"""
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from limbeck.stages.run import environment
+from limbeck.study import record
+from limbeck.study.grid import Arm, Study
+
+FORMAT = 1
+
+
+def write(
+    study: Study, folder: Path, arms: list[Arm], failures: dict[str, str], claims: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write study.json, table.md, values.csv and claims.md; returns what study.json holds."""
+    facts: list[dict[str, Any]] = []
+    for arm in arms:
+        known = record.read(arm, study)
+        status = "finished" if known else "failed" if arm.name in failures else "open"
+        facts.append(
+            {
+                "name": arm.name,
+                "axes": arm.axes,
+                "status": status,
+                "run": arm.path.name,
+                "failure": failures.get(arm.name) if not known else None,
+                **{key: (known or {}).get(key) for key in ("values", "errors", "seconds", "saved_seconds", "stages")},
+            }
+        )
+    results = {
+        "format": FORMAT,
+        "study": study.model_dump(mode="json", exclude_none=True),
+        "environment": environment(),
+        "arms": facts,
+        "sharing": {
+            "seconds": sum(one["seconds"] or 0.0 for one in facts),
+            "saved_seconds": sum(one["saved_seconds"] or 0.0 for one in facts),
+        },
+        "claims": claims,
+    }
+    finished = [one for one in facts if one["status"] == "finished"]
+    record.put(folder / "study.json", json.dumps(results, indent=1) + "\n")
+    record.put(folder / "table.md", table_markdown(study, finished))
+    record.put(folder / "values.csv", values_csv(finished))
+    if claims:
+        record.put(folder / "claims.md", claims_markdown(claims))
+    return results
+
+
+def table_markdown(study: Study, finished: list[dict[str, Any]]) -> str:
+    """A row for each arm, seeds together as mean ± standard deviation; a table for each measure."""
+    varied = [axis for axis in _axes(finished) if axis != "seed" and len({_shown(one, axis) for one in finished}) > 1]
+    varied = varied or ["student"]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for one in finished:
+        groups.setdefault(tuple(_shown(one, axis) for axis in varied), []).append(one)
+    lines = [f"# {study.title}", ""]
+    for measure in ["held_out", *study.measures]:
+        names = list(dict.fromkeys(n for one in finished for n in one["values"] if n.partition(".")[0] == measure))
+        if measure == "held_out":
+            names = [name for name in names if name.split(".")[1] in ("student_perplexity", "kl", "top1_agreement")]
+        if not names:
+            continue
+        heads = [*varied, "seeds", *(name.partition(".")[2].replace("_", " ") for name in names)]
+        lines += [f"## {measure.replace('_', ' ')}", "", _row(heads), _row(["---"] * len(heads))]
+        for places, members in groups.items():
+            cells = [_spread([one["values"][name] for one in members if name in one["values"]]) for name in names]
+            lines.append(_row([*places, str(len(members)), *cells]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def values_csv(finished: list[dict[str, Any]]) -> str:
+    """One line a number: the arm, its axes, the value's name, the value, its standard error."""
+    axes = _axes(finished)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["arm", *axes, "name", "value", "standard_error"])
+    for one in finished:
+        places = [_shown(one, axis) for axis in axes]
+        for name, value in one["values"].items():
+            writer.writerow([one["name"], *places, name, value, one["errors"].get(name, "")])
+    return file.getvalue()
+
+
+def claims_markdown(claims: list[dict[str, Any]]) -> str:
+    """Each claim with its verdict, and its parts with effect, interval, p and seeds."""
+    lines = ["# Claims", ""]
+    for one in claims:
+        lines += [f"**{one['verdict']}**: {one['statement']} ({one['source']}; `{one['name']}`)", ""]
+        for part in one["findings"]:
+            lines.append(f"- {part['says']}: {_finding(part, one['unit'])}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _finding(part: dict[str, Any], unit: str) -> str:
+    if part["effect"] is None:
+        return f"{part['verdict']}, {part['reason']}"
+    numbers = f"{part['effect']:+.4g} {unit}"
+    if part["low"] is not None:
+        numbers += f", 95 % interval {part['low']:+.4g} to {part['high']:+.4g}, p = {part['p']:.2g}"
+    numbers += (
+        f", {len(part['by_seed'])} seeds, {100 * part['consistent']:.0f} % of {part['comparisons']} comparisons agree"
+    )
+    bound = "at least" if part["kind"] == "more" else "less than"
+    numbers += f"; {bound} {part['margin']:g} was asked for"
+    return f"{part['verdict']}, {numbers}" + (f" ({part['reason']})" if part["reason"] else "")
+
+
+def _axes(arms: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(axis for one in arms for axis in one["axes"]))
+
+
+def _shown(arm: dict[str, Any], axis: str) -> str:
+    value = arm["axes"].get(axis)
+    if value is None:
+        return ""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.4g}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,55 @@
+"""Names on the hub: looked up in seconds before long work, and what is said of those that are none."""
+
+import time
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from hub_server import Repo, serve
+from limbeck import hub
+from limbeck.errors import LimbeckError
+
+NOBODY = "http://127.0.0.1:9"  # a port where nothing listens
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """As if the tests were not offline, with an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_name_on_the_hub_and_one_that_is_not(online, monkeypatch):
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        server.repos["ann/student"] = Repo()
+        hub.look_up("ann/student")
+        with pytest.raises(LimbeckError, match="the hub has no model 'ann/studnet'"):
+            hub.look_up("ann/studnet")
+        server.fail["model"] = 500  # an ailing hub: the loading itself tries again
+        hub.look_up("ann/student")
+    with pytest.raises(LimbeckError, match="neither a folder nor a name on the hub"):
+        hub.look_up("ann/my/student")
+
+
+def test_without_a_network(online, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
+    began = time.monotonic()
+    with pytest.raises(LimbeckError, match="the hub cannot be reached to look for a model"):
+        hub.look_up("nothing")
+    assert time.monotonic() - began < 3
+
+
+def test_without_a_network_the_cache_serves(online, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: "/cache/config.json")
+    hub.look_up("ann/student")
+    assert constants.HF_HUB_OFFLINE  # nothing more is asked
+
+
+def test_offline_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
+    hub.look_up("nothing")

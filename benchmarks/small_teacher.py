@@ -83,7 +83,7 @@ def measure(name: str, model, batches, tasks) -> dict:
 def recall_tasks(tokenizer, sequences: int) -> dict[str, list]:
     """By name: token ids [T] and the places that memory alone tells, in sequences that no training text holds."""
     words = [ids[0] for word in common_words(texts_for_learning()) if len(ids := tokenizer(f" {word}").input_ids) == 1]
-    colon, newline, again = (tokenizer(text).input_ids for text in (":", "\n", AGAIN))
+    newline, again = (tokenizer(text).input_ids for text in ("\n", AGAIN))
     filler = tokenizer("\n\n".join(texts_for_learning()[:200])).input_ids
     tasks: dict[str, list] = {}
     for count in PAIRS:
@@ -94,7 +94,7 @@ def recall_tasks(tokenizer, sequences: int) -> dict[str, list]:
             ids: list[int] = []
             places = []
             for key, value in known + rng.sample(known, count):
-                ids += [key, *colon, value, *newline]
+                ids += [key, value, *newline]
                 places.append(len(ids) - 1 - len(newline))
             tasks.setdefault(f"{count} pairs", []).append((torch.tensor(ids), torch.tensor(places[count:])))
     for distance in DISTANCES:

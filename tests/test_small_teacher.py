@@ -16,6 +16,7 @@ from limbeck.contract import tiny
 from limbeck.data.cache import publish, sound
 from limbeck.data.packing import IGNORE, Batch
 from limbeck.data.recall import AGAIN, Passages, common_words, copied_passage, pairs, word_list, write_recall
+from limbeck.data.repeats import SHORTEST, Repeats
 from limbeck.data.shards import place_of
 from limbeck.data.vocabulary import END, learn_vocabulary
 from limbeck.errors import LimbeckError
@@ -33,6 +34,7 @@ model: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_la
 vocabulary: 400
 data: {length: 32, held_out: 0.05, sources: [{source: "embedded:quick"}, {source: "embedded:recall"}]}
 stages:
+  - {stage: repeats, tokens: 128, length: 16, batch: 2, lr: 1.0e-2}
   - {stage: next_token, tokens: 384, batch: 2, lr: 1.0e-2}
   - {stage: next_token, tokens: 256, length: 64, batch: 1, lr: 1.0e-3}
 checkpoint_seconds: 1.0e-9
@@ -82,7 +84,7 @@ def test_pairs_come_twice_and_each_key_once(texts):
         half = len(lines) // 2
         assert 4 <= half <= 96
         assert sorted(lines[:half]) == sorted(lines[half:])
-        said = [word for line in lines[:half] for word in line.split(": ")]
+        said = [word for line in lines[:half] for word in line.split()]
         assert len({word.strip() for word in said}) == 2 * half
 
 
@@ -138,6 +140,25 @@ def test_a_vocabulary_is_learnt_alike_and_writes_all_text(texts):
     text = "Ünïcode, digits 2026\n\n and  spaces: 語"
     assert first.decode(first(text).input_ids) == text
     assert first.convert_ids_to_tokens(first("2026").input_ids) == ["2", "0", "2", "6"]
+
+
+def test_a_row_of_repeats_is_one_list_and_asks_only_for_what_it_has_shown():
+    repeats = Repeats(vocabulary=50, length=24, seed=3)
+    batch = repeats.batch(5, 40)
+    assert batch.input_ids.shape == batch.targets.shape == (40, 24)
+    periods = set()
+    for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist()):
+        period = next(n for n in range(1, 25) if ids[n:] == ids[: 24 - n])
+        assert len(set(ids[:period])) == period
+        assert 0 not in ids
+        assert targets[:period] == [IGNORE] * period
+        assert targets[period:-1] == ids[period + 1 :]
+        periods.add(period)
+    assert min(periods) == SHORTEST
+    assert max(periods) == 12
+    torch.testing.assert_close(repeats.batch(9, 1).input_ids, batch.input_ids[4:5])
+    with pytest.raises(LimbeckError, match="repeats of 6 tokens"):
+        Repeats(vocabulary=50, length=6)
 
 
 # ---------------------------------------------------------------------- the stage
@@ -210,12 +231,12 @@ def test_models_that_cannot_look_back_are_refused():
 
 
 def test_a_teacher_is_made_once_and_says_what_it_is(small_world, capfd):
-    assert planned(small_world).steps == 10
+    assert planned(small_world).steps == 14
     folder = trained_teacher(small_world)
-    assert "teacher 'mine': 0.03 M parameters, 0.00 M tokens in 10 steps" in capfd.readouterr().err
+    assert "teacher 'mine': 0.03 M parameters, 0.00 M tokens in 14 steps" in capfd.readouterr().err
     manifest = sound(folder, verify=True)
     assert manifest["key"] == TeacherRecipe.load(small_world).key
-    assert [stage["tokens"] for stage in manifest["stages"]] == [384, 256]
+    assert [stage["tokens"] for stage in manifest["stages"]] == [128, 384, 256]
     assert manifest["held_out_perplexity"].keys() == {"embedded:quick", "embedded:recall"}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.float32
@@ -227,7 +248,7 @@ def test_a_teacher_is_made_once_and_says_what_it_is(small_world, capfd):
     assert not list((folder.parents[1] / "teachers").glob("mine-*"))
 
 
-@pytest.mark.parametrize("killed_at", [1, 4, 8])
+@pytest.mark.parametrize("killed_at", [1, 4, 8, 12])
 def test_a_killed_training_ends_bit_for_bit_as_any_other(small_world, monkeypatch, texts, killed_at):
     whole = trained_teacher(small_world).joinpath("model.safetensors").read_bytes()
     other = small_world.parent / "other"
@@ -238,7 +259,7 @@ def test_a_killed_training_ends_bit_for_bit_as_any_other(small_world, monkeypatc
     def dies(self, batch, counts):
         nonlocal steps
         steps += 1
-        if steps == killed_at + 5:  # the plan took four
+        if steps == killed_at + 7:  # the plan took six
             raise KeyboardInterrupt
         return backward(self, batch, counts)
 
@@ -251,8 +272,9 @@ def test_a_killed_training_ends_bit_for_bit_as_any_other(small_world, monkeypatc
     assert folder.joinpath("model.safetensors").read_bytes() == whole
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage_index"], line["step"]) for line in lines] == [
-        *((0, i) for i in range(1, 7)),
-        *((1, i) for i in range(1, 5)),
+        *((0, i) for i in range(1, 5)),
+        *((1, i) for i in range(1, 7)),
+        *((2, i) for i in range(1, 5)),
     ]
 
 
@@ -287,7 +309,7 @@ def test_the_command_plans_and_makes(small_world):
     runner = CliRunner()
     plan = runner.invoke(app, ["assets", "--teacher", str(small_world), "--plan"])
     assert plan.exit_code == 0
-    assert "10 steps" in plan.output
+    assert "14 steps" in plan.output
     assert not TeacherRecipe.load(small_world).folder.exists()
     made = runner.invoke(app, ["assets", "--teacher", str(small_world)])
     assert made.exit_code == 0
@@ -301,7 +323,7 @@ def test_the_small_teacher_writes_and_remembers():
         pytest.skip("the small teacher is not in the cache; make it with limbeck assets --teacher small")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    text = " river: stone\n market: green\n music: early\n winter: paper\n market: green\n winter: paper\n river:"
+    text = " river stone\n market green\n music early\n winter paper\n market green\n winter paper\n river"
     best = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].argmax()
     assert tokenizer.decode(best) == " stone"
 

@@ -94,6 +94,8 @@ class Study(_Part):
             )
         if size is not None:
             raw = {**_merged(raw, sizes[size]), "size": size}
+            if isinstance(raw.get("measures"), dict):  # a size leaves a measure out with null
+                raw["measures"] = {name: settings for name, settings in raw["measures"].items() if settings is not None}
         return cls.parse(raw, str(source))
 
     @classmethod

@@ -8,6 +8,7 @@
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,7 @@ def wanted(study: Study) -> dict[str, Any]:
 
 def read(arm: Arm, study: Study | None = None) -> dict[str, Any] | None:
     """The record of an arm; with a study only if it has all of the study's measures."""
-    try:
-        known = json.loads((arm.path / NAME).read_text())
-    except (OSError, ValueError):
-        return None
-    if study is not None and any(known["measures"].get(name) != one for name, one in wanted(study).items()):
-        return None
-    return known
+    return _read(arm.path / NAME, study)
 
 
 def state(arm: Arm, study: Study) -> str:
@@ -47,7 +42,6 @@ def state(arm: Arm, study: Study) -> str:
 def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measurement]) -> dict[str, Any]:
     """Keep what a finished arm gave; returns the record."""
     values: dict[str, float] = {}
-    errors: dict[str, float] = {}
     for name, held in summary["held_out"].items():
         values |= _number(f"held_out.{name}", held)
     for part in ("memory", "parameters"):
@@ -58,9 +52,8 @@ def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measureme
         for name, held in (*stage.items(), ("early_loss", early)):
             if name in ("first_loss", "loss", "early_loss", "unexplained", "held_out_loss", "tokens"):
                 values |= _number(f"stages.{stage['stage']}.{name}", held)
-    for one in found:
-        values |= {f"{one.measure}.{name}": value for name, value in one.values.items()}
-        errors |= {f"{one.measure}.{name}": value for name, value in one.errors.items()}
+    measured, errors = _flat(found)
+    values |= measured
     record = {
         "format": 1,
         "name": arm.name,
@@ -74,6 +67,42 @@ def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measureme
     }
     put(arm.path / NAME, json.dumps(record, indent=1) + "\n")
     return record
+
+
+def read_teacher(arm: Arm, study: Study) -> dict[str, Any] | None:
+    """What is known of an arm's teacher, if it has all of the study's measures."""
+    return _read(teacher_path(arm), study)
+
+
+def write_teacher(arm: Arm, study: Study, found: list[Measurement]) -> None:
+    """Keep what the measures said of an arm's teacher."""
+    values, errors = _flat(found)
+    known = {"format": 1, "name": arm.recipe.teacher, "measures": wanted(study), "values": values, "errors": errors}
+    put(teacher_path(arm), json.dumps(known, indent=1) + "\n")
+
+
+def teacher_path(arm: Arm) -> Path:
+    """The file of an arm's teacher, in the study's folder."""
+    return arm.path.parent / "teachers" / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', arm.recipe.teacher)}.json"
+
+
+def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if study is not None and any(known["measures"].get(name) != one for name, one in wanted(study).items()):
+        return None
+    return known
+
+
+def _flat(found: list[Measurement]) -> tuple[dict[str, float], dict[str, float]]:
+    """Values and standard errors by `<measure>.<name>`."""
+    values, errors = (
+        {f"{one.measure}.{name}": value for one in found for name, value in getattr(one, part).items()}
+        for part in ("values", "errors")
+    )
+    return values, errors
 
 
 def put(path: Path, text: str) -> None:

@@ -111,14 +111,23 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor) -> Non
         failed |= set(done.failures)
         _remember(folder, done.failures)
     alone = [Task("alone", (arm.name,)) for arm in left if arm.name not in failed]
-    for done in executor.run(study, folder, alone):
-        _remember(folder, done.failures)
+    for done in executor.run(study, folder, [*_teachers(study, arms), *alone]):
+        if done.task.kind == "alone":
+            _remember(folder, done.failures)
         tables.write(study, folder, arms, _failures(folder), claims=[])
     for arm in arms:
         if record.state(arm, study) == "finished":
             record.drop(arm, study.keep)
     if failures := _failures(folder):
         console.print(f"{len(failures)} of {len(arms)} arms failed; the same command tries them again")
+
+
+def _teachers(study: Study, arms: list[Arm]) -> list[Task]:
+    """A task for each teacher that is not measured yet."""
+    if not study.measures:
+        return []
+    first = {record.teacher_path(arm): arm for arm in reversed(arms)}
+    return [Task("teacher", (arm.name,)) for arm in first.values() if record.read_teacher(arm, study) is None]
 
 
 def _failures(folder: Path) -> dict[str, str]:

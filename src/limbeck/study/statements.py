@@ -168,17 +168,24 @@ CLAIMS: dict[str, Claim] = {
         ),
     ),
     "delta-rule-keeps-retrieval": Claim(
-        "Students with the delta rule retrieve what additive ones lose.",
+        "Students with the delta rule recall associations that additive ones lose.",
+        "v3, table 3",
+        "share of the questions",
+        _fixed(
+            _part(
+                "key-value pairs recalled, delta rule minus additive",
+                difference(mean_of("recall", r"recall, \d+ pairs"), {"student": DELTA}, {"student": ADDITIVE}),
+            ),
+        ),
+    ),
+    "delta-rule-keeps-needles": Claim(
+        "Students with the delta rule find needles in long texts that additive ones lose.",
         "v3, table 3",
         "share of the questions",
         _fixed(
             _part(
                 "needles found, delta rule minus additive",
                 difference(mean_of("needle", _NIAH), {"student": DELTA}, {"student": ADDITIVE}),
-            ),
-            _part(
-                "key-value pairs recalled, delta rule minus additive",
-                difference(mean_of("recall", r"recall, \d+ pairs"), {"student": DELTA}, {"student": ADDITIVE}),
             ),
         ),
     ),

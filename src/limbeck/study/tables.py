@@ -38,11 +38,13 @@ def write(
                 **{key: (known or {}).get(key) for key in ("values", "errors", "seconds", "saved_seconds", "stages")},
             }
         )
+    teachers = {arm.recipe.teacher: record.read_teacher(arm, study) for arm in arms}
     results = {
         "format": FORMAT,
         "study": study.model_dump(mode="json", exclude_none=True),
         "environment": environment(),
         "arms": facts,
+        "teachers": {name: one and {key: one[key] for key in ("values", "errors")} for name, one in teachers.items()},
         "sharing": {
             "seconds": sum(one["seconds"] or 0.0 for one in facts),
             "saved_seconds": sum(one["saved_seconds"] or 0.0 for one in facts),
@@ -51,15 +53,17 @@ def write(
     }
     finished = [one for one in facts if one["status"] == "finished"]
     record.put(folder / "study.json", json.dumps(results, indent=1) + "\n")
-    record.put(folder / "table.md", table_markdown(study, finished))
+    record.put(folder / "table.md", table_markdown(study, finished, teachers))
     record.put(folder / "values.csv", values_csv(finished))
     if claims:
         record.put(folder / "claims.md", claims_markdown(claims))
     return results
 
 
-def table_markdown(study: Study, finished: list[dict[str, Any]]) -> str:
-    """A row for each arm, seeds together as mean ± standard deviation; a table for each measure."""
+def table_markdown(
+    study: Study, finished: list[dict[str, Any]], teachers: dict[str, dict[str, Any] | None] | None = None
+) -> str:
+    """A row for each arm, seeds together as mean ± standard deviation, and the teachers; a table for each measure."""
     varied = [axis for axis in _axes(finished) if axis != "seed" and len({_shown(one, axis) for one in finished}) > 1]
     varied = varied or ["student"]
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -77,6 +81,10 @@ def table_markdown(study: Study, finished: list[dict[str, Any]]) -> str:
         for places, members in groups.items():
             cells = [_spread([one["values"][name] for one in members if name in one["values"]]) for name in names]
             lines.append(_row([*places, str(len(members)), *cells]))
+        for teacher, known in (teachers or {}).items():
+            if known and any(name in known["values"] for name in names):
+                cells = [_spread([known["values"][name]] if name in known["values"] else []) for name in names]
+                lines.append(_row([f"teacher {Path(teacher).name}", *[""] * len(varied), *cells]))
         lines.append("")
     return "\n".join(lines)
 

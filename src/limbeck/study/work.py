@@ -33,9 +33,10 @@ from limbeck.study.team import learn_together
 
 @dataclass(frozen=True)
 class Task:
-    """Arms by name: those that learn `together` in the stages that they share, or `alone` one to its end."""
+    """Arms by name: those that learn `together` in the stages that they share, or `alone` one to its end; or one whose
+    `teacher` is measured as the students are."""
 
-    kind: Literal["together", "alone"]
+    kind: Literal["together", "alone", "teacher"]
     arms: tuple[str, ...]
 
 
@@ -86,6 +87,8 @@ class Workplace:
             if task.kind == "together":
                 failures = learn_together(mine, self.teacher(mine[0].recipe))
                 done.failures = {name: _told(error) for name, error in failures.items()}
+            elif task.kind == "teacher":
+                measure_teacher(mine[0], study, self)
             else:
                 for arm in mine:
                     finish(arm, study, self)
@@ -93,8 +96,9 @@ class Workplace:
             raise
         except Exception as error:
             done.failures = dict.fromkeys(task.arms, _told(error))
+        what = "the teacher of arm" if task.kind == "teacher" else "arm"
         for name, text in done.failures.items():
-            console.print(f"[bold red]arm {name} failed:[/] ", end="")
+            console.print(f"[bold red]{what} {name} failed:[/] ", end="")
             console.print(text.splitlines()[0], markup=False)
         return done
 
@@ -124,6 +128,13 @@ def finish(arm: Arm, study: Study, workplace: Workplace) -> None:
             found = []
         record.write(arm, study, summary, found)
     record.drop(arm, study.keep)
+
+
+def measure_teacher(arm: Arm, study: Study, workplace: Workplace) -> None:
+    """Measure an arm's teacher by what students are measured by, and keep it beside the arms."""
+    workplace.subjects.lend(arm.recipe.teacher, *workplace.teacher(arm.recipe))
+    subject = workplace.subjects.open(arm.recipe.teacher)
+    record.write_teacher(arm, study, [take(find(name), subject, given) for name, given in study.measures.items()])
 
 
 def _told(error: Exception) -> str:

@@ -23,7 +23,8 @@ from limbeck.stages.run import RunDirectory
 from limbeck.summary import write_summary
 
 
-def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[str, Any]:
+def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: bool = True) -> dict[str, Any]:
+    """Export and evaluate a student; returns the summary that is kept as eval.json."""
     recipe = job.recipe
     student.eval()
     _export(job, student)
@@ -52,7 +53,7 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel) -> dict[str
         "peak_memory_bytes": peak_memory(),
         "plan": json.loads((run.path / "plan.json").read_text()),
     }
-    if importlib.util.find_spec("matplotlib") and run.metrics.exists():
+    if curves and importlib.util.find_spec("matplotlib") and run.metrics.exists():
         draw(run.metrics, run.path / "curves.png")
     run.write("summary.md", write_summary(result))
     run.write("eval.json", json.dumps(result, indent=1) + "\n")

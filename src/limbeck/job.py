@@ -36,6 +36,7 @@ def distill(
     confirm: Callable[[Plan], None] | None = None,
     loaded: Loaded | None = None,
     rehearsed: bool = True,
+    curves: bool = True,
 ) -> dict[str, Any]:
     """Run a recipe from where it stands to its end.
 
@@ -44,6 +45,7 @@ def distill(
         confirm: called with the plan before long work begins (the command line prints it).
         loaded: the teacher and its tokenizer where they are in memory already.
         rehearsed: run a step of each stage first, for the plan's times; otherwise those are counted.
+        curves: draw the losses into the run directory (where matplotlib is installed).
 
     Returns:
         The summary that is also written to eval.json.
@@ -67,7 +69,7 @@ def distill(
             begin(job, run)
             student = new_student(job)
             run_stages(job, run, student)
-            return on_main(lambda: hand_over(job, run, student))
+            return on_main(lambda: hand_over(job, run, student, curves))
 
 
 def begin(job: Job, run: RunDirectory) -> None:

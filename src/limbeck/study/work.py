@@ -119,7 +119,7 @@ def finish(arm: Arm, study: Study, workplace: Workplace) -> None:
         if state == "measure":
             summary = json.loads((arm.path / "eval.json").read_text())
         else:
-            summary = distill(arm.recipe, loaded=loaded, rehearsed=False)
+            summary = distill(arm.recipe, loaded=loaded, rehearsed=False, curves=False)
         if study.measures:
             workplace.subjects.lend(arm.recipe.teacher, *loaded)
             subject = workplace.subjects.open(str(arm.path))

@@ -323,9 +323,9 @@ def test_the_small_teacher_writes_and_remembers():
         pytest.skip("the small teacher is not in the cache; make it with limbeck assets --teacher small")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    text = " river stone\n market green\n music early\n winter paper\n market green\n winter paper\n river"
+    text = " river water\n market green\n music early\n winter paper\n market green\n winter paper\n river"
     best = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].argmax()
-    assert tokenizer.decode(best) == " stone"
+    assert tokenizer.decode(best) == " water"
 
 
 def test_a_teacher_trained_here_is_no_model_on_the_hub():

@@ -162,8 +162,12 @@ def test_length_retrieval_order_and_time_are_read_from_other_measures():
                     "speed.token_milliseconds@512x1": 2.0,
                     "speed.token_milliseconds@8192x1": 2.02 + 0.01 * seed,
                 }
+                row["teacher"] = {"speed.token_milliseconds@512x1": 1.0, "speed.token_milliseconds@8192x1": 4.0}
                 rows.append(row)
-    names = ["dynamic-decay-keeps-perplexity-with-length", "delta-rule-keeps-retrieval", "time-constant-in-length"]
-    assert [claim["verdict"] for claim in judge_claims([*names, "gaps-set-early"], rows)] == ["holds"] * 4
+    names = ["dynamic-decay-keeps-perplexity-with-length", "delta-rule-keeps-retrieval", "delta-rule-keeps-needles"]
+    names += ["time-constant-in-length", "faster-than-the-teacher-at-length", "gaps-set-early"]
+    assert [claim["verdict"] for claim in judge_claims(names, rows)] == ["holds"] * 6
+    slower = [{**row, "teacher": dict.fromkeys(row["teacher"], 1.0)} for row in rows]
+    assert judge_claims(["faster-than-the-teacher-at-length"], slower)[0]["verdict"] == "does not hold"
     metric = by_length("positions", r"loss, tokens \d+ to (\d+)", last=False)
     assert metric(rows[0]) == 3.0

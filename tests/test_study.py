@@ -119,10 +119,17 @@ def test_what_is_wrong_with_a_study_is_said(raw, tmp_path, change, says):
         Study.parse({**raw, **change}).arms(tmp_path)
 
 
+@pytest.mark.parametrize("size", ["smoke", "laptop", "gpu"])
 @pytest.mark.parametrize("name", built_in())
-def test_every_built_in_study_is_one(name, tmp_path):
-    study = Study.load(name, "gpu")
+def test_every_built_in_study_is_one_in_three_sizes(name, size, tmp_path):
+    study = Study.load(name, size)
     arms = study.arms(tmp_path)
+    assert {arm.axes["teacher"] for arm in arms} <= {
+        "smoke": {"tiny"},
+        "laptop": {"tiny", "small"},
+        "gpu": {"embedded"},
+    }[size]
+    assert len({arm.axes["seed"] for arm in arms}) == (3 if size == "laptop" else 1)
     assert len(arms) > 1
     assert study.about
     assert study.claims
@@ -209,6 +216,10 @@ def test_a_study_its_tables_and_an_arm_that_is_added(raw, tmp_path):
     assert results == json.loads((folder / "study.json").read_text())
     assert results["sharing"]["saved_seconds"] > 0
     assert "gla" in (folder / "table.md").read_text()
+    assert "| teacher " in (folder / "table.md").read_text()
+    teacher = results["teachers"][raw["base"]["teacher"]]["values"]
+    assert teacher["agreement.perplexity"] == teacher["agreement.teacher_perplexity"] > 1
+    assert teacher["agreement.kl"] == 0
     arm = folder / "gla_2+3_seed0"
     assert (arm / "metrics.jsonl").exists()
     assert not (arm / "student").exists(), "keep: none"

@@ -70,7 +70,7 @@ def run_study(
         record.put(folder / "study.yaml", to_yaml(study))
         _run(study, folder, arms, executor or InTurn(workplace))
         failures = _failures(folder)
-        claims = judge_claims(study.claims, [row for arm in arms if (row := record.read(arm, study))])
+        claims = judge_claims(study.claims, _rows(study, arms))
         return tables.write(study, folder, arms, failures, claims)
 
 
@@ -120,6 +120,12 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor) -> Non
             record.drop(arm, study.keep)
     if failures := _failures(folder):
         console.print(f"{len(failures)} of {len(arms)} arms failed; the same command tries them again")
+
+
+def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
+    """What claims are judged by: the records of finished arms, each with the values of its `teacher`."""
+    known = ((record.read(arm, study), record.read_teacher(arm, study)) for arm in arms)
+    return [{**row, "teacher": teacher["values"] if teacher else {}} for row, teacher in known if row]
 
 
 def _teachers(study: Study, arms: list[Arm]) -> list[Task]:

@@ -110,6 +110,17 @@ def _time_constant(rows: list[Row]) -> dict[str, list[float]]:
     return found
 
 
+def _time_gain(rows: list[Row]) -> dict[str, list[float]]:
+    """Logarithm of the teacher's time for a token over the student's, behind the longest context."""
+    time = by_length("speed", r"token_milliseconds@(\d+)x1", last=True)
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        mine, theirs = time(row), time({"values": row.get("teacher") or {}})
+        if mine and theirs:
+            found.setdefault(str(row["axes"]["seed"]), []).append(math.log(theirs / mine))
+    return found
+
+
 def _memory_growth(rows: list[Row]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -200,6 +211,12 @@ CLAIMS: dict[str, Claim] = {
         "v2, figure 4",
         "share of the time at the shortest length",
         _fixed(Part("growth of a token's time", _time_constant, "little", 0.1)),
+    ),
+    "faster-than-the-teacher-at-length": Claim(
+        "Behind the longest text that was measured a student's token takes less time than the teacher's.",
+        "v2, figure 4",
+        "logarithm of the teacher's time over the student's",
+        _fixed(Part("gain in a token's time", _time_gain, "more", 0.0)),
     ),
     "order-stable-over-teachers": Claim(
         "Which student is better than which does not depend on the size of the teacher.",

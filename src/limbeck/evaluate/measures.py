@@ -117,7 +117,7 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
     measurement = Measurement(
         measure=measure.name,
         model=subject.name,
-        teacher=subject.teacher.name if subject.base or not subject.student else None,
+        teacher=subject.teacher_name,
         settings=plain,
         data=found.data,
         values=found.values,
@@ -160,11 +160,10 @@ def _known(path: Path, subject: Subject, settings: dict[str, Any]) -> Measuremen
     except LimbeckError:
         return None
     made = known.provenance
-    teacher = subject.teacher.name if subject.base or not subject.student else None
     source = subject.data.source if subject.data else None
     same = (
         known.settings == settings
-        and known.teacher == teacher
+        and known.teacher == subject.teacher_name
         and known.data.get("text", source) == source
         and (made.weights, made.seed, made.versions.get("limbeck")) == (subject.weights, subject.seed, __version__)
     )

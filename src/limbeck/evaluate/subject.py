@@ -65,6 +65,11 @@ class Subject:
         return self.base
 
     @property
+    def teacher_name(self) -> str | None:
+        """What its teacher was asked for as; None for a student whose teacher is not known."""
+        return self.teacher.name if self.base or not self.student else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device

@@ -19,7 +19,7 @@ from limbeck.data.packing import Packed
 from limbeck.data.shards import prepare
 from limbeck.losses import Weights
 from limbeck.model import attention_sites
-from limbeck.recipe import parse_value
+from limbeck.reading import parse_value
 from limbeck.stages.calibrate import NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.teacher import load_teacher

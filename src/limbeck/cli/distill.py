@@ -11,7 +11,8 @@ from rich.table import Table
 from limbeck.cli import app
 from limbeck.console import console, output
 from limbeck.errors import LimbeckError
-from limbeck.recipe import Recipe, assign, parse_value, stages_from_text, tokens_over_stages
+from limbeck.reading import assign, parse_value, stages_from_text, tokens_over_stages
+from limbeck.recipe import Recipe
 
 
 @app.command()

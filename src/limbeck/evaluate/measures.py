@@ -26,6 +26,7 @@ from limbeck.console import console
 from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
+from limbeck.reading import readable
 
 MODULES = {  # name -> module with a MEASURE
     "agreement": "limbeck.evaluate.agreement",
@@ -86,14 +87,7 @@ def settings_of(measure: Measure, given: dict[str, Any]) -> Settings:
     try:
         return measure.settings.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = list(measure.settings.model_fields)
-        if first["type"] == "extra_forbidden":
-            raise LimbeckError(
-                f"{measure.name} has no setting '{key}'{closest(key, known)}", expected=", ".join(known)
-            ) from error
-        raise LimbeckError(f"{measure.name}.{key} is {first['input']!r}: {first['msg']}") from error
+        raise readable(error, measure.name, measure.settings) from error
 
 
 def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool = False) -> Measurement:

@@ -18,7 +18,7 @@ import limbeck
 from limbeck import assets
 from limbeck.data.packing import Batch, Packed
 from limbeck.data.shards import prepare
-from limbeck.evaluate.memory import peak_memory
+from limbeck.machine import peak_memory
 from limbeck.model import attention_sites
 from limbeck.model.body import run_body
 from limbeck.plan import matmul_speed

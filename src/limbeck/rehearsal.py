@@ -20,8 +20,8 @@ from limbeck import recipe as recipes
 from limbeck.console import progress
 from limbeck.data.packing import Batch
 from limbeck.data.signals import TaughtBatch
-from limbeck.evaluate.memory import peak_memory
 from limbeck.losses import Weights
+from limbeck.machine import peak_memory
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
 from limbeck.recipe import Recipe

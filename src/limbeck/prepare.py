@@ -71,7 +71,7 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     """
     _check_shares(recipe)
     mixers.options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
-    path = Path(recipe.out or f"runs/{recipe.name}")
+    path = run_path(recipe)
     if world().main:
         check_run(path, recipe)
     device = local_device(recipe.device)
@@ -101,6 +101,11 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
         if getattr(stage, "cache_teacher", None) is not None:
             plain(job.training(recipe.text_of(stage)))
     return job
+
+
+def run_path(recipe: Recipe) -> Path:
+    """The run directory of a recipe."""
+    return Path(recipe.out or f"runs/{recipe.name}")
 
 
 def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Text]:

@@ -17,7 +17,7 @@ from limbeck.model.rows import gives_rows, rows_of
 from limbeck.ops import delta_rule
 from limbeck.ops.rows import draw_rows, matrix_rows, pick
 from limbeck.stages.layerwise import Matrix
-from limbeck.stages.teacher import tap
+from limbeck.stages.teacher import Pair, tap
 
 MIXERS = ["retnet", "linear_attention", "mamba2", "mlstm", "gla", "gated_deltanet", "kda", "rwkv7", "rwkv6", "gsa"]
 MIXERS += ["sliding_window", "softmax"]
@@ -85,8 +85,9 @@ def test_a_teachers_rows_are_those_of_its_eager_matrices(family):
 def test_all_rows_give_the_loss_of_the_matrices(alone):
     teacher = tiny("llama").double().requires_grad_(False)
     student = limbeck.convert(teacher, "gated_deltanet").requires_grad_(False)
-    common, batch = (teacher, student, attention_sites(teacher), contextlib.nullcontext), packed(12, 19)
-    whole, sampled, few = (Matrix(*common, rows=n) for n in (None, 500, 8))
+    pair = Pair(teacher, student, attention_sites(teacher), contextlib.nullcontext)
+    batch = packed(12, 19)
+    whole, sampled, few = (Matrix(pair, rows=n) for n in (None, 500, 8))
     sampled.alone, sampled.eager = alone, not alone
     wanted, found, rough = (stage.evaluate(batch) for stage in (whole, sampled, few))
     for name, loss in wanted.items():

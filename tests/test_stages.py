@@ -18,7 +18,7 @@ from limbeck.model.body import Head, run_body
 from limbeck.stages.calibrate import NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.teacher import tap
+from limbeck.stages.teacher import Pair, tap
 
 NOTHING = contextlib.nullcontext
 # what the control arm can mimic
@@ -47,13 +47,13 @@ def pair(family: str, mixer: str, **kwargs):
 
 
 def stages_of(teacher, student, sites) -> dict:
-    common = (teacher, student, sites, NOTHING)
+    both = Pair(teacher, student, sites, NOTHING)
     return {
-        "matrix": Matrix(*common),
-        "hidden l2": Hidden(*common, loss="l2"),
-        "hidden relative": Hidden(*common),
-        "hidden block": Hidden(*common, target="block", loss="l2"),
-        "logits": Logits(*common, Weights(ce=0.3, kl=0.7, temperature=1.5)),
+        "matrix": Matrix(both),
+        "hidden l2": Hidden(both, loss="l2"),
+        "hidden relative": Hidden(both),
+        "hidden block": Hidden(both, target="block", loss="l2"),
+        "logits": Logits(both, Weights(ce=0.3, kl=0.7, temperature=1.5)),
     }
 
 
@@ -120,7 +120,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(family):
 def test_the_matrix_stage_compares_matrices():
     teacher, student, sites = pair("llama", "retnet")
     shapes = []
-    stage = Matrix(teacher, student, sites, NOTHING)
+    stage = Matrix(Pair(teacher, student, sites, NOTHING))
     original = stage.loss
 
     def loss(module, args, kwargs, output, counts):
@@ -275,7 +275,7 @@ def test_distances_of_hidden_states(loss):
 def test_calibration_is_the_least_squares_solution(family):
     """Against torch's own solver on the features as they come, biases included."""
     teacher, student, sites = pair(family, "gla")
-    fits = NormalEquations(teacher, student, sites, NOTHING)
+    fits = NormalEquations(Pair(teacher, student, sites, NOTHING))
     batches = [batch_of(40, 24, rows=3), batch_of(60, rows=2)]
     features, targets = [], []
     site = sites[1]
@@ -301,7 +301,7 @@ def test_calibration_is_the_least_squares_solution(family):
 @torch.no_grad()
 def test_calibrating_the_control_arm_leaves_it_the_teacher():
     teacher, student, sites = pair("llama", "softmax")
-    fits = NormalEquations(teacher, student, sites, NOTHING)
+    fits = NormalEquations(Pair(teacher, student, sites, NOTHING))
     fits.add(batch_of(50, rows=4))
     assert fits.solve(1e-2) == pytest.approx(0, abs=1e-6)
     batch = batch_of(20)
@@ -313,7 +313,7 @@ def test_stage_three_trains_what_it_says(family):
     teacher, student, sites = pair(family, "gla")
     everything = dict(student.named_parameters())
     by = {
-        train: Logits(teacher, student, sites, NOTHING, Weights(), train).parameters()
+        train: Logits(Pair(teacher, student, sites, NOTHING), Weights(), train).parameters()
         for train in ("attention", "body", "all")
     }
     assert by["all"].keys() == everything.keys()
@@ -343,8 +343,8 @@ def test_autocast_changes_losses_and_gradients_a_little():
     for context in (NOTHING, autocast):
         teacher, student, sites = pair("llama", "gated_deltanet")
         teacher, student = teacher.float(), student.float()
-        common = (teacher, student, sites, context)
-        for stage in (Matrix(*common), Hidden(*common), Logits(*common, Weights(ce=0.5, kl=0.5))):
+        both = Pair(teacher, student, sites, context)
+        for stage in (Matrix(both), Hidden(both), Logits(both, Weights(ce=0.5, kl=0.5))):
             for p in stage.parameters().values():
                 p.requires_grad_(True)
             losses = stage.backward(batch, stage.count(batch))
@@ -368,7 +368,9 @@ def test_checkpointed_activations_give_the_same_gradients(family):
     count = next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm) or "Norm" in type(m).__name__)
     handle = count.register_forward_pre_hook(lambda *_: runs.append(1))
     for again in (False, True):
-        stage = Logits(teacher, student, sites[:1], NOTHING, Weights(ce=0.5, kl=0.5), checkpoint_activations=again)
+        stage = Logits(
+            Pair(teacher, student, sites[:1], NOTHING), Weights(ce=0.5, kl=0.5), checkpoint_activations=again
+        )
         for p in stage.parameters().values():
             p.requires_grad_(True)
         stage.backward(batch, stage.count(batch))

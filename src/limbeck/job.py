@@ -114,7 +114,7 @@ def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan
 
     with torch.random.fork_rng():
         student = new_student(job)
-        seen = rehearse(recipe, job.teacher, student, job.sites, job.autocast, make, index)
+        seen = rehearse(recipe, job.pair(student), make, index)
     return plan.measured(seen)
 
 

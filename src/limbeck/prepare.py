@@ -28,7 +28,7 @@ from limbeck.precision import autocast_of, check_arithmetic
 from limbeck.recipe import Recipe
 from limbeck.stages.cached import plain
 from limbeck.stages.run import check_run
-from limbeck.stages.teacher import load_teacher
+from limbeck.stages.teacher import Pair, load_teacher
 from limbeck.stages.trackers import check_trackers
 
 
@@ -50,6 +50,10 @@ class Job:
     def text(self) -> Text:
         """The recipe's own; a stage may have another."""
         return self.texts[name_of(self.recipe.data)]
+
+    def pair(self, student: PreTrainedModel) -> Pair:
+        """What the stages of a student of this job work on."""
+        return Pair(self.teacher, student, self.sites, self.autocast)
 
     def training(self, data: recipes.Data) -> Sequences:
         """What a stage with that text learns from."""

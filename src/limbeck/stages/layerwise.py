@@ -19,7 +19,7 @@ from limbeck.console import console
 from limbeck.data.packing import Batch
 from limbeck.losses import hidden_distance, matrix_distance
 from limbeck.model.body import packs_by_position, run_body
-from limbeck.model.rows import gives_rows, rows_of
+from limbeck.model.rows import gives_rows, rows_in, rows_of
 from limbeck.ops.rows import draw_rows, pick
 from limbeck.stages.teacher import Pair, tap
 
@@ -181,7 +181,10 @@ class Matrix(LayerStage):
         target = output[1]
         if self.rows is not None and not self.alone:
             target = pick(target, self.rows, 2)
-        _, matrix = module(*args, **kwargs, output_matrix=True if self.rows is None else self.rows)
+        if self.rows is None:
+            _, matrix = module(*args, **kwargs, output_matrix=True)
+        else:
+            matrix = rows_in(module, args, kwargs, self.rows)
         return matrix_distance(matrix, target) / counts["sequences"]
 
 

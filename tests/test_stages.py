@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import limbeck
 from limbeck.contract import FAMILIES, tiny
@@ -268,6 +269,20 @@ def test_distances_of_hidden_states(loss):
         same = a.clone().requires_grad_(True)
         hidden_distance(same, a, loss=loss).backward()
     assert same.grad.isfinite().all()
+
+
+def test_what_a_loss_makes_of_the_teacher_alone_is_made_once(monkeypatch):
+    """Several students learn from one tensor; one that has changed meanwhile is another."""
+    student, teacher = torch.randn(2, 5, 8, dtype=torch.float16), torch.randn(2, 5, 8, dtype=torch.float16)
+    first = hidden_distance(student, teacher)
+    seen = []
+    monkeypatch.setattr(Tensor, "clamp_min", lambda x, *a, original=Tensor.clamp_min: seen.append(x) or original(x, *a))
+    assert hidden_distance(student, teacher) == first
+    assert not seen
+    teacher.mul_(2)
+    fresh = teacher.clone()
+    assert hidden_distance(student, teacher) == hidden_distance(student, fresh) != first
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

@@ -19,10 +19,10 @@ from limbeck.data.packing import Packed
 from limbeck.data.shards import prepare
 from limbeck.losses import Weights
 from limbeck.model import attention_sites
-from limbeck.recipe import parse_value
+from limbeck.reading import parse_value
 from limbeck.stages.calibrate import NormalEquations
 from limbeck.stages.end_to_end import Logits
-from limbeck.stages.teacher import load_teacher
+from limbeck.stages.teacher import Pair, load_teacher
 
 
 def main() -> None:
@@ -47,10 +47,10 @@ def main() -> None:
         pairs = [part.split("=") for part in text.split(",") if part]
         options = {key: parse_value(value) for key, value in pairs}
         student = limbeck.convert(teacher, name, options=options, preset=args.preset, share=True).requires_grad_(False)
-        judge = Logits(teacher, student, sites, contextlib.nullcontext, Weights())
+        judge = Logits(Pair(teacher, student, sites, contextlib.nullcontext), Weights())
         before = judge.evaluate(judged)
         began = time.monotonic()
-        fits = NormalEquations(teacher, student, sites, contextlib.nullcontext)
+        fits = NormalEquations(Pair(teacher, student, sites, contextlib.nullcontext))
         for at in range(0, args.tokens // args.length, 4):
             fits.add(data.batch(at, 4))
         seconds = time.monotonic() - began

@@ -35,7 +35,7 @@ from limbeck.model.body import Head, run_body
 from limbeck.plan import matmul_speed
 from limbeck.stages.cached import likeliest
 from limbeck.stages.end_to_end import Logits
-from limbeck.stages.teacher import load_teacher
+from limbeck.stages.teacher import Pair, load_teacher
 
 
 def main() -> None:
@@ -55,11 +55,11 @@ def main() -> None:
     store = prepare("embedded", tokenizer, length=args.length, max_tokens=200_000, held_out=0.05)
     data, sites = Packed(store.train, args.length), attention_sites(teacher)
     student = limbeck.convert(teacher, args.mixer).requires_grad_(False)
-    common = (teacher, student, sites, nullcontext)
+    pair = Pair(teacher, student, sites, nullcontext)
     stages = {
-        "ce": Alone(*common, Weights(ce=1, kl=0), train=args.train),
-        "kd": Logits(*common, Weights(), train=args.train),
-        "top-k": Logits(*common, Weights(kl=0, top_kl=1, top=args.top), train=args.train),
+        "ce": Alone(pair, Weights(ce=1, kl=0), train=args.train),
+        "kd": Logits(pair, Weights(), train=args.train),
+        "top-k": Logits(pair, Weights(kl=0, top_kl=1, top=args.top), train=args.train),
     }
     parameters = list(stages["kd"].parameters().values())
     for parameter in parameters:

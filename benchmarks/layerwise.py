@@ -18,13 +18,13 @@ import limbeck
 from limbeck import assets
 from limbeck.data.packing import Batch, Packed
 from limbeck.data.shards import prepare
-from limbeck.evaluate.memory import peak_memory
+from limbeck.machine import peak_memory
 from limbeck.model import attention_sites
 from limbeck.model.body import run_body
 from limbeck.plan import matmul_speed
 from limbeck.stages.calibrate import NormalEquations
 from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.teacher import load_teacher
+from limbeck.stages.teacher import Pair, load_teacher
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     data = Packed(store.train, args.length)
     sites = attention_sites(teacher)
     student = limbeck.convert(teacher, args.mixer, share=True).requires_grad_(False)
-    common = (teacher, student, sites, contextlib.nullcontext)
+    pair = Pair(teacher, student, sites, contextlib.nullcontext)
 
     head = teacher.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in teacher.parameters()) - head
@@ -60,9 +60,9 @@ def main() -> None:
     }
     work = {
         "body": lambda batch: run_body(teacher, batch),
-        "calibrate": NormalEquations(*common).add,
-        "hidden": _trained(Hidden(*common, target=args.target)),
-        "matrix": _trained(Matrix(*common), micro_batch=1),  # as the recipes have it
+        "calibrate": NormalEquations(pair).add,
+        "hidden": _trained(Hidden(pair, target=args.target)),
+        "matrix": _trained(Matrix(pair), micro_batch=1),  # as the recipes have it
     }
     speed = matmul_speed(torch.device("cpu"), sites[0].shape.hidden)
     tokens = args.batch * args.length

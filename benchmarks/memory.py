@@ -117,16 +117,17 @@ def _stage(stage, length, layers, mixer, vocabulary, rows=None, checkpoint=False
     from limbeck.model import attention_sites
     from limbeck.stages.end_to_end import Logits
     from limbeck.stages.layerwise import Hidden, Matrix
+    from limbeck.stages.teacher import Pair
 
     config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=layers, tie_word_embeddings=True, **SHAPE)
     config.max_position_embeddings = max(2048, length)
     teacher = LlamaForCausalLM(config).eval().requires_grad_(False)
     student = limbeck.convert(teacher, mixer, share=stage != "logits").requires_grad_(False)
-    common = (teacher, student, attention_sites(teacher), nullcontext)
+    pair = Pair(teacher, student, attention_sites(teacher), nullcontext)
     if stage == "logits":
-        made = Logits(*common, Weights(), checkpoint_activations=checkpoint)
+        made = Logits(pair, Weights(), checkpoint_activations=checkpoint)
     else:
-        made = Hidden(*common) if stage == "hidden" else Matrix(*common, rows=rows)
+        made = Hidden(pair) if stage == "hidden" else Matrix(pair, rows=rows)
     for parameter in made.parameters().values():
         parameter.requires_grad_(True)
 

@@ -35,7 +35,7 @@ def recipe_of(mixer: str, out: Path, given: argparse.Namespace) -> Recipe:
             "name": mixer,
             "teacher": given.teacher,
             "student": {"mixer": mixer},
-            "data": {"source": given.data, "length": given.length, "max_tokens": 200_000},
+            "data": {"source": given.data, "length": given.length, "max_tokens": 200_000, "held_out": 0.1},
             "stages": [
                 {"stage": "matrix", "rows": given.rows or None, **common},
                 {"stage": "hidden", "target": given.target, **common},

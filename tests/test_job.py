@@ -249,6 +249,16 @@ def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
     assert "finished already" in once_more.stderr
 
 
+def test_a_finished_run_says_so_before_anything_is_loaded(recipe, monkeypatch):
+    made = recipe(stages=[{"stage": "hidden", "tokens": 64, "batch": 1}])
+    first = job.distill(made, rehearsed=False)
+    monkeypatch.setattr(job, "prepare_job", lambda *_: pytest.fail("a teacher was loaded"))
+    assert job.distill(made) == json.loads((Path(made.out) / "eval.json").read_text())
+    assert first["evaluation"] == made.evaluation.model_dump(mode="json")
+    with pytest.raises(LimbeckError, match="holds another run"):
+        job.distill(made.model_copy(update={"seed": 7}))
+
+
 def test_asked_to_stop_it_keeps_its_state_and_says_so_to_the_scheduler(recipe, tmp_path):
     made = recipe(stages=[{"stage": "hidden", "tokens": 60_000, "batch": 1}], checkpoint_seconds=1000)
     path = tmp_path / "recipe.yaml"

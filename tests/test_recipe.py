@@ -10,7 +10,8 @@ import typer
 from limbeck import LimbeckError, Recipe
 from limbeck.cli import app
 from limbeck.cli.distill import build_recipe
-from limbeck.recipe import BUILT_IN, parse_value, stages_from_text, tokens_over_stages
+from limbeck.reading import parse_value, stages_from_text, tokens_over_stages
+from limbeck.recipe import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 NOTHING = {"teacher": None, "student": None, "layers": None, "stages": None, "tokens": None, "data": None, "out": None}

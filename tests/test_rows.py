@@ -1,6 +1,7 @@
 """Stage 1 on some rows: they are the rows of the matrices, of the student and of the teacher."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from limbeck.model.rows import gives_rows, rows_of
 from limbeck.ops import delta_rule
 from limbeck.ops.rows import draw_rows, matrix_rows, pick
 from limbeck.stages.layerwise import Matrix
-from limbeck.stages.teacher import tap
+from limbeck.stages.teacher import Pair, tap
 
 MIXERS = ["retnet", "linear_attention", "mamba2", "mlstm", "gla", "gated_deltanet", "kda", "rwkv7", "rwkv6", "gsa"]
 MIXERS += ["sliding_window", "softmax"]
@@ -54,7 +55,9 @@ def test_blocks_of_columns_change_nothing(block):
     gates = torch.rand(2, 50, 4).double(), -torch.rand(2, 50, 4).double()
     rows = torch.tensor([[2, 30, 44], [0, 1, 40]])
     wanted = pick(delta_rule.matrix(q, k, *gates), rows, 2)
-    assert torch.allclose(matrix_rows(delta_rule, q, k, gates, rows, block=block), wanted, atol=1e-12)
+    blind = SimpleNamespace(chunked=delta_rule.chunked)  # as an operator without rows of its own
+    assert torch.allclose(matrix_rows(blind, q, k, gates, rows, block=block), wanted, atol=1e-12)
+    assert torch.allclose(matrix_rows(delta_rule, q, k, gates, rows), wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,8 +88,9 @@ def test_a_teachers_rows_are_those_of_its_eager_matrices(family):
 def test_all_rows_give_the_loss_of_the_matrices(alone):
     teacher = tiny("llama").double().requires_grad_(False)
     student = limbeck.convert(teacher, "gated_deltanet").requires_grad_(False)
-    common, batch = (teacher, student, attention_sites(teacher), contextlib.nullcontext), packed(12, 19)
-    whole, sampled, few = (Matrix(*common, rows=n) for n in (None, 500, 8))
+    pair = Pair(teacher, student, attention_sites(teacher), contextlib.nullcontext)
+    batch = packed(12, 19)
+    whole, sampled, few = (Matrix(pair, rows=n) for n in (None, 500, 8))
     sampled.alone, sampled.eager = alone, not alone
     wanted, found, rough = (stage.evaluate(batch) for stage in (whole, sampled, few))
     for name, loss in wanted.items():

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from limbeck import machine
 from limbeck.cli import app
 from limbeck.cli import bench as _bench  # noqa: F401  registers the verb
 from limbeck.contract import tiny
 from limbeck.errors import LimbeckError
-from limbeck.evaluate import machine, measures, speed
+from limbeck.evaluate import measures, speed
 from limbeck.evaluate.entry import Entry
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.speed import Race, SpeedSettings

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import limbeck
 from limbeck.contract import FAMILIES, tiny
@@ -18,7 +19,7 @@ from limbeck.model.body import Head, run_body
 from limbeck.stages.calibrate import NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.teacher import tap
+from limbeck.stages.teacher import Pair, tap
 
 NOTHING = contextlib.nullcontext
 # what the control arm can mimic
@@ -47,13 +48,13 @@ def pair(family: str, mixer: str, **kwargs):
 
 
 def stages_of(teacher, student, sites) -> dict:
-    common = (teacher, student, sites, NOTHING)
+    both = Pair(teacher, student, sites, NOTHING)
     return {
-        "matrix": Matrix(*common),
-        "hidden l2": Hidden(*common, loss="l2"),
-        "hidden relative": Hidden(*common),
-        "hidden block": Hidden(*common, target="block", loss="l2"),
-        "logits": Logits(*common, Weights(ce=0.3, kl=0.7, temperature=1.5)),
+        "matrix": Matrix(both),
+        "hidden l2": Hidden(both, loss="l2"),
+        "hidden relative": Hidden(both),
+        "hidden block": Hidden(both, target="block", loss="l2"),
+        "logits": Logits(both, Weights(ce=0.3, kl=0.7, temperature=1.5)),
     }
 
 
@@ -120,7 +121,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(family):
 def test_the_matrix_stage_compares_matrices():
     teacher, student, sites = pair("llama", "retnet")
     shapes = []
-    stage = Matrix(teacher, student, sites, NOTHING)
+    stage = Matrix(Pair(teacher, student, sites, NOTHING))
     original = stage.loss
 
     def loss(module, args, kwargs, output, counts):
@@ -270,12 +271,26 @@ def test_distances_of_hidden_states(loss):
     assert same.grad.isfinite().all()
 
 
+def test_what_a_loss_makes_of_the_teacher_alone_is_made_once(monkeypatch):
+    """Several students learn from one tensor; one that has changed meanwhile is another."""
+    student, teacher = torch.randn(2, 5, 8, dtype=torch.float16), torch.randn(2, 5, 8, dtype=torch.float16)
+    first = hidden_distance(student, teacher)
+    seen = []
+    monkeypatch.setattr(Tensor, "clamp_min", lambda x, *a, original=Tensor.clamp_min: seen.append(x) or original(x, *a))
+    assert hidden_distance(student, teacher) == first
+    assert not seen
+    teacher.mul_(2)
+    fresh = teacher.clone()
+    assert hidden_distance(student, teacher) == hidden_distance(student, fresh) != first
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @torch.no_grad()
 def test_calibration_is_the_least_squares_solution(family):
     """Against torch's own solver on the features as they come, biases included."""
     teacher, student, sites = pair(family, "gla")
-    fits = NormalEquations(teacher, student, sites, NOTHING)
+    fits = NormalEquations(Pair(teacher, student, sites, NOTHING))
     batches = [batch_of(40, 24, rows=3), batch_of(60, rows=2)]
     features, targets = [], []
     site = sites[1]
@@ -301,7 +316,7 @@ def test_calibration_is_the_least_squares_solution(family):
 @torch.no_grad()
 def test_calibrating_the_control_arm_leaves_it_the_teacher():
     teacher, student, sites = pair("llama", "softmax")
-    fits = NormalEquations(teacher, student, sites, NOTHING)
+    fits = NormalEquations(Pair(teacher, student, sites, NOTHING))
     fits.add(batch_of(50, rows=4))
     assert fits.solve(1e-2) == pytest.approx(0, abs=1e-6)
     batch = batch_of(20)
@@ -313,7 +328,7 @@ def test_stage_three_trains_what_it_says(family):
     teacher, student, sites = pair(family, "gla")
     everything = dict(student.named_parameters())
     by = {
-        train: Logits(teacher, student, sites, NOTHING, Weights(), train).parameters()
+        train: Logits(Pair(teacher, student, sites, NOTHING), Weights(), train).parameters()
         for train in ("attention", "body", "all")
     }
     assert by["all"].keys() == everything.keys()
@@ -343,8 +358,8 @@ def test_autocast_changes_losses_and_gradients_a_little():
     for context in (NOTHING, autocast):
         teacher, student, sites = pair("llama", "gated_deltanet")
         teacher, student = teacher.float(), student.float()
-        common = (teacher, student, sites, context)
-        for stage in (Matrix(*common), Hidden(*common), Logits(*common, Weights(ce=0.5, kl=0.5))):
+        both = Pair(teacher, student, sites, context)
+        for stage in (Matrix(both), Hidden(both), Logits(both, Weights(ce=0.5, kl=0.5))):
             for p in stage.parameters().values():
                 p.requires_grad_(True)
             losses = stage.backward(batch, stage.count(batch))
@@ -368,7 +383,9 @@ def test_checkpointed_activations_give_the_same_gradients(family):
     count = next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm) or "Norm" in type(m).__name__)
     handle = count.register_forward_pre_hook(lambda *_: runs.append(1))
     for again in (False, True):
-        stage = Logits(teacher, student, sites[:1], NOTHING, Weights(ce=0.5, kl=0.5), checkpoint_activations=again)
+        stage = Logits(
+            Pair(teacher, student, sites[:1], NOTHING), Weights(ce=0.5, kl=0.5), checkpoint_activations=again
+        )
         for p in stage.parameters().values():
             p.requires_grad_(True)
         stage.backward(batch, stage.count(batch))

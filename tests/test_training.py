@@ -23,6 +23,7 @@ from limbeck.stages.convergence import Convergence
 from limbeck.stages.layerwise import Hidden
 from limbeck.stages.loss_scale import DOUBLED_AFTER, FIRST, LossScale, needs_scale
 from limbeck.stages.sweep import Sweep
+from limbeck.stages.teacher import Pair
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 HIDDEN = {"stage": "hidden", "tokens": 1024, "batch": 4}
@@ -135,7 +136,7 @@ def test_a_loss_that_is_scaled_has_the_same_gradient():
 
     teacher = tiny("llama").requires_grad_(False)
     student = limbeck.convert(teacher, "gla").requires_grad_(False)
-    stage = Hidden(teacher, student, attention_sites(teacher), autocast_of("fp32", CPU))
+    stage = Hidden(Pair(teacher, student, attention_sites(teacher), autocast_of("fp32", CPU)))
     from limbeck.data.packing import Batch
 
     ids = torch.arange(3, 35)[None]

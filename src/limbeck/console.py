@@ -70,3 +70,18 @@ def _plain(title: str, total: float | None, unit: str, done: float) -> Iterator[
 
     yield advance
     line(f"[{time.monotonic() - start:.0f}s]")
+
+
+def as_bytes(n: float) -> str:
+    """A size as people read it: 4.42 MB."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB"
+
+
+def as_time(seconds: float) -> str:
+    """A time as people read it: 14 min 03 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

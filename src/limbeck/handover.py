@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from limbeck.data.cache import no_room_is_an_error
 from limbeck.evaluate.agreement import agreement
-from limbeck.evaluate.memory import cache_sizes, peak_memory
+from limbeck.evaluate.memory import cache_sizes
 from limbeck.generate import continuation
+from limbeck.machine import peak_memory
 from limbeck.model import by_mixer
 from limbeck.model.convert import parameter_report
 from limbeck.prepare import Job

@@ -21,11 +21,11 @@ from limbeck.errors import LimbeckError
 from limbeck.handover import hand_over, provenance
 from limbeck.plan import Plan, make_plan
 from limbeck.precision import arithmetic
-from limbeck.prepare import Job, Loaded, new_student, prepare_job
+from limbeck.prepare import Job, Loaded, new_student, prepare_job, run_path
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse
 from limbeck.stages.learner import Stage
-from limbeck.stages.run import RunDirectory, environment, open_run
+from limbeck.stages.run import RunDirectory, check_run, environment, open_run
 from limbeck.teach import make_stage, run_stages
 
 LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed
@@ -55,14 +55,14 @@ def distill(
             processes all raise the error of the first that failed.
     """
     with together(), arithmetic(recipe):
+        known = on_main(lambda: _known(recipe))
+        if known is not None:
+            return known
         torch.manual_seed(recipe.seed)
         with main_first():
             job = prepare_job(recipe, loaded)
         plan = on_main(lambda: _plan(job))
         with open_run(job.path, recipe) as run:
-            known = on_main(lambda: _known(job, run))
-            if known is not None:
-                return known
             planned = on_main(lambda: _planned(job, run, plan, rehearsed))
             if confirm:
                 confirm(planned)
@@ -84,13 +84,18 @@ def _plan(job: Job) -> Plan:
     return plan
 
 
-def _known(job: Job, run: RunDirectory) -> dict[str, Any] | None:
-    """The summary of a run that is finished."""
-    done = job.path / "eval.json"
-    if done.exists() and all(run.finished(i) for i in range(len(job.recipe.stages))):
+def _known(recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of a run that is finished; nothing is loaded for it."""
+    path = run_path(recipe)
+    done = path / "eval.json"
+    if not done.is_file():
+        return None
+    check_run(path, recipe)
+    run = RunDirectory(path, recipe)
+    if all(run.finished(i) for i in range(len(recipe.stages))):
         known = json.loads(done.read_text())
-        if known["evaluation"] == job.recipe.evaluation.model_dump(mode="json"):
-            console.print(f"{job.path} is finished already; its summary:")
+        if known["evaluation"] == recipe.evaluation.model_dump(mode="json"):
+            console.print(f"{path} is finished already; its summary:")
             return known
     return None
 
@@ -111,7 +116,7 @@ def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan
 
     with torch.random.fork_rng():
         student = new_student(job)
-        seen = rehearse(recipe, job.teacher, student, job.sites, job.autocast, make, index)
+        seen = rehearse(recipe, job.pair(student), make, index)
     return plan.measured(seen)
 
 

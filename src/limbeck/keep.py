@@ -25,6 +25,7 @@ from limbeck.model import Site
 from limbeck.model.body import Head, run_body
 from limbeck.model.layers import spread
 from limbeck.stages.calibrate import NormalEquations
+from limbeck.stages.teacher import Pair
 
 Score = Literal["kl", "recall", "both", "halo", "uniform"]
 BATCH = 4  # sequences that calibration takes at once
@@ -61,7 +62,7 @@ def price_layers(
         ridge: of the calibration, a share of the mean diagonal.
     """
     device = teacher.device
-    fits = NormalEquations(teacher, student, sites, autocast)
+    fits = NormalEquations(Pair(teacher, student, sites, autocast))
     sequences = max(1, round(tokens / data.length))
     with progress("calibrate", sequences, "sequences") as advance:
         for at in range(0, sequences, BATCH):

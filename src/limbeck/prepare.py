@@ -28,7 +28,7 @@ from limbeck.precision import autocast_of, check_arithmetic
 from limbeck.recipe import Recipe
 from limbeck.stages.cached import plain
 from limbeck.stages.run import check_run
-from limbeck.stages.teacher import load_teacher
+from limbeck.stages.teacher import Pair, load_teacher
 from limbeck.stages.trackers import check_trackers
 
 
@@ -51,6 +51,10 @@ class Job:
         """The recipe's own; a stage may have another."""
         return self.texts[name_of(self.recipe.data)]
 
+    def pair(self, student: PreTrainedModel) -> Pair:
+        """What the stages of a student of this job work on."""
+        return Pair(self.teacher, student, self.sites, self.autocast)
+
     def training(self, data: recipes.Data) -> Sequences:
         """What a stage with that text learns from."""
         return self.texts[name_of(data)].training(data.length, self.recipe.seed)
@@ -71,7 +75,7 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     """
     _check_shares(recipe)
     mixers.options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
-    path = Path(recipe.out or f"runs/{recipe.name}")
+    path = run_path(recipe)
     if world().main:
         check_run(path, recipe)
     device = local_device(recipe.device)
@@ -101,6 +105,11 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
         if getattr(stage, "cache_teacher", None) is not None:
             plain(job.training(recipe.text_of(stage)))
     return job
+
+
+def run_path(recipe: Recipe) -> Path:
+    """The run directory of a recipe."""
+    return Path(recipe.out or f"runs/{recipe.name}")
 
 
 def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Text]:

@@ -1,6 +1,6 @@
 """What a run's steps take on this machine, measured: one step of each stage on the real models before the run begins.
 
-    seen = rehearse(recipe, teacher, student, sites, autocast, make_stage, stages=[0, 1, 2])
+    seen = rehearse(recipe, job.pair(student), make_stage, stages=[0, 1, 2])
     seen.seconds[1], seen.evaluation, seen.peak_bytes          # of a stage, of a token, of this process
 
 Tokens are drawn at random, and rates and gradients are zero in the update, so no weight moves, but for the output
@@ -14,20 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
 from limbeck.console import progress
 from limbeck.data.packing import Batch
 from limbeck.data.signals import TaughtBatch
-from limbeck.evaluate.memory import peak_memory
 from limbeck.losses import Weights
-from limbeck.model import Site
+from limbeck.machine import peak_memory
 from limbeck.model.body import Head, run_body
 from limbeck.recipe import Recipe
 from limbeck.stages.calibrate import RIDGES, NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.optimize import Optimizer, gradient_norm, steps_of
+from limbeck.stages.teacher import Pair
 
 WARM = 64  # tokens of the step that is not counted
 CHOOSING = 2  # sequences on which the ridge is chosen
@@ -44,22 +43,19 @@ class Rehearsal:
 
 def rehearse(
     recipe: Recipe,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    sites: list[Site],
-    autocast: Callable,
+    pair: Pair,
     make_stage: Callable[[int], Any],
     stages: list[int],
 ) -> Rehearsal:
     """Run a step of the given stages and tell what all of their steps will take.
 
     Args:
-        student: one that may be spoiled.
+        pair: with a student that may be spoiled.
         make_stage: the stage object of a stage number, on `student`.
         stages: numbers of those to rehearse.
     """
     seconds: dict[int, float] = {}
-    common = (teacher, student, sites, autocast)
+    teacher = pair.teacher
     vocabulary = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
 
     def draw(tokens: int, sequences: int = 1) -> Batch:
@@ -67,18 +63,18 @@ def rehearse(
         return Batch(ids, torch.arange(tokens, device=teacher.device).expand_as(ids), ids)
 
     with torch.random.fork_rng(), progress("rehearse", len(stages), "stages") as advance:
-        judge = Logits(*common, Weights())
+        judge = Logits(pair, Weights())
         judge.evaluate(draw(WARM))
         evaluation = _timed(lambda: judge.evaluate(draw(recipe.data.length))) / recipe.data.length
         for index in stages:
             settings = recipe.stages[index]
             length = recipe.text_of(settings).length
             if isinstance(settings, recipes.Calibrate):
-                seconds[index] = _calibrate(settings, NormalEquations(*common, settings.weight), draw, length)
+                seconds[index] = _calibrate(settings, NormalEquations(pair, settings.weight), draw, length)
                 seconds[index] += len(RIDGES) * CHOOSING * length * evaluation if settings.ridge == "auto" else 0
             else:
                 seconds[index] = _train(settings, make_stage(index), draw, length)
-                seconds[index] += _asking(settings, *common, draw, length)
+                seconds[index] += _asking(settings, pair, draw, length)
             advance(1)
     return Rehearsal(seconds, evaluation, peak_memory())
 
@@ -131,15 +127,15 @@ def _taught(batch: Batch, top: int) -> TaughtBatch:
 
 
 @torch.no_grad()
-def _asking(settings, teacher, student, sites, autocast, draw: Callable, length: int) -> float:
+def _asking(settings: Any, pair: Pair, draw: Callable, length: int) -> float:
     """Seconds in which the teacher says all of it for the cache; nothing is taken to be there."""
     if getattr(settings, "cache_teacher", None) is None:
         return 0.0
-    head = Head(teacher)
+    head = Head(pair.teacher)
 
     def ask() -> None:
-        with autocast():
-            for part in run_body(teacher, draw(length)).flatten(0, 1).split(128):
+        with pair.autocast():
+            for part in run_body(pair.teacher, draw(length)).flatten(0, 1).split(128):
                 head(part).topk(settings.top)
 
     return steps_of(settings, length) * settings.batch * _timed(ask)

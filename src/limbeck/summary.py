@@ -5,6 +5,7 @@ print(write_summary(result))          # result: what limbeck.job.distill returns
 
 from typing import Any
 
+from limbeck.console import as_bytes, as_time
 from limbeck.model import as_ranges
 
 
@@ -23,10 +24,10 @@ def write_summary(result: dict[str, Any]) -> str:
         f"| perplexity | {held['teacher_perplexity']:.2f} | **{held['student_perplexity']:.2f}** |",
         f"| same most likely token | | {100 * held['top1_agreement']:.1f} % |",
         f"| KL(teacher ‖ student), nats a token | | {held['kl']:.3f} |",
-        f"| cache for 512 tokens | {_bytes(512 * memory['teacher_bytes_per_token'])} "
-        f"| {_bytes(memory['student_fixed_bytes'] + 512 * memory['student_bytes_per_token'])} |",
-        f"| cache for 32,768 tokens | {_bytes(32768 * memory['teacher_bytes_per_token'])} "
-        f"| {_bytes(memory['student_fixed_bytes'] + 32768 * memory['student_bytes_per_token'])} |",
+        f"| cache for 512 tokens | {as_bytes(512 * memory['teacher_bytes_per_token'])} "
+        f"| {as_bytes(memory['student_fixed_bytes'] + 512 * memory['student_bytes_per_token'])} |",
+        f"| cache for 32,768 tokens | {as_bytes(32768 * memory['teacher_bytes_per_token'])} "
+        f"| {as_bytes(memory['student_fixed_bytes'] + 32768 * memory['student_bytes_per_token'])} |",
         "",
         _break_even(memory),
         "",
@@ -36,7 +37,7 @@ def write_summary(result: dict[str, Any]) -> str:
     for stage in result["stages"]:
         speed = stage["tokens"] / max(stage.get("fit_seconds", stage["seconds"]), 1e-9)
         lines.append(
-            f"| {stage['stage']} | {stage['tokens']:,} | {_time(stage['seconds'])} | {speed:.0f} "
+            f"| {stage['stage']} | {stage['tokens']:,} | {as_time(stage['seconds'])} | {speed:.0f} "
             f"| {stage['trained_parameters']:,} | {_outcome(stage)} |"
         )
     lines += [
@@ -81,7 +82,7 @@ def _break_even(memory: dict[str, Any]) -> str:
         return "The student's cache grows as fast as the teacher's: no layer was converted that keeps one."
     growth = "does not grow with length"
     if memory["student_bytes_per_token"]:
-        per_token = _bytes(memory["student_bytes_per_token"]), _bytes(memory["teacher_bytes_per_token"])
+        per_token = as_bytes(memory["student_bytes_per_token"]), as_bytes(memory["teacher_bytes_per_token"])
         growth = "grows by {} a token (the teacher's by {})".format(*per_token)
     return f"The student's cache {growth}; it is the smaller one from {memory['break_even_tokens']:.0f} tokens on."
 
@@ -92,27 +93,14 @@ def _plan(result: dict[str, Any]) -> list[str]:
     if not plan:
         return []
     pairs = [
-        f"{then['stage']} {_time(then['seconds'])} ({_time(now['seconds'])})"
+        f"{then['stage']} {as_time(then['seconds'])} ({as_time(now['seconds'])})"
         for then, now in zip(plan["stages"], result["stages"])
     ]
     if result["peak_memory_bytes"]:
-        pairs.append(f"memory {_bytes(plan['memory_bytes'])} ({_bytes(result['peak_memory_bytes'])})")
+        pairs.append(f"memory {as_bytes(plan['memory_bytes'])} ({as_bytes(result['peak_memory_bytes'])})")
     return ["", f"Planned, and in brackets what it took: {', '.join(pairs)}."]
 
 
 def _peak(result: dict[str, Any]) -> str:
     peak = result["peak_memory_bytes"]
-    return f"Peak of resident memory: {_bytes(peak)}." if peak else ""
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} GB"
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"Peak of resident memory: {as_bytes(peak)}." if peak else ""

@@ -127,11 +127,11 @@ def _sharded(job: Job, student: PreTrainedModel, settings: Any, stage: Stage) ->
 def make_stage(
     job: Job, student: PreTrainedModel, settings: recipes.Matrix | recipes.Hidden | recipes.Logits, index: int
 ) -> Stage:
-    common = (job.teacher, student, job.sites, job.autocast)
+    pair = job.pair(student)
     if isinstance(settings, recipes.Matrix):
-        return Matrix(*common, rows=settings.rows, seed=job.recipe.seed)
+        return Matrix(pair, rows=settings.rows, seed=job.recipe.seed)
     if isinstance(settings, recipes.Hidden):
-        return Hidden(*common, target=settings.target, loss=settings.loss, train=settings.train)
+        return Hidden(pair, target=settings.target, loss=settings.loss, train=settings.train)
     weights = Weights(**{f.name: getattr(settings, f.name) for f in fields(Weights)})
     adapters = None
     if settings.lora is not None:
@@ -140,7 +140,7 @@ def make_stage(
         seed = job.recipe.seed + 1000 * index
         adapters = Adapters(student, names, lora.rank, lora.alpha, lora.dropout, seed)
     return Logits(
-        *common,
+        pair,
         weights,
         train=settings.train,
         chunk=settings.chunk,
@@ -171,7 +171,7 @@ def calibrate(
     job: Job, student: PreTrainedModel, settings: recipes.Calibrate, data: Sequences, position: int
 ) -> tuple[dict[str, Any], dict[str, nn.Parameter]]:
     """Stage 0; its facts and the output projections, by name."""
-    fits = NormalEquations(job.teacher, student, job.sites, job.autocast, settings.weight)
+    fits = NormalEquations(job.pair(student), settings.weight)
     seconds = gather([fits], settings, data, position, job.device)
     fits.add_processes()
     return solve(job, student, settings, data, position, fits, seconds), projections_of(job, student)
@@ -213,7 +213,7 @@ def solve(
     tried: dict[str, dict[str, float]] = {}
     ridge = settings.ridge
     if ridge == "auto":
-        judge = Logits(job.teacher, student, job.sites, job.autocast, Weights())
+        judge = Logits(job.pair(student), Weights())
         batch = data.batch(position, CHOOSING).to(job.device)
         position += CHOOSING
         with progress("choose the ridge", len(RIDGES), "fits") as advance:

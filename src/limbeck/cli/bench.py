@@ -44,8 +44,8 @@ def bench(
         raise LimbeckError(f"--threads {threads}", expected="a positive number")
     import torch
 
-    from limbeck.evaluate.machine import crowded
     from limbeck.evaluate.speed import Race
+    from limbeck.machine import crowded
     from limbeck.report import comparison, speed
     from limbeck.report.figure import look, save
 

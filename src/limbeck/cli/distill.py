@@ -11,7 +11,8 @@ from rich.table import Table
 from limbeck.cli import app
 from limbeck.console import console, output
 from limbeck.errors import LimbeckError
-from limbeck.recipe import Recipe, assign, parse_value, stages_from_text, tokens_over_stages
+from limbeck.reading import assign, parse_value, stages_from_text, tokens_over_stages
+from limbeck.recipe import Recipe
 
 
 @app.command()
@@ -50,11 +51,12 @@ def distill(
 
 def _find_rates(recipe: Recipe) -> None:
     from limbeck.find_rate import find_rates
+    from limbeck.prepare import run_path
     from limbeck.report import rates
 
     sweeps = find_rates(recipe)
     output.print(rates.table(sweeps))
-    folder = Path(f"{recipe.out or f'runs/{recipe.name}'}-rates")
+    folder = Path(f"{run_path(recipe)}-rates")
     console.print(f"[dim]written to {folder}/: {', '.join(path.name for path in rates.write(sweeps, folder))}[/]")
     for sweep in sweeps:
         if sweep.suggested is not None:

@@ -87,7 +87,7 @@ def _show(found: list[Any], out: Path | None) -> None:
 
 def _settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """Settings by measure from "measure.key=value"."""
-    from limbeck.recipe import parse_value
+    from limbeck.reading import parse_value
 
     given: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in texts:

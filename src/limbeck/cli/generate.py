@@ -13,7 +13,10 @@ from limbeck.errors import LimbeckError
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A student's folder, a run directory, or 'embedded' for the teacher.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A run, a student's folder, a hub name, or 'embedded' for the teacher."),
+    ],
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
@@ -28,12 +31,10 @@ def generate(
     import time
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import limbeck.model  # noqa: F401  registers students with transformers
     from limbeck import assets
     from limbeck.generate import stream
-    from limbeck.hub import look_up
+    from limbeck.model.opening import open_model
 
     if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
@@ -42,23 +43,13 @@ def generate(
         raise LimbeckError("the prompt is empty", expected="some text")
     folder = Path(model) / "student"
     name = str(folder) if folder.is_dir() else assets.resolve_teacher(model)
-    if not Path(name).exists():
-        look_up(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    except LimbeckError:
-        raise
-    except (OSError, ValueError) as error:
-        raise LimbeckError(
-            f"cannot load '{name}': {str(error).splitlines()[0]}", expected="a model's folder"
-        ) from error
+    loaded, tokenizer = open_model(name)
     if int8 or int8_dynamic:
         from limbeck import quantise
 
         loaded = quantise.int8(loaded, activations=int8_dynamic)
     else:
-        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     console.print(text, end="", markup=False, style="dim")
     began, pieces = time.monotonic(), []
     for piece in stream(loaded, tokenizer, text, tokens, temperature, top_p, seed):

@@ -81,7 +81,7 @@ def show_plan(plan: Any) -> None:
 
 
 def _listing(names: list[str]) -> Table:
-    from limbeck.recipe import read_yaml
+    from limbeck.reading import read_yaml
     from limbeck.study.grid import BUILT_IN
 
     table = Table(box=None, pad_edge=False)

@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from limbeck.errors import LimbeckError
-from limbeck.evaluate.machine import wait
+from limbeck.machine import wait
 from limbeck.model import RecurrentLayer, cache_bytes
 
 SEED = 1024

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.evaluate.decoding import SEED, Contestant, arbitrary_text, can_lengthen
-from limbeck.evaluate.machine import wait
 from limbeck.evaluate.prefill import first_token
 from limbeck.evaluate.subject import Subject
+from limbeck.machine import wait
 from limbeck.model import RecurrentLayer, cache_bytes
 from limbeck.quantise import int8, numel
 

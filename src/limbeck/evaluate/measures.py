@@ -26,6 +26,7 @@ from limbeck.console import console
 from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
+from limbeck.reading import readable
 
 MODULES = {  # name -> module with a MEASURE
     "agreement": "limbeck.evaluate.agreement",
@@ -86,14 +87,7 @@ def settings_of(measure: Measure, given: dict[str, Any]) -> Settings:
     try:
         return measure.settings.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = list(measure.settings.model_fields)
-        if first["type"] == "extra_forbidden":
-            raise LimbeckError(
-                f"{measure.name} has no setting '{key}'{closest(key, known)}", expected=", ".join(known)
-            ) from error
-        raise LimbeckError(f"{measure.name}.{key} is {first['input']!r}: {first['msg']}") from error
+        raise readable(error, measure.name, measure.settings) from error
 
 
 def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool = False) -> Measurement:
@@ -117,7 +111,7 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
     measurement = Measurement(
         measure=measure.name,
         model=subject.name,
-        teacher=subject.teacher.name if subject.base or not subject.student else None,
+        teacher=subject.teacher_name,
         settings=plain,
         data=found.data,
         values=found.values,
@@ -160,11 +154,10 @@ def _known(path: Path, subject: Subject, settings: dict[str, Any]) -> Measuremen
     except LimbeckError:
         return None
     made = known.provenance
-    teacher = subject.teacher.name if subject.base or not subject.student else None
     source = subject.data.source if subject.data else None
     same = (
         known.settings == settings
-        and known.teacher == teacher
+        and known.teacher == subject.teacher_name
         and known.data.get("text", source) == source
         and (made.weights, made.seed, made.versions.get("limbeck")) == (subject.weights, subject.seed, __version__)
     )

@@ -6,18 +6,12 @@
 Nothing is computed from a formula: both models fill a cache and its tensors are counted.
 """
 
-import sys
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.model import cache_bytes
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -47,11 +41,3 @@ def cache_sizes(teacher: PreTrainedModel, student: PreTrainedModel, length: int 
         "student_fixed_bytes": fixed,
         "break_even_tokens": fixed / saved if saved > 0 else None,
     }
-
-
-def peak_memory() -> int | None:
-    """Most resident memory that this process has had, in bytes; None where the system does not tell."""
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -15,16 +15,15 @@ from pydantic import Field
 from limbeck.console import progress
 from limbeck.evaluate.haystacks import Haystack, needle
 from limbeck.evaluate.measurement import Measurement
-from limbeck.evaluate.measures import Found, Measure, Settings
+from limbeck.evaluate.measures import Found, Measure
 from limbeck.evaluate.retrieval import Asked, ask
-from limbeck.evaluate.retrieval_table import tabulate, within_context
+from limbeck.evaluate.retrieval_table import Lengths, RetrievalSettings, tabulate, within_context
 from limbeck.evaluate.subject import Subject
-from limbeck.report.figure import new_figure
 
 Depth = Annotated[float, Field(ge=0, le=1)]
 
 
-class NeedleSettings(Settings):
+class NeedleSettings(RetrievalSettings):
     """Which needles.
 
     tasks: of S-NIAH-1 to 3.
@@ -32,17 +31,13 @@ class NeedleSettings(Settings):
     depths: where the needle stands, 0 at the beginning of the haystack and 1 at its end.
     samples: of each task, length and depth.
     new_tokens: how many are generated, and kept free in the length; RULER's number is 128.
-    distractors: values of the same form that the true one is compared with.
     """
 
     tasks: list[Annotated[int, Field(ge=1, le=3)]] = [1, 2, 3]
-    lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = [512, 1024, 2048]
+    lengths: Lengths = [512, 1024, 2048]
     depths: Annotated[list[Depth], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
     samples: Annotated[int, Field(ge=1)] = 2
     new_tokens: Annotated[int, Field(ge=1)] = 128
-    distractors: Annotated[int, Field(ge=1)] = 9
-    piece: Annotated[int, Field(ge=1)] = 1024
-    past_context: bool = False
 
 
 def measure_needle(subject: Subject, settings: NeedleSettings) -> Found:
@@ -68,6 +63,8 @@ def measure_needle(subject: Subject, settings: NeedleSettings) -> Found:
 
 def draw(found: list[Measurement]) -> Any:
     """Heat maps of length and depth: a column a model, a row a task, once by generation and once among candidates."""
+    from limbeck.report.figure import new_figure
+
     tasks = list(dict.fromkeys(cell["task"] for one in found for cell in one.details["cells"]))
     rows = [(task, how) for task in tasks for how in ("generated", "chosen")]
     figure = new_figure(0.9 + 1.9 * len(found), 0.6 + 1.25 * len(rows))

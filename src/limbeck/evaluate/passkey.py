@@ -14,22 +14,18 @@ from pydantic import Field
 from limbeck.console import progress
 from limbeck.evaluate.haystacks import passkey
 from limbeck.evaluate.measurement import Measurement
-from limbeck.evaluate.measures import Found, Measure, Settings
+from limbeck.evaluate.measures import Found, Measure
 from limbeck.evaluate.retrieval import ask
-from limbeck.evaluate.retrieval_table import tabulate, within_context
+from limbeck.evaluate.retrieval_table import Lengths, RetrievalSettings, tabulate, within_context
 from limbeck.evaluate.subject import Subject
-from limbeck.report.figure import new_figure
 
 
-class PasskeySettings(Settings):
+class PasskeySettings(RetrievalSettings):
     """Lengths are tokens of prompt and answer together; a pass key takes five tokens or fewer and its space."""
 
-    lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = [256, 512, 1024, 2048, 4096]
+    lengths: Lengths = [256, 512, 1024, 2048, 4096]
     samples: Annotated[int, Field(ge=1)] = 10
     new_tokens: Annotated[int, Field(ge=1)] = 8
-    distractors: Annotated[int, Field(ge=1)] = 9
-    piece: Annotated[int, Field(ge=1)] = 1024
-    past_context: bool = False
 
 
 def measure_passkey(subject: Subject, settings: PasskeySettings) -> Found:
@@ -49,6 +45,8 @@ def measure_passkey(subject: Subject, settings: PasskeySettings) -> Found:
 
 def draw(found: list[Measurement]) -> Any:
     """Share found by generation and chosen among the candidates, over length."""
+    from limbeck.report.figure import new_figure
+
     figure = new_figure(8, 3.2)
     generated, chosen = figure.subplots(1, 2, sharey=True)
     for one in found:

@@ -22,7 +22,6 @@ from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.pieces import context_of, token_losses
 from limbeck.evaluate.subject import Subject
-from limbeck.report.figure import new_figure
 
 BLOCK = 256  # tokens in a block: what the standard errors are taken over, and a point of the curve
 
@@ -100,6 +99,8 @@ def measure_positions(subject: Subject, settings: PositionsSettings) -> Found:
 
 def draw(found: list[Measurement]) -> Any:
     """Loss by position on the left, perplexity of all tokens so far on the right; a dotted line at the context."""
+    from limbeck.report.figure import new_figure
+
     figure = new_figure(9, 3.6)
     by_position, so_far = figure.subplots(1, 2)
     for one in found:

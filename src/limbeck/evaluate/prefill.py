@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.evaluate.decoding import Contestant, arbitrary_text
-from limbeck.evaluate.machine import extra_peak, wait
+from limbeck.machine import extra_peak, wait
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from limbeck.evaluate.retrieval import share_of
 from limbeck.evaluate.subject import Subject
 from limbeck.model import cache_bytes
 from limbeck.model.body import Head
-from limbeck.report.figure import new_figure
 
 
 class RecallSettings(Settings):
@@ -148,6 +147,8 @@ def at_queries(model: PreTrainedModel, lookup: Lookup) -> tuple[Tensor, int]:
 
 def draw(found: list[Measurement]) -> Any:
     """Recall over the number of pairs, chance dotted; and the same over the bytes that the state takes by then."""
+    from limbeck.report.figure import new_figure
+
     figure = new_figure(9, 3.4)
     by_pairs, by_state = figure.subplots(1, 2, sharey=True)
     for one in found:

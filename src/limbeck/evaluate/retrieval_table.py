@@ -3,17 +3,35 @@
     found = tabulate({"niah 1": asked}, candidates=10)
     found.values["niah 1, 512 tokens"], found.values["niah 1, 512 tokens, among 10"], found.values["chance among 10"]
 
-`details["cells"]` holds the same by length and depth, for a heat map.
+`details["cells"]` holds the same by length and depth, for a heat map; `RetrievalSettings` is what such measures share.
 """
 
 from dataclasses import asdict
+from typing import Annotated
+
+from pydantic import Field
 
 from limbeck.console import console
 from limbeck.errors import LimbeckError
-from limbeck.evaluate.measures import Found
+from limbeck.evaluate.measures import Found, Settings
 from limbeck.evaluate.pieces import context_of
 from limbeck.evaluate.retrieval import Asked, share_of
 from limbeck.evaluate.subject import Subject
+
+Lengths = Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)]  # tokens of prompt and answer together
+
+
+class RetrievalSettings(Settings):
+    """What measures that hide a fact in a long prompt share.
+
+    distractors: values of the same form that the true one is compared with.
+    piece: tokens of the prompt that are read at a time.
+    past_context: ask a softmax model beyond the context that it was made for, too.
+    """
+
+    distractors: Annotated[int, Field(ge=1)] = 9
+    piece: Annotated[int, Field(ge=1)] = 1024
+    past_context: bool = False
 
 
 def within_context(what: str, subject: Subject, lengths: list[int], past_context: bool) -> list[int]:

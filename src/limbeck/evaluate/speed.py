@@ -20,12 +20,12 @@ from limbeck.console import progress
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.decoding import measure
 from limbeck.evaluate.entry import Entry
-from limbeck.evaluate.machine import free_memory, yardstick
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings, provenance
 from limbeck.evaluate.prefill import Prefill, measure_prefill
 from limbeck.evaluate.speed_values import break_evens, point_of, values_of
 from limbeck.evaluate.subject import Subject
+from limbeck.machine import free_memory, yardstick
 from limbeck.quantise import model_bytes
 
 UNSTEADY = 1.25  # two timings of the same that differ by so much say that the machine was busy

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-import limbeck.model  # noqa: F401  registers students with transformers
 from limbeck import assets
 from limbeck.data.packing import Sequences
 from limbeck.data.shards import TokenStore
 from limbeck.data.text import Text, open_text
 from limbeck.errors import LimbeckError
+from limbeck.model.opening import is_student, open_model
 from limbeck.recipe import Data, Recipe
 from limbeck.stages.teacher import load_teacher
 
@@ -65,6 +66,11 @@ class Subject:
         return self.base
 
     @property
+    def teacher_name(self) -> str | None:
+        """What its teacher was asked for as; None for a student whose teacher is not known."""
+        return self.teacher.name if self.base or not self.student else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
@@ -74,6 +80,9 @@ class Subject:
         """Fingerprint of the files: names, sizes and the first and last MiB of each."""
         digest = hashlib.sha256()
         folder = Path(self.folder)
+        if not folder.is_dir():  # a name on the hub: what its local cache holds by now
+            cached = try_to_load_from_cache(self.folder, "config.json")
+            folder = Path(cached).parent if isinstance(cached, str) else folder
         for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
@@ -81,7 +90,7 @@ class Subject:
                 digest.update(handle.read(1 << 20))
                 handle.seek(max(0, size - (1 << 20)))
                 digest.update(handle.read())
-        return digest.hexdigest()[:16] if folder.is_dir() else str(getattr(self.model.config, "_commit_hash", ""))
+        return digest.hexdigest()[:16]
 
     def held_out(self, length: int, tokens: int) -> tuple[Sequences, dict[str, Any]]:
         """Text that it was not trained on in packed sequences of `length` tokens, and which text that is.
@@ -157,11 +166,13 @@ class Subjects:
         if self.out is not None:
             home = self.out / _slug(name)
         self.homes[name] = home
-        if not folder.is_dir() or not _is_student(folder):
+        place = str(folder) if folder.is_dir() else assets.resolve_teacher(name)
+        if name in self._teachers or not is_student(place):
             return self._softmax(name, home, data)
-        model, tokenizer = _load(str(folder))
+        model, tokenizer = open_model(place)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         base = self.teacher or (recipe.teacher if recipe else None)
-        subject = Subject(name, str(folder), home, model, tokenizer, recipe, data, seed=self.seed)
+        subject = Subject(name, place, home, model, tokenizer, recipe, data, seed=self.seed)
         if base is not None:
             subject.base = self._softmax(base, home, data)
         return subject
@@ -180,20 +191,6 @@ class Subjects:
             self._teachers[name] = Subject(name, folder, home, model, tokenizer, data=data, seed=self.seed)
         known = self._teachers[name]
         return Subject(name, known.folder, home, known.model, known.tokenizer, data=data, seed=self.seed)
-
-
-def _load(folder: str) -> tuple[PreTrainedModel, Any]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise LimbeckError(f"cannot load '{folder}': {str(error).splitlines()[0]}", expected="a whole model") from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def _is_student(folder: Path) -> bool:
-    return '"limbeck"' in (folder / "config.json").read_text()
 
 
 def _slug(name: str) -> str:

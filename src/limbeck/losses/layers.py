@@ -35,8 +35,22 @@ def matrix_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = Non
 def hidden_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None, loss: str = "relative") -> Tensor:
     """Distance of hidden states [B, T, D], summed over the valid tokens; `loss` is one of `HIDDEN`."""
     wide = torch.promote_types(student.dtype, torch.float32)  # squares of half precision would overflow
-    each = HIDDEN[loss](student.to(wide), teacher.to(wide))
+    each = HIDDEN[loss](student.to(wide), _once(teacher, f"as {wide}", lambda: teacher.to(wide)))
     return (each if valid is None else each * valid).sum()
+
+
+def _once(teacher: Tensor, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """What is made of a teacher's tensor alone, kept on it: several students learn from the same one."""
+    if teacher.requires_grad or teacher.is_inference():
+        return make()
+    known = teacher.__dict__.setdefault("_limbeck_known", {})
+    if name not in known:
+        made = make()
+        if made is teacher:  # kept on itself it would never go
+            return teacher
+        known[name] = teacher._version, made
+    version, made = known[name]
+    return made if version == teacher._version else make()
 
 
 def _l2(student: Tensor, teacher: Tensor) -> Tensor:
@@ -45,7 +59,8 @@ def _l2(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _relative(student: Tensor, teacher: Tensor) -> Tensor:
-    return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-8)
+    size = _once(teacher, "size", lambda: teacher.square().sum(-1).clamp_min(1e-8))
+    return (student - teacher).square().sum(-1) / size
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -45,6 +45,14 @@ class Call:
     count: int = 0  # calls of the attention function so far
 
 
+class FoundRows(Exception):
+    """Carries rows of a mixing matrix [B, H, R, T] out of an attention module, past its output projection."""
+
+    def __init__(self, rows: Tensor):
+        super().__init__("rows of a mixing matrix were asked for by another way than limbeck.model.rows.rows_in")
+        self.rows = rows
+
+
 def implementation(model: type | nn.Module) -> str:
     """Name of the attention implementation for students of that model class."""
     return NAME if getattr(model, "_supports_sdpa", True) else EAGER
@@ -89,11 +97,14 @@ def attention(
         query: [B, H, T, K]; key: [B, G, T, K]; value: [B, G, T, V], as the interface lays them out.
         attention_mask: [B, 1, T, keys] bool or additive, or None for plain causal attention.
         limbeck_call: set by the pre-hook on modules with a mixer.
-        output_matrix: also return the mixing matrix [B, H, T, T] (stage 1 asks for it). Given rows [B, R] of it, return
-            those alone, [B, H, R, T], beside zeros.
+        output_matrix: also return the mixing matrix [B, H, T, T] (stage 1 asks for it). Given rows [B, R] of it, those
+            alone are found, and nothing of the module runs behind them; see `limbeck.model.rows.rows_in`.
 
     Returns:
         [B, T, H, V] and the mixing matrix or None.
+
+    Raises:
+        FoundRows: with the rows that `output_matrix` asks for.
     """
     if not hasattr(module, "mixer"):
         return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -116,8 +127,7 @@ def attention(
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(output_matrix, Tensor):
-        rows = module.mixer.forward_rows(q, k, v, call.x, output_matrix, tokens=tokens)
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), rows
+        raise FoundRows(module.mixer.forward_rows(q, k, v, call.x, output_matrix, tokens=tokens))
     if output_matrix:
         return module.mixer.forward_matrix(q, k, v, call.x, tokens=tokens)
     y, state = module.mixer(q, k, v, call.x, tokens=tokens, state=layer.read(call.count) if layer else None)

@@ -1,7 +1,8 @@
-"""Rows of a teacher's attention matrix without the matrix: the attention function `limbeck_rows`.
+"""Rows of a teacher's attention matrix without the matrix: the attention function `limbeck_rows`; and of a student's.
 
     with rows_of(teacher, ["model.layers.0.self_attn"], rows):       # [B, R] queries
         run_body(teacher, batch)                                     # these modules return rows [B, H, R, T] second
+    matrix = rows_in(student_module, args, kwargs, rows)             # the same of a module with a mixer
 
 A layer's values come from SDPA, as in any other pass. Its rows come from the family's own eager function, given the
 sampled queries alone: so windows, documents, sinks and soft caps are the family's, and nothing here knows of them.
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from limbeck.model.attention import softmax_attention
+from limbeck.errors import LimbeckError
+from limbeck.model.attention import FoundRows, softmax_attention
 from limbeck.ops.rows import pick
 
 NAME = "limbeck_rows"
@@ -42,6 +44,18 @@ def rows_of(model: PreTrainedModel, modules: list[str], rows: Tensor) -> Iterato
         model.config._attn_implementation = before
         for module in chosen:
             del module.limbeck_rows
+
+
+def rows_in(module: nn.Module, args: tuple, kwargs: dict, rows: Tensor) -> Tensor:
+    """Rows [B, R] of the mixing matrix of an attention module with a mixer, called like that: [B, H, R, T].
+
+    The module ends where they are known: no values are mixed, and the output projection does not run.
+    """
+    try:
+        module(*args, **kwargs, output_matrix=rows)
+    except FoundRows as found:
+        return found.rows
+    raise LimbeckError(f"{type(module).__name__} gives no rows of a mixing matrix", expected="a module with a mixer")
 
 
 def _attention(

@@ -21,6 +21,7 @@ from torch import Tensor
 from limbeck.errors import LimbeckError
 from limbeck.ops import common, cpu
 from limbeck.ops.pairs import decayed, gamma
+from limbeck.ops.rows import rows_across_chunks
 
 
 def recurrent(
@@ -85,29 +86,60 @@ def _chunked(
         if route:
             return cpu.run(q, k, v, beta, log, first, segments, route._replace(triangular=triangular))
         chunk = common.fit_chunk(chunk, length)
-        reads = common.to_chunks(q, chunk, dtype)
-        keys = common.to_chunks(k, chunk, dtype)
-        writes = common.widen(keys, heads)
         values = common.widen(common.to_chunks(v, chunk, dtype), heads)
-        rate = common.to_chunks(beta.unsqueeze(-1), chunk, dtype)
-        decay, erases = None, writes
-        if log is not None and vector:
-            mixing, overlap, since, until = decayed(reads, writes, common.to_chunks(log, chunk, dtype), overlap=True)
-        else:
-            mixing, overlap = reads @ writes.mT, common.widen(keys @ keys.mT, heads)
-            if log is None:
-                mixing = mixing.tril()
-            else:
-                within, since, until = gamma(common.to_chunks(log, chunk, dtype))
-                mixing, overlap = mixing * within, overlap * within
-        if log is not None:
-            reads, erases, writes, decay = reads * since, writes * since, writes * until, since[..., -1:, :].mT
-        if segments is not None:
-            docs = common.Documents.of(segments, chunk)
-            overlap, erases = overlap * docs.same, erases * docs.reads
-            reads, writes, mixing, decay = common.apart(segments, chunk, reads, writes, mixing, decay)
+        reads, erases, writes, mixing, overlap, rate, decay = _terms(q, k, beta, log, segments, chunk, dtype)
         o, last = _Correct.apply(reads, rate * erases, writes, rate * values, mixing, rate * overlap, decay, first)
         return common.from_chunks(o, length, v.dtype), last
+
+
+def _terms(
+    q: Tensor, k: Tensor, beta: Tensor, log: Tensor | None, segments: Tensor | None, chunk: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """What does not depend on v, in chunks: decayed queries, keys that erase and that write, products of queries and of
+    keys with keys, write strengths, and the decay of each chunk."""
+    heads = q.shape[2]
+    reads = common.to_chunks(q, chunk, dtype)
+    keys = common.to_chunks(k, chunk, dtype)
+    writes = common.widen(keys, heads)
+    rate = common.to_chunks(beta.unsqueeze(-1), chunk, dtype)
+    decay, erases = None, writes
+    if log is not None and log.shape[-1] > 1:
+        mixing, overlap, since, until = decayed(reads, writes, common.to_chunks(log, chunk, dtype), overlap=True)
+    else:
+        mixing, overlap = reads @ writes.mT, common.widen(keys @ keys.mT, heads)
+        if log is None:
+            mixing = mixing.tril()
+        else:
+            within, since, until = gamma(common.to_chunks(log, chunk, dtype))
+            mixing, overlap = mixing * within, overlap * within
+    if log is not None:
+        reads, erases, writes, decay = reads * since, writes * since, writes * until, since[..., -1:, :].mT
+    if segments is not None:
+        docs = common.Documents.of(segments, chunk)
+        overlap, erases = overlap * docs.same, erases * docs.reads
+        reads, writes, mixing, decay = common.apart(segments, chunk, reads, writes, mixing, decay)
+    return reads, erases, writes, mixing, overlap, rate, decay
+
+
+def rows(
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    rows: Tensor,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """Rows [B, R] of the mixing matrix: [B,H,R,T]."""
+    _check_beta(beta, q)
+    common.check_shapes(q, k, segments=segments)
+    dtype, chunk, log = common.work_dtype(q, k, beta, log_decay), common.fit_chunk(None, q.shape[1]), None
+    with common.full_precision(q):
+        if log_decay is not None:
+            log = common.per_token(log_decay, q, vector=log_decay.dim() == 4, dtype=dtype)
+        reads, erases, writes, mixing, overlap, rate, decay = _terms(q, k, beta, log, segments, chunk, dtype)
+        corrections = rate, rate * erases, rate * overlap
+        return rows_across_chunks(reads, writes, mixing, decay, rows, q.shape[1], corrections)
 
 
 def matrix(

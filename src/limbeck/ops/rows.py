@@ -3,9 +3,10 @@
     rows = draw_rows(ids, 64, seed=0)                                        # [B, 64] queries
     m = matrix_rows(delta_rule, q, k, (beta, log_decay), rows, segments)     # [B, H, 64, T]
 
-An operator that can give its rows at once has a `rows` of its own. Any other is run on a block of columns of the
-identity in the place of v, from the block's first token on: that gives the block's columns, of which the rows are kept.
-A block's graph is let go and made again in the backward pass. This saves memory, not time.
+An operator that can give its rows at once has a `rows` of its own; where states go from chunk to chunk these walk back
+over them (`rows_across_chunks`). Any other is run on a block of columns of the identity in the place of v, from the
+block's first token on: that gives the block's columns, of which the rows are kept. A block's graph is let go and made
+again in the backward pass. This saves memory, not time.
 """
 
 from types import ModuleType
@@ -43,6 +44,45 @@ def pick(x: Tensor, rows: Tensor, dim: int) -> Tensor:
     index = rows.view(shape)
     sizes = [len(rows), *x.shape[1:]]
     return x.expand(sizes).gather(dim, index.expand([n if d != dim else rows.shape[1] for d, n in enumerate(sizes)]))
+
+
+def rows_across_chunks(
+    reads: Tensor,
+    writes: Tensor,
+    mixing: Tensor,
+    decay: Tensor | None,
+    rows: Tensor,
+    length: int,
+    corrections: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Rows [B, R] of the mixing matrix of `O_n = Q̂_n S_n + P_n U_n, S_{n+1} = Diag(D_n) S_n + K̃_nᵀ U_n`: [B, H, R, T].
+
+    From the last chunk to the first, what each row reads of the state [B, H, R, K] is carried back: at first the row's
+    own Q̂, then faded by D. So the cost is that of a few products of R rows with each chunk, whatever v's width.
+
+    Args:
+        reads, writes: Q̂ and K̃ [N, B, H, C, K]; mixing: P [N, B, H, C, C]; decay: D [N, B, H, K or 1, 1] or None.
+        length: T; the last chunk may be filled up.
+        corrections: of the delta rule, where U_n = (I + L_n)⁻¹ (β V_n − E_n S_n): β [N, B, H, C, 1], E [N, B, H, C, K]
+            and L [N, B, H, C, C], of which the strictly lower part counts. Otherwise U is V.
+    """
+    chunk, inside = reads.shape[-2], rows // reads.shape[-2]
+    own, first = (pick(x.permute(1, 2, 0, 3, 4).flatten(2, 3), rows, 2) for x in (mixing, reads))
+    if corrections is not None:
+        rate, erases, system = corrections
+        eye = torch.eye(chunk, dtype=system.dtype, device=system.device).expand_as(system)
+        inverse = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+    carried, blocks = torch.zeros_like(first), []
+    for n in reversed(range(len(reads))):
+        here = (inside == n)[:, None, :, None]
+        weights = torch.where(here, own, carried @ writes[n].mT)
+        carried = torch.where(here, first, carried if decay is None else carried * decay[n].mT)
+        if corrections is not None:
+            weights = weights @ inverse[n]
+            carried = carried - weights @ erases[n]
+            weights = weights * rate[n].mT
+        blocks.append(weights)
+    return torch.cat(blocks[::-1], -1)[..., :length]
 
 
 def matrix_rows(

@@ -13,10 +13,12 @@ h // (H/G); log_decay [B,T,H,K] or None; state [B,H,K,V]; segments [B,T] non-dec
 incoming state belonging to document 0. Shapes that do not fit raise LimbeckError.
 """
 
+import torch
 from torch import Tensor
 
 from limbeck.ops import common, cpu, scalar_decay
 from limbeck.ops.pairs import decayed, pairs
+from limbeck.ops.rows import rows_across_chunks
 
 
 def recurrent(
@@ -60,15 +62,38 @@ def chunked(
         if route:
             return cpu.run(q, k, v, None, log, first, segments, route)
         chunk = common.fit_chunk(chunk, length)
-        reads = common.to_chunks(q, chunk, dtype)
-        writes = common.widen(common.to_chunks(k, chunk, dtype), heads)
         values = common.widen(common.to_chunks(v, chunk, dtype), heads)
-        mixing, _, since, until = decayed(reads, writes, common.to_chunks(log, chunk, dtype))
-        reads, writes, decay = reads * since, writes * until, since[..., -1:, :].mT
-        if segments is not None:
-            reads, writes, mixing, decay = common.apart(segments, chunk, reads, writes, mixing, decay)
+        reads, writes, mixing, decay = _terms(q, k, log, segments, chunk, dtype)
         o, last = common.across_chunks(reads, writes, values, mixing, decay, first)
         return common.from_chunks(o, length, v.dtype), last
+
+
+def _terms(
+    q: Tensor, k: Tensor, log: Tensor, segments: Tensor | None, chunk: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What does not depend on v: decayed queries and keys, their products, and the decay of each chunk."""
+    reads = common.to_chunks(q, chunk, dtype)
+    writes = common.widen(common.to_chunks(k, chunk, dtype), q.shape[2])
+    mixing, _, since, until = decayed(reads, writes, common.to_chunks(log, chunk, dtype))
+    reads, writes, decay = reads * since, writes * until, since[..., -1:, :].mT
+    return (
+        (reads, writes, mixing, decay)
+        if segments is None
+        else common.apart(segments, chunk, reads, writes, mixing, decay)
+    )
+
+
+def rows(
+    q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, rows: Tensor, segments: Tensor | None = None
+) -> Tensor:
+    """Rows [B, R] of the mixing matrix: [B,H,R,T]."""
+    if log_decay is None:
+        return scalar_decay.rows(q, k, rows=rows, segments=segments)
+    common.check_shapes(q, k, segments=segments)
+    dtype, chunk = common.work_dtype(q, k, log_decay), common.fit_chunk(None, q.shape[1])
+    with common.full_precision(q):
+        log = common.per_token(log_decay, q, vector=True, dtype=dtype)
+        return rows_across_chunks(*_terms(q, k, log, segments, chunk, dtype), rows, q.shape[1])
 
 
 def matrix(q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, segments: Tensor | None = None) -> Tensor:

@@ -8,6 +8,8 @@ Every number is from the run's own files.
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.console import as_bytes, as_time
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -48,7 +50,7 @@ def _training(run: RunFacts) -> str:
             losses = ["", f"{100 * facts['unexplained']:.1f} % unexplained"]
         else:
             losses = [f"{facts['first_loss']:.3f}", f"{facts['loss']:.3f}"]
-        cells = [settings["stage"], learns, f"{facts['tokens']:,}", rate, *losses, _time(facts["seconds"])]
+        cells = [settings["stage"], learns, f"{facts['tokens']:,}", rate, *losses, as_time(facts["seconds"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -80,7 +82,7 @@ def _memory(memory: dict[str, Any]) -> str:
     for tokens in (512, 32_768):
         teacher = tokens * memory["teacher_bytes_per_token"]
         student = memory["student_fixed_bytes"] + tokens * memory["student_bytes_per_token"]
-        lines.append(f"| {tokens:,} tokens | {_bytes(teacher)} | {_bytes(student)} |")
+        lines.append(f"| {tokens:,} tokens | {as_bytes(teacher)} | {as_bytes(student)} |")
     even = memory["break_even_tokens"]
     if even is None:
         said = "The student's cache grows as fast as the teacher's."
@@ -105,16 +107,3 @@ def _text(source: str) -> str:
     if source == "embedded" or source.startswith("embedded:"):
         return f"`{source}` (what comes with limbeck; its sources and licences are listed in `limbeck.data.corpus`)"
     return f"`{source}`"
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} GB"
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -7,22 +7,21 @@ solved in float64 with a ridge that pulls towards the weights that are there:
 
     (FᵀF + r m I) W = FᵀY + r m W0,    m the mean diagonal of FᵀF, r the ridge
 
-    fits = NormalEquations(teacher, student, sites, autocast)
+    fits = NormalEquations(Pair(teacher, student, sites, autocast))
     fits.add(batch)                        # as often as wanted
     fits.solve(ridge=1e-2)                 # writes the student's output projections
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from limbeck.data.packing import Batch
 from limbeck.distributed import add_tensors, add_up
 from limbeck.model import Site
 from limbeck.model.body import run_body
-from limbeck.stages.teacher import Visit, tap
+from limbeck.stages.teacher import Pair, Visit, tap
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -32,14 +31,12 @@ class NormalEquations:
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
-        student: PreTrainedModel,
-        sites: list[Site],
-        autocast: Callable,
+        pair: Pair,
         weight: str = "none",
     ):
-        self.teacher, self.student, self.sites, self.autocast, self.weight = teacher, student, sites, autocast, weight
-        self.projections = {s.module: student.get_submodule(s.module).get_submodule(s.output) for s in sites}
+        self.teacher, self.student, self.sites, self.autocast = pair
+        self.weight = weight
+        self.projections = {s.module: self.student.get_submodule(s.module).get_submodule(s.output) for s in self.sites}
         self.start = {name: _affine(projection) for name, projection in self.projections.items()}
         self.features: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}

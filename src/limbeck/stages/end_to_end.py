@@ -1,27 +1,26 @@
 """Stage 3: the whole student, running on its own hidden states, against labels and the teacher's logits.
 
-    stage = Logits(teacher, student, sites, autocast, Weights(ce=0.5, kl=0.5))
+    stage = Logits(Pair(teacher, student, sites, autocast), Weights(ce=0.5, kl=0.5))
     sums = stage.backward(batch, {"targets": 511})
 
 The heads run on a chunk of tokens at a time and their gradient is formed there, so no tensor of all logits exists.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
 from limbeck.adapters import Adapters
 from limbeck.data.packing import Batch
 from limbeck.data.signals import TaughtBatch
 from limbeck.losses import FromDisk, FromHidden, Signal, Weights, logit_losses
-from limbeck.model import Site
 from limbeck.model.body import Head, run_body
 from limbeck.model.checkpointing import blocks_of, checkpointed
 from limbeck.stages.layerwise import Counts
+from limbeck.stages.teacher import Pair
 
 
 class Logits:
@@ -29,23 +28,20 @@ class Logits:
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
-        student: PreTrainedModel,
-        sites: list[Site],
-        autocast: Callable,
+        pair: Pair,
         weights: Weights,
         train: str = "body",
         chunk: int = 128,
         adapters: Adapters | None = None,
         checkpoint_activations: bool = False,
     ):
-        self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
+        self.teacher, self.student, self.sites, self.autocast = pair
         self.weights, self.train, self.chunk = weights, train, chunk
         self.adapters = adapters
         self.loss_scale = 1.0  # gradients are so many times too large, see limbeck.stages.loss_scale
         self.stopped: set[str] = set()  # always empty: there is one loss
-        self.blocks = blocks_of(student, sites[0].block) if checkpoint_activations else []
-        self.teacher_head, self.student_head = Head(teacher), Head(student)
+        self.blocks = blocks_of(self.student, self.sites[0].block) if checkpoint_activations else []
+        self.teacher_head, self.student_head = Head(self.teacher), Head(self.student)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that learn: of the converted attention, of the body, all, or adapters and mixers."""

@@ -4,26 +4,24 @@ The teacher's body runs once without gradient; a hook behind each layer runs the
 takes the loss, runs backward and lets the graph go. So one layer's graph is alive at a time, whatever the depth, and
 the student needs no copy of what it does not train.
 
-    stage = Hidden(teacher, student, sites, autocast, target="attention")
+    stage = Hidden(Pair(teacher, student, sites, autocast), target="attention")
     sums = stage.backward(batch, {"tokens": 2048})      # gradients added; sums per layer
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
 from limbeck.console import console
 from limbeck.data.packing import Batch
 from limbeck.losses import hidden_distance, matrix_distance
-from limbeck.model import Site
 from limbeck.model.body import packs_by_position, run_body
-from limbeck.model.rows import gives_rows, rows_of
+from limbeck.model.rows import gives_rows, rows_in, rows_of
 from limbeck.ops.rows import draw_rows, pick
-from limbeck.stages.teacher import tap
+from limbeck.stages.teacher import Pair, tap
 
 Counts = dict[str, float]
 
@@ -33,8 +31,8 @@ class LayerStage:
 
     eager = False
 
-    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, sites: list[Site], autocast: Callable):
-        self.teacher, self.student, self.sites, self.autocast = teacher, student, sites, autocast
+    def __init__(self, pair: Pair):
+        self.teacher, self.student, self.sites, self.autocast = pair
         self.loss_scale = 1.0  # gradients are so many times too large, see limbeck.stages.loss_scale
         self.stopped: set[str] = set()  # names of the modules that have converged and learn no more
 
@@ -158,17 +156,14 @@ class Matrix(LayerStage):
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
-        student: PreTrainedModel,
-        sites: list[Site],
-        autocast: Callable,
+        pair: Pair,
         rows: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(teacher, student, sites, autocast)
+        super().__init__(pair)
         self.count_of_rows, self.seed = rows, seed
         self.rows: Tensor | None = None  # of the batch at hand
-        self.alone = rows is not None and gives_rows(teacher, self.trained())
+        self.alone = rows is not None and gives_rows(self.teacher, self.trained())
         # otherwise eager, the only implementation that returns the matrices; one layer's are alive at a time
         self.eager = not self.alone
         if rows is not None and not self.alone:
@@ -186,7 +181,10 @@ class Matrix(LayerStage):
         target = output[1]
         if self.rows is not None and not self.alone:
             target = pick(target, self.rows, 2)
-        _, matrix = module(*args, **kwargs, output_matrix=True if self.rows is None else self.rows)
+        if self.rows is None:
+            _, matrix = module(*args, **kwargs, output_matrix=True)
+        else:
+            matrix = rows_in(module, args, kwargs, self.rows)
         return matrix_distance(matrix, target) / counts["sequences"]
 
 
@@ -195,15 +193,12 @@ class Hidden(LayerStage):
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
-        student: PreTrainedModel,
-        sites: list[Site],
-        autocast: Callable,
+        pair: Pair,
         target: str = "attention",
         loss: str = "relative",
         train: str = "attention",
     ):
-        super().__init__(teacher, student, sites, autocast)
+        super().__init__(pair)
         self.target, self.kind, self.train = target, loss, train
 
     def modules(self) -> dict[str, nn.Module]:

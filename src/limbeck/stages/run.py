@@ -215,20 +215,31 @@ def open_run(path: Path, recipe: AnyRecipe) -> Iterator[RunDirectory]:
     check_run(path, recipe)
     with no_room_is_an_error(path):
         path.mkdir(parents=True, exist_ok=True)
-        with open(path / ".lock", "w") as lock:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    raise LimbeckError(
-                        f"another process is working on {path}", hint="wait for it, or give another --out"
-                    ) from error
+        with held(path):
             run = (RunDirectory if world().size == 1 else SharedRun)(path, recipe)
             run.write("recipe.yaml", recipe.to_yaml())
             try:
                 yield run
             finally:
                 run.trackers.end()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes, where the system has file locks; the kernel lets go of it with its holder.
+
+    Raises:
+        LimbeckError: another process holds it.
+    """
+    with open(folder / ".lock", "w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise LimbeckError(
+                    f"another process is working on {folder}", hint="wait for it, or give another --out"
+                ) from error
+        yield
 
 
 def check_run(path: Path, recipe: AnyRecipe) -> None:

@@ -7,8 +7,9 @@ Only the body runs (`limbeck.model.body`), so the last tap sees the last block's
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from limbeck.errors import LimbeckError
 from limbeck.hub import look_up
+from limbeck.model import Site
 from limbeck.model.body import packs_by_position
 from limbeck.quantise import refuse_quantised, teacher_settings
 
 Visit = Callable[[tuple, dict, Tensor | tuple], None]
+
+
+class Pair(NamedTuple):
+    """What every stage works on: a teacher and its student, the converted layers, and what their products run in."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    sites: list[Site]
+    autocast: Callable[[], AbstractContextManager]
 
 
 def load_teacher(

@@ -21,7 +21,7 @@ import torch
 
 from limbeck.console import console
 from limbeck.errors import LimbeckError
-from limbeck.evaluate.memory import peak_memory
+from limbeck.machine import peak_memory
 from limbeck.stages.optimize import steps_of
 from limbeck.teachers.recipe import AnyRecipe
 

@@ -21,7 +21,8 @@ from limbeck import mixers
 from limbeck import recipe as recipes
 from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate import measures
-from limbeck.recipe import Recipe, assign, read_yaml, readable, stages_from_text, tokens_over_stages
+from limbeck.reading import STAGE_NAMES, assign, read_yaml, readable, stages_from_text, tokens_over_stages
+from limbeck.recipe import Recipe
 from limbeck.study.statements import CLAIMS
 
 BUILT_IN = Path(__file__).parent.parent / "studies"
@@ -243,7 +244,7 @@ def _name(axes: dict[str, Any], named: dict[str, bool], teacher: str | None) -> 
 
 def _numbers(stages: list[dict[str, Any]]) -> str:
     """ "2+3" for hidden and logits."""
-    of = {name: number for number, name in recipes.STAGE_NAMES.items()}
+    of = {name: number for number, name in STAGE_NAMES.items()}
     return "+".join(of[stage["stage"]] for stage in stages)
 
 

@@ -20,18 +20,13 @@ from limbeck.console import console
 from limbeck.data.cache import check_room, no_room_is_an_error
 from limbeck.distributed import world
 from limbeck.errors import LimbeckError
-from limbeck.stages.run import check_run
+from limbeck.stages.run import check_run, held
 from limbeck.study import record, tables
 from limbeck.study.grid import Arm, Study, to_yaml
 from limbeck.study.plan import StudyPlan, make_study_plan
 from limbeck.study.sharing import teams
 from limbeck.study.statements import judge_claims
 from limbeck.study.work import Executor, InTurn, Task, Workplace
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 FAILURES = "failures.json"
 
@@ -65,8 +60,7 @@ def run_study(
     with no_room_is_an_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, plan.disk_bytes, f"the study {folder}")
-    with open(folder / ".lock", "w") as lock:
-        _hold(lock, folder)
+    with held(folder):
         record.put(folder / "study.yaml", to_yaml(study))
         _run(study, folder, arms, executor or InTurn(workplace))
         failures = _failures(folder)
@@ -152,14 +146,3 @@ def _forget(folder: Path, names: list[str]) -> None:
     if set(known) & set(names):
         left = {name: text for name, text in known.items() if name not in names}
         record.put(folder / FAILURES, json.dumps(left, indent=1) + "\n")
-
-
-def _hold(lock: Any, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise LimbeckError(
-            f"another process is working on {folder}", hint="wait for it, or give another --out"
-        ) from error

@@ -167,10 +167,7 @@ def _calibrate(pupils: list[_Pupil]) -> list[Any]:
     """The same for stage 0: the sums are gathered together, each arm solves for itself."""
     first = pupils[0]
     ends: list[Any] = []
-    fits = [
-        NormalEquations(p.job.teacher, p.course.student, p.job.sites, p.job.autocast, p.lesson.settings.weight)
-        for p in pupils
-    ]
+    fits = [NormalEquations(p.job.pair(p.course.student), p.lesson.settings.weight) for p in pupils]
     lesson = first.lesson
     began = time.monotonic()
     gather(fits, lesson.settings, lesson.data, lesson.position, first.job.device)

@@ -1,6 +1,7 @@
-"""The machine while it is timed: how much memory is free, the most that something takes, whether others are at work.
+"""The machine: how much memory is free, the most that something takes, whether others are at work while it is timed.
 
 free_memory(device)                                   # bytes, or None where the system does not tell
+peak_memory()                                         # bytes that this process has had at most
 extra_peak(lambda: model(ids), device)                # bytes at most on top of what was there before
 crowded(threads=2)                                    # a sentence where other programs are at work
 """
@@ -9,12 +10,18 @@ import ctypes
 import gc
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 PROCESS = Path("/proc/self")
 GROUP = Path("/sys/fs/cgroup")
@@ -32,6 +39,14 @@ def free_memory(device: torch.device) -> int | None:
         return min(free, max(limit, 0))
     except (OSError, ValueError):  # no container, or no limit
         return free
+
+
+def peak_memory() -> int | None:
+    """Most resident memory that this process has had, in bytes; None where the system does not tell."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def extra_peak(work: Callable[[], Any], device: torch.device) -> int | None:

@@ -1,0 +1,138 @@
+"""Plain values for typed settings: from YAML and the command line, and in plain words what is wrong with them.
+
+    raw = read_yaml(path, "recipe", "keys such as teacher, student, data, stages")
+    assign(raw, "stages.1.lr", parse_value("1e-3"))
+    raw["stages"] = stages_from_text("0,2,3", raw)
+    try: ... Recipe.model_validate(raw)
+    except ValidationError as error: raise readable(error, "mine.yaml", Recipe, STAGES) from error
+
+Recipes, studies and the settings of measures come this way.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from limbeck.errors import LimbeckError, closest
+
+STAGE_NAMES = {"0": "calibrate", "1": "matrix", "2": "hidden", "3": "logits"}
+
+
+def stages_from_text(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """Stages from "0,2,3" or "calibrate,hidden,logits", with the settings that the recipe has for them."""
+    given: dict[str, list[dict[str, Any]]] = {}
+    for stage in recipe.get("stages", []):
+        given.setdefault(stage.get("stage"), []).append(stage)
+    result = []
+    for part in text.split(","):
+        name = STAGE_NAMES.get(part.strip(), part.strip())
+        if name not in STAGE_NAMES.values():
+            raise LimbeckError(
+                f"unknown stage '{part.strip()}'{closest(part.strip(), STAGE_NAMES.values())}",
+                expected="0 calibrate, 1 matrix, 2 hidden, 3 logits, joined by commas",
+            )
+        of_name = given.get(name) or [{"stage": name, "tokens": 16_384}]
+        result.append(dict(of_name.pop(0) if len(of_name) > 1 else of_name[0]))
+    return result
+
+
+def tokens_over_stages(stages: list[dict[str, Any]], tokens: int) -> None:
+    """Scale the stages' token budgets so that they add up to `tokens`."""
+    total = sum(stage["tokens"] for stage in stages)
+    for stage in stages:
+        stage["tokens"] = max(1, round(stage["tokens"] * tokens / total))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(path: Path, what: str, expected: str) -> dict[str, Any]:
+    """The mapping that a file holds; LimbeckError, with what was expected, where it holds none."""
+    try:
+        raw = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LimbeckError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise LimbeckError(f"{path} holds no {what}", expected=expected)
+    return raw
+
+
+def parse_value(text: str) -> Any:
+    """A value of the command line, read as YAML: 3, 1e-3, true, [1, 2], text."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    """raw["a"]["b"] = value for the key "a.b"; numbers index lists."""
+    target: Any = raw
+    *path, last = key.split(".")
+    try:
+        for part in path:
+            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+        if isinstance(target, list):
+            target[int(last)] = value
+        else:
+            target[last] = value
+    except (IndexError, ValueError, TypeError, AttributeError) as error:
+        raise LimbeckError(
+            f"--set {key}: there is no such place in the recipe", expected="for example stages.0.tokens=8192"
+        ) from error
+
+
+def readable(
+    error: ValidationError, origin: str, root: type[BaseModel], tagged: Mapping[str, type[BaseModel]] | None = None
+) -> LimbeckError:
+    """What pydantic says of values for `root`, with a suggestion for a key that it does not know.
+
+    Args:
+        origin: what the values are called.
+        tagged: the models of the union of stages in it, by their tag.
+    """
+    tagged = tagged or {}
+    # a key that is not known comes before one that is missing: it is the same key, mistyped
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    path = [str(p) for p in first["loc"] if p not in tagged]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1], root, tagged)
+        return LimbeckError(
+            f"{origin}: unknown key '{where}'{closest(path[-1], known)}", expected=", ".join(known) or None
+        )
+    if first["type"] == "union_tag_invalid":
+        found = str(first["ctx"]["tag"])
+        return LimbeckError(
+            f"{origin}: {where}: unknown stage '{found}'{closest(found, tagged)}", expected=", ".join(tagged)
+        )
+    return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
+
+
+def _fields_at(location: tuple[Any, ...], model: type[BaseModel], tagged: Mapping[str, type[BaseModel]]) -> list[str]:
+    """The keys that are known at a place."""
+    for part in location:
+        if part in tagged:
+            model = tagged[part]
+        elif isinstance(part, str) and part in model.model_fields:
+            model = next(_models_in(model.model_fields[part].annotation), model)
+    return list(model.model_fields)
+
+
+def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for one in get_args(kind):
+        yield from _models_in(one)

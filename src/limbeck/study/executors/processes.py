@@ -23,14 +23,14 @@ import torch
 
 from limbeck.errors import LimbeckError
 from limbeck.stages.interrupt import Stopped, watch
-from limbeck.study.executors.worker import plain
+from limbeck.study.executors.worker import BOOT, plain
 from limbeck.study.grid import Study
 from limbeck.study.work import Done, Task
 
 TRIES = 3
 ON_A_CPU = 2  # workers, where none are asked for
 TO_END_S = 120.0  # how long a worker may take to keep its state
-WORKER = [sys.executable, "-c", "from limbeck.study.executors.worker import main; main()"]
+WORKER = [sys.executable, "-c", BOOT]
 Answers = queue.Queue["tuple[_Worker, str | None]"]
 
 

@@ -1,8 +1,7 @@
 """A process that does tasks of a study for an executor: what it is told and what it answers are plain data.
 
     failures = do_task("runs/mine", {"kind": "alone", "arms": ["gla_3_seed0"]})     # {} when all went well
-    python -c "from limbeck.study.executors.worker import main; main()" runs/mine 2
-                                                        # a task a line on stdin, an answer a line on stdout
+    [sys.executable, "-c", BOOT, "runs/mine", "2"]      # a task a line on stdin, an answer a line on stdout
 
 All else is on disk: the study in <folder>/study.yaml, and each arm in its run directory. A worker of the second kind
 ends at once when its stdin is closed, and so when the process that started it is killed: an arm never has two.
@@ -10,9 +9,9 @@ ends at once when its stdin is closed, and so when the process that started it i
 
 import json
 import os
+import platform
 import queue
 import sys
-import threading
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +29,21 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+# it listens before it imports anything that takes seconds
+BOOT = """
+import json, os, queue, sys, threading
+
+orders = queue.Queue()
+
+def listen():
+    for line in sys.stdin:
+        orders.put(json.loads(line))
+    os._exit(0)
+
+threading.Thread(target=listen, daemon=True).start()
+from limbeck.study.executors.worker import main
+main(orders)
+"""
 PATIENCE_S = 60.0  # how long an arm may be held by a process that is about to end
 
 
@@ -74,11 +88,10 @@ def do_task_elsewhere(directory: str, folder: str, task: dict[str, Any], threads
         os.chdir(directory)
         with open(log, "a") as file:
             console.file = file
+            console.print(f"process {os.getpid()} on {platform.node()}: {task['kind']} {', '.join(task['arms'])}")
             return do_task(folder, task)
     except OSError as error:
-        return dict.fromkeys(
-            task["arms"], f"{error} on {os.uname().nodename}\nexpected: the same folders on all machines"
-        )
+        return dict.fromkeys(task["arms"], f"{error} on {platform.node()}\nexpected: the same folders on all machines")
 
 
 @lru_cache(maxsize=1)
@@ -106,27 +119,14 @@ def _wait_until_free(path: Path) -> None:
                 time.sleep(0.2)
 
 
-def serve(folder: str, sharers: int) -> None:
-    """Do tasks from stdin until it is closed."""
+def main(orders: "queue.Queue[dict[str, Any]]") -> None:
+    """Do the tasks that come until the process ends; folder and number of sharers are its arguments."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get among the answers
-    orders: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
-    while True:
-        answer = do_task(folder, orders.get(), sharers)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def _listen(orders: "queue.Queue[dict[str, Any]]") -> None:
-    for line in sys.stdin:
-        orders.put(json.loads(line))
-    os._exit(0)
-
-
-def main() -> None:
-    """A worker's process: folder and number of sharers are its arguments."""
     try:
-        serve(sys.argv[1], int(sys.argv[2]))
+        while True:
+            failures = do_task(sys.argv[1], orders.get(), int(sys.argv[2]))
+            print(json.dumps(failures), file=answers, flush=True)
     except Stopped as stopped:
         console.print(str(stopped), markup=False)
         sys.exit(EXIT_CODE)

@@ -20,8 +20,9 @@ import yaml
 from limbeck.cli import main
 from limbeck.errors import LimbeckError
 from limbeck.stages.interrupt import Stopped
-from limbeck.study import Study, run_study
+from limbeck.study import Study, built_in, run_study
 from limbeck.study.executors import OnRay, Processes, Slurm, make, processes, slurm, worker
+from limbeck.study.grid import to_yaml
 from limbeck.study.schedule import lists, wall_seconds
 from limbeck.study.work import Task
 
@@ -444,6 +445,15 @@ def test_an_array_of_slurm_with_an_arm_that_fails(raw, tmp_path, scheduler):
 # ---------------------------------------------------------------------- a worker
 
 
+def test_the_study_that_workers_read_is_the_one_that_was_given(study, tmp_path):
+    for one in (study, *(Study.load(name, "gpu") for name in built_in())):
+        (tmp_path / "study.yaml").write_text(to_yaml(one))
+        read = Study.load(tmp_path / "study.yaml")
+        assert read == one
+        mine, theirs = one.arms(tmp_path), read.arms(tmp_path)
+        assert [(arm.name, arm.recipe) for arm in mine] == [(arm.name, arm.recipe) for arm in theirs]
+
+
 def test_a_worker_waits_for_an_arm_that_is_held(tmp_path, monkeypatch):
     (tmp_path / ".lock").touch()
     held = open(tmp_path / ".lock", "w")  # noqa: SIM115
@@ -455,8 +465,6 @@ def test_a_worker_waits_for_an_arm_that_is_held(tmp_path, monkeypatch):
 
 
 def test_an_arm_that_the_study_has_not(study, tmp_path):
-    from limbeck.study.grid import to_yaml
-
     (tmp_path / "study.yaml").write_text(to_yaml(study))
     (text,) = worker.do_task(str(tmp_path), worker.plain(Task("alone", ("gone",)))).values()
     assert "has no arm gone" in text

@@ -63,7 +63,7 @@ def run_study(
     workplace = Workplace()
     place = executor or InTurn(workplace)
     with ExitStack() as stack:
-        if folder.is_dir():
+        if held := folder.is_dir():
             _hold(stack, folder)  # whoever works on it already is told before the rehearsal, not after it
         plan = None
         if place.plans:
@@ -72,9 +72,9 @@ def run_study(
                 confirm(plan)
             if executor is not None:
                 workplace.clear()  # the memory is the workers'
-        if not folder.is_dir():
+        if not held:
             with no_room_is_an_error(folder):
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=True)
             _hold(stack, folder)
         if plan is not None:
             check_room(folder, plan.disk_bytes, f"the study {folder}")

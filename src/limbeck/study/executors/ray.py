@@ -74,7 +74,7 @@ class OnRay:
         ray = _ray()
         (folder / "logs").mkdir(exist_ok=True)
         with self._cluster(ray), watch() as asked:
-            gpus = self._gpus(ray)
+            gpus, sharers = self._share(ray)
             # a task that is asked to stop where it runs is begun again elsewhere
             remote = ray.remote(do_task_elsewhere).options(
                 num_cpus=self.cpus, num_gpus=gpus, max_retries=TRIES - 1, retry_exceptions=[Stopped]
@@ -86,7 +86,7 @@ class OnRay:
                         raise Stopped("asked to stop; the arms go on from their last checkpoints")
                     while waiting and (len(running) < self.workers or not self.workers):
                         task = waiting.popleft()
-                        running[remote.remote(*self._order(folder, task))] = task
+                        running[remote.remote(*self._order(folder, task), sharers)] = task
                     ready, _ = ray.wait(list(running), timeout=0.5)
                     for one in ready:
                         yield self._done(ray, one, running.pop(one))
@@ -107,8 +107,8 @@ class OnRay:
             said = f"Ray lost it {TRIES} times: {type(error).__name__}: {str(error).strip()}"
         return Done(task, dict.fromkeys(task.arms, said))
 
-    def _gpus(self, ray: Any) -> float:
-        """GPUs of a task, once it is sure that some machine has what a task needs."""
+    def _share(self, ray: Any) -> tuple[float, int]:
+        """GPUs of a task, once it is sure that some machine has what it needs, and tasks on a machine at once."""
         has = ray.cluster_resources()
         gpus = self.gpus if self.gpus is not None else float(has.get("GPU", 0) > 0)
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -119,11 +119,15 @@ class OnRay:
                 + "; ".join(f"{one.get('CPU', 0):g} CPUs, {one.get('GPU', 0):g} GPUs" for one in machines),
                 hint="--cpus and --gpus are those of one task",
             )
-        return gpus
+        at_once = int(max(one.get("CPU", 0) for one in machines) // self.cpus)
+        return gpus, min(at_once, self.workers or at_once)
 
     @contextmanager
     def _cluster(self, ray: Any) -> Iterator[None]:
-        """Join the cluster, or start one on this machine and leave nothing of it."""
+        """Join the cluster, or start one on this machine and leave nothing of it; one that is joined already is left."""
+        if ray.is_initialized():
+            yield
+            return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
         if self.address is not None:
@@ -144,7 +148,7 @@ class OnRay:
             return
         _remove_left_over()
         # Ray keeps its sockets in there, whose paths have to be short
-        folder = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-")
+        folder = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-", dir=_temporary())
         try:
             ray.init(num_cpus=self.workers * self.cpus, object_store_memory=OBJECT_STORE, _temp_dir=folder, **quiet)
             yield
@@ -155,10 +159,14 @@ class OnRay:
 
 def _remove_left_over() -> None:
     """Delete what studies that were killed left of their clusters."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
+    for folder in _temporary().glob(f"{TEMPORARY}*"):
         owner = folder.name.removeprefix(TEMPORARY).partition("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary() -> Path:
+    return Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
 
 
 def _told(resources: dict[str, float]) -> str:

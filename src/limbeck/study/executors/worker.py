@@ -79,7 +79,9 @@ def do_task(folder: str, task: dict[str, Any], sharers: int = 1) -> dict[str, st
         return dict.fromkeys(task["arms"], told(error))
 
 
-def do_task_elsewhere(directory: str, folder: str, task: dict[str, Any], threads: int, log: str) -> dict[str, str]:
+def do_task_elsewhere(
+    directory: str, folder: str, task: dict[str, Any], threads: int, log: str, sharers: int
+) -> dict[str, str]:
     """The same in a process that something else started: first go to that directory; what is said goes to `log`."""
     import torch
 
@@ -89,7 +91,7 @@ def do_task_elsewhere(directory: str, folder: str, task: dict[str, Any], threads
         with open(log, "a") as file:
             console.file = file
             console.print(f"process {os.getpid()} on {platform.node()}: {task['kind']} {', '.join(task['arms'])}")
-            return do_task(folder, task)
+            return do_task(folder, task, sharers)
     except OSError as error:
         return dict.fromkeys(task["arms"], f"{error} on {platform.node()}\nexpected: the same folders on all machines")
 

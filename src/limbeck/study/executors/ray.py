@@ -124,7 +124,7 @@ class OnRay:
 
     @contextmanager
     def _cluster(self, ray: Any) -> Iterator[None]:
-        """Join the cluster, or start one on this machine and leave nothing of it; one that is joined already is left."""
+        """Join the cluster, or start one on this machine and leave nothing of it; one that is joined already stays."""
         if ray.is_initialized():
             yield
             return

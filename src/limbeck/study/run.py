@@ -79,6 +79,7 @@ def run_study(
         if plan is not None:
             check_room(folder, plan.disk_bytes, f"the study {folder}")
         record.put(folder / "study.yaml", to_yaml(study))
+        stack.callback(place.close)
         _run(study, folder, arms, place, plan)
         failures = _failures(folder)
         claims = judge_claims(study.claims, [row for arm in arms if (row := record.read(arm, study))])

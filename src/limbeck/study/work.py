@@ -65,6 +65,9 @@ class Executor(Protocol):
 
     def run(self, study: Study, folder: Path, tasks: list[Task]) -> Iterator[Done]: ...
 
+    def close(self) -> None:
+        """The study is over: end what `run` has kept for the next list."""
+
 
 class InTurn:
     """One task after another in this process."""
@@ -82,6 +85,9 @@ class InTurn:
             if task.kind == "alone":
                 console.print(f"[bold]{', '.join(task.arms)}[/]")
             yield self.workplace.do(study, task, arms)
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
 
 class Workplace:

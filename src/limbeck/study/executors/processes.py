@@ -45,6 +45,8 @@ class Processes:
     threads: int | None = field(init=False)
     gpus: list[str] = field(init=False)  # as CUDA_VISIBLE_DEVICES names them; a worker has one
     plans: bool = field(default=True, init=False)
+    _workers: "list[_Worker]" = field(default_factory=list, init=False)  # kept from one list of tasks to the next
+    _answers: "Answers" = field(default_factory=queue.Queue, init=False)  # None when a worker's process has ended
 
     def __post_init__(self) -> None:
         self.gpus = _gpus()
@@ -64,24 +66,23 @@ class Processes:
             Stopped: SIGTERM came; all workers have kept their state.
         """
         waiting, tries = deque(tasks), Counter[Task]()
-        answers: Answers = queue.Queue()
-        workers: list[_Worker] = []
-        free = list(reversed(range(self.workers)))
+        over = False
         with watch() as asked:
             try:
-                while waiting or any(worker.task for worker in workers):
+                while waiting or any(worker.task for worker in self._workers):
                     if asked():
-                        raise Stopped(_stop(workers))
-                    while waiting and (idle := self._idle(workers, free, folder, answers)):
+                        raise Stopped(_stop(self._workers))
+                    while waiting and (idle := self._idle(folder)):
                         idle.give(waiting.popleft())
                     try:
-                        worker, line = answers.get(timeout=0.5)
+                        worker, line = self._answers.get(timeout=0.5)
                     except queue.Empty:
                         continue
+                    if worker not in self._workers:
+                        continue  # of a list that was broken off
                     task, worker.task = worker.task, None
                     if line is None:
-                        workers.remove(worker)
-                        free.append(worker.slot)
+                        self._workers.remove(worker)
                         if task is None:
                             continue
                         tries[task] += 1
@@ -91,23 +92,30 @@ class Processes:
                         yield Done(task, dict.fromkeys(task.arms, worker.how_it_ended()))
                     elif task is not None:
                         yield Done(task, json.loads(line))
+                over = True
             finally:
-                for worker in workers:
-                    worker.end()
+                if not over:
+                    self.close()
 
-    def _idle(self, workers: "list[_Worker]", free: list[int], folder: Path, answers: Answers) -> "_Worker | None":
+    def close(self) -> None:
+        """End the workers, at once."""
+        while self._workers:
+            self._workers.pop().end()
+
+    def _idle(self, folder: Path) -> "_Worker | None":
         """A worker without a task, made where there is room for one more."""
-        for worker in workers:
+        for worker in self._workers:
             if worker.task is None:
                 return worker
-        if not free:
+        slots = set(range(self.workers)) - {worker.slot for worker in self._workers}
+        if not slots:
             return None
-        slot = free.pop()
+        slot = min(slots)
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot]
-        workers.append(_Worker(slot, folder, self.workers, env, answers))
-        return workers[-1]
+        self._workers.append(_Worker(slot, folder, self.workers, env, self._answers))
+        return self._workers[-1]
 
 
 class _Worker:

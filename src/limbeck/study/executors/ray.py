@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class OnRay:
     gpus: float | None = None
     threads: int | None = field(init=False)
     plans: bool = field(init=False)
+    _kept: list[ExitStack] = field(default_factory=list, init=False)  # the cluster, between two lists
 
     def __post_init__(self) -> None:
         _ray()
@@ -73,7 +74,10 @@ class OnRay:
             return
         ray = _ray()
         (folder / "logs").mkdir(exist_ok=True)
-        with self._cluster(ray), watch() as asked:
+        if not self._kept:
+            self._kept.append(ExitStack())
+            self._kept[0].enter_context(self._cluster(ray))
+        with watch() as asked:
             gpus, sharers = self._share(ray)
             # a task that is asked to stop where it runs is begun again elsewhere
             remote = ray.remote(do_task_elsewhere).options(
@@ -93,6 +97,11 @@ class OnRay:
             finally:
                 for one in running:
                     ray.cancel(one, force=True)
+
+    def close(self) -> None:
+        """Leave the cluster, or end the one that was started here."""
+        while self._kept:
+            self._kept.pop().close()
 
     def _order(self, folder: Path, task: Task) -> tuple[str, str, dict[str, Any], int, str]:
         log = folder / "logs" / f"{task.kind}-{task.arms[0]}.log"

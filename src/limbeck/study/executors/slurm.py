@@ -112,6 +112,9 @@ class Slurm:
                 )
             yield from _submit(place, script, left, asked)
 
+    def close(self) -> None:
+        """Nothing is kept."""
+
     def write(self, folder: Path, tasks: list[Task]) -> Path:
         """Write the script and the list of what its numbers stand for; the script."""
         place = folder / "slurm"

@@ -6,6 +6,7 @@
 A recipe is complete: every default is written into the run directory, so that the run can be repeated from it alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -239,6 +240,7 @@ class Document(_Part):
     """Settings that are kept as YAML: of a run (`Recipe`), or of a teacher that is trained here."""
 
     built_in: ClassVar[Path] = BUILT_IN  # where those are that come with limbeck
+    tagged: ClassVar[Mapping[str, type[_Stage]]] = STAGES  # the kinds of stages by name
     data: Data = Data()
 
     @classmethod
@@ -266,7 +268,7 @@ class Document(_Part):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise readable(error, origin, cls) from error
+            raise readable(error, origin, cls, cls.tagged) from error
 
     def to_yaml(self) -> str:
         """The complete recipe as YAML, defaults included."""

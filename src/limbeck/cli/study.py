@@ -19,6 +19,15 @@ def study(
     study: Annotated[str | None, typer.Argument(help="A built-in study or a YAML file; --list names them.")] = None,
     size: Annotated[str | None, typer.Option(help="One of the study's sizes; its first by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Its folder; runs/<study>-<size> by default.")] = None,
+    executor: Annotated[str, typer.Option(help="Where it runs: local, processes, ray or slurm.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Arms side by side; one for each GPU by default.")] = None,
+    cpus: Annotated[int | None, typer.Option(help="ray, slurm: cores for each.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="ray, slurm: GPUs for each.")] = None,
+    address: Annotated[str | None, typer.Option(help="ray: a cluster, 'auto' for this machine's.")] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: the partition.")] = None,
+    time: Annotated[str | None, typer.Option(help="slurm: the time limit of each task, e.g. 4:00:00.")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="slurm: an option of sbatch: --sbatch=--account=x.")] = None,
+    task: Annotated[int | None, typer.Option(help="Do this task of the array in the folder STUDY (slurm).")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the plan and stop.")] = False,
     list_studies: Annotated[bool, typer.Option("--list", help="The built-in studies, and stop.")] = False,
 ) -> None:
@@ -30,16 +39,32 @@ def study(
         return
     if study is None:
         raise LimbeckError("no study named", expected=f"a YAML file, or one of: {', '.join(built_in())}")
+    if task is not None:
+        _do_task(Path(study), task)
+        return
     chosen = Study.load(study, size)
+    from limbeck.study.executors import make
+
+    place = make(
+        executor,
+        workers=workers,
+        cpus=cpus,
+        gpus=gpus,
+        address=address,
+        partition=partition,
+        time=time,
+        sbatch=sbatch or None,
+    )
     if plan:
         from limbeck.study.plan import make_study_plan
         from limbeck.study.run import check_study
         from limbeck.study.work import Workplace
 
         arms = check_study(chosen, Path(out or f"runs/{chosen.title}"))
-        show_plan(make_study_plan(chosen, arms, Workplace()))
+        side_by_side = max(place.workers, 1) if place else 1
+        show_plan(make_study_plan(chosen, arms, Workplace(), side_by_side, place.threads if place else None))
         return
-    results = run_study(chosen, out, confirm=show_plan)
+    results = run_study(chosen, out, confirm=show_plan, executor=place)
     from limbeck.study.tables import claims_markdown
 
     folder = Path(out or f"runs/{chosen.title}")
@@ -60,6 +85,17 @@ def study(
         )
 
 
+def _do_task(folder: Path, number: int) -> None:
+    """An array task of Slurm: its failures are told, and make the exit code 1."""
+    from limbeck.study.executors.slurm import do_array_task
+
+    failures = do_array_task(folder, number)
+    for name, text in failures.items():
+        console.print(f"arm {name} failed: {text}", markup=False)
+    if failures:
+        raise typer.Exit(1)
+
+
 def show_plan(plan: Any) -> None:
     """Print what the study will cost."""
     left = [arm for arm in plan.arms if arm.state != "finished"]
@@ -77,6 +113,7 @@ def show_plan(plan: Any) -> None:
         f"{len(plan.arms)} arms, {len(plan.arms) - len(left)} of them finished; {plan.tokens:,} tokens, about "
         f"{plan.seconds / 60:.0f} min of training ({plan.saved_seconds / 60:.0f} min saved by sharing), "
         f"{plan.disk_bytes / 1e9:.2f} GB of disk"
+        + (f"; {plan.wall_seconds / 60:.0f} min with {plan.workers} workers" if plan.workers > 1 else "")
     )
 
 

@@ -143,7 +143,7 @@ def load_file(name: str | Path) -> type[Mixer]:
     path = Path(head).expanduser().resolve()
     if not path.is_file():
         raise LimbeckError(f"there is no file {head}", expected="a Python file that registers a mixer")
-    found = {cls.__name__: cls for cls in _run(path)}
+    found = {cls.__name__: cls for cls in run_file(path)}
     if wanted and wanted not in found:
         raise LimbeckError(
             f"{head} registers no class '{wanted}'{closest(wanted, found)}", expected=", ".join(found) or "@register"
@@ -155,6 +155,11 @@ def load_file(name: str | Path) -> type[Mixer]:
             hint=f"{head}:{next(iter(found))}" if found else None,
         )
     return found[wanted or next(iter(found))]
+
+
+def files() -> list[Path]:
+    """The files whose mixers are loaded, for processes that shall have the same."""
+    return [source.path for source in _FILES.values()]
 
 
 def origin(name: str) -> Origin | None:
@@ -211,7 +216,7 @@ def _split(name: str) -> tuple[str, str | None]:
     return (head, tail) if colon and head.endswith(".py") and tail.isidentifier() else (name, None)
 
 
-def _run(path: Path) -> list[type[Mixer]]:
+def run_file(path: Path) -> list[type[Mixer]]:
     """Execute a file as a module of its own, unless the same text was before; the classes that it registers."""
     text = path.read_text(encoding="utf-8")
     name = f"limbeck_mixer_{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -13,6 +13,7 @@ runs/<study>-<size>/
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from limbeck.stages.run import check_run, held
 from limbeck.study import record, tables
 from limbeck.study.grid import Arm, Study, to_yaml
 from limbeck.study.plan import StudyPlan, make_study_plan
-from limbeck.study.sharing import teams
+from limbeck.study.schedule import lists
 from limbeck.study.statements import judge_claims
-from limbeck.study.work import Executor, InTurn, Task, Workplace
+from limbeck.study.watcher import Watcher
+from limbeck.study.work import Executor, InTurn, Workplace
 
 FAILURES = "failures.json"
 
@@ -41,8 +43,8 @@ def run_study(
 
     Args:
         out: its folder, runs/<name>-<size> by default.
-        confirm: called with the plan before work begins.
-        executor: where the arms run; one after another in this process by default.
+        confirm: called with the plan before work begins, where a plan is made here.
+        executor: where the arms run (`limbeck.study.executors`); one after another in this process by default.
 
     Returns:
         What study.json holds.
@@ -54,15 +56,26 @@ def run_study(
     folder = Path(out or f"runs/{study.title}")
     arms = check_study(study, folder)
     workplace = Workplace()
-    plan = make_study_plan(study, arms, workplace)
-    if confirm:
-        confirm(plan)
-    with no_room_is_an_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    check_room(folder, plan.disk_bytes, f"the study {folder}")
-    with held(folder):
+    place = executor or InTurn(workplace)
+    with ExitStack() as stack:
+        if known := folder.is_dir():
+            stack.enter_context(held(folder))  # whoever works on it already is told before the rehearsal, not after it
+        plan = None
+        if place.plans:
+            plan = make_study_plan(study, arms, workplace, max(place.workers, 1), place.threads)
+            if confirm:
+                confirm(plan)
+            if executor is not None:
+                workplace.clear()  # the memory is the workers'
+        if not known:
+            with no_room_is_an_error(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder))
+        if plan is not None:
+            check_room(folder, plan.disk_bytes, f"the study {folder}")
         record.put(folder / "study.yaml", to_yaml(study))
-        _run(study, folder, arms, executor or InTurn(workplace))
+        stack.callback(place.close)
+        _run(study, folder, arms, place, plan)
         failures = _failures(folder)
         claims = judge_claims(study.claims, _rows(study, arms))
         return tables.write(study, folder, arms, failures, claims)
@@ -95,20 +108,19 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
     return arms
 
 
-def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor) -> None:
-    left = [arm for arm in arms if record.state(arm, study) != "finished"]
-    to_train = [arm for arm in left if record.state(arm, study) == "train"]
-    _forget(folder, [arm.name for arm in left])
-    together = [Task("together", tuple(arm.name for arm in team)) for team in teams(to_train)]
+def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: StudyPlan | None) -> None:
+    states = {arm.name: record.state(arm, study) for arm in arms}
+    _forget(folder, [name for name, state in states.items() if state != "finished"])
+    first, later = lists(arms, states, executor.workers)
+    watcher = Watcher(first, later, executor.workers, plan)
     failed: set[str] = set()
-    for done in executor.run(study, folder, together):
-        failed |= set(done.failures)
-        _remember(folder, done.failures)
-    alone = [Task("alone", (arm.name,)) for arm in left if arm.name not in failed]
-    for done in executor.run(study, folder, [*_teachers(study, arms), *alone]):
-        if done.task.kind == "alone":
+    for tasks in (first, later):
+        for done in executor.run(study, folder, [task for task in tasks if not failed.intersection(task.arms)]):
+            failed |= set(done.failures)
             _remember(folder, done.failures)
-        tables.write(study, folder, arms, _failures(folder), claims=[])
+            watcher.saw(done)
+            if done.task.kind == "alone":
+                tables.write(study, folder, arms, _failures(folder), claims=[])
     for arm in arms:
         if record.state(arm, study) == "finished":
             record.drop(arm, study.keep)
@@ -120,14 +132,6 @@ def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
     """What claims are judged by: the records of finished arms, each with the values of its `teacher`."""
     known = ((record.read(arm, study), record.read_teacher(arm, study)) for arm in arms)
     return [{**row, "teacher": teacher["values"] if teacher else {}} for row, teacher in known if row]
-
-
-def _teachers(study: Study, arms: list[Arm]) -> list[Task]:
-    """A task for each teacher that is not measured yet."""
-    if not study.measures:
-        return []
-    first = {record.teacher_path(arm): arm for arm in reversed(arms)}
-    return [Task("teacher", (arm.name,)) for arm in first.values() if record.read_teacher(arm, study) is None]
 
 
 def _failures(folder: Path) -> dict[str, str]:

@@ -66,6 +66,11 @@ def learn_together(arms: list[Arm], loaded: Loaded, room: Callable[[], int] | No
     return failures
 
 
+def shares_a_pass(arms: list[Arm]) -> bool:
+    """Is there a stage left that several of these arms can go through together? Reads the disk alone."""
+    return bool(_next_wave(arms))
+
+
 def _next_wave(arms: list[Arm]) -> list[Arm]:
     """Arms whose next stage is the same pass of the teacher, and that no other arm will be ready for later."""
     ready: dict[str, list[Arm]] = {}

@@ -6,6 +6,7 @@ recipe.key                                     # hex: what tells one teacher fro
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -34,6 +35,7 @@ class TeacherRecipe(Document):
     """A whole teacher."""
 
     built_in: ClassVar[Path] = BUILT_IN / "teachers"
+    tagged: ClassVar[Mapping[str, type[Trained]]] = {"repeats": Repeats, "next_token": NextToken}
 
     name: str
     model: dict[str, Any]  # fields of the family's config in transformers, `model_type` among them

@@ -1,0 +1,195 @@
+"""Arms side by side on this machine: one worker process for each GPU, or several that share the CPU's threads.
+
+    run_study(study, executor=Processes(workers=2))
+
+A worker loads the teacher once and does task after task; what it says goes to <folder>/logs/worker-<n>.log. One that
+is killed loses its task alone, which another worker takes up from the disk; a task whose workers die `TRIES` times is
+reported as failed. SIGTERM is passed on: the workers keep their state, and the study ends.
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from limbeck.errors import LimbeckError
+from limbeck.stages.interrupt import Stopped, watch
+from limbeck.study.executors.worker import BOOT, plain
+from limbeck.study.grid import Study
+from limbeck.study.work import Done, Task
+
+TRIES = 3
+ON_A_CPU = 2  # workers, where none are asked for
+TO_END_S = 120.0  # how long a worker may take to keep its state
+WORKER = [sys.executable, "-c", BOOT]
+Answers = queue.Queue["tuple[_Worker, str | None]"]
+
+
+@dataclass
+class Processes:
+    """See the module.
+
+    workers: 0: one for each GPU, or two without GPUs. With GPUs there may be no more workers than those.
+    """
+
+    workers: int = 0
+    threads: int | None = field(init=False)
+    gpus: list[str] = field(init=False)  # as CUDA_VISIBLE_DEVICES names them; a worker has one
+    plans: bool = field(default=True, init=False)
+    _workers: "list[_Worker]" = field(default_factory=list, init=False)  # kept from one list of tasks to the next
+    _answers: "Answers" = field(default_factory=queue.Queue, init=False)  # None when a worker's process has ended
+
+    def __post_init__(self) -> None:
+        self.gpus = _gpus()
+        if self.workers < 0 or (self.gpus and self.workers > len(self.gpus)):
+            raise LimbeckError(
+                f"{self.workers} workers" + (f" for {len(self.gpus)} GPUs" if self.gpus else ""),
+                expected=f"at most {len(self.gpus)}, one for each GPU" if self.gpus else "a positive number",
+                hint="CUDA_VISIBLE_DEVICES= limbeck study ...   (workers on the CPU)" if self.gpus else None,
+            )
+        self.workers = self.workers or len(self.gpus) or ON_A_CPU
+        self.threads = max(1, torch.get_num_threads() // self.workers)
+
+    def run(self, study: Study, folder: Path, tasks: list[Task]) -> Iterator[Done]:
+        """Do the tasks, in order as workers are free.
+
+        Raises:
+            Stopped: SIGTERM came; all workers have kept their state.
+        """
+        waiting, tries = deque(tasks), Counter[Task]()
+        over = False
+        with watch() as asked:
+            try:
+                while waiting or any(worker.task for worker in self._workers):
+                    if asked():
+                        raise Stopped(_stop(self._workers))
+                    while waiting and (idle := self._idle(folder)):
+                        idle.give(waiting.popleft())
+                    try:
+                        worker, line = self._answers.get(timeout=0.5)
+                    except queue.Empty:
+                        continue
+                    if worker not in self._workers:
+                        continue  # of a list that was broken off
+                    task, worker.task = worker.task, None
+                    if line is None:
+                        self._workers.remove(worker)
+                        if task is None:
+                            continue
+                        tries[task] += 1
+                        if tries[task] < TRIES:
+                            waiting.appendleft(task)
+                            continue
+                        yield Done(task, dict.fromkeys(task.arms, worker.how_it_ended()))
+                    elif task is not None:
+                        yield Done(task, json.loads(line))
+                over = True
+            finally:
+                if not over:
+                    self.close()
+
+    def close(self) -> None:
+        """End the workers, at once."""
+        while self._workers:
+            self._workers.pop().end()
+
+    def _idle(self, folder: Path) -> "_Worker | None":
+        """A worker without a task, made where there is room for one more."""
+        for worker in self._workers:
+            if worker.task is None:
+                return worker
+        slots = set(range(self.workers)) - {worker.slot for worker in self._workers}
+        if not slots:
+            return None
+        slot = min(slots)
+        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot]
+        self._workers.append(_Worker(slot, folder, self.workers, env, self._answers))
+        return self._workers[-1]
+
+
+class _Worker:
+    """One process, the task that it has, and where it writes what it says."""
+
+    def __init__(self, slot: int, folder: Path, sharers: int, env: dict[str, str], answers: Answers):
+        self.slot = slot
+        self.task: Task | None = None
+        self.log = folder / "logs" / f"worker-{slot}.log"
+        self.log.parent.mkdir(exist_ok=True)
+        with open(self.log, "ab") as log:
+            # a session of its own: Ctrl-C is for the study, which then ends its workers
+            self.process = subprocess.Popen(
+                [*WORKER, str(folder), str(sharers)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=env,
+                start_new_session=True,
+            )
+        threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
+
+    def _listen(self, answers: Answers) -> None:
+        """Pass on each answer, and None when the process has ended."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            answers.put((self, line))
+        self.process.wait()
+        answers.put((self, None))
+
+    def give(self, task: Task) -> None:
+        """Hand it a task. That its process is gone is told by `answers`."""
+        self.task = task
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(plain(task)) + "\n")
+            self.process.stdin.flush()
+
+    def how_it_ended(self) -> str:
+        """For people."""
+        code = self.process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        last = self.log.read_text(errors="replace").splitlines()[-3:]
+        return "\n".join([f"its process {how}, {TRIES} times; see {self.log}", *last])
+
+    def end(self) -> None:
+        """End it at once: it does when its stdin is closed."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _stop(workers: list[_Worker]) -> str:
+    """Have all keep their state and end."""
+    busy = [worker for worker in workers if worker.task]
+    for worker in busy:
+        worker.process.terminate()
+    for worker in busy:
+        try:
+            worker.process.wait(TO_END_S)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+    return f"asked to stop; {len(busy)} arms or groups of arms were at work, their state is kept"
+
+
+def _gpus() -> list[str]:
+    """This process's GPUs, by the names that CUDA_VISIBLE_DEVICES takes."""
+    if not torch.cuda.is_available():
+        return []
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[: torch.cuda.device_count()] or [str(i) for i in range(torch.cuda.device_count())]

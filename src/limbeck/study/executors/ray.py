@@ -1,0 +1,191 @@
+"""Arms as tasks of Ray: on a cluster that is there, or on one that is started on this machine for the study.
+
+    run_study(study, executor=OnRay(workers=2))                    # on this machine
+    run_study(study, executor=OnRay(address="auto", gpus=1))       # on the cluster that this machine belongs to
+
+All machines need Limbeck and see the study's folder, the text and the teacher under the same paths. What a task says
+goes to <folder>/logs/. A task whose process or machine is lost is taken up by another from the disk, `TRIES` times in
+all. SIGTERM ends the study from its arms' last checkpoints.
+"""
+
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.console import console
+from limbeck.errors import LimbeckError
+from limbeck.stages.interrupt import Stopped, watch
+from limbeck.study.executors.worker import do_task_elsewhere, plain
+from limbeck.study.grid import Study
+from limbeck.study.work import Done, Task
+
+TRIES = 3
+HERE = 2  # tasks side by side on this machine, where no number is asked for
+OBJECT_STORE = 80_000_000  # bytes: tasks and answers are short texts
+TEMPORARY = "limbeck-ray-"
+
+
+@dataclass
+class OnRay:
+    """See the module.
+
+    address: of a cluster, `auto` for the one that this machine belongs to; None starts one here.
+    workers: tasks side by side; 0: two here, on a cluster as many as it has room for.
+    cpus: cores of a task, and its threads; 0: here this process's threads shared out, on a cluster one.
+    gpus: of a task; None: one where the cluster has GPUs, else none.
+    """
+
+    address: str | None = None
+    workers: int = 0
+    cpus: int = 0
+    gpus: float | None = None
+    threads: int | None = field(init=False)
+    plans: bool = field(init=False)
+    _kept: list[ExitStack] = field(default_factory=list, init=False)  # the cluster, between two lists
+
+    def __post_init__(self) -> None:
+        _ray()
+        for name, value in (("workers", self.workers), ("cpus", self.cpus), ("gpus", self.gpus or 0)):
+            if value < 0:
+                raise LimbeckError(f"--{name} {value}", expected="a positive number")
+        self.plans = self.address is None
+        if self.address is None:
+            self.workers = self.workers or HERE
+            self.cpus = self.cpus or max(1, torch.get_num_threads() // self.workers)
+        self.cpus = self.cpus or 1
+        self.threads = self.cpus
+
+    def run(self, study: Study, folder: Path, tasks: list[Task]) -> Iterator[Done]:
+        """Do the tasks, as many at once as there is room for.
+
+        Raises:
+            LimbeckError: there is no cluster at that address, or it has not what a task needs.
+            Stopped: SIGTERM came.
+        """
+        if not tasks:
+            return
+        ray = _ray()
+        (folder / "logs").mkdir(exist_ok=True)
+        if not self._kept:
+            self._kept.append(ExitStack())
+            self._kept[0].enter_context(self._cluster(ray))
+        with watch() as asked:
+            gpus, sharers = self._share(ray)
+            # a task that is asked to stop where it runs is begun again elsewhere
+            remote = ray.remote(do_task_elsewhere).options(
+                num_cpus=self.cpus, num_gpus=gpus, max_retries=TRIES - 1, retry_exceptions=[Stopped]
+            )
+            waiting, running = deque(tasks), dict[Any, Task]()
+            try:
+                while waiting or running:
+                    if asked():
+                        raise Stopped("asked to stop; the arms go on from their last checkpoints")
+                    while waiting and (len(running) < self.workers or not self.workers):
+                        task = waiting.popleft()
+                        running[remote.remote(*self._order(folder, task), sharers)] = task
+                    ready, _ = ray.wait(list(running), timeout=0.5)
+                    for one in ready:
+                        yield self._done(ray, one, running.pop(one))
+            finally:
+                for one in running:
+                    ray.cancel(one, force=True)
+
+    def close(self) -> None:
+        """Leave the cluster, or end the one that was started here."""
+        while self._kept:
+            self._kept.pop().close()
+
+    def _order(self, folder: Path, task: Task) -> tuple[str, str, dict[str, Any], int, str]:
+        log = folder / "logs" / f"{task.kind}-{task.arms[0]}.log"
+        return os.getcwd(), str(folder), plain(task), self.cpus, str(log)
+
+    def _done(self, ray: Any, one: Any, task: Task) -> Done:
+        try:
+            return Done(task, ray.get(one))
+        except Stopped as error:
+            said = str(error)
+        except ray.exceptions.RayError as error:
+            said = f"Ray lost it {TRIES} times: {type(error).__name__}: {str(error).strip()}"
+        return Done(task, dict.fromkeys(task.arms, said))
+
+    def _share(self, ray: Any) -> tuple[float, int]:
+        """GPUs of a task, once it is sure that some machine has what it needs, and tasks on a machine at once."""
+        has = ray.cluster_resources()
+        gpus = self.gpus if self.gpus is not None else float(has.get("GPU", 0) > 0)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(one.get("CPU", 0) >= self.cpus and one.get("GPU", 0) >= gpus for one in machines):
+            raise LimbeckError(
+                f"no machine of the cluster has {self.cpus} CPUs and {gpus:g} GPUs",
+                expected="at most what one has: "
+                + "; ".join(f"{one.get('CPU', 0):g} CPUs, {one.get('GPU', 0):g} GPUs" for one in machines),
+                hint="--cpus and --gpus are those of one task",
+            )
+        at_once = int(max(one.get("CPU", 0) for one in machines) // self.cpus)
+        return gpus, min(at_once, self.workers or at_once)
+
+    @contextmanager
+    def _cluster(self, ray: Any) -> Iterator[None]:
+        """Join the cluster, or start one on this machine and leave nothing of it; one that is joined already stays."""
+        if ray.is_initialized():
+            yield
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
+        if self.address is not None:
+            del quiet["include_dashboard"]
+            try:
+                ray.init(address=self.address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise LimbeckError(
+                    f"no Ray cluster at {self.address}: {str(error).splitlines()[0]}",
+                    expected="the address of a head node, or auto on a machine of a cluster",
+                    hint="ray start --head   (on the first machine), or no --address for this machine alone",
+                ) from error
+            try:
+                console.print(f"Ray at {self.address}: {_told(ray.cluster_resources())}", markup=False)
+                yield
+            finally:
+                ray.shutdown()
+            return
+        _remove_left_over()
+        # Ray keeps its sockets in there, whose paths have to be short
+        folder = tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-", dir=_temporary())
+        try:
+            ray.init(num_cpus=self.workers * self.cpus, object_store_memory=OBJECT_STORE, _temp_dir=folder, **quiet)
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left_over() -> None:
+    """Delete what studies that were killed left of their clusters."""
+    for folder in _temporary().glob(f"{TEMPORARY}*"):
+        owner = folder.name.removeprefix(TEMPORARY).partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary() -> Path:
+    return Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+
+
+def _told(resources: dict[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise LimbeckError("Ray is not installed", hint="pip install 'limbeck[ray]'") from error
+    return ray

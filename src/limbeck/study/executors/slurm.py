@@ -1,0 +1,244 @@
+"""Arms as arrays of Slurm: a script for each of the study's two lists, submitted, waited for and read from the disk.
+
+    run_study(study, executor=Slurm(partition="gpu", gpus=1, time="4:00:00"))
+
+<folder>/slurm/ holds tasks.json (what each number of the array stands for), array.sh (the script), <number>.json (the
+answer of a task, until it is read), <array>_<number>.log and job (the array that is under way). Each array task is
+`limbeck study FOLDER --task N`. It goes on from the disk, so Slurm may requeue it, and two minutes before its time is
+over it asks for that itself.
+
+A study that is killed while its array is under way waits for that array when it is started again. On a machine without
+`sbatch` the script is written and the command is said; once it has been run, the same `limbeck study` goes on.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from limbeck.console import console
+from limbeck.errors import LimbeckError
+from limbeck.stages.interrupt import Stopped, watch
+from limbeck.study import record
+from limbeck.study.executors.worker import do_task, plain
+from limbeck.study.grid import Study
+from limbeck.study.team import shares_a_pass
+from limbeck.study.work import Done, Task
+
+TASKS, JOB = "tasks.json", "job"
+SECONDS_BETWEEN_LOOKS = 2.0
+WARNING_S = 120  # before a task's time is over it is asked to keep its state
+SCRIPT = """\
+#!/bin/bash
+{options}
+
+task= again=
+trap 'again=yes; [ -n "$task" ] && kill -TERM "$task"' USR1   # its time is over soon: Slurm shall begin it again
+trap '[ -n "$task" ] && kill -TERM "$task"' TERM
+{command} --task "$SLURM_ARRAY_TASK_ID" &
+task=$!
+wait "$task"
+code=$?
+while kill -0 "$task" 2> /dev/null; do wait "$task"; code=$?; done
+if [ -n "$again" ] && [ "$code" -ne 0 ]; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+fi
+exit "$code"
+"""
+
+
+@dataclass
+class Slurm:
+    """See the module.
+
+    workers: array tasks side by side; 0: as Slurm sees fit.
+    cpus, gpus, partition, time: what an array task gets, as sbatch has them.
+    sbatch: further options of sbatch, each as one text: "--account=abc".
+    """
+
+    workers: int = 0
+    cpus: int | None = None
+    gpus: float | None = None
+    partition: str | None = None
+    time: str | None = None
+    sbatch: list[str] = field(default_factory=list)
+    threads: int | None = field(default=None, init=False)
+    plans: bool = field(default=False, init=False)  # the machine that submits is not like those that work
+
+    def __post_init__(self) -> None:
+        for option in self.sbatch:
+            if not option.startswith("-") or "\n" in option:
+                raise LimbeckError(
+                    f"--sbatch {option!r}", expected="an option of sbatch, such as --sbatch=--account=abc"
+                )
+        if self.gpus is not None and self.gpus != int(self.gpus):
+            raise LimbeckError(f"--gpus {self.gpus}", expected="a whole number: Slurm gives whole GPUs")
+        if self.workers < 0:
+            raise LimbeckError(f"--workers {self.workers}", expected="a positive number, or none for no limit")
+
+    def run(self, study: Study, folder: Path, tasks: list[Task]) -> Iterator[Done]:
+        """Submit the tasks as an array and wait for them.
+
+        Raises:
+            LimbeckError: there is no sbatch here (the script is written), or it refused.
+            Stopped: SIGTERM came; the array goes on without this process.
+        """
+        place = folder / "slurm"
+        arms = {arm.name: arm for arm in study.arms(folder)}
+        with watch() as asked:
+            _wait_for_another(place, asked)
+            answered = _answers(place)
+            left = []
+            for task in tasks:
+                mine = [arms[name] for name in task.arms]
+                over = all(record.state(arm, study) == "finished" for arm in mine)
+                if answered.get(task) or over or (task.kind == "together" and not shares_a_pass(mine)):
+                    yield Done(task, answered.get(task, {}))
+                else:
+                    left.append(task)
+            if not left:
+                return
+            script = self.write(folder, left)
+            if shutil.which("sbatch") is None:
+                raise LimbeckError(
+                    f"there is no sbatch on this machine; the script for {len(left)} tasks is written",
+                    hint=f"sbatch {script}   (where it is), and when that is done the same command again",
+                )
+            yield from _submit(place, script, left, asked)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def write(self, folder: Path, tasks: list[Task]) -> Path:
+        """Write the script and the list of what its numbers stand for; the script."""
+        place = folder / "slurm"
+        place.mkdir(exist_ok=True)
+        record.put(place / TASKS, json.dumps([plain(task) for task in tasks], indent=1) + "\n")
+        most = f"%{self.workers}" if self.workers else ""
+        asked = {
+            "job-name": f"limbeck-{folder.name}",
+            "array": f"0-{len(tasks) - 1}{most}",
+            "chdir": os.getcwd(),
+            "output": f"{place.absolute()}/%A_%a.log",
+            "open-mode": "append",
+            "signal": f"B:USR1@{WARNING_S}",
+            "partition": self.partition,
+            "time": self.time,
+            "cpus-per-task": self.cpus,
+            "gpus": None if self.gpus is None else int(self.gpus),
+        }
+        options = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
+        lines = [f"#SBATCH {option}" for option in [*options, "--ntasks=1", "--requeue", *self.sbatch]]
+        if self.cpus is not None:
+            lines += ["", f"export OMP_NUM_THREADS={self.cpus}"]
+        command = shlex.join([sys.executable, "-m", "limbeck", "study", str(folder)])
+        script = place / "array.sh"
+        record.put(script, SCRIPT.format(options="\n".join(lines), command=command))
+        return script
+
+
+def do_array_task(folder: Path, number: int) -> dict[str, str]:
+    """Do one task of the array that is written in the study's folder; what the arms said that failed.
+
+    Raises:
+        LimbeckError: no array is written there, or it has no such number.
+        Stopped: SIGTERM came, the state is kept.
+    """
+    place = folder / "slurm"
+    try:
+        tasks = json.loads((place / TASKS).read_text())
+    except (OSError, ValueError) as error:
+        raise LimbeckError(
+            f"{folder} has no tasks", expected="a study's folder", hint="limbeck study STUDY --executor slurm"
+        ) from error
+    if not 0 <= number < len(tasks):
+        raise LimbeckError(f"--task {number}", expected=f"0 to {len(tasks) - 1}")
+    failures = do_task(str(folder), tasks[number])
+    record.put(place / f"{number}.json", json.dumps(failures) + "\n")
+    return failures
+
+
+def _submit(place: Path, script: Path, tasks: list[Task], asked: Callable[[], bool]) -> Iterator[Done]:
+    """Submit the script; its tasks as their answers come."""
+    # a session of its own: Ctrl-C ends the study, and leaves the array alone
+    sbatch = subprocess.Popen(
+        ["sbatch", "--wait", "--parsable", str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert sbatch.stdout is not None
+    assert sbatch.stderr is not None
+    job = sbatch.stdout.readline().strip().partition(";")[0]  # the cluster's name may follow
+    if not job:
+        raise LimbeckError(
+            f"sbatch refused {script}: {sbatch.stderr.read().strip()}", hint="--partition, --time, --sbatch=OPTION"
+        )
+    record.put(place / JOB, job + "\n")
+    console.print(f"array {job} of {len(tasks)} tasks submitted; what they say is in {place}/", markup=False)
+    waiting = dict(enumerate(tasks))
+    try:
+        while waiting:
+            over = sbatch.poll() is not None and not _alive(job)
+            for number in [number for number in waiting if (place / f"{number}.json").exists()]:
+                failures = json.loads((place / f"{number}.json").read_text())
+                (place / f"{number}.json").unlink()
+                yield Done(waiting.pop(number), failures)
+            if over:
+                break
+            if asked():
+                raise Stopped(f"asked to stop; the array {job} goes on (scancel {job} ends it)")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    finally:
+        if sbatch.poll() is None:
+            sbatch.kill()
+    (place / JOB).unlink()
+    for number, task in waiting.items():
+        log = place / f"{job}_{number}.log"
+        last = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
+        said = "\n".join([f"its array task {job}_{number} ended without an answer; see {log}", *last])
+        yield Done(task, dict.fromkeys(task.arms, said))
+
+
+def _wait_for_another(place: Path, asked: Callable[[], bool]) -> None:
+    """Wait for the array that a driver left under way when it was killed."""
+    if not (place / JOB).exists():
+        return
+    job = (place / JOB).read_text().strip()
+    if _alive(job):
+        console.print(f"the array {job} of this study is under way; waiting for it (scancel {job} ends it)")
+    while _alive(job):
+        if asked():
+            raise Stopped(f"asked to stop; the array {job} goes on (scancel {job} ends it)")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    (place / JOB).unlink()
+
+
+def _alive(job: str) -> bool:
+    """Does Slurm have something left of the array, running or waiting?"""
+    if shutil.which("squeue") is None:
+        return False
+    done = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
+    return bool(done.stdout.strip())
+
+
+def _answers(place: Path) -> dict[Task, dict[str, str]]:
+    """Take what the tasks said of an array for which nobody has waited to its end."""
+    try:
+        tasks = json.loads((place / TASKS).read_text())
+    except (OSError, ValueError):
+        return {}
+    found = {}
+    for number, task in enumerate(tasks):
+        path = place / f"{number}.json"
+        if path.exists():
+            found[Task(task["kind"], tuple(task["arms"]))] = json.loads(path.read_text())
+            path.unlink()
+    return found

@@ -1,0 +1,134 @@
+"""A process that does tasks of a study for an executor: what it is told and what it answers are plain data.
+
+    failures = do_task("runs/mine", {"kind": "alone", "arms": ["gla_3_seed0"]})     # {} when all went well
+    [sys.executable, "-c", BOOT, "runs/mine", "2"]      # a task a line on stdin, an answer a line on stdout
+
+All else is on disk: the study in <folder>/study.yaml, and each arm in its run directory. A worker of the second kind
+ends at once when its stdin is closed, and so when the process that started it is killed: an arm never has two.
+"""
+
+import json
+import os
+import platform
+import queue
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from limbeck.console import console
+from limbeck.errors import LimbeckError
+from limbeck.mixers import registry
+from limbeck.stages.interrupt import EXIT_CODE, Stopped
+from limbeck.study.grid import Arm, Study
+from limbeck.study.work import Task, Workplace, told
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# it listens before it imports anything that takes seconds
+BOOT = """
+import json, os, queue, sys, threading
+
+orders = queue.Queue()
+
+def listen():
+    for line in sys.stdin:
+        orders.put(json.loads(line))
+    os._exit(0)
+
+threading.Thread(target=listen, daemon=True).start()
+from limbeck.study.executors.worker import main
+main(orders)
+"""
+PATIENCE_S = 60.0  # how long an arm may be held by a process that is about to end
+
+
+def plain(task: Task) -> dict[str, Any]:
+    """A task as plain data, with the files of the mixers that this process has loaded."""
+    return {"kind": task.kind, "arms": list(task.arms), "mixers": [str(path) for path in registry.files()]}
+
+
+def do_task(folder: str, task: dict[str, Any], sharers: int = 1) -> dict[str, str]:
+    """Do a task of the study in `folder`; what the arms said that failed.
+
+    Args:
+        folder: as the study's recipes have it, absolute or relative to this process's directory.
+        task: see `plain`.
+        sharers: how many workers share this machine's memory.
+
+    Raises:
+        Stopped: SIGTERM came, the state is kept.
+    """
+    try:
+        for file in task["mixers"]:
+            registry.run_file(Path(file))
+        study, arms = _opened(folder, (Path(folder) / "study.yaml").stat().st_mtime_ns)
+        missing = [name for name in task["arms"] if name not in arms]
+        if missing:
+            raise LimbeckError(f"the study in {folder} has no arm {missing[0]}", hint="start the study again")
+        for name in task["arms"]:
+            _wait_until_free(arms[name].path)
+        return _workplace(sharers).do(study, Task(task["kind"], tuple(task["arms"])), arms).failures
+    except Stopped:
+        raise
+    except Exception as error:
+        return dict.fromkeys(task["arms"], told(error))
+
+
+def do_task_elsewhere(
+    directory: str, folder: str, task: dict[str, Any], threads: int, log: str, sharers: int
+) -> dict[str, str]:
+    """The same in a process that something else started: first go to that directory; what is said goes to `log`."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        os.chdir(directory)
+        with open(log, "a") as file:
+            console.file = file
+            console.print(f"process {os.getpid()} on {platform.node()}: {task['kind']} {', '.join(task['arms'])}")
+            return do_task(folder, task, sharers)
+    except OSError as error:
+        return dict.fromkeys(task["arms"], f"{error} on {platform.node()}\nexpected: the same folders on all machines")
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: str, changed: int) -> tuple[Study, dict[str, Arm]]:
+    study = Study.load(Path(folder) / "study.yaml")
+    return study, {arm.name: arm for arm in study.arms(Path(folder))}
+
+
+@lru_cache(maxsize=1)
+def _workplace(sharers: int) -> Workplace:
+    return Workplace(sharers)
+
+
+def _wait_until_free(path: Path) -> None:
+    """Wait for the run directory's lock: a killed driver's workers on other machines may take a moment to end."""
+    if fcntl is None or not (path / ".lock").exists():
+        return
+    began = time.monotonic()
+    with open(path / ".lock", "w") as lock:
+        while time.monotonic() - began < PATIENCE_S:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.2)
+
+
+def main(orders: "queue.Queue[dict[str, Any]]") -> None:
+    """Do the tasks that come until the process ends; folder and number of sharers are its arguments."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not get among the answers
+    try:
+        while True:
+            failures = do_task(sys.argv[1], orders.get(), int(sys.argv[2]))
+            print(json.dumps(failures), file=answers, flush=True)
+    except Stopped as stopped:
+        console.print(str(stopped), markup=False)
+        sys.exit(EXIT_CODE)

@@ -28,7 +28,7 @@ from limbeck.study.plan import StudyPlan, make_study_plan
 from limbeck.study.schedule import lists
 from limbeck.study.statements import judge_claims
 from limbeck.study.watcher import Watcher
-from limbeck.study.work import Executor, InTurn, Workplace
+from limbeck.study.work import Executor, InTurn, Workplace, measure_teacher
 
 FAILURES = "failures.json"
 
@@ -124,6 +124,10 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: 
     for arm in arms:
         if record.state(arm, study) == "finished":
             record.drop(arm, study.keep)
+            if study.measures and record.read_teacher(arm, study) is None:  # its file was deleted
+                place = Workplace()
+                place.subjects.lend(arm.recipe.teacher, *place.teacher(arm.recipe))
+                measure_teacher(arm, study, place)
     if failures := _failures(folder):
         console.print(f"{len(failures)} of {len(arms)} arms failed; the same command tries them again")
 

@@ -13,7 +13,7 @@ import json
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -166,7 +166,8 @@ def finish(arm: Arm, study: Study, workplace: Workplace) -> None:
 
 
 def measure_teacher(arm: Arm, study: Study, workplace: Workplace) -> None:
-    """Measure an arm's teacher by what students are measured by, unless that is done or another worker is at it."""
+    """Measure an arm's teacher by what students are measured by, on the same text, unless that is done or another worker
+    is at it."""
     if record.read_teacher(arm, study) is not None:
         return
     folder = record.teacher_path(arm).parent
@@ -176,7 +177,10 @@ def measure_teacher(arm: Arm, study: Study, workplace: Workplace) -> None:
             stack.enter_context(held(folder))
         except LimbeckError:
             return
-        subject = workplace.subjects.open(arm.recipe.teacher)
+        home = record.teacher_path(arm).with_suffix("")
+        subject = replace(
+            workplace.subjects.open(arm.recipe.teacher), recipe=arm.recipe, data=arm.recipe.data, home=home
+        )
         record.write_teacher(arm, study, [take(find(name), subject, given) for name, given in study.measures.items()])
 
 

@@ -166,8 +166,7 @@ def finish(arm: Arm, study: Study, workplace: Workplace) -> None:
 
 
 def measure_teacher(arm: Arm, study: Study, workplace: Workplace) -> None:
-    """Measure an arm's teacher by what students are measured by, on the same text, unless that is done or another worker
-    is at it."""
+    """Measure an arm's teacher as its student, on the same text, unless that is done or another worker is at it."""
     if record.read_teacher(arm, study) is not None:
         return
     folder = record.teacher_path(arm).parent

@@ -273,7 +273,7 @@ def test_the_verb(folders, teacher_folder, tmp_path, monkeypatch):
     assert time.monotonic() - began < 10
     for wrong, says in (
         (("--lengths", "1,x"), "--lengths 1,x"),
-        (("--lengths", "0"), "speed.lengths"),
+        (("--lengths", "0"), "speed: lengths"),
         (("--batch", ""), "--batch "),
         (("--int8", "4"), "--int8 4"),
         (("--threads", "0"), "--threads 0"),

@@ -37,6 +37,7 @@ def draw(found: list[Measurement]) -> Any:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=7)
+    panels[1, 1].set_visible(any("together" in one.details for one in students))
     return figure
 
 

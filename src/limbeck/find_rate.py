@@ -104,7 +104,7 @@ def _sweep(job: Job, settings: Any, index: int, done: dict[int, dict[str, Any]],
                 stage.loss_scale = scale.value
                 sums = accumulate(stage, batches)
                 scale.off(parameters.values())
-                norm = gradient_norm(parameters, settings.clip)
+                norm = float(gradient_norm(parameters, settings.clip))
                 loss = total_loss({name: float(value) for name, value in sums.items()}) + 0 * norm
                 if not scale.update(math.isfinite(loss)):
                     break

@@ -9,6 +9,7 @@ import os
 import shutil
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from limbeck.data.cache import no_room_is_an_error
@@ -50,6 +51,7 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: boo
         "prompt": evaluation.prompt,
         "samples": samples,
         "evaluation": evaluation.model_dump(mode="json"),
+        "compile_refused": job.compiling.reasons,
         "seed": recipe.seed,
         "peak_memory_bytes": peak_memory(),
         "plan": json.loads((run.path / "plan.json").read_text()),
@@ -76,6 +78,21 @@ def _export(job: Job, student: PreTrainedModel) -> None:
         temporary.rename(final)
 
 
+def arithmetic_of(job: Job) -> dict[str, Any]:
+    """In which precision a run computes, and what is compiled."""
+    with job.autocast():
+        mixed = torch.is_autocast_enabled(job.device.type)
+        products = torch.get_autocast_dtype(job.device.type) if mixed else torch.float32
+    return {
+        "products": str(products).removeprefix("torch."),
+        "tf32": job.recipe.tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": job.recipe.deterministic,
+        "compile": job.compiles,
+        "attention": job.recipe.attention,
+    }
+
+
 def provenance(job: Job) -> dict[str, Any]:
     return {
         "teacher": {"name": job.recipe.teacher, "architecture": type(job.teacher).__name__},
@@ -85,5 +102,6 @@ def provenance(job: Job) -> dict[str, Any]:
         "texts": {name: {"key": text.key, "files": text.files} for name, text in job.texts.items()},
         "seed": job.recipe.seed,
         "device": str(job.device),
+        "arithmetic": arithmetic_of(job),
         "backend": "torch",
     }

@@ -8,7 +8,7 @@ Writes nothing but the caches of text and teacher.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
 from limbeck.errors import LimbeckError
 from limbeck.model import Site, attention_sites, convert, converted_layers
+from limbeck.model.compiling import Notes, wanted
+from limbeck.model.packed import use_masks
 from limbeck.precision import autocast_of, check_arithmetic
 from limbeck.recipe import Recipe
 from limbeck.stages.cached import plain
@@ -45,6 +47,12 @@ class Job:
     layers: int  # of the teacher
     sites: list[Site]  # of those that are converted
     path: Path
+    compiling: Notes = field(default_factory=Notes)  # what torch.compile has refused
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks and losses of stage 3 go through torch.compile."""
+        return wanted(self.recipe.compile, self.device)
 
     @property
     def text(self) -> Text:
@@ -92,6 +100,8 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
                 expected=f"{key} of at most {longest}",
                 hint=f"--set {key}={longest}",
             )
+    if recipe.attention == "mask":
+        use_masks(teacher)
     sites = attention_sites(teacher)
     chosen = [sites[i] for i in converted_layers(recipe.student.layers, recipe.student.keep, len(sites))]
     for stage in recipe.stages:
@@ -138,7 +148,7 @@ def new_student(job: Job) -> PreTrainedModel:
         # the student is what it would be without bits: it takes the checkpoint's own weights, and keeps all of them
         teacher, _ = load_teacher(assets.resolve_teacher(job.recipe.teacher), job.device)
     torch.manual_seed(job.recipe.seed)
-    return convert(
+    converted = convert(
         teacher,
         student.mixer,
         [site.shape.layer for site in job.sites],
@@ -148,6 +158,9 @@ def new_student(job: Job) -> PreTrainedModel:
         copy_projections=student.copy_projections,
         share=True,
     ).requires_grad_(False)
+    if job.recipe.attention == "mask":
+        use_masks(converted)
+    return converted
 
 
 def _check_shares(recipe: Recipe) -> None:

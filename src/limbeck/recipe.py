@@ -180,7 +180,8 @@ class Logits(Trained):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
     top: Annotated[int, Field(gt=0)] = 32
-    chunk: Annotated[int, Field(gt=0)] = 128  # tokens whose logits exist at once
+    # tokens whose logits exist at once; None: 128 on a CPU, on a GPU as many as make half a gigabyte of them
+    chunk: Annotated[int, Field(gt=0)] | None = None
     # "top-k": what the teacher says of the stage's text, its `top` likeliest tokens, is written to the cache once and
     # read from there by this and later runs; with top_kl and ce
     cache_teacher: Literal["top-k"] | None = None
@@ -295,6 +296,11 @@ class Recipe(Document):
     # of products under autocast; weights are float32. auto: bf16 on a GPU that has it, fp16 on an older one, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     tf32: bool = False  # products of float32 in TF32, on NVIDIA GPUs that have it
+    # blocks and losses through torch.compile; auto: on a GPU (docs/gpu.md)
+    compile: bool | Literal["auto"] = "auto"
+    # how packed documents are kept apart on a GPU; auto: by their ends, through FlashAttention, where the family allows
+    # that; mask: by transformers' own masks
+    attention: Literal["auto", "mask"] = "auto"
     deterministic: bool = False  # the same bits again on the same GPU; what cannot be is an error
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     keep_checkpoints: Annotated[int, Field(gt=0)] = 2  # of a stage that is at work

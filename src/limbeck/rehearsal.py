@@ -59,8 +59,8 @@ def rehearse(
     vocabulary = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
 
     def draw(tokens: int, sequences: int = 1) -> Batch:
-        ids = torch.randint(0, vocabulary, (sequences, tokens), device=teacher.device)
-        return Batch(ids, torch.arange(tokens, device=teacher.device).expand_as(ids), ids)
+        ids = torch.randint(0, vocabulary, (sequences, tokens))
+        return Batch(ids, torch.arange(tokens).repeat(sequences, 1), ids).to(teacher.device)
 
     with torch.random.fork_rng(), progress("rehearse", len(stages), "stages") as advance:
         judge = Logits(pair, Weights())
@@ -123,7 +123,9 @@ def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -
 
 def _taught(batch: Batch, top: int) -> TaughtBatch:
     index = torch.arange(top, device=batch.input_ids.device).expand(*batch.input_ids.shape, top)
-    return TaughtBatch(**vars(batch), index=index, log_q=torch.full(index.shape, -math.log(2 * top)))
+    return TaughtBatch(
+        **vars(batch), index=index, log_q=torch.full_like(index, -math.log(2 * top), dtype=torch.float32)
+    )
 
 
 @torch.no_grad()

@@ -18,9 +18,11 @@ from limbeck import recipe as recipes
 from limbeck.adapters import Adapters, targets_of
 from limbeck.console import console, progress
 from limbeck.data.packing import Sequences
-from limbeck.distributed import main_first, on_main, share, take_from_main
+from limbeck.distributed import main_first, on_main, share, take_from_main, world
 from limbeck.losses import Weights
 from limbeck.model import attention_sites, unshare
+from limbeck.model.body import packs_by_position
+from limbeck.model.compiling import compiled
 from limbeck.prepare import Job, name_of
 from limbeck.rehearsal import CHOOSING
 from limbeck.stages.cached import plain, taught
@@ -100,7 +102,7 @@ def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
         stage = make_stage(job, student, settings, lesson.index)
         with main_first():
             learn, held_out, cached = _texts(job, settings, lesson.text, lesson.data, lesson.position)
-        with _sharded(job, student, settings, stage):
+        with _sharded(job, student, settings, stage), _compiled(job, student, settings):
             facts = {**train(stage, settings, learn, run, lesson.index, lesson.position, held_out), **cached}
         adapters = getattr(stage, "adapters", None)
         course.finish(lesson, stage.parameters() if adapters is None else adapters.merge(), facts)
@@ -122,6 +124,21 @@ def _sharded(job: Job, student: PreTrainedModel, settings: Any, stage: Stage) ->
         return contextlib.nullcontext()
     blocks = [site.block for site in attention_sites(job.teacher)]
     return sharded(job.teacher, student, blocks, set(stage.parameters()))
+
+
+def _compiled(job: Job, student: PreTrainedModel, settings: Any) -> contextlib.AbstractContextManager:
+    """Blocks of both models through torch.compile, in the stage in which they run whole and nothing listens inside."""
+    if not isinstance(settings, recipes.Logits) or not job.compiles:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if settings.sharding == "full" and world().size > 1:
+        job.compiling.refused("blocks that are sharded are gathered when they run")
+        return stack
+    blocks = [site.block for site in attention_sites(job.teacher)]
+    for model in (student, job.teacher):
+        packs_by_position(model)  # tries the model on its first call
+        stack.enter_context(compiled(model, blocks, job.compiling))
+    return stack
 
 
 def make_stage(
@@ -146,6 +163,7 @@ def make_stage(
         chunk=settings.chunk,
         adapters=adapters,
         checkpoint_activations=settings.checkpoint_activations,
+        compiled=job.compiles,
     )
 
 

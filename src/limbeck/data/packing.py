@@ -12,13 +12,14 @@ Legend: B batch, T time.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.data.known import Known, pinned
 from limbeck.data.shards import Split
 from limbeck.errors import LimbeckError
 
@@ -38,15 +39,32 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
+    known: Known | None = field(default=None, kw_only=True)  # of one on an accelerator: what the host knows of it
 
     @property
     def valid(self) -> int:
         """How many tokens have a target."""
-        return int((self.targets != IGNORE).sum())
+        return int((self.targets != IGNORE).sum()) if self.known is None else self.known.rows.numel()
 
-    def to(self, device: torch.device | str) -> "Batch":
+    @property
+    def ids(self) -> Tensor:
+        """The tokens where they can be looked at without waiting for a device."""
+        return self.input_ids if self.known is None else self.known.ids
+
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return Batch(self.input_ids.to(device), self.position_ids.to(device), self.targets.to(device))
+        device = torch.device(device)
+        moved = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        known = None if device.type == "cpu" else self.facts()
+        return replace(self, **moved, known=known and known.to(device))
+
+    def pinned(self) -> Self:
+        """The same in pinned memory, with what is known of it: it goes to a GPU without waiting."""
+        return replace(pinned(self), known=self.facts().pinned())
+
+    def facts(self) -> Known:
+        """What the host can know of the batch."""
+        return self.known or Known.of(self.input_ids.cpu(), self.position_ids.cpu(), self.targets.cpu() != IGNORE)
 
 
 class Sequences(Protocol):

@@ -37,10 +37,6 @@ class TaughtBatch(Batch):
     index: Tensor
     log_q: Tensor
 
-    def to(self, device: torch.device | str) -> "TaughtBatch":
-        """The same batch on another device."""
-        return TaughtBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
-
 
 class Signals:
     """A folder of parts, by position of their sequences.

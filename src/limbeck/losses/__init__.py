@@ -5,7 +5,7 @@ padding or on the length.
 """
 
 from limbeck.losses.layers import HIDDEN, hidden_distance, matrix_distance
-from limbeck.losses.logits import FromDisk, FromHidden, Signal, check_top, logit_losses
+from limbeck.losses.logits import FromDisk, FromHidden, Signal, check_top, logit_losses, tokens_at_once
 from limbeck.losses.objectives import OBJECTIVES, Weights
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "hidden_distance",
     "logit_losses",
     "matrix_distance",
+    "tokens_at_once",
 ]

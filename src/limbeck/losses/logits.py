@@ -7,8 +7,10 @@ No tensor of all logits exists, of neither model. What is returned is summed ove
 known beforehand.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,6 +21,7 @@ from limbeck.errors import LimbeckError
 from limbeck.losses.objectives import OBJECTIVES, Rows, Top, Weights, weighted
 
 Head = Callable[[Tensor], Tensor]  # [N, D] -> [N, V]
+AT_ONCE = 2**29  # bytes of float32 logits on a GPU; a chunk takes about six times as much
 
 
 class Signal(Protocol):
@@ -35,8 +38,17 @@ class FromHidden:
     head: Head
     hidden: Tensor
 
+    @cached_property
+    def product(self) -> Tensor | None:
+        """The head's weight in the dtype of autocast, cast once and not once a chunk."""
+        weight = _plain_weight(self.head)
+        if weight is None or _dtype_of_products(weight) == weight.dtype:
+            return None
+        return weight.detach().to(_dtype_of_products(weight))
+
     def rows(self, part: Tensor) -> Tensor:
-        return self.head(self.hidden.detach().flatten(0, 1)[part]).float()
+        h = self.hidden.detach().flatten(0, 1)[part]
+        return (self.head(h) if self.product is None else F.linear(h.to(self.product.dtype), self.product)).float()
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,8 @@ def logit_losses(
     scale: float = 1.0,
     chunk: int = 256,
     learn: bool = True,
+    rows: Tensor | None = None,
+    compiled: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The weighted objectives and what else is watched over the valid targets, a chunk of tokens at a time.
 
@@ -70,6 +84,8 @@ def logit_losses(
         targets: [B, T] next tokens, -100 where there is none.
         weights: None measures only.
         scale: factor on the gradient (one over the global count of valid targets).
+        rows: numbers in [B · T] of the tokens with a target, where they are known: then a GPU is not asked for them.
+        compiled: fuse the passes over the logits by torch.compile.
 
     Returns:
         sums over valid targets: count, ce and agree (same most likely token); with all of the teacher's logits
@@ -82,46 +98,72 @@ def logit_losses(
     learn = learn and weights is not None
     if weights is not None and isinstance(teacher, FromDisk):
         check_top(weights)
-    rows = (targets.flatten() != -100).nonzero().squeeze(1)
+    rows = (targets.flatten() != -100).nonzero().squeeze(1) if rows is None else rows
     flat, labels = student.detach().flatten(0, 1), targets.flatten()
     gradient = torch.zeros_like(flat) if learn else None
     weight = _plain_weight(student_head) if learn else None
+    product = None if weight is None else weight.detach().to(_dtype_of_products(weight))  # cast once, not once a chunk
+    token_losses = _fused(_token_losses) if compiled else _token_losses
     sums: dict[str, Tensor] = {}
     for part in rows.split(chunk):
         with torch.no_grad():
             signal = teacher.rows(part)
         h = flat[part].requires_grad_(learn and weight is None)
         with torch.set_grad_enabled(learn and weight is None):
-            logits = student_head(h) if weight is None else F.linear(h, weight)
+            logits = student_head(h) if product is None else F.linear(h.to(product.dtype), product)
         with torch.no_grad():
             s = logits.float()
             width = s.shape[-1]
             if isinstance(signal, Tensor):
                 width = min(width, signal.shape[-1])  # a vocabulary padded on one side
                 signal = signal[:, :width]
-            slope = _token_losses(Rows(s[:, :width], signal, labels[part]), weights, learn, sums)
+            seen, slope = token_losses(s[:, :width], signal, labels[part], weights, learn)
+            for name, value in seen.items():
+                sums[name] = sums[name] + value if name in sums else value
         if gradient is not None and slope is not None:
             if width < s.shape[-1]:
                 slope = F.pad(slope, (0, s.shape[-1] - width))
-            gradient[part] = _through_head(logits, slope.mul_(scale).to(logits.dtype), h, weight)
+            gradient[part] = _through_head(logits, slope.mul_(scale).to(logits.dtype), h, weight, product)
     sums["count"] = torch.tensor(float(rows.numel()), dtype=torch.float64)
     return sums, None if gradient is None else gradient.view_as(student)
 
 
 def _plain_weight(head: Head) -> nn.Parameter | None:
-    """W of a head that is h Wᵀ, in the precision of the rest: what follows can then be added up in place."""
+    """W of a head that is h Wᵀ: what follows can then be added up in place."""
     weight = getattr(head, "weight", None)
-    if weight is None or getattr(head, "bias", None) is not None or torch.is_autocast_enabled(weight.device.type):
+    if weight is None or getattr(head, "bias", None) is not None:
         return None
     return weight if weight.dtype in (torch.float32, torch.float64) else None
 
 
-def _through_head(logits: Tensor, slope: Tensor, h: Tensor, weight: nn.Parameter | None) -> Tensor:
+def _dtype_of_products(weight: Tensor) -> torch.dtype:
+    """In which dtype products with a weight are taken, under autocast or without."""
+    mixed = weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if mixed else weight.dtype
+
+
+def tokens_at_once(model: nn.Module) -> int:
+    """How many tokens' logits to have at a time: what stays in a CPU's cache, what keeps a GPU busy."""
+    table = model.get_output_embeddings().weight
+    if table.device.type == "cpu":
+        return 128
+    return max(128, AT_ONCE // (4 * table.shape[0]) // 128 * 128)
+
+
+@functools.cache
+def _fused(function: Callable) -> Callable:
+    """The function through torch.compile, for any number of tokens."""
+    return torch.compile(function, dynamic=True)
+
+
+def _through_head(
+    logits: Tensor, slope: Tensor, h: Tensor, weight: nn.Parameter | None, product: Tensor | None
+) -> Tensor:
     """Gradient at h [n, D] of a slope at the logits [n, V], that of the head's parameters added to theirs.
 
     Autograd makes a tensor of the head's size a chunk and adds it up; for a plain product one call does both in place.
     """
-    if weight is None:
+    if weight is None or product is None:
         with torch.autocast(logits.device.type, enabled=False):
             logits.backward(slope)
         assert h.grad is not None
@@ -130,8 +172,11 @@ def _through_head(logits: Tensor, slope: Tensor, h: Tensor, weight: nn.Parameter
         if weight.requires_grad:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-            weight.grad.addmm_(slope.T, h)
-        return slope @ weight
+            if product.dtype == weight.dtype:
+                weight.grad.addmm_(slope.T, h)
+            else:
+                weight.grad.add_(slope.T @ h.to(product.dtype))
+        return (slope @ product).to(h.dtype)
 
 
 def check_top(weights: Weights) -> None:
@@ -146,12 +191,15 @@ def check_top(weights: Weights) -> None:
         )
 
 
-def _token_losses(rows: Rows, weights: Weights | None, learn: bool, sums: dict[str, Tensor]) -> Tensor | None:
-    """Add a chunk's losses to `sums`; the slope of the weighted ones with respect to the student's logits.
+def _token_losses(
+    s: Tensor, teacher: Tensor | Top, labels: Tensor, weights: Weights | None, learn: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A chunk's losses in float64, and the slope of the weighted ones with respect to the student's logits s [n, V].
 
     Every pass over [n, V] numbers costs as much as a good part of the head's own product, so there are few: two
     softmaxes, their tops, row products, and one difference in place.
     """
+    rows = Rows(s, teacher, labels)
     seen: dict[str, Tensor] = {}
     if isinstance(rows.teacher, Top):
         seen["agree"] = (rows.student[0] == rows.teacher.index[:, 0]).sum()
@@ -166,7 +214,6 @@ def _token_losses(rows: Rows, weights: Weights | None, learn: bool, sums: dict[s
     if weights is not None:
         values, slope = weighted(rows, weights, learn)
         seen = {**values, **seen}  # what is watched is taken at temperature 1
-        seen["loss"] = sum((getattr(weights, n) * v.double() for n, v in values.items()), torch.zeros(()).double())
-    for name, value in seen.items():
-        sums[name] = sums[name] + value.double() if name in sums else value.double()
-    return slope
+        nothing = torch.zeros((), dtype=torch.float64, device=s.device)
+        seen["loss"] = sum((getattr(weights, n) * v.double() for n, v in values.items()), nothing)
+    return {name: value.double() for name, value in seen.items()}, slope

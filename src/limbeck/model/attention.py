@@ -26,9 +26,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from limbeck.errors import LimbeckError
 from limbeck.mixers import Tokens
 from limbeck.model.cache import RecurrentLayer, recurrent_layer
+from limbeck.model.documents import documents_of, softmax_by_document
 
 NAME = "limbeck"
 EAGER = "limbeck_eager"  # the same for families whose softmax layers have no SDPA
+PACKED = "limbeck_packed"  # the same where the ends of documents are known without a mask (limbeck.model.packed)
 
 
 @dataclass
@@ -107,6 +109,9 @@ def attention(
         FoundRows: with the rows that `output_matrix` asks for.
     """
     if not hasattr(module, "mixer"):
+        documents = documents_of(kwargs.get("position_ids"))
+        if attention_mask is None and documents is not None and documents.offsets is not None:
+            return softmax_by_document(module, query, key, value, documents, scaling=scaling, dropout=dropout, **kwargs)
         return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if limbeck_call is None:
         raise LimbeckError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
@@ -118,13 +123,17 @@ def attention(
         call.layer.begin = None  # its mask is that of the other layer, whose last columns are this call's
         key, value = key[:, :, -length:], value[:, :, -length:]
     layer = call.layer
-    tokens = tokens_of(
-        call.mask if call.knows_mask else attention_mask,
-        length,
-        begin=layer.begin if layer else None,
-        positions=call.positions,
-        chunk=getattr(module.config, "attention_chunk_size", None),
-    )
+    documents = documents_of(call.positions)
+    if documents is not None:
+        tokens = Tokens(None, documents.segments)
+    else:
+        tokens = tokens_of(
+            call.mask if call.knows_mask else attention_mask,
+            length,
+            begin=layer.begin if layer else None,
+            positions=call.positions,
+            chunk=getattr(module.config, "attention_chunk_size", None),
+        )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(output_matrix, Tensor):
         raise FoundRows(module.mixer.forward_rows(q, k, v, call.x, output_matrix, tokens=tokens))
@@ -231,7 +240,7 @@ def _goes_on(valid: Tensor, positions: Tensor | None, chunk: int) -> Tensor:
 
 
 def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    if module.config._attn_implementation not in (NAME, EAGER):
+    if module.config._attn_implementation not in (NAME, EAGER, PACKED):
         raise LimbeckError(
             f"attention implementation '{module.config._attn_implementation}' would drop the student's mixers",
             expected=f"'{NAME}'",

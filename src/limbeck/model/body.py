@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from limbeck.data.packing import Batch
+from limbeck.model.packed import documents_apart, fits, mark
 
 
 def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
@@ -45,11 +46,22 @@ def packs_by_position(model: PreTrainedModel) -> bool:
             alone = model.get_decoder()(input_ids=ids[:, 2:], position_ids=positions[:, 2:], use_cache=False)
         known = bool(torch.allclose(both[:, 2:], alone.last_hidden_state, rtol=1e-3, atol=1e-3))
         model._limbeck_packs = known  # type: ignore[assignment]
+    if known and model.device.type != "cpu":
+        fits(model)  # tries the model as well, once, where no visitor is at work yet
     return known
 
 
 def run_body(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states [B, T, D] that go into the head."""
+    """Hidden states [B, T, D] that go into the head.
+
+    Where the batch knows its documents' ends, as one on an accelerator does, no mask is made if none is needed.
+    """
+    if batch.known is not None:
+        mark(batch)
+    if batch.known is not None and packs_by_position(model) and fits(model):
+        with documents_apart(model, batch):
+            inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+            return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     return model.get_decoder()(**inputs_of(model, batch), use_cache=False).last_hidden_state
 
 

@@ -40,7 +40,7 @@ class NormalEquations:
         self.start = {name: _affine(projection) for name, projection in self.projections.items()}
         self.features: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
-        self.squares: dict[str, float] = dict.fromkeys(self.projections, 0.0)
+        self.squares: dict[str, Tensor | float] = dict.fromkeys(self.projections, 0.0)
         self.unexplained: dict[str, float] = {}  # share of Y's size by module, from the last `solve`
 
     def add(self, batch: Batch) -> None:
@@ -69,7 +69,7 @@ class NormalEquations:
             self.features.setdefault(name, w0.new_zeros(len(w0), len(w0)))
             self.products.setdefault(name, torch.zeros_like(w0))
         add_tensors([*self.features.values(), *self.products.values()])
-        self.squares = add_up(self.squares)
+        self.squares = dict(add_up({name: float(size) for name, size in self.squares.items()}))
 
     @torch.no_grad()
     def solve(self, ridge: float) -> float:
@@ -83,8 +83,9 @@ class NormalEquations:
             strength = ridge * ftf.diagonal().mean()
             system = ftf + strength * torch.eye(len(ftf), dtype=ftf.dtype, device=ftf.device)
             w = torch.cholesky_solve(fty + strength * w0, torch.linalg.cholesky(system))
-            residual = self.squares[name] - 2 * (w * fty).sum() + (w * (ftf @ w)).sum()
-            self.unexplained[name] = float(residual / max(self.squares[name], 1e-30))
+            squares = float(self.squares[name])
+            residual = squares - 2 * (w * fty).sum() + (w * (ftf @ w)).sum()
+            self.unexplained[name] = float(residual / max(squares, 1e-30))
             _write_affine(projection, w)
         return sum(self.unexplained.values()) / len(self.unexplained)
 
@@ -97,7 +98,7 @@ class NormalEquations:
         ftf, fty = (f.T @ f).double(), (f.T @ y).double()
         self.features[name] = self.features[name] + ftf if name in self.features else ftf
         self.products[name] = self.products[name] + fty if name in self.products else fty
-        self.squares[name] += float(y.double().square().sum())
+        self.squares[name] = self.squares[name] + y.double().square().sum()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from limbeck import recipe as recipes
 from limbeck.adapters import Adapters
 from limbeck.data.packing import Batch
 from limbeck.data.signals import TaughtBatch
-from limbeck.losses import FromDisk, FromHidden, Signal, Weights, logit_losses
+from limbeck.losses import FromDisk, FromHidden, Signal, Weights, logit_losses, tokens_at_once
 from limbeck.model.body import Head, run_body
 from limbeck.model.checkpointing import blocks_of, checkpointed
 from limbeck.stages.layerwise import Counts
@@ -31,17 +31,19 @@ class Logits:
         pair: Pair,
         weights: Weights,
         train: str = "body",
-        chunk: int = 128,
+        chunk: int | None = None,
         adapters: Adapters | None = None,
         checkpoint_activations: bool = False,
+        compiled: bool = False,
     ):
         self.teacher, self.student, self.sites, self.autocast = pair
-        self.weights, self.train, self.chunk = weights, train, chunk
+        self.weights, self.train, self.compiled = weights, train, compiled
         self.adapters = adapters
         self.loss_scale = 1.0  # gradients are so many times too large, see limbeck.stages.loss_scale
         self.stopped: set[str] = set()  # always empty: there is one loss
         self.blocks = blocks_of(self.student, self.sites[0].block) if checkpoint_activations else []
         self.teacher_head, self.student_head = Head(self.teacher), Head(self.student)
+        self.chunk = chunk or tokens_at_once(self.teacher)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that learn: of the converted attention, of the body, all, or adapters and mixers."""
@@ -92,8 +94,8 @@ class Logits:
             yield
             return
         with torch.random.fork_rng():
-            place = torch.arange(1, batch.input_ids.numel() + 1, device=batch.input_ids.device)
-            torch.manual_seed(int((batch.input_ids.flatten() * place).sum()))
+            place = torch.arange(1, batch.ids.numel() + 1, device=batch.ids.device)
+            torch.manual_seed(int((batch.ids.flatten() * place).sum()))
             yield
 
     def _signal(self, batch: Batch) -> Signal:
@@ -104,7 +106,16 @@ class Logits:
 
     def _losses(self, student: Tensor, signal: Signal, batch: Batch, scale: float, learn: bool = True):
         return logit_losses(
-            self.student_head, student, signal, batch.targets, self.weights, scale, self.chunk, learn=learn
+            self.student_head,
+            student,
+            signal,
+            batch.targets,
+            self.weights,
+            scale,
+            self.chunk,
+            learn=learn,
+            rows=batch.known.rows if batch.known else None,
+            compiled=self.compiled,
         )
 
     def _shares(self, sums: dict[str, Tensor], count: float) -> dict[str, Tensor]:

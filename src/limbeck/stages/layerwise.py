@@ -171,7 +171,8 @@ class Matrix(LayerStage):
 
     def meet(self, batch: Batch) -> None:
         if self.count_of_rows is not None:
-            self.rows = draw_rows(batch.input_ids, self.count_of_rows, self.seed)
+            drawn = draw_rows(batch.ids, self.count_of_rows, self.seed)
+            self.rows = drawn.to(batch.input_ids.device, non_blocking=True)
             packs_by_position(self.teacher)  # tries the teacher on its first call, which knows nothing of these rows
 
     def passing(self, names: list[str]) -> AbstractContextManager:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn, no_grad
 
 from limbeck.console import console
+from limbeck.data.ahead import Ahead
 from limbeck.data.packing import Batch
 from limbeck.distributed import add_up, share, take_from_main
 from limbeck.errors import LimbeckError
@@ -58,6 +60,7 @@ class Learner:
         self.steps = steps_of(settings, data.length)
         self.first, self.rows = share(settings.batch)
         self.micro = min(settings.micro_batch or self.rows, self.rows)
+        self.ahead = Ahead(self._batches_of, self.device)
         self.optimizer = Optimizer(self.parameters, stage.learning_rates(settings), settings)
         self.average = Average(self.parameters, settings.ema) if settings.ema else None
         self.best: dict[str, Tensor] | None = None  # weights of the best held-out loss, where there is patience
@@ -119,9 +122,12 @@ class Learner:
 
     def batches(self) -> list[Batch]:
         """The next step's micro-batches."""
-        at = self.start + self.facts["step"] * self.settings.batch + self.first
+        return self.ahead.take(self.step, last=self.step + 1 >= self.steps)
+
+    def _batches_of(self, step: int) -> list[Batch]:
+        at = self.start + step * self.settings.batch + self.first
         sizes = [min(self.micro, self.rows - done) for done in range(0, self.rows, self.micro)]
-        return [self.data.batch(at + i * self.micro, size).to(self.device) for i, size in enumerate(sizes)]
+        return [self.data.batch(at + i * self.micro, size) for i, size in enumerate(sizes)]
 
     def update(self, sums: dict[str, Tensor]) -> dict[str, Any]:
         """Move the weights by the gradients that are there; returns the step's line of metrics.
@@ -134,8 +140,8 @@ class Learner:
         self.optimizer.set_rate(rate)
         self.held.take_gradients()
         self.scale.off(self.parameters.values())
-        norm = gradient_norm(self.parameters, settings.clip, self.held.sharded)
-        losses = add_up({name: float(value) for name, value in sums.items()})
+        norm, mine = fetch(gradient_norm(self.parameters, settings.clip, self.held.sharded), sums)
+        losses = add_up(mine)
         loss = total_loss({**self.layers.last, **losses})
         finite = math.isfinite(norm) and math.isfinite(loss)
         lowered = self.scale.update(finite)
@@ -191,7 +197,7 @@ class Learner:
             first, mine = (0, count) if self.held.sharded else share(count)
             batches = (self.held_out.batch(at, 1).to(self.device) for at in range(first, first + mine))
             found = [self.stage.evaluate(batch) for batch in batches]
-        total = sum(total_loss({n: float(v) for n, v in losses.items()}) for losses in found)
+        total = sum(total_loss(fetch(0.0, losses)[1]) for losses in found)
         loss = total / count if self.held.sharded else add_up({"loss": total})["loss"] / count
         line["held_out_loss"] = self.facts["held_out_loss"] = loss
         if self.facts["best_loss"] is None or loss < self.facts["best_loss"]:
@@ -236,6 +242,14 @@ def accumulate(stage: Stage, batches: Sequence[Batch]) -> dict[str, Tensor]:
     for batch in batches:
         add_to(sums, stage.backward(batch, counts))
     return sums
+
+
+def fetch(norm: Tensor | float, sums: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """The norm of the gradient and the losses as numbers: the one time in a step that a device is waited for."""
+    values = [torch.as_tensor(value, dtype=torch.float64) for value in (norm, *sums.values())]
+    where = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
+    found = torch.stack([v.to(where, non_blocking=True) for v in values]).tolist()
+    return found[0], dict(zip(sums, found[1:]))
 
 
 def counts_of(stage: Stage, batches: Sequence[Batch]) -> dict[str, float]:

@@ -12,7 +12,7 @@ after the last one, so a step is that of one process with all rows (docs/scaling
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from torch import nn
@@ -50,7 +50,9 @@ def train(
         Stopped: SIGTERM came; the state is kept.
     """
     with learning(stage) as parameters, watch() as asked_to_stop:
-        return _go(Learner(stage, settings, data, run, index, position, parameters, held_out), asked_to_stop)
+        learner = Learner(stage, settings, data, run, index, position, parameters, held_out)
+        with closing(learner.ahead):
+            return _go(learner, asked_to_stop)
 
 
 @contextmanager

@@ -152,14 +152,14 @@ def copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) ->
         parameter.copy_(values[name])
 
 
-def gradient_norm(parameters: dict[str, nn.Parameter], largest: float, sharded: Collection[str] = ()) -> float:
-    """Norm of all gradients together, which are scaled down to `largest` where it is more.
+def gradient_norm(parameters: dict[str, nn.Parameter], largest: float, sharded: Collection[str] = ()) -> Tensor | float:
+    """Norm of all gradients together, which are scaled down to `largest` where it is more; nothing is waited for.
 
     Args:
         sharded: names of those of which this process holds a part only; every process takes part then.
     """
     if not sharded:
-        return float(nn.utils.clip_grad_norm_(list(parameters.values()), largest))
+        return nn.utils.clip_grad_norm_(list(parameters.values()), largest)
     parts, others = (
         [p.grad for name, p in parameters.items() if p.grad is not None and (name in sharded) == inside]
         for inside in (True, False)

@@ -71,6 +71,8 @@ def train_together(members: list[Member]) -> list[dict[str, Any] | Exception]:
             )
             for one in members
         ]
+        for learner in learners:
+            stack.callback(learner.ahead.close)
         ends: dict[int, Exception] = {}
         first, saved = learners[0], time.monotonic()
         left = sum(max(one.steps - one.step, 0) for one in learners)

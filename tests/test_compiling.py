@@ -1,0 +1,103 @@
+"""Blocks and losses through torch.compile give the numbers that they give without."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import limbeck
+from limbeck.contract import tiny
+from limbeck.losses import FromHidden, Weights, logit_losses
+from limbeck.model import attention_sites
+from limbeck.model.checkpointing import blocks_of
+from limbeck.model.compiling import Notes, compiled, wanted
+from limbeck.stages.end_to_end import Logits
+from limbeck.stages.learner import accumulate
+from test_no_waiting import a_batch
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("mixer", "again"), [("gla", False), ("gated_deltanet", True)])
+def test_compiled_blocks_give_the_same_gradients(mixer, again, fresh):
+    teacher = tiny("llama").eval().requires_grad_(False)
+    student = limbeck.convert(teacher, mixer).requires_grad_(False)
+    sites = attention_sites(teacher)
+    stage = Logits(
+        teacher, student, sites, nullcontext, Weights(ce=0.5, kl=0.5), train="body", checkpoint_activations=again
+    )
+    blocks, notes, found = blocks_of(student, sites[0].block), Notes(), []
+    for parameter in stage.parameters().values():
+        parameter.requires_grad_(True)
+    for backend in (None, "aot_eager"):
+        with compiled(student, blocks, notes, backend) if backend else nullcontext():
+            sums = accumulate(stage, [a_batch()])
+        found.append((float(sums["loss"]), {n: p.grad.clone() for n, p in stage.parameters().items()}))
+        for parameter in stage.parameters().values():
+            parameter.grad = None
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+    assert notes.reasons == []
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-5), name
+    assert all("forward" not in student.get_submodule(name).__dict__ for name in blocks)
+
+
+def test_what_the_compiler_refuses_runs_as_it_is(fresh):
+    teacher = tiny("llama").eval().requires_grad_(False)
+    blocks, notes = blocks_of(teacher, attention_sites(teacher)[0].block), Notes()
+
+    def refuses(graph, inputs):
+        raise RuntimeError("no such card")
+
+    batch = a_batch(packed=False)
+    want = teacher(batch.input_ids, use_cache=False).logits
+    with compiled(teacher, blocks, notes, refuses):
+        found = teacher(batch.input_ids, use_cache=False).logits
+    assert torch.equal(found, want)
+    assert len(notes.reasons) == 1
+    assert "no such card" in notes.reasons[0]
+
+
+@pytest.mark.parametrize("weights", [Weights(ce=0.5, kl=0.5), Weights(kl=0, jsd=1.0)])
+def test_the_compiled_loss_is_the_loss(weights, fresh, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compile_(function, backend="aot_eager", **more))
+    torch.manual_seed(0)
+    head, other = torch.nn.Linear(8, 31, bias=False), torch.nn.Linear(8, 31, bias=False)
+    h, t, targets = torch.randn(2, 9, 8), torch.randn(2, 9, 8), torch.randint(0, 31, (2, 9))
+    found = []
+    for fused in (False, True):
+        head.weight.grad = None
+        sums, gradient = logit_losses(head, h, FromHidden(other, t), targets, weights, chunk=7, compiled=fused)
+        found.append((float(sums["loss"]), gradient, head.weight.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+    assert torch.allclose(found[0][2], found[1][2], atol=1e-5)
+
+
+def test_the_loss_under_autocast_is_that_of_autograd_under_autocast():
+    torch.manual_seed(0)
+    head, other = torch.nn.Linear(16, 31, bias=False), torch.nn.Linear(16, 31, bias=False)
+    h, t, targets = torch.randn(1, 20, 16), torch.randn(1, 20, 16), torch.randint(0, 31, (1, 20))
+    leaf = h.clone().requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = torch.nn.functional.cross_entropy(head(leaf)[0].float(), targets[0], reduction="sum")
+        want_h, want_w = torch.autograd.grad(loss, [leaf, head.weight])
+        sums, gradient = logit_losses(head, h, FromHidden(other, t), targets, Weights(ce=1, kl=0), chunk=20)
+    assert gradient.dtype == torch.float32
+    assert float(sums["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert torch.allclose(gradient, want_h, rtol=2e-2, atol=1e-3)
+    assert torch.allclose(head.weight.grad, want_w, rtol=2e-2, atol=2e-2)
+
+
+def test_compiling_is_for_gpus_unless_asked_for():
+    assert not wanted("auto", torch.device("cpu"))
+    assert wanted("auto", torch.device("cuda"))
+    assert wanted(True, torch.device("cpu"))
+    assert not wanted(False, torch.device("cuda"))

@@ -103,5 +103,5 @@ def provenance(job: Job) -> dict[str, Any]:
         "seed": job.recipe.seed,
         "device": str(job.device),
         "arithmetic": arithmetic_of(job),
-        "backend": "torch",
+        "backend": job.recipe.backend,
     }

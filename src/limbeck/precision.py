@@ -1,4 +1,4 @@
-"""In which precision a run computes: autocast over float32 weights, TF32, and the same bits again.
+"""How a run computes: autocast over float32 weights, TF32, the same bits again, and by which kernels.
 
     autocast = autocast_of("auto", device)
     with arithmetic(recipe), autocast():
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from limbeck.errors import LimbeckError
+from limbeck.kernels import using
 from limbeck.recipe import Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +60,7 @@ def check_arithmetic(recipe: Recipe, device: torch.device) -> None:
 
 @contextmanager
 def arithmetic(recipe: Recipe) -> Iterator[None]:
-    """TF32 and determinism as the recipe has them, for what is inside; afterwards as before.
+    """TF32, determinism and the operators' backend as the recipe has them, for what is inside; afterwards as before.
 
     Raises:
         LimbeckError: with `deterministic`, an operation that has no deterministic implementation on this device.
@@ -71,7 +72,8 @@ def arithmetic(recipe: Recipe) -> Iterator[None]:
         if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
             torch.use_deterministic_algorithms(True)
-        yield
+        with using(recipe.backend):
+            yield
     except RuntimeError as error:
         if not recipe.deterministic or "deterministic" not in str(error):
             raise

@@ -301,6 +301,7 @@ class Recipe(Document):
     # how packed documents are kept apart on a GPU; auto: by their ends, through FlashAttention, where the family allows
     # that; mask: by transformers' own masks
     attention: Literal["auto", "mask"] = "auto"
+    backend: Literal["auto", "torch", "fla"] = "auto"  # of the operators; fla: a call that no kernel takes is an error
     deterministic: bool = False  # the same bits again on the same GPU; what cannot be is an error
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     keep_checkpoints: Annotated[int, Field(gt=0)] = 2  # of a stage that is at work

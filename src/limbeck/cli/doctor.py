@@ -1,10 +1,13 @@
 """limbeck doctor: what is here, what is missing, and the fix."""
 
 import importlib.metadata
-import importlib.util
 import platform
 import shutil
+from collections.abc import Iterator
+from typing import Annotated
 
+import typer
+from rich.markup import escape
 from rich.table import Table
 
 from limbeck.cli import app
@@ -17,16 +20,29 @@ OPTIONAL = {
     "pyarrow": "Parquet files as text: pip install 'limbeck[data]'",
     "tensorboard": "runs watched in TensorBoard: pip install 'limbeck[track]'",
     "lm_eval": "benchmarks: pip install 'limbeck[eval]'",
-    "triton": "fast kernels on CUDA; not used by this version",
+    "triton": "kernels on CUDA: pip install 'limbeck[cuda]'",
+    "fla-core": "kernels on CUDA: pip install 'limbeck[cuda]'",
 }
 
 
+def version(package: str) -> str | None:
+    """That of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 @app.command()
-def doctor() -> None:
-    """Print versions, threads, devices, backends and assets, and how to get what is missing."""
+def doctor(
+    check_kernels: Annotated[
+        bool, typer.Option("--kernels", help="Run every kernel beside torch on this GPU (minutes at the first time).")
+    ] = False,
+) -> None:
+    """Print versions, threads, devices, kernels and assets, and how to get what is missing."""
     import torch
 
-    from limbeck import __version__, mixers, packs
+    from limbeck import __version__, packs
     from limbeck import assets as embedded
     from limbeck.data.cache import cache_root
     from limbeck.plan import matmul_speed
@@ -37,15 +53,15 @@ def doctor() -> None:
     for name in ("torch", "transformers", "safetensors", "pydantic", "rich", "typer"):
         table.add_row(name, importlib.metadata.version(name), "")
     for name, fix in OPTIONAL.items():
-        found = importlib.util.find_spec(name) is not None
-        table.add_row(name, importlib.metadata.version(name) if found else "missing", "" if found else fix)
+        found = version(name)
+        table.add_row(name, found or "missing", "" if found else escape(fix))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     table.add_row("device", torch.cuda.get_device_name() if cuda else "cpu", "" if cuda else "no CUDA device found")
     table.add_row("threads", str(torch.get_num_threads()), "set OMP_NUM_THREADS=1 beside another busy process")
     table.add_row("matrix products", f"{matmul_speed(device, 576) / 1e9:.0f} GFLOP/s", "")
-    for name in sorted(mixers.names()):
-        table.add_row(f"backend of {name}", "torch", "")
+    for line in kernel_lines(check_kernels):
+        table.add_row(*map(escape, line))
     for asset in embedded.status():
         size = f"{asset.bytes / 1e6:.0f} MB" if asset.present else "not fetched"
         table.add_row(asset.name, size, str(asset.folder) if asset.present else "limbeck assets")
@@ -57,3 +73,27 @@ def doctor() -> None:
     place = next(p for p in (cache, *cache.parents) if p.exists())
     table.add_row("free disk", f"{shutil.disk_usage(place).free / 1e9:.0f} GB", f"cache: {cache} (LIMBECK_CACHE)")
     output.print(table)
+
+
+def kernel_lines(check: bool) -> Iterator[tuple[str, str, str]]:
+    """The adapters to kernels: name, whether they can run here, and why not or what they serve."""
+    from limbeck import kernels, ops  # noqa: F401  (operators register themselves)
+    from limbeck.console import progress
+
+    missing = kernels.missing()
+    if missing is not None:
+        yield "kernels", "torch", f"{missing}; every operator runs in torch"
+        return
+    with progress("check kernels", total=len(kernels.ADAPTERS) if check else 0, unit="kernels") as advance:
+        for adapter in kernels.ADAPTERS:
+            call = kernels.sample(adapter, time=1 if adapter.form == "recurrent" else 256)
+            found, says = "available", f"for {adapter.serves}; checked when first used"
+            if reason := kernels.declined(call):
+                found, says = "declined", reason
+            elif check:
+                verdict = kernels.check(call)
+                worst = max(verdict.errors.values(), default=0.0)
+                found = "available" if verdict.ok else "declined"
+                says = verdict.reason or f"for {adapter.serves}; largest error in bf16 {worst:.1e}"
+            advance(int(check), adapter.name)
+            yield f"kernel {adapter.name}", found, says

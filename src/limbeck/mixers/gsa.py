@@ -19,7 +19,7 @@ from limbeck.mixers.inputs import Inputs, State, Tokens
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
 from limbeck.mixers.start import logit, spread_half_lives
-from limbeck.ops import value_decay, vector_decay
+from limbeck.ops import slot_attention, value_decay
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,25 @@ class GSA(Mixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         arguments = self.operands(q, k, v, x, tokens, state)
-        p, write, keys = self._chosen(arguments, tokens, state.get("keys"))
-        run = vector_decay.recurrent if q.shape[1] == 1 else vector_decay.chunked
-        o, values = run(p, write, arguments.v, arguments.log_decay, state=state.get("values"), segments=tokens.segments)
+        run = slot_attention.recurrent if q.shape[1] == 1 else slot_attention.chunked
+        o, keys, values = run(
+            *self._operands(arguments),
+            keys=state.get("keys"),
+            values=state.get("values"),
+            segments=tokens.segments,
+        )
         return o, {"keys": keys, "values": values}
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         arguments = self.operands(q, k, v, x, tokens, {})
-        p, write, _ = self._chosen(arguments, tokens, None)
-        return vector_decay.matrix(p, write, arguments.log_decay, segments=tokens.segments)
+        queries, keys, _, write, log_decay = self._operands(arguments)
+        return slot_attention.matrix(queries, keys, write, log_decay, segments=tokens.segments)
 
     def memory_numel(self) -> int:
         return self.shape.heads * self.slots * (self.shape.key_width + self.shape.value_width)
 
-    def _chosen(self, arguments: Inputs, tokens: Tokens, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights over the slots and write weights, both [B, T, H, M], and the slot keys [B, H, K, M] at the end."""
+    def _operands(self, arguments: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """With the write weights, zero where a token is masked."""
         log_decay = arguments.log_decay
         assert log_decay is not None
-        write = -torch.expm1(log_decay)  # zero where a token is masked
-        run = value_decay.recurrent if log_decay.shape[1] == 1 else value_decay.chunked
-        logits, keys = run(arguments.q, arguments.k, write, log_decay, state=keys, segments=tokens.segments)
-        return logits.softmax(-1), write, keys
+        return arguments.q, arguments.k, arguments.v, -torch.expm1(log_decay), log_decay

@@ -1,5 +1,8 @@
 """The linear-time recurrences, each in three forms that agree: `recurrent`, `chunked` and `matrix`.
 
+What stands here is in torch and runs everywhere; on CUDA the first two and the convolution go to a kernel where one
+takes the call (`limbeck.kernels`).
+
     from limbeck.ops import delta_rule
     o, state = delta_rule.chunked(q, k, v, beta, log_decay)
 
@@ -12,6 +15,7 @@ from limbeck.ops import (
     diagonal_plus_rank_one,
     scalar_decay,
     sliding_window,
+    slot_attention,
     value_decay,
     vector_decay,
 )
@@ -22,6 +26,7 @@ __all__ = [
     "diagonal_plus_rank_one",
     "scalar_decay",
     "sliding_window",
+    "slot_attention",
     "value_decay",
     "vector_decay",
 ]

@@ -11,7 +11,10 @@ Tokens of other documents and padding count as zeros. Legend: B batch, T time, W
 import torch
 from torch import Tensor
 
+from limbeck.kernels import accelerated
 
+
+@accelerated("convolution")
 def causal(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, segments: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
+from limbeck.kernels import accelerated
 from limbeck.ops import common, cpu
 from limbeck.ops.pairs import decayed, gamma
 from limbeck.ops.rows import rows_across_chunks
 
 
+@accelerated("delta_rule")
 def recurrent(
     q: Tensor,
     k: Tensor,
@@ -43,6 +45,7 @@ def recurrent(
     return common.step_by_step(q, k, v, log_decay, state, segments, vector=vector, beta=beta)
 
 
+@accelerated("delta_rule")
 def chunked(
     q: Tensor,
     k: Tensor,

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
+from limbeck.kernels import accelerated, using
 from limbeck.ops import common
 from limbeck.ops.pairs import decayed
 
 
+@accelerated("diagonal_plus_rank_one")
 def recurrent(
     q: Tensor,
     k: Tensor,
@@ -56,6 +58,7 @@ def recurrent(
         return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
 
 
+@accelerated("diagonal_plus_rank_one")
 def chunked(
     q: Tensor,
     k: Tensor,
@@ -96,7 +99,8 @@ def matrix(q: Tensor, k: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, *, seg
     # In chunks with v = I, as for the delta rule: the closed form has T×T factors and a T×T inverse.
     dtype, length = common.work_dtype(q, k, a, b, log_decay), q.shape[1]
     identity = torch.eye(length, dtype=dtype, device=q.device)[None, :, None].expand(q.shape[0], -1, 1, -1)
-    m, _ = chunked(q, k, identity, a, b, log_decay, segments=segments)
+    with using("torch"):  # exact, and v is as wide as the sequence
+        m, _ = chunked(q, k, identity, a, b, log_decay, segments=segments)
     return m.transpose(1, 2)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from limbeck.kernels import using
+
 BLOCK = 128  # columns at a time
 
 
@@ -110,7 +112,8 @@ def matrix_rows(
     def columns(begin: int, width: int, q: Tensor, k: Tensor, *gates: Tensor | None) -> Tensor:
         identity = torch.eye(q.shape[1], width, dtype=q.dtype, device=q.device)[None, :, None]
         number = None if segments is None else segments[:, begin:end] - segments[:, begin, None]
-        o, _ = operator.chunked(q, k, identity.expand(len(q), -1, 1, -1), *gates, segments=number)
+        with using("torch"):  # in here: the backward pass, which may have a thread of its own, comes by again
+            o, _ = operator.chunked(q, k, identity.expand(len(q), -1, 1, -1), *gates, segments=number)
         later = (rows >= begin)[:, None, :, None]
         return pick(o, (rows - begin).clamp_min(0), 1).transpose(1, 2) * later
 

@@ -16,11 +16,13 @@ incoming state belonging to document 0. Shapes that do not fit raise LimbeckErro
 import torch
 from torch import Tensor
 
+from limbeck.kernels import accelerated
 from limbeck.ops import common, cpu
 from limbeck.ops.pairs import gamma, pairs
 from limbeck.ops.rows import pick
 
 
+@accelerated("scalar_decay")
 def recurrent(
     q: Tensor,
     k: Tensor,
@@ -37,6 +39,7 @@ def recurrent(
     return common.step_by_step(q, k, v, log_decay, state, segments, vector=False)
 
 
+@accelerated("scalar_decay")
 def chunked(
     q: Tensor,
     k: Tensor,

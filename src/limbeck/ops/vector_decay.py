@@ -16,11 +16,13 @@ incoming state belonging to document 0. Shapes that do not fit raise LimbeckErro
 import torch
 from torch import Tensor
 
+from limbeck.kernels import accelerated
 from limbeck.ops import common, cpu, scalar_decay
 from limbeck.ops.pairs import decayed, pairs
 from limbeck.ops.rows import rows_across_chunks
 
 
+@accelerated("vector_decay")
 def recurrent(
     q: Tensor,
     k: Tensor,
@@ -37,6 +39,7 @@ def recurrent(
     return common.step_by_step(q, k, v, log_decay, state, segments, vector=True)
 
 
+@accelerated("vector_decay")
 def chunked(
     q: Tensor,
     k: Tensor,

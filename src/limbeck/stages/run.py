@@ -26,7 +26,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from limbeck import __version__
+from limbeck import __version__, kernels
 from limbeck.data.cache import no_room_is_an_error, publish, sound
 from limbeck.distributed import on_main, tensors_from_main, world
 from limbeck.errors import LimbeckError
@@ -61,8 +61,9 @@ class RunDirectory:
         return sound(self.stage_folder(index) / "done") is not None
 
     def finish(self, index: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Keep what a stage taught and drop its checkpoints."""
+        """Keep what a stage taught and drop its checkpoints; note what computed it."""
         folder = self.stage_folder(index)
+        self.manifest(backends=self._backends())
         self._publish(folder / "done", tensors, None, facts)
         for old in self._checkpoints(index):
             shutil.rmtree(old, ignore_errors=True)
@@ -133,6 +134,12 @@ class RunDirectory:
         self.write("manifest.json", json.dumps({**known, **facts}, indent=1, default=str) + "\n")
 
     # ------------------------------------------------------------------ inside
+
+    def _backends(self) -> list[dict[str, Any]]:
+        """Which backend computed which operator, in this process and those before it."""
+        path = self.path / "manifest.json"
+        known = json.loads(path.read_text()).get("backends", []) if path.exists() else []
+        return [*known, *(one for one in kernels.report() if one not in known)]
 
     def _checkpoints(self, index: int) -> list[Path]:
         return sorted(self.stage_folder(index).glob("step-*"))

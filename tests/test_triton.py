@@ -1,0 +1,33 @@
+"""flash-linear-attention's Triton kernels themselves, on a CPU in Triton's interpreter: outputs and gradients."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing: pip install triton"),
+]
+RUNS = ("scalar_decay", "vector_decay", "delta_rule")  # those that were seen to run; the script takes any
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_kernel_beside_the_operator(name):
+    """Without a state, with one, and with packed documents."""
+    script = Path(__file__).with_name("triton_interpreter.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, name], env=environment, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    verdicts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(verdicts) == 3
+    for verdict in verdicts:
+        assert verdict["ok"], verdict
+        assert {"o", "state"} < verdict["errors"].keys()

@@ -52,12 +52,23 @@ def study(
         f"saved {sharing['saved_seconds'] / 60:.1f} min of {(sharing['seconds'] + sharing['saved_seconds']) / 60:.1f}"
     )
     console.print(f"[dim]written to {folder}/: study.json, table.md, values.csv, claims.md[/]")
+    _report(folder)
     failed = [one["name"] for one in results["arms"] if one["status"] == "failed"]
     if failed:
         raise LimbeckError(
             f"{len(failed)} of {len(results['arms'])} arms failed: {', '.join(failed[:5])}",
             hint=f"see {folder}/failures.json; the same command tries them again",
         )
+
+
+def _report(folder: Path) -> None:
+    """Write the page about the study, where what it takes is installed."""
+    from limbeck.report.page import write
+
+    try:
+        console.print(f"[dim]report: {write([folder])[0]}[/]")
+    except LimbeckError as error:
+        console.print(f"no report: {error.found}" + (f"; {error.hint}" if error.hint else ""), markup=False)
 
 
 def show_plan(plan: Any) -> None:

@@ -3,8 +3,7 @@
     record = write(arm, study.measures, summary, found)          # <arm>/result.json
     read(arm)["values"]["agreement.perplexity"]
 
-`values` are flat: `<measure>.<name>` of every measure, and what every run has: `held_out.*` (its own evaluation),
-`memory.*` (cache sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).
+`values` are flat, under the names of `limbeck.report.values`.
 """
 
 import json
@@ -15,10 +14,10 @@ from typing import Any
 from limbeck.data.cache import no_room_is_an_error
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import find, settings_of
+from limbeck.report.values import values_of
 from limbeck.study.grid import Arm, Study
 
 NAME = "result.json"
-EARLY = 0.1  # share of a stage's steps over which `early_loss` is the mean
 
 
 def wanted(study: Study) -> dict[str, Any]:
@@ -46,21 +45,7 @@ def state(arm: Arm, study: Study) -> str:
 
 def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measurement]) -> dict[str, Any]:
     """Keep what a finished arm gave; returns the record."""
-    values: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    for name, held in summary["held_out"].items():
-        values |= _number(f"held_out.{name}", held)
-    for part in ("memory", "parameters"):
-        for name, held in summary[part].items():
-            values |= _number(f"{part}.{name}", held)
-    for index, stage in enumerate(summary["stages"]):
-        early = _early_loss(arm.path / "metrics.jsonl", index)
-        for name, held in (*stage.items(), ("early_loss", early)):
-            if name in ("first_loss", "loss", "early_loss", "unexplained", "held_out_loss", "tokens"):
-                values |= _number(f"stages.{stage['stage']}.{name}", held)
-    for one in found:
-        values |= {f"{one.measure}.{name}": value for name, value in one.values.items()}
-        errors |= {f"{one.measure}.{name}": value for name, value in one.errors.items()}
+    values, errors = values_of(summary, found, arm.path / "metrics.jsonl")
     record = {
         "format": 1,
         "name": arm.name,
@@ -92,18 +77,3 @@ def drop(arm: Arm, keep: str) -> None:
     shutil.rmtree(arm.path / "stages", ignore_errors=True)
     if keep == "none":
         shutil.rmtree(arm.path / "student", ignore_errors=True)
-
-
-def _early_loss(metrics: Path, index: int) -> float | None:
-    """Mean loss of a stage's first steps; None for a stage without steps."""
-    losses = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        one = json.loads(line)
-        if one["stage_index"] == index:
-            losses.append(one["loss"])
-    first = losses[: max(1, round(EARLY * len(losses)))]
-    return sum(first) / len(first) if first else None
-
-
-def _number(name: str, value: Any) -> dict[str, float]:
-    return {name: float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else {}

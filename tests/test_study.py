@@ -306,6 +306,8 @@ def test_the_command_plans_and_runs(raw, tmp_path, monkeypatch, capsys):
     assert "sharing the teacher's passes saved" in shown
     assert "3 are needed" in shown
     assert "undecided" in (tmp_path / "out" / "claims.md").read_text()
+    assert "report.html" in shown
+    assert "undecided" in (tmp_path / "out" / "report.html").read_text()
 
 
 class Killed(BaseException):

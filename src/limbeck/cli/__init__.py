@@ -56,6 +56,7 @@ def main() -> None:
         generate,
         matrices,
         push,
+        report,
         select,
         students,
         study,

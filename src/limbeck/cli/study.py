@@ -77,6 +77,7 @@ def study(
         f"saved {sharing['saved_seconds'] / 60:.1f} min of {(sharing['seconds'] + sharing['saved_seconds']) / 60:.1f}"
     )
     console.print(f"[dim]written to {folder}/: study.json, table.md, values.csv, claims.md[/]")
+    _report(folder)
     failed = [one["name"] for one in results["arms"] if one["status"] == "failed"]
     if failed:
         raise LimbeckError(
@@ -94,6 +95,16 @@ def _do_task(folder: Path, number: int) -> None:
         console.print(f"arm {name} failed: {text}", markup=False)
     if failures:
         raise typer.Exit(1)
+
+
+def _report(folder: Path) -> None:
+    """Write the page about the study, where what it takes is installed."""
+    from limbeck.report.page import write
+
+    try:
+        console.print(f"[dim]report: {write([folder])[0]}[/]")
+    except LimbeckError as error:
+        console.print(f"no report: {error.found}" + (f"; {error.hint}" if error.hint else ""), markup=False)
 
 
 def show_plan(plan: Any) -> None:

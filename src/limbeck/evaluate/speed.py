@@ -168,6 +168,7 @@ class Race:
                     "entries": [e.name for e in self.entries],
                     "points": points[entry.name],
                     "break_even": parity,
+                    "rivals": rivals,
                     "notes": self.notes,
                 },
                 provenance=made.model_copy(update={"dtype": entry.kind}),

@@ -6,9 +6,9 @@
         axes.plot(x, y, label="teacher", **line("teacher"))
         save(figure, Path("picture.svg"))
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; markers tell models apart without colour. Where
-`line` is not asked, lines take the same colours in the order in which they are drawn. matplotlib is drawn without a
-screen and imported late: it belongs to the extra `report`.
+Colours are Okabe and Ito's and two more, which stay apart for colour-blind readers; markers tell models apart without
+colour. Where `line` is not asked, lines take the same colours in the order in which they are drawn. matplotlib is drawn
+without a screen and imported late: it belongs to the extra `report`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,8 @@ from typing import Any
 
 from limbeck.errors import LimbeckError
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914", "#882255")
+COLOUR_WORDS = ("blue", "vermilion", "green", "pink", "orange", "sky blue", "black", "brown", "purple")
 MARKERS = "osD^vPX*"
 STYLE = {
     "font.size": 9,
@@ -67,13 +68,21 @@ def look(models: Iterable[str] = ()) -> Iterator[None]:
         _known.update(before)
 
 
+@contextmanager
+def look_of(colours: list[str]) -> Iterator[None]:
+    """Inside a `look`: lines that are drawn without a colour take these, in this order."""
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context({"axes.prop_cycle": matplotlib.cycler(color=colours)}):
+        yield
+
+
 def colour(model: str) -> str:
     """A model's colour: the same in all figures that are drawn inside one `look`."""
     return COLOURS[_known.setdefault(model, len(_known)) % len(COLOURS)]
 
 
 def marker(model: str) -> str:
-    """A model's marker; from the ninth model on colours begin again, markers are shifted by one."""
+    """A model's marker; from the tenth model on colours begin again, markers are shifted by one."""
     index = _known.setdefault(model, len(_known))
     return MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
@@ -83,13 +92,24 @@ def line(model: str) -> dict[str, str]:
     return {"color": colour(model), "marker": marker(model)}
 
 
+def dashes(model: str) -> str:
+    """How a model's line is drawn where it has no markers: dashed once its colour is not its own."""
+    return "-" if _known.setdefault(model, len(_known)) < len(COLOURS) else "--"
+
+
 def logarithmic(axis: Any) -> None:
-    """A y axis in logarithms with plain numbers: 40, 60, 100."""
+    """A y axis in logarithms with plain numbers: 0.4, 0.6, 1."""
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        """Labels what LogFormatter labels."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,g}" if super().__call__(x, pos) else ""
+
     axis.axes.set_yscale("log")
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.6)))
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(1.5, 0.6)))
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -3,8 +3,7 @@
     record = write(arm, study.measures, summary, found)          # <arm>/result.json
     read(arm)["values"]["agreement.perplexity"]
 
-`values` are flat: `<measure>.<name>` of every measure, and what every run has: `held_out.*` (its own evaluation),
-`memory.*` (cache sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).
+`values` are flat, under the names of `limbeck.report.values`.
 """
 
 import json
@@ -16,10 +15,10 @@ from typing import Any
 from limbeck.data.cache import no_room_is_an_error
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import find, settings_of
+from limbeck.report.values import values_of
 from limbeck.study.grid import Arm, Study
 
 NAME = "result.json"
-EARLY = 0.1  # share of a stage's steps over which `early_loss` is the mean
 
 
 def wanted(study: Study) -> dict[str, Any]:
@@ -41,19 +40,7 @@ def state(arm: Arm, study: Study) -> str:
 
 def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measurement]) -> dict[str, Any]:
     """Keep what a finished arm gave; returns the record."""
-    values: dict[str, float] = {}
-    for name, held in summary["held_out"].items():
-        values |= _number(f"held_out.{name}", held)
-    for part in ("memory", "parameters"):
-        for name, held in summary[part].items():
-            values |= _number(f"{part}.{name}", held)
-    for index, stage in enumerate(summary["stages"]):
-        early = _early_loss(arm.path / "metrics.jsonl", index)
-        for name, held in (*stage.items(), ("early_loss", early)):
-            if name in ("first_loss", "loss", "early_loss", "unexplained", "held_out_loss", "tokens"):
-                values |= _number(f"stages.{stage['stage']}.{name}", held)
-    measured, errors = _flat(found)
-    values |= measured
+    values, errors = values_of(summary, found, arm.path / "metrics.jsonl")
     record = {
         "format": 1,
         "name": arm.name,
@@ -76,7 +63,7 @@ def read_teacher(arm: Arm, study: Study) -> dict[str, Any] | None:
 
 def write_teacher(arm: Arm, study: Study, found: list[Measurement]) -> None:
     """Keep what the measures said of an arm's teacher."""
-    values, errors = _flat(found)
+    values, errors = values_of({}, found, None)
     known = {"format": 1, "name": arm.recipe.teacher, "measures": wanted(study), "values": values, "errors": errors}
     put(teacher_path(arm), json.dumps(known, indent=1) + "\n")
 
@@ -96,15 +83,6 @@ def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
     return known
 
 
-def _flat(found: list[Measurement]) -> tuple[dict[str, float], dict[str, float]]:
-    """Values and standard errors by `<measure>.<name>`."""
-    values, errors = (
-        {f"{one.measure}.{name}": value for one in found for name, value in getattr(one, part).items()}
-        for part in ("values", "errors")
-    )
-    return values, errors
-
-
 def put(path: Path, text: str) -> None:
     """Write a file at once, whole or not at all."""
     with no_room_is_an_error(path.parent):
@@ -121,18 +99,3 @@ def drop(arm: Arm, keep: str) -> None:
     shutil.rmtree(arm.path / "stages", ignore_errors=True)
     if keep == "none":
         shutil.rmtree(arm.path / "student", ignore_errors=True)
-
-
-def _early_loss(metrics: Path, index: int) -> float | None:
-    """Mean loss of a stage's first steps; None for a stage without steps."""
-    losses = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        one = json.loads(line)
-        if one["stage_index"] == index:
-            losses.append(one["loss"])
-    first = losses[: max(1, round(EARLY * len(losses)))]
-    return sum(first) / len(first) if first else None
-
-
-def _number(name: str, value: Any) -> dict[str, float]:
-    return {name: float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else {}

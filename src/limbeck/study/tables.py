@@ -6,13 +6,12 @@
 The tables hold no times, so that a study which was killed and resumed leaves the same ones.
 """
 
-import csv
-import io
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from limbeck.report.values import as_csv
 from limbeck.stages.run import environment
 from limbeck.study import record
 from limbeck.study.grid import Arm, Study
@@ -92,14 +91,9 @@ def table_markdown(
 def values_csv(finished: list[dict[str, Any]]) -> str:
     """One line a number: the arm, its axes, the value's name, the value, its standard error."""
     axes = _axes(finished)
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["arm", *axes, "name", "value", "standard_error"])
-    for one in finished:
-        places = [_shown(one, axis) for axis in axes]
-        for name, value in one["values"].items():
-            writer.writerow([one["name"], *places, name, value, one["errors"].get(name, "")])
-    return file.getvalue()
+    return as_csv(
+        [(one["name"], {axis: _shown(one, axis) for axis in axes}, one["values"], one["errors"]) for one in finished]
+    )
 
 
 def claims_markdown(claims: list[dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from limbeck.model.checkpointing import blocks_of
 from limbeck.model.compiling import Notes, compiled, wanted
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.learner import accumulate
+from limbeck.stages.teacher import Pair
 from test_no_waiting import a_batch
 
 
@@ -29,7 +30,7 @@ def test_compiled_blocks_give_the_same_gradients(mixer, again, fresh):
     student = limbeck.convert(teacher, mixer).requires_grad_(False)
     sites = attention_sites(teacher)
     stage = Logits(
-        teacher, student, sites, nullcontext, Weights(ce=0.5, kl=0.5), train="body", checkpoint_activations=again
+        Pair(teacher, student, sites, nullcontext), Weights(ce=0.5, kl=0.5), train="body", checkpoint_activations=again
     )
     blocks, notes, found = blocks_of(student, sites[0].block), Notes(), []
     for parameter in stage.parameters().values():

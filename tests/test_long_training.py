@@ -14,6 +14,7 @@ from limbeck.losses import Weights
 from limbeck.model import attention_sites
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.learner import accumulate
+from limbeck.stages.teacher import Pair
 
 FIRST, LAST = 512, 2048
 
@@ -63,7 +64,7 @@ def test_stage_three_is_linear_in_the_length():
     teacher.config.max_position_embeddings = LAST
     student = limbeck.convert(teacher, "gated_deltanet").requires_grad_(False)
     stage = Logits(
-        teacher, student, attention_sites(teacher), nullcontext, Weights(), chunk=64, checkpoint_activations=True
+        Pair(teacher, student, attention_sites(teacher), nullcontext), Weights(), chunk=64, checkpoint_activations=True
     )
     for parameter in stage.parameters().values():
         parameter.requires_grad_(True)

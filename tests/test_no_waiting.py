@@ -20,6 +20,7 @@ from limbeck.model.packed import fits, use_masks
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
 from limbeck.stages.learner import accumulate, fetch
+from limbeck.stages.teacher import Pair
 
 # their decays are looked at (limbeck.ops.common.is_mild) where no kernel takes the call
 LOOKS = {"gsa", "rwkv7"}
@@ -54,11 +55,11 @@ def no_autocast(monkeypatch):
 def stages(teacher, student, sites):
     common = (teacher, student, sites, nullcontext)
     return {
-        "logits": Logits(*common, Weights(ce=0.5, kl=0.5)),
-        "again": Logits(*common, Weights(), checkpoint_activations=True),
-        "hidden": Hidden(*common),
-        "block": Hidden(*common, target="block", train="block"),
-        "rows": Matrix(*common, rows=8),
+        "logits": Logits(Pair(*common), Weights(ce=0.5, kl=0.5)),
+        "again": Logits(Pair(*common), Weights(), checkpoint_activations=True),
+        "hidden": Hidden(Pair(*common)),
+        "block": Hidden(Pair(*common), target="block", train="block"),
+        "rows": Matrix(Pair(*common), rows=8),
     }
 
 

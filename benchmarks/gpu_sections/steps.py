@@ -22,15 +22,16 @@ from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
 from limbeck.stages.learner import accumulate, fetch
 from limbeck.stages.optimize import Optimizer, gradient_norm
+from limbeck.stages.teacher import Pair
 
 KINDS = {
-    "matrix": lambda *common: Matrix(*common),
-    "matrix, 64 rows": lambda *common: Matrix(*common, rows=64),
-    "hidden": lambda *common: Hidden(*common),
-    "hidden, block": lambda *common: Hidden(*common, target="block", train="block"),
-    "logits, KL": lambda *common, **more: Logits(*common, Weights(), **more),
-    "logits, CE and KL": lambda *common, **more: Logits(*common, Weights(ce=0.5, kl=0.5), **more),
-    "logits, CE alone": lambda *common, **more: Alone(*common, Weights(ce=1.0, kl=0.0), **more),
+    "matrix": lambda *common: Matrix(Pair(*common)),
+    "matrix, 64 rows": lambda *common: Matrix(Pair(*common), rows=64),
+    "hidden": lambda *common: Hidden(Pair(*common)),
+    "hidden, block": lambda *common: Hidden(Pair(*common), target="block", train="block"),
+    "logits, KL": lambda *common, **more: Logits(Pair(*common), Weights(), **more),
+    "logits, CE and KL": lambda *common, **more: Logits(Pair(*common), Weights(ce=0.5, kl=0.5), **more),
+    "logits, CE alone": lambda *common, **more: Alone(Pair(*common), Weights(ce=1.0, kl=0.0), **more),
 }
 
 

@@ -169,7 +169,7 @@ def _of_study(folder: Path) -> Collection:
     teachers = [one for one in known.get("teachers", {}).values() if one]
     if len(teachers) == 1 and len(known["teachers"]) == 1:  # of several none stands for all places
         values, errors = teachers[0]["values"], teachers[0]["errors"]
-        arms.append(Arm(TEACHER, {"student": TEACHER}, "finished", values=dict(values), errors=dict(errors)))
+        arms.insert(0, Arm(TEACHER, {"student": TEACHER}, "finished", values=dict(values), errors=dict(errors)))
     study = without_paths(known["study"])
     title = study["name"] + (f", size {study['size']}" if study.get("size") else "")
     collection = Collection(title, study.get("about", ""), arms, _varied(arms))
@@ -228,13 +228,14 @@ def _add(collection: Collection, measured: list[Measurement]) -> None:
     by_folder = {arm.folder.resolve(): arm for arm in collection.arms if arm.folder}
     by_name = {arm.name: arm for arm in collection.arms}
     teachers = {arm.axes.get("teacher") for arm in collection.arms}
+    known = {arm.name: arm for arm in collection.arms if arm.student == TEACHER}
     others: dict[str, Arm] = {}
     for one in measured:
         name = last_part(one.model)
         arm = by_folder.get(Path(one.model).resolve()) or by_name.get(name)
         if arm is None:
             name = TEACHER if name in teachers or one.model == one.teacher else name
-            arm = others.setdefault(name, Arm(name, {"student": name}, "finished"))
+            arm = known.get(name) or others.setdefault(name, Arm(name, {"student": name}, "finished"))
         arm.measurements[one.measure] = one
         values, errors = values_of({}, [one], None)
         arm.values |= values

@@ -11,6 +11,7 @@ import torch
 
 from gpu_sections.bench import Bench
 from gpu_sections.steps import Alone
+from limbeck import kernels
 from limbeck.data.known import Documents
 from limbeck.losses import Weights
 from limbeck.model import attention_sites
@@ -19,6 +20,7 @@ from limbeck.model.compiling import compiled
 from limbeck.model.documents import by_document, flash_serves, try_flash
 from limbeck.model.packed import use_masks
 from limbeck.stages.learner import accumulate
+from limbeck.stages.teacher import Pair
 
 BOUND = 2e-2  # relative Frobenius error of attention in bf16 against float32
 OF_A_STEP = 1e-1  # the same of all gradients of a model, through all of its layers
@@ -32,11 +34,6 @@ def run(bench: Bench) -> None:
 
 
 def _adapters(bench: Bench) -> None:
-    try:
-        from limbeck import kernels
-    except ImportError as error:
-        bench.notes.append(f"no adapters: {error}")
-        return
     reason = kernels.missing()
     if reason:
         bench.notes.append(f"adapters are tried, and decline: {reason}")
@@ -55,8 +52,6 @@ def _adapters(bench: Bench) -> None:
 
 
 def _check(bench: Bench, adapter: Any, size: dict[str, int], dtype: torch.dtype, more: dict[str, Any]) -> dict:
-    from limbeck import kernels
-
     call = kernels.sample(adapter, **size, dtype=dtype, device=str(bench.device), seed=0, **more)
     declined = kernels.missing() or kernels.declined(call)
     if declined:
@@ -108,24 +103,17 @@ def _step(bench: Bench, mixer: str) -> dict[str, Any]:
         student = bench.student(teacher, mixer)
         use_masks(student, not fast)
         autocast = bench.autocast() if fast else nullcontext
-        stage = Alone(teacher, student, attention_sites(teacher), autocast, Weights(ce=1.0, kl=0.0), compiled=False)
+        pair = Pair(teacher, student, attention_sites(teacher), autocast)
+        stage = Alone(pair, Weights(ce=1.0, kl=0.0), compiled=False)
         blocks = [site.block for site in stage.sites] if fast and bench.device.type == "cuda" else []
         for parameter in stage.parameters().values():
             parameter.requires_grad_(True)
         packs_by_position(student)
-        with _backend("auto" if fast else "torch"), compiled(student, blocks):
+        with kernels.using("auto" if fast else "torch"), compiled(student, blocks):
             accumulate(stage, [batch.to(bench.device)])
         found.append({name: p.grad for name, p in stage.parameters().items() if p.grad is not None})
     fast_flat, plain_flat = (torch.cat([g.flatten().float() for g in grads.values()]) for grads in found)
     return _compared({"all gradients": (fast_flat, plain_flat)}, OF_A_STEP)
-
-
-def _backend(name: str) -> Any:
-    try:
-        from limbeck import kernels
-    except ImportError:
-        return nullcontext()
-    return kernels.using(name)
 
 
 def _compared(pairs: dict[str, tuple], bound: float) -> dict[str, Any]:

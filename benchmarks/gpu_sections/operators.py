@@ -11,16 +11,12 @@ from typing import Any
 import torch
 
 from gpu_sections.bench import Bench
+from limbeck import kernels
 
 TOKENS = 32768
 
 
 def run(bench: Bench) -> None:
-    try:
-        from limbeck import kernels
-    except ImportError as error:
-        bench.notes.append(f"no adapters: {error}")
-        return
     adapters = [a for a in kernels.ADAPTERS if a.form == "chunked"]
     lengths = [64] if bench.dry else [n for n in (2048, 8192, 32768) if n <= bench.options.longest]
     for length in lengths:
@@ -31,8 +27,6 @@ def run(bench: Bench) -> None:
 
 
 def _row(bench: Bench, adapter: Any, length: int, backward: bool) -> dict[str, Any]:
-    from limbeck import kernels
-
     rows, heads, width = (1, 2, 16) if bench.dry else (TOKENS // length, 16, 64)
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     size = {"batch": rows, "time": length, "heads": heads, "key": width, "value": width}

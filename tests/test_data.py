@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,8 +46,9 @@ WORDS = [
     "fire",
     "burns",
 ]
-fork = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
-needs_fork = pytest.mark.skipif(fork is None, reason="needs fork and file locks")
+others = multiprocessing.get_context("forkserver")  # a fork of this process, with its threads, may wait for ever
+others.set_forkserver_preload(["limbeck.data.shards", "torch", "transformers"])
+needs_locks = pytest.mark.skipif(cache_module.fcntl is None, reason="needs file locks")
 
 
 def make_tokenizer(vocab: int = 300, **changes) -> PreTrainedTokenizerFast:
@@ -467,17 +469,35 @@ def test_a_cache_that_may_not_be_written_is_named():
         os.chmod(name, 0o700)
 
 
-@needs_fork
+def _prepare(cache: str, source: Path, tokenizer, answers) -> None:
+    os.environ["LIMBECK_CACHE"] = cache
+    counting = Counting(tokenizer, pause=1)
+    store = prepare(source, counting, length=8, held_out=0.2)
+    answers.put((counting.texts, int(store.train.tokens.astype(np.int64).sum())))
+
+
+def _hang(started, temporary: Path) -> dict:
+    (temporary / "half").write_text("half")
+    started.set()
+    time.sleep(600)
+    return {}
+
+
+def _hanging(folder: Path):
+    """A process in the middle of making a thing, for ever."""
+    started = others.Event()
+    process = others.Process(target=publish, args=(folder, partial(_hang, started)), kwargs={"what": "thing"})
+    process.start()
+    assert started.wait(60)
+    return process
+
+
+@needs_locks
 def test_two_processes_at_once_make_one_store(tmp_path: Path, tokenizer):
     source = write_jsonl(tmp_path / "corpus.jsonl", texts_of(300))
-    answers = fork.Queue()
-
-    def work() -> None:
-        counting = Counting(tokenizer, pause=1)
-        store = prepare(source, counting, length=8, held_out=0.2)
-        answers.put((counting.texts, int(store.train.tokens.astype(np.int64).sum())))
-
-    processes = [fork.Process(target=work) for _ in range(3)]
+    answers = others.Queue()
+    work = (os.environ["LIMBECK_CACHE"], source, tokenizer, answers)
+    processes = [others.Process(target=_prepare, args=work) for _ in range(3)]
     for process in processes:
         process.start()
     got = sorted(answers.get(timeout=60) for _ in processes)
@@ -487,19 +507,10 @@ def test_two_processes_at_once_make_one_store(tmp_path: Path, tokenizer):
     assert len({total for _, total in got}) == 1
 
 
-@needs_fork
+@needs_locks
 def test_a_killed_process_leaves_no_lock_and_its_rubbish_is_removed(tmp_path: Path):
-    folder, started = tmp_path / "thing", fork.Event()
-
-    def hang(temporary: Path) -> dict:
-        (temporary / "half").write_text("half")
-        started.set()
-        time.sleep(600)
-        return {}
-
-    process = fork.Process(target=publish, args=(folder, hang), kwargs={"what": "thing"})
-    process.start()
-    assert started.wait(60)
+    folder = tmp_path / "thing"
+    process = _hanging(folder)
     assert sound(folder) is None
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
@@ -514,18 +525,10 @@ def test_a_killed_process_leaves_no_lock_and_its_rubbish_is_removed(tmp_path: Pa
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-@needs_fork
+@needs_locks
 def test_a_process_that_stands_still_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder, started = tmp_path / "thing", fork.Event()
-
-    def hang(temporary: Path) -> dict:
-        started.set()
-        time.sleep(600)
-        return {}
-
-    process = fork.Process(target=publish, args=(folder, hang), kwargs={"what": "thing"})
-    process.start()
-    assert started.wait(60)
+    folder = tmp_path / "thing"
+    process = _hanging(folder)
     monkeypatch.setattr(cache_module, "PATIENCE_S", 0.3)
     with pytest.raises(LimbeckError, match="another process holds the lock of the thing"):
         publish(folder, lambda temporary: {}, what="thing")

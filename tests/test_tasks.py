@@ -1,6 +1,7 @@
 """Benchmarks: the numbers of the harness, whatever the batch, and what a student keeps of its teacher's."""
 
 import json
+import os
 import sys
 import types
 
@@ -129,6 +130,12 @@ def test_the_harness_by_itself_gives_the_same(subject, definitions, student_fold
     for name, metric in (("choices", "acc"), ("choices", "acc_norm"), ("words", "perplexity"), ("words", "acc")):
         assert found.values[f"{name} {metric}"] == pytest.approx(direct[name][f"{metric},none"], rel=1e-5)
     assert found.values["answers exact_match"] == direct["answers"]["exact_match,none"]
+
+
+def test_nothing_is_forked(subject, definitions, monkeypatch):
+    """A process with threads, as this one has, may hang in a fork; perplexity's standard error is a bootstrap's."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    assert taken(subject, definitions, "words").errors["words perplexity"] > 0
 
 
 def test_padding_on_either_side_gives_the_same_likelihoods(subject):

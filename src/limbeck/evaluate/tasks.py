@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,6 +149,8 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
         f"{name}, {subject.name}",
     )
     try:
+        # else its bootstrap forks; a fork of a process with threads may wait for ever for a lock that one of them held
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         with _quiet():
             result = evaluate(
                 lm=scorer,

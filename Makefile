@@ -1,5 +1,6 @@
 # make demo   sets everything up and runs the main job        make test   sets up and passes the tests
 # make test-oldest   the core tests with the oldest transformers that pyproject.toml allows
+# make test-triton   flash-linear-attention's kernels beside ours, on a CPU in Triton's interpreter
 # PYTHON=python3.12 picks another interpreter, RECIPE=smoke another recipe, PIP_ARGS=... goes to every pip install.
 
 PYTHON ?= python3
@@ -9,9 +10,10 @@ BIN := .venv/bin
 DONE := .venv/.installed
 # the oldest transformers that is supported, and what it needs older than constraints.txt has it
 OLDEST := transformers==5.5.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
+TRITON := triton==3.9.0
 CORE := tests/test_student.py tests/test_saving.py tests/test_hybrids.py tests/test_contract.py
 
-.PHONY: setup demo test test-oldest lint assets clean
+.PHONY: setup demo test test-oldest test-triton lint assets clean
 
 setup: $(DONE)
 
@@ -44,6 +46,15 @@ test: setup
 test-oldest: .venv/oldest/.installed
 	@PYTHONPATH=.venv/oldest $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	@PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(CORE) -k 'not test_contract or gated_deltanet-full'
+
+.venv/triton/.installed: $(DONE) Makefile
+	@echo "setup: $(TRITON) in .venv/triton"
+	@rm -rf .venv/triton
+	@$(BIN)/python -m pip install -q -q $(PIP_ARGS) --no-deps --target .venv/triton $(TRITON)
+	@touch $@
+
+test-triton: .venv/triton/.installed
+	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_triton.py
 
 lint: setup
 	@$(BIN)/ruff check .

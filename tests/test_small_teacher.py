@@ -16,7 +16,6 @@ from limbeck.contract import tiny
 from limbeck.data.cache import publish, sound
 from limbeck.data.packing import IGNORE, Batch
 from limbeck.data.recall import AGAIN, Passages, common_words, copied_passage, pairs, word_list, write_recall
-from limbeck.data.repeats import SHORTEST, Repeats
 from limbeck.data.shards import place_of
 from limbeck.data.vocabulary import END, learn_vocabulary
 from limbeck.errors import LimbeckError
@@ -140,25 +139,6 @@ def test_a_vocabulary_is_learnt_alike_and_writes_all_text(texts):
     text = "Ünïcode, digits 2026\n\n and  spaces: 語"
     assert first.decode(first(text).input_ids) == text
     assert first.convert_ids_to_tokens(first("2026").input_ids) == ["2", "0", "2", "6"]
-
-
-def test_a_row_of_repeats_is_one_list_and_asks_only_for_what_it_has_shown():
-    repeats = Repeats(vocabulary=50, length=24, seed=3)
-    batch = repeats.batch(5, 40)
-    assert batch.input_ids.shape == batch.targets.shape == (40, 24)
-    periods = set()
-    for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist()):
-        period = next(n for n in range(1, 25) if ids[n:] == ids[: 24 - n])
-        assert len(set(ids[:period])) == period
-        assert 0 not in ids
-        assert targets[:period] == [IGNORE] * period
-        assert targets[period:-1] == ids[period + 1 :]
-        periods.add(period)
-    assert min(periods) == SHORTEST
-    assert max(periods) == 12
-    torch.testing.assert_close(repeats.batch(9, 1).input_ids, batch.input_ids[4:5])
-    with pytest.raises(LimbeckError, match="repeats of 6 tokens"):
-        Repeats(vocabulary=50, length=6)
 
 
 # ---------------------------------------------------------------------- the stage

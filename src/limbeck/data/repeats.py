@@ -1,29 +1,65 @@
-"""Lists of random tokens over and over: what a model learns to look back on before it reads anything.
+"""Lists of random tokens over and over: what a model learns to look back on; the source `repeats` of a recipe.
 
     repeats = Repeats(vocabulary=4096, length=64, seed=0)
     batch = repeats.batch(position, size=32)        # as `packing.Packed`; a pure function of the position
+    lists = Lists.of(tokenizer, vocabulary=4096)    # what `open_text` has for {source: repeats}
 
 A row is a list of different tokens, as long as chance says between 4 and half the row, again and again to its end.
 Targets are those tokens alone that the row has shown already, so all that there is to learn is to look back: the
-gradient of what cannot be foretold drowns it otherwise.
+gradient of what cannot be foretold drowns it otherwise. A teacher that is trained here reads them first, and a student
+that is to keep associations learns it from them soonest.
 """
+
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 
+from limbeck.data.encode import key_of
 from limbeck.data.packing import IGNORE, Batch, Sequences, check_position
 from limbeck.errors import LimbeckError
 
+NAME = "repeats"  # of the source
 SHORTEST = 4  # tokens in a list
+HELD_OUT = 2**31  # added to the seed of what is measured on
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The source `repeats`: lists of a tokenizer's tokens without its special ones. It has no end."""
+
+    vocabulary: int
+    special: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocabulary: int) -> Self:
+        """Of the tokens that the tokenizer has and the model has a row for."""
+        most = min(vocabulary, len(tokenizer))
+        return cls(most, tuple(sorted({0, *(one for one in tokenizer.all_special_ids if one < most)})))
+
+    @property
+    def key(self) -> str:
+        """Which lists these are, for the run's manifest."""
+        return key_of({NAME: self.vocabulary, "special": self.special})
+
+    def training(self, length: int, seed: int) -> "Repeats":
+        """Rows of `length` tokens."""
+        return Repeats(self.vocabulary, length, seed, self.special)
+
+    def held_out(self, length: int) -> "Repeats":
+        """Other rows than any that are trained on."""
+        return Repeats(self.vocabulary, length, HELD_OUT, self.special)
 
 
 class Repeats:
     """Sequences of repeated lists; never the same twice.
 
     Args:
-        vocabulary: tokens are drawn from 1 to `vocabulary` - 1; 0 ends documents.
+        vocabulary: tokens are drawn from 0 to `vocabulary` - 1.
         length: T, tokens in a sequence.
         seed: of what is drawn.
+        special: tokens that are not drawn; 0 ends documents.
 
     Raises:
         LimbeckError: sequences too short for two lists, or longer than there are different tokens for.
@@ -31,10 +67,12 @@ class Repeats:
 
     n_sequences = 2**62  # none comes again
 
-    def __init__(self, vocabulary: int, length: int, seed: int = 0):
-        if not 2 * SHORTEST <= length < 2 * vocabulary:
-            raise LimbeckError(f"repeats of {length} tokens", expected=f"{2 * SHORTEST} to {2 * vocabulary - 1}")
-        self.vocabulary, self.length, self.seed = vocabulary, length, seed
+    def __init__(self, vocabulary: int, length: int, seed: int = 0, special: tuple[int, ...] = (0,)):
+        self.drawn = np.setdiff1d(np.arange(vocabulary), special)
+        most = 2 * len(self.drawn) + 1
+        if not 2 * SHORTEST <= length <= most:
+            raise LimbeckError(f"repeats of {length} tokens", expected=f"{2 * SHORTEST} to {most}")
+        self.length, self.seed = length, seed
 
     def batch(self, position: int, size: int) -> Batch:
         """Sequences `position` to `position + size`: tensors of shape [size, length]."""
@@ -53,6 +91,6 @@ class Repeats:
         """[2, T + 1]: the tokens, and whether each could be foretold."""
         rng = np.random.default_rng((self.seed, self.length, number))
         count = int(rng.integers(SHORTEST, self.length // 2 + 1))
-        listed = 1 + rng.choice(self.vocabulary - 1, count, replace=False)
+        listed = self.drawn[rng.choice(len(self.drawn), count, replace=False)]
         places = np.arange(self.length + 1)
         return np.stack([listed[places % count], places > count])  # the first repeated token tells the way

@@ -1,4 +1,4 @@
-"""The text of a recipe, opened: one source or several, tokenised first or streamed.
+"""The text of a recipe, opened: one source or several, tokenised first, streamed, or made as it is read.
 
     text = open_text(recipe.data, tokenizer, teacher)
     text.training(512, seed=0).batch(0, 4)
@@ -13,7 +13,9 @@ from typing import Any
 from limbeck.data.encode import key_of
 from limbeck.data.mixture import Mixture
 from limbeck.data.packing import Packed, Sequences
-from limbeck.data.shards import TokenStore, prepare
+from limbeck.data.repeats import NAME as REPEATS
+from limbeck.data.repeats import Lists
+from limbeck.data.shards import Split, TokenStore, prepare
 from limbeck.data.streamed import Streamed
 from limbeck.data.streaming import Stream
 from limbeck.errors import LimbeckError
@@ -24,7 +26,7 @@ from limbeck.recipe import Data, Source
 class Text:
     """Opened sources and their weights. `key` says which tokens they are, for the run's manifest."""
 
-    parts: list[TokenStore | Stream]
+    parts: list[TokenStore | Stream | Lists]
     weights: list[float]
 
     @property
@@ -35,14 +37,14 @@ class Text:
 
     @property
     def train_tokens(self) -> int | None:
-        """Training tokens of all sources; None where one is streamed, so that nobody knows."""
+        """Training tokens of all sources; None where one is streamed, so that nobody knows, or has no end."""
         known = [part.train.n_tokens for part in self.parts if isinstance(part, TokenStore)]
         return sum(known) if len(known) == len(self.parts) else None
 
     @property
     def held_out_tokens(self) -> int:
         """Held-out tokens of all sources."""
-        return sum(part.held_out.n_tokens for part in self.parts if part.held_out is not None)
+        return sum(split.n_tokens for split, _ in self._held_out)
 
     @property
     def files(self) -> dict[str, int]:
@@ -52,20 +54,31 @@ class Text:
 
     def training(self, length: int, seed: int) -> Sequences:
         """The training text in sequences of `length` tokens."""
-        made: list[Sequences] = [
-            Streamed(part, length, seed) if isinstance(part, Stream) else Packed(part.train, length, seed)
-            for part in self.parts
-        ]
+        made = [_training(part, length, seed) for part in self.parts]
         return made[0] if len(made) == 1 else Mixture(made, self.weights, seed)
 
     def held_out(self, length: int) -> Sequences:
-        """The held-out text in sequences of `length` tokens, in a fixed order; of several sources in their shares."""
-        made = [Packed(part.held_out, length, shuffle=False) for part in self.parts if part.held_out is not None]
-        return made[0] if len(made) == 1 else Mixture(made, self.weights, shuffle=False)
+        """The held-out text in sequences of `length` tokens, in a fixed order; of several sources in their shares.
+
+        Repeated lists are no text, and are measured on only where there is nothing else.
+        """
+        made = [Packed(split, length, shuffle=False) for split, _ in self._held_out]
+        if not made:
+            (lists,) = (part for part in self.parts if isinstance(part, Lists))
+            return lists.held_out(length)
+        return made[0] if len(made) == 1 else Mixture(made, [weight for _, weight in self._held_out], shuffle=False)
+
+    @property
+    def _held_out(self) -> list[tuple[Split, float]]:
+        """What each source holds out, and its weight."""
+        splits = [None if isinstance(part, Lists) else part.held_out for part in self.parts]
+        return [(split, weight) for split, weight in zip(splits, self.weights) if split is not None]
 
     def all_in_order(self, length: int) -> Sequences:
         """A single source's training text, which is all of it where nothing is held out, in stored order."""
         (part,) = self.parts
+        if isinstance(part, Lists):
+            return part.held_out(length)
         assert isinstance(part, TokenStore)
         return Packed(part.train, length, shuffle=False)
 
@@ -103,11 +116,13 @@ def open_text(
         "held_out": share,
         "vocab_size": int(teacher.get_input_embeddings().weight.shape[0]),
     }
-    parts: list[TokenStore | Stream] = []
+    parts: list[TokenStore | Stream | Lists] = []
     sources = data.sources or [Source(source=data.source, text_field=data.text_field, chat=data.chat)]
     for one in sources:
         common |= {"text_field": one.text_field, "chat": one.chat}
-        if data.streaming:
+        if one.source == REPEATS:
+            parts.append(Lists.of(tokenizer, common["vocab_size"]))
+        elif data.streaming:
             if share == 0:
                 raise LimbeckError("a streamed text has no end", expected="held-out text to evaluate on")
             stream = Stream(
@@ -121,3 +136,9 @@ def open_text(
         else:
             parts.append(prepare(one.source, tokenizer, max_tokens=data.max_tokens, **common))
     return Text(parts, [one.weight for one in sources])
+
+
+def _training(part: TokenStore | Stream | Lists, length: int, seed: int) -> Sequences:
+    if isinstance(part, Lists):
+        return part.training(length, seed)
+    return Streamed(part, length, seed) if isinstance(part, Stream) else Packed(part.train, length, seed)

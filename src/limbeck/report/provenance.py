@@ -114,7 +114,8 @@ def _texts(collection: Collection) -> list[tuple[str, str]]:
     for arm in collection.arms:
         if "tokens_key" in arm.manifest:
             m = arm.manifest
-            told = f"key {m['tokens_key']}, {m['train_tokens']:,} tokens to train on, {m['held_out_tokens']:,} held out"
+            count = "any number of" if m["train_tokens"] is None else f"{m['train_tokens']:,}"
+            told = f"key {m['tokens_key']}, {count} tokens to train on, {m['held_out_tokens']:,} held out"
             found.setdefault((f"text {arm.recipe.get('data', {}).get('source', '')}".strip(), told))
         for one in arm.measurements.values():
             told = _list({key: value for key, value in one.data.items() if isinstance(value, str | int)})

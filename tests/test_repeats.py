@@ -1,0 +1,101 @@
+"""Repeated lists: rows, and the source of that name in a recipe, alone and beside text."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from limbeck import LimbeckError, job
+from limbeck.contract import tiny
+from limbeck.data.packing import IGNORE
+from limbeck.data.repeats import SHORTEST, Lists, Repeats
+from limbeck.data.text import Text, open_text
+from limbeck.recipe import Data, Recipe
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_a_row_of_repeats_is_one_list_and_asks_only_for_what_it_has_shown():
+    repeats = Repeats(vocabulary=50, length=24, seed=3)
+    batch = repeats.batch(5, 40)
+    assert batch.input_ids.shape == batch.targets.shape == (40, 24)
+    periods = set()
+    for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist()):
+        period = next(n for n in range(1, 25) if ids[n:] == ids[: 24 - n])
+        assert len(set(ids[:period])) == period
+        assert 0 not in ids
+        assert targets[:period] == [IGNORE] * period
+        assert targets[period:-1] == ids[period + 1 :]
+        periods.add(period)
+    assert min(periods) == SHORTEST
+    assert max(periods) == 12
+    torch.testing.assert_close(repeats.batch(9, 1).input_ids, batch.input_ids[4:5])
+    with pytest.raises(LimbeckError, match="repeats of 6 tokens"):
+        Repeats(vocabulary=50, length=6)
+
+
+def opened(tokenizer, **data) -> Text:
+    return open_text(Data.model_validate({"length": 32, "held_out": 0.2, **data}), tokenizer, tiny("llama"))
+
+
+def test_special_tokens_are_in_no_list(tokenizer):
+    lists = Lists.of(tokenizer, vocabulary=1000)
+    assert lists.vocabulary == len(tokenizer)
+    ids = lists.training(64, seed=0).batch(0, 50).input_ids
+    assert set(ids.flatten().tolist()) == set(range(len(tokenizer))) - {0, *tokenizer.all_special_ids}
+    assert Lists.of(tokenizer, vocabulary=50).training(64, seed=0).batch(0, 50).input_ids.max() == 49
+    assert lists.key == Lists.of(tokenizer, vocabulary=1000).key != Lists.of(tokenizer, vocabulary=50).key
+
+
+def test_lists_alone_are_measured_on_other_rows(tokenizer):
+    text = opened(tokenizer, source="repeats")
+    assert (text.train_tokens, text.held_out_tokens) == (None, 0)
+    training, held_out = text.training(32, seed=0), text.held_out(32)
+    assert not torch.equal(training.batch(0, 8).input_ids, held_out.batch(0, 8).input_ids)
+    assert not torch.equal(training.batch(0, 8).input_ids, text.training(32, seed=1).batch(0, 8).input_ids)
+    assert (held_out.batch(0, 8).targets == IGNORE).any()
+
+
+def test_lists_beside_text(tokenizer, corpus):
+    """They come in their share, and what is measured on is the text alone."""
+    text = opened(tokenizer, sources=[{"source": str(corpus), "weight": 3.0}, {"source": "repeats", "weight": 1.0}])
+    alone = opened(tokenizer, source=str(corpus))
+    assert text.train_tokens is None
+    assert text.held_out_tokens == alone.held_out_tokens
+    assert torch.equal(text.held_out(32).batch(0, 4).input_ids, alone.held_out(32).batch(0, 4).input_ids)
+    batch = text.training(32, seed=0).batch(0, 40)
+    periodic = [any(row[n:] == row[: 32 - n] for n in range(SHORTEST, 17)) for row in batch.input_ids.tolist()]
+    assert sum(periodic) == 10
+    assert text.key != alone.key
+
+
+def test_a_run_with_a_stage_on_lists(teacher_folder, corpus, tmp_path):
+    """Its own text is what it is measured on; lists are something to measure on as well."""
+    raw = {
+        "name": "lists",
+        "teacher": str(teacher_folder),
+        "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+        "stages": [
+            {"stage": "hidden", "tokens": 512, "length": 16, "data": {"source": "repeats"}},
+            {
+                "stage": "logits",
+                "tokens": 512,
+                "data": {"source": "repeats", "length": 32},
+                "ce": 1.0,
+                "evaluate_every": 4,
+            },
+            {"stage": "logits", "tokens": 256},
+        ],
+        "evaluation": {"tokens": 256, "prompt": None, "new_tokens": 0},
+    }
+    result = job.distill(Recipe.parse({**raw, "out": str(tmp_path / "run")}))
+    assert result["held_out"]["student_perplexity"] > 1
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["train_tokens"] > 0
+    out = str(tmp_path / "eval")
+    given = ["eval", str(tmp_path / "run"), "--data", "repeats", "--length", "32", "--tokens", "64", "--out", out]
+    from limbeck.cli import app
+    from limbeck.cli import eval as _  # noqa: F401
+
+    assert CliRunner().invoke(app, given, catch_exceptions=False).exit_code == 0

@@ -21,10 +21,10 @@ from limbeck.data.vocabulary import END, learn_vocabulary
 from limbeck.errors import LimbeckError
 from limbeck.publish.origin import find_origin
 from limbeck.stages.next_token import NextToken
+from limbeck.teacher_recipe import TeacherRecipe
 from limbeck.teachers import pretrain
 from limbeck.teachers.lookback import look_back
 from limbeck.teachers.pretrain import planned, trained_teacher
-from limbeck.teachers.recipe import TeacherRecipe
 
 RECIPE = """
 name: mine

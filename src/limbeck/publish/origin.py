@@ -15,7 +15,7 @@ from typing import Any
 
 from limbeck.errors import LimbeckError
 from limbeck.publish.privacy import is_local, last_part
-from limbeck.teachers.recipe import TeacherRecipe
+from limbeck.teacher_recipe import TeacherRecipe
 
 LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 TEXTS = {  # how licence files begin, and the hub's name of the licence

@@ -31,7 +31,7 @@ from limbeck.data.cache import no_room_is_an_error, publish, sound
 from limbeck.distributed import on_main, tensors_from_main, world
 from limbeck.errors import LimbeckError
 from limbeck.stages.trackers import Trackers, chosen, steps_before
-from limbeck.teachers.recipe import AnyRecipe
+from limbeck.teacher_recipe import AnyRecipe
 
 try:
     import fcntl

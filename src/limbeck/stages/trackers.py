@@ -23,7 +23,7 @@ from limbeck.console import console
 from limbeck.errors import LimbeckError
 from limbeck.machine import peak_memory
 from limbeck.stages.optimize import steps_of
-from limbeck.teachers.recipe import AnyRecipe
+from limbeck.teacher_recipe import AnyRecipe
 
 PROJECT = "limbeck"
 SCALARS = ("loss", "held_out_loss", "lr", "grad_norm", "skipped", "loss_scale", "tokens_per_second")

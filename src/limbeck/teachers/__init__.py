@@ -1,1 +1,1 @@
-"""Teachers that Limbeck trains itself: their recipes, the start that looks back, and the training."""
+"""Teachers that Limbeck trains itself: the start that looks back, and the training."""

@@ -33,8 +33,8 @@ from limbeck.stages.loop import train
 from limbeck.stages.next_token import NextToken
 from limbeck.stages.optimize import copy_into, steps_of
 from limbeck.stages.run import RunDirectory, environment, open_run
+from limbeck.teacher_recipe import TeacherRecipe
 from limbeck.teachers.lookback import look_back
-from limbeck.teachers.recipe import TeacherRecipe
 
 EVALUATED = 65_536  # held-out tokens of each source that a finished teacher is measured on
 

@@ -39,7 +39,7 @@ class TeacherRecipe(Document):
 
     name: str
     model: dict[str, Any]  # fields of the family's config in transformers, `model_type` among them
-    start: Literal["random", "look_back"] = "random"  # weights before the first step, see `lookback`
+    start: Literal["random", "look_back"] = "random"  # weights before the first step, see `limbeck.teachers.lookback`
     vocabulary: Annotated[int, Field(ge=300)]  # tokens of the byte-level BPE, special ones included
     data: Data
     stages: Annotated[list[Annotated[NextToken | Repeats, Field(discriminator="stage")]], Field(min_length=1)]

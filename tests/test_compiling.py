@@ -1,5 +1,6 @@
 """Blocks and losses through torch.compile give the numbers that they give without."""
 
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -24,8 +25,18 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("mixer", "again"), [("gla", False), ("gated_deltanet", True)])
-def test_compiled_blocks_give_the_same_gradients(mixer, again, fresh):
+no_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor writes C++, and there is no g++")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "again", "compiler"),
+    [
+        ("gla", False, "aot_eager"),
+        ("gated_deltanet", True, "aot_eager"),
+        pytest.param("mlstm", False, "inductor", marks=[pytest.mark.slow, no_compiler]),
+    ],
+)
+def test_compiled_blocks_give_the_same_gradients(mixer, again, compiler, fresh):
     teacher = tiny("llama").eval().requires_grad_(False)
     student = limbeck.convert(teacher, mixer).requires_grad_(False)
     sites = attention_sites(teacher)
@@ -35,7 +46,7 @@ def test_compiled_blocks_give_the_same_gradients(mixer, again, fresh):
     blocks, notes, found = blocks_of(student, sites[0].block), Notes(), []
     for parameter in stage.parameters().values():
         parameter.requires_grad_(True)
-    for backend in (None, "aot_eager"):
+    for backend in (None, compiler):
         with compiled(student, blocks, notes, backend) if backend else nullcontext():
             sums = accumulate(stage, [a_batch()])
         found.append((float(sums["loss"]), {n: p.grad.clone() for n, p in stage.parameters().items()}))

@@ -22,7 +22,7 @@ from limbeck.errors import LimbeckError
 
 NAME = "repeats"  # of the source
 SHORTEST = 4  # tokens in a list
-HELD_OUT = 2**31  # added to the seed of what is measured on
+HELD_OUT = 2**31  # the seed of what is measured on
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,7 @@ class Text:
         """
         made = [Packed(split, length, shuffle=False) for split, _ in self._held_out]
         if not made:
-            (lists,) = (part for part in self.parts if isinstance(part, Lists))
-            return lists.held_out(length)
+            return next(part for part in self.parts if isinstance(part, Lists)).held_out(length)
         return made[0] if len(made) == 1 else Mixture(made, [weight for _, weight in self._held_out], shuffle=False)
 
     @property

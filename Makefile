@@ -37,21 +37,17 @@ assets: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.venv/oldest/.installed: $(DONE) Makefile
-	@echo "setup: $(word 1,$(OLDEST)) in .venv/oldest"
-	@rm -rf .venv/oldest
-	@$(BIN)/python -m pip install -q -q $(PIP_ARGS) --no-deps --target .venv/oldest $(OLDEST)
+.venv/oldest/.installed: WANTED := $(OLDEST)
+.venv/triton/.installed: WANTED := $(TRITON)
+.venv/oldest/.installed .venv/triton/.installed: .venv/%/.installed: $(DONE) Makefile
+	@echo "setup: $(firstword $(WANTED)) in .venv/$*"
+	@rm -rf .venv/$*
+	@$(BIN)/python -m pip install -q -q $(PIP_ARGS) --no-deps --target .venv/$* $(WANTED)
 	@touch $@
 
 test-oldest: .venv/oldest/.installed
 	@PYTHONPATH=.venv/oldest $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	@PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(CORE) -k 'not test_contract or gated_deltanet-full'
-
-.venv/triton/.installed: $(DONE) Makefile
-	@echo "setup: $(TRITON) in .venv/triton"
-	@rm -rf .venv/triton
-	@$(BIN)/python -m pip install -q -q $(PIP_ARGS) --no-deps --target .venv/triton $(TRITON)
-	@touch $@
 
 test-triton: .venv/triton/.installed
 	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_triton.py

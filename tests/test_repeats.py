@@ -12,6 +12,8 @@ from limbeck.data.packing import IGNORE
 from limbeck.data.repeats import SHORTEST, Lists, Repeats
 from limbeck.data.text import Text, open_text
 from limbeck.recipe import Data, Recipe
+from limbeck.teacher_recipe import TeacherRecipe
+from limbeck.teachers.pretrain import held_out_perplexity
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -68,6 +70,14 @@ def test_lists_beside_text(tokenizer, corpus):
     periodic = [any(row[n:] == row[: 32 - n] for n in range(SHORTEST, 17)) for row in batch.input_ids.tolist()]
     assert sum(periodic) == 10
     assert text.key != alone.key
+
+
+def test_a_teacher_that_reads_lists_beside_text_is_measured_on_the_text(tokenizer, corpus):
+    data = {"length": 32, "held_out": 0.2, "sources": [{"source": str(corpus)}, {"source": "repeats"}]}
+    stages = [{"stage": "next_token", "tokens": 64}]
+    recipe = TeacherRecipe.parse({"name": "x", "model": {}, "vocabulary": 400, "data": data, "stages": stages})
+    found = held_out_perplexity(recipe, tiny("llama").float().eval(), opened(tokenizer, **data))
+    assert found.keys() == {str(corpus)}
 
 
 def test_a_run_with_a_stage_on_lists(teacher_folder, corpus, tmp_path):

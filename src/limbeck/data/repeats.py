@@ -11,7 +11,7 @@ that is to keep associations learns it from them soonest.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from limbeck.data.encode import key_of
 from limbeck.data.packing import IGNORE, Batch, Sequences, check_position
 from limbeck.errors import LimbeckError
 
-NAME = "repeats"  # of the source
+REPEATS = "repeats"  # the source's name
 SHORTEST = 4  # tokens in a list
 HELD_OUT = 2**31  # the seed of what is measured on
 
@@ -29,6 +29,7 @@ HELD_OUT = 2**31  # the seed of what is measured on
 class Lists:
     """The source `repeats`: lists of a tokenizer's tokens without its special ones. It has no end."""
 
+    held_out: ClassVar[None] = None  # no text to measure on
     vocabulary: int
     special: tuple[int, ...]
 
@@ -41,13 +42,13 @@ class Lists:
     @property
     def key(self) -> str:
         """Which lists these are, for the run's manifest."""
-        return key_of({NAME: self.vocabulary, "special": self.special})
+        return key_of({REPEATS: self.vocabulary, "special": self.special})
 
     def training(self, length: int, seed: int) -> "Repeats":
         """Rows of `length` tokens."""
         return Repeats(self.vocabulary, length, seed, self.special)
 
-    def held_out(self, length: int) -> "Repeats":
+    def measured(self, length: int) -> "Repeats":
         """Other rows than any that are trained on."""
         return Repeats(self.vocabulary, length, HELD_OUT, self.special)
 

@@ -13,8 +13,7 @@ from typing import Any
 from limbeck.data.encode import key_of
 from limbeck.data.mixture import Mixture
 from limbeck.data.packing import Packed, Sequences
-from limbeck.data.repeats import NAME as REPEATS
-from limbeck.data.repeats import Lists
+from limbeck.data.repeats import REPEATS, Lists
 from limbeck.data.shards import Split, TokenStore, prepare
 from limbeck.data.streamed import Streamed
 from limbeck.data.streaming import Stream
@@ -63,21 +62,22 @@ class Text:
         Repeated lists are no text, and are measured on only where there is nothing else.
         """
         made = [Packed(split, length, shuffle=False) for split, _ in self._held_out]
-        if not made:
-            return next(part for part in self.parts if isinstance(part, Lists)).held_out(length)
+        lists = [part for part in self.parts if isinstance(part, Lists)]
+        if lists and not made:
+            return lists[0].measured(length)
         return made[0] if len(made) == 1 else Mixture(made, [weight for _, weight in self._held_out], shuffle=False)
 
     @property
     def _held_out(self) -> list[tuple[Split, float]]:
         """What each source holds out, and its weight."""
-        splits = [None if isinstance(part, Lists) else part.held_out for part in self.parts]
-        return [(split, weight) for split, weight in zip(splits, self.weights) if split is not None]
+        pairs = zip(self.parts, self.weights)
+        return [(part.held_out, weight) for part, weight in pairs if part.held_out is not None]
 
     def all_in_order(self, length: int) -> Sequences:
         """A single source's training text, which is all of it where nothing is held out, in stored order."""
         (part,) = self.parts
         if isinstance(part, Lists):
-            return part.held_out(length)
+            return part.measured(length)
         assert isinstance(part, TokenStore)
         return Packed(part.train, length, shuffle=False)
 

@@ -24,7 +24,6 @@ from limbeck.console import console
 from limbeck.data.cache import cache_root, publish, sound
 from limbeck.data.packing import Packed, Sequences
 from limbeck.data.repeats import Repeats
-from limbeck.data.shards import TokenStore
 from limbeck.data.text import Text, open_text
 from limbeck.data.vocabulary import learn_vocabulary
 from limbeck.distributed import world
@@ -147,8 +146,8 @@ def held_out_perplexity(recipe: TeacherRecipe, model: PreTrainedModel, text: Tex
     """Perplexity on the held-out part of each source, in sequences of the recipe's length."""
     found = {}
     for source, part in zip(recipe.data.sources or [], text.parts):
-        assert isinstance(part, TokenStore)
-        assert part.held_out is not None
+        if part.held_out is None:
+            continue
         held_out = Packed(part.held_out, recipe.data.length, shuffle=False)
         stage, total, count = NextToken(model), 0.0, 0
         for at in range(min(held_out.n_sequences, max(1, EVALUATED // recipe.data.length))):

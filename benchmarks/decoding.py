@@ -42,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     teacher, tokenizer = load_teacher(assets.resolve_teacher(args.teacher), torch.device("cpu"))
-    text = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[:, :SEED]
+    text = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :SEED]
     count = teacher.config.get_text_config().num_hidden_layers
     kept = count - len(converted_layers("all", args.keep, count))
     pure = limbeck.convert(teacher, args.student, share=True)
@@ -77,7 +77,7 @@ def main() -> None:
         draw(series, args.picture)
     if args.json:
         facts = {"command": sys.argv, "threads": args.threads, "points": [vars(p) for p in points]}
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _better(first: list[Point], second: list[Point]) -> list[float]:

@@ -40,7 +40,7 @@ def main() -> None:
     if args.section == "report":
         if path is None or not path.is_file() or not args.report:
             sys.exit("report: give --json FILE with what was measured, and --report FILE to write it into")
-        write_report(Path(args.report), json.loads(path.read_text()))
+        write_report(Path(args.report), json.loads(path.read_text(encoding="utf-8")))
         return
     device = torch.device("cuda" if torch.cuda.is_available() and not args.dry else "cpu")
     if device.type == "cpu" and not args.dry:
@@ -53,8 +53,8 @@ def main() -> None:
         wrong += sum(row.get("ok") is False for row in found["rows"])
         show(name, found)
         if path is not None:
-            known = json.loads(path.read_text()) if path.is_file() else {}
-            path.write_text(json.dumps({**known, name: found}, indent=1) + "\n")
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            path.write_text(json.dumps({**known, name: found}, indent=1) + "\n", encoding="utf-8")
     if wrong:
         sys.exit(f"{wrong} results are wrong by more than their bounds")
 
@@ -118,12 +118,12 @@ def write_report(path: Path, found: dict[str, Any]) -> None:
             cells = ("" if row.get(c) is None else str(row[c]).replace("|", "\\|") for c in columns)
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join([*lines, *("", *section["notes"])] if section["notes"] else lines))
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, mark, tail = rest.partition(END)
     if not mark:
         sys.exit(f"report: {path} has no place for figures ({BEGIN} ... {END})")
-    path.write_text(f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{tail}")
+    path.write_text(f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{tail}", encoding="utf-8")
 
 
 def _given(args: argparse.Namespace) -> list[str]:

@@ -42,7 +42,7 @@ def main() -> None:
     print(f"{'softmax layers':32} {names}")
     print(f"{'all: the teacher':32} {'':10} {'':7} {'':9} {_loss(teacher, exam):19.3f}")
     for run in args.runs:
-        result = json.loads((run / "eval.json").read_text())
+        result = json.loads((run / "eval.json").read_text(encoding="utf-8"))
         student = AutoModelForCausalLM.from_pretrained(run / "student").eval()
         held, kept = result["held_out"], _kept(student)
         growth = result["memory"]["student_bytes_per_token"]

@@ -91,7 +91,7 @@ def _one(stage: str, length: int, threads: int = 0, steps: int = 3, **case) -> d
     step(max(16, length // 8))
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the peak back
     seconds, peak = [], 0
     for _ in range(steps):
         began = time.perf_counter()
@@ -103,7 +103,7 @@ def _one(stage: str, length: int, threads: int = 0, steps: int = 3, **case) -> d
 
 def resident(what: str) -> int:
     """Resident memory of this process in bytes: VmRSS now, VmHWM at most."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what))
+    line = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(what))
     return 1024 * int(line.split()[1])
 
 

@@ -78,7 +78,7 @@ def forward_backward(run: Callable, x: Inputs) -> tuple[float, torch.Tensor]:
 def resident(name: str) -> float | None:
     """VmHWM or VmRSS in MB."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), None)
@@ -92,7 +92,7 @@ def first_run(run: Callable, x: Inputs) -> tuple[float, torch.Tensor, float | No
     before = None
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         before = resident("VmRSS")
     seconds, out = forward_backward(run, x)
     after = resident("VmHWM")

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from limbeck.contract import tiny
 from limbeck.recipe import Recipe
 
-TEXT = (Path(__file__).parent.parent / "LICENSE").read_text()
+TEXT = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
 LIMBECK = "from limbeck.cli import main; main()"
 # the disk is full when so many more megabytes have been written: half of the file is there, then the system says no
 FULL_DISK = f"""
@@ -75,7 +75,7 @@ def main() -> None:
     for problem in tally.wrong:
         print(f"WRONG: {problem}")
     if args.json:
-        args.json.write_text(json.dumps(vars(tally), indent=1) + "\n")
+        args.json.write_text(json.dumps(vars(tally), indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if tally.wrong else 0)
 
 
@@ -89,7 +89,7 @@ class Breaker:
         tiny("llama").save_pretrained(folder / "teacher")
         tokenizer.save_pretrained(folder / "teacher")
         (folder / "text.jsonl").write_text(
-            "".join(json.dumps({"text": p}) + "\n" for p in TEXT.split("\n\n") if len(p) > 80)
+            "".join(json.dumps({"text": p}) + "\n" for p in TEXT.split("\n\n") if len(p) > 80), encoding="utf-8"
         )
 
     def run(self, kills: int, others: int) -> Tally:
@@ -170,7 +170,7 @@ class Breaker:
             "checkpoint_seconds": 0.5,
             "out": str(self.folder / name),
         }
-        path.write_text(Recipe.parse(recipe).to_yaml())
+        path.write_text(Recipe.parse(recipe).to_yaml(), encoding="utf-8")
         return path
 
     def _start(self, path: Path, code: str = LIMBECK) -> "Process":
@@ -181,7 +181,7 @@ class Process:
     """A command, its output kept."""
 
     def __init__(self, command: list[str], env: dict[str, str]):
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
+        self.output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (it lives as long as the process)
         self.process = subprocess.Popen(command, env=env, stdout=self.output, stderr=subprocess.STDOUT)
 
     def alive(self) -> bool:
@@ -198,18 +198,18 @@ class Process:
 
 
 def _log(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
 def _steps(run: Path) -> int:
     log = run / "metrics.jsonl"
-    return log.read_text().count("\n") if log.exists() else 0
+    return log.read_text(encoding="utf-8").count("\n") if log.exists() else 0
 
 
 def _stage_and_step(run: Path) -> tuple[str, int]:
     """The stage that the log ends in, and how many of its steps are in no checkpoint."""
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (run / "metrics.jsonl").exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("}")]
     if not whole:
         return "calibrate", 0

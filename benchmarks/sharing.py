@@ -121,7 +121,7 @@ def main() -> None:
         print(f"{name}: alone {found['alone']:.1f} s, together {found['together']:.1f} s, {100 * found['ratio']:.0f} %")
     print(f"both: {100 * result['ratio']:.0f} %; largest difference of a weight: {result['largest_difference']:g}")
     if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

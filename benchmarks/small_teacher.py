@@ -57,7 +57,7 @@ def main() -> None:
         output.print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "sample"), markup=False)
         output.print(f"  {values.get('sample', '')!r}", markup=False)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     raw.train_from_iterator(
-        LICENCE.read_text().splitlines(),
+        LICENCE.read_text(encoding="utf-8").splitlines(),
         trainers.BpeTrainer(vocab_size=97, special_tokens=special, show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -41,8 +41,8 @@ def corpus(tmp_path_factory) -> Path:
     import json
 
     path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
-    paragraphs = [p for p in LICENCE.read_text().split("\n\n") if len(p) > 80]
-    path.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
+    paragraphs = [p for p in LICENCE.read_text(encoding="utf-8").split("\n\n") if len(p) > 80]
+    path.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs), encoding="utf-8")
     return path
 
 

@@ -57,7 +57,7 @@ def fla(file: str, *names: str, folder: str = "ops"):
     path = fla_folder() / folder / file
     if not path.exists():
         pytest.skip(f"this version of fla-core has no {folder}/{file}")
-    found = {node.name: node for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
+    found = {node.name: node for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
     if missing := [name for name in names if name not in found]:
         pytest.skip(f"{folder}/{file} of this version of fla-core has no {', '.join(missing)}")
     for name in names:

@@ -74,7 +74,7 @@ def gradients() -> dict:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    (folder / f"gradients.{RANK}.json").write_text(json.dumps(gradients()))
+    (folder / f"gradients.{RANK}.json").write_text(json.dumps(gradients()), encoding="utf-8")
     for path in sorted(folder.glob("*.yaml")):
         name = path.stem
         ends = False
@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
             ends = "dog" in str(error)
         except Exception as error:
             found = {"failed": traceback.format_exc() + str(error)}
-        (folder / f"{name}.{RANK}.json").write_text(json.dumps(found))
+        (folder / f"{name}.{RANK}.json").write_text(json.dumps(found), encoding="utf-8")
         if ends:  # as the command line does; the other process hears of it
             sys.exit(found["exit_code"])
 

@@ -87,7 +87,7 @@ def test_a_damaged_file_is_noticed_and_made_again(own_cache: Path, small_downloa
 
 def test_a_download_that_breaks_off_leaves_nothing(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(wheel: Wheel, into: Path) -> Path:
-        (into / "half.whl").write_text("half")
+        (into / "half.whl").write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(assets, "download", broken)
@@ -104,7 +104,7 @@ def test_status_tells_size_and_place(own_cache: Path, small_downloads: list[str]
 
 
 def test_a_file_with_another_checksum_is_refused(tmp_path: Path):
-    (tmp_path / "a").write_text("other")
+    (tmp_path / "a").write_text("other", encoding="utf-8")
     with pytest.raises(LimbeckError, match=f"(?s)a has sha256 .*expected: {'0' * 64}"):
         wheels.check(tmp_path / "a", "0" * 64)
 
@@ -166,7 +166,7 @@ def test_short_documents_are_left_out(tmp_path: Path):
 
 def test_teachers_are_resolved(own_cache: Path, tmp_path: Path):
     def fill(folder: Path) -> dict:
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text("{}", encoding="utf-8")
         return {}
 
     publish(own_cache / "assets" / assets.TEACHER, fill, what="teacher")

@@ -112,7 +112,9 @@ def chats(n: int = 60) -> list[list[dict]]:
 
 
 def write(path: Path, field: str = "messages") -> str:
-    path.write_text("".join(json.dumps({field: chat, "id": i}) + "\n" for i, chat in enumerate(chats())))
+    path.write_text(
+        "".join(json.dumps({field: chat, "id": i}) + "\n" for i, chat in enumerate(chats())), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -152,7 +154,10 @@ def test_the_field_can_have_another_name_and_text_stays_text(tmp_path):
     with pytest.raises(LimbeckError, match="no field 'messages', only: talk, id"):
         prepare(other, tok, chat=True, **common)
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": chat[0]["content"] * 9, "messages": chat}) + "\n" for chat in chats()))
+    text.write_text(
+        "".join(json.dumps({"text": chat[0]["content"] * 9, "messages": chat}) + "\n" for chat in chats()),
+        encoding="utf-8",
+    )
     assert prepare(str(text), tok, chat=None, **common).train.mask is None  # a field `text` goes first
     key = prepare(str(text), tok, chat=False, **common).key
     assert key == prepare(str(text), tok, chat=None, **common).key != prepare(str(text), tok, chat=True, **common).key

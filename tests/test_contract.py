@@ -118,10 +118,10 @@ def test_cases():
 
 def test_the_document_lists_the_checks_and_shows_the_example():
     root = Path(__file__).parent.parent
-    text = (root / "docs" / "own_mixer.md").read_text()
+    text = (root / "docs" / "own_mixer.md").read_text(encoding="utf-8")
     for check in CHECKS.values():
         assert f"| `{check.name}` | {check.summary} |" in text
-    example = (root / "examples" / "lightning" / "limbeck_lightning.py").read_text()
+    example = (root / "examples" / "lightning" / "limbeck_lightning.py").read_text(encoding="utf-8")
     shown = text.split("## 2. The file")[1].split("```python\n")[1].split("```")[0]
     code = [line for line in shown.splitlines() if line and not line.lstrip().startswith("def ")]
     assert not [line for line in code if line not in example.splitlines()]

@@ -150,8 +150,8 @@ def source_of(kind: str, folder: Path, texts: list[str]) -> str:
     (folder / "mixed/0.txt").write_text(texts[0], encoding="utf-8-sig")
     write_jsonl(folder / "mixed/1.jsonl", texts[1:2])
     pq.write_table(pa.table({"text": texts[2:]}), folder / "mixed/below/2.parquet")
-    (folder / "mixed/readme.md").write_text("not text to learn from")
-    (folder / "mixed/.hidden.txt").write_text("not this either")
+    (folder / "mixed/readme.md").write_text("not text to learn from", encoding="utf-8")
+    (folder / "mixed/.hidden.txt").write_text("not this either", encoding="utf-8")
     return str(folder / "mixed")
 
 
@@ -172,7 +172,7 @@ def test_each_kind_of_source_gives_its_documents_and_a_key_of_its_content(kind: 
 
 
 def test_a_txt_file_is_one_document_and_empty_documents_are_left_out(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("first\n\nsecond\n")
+    (tmp_path / "a.txt").write_text("first\n\nsecond\n", encoding="utf-8")
     assert list(documents(str(tmp_path / "a.txt"))) == ["first\n\nsecond\n"]
     assert list(documents(write_jsonl(tmp_path / "b.jsonl", ["", " \n", "x"]))) == ["x"]
     assert list(documents(write_jsonl(tmp_path / "c.jsonl", ["x"], "body"), text_field="body")) == ["x"]
@@ -262,7 +262,7 @@ def test_missing_and_empty_sources_are_named(tmp_path: Path):
     (tmp_path / "empty" / "a.csv").touch()
     with pytest.raises(LimbeckError, match=r"only: \.csv"):
         list(documents(str(tmp_path / "empty")))
-    (tmp_path / "empty" / "dataset_dict.json").write_text("{}")
+    (tmp_path / "empty" / "dataset_dict.json").write_text("{}", encoding="utf-8")
     with pytest.raises(LimbeckError, match=r"datasets cannot load|no text"):
         list(documents(str(tmp_path / "empty")))
 
@@ -351,7 +351,7 @@ def test_the_key_changes_with_content_tokenizer_and_settings(tmp_path: Path, tok
     ]
     assert len(set(keys)) == len(keys)
     source = tmp_path / "two.jsonl"
-    source.write_text("".join(json.dumps({"text": t, "body": t[::-1]}) + "\n" for t in texts))
+    source.write_text("".join(json.dumps({"text": t, "body": t[::-1]}) + "\n" for t in texts), encoding="utf-8")
     fields = [prepare(str(source), tokenizer, length=8, held_out=0.2, text_field=f).key for f in ("text", "body")]
     assert fields[0] != fields[1]
 
@@ -477,7 +477,7 @@ def _prepare(cache: str, source: Path, tokenizer, answers) -> None:
 
 
 def _hang(started, temporary: Path) -> dict:
-    (temporary / "half").write_text("half")
+    (temporary / "half").write_text("half", encoding="utf-8")
     started.set()
     time.sleep(600)
     return {}
@@ -517,7 +517,7 @@ def test_a_killed_process_leaves_no_lock_and_its_rubbish_is_removed(tmp_path: Pa
     assert len(list(tmp_path.glob(".*.tmp"))) == 1
 
     def fill(temporary: Path) -> dict:
-        (temporary / "whole").write_text("whole")
+        (temporary / "whole").write_text("whole", encoding="utf-8")
         return {"by": "the second"}
 
     assert publish(folder, fill, what="thing")["by"] == "the second"
@@ -541,12 +541,12 @@ def test_without_file_locks_the_first_rename_wins(tmp_path: Path, monkeypatch: p
     folder = tmp_path / "thing"
 
     def overtaken(temporary: Path) -> dict:
-        (temporary / "file").write_text("second")
-        publish(folder, lambda other: {"file": (other / "file").write_text("first")}, what="thing")
+        (temporary / "file").write_text("second", encoding="utf-8")
+        publish(folder, lambda other: {"file": (other / "file").write_text("first", encoding="utf-8")}, what="thing")
         return {}
 
     publish(folder, overtaken, what="thing")
-    assert (folder / "file").read_text() == "first"
+    assert (folder / "file").read_text(encoding="utf-8") == "first"
     assert sound(folder, verify=True)
     assert sorted(path.name for path in folder.iterdir()) == ["file", MANIFEST]
     assert not list(tmp_path.glob(".*.tmp"))

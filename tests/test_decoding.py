@@ -63,7 +63,7 @@ def test_memory_a_student_constant_a_hybrid_by_its_layers_and_time_for_all(model
     assert sizes["hybrid"][2] - sizes["hybrid"][1] == (512 - 128) * per_token // layers
     assert all(0 < p.least <= p.milliseconds <= p.most for p in points.values())
     draw({name: [p for p in points.values() if p.name == name] for name in models}, tmp_path / "curves.svg")
-    assert "tokens of context" in (tmp_path / "curves.svg").read_text()
+    assert "tokens of context" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
 
 
 def test_break_even():

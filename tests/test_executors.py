@@ -78,7 +78,7 @@ def whole(study, tmp_path_factory) -> dict[str, str]:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    return {name: (folder / name).read_text() for name in ("table.md", "values.csv", "claims.md")}
+    return {name: (folder / name).read_text(encoding="utf-8") for name in ("table.md", "values.csv", "claims.md")}
 
 
 def with_a_bad_arm(raw: dict) -> Study:
@@ -137,7 +137,7 @@ def test_the_time_of_several_workers():
 
 def test_what_is_wrong_with_an_executor_is_said(raw, tmp_path, monkeypatch, capsys):
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     mine = [str(path), "--out", str(tmp_path / "out")]
     assert "did you mean 'slurm'" in limbeck(monkeypatch, capsys, *mine, "--executor", "slrum")
     assert "the executor local has no --workers" in limbeck(monkeypatch, capsys, *mine, "--workers", "2")
@@ -161,7 +161,7 @@ def test_gpus_and_workers(monkeypatch):
 
 
 def test_a_second_driver_is_refused_before_it_plans(study, tmp_path):
-    with open(tmp_path / ".lock", "w") as lock:
+    with open(tmp_path / ".lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(LimbeckError, match="another process"):
             run_study(study, tmp_path, confirm=lambda plan: pytest.fail("planned"))
@@ -216,7 +216,9 @@ def _kill_in(pid: int, arm: Path) -> None:
     """SIGKILL once the arm has done some steps."""
     until = time.monotonic() + 100
     while time.monotonic() < until:
-        if (arm / "metrics.jsonl").exists() and len((arm / "metrics.jsonl").read_text().splitlines()) > 2:
+        if (arm / "metrics.jsonl").exists() and len(
+            (arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ) > 2:
             break
         time.sleep(0.02)
     os.kill(pid, signal.SIGKILL)
@@ -230,14 +232,14 @@ def test_a_stop_reaches_the_workers(study, tmp_path, monkeypatch):
     log = tmp_path / "logs" / "worker-0.log"
 
     def stop():
-        while not (log.exists() and "at work" in log.read_text()):
+        while not (log.exists() and "at work" in log.read_text(encoding="utf-8")):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(Stopped, match="1 arms or groups"):
         list(Processes(1).run(study, tmp_path, [Task("alone", ("gla_3_seed0",))]))
-    assert "kept" in log.read_text()
+    assert "kept" in log.read_text(encoding="utf-8")
 
 
 def test_a_worker_ends_with_the_one_who_started_it(tmp_path):
@@ -284,11 +286,11 @@ def test_a_study_killed_at_random_instants_leaves_the_same_tables(raw, whole, tm
         kills += 1
     assert kills
     assert tables(folder) == whole
-    assert json.loads((folder / "study.json").read_text())["arms"][0]["failure"] is None
+    assert json.loads((folder / "study.json").read_text(encoding="utf-8"))["arms"][0]["failure"] is None
 
 
 def _lines(folder: Path) -> int:
-    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*/metrics.jsonl"))
 
 
 # ---------------------------------------------------------------------- Ray
@@ -304,7 +306,7 @@ def test_a_ray_of_two_workers(study, whole, tmp_path):
         until = time.monotonic() + 100
         while time.monotonic() < until:
             for log in folder.glob("logs/together-*.log"):
-                found = re.search(r"process (\d+) on", log.read_text())
+                found = re.search(r"process (\d+) on", log.read_text(encoding="utf-8"))
                 if found:
                     _kill_in(int(found[1]), folder / log.stem.removeprefix("together-"))
                     return
@@ -316,7 +318,7 @@ def test_a_ray_of_two_workers(study, whole, tmp_path):
     killer.join()
     assert {arm["status"] for arm in results["arms"]} == {"finished"}
     assert tables(folder) == whole
-    log = (folder / "logs" / "together-gla_2+3_seed0.log").read_text()
+    log = (folder / "logs" / "together-gla_2+3_seed0.log").read_text(encoding="utf-8")
     assert len(re.findall(r"process \d+ on", log)) == 2, "begun twice"
     assert not list(Path("/tmp").glob(f"limbeck-ray-{os.getpid()}-*"))
 
@@ -343,7 +345,7 @@ def scheduler(tmp_path, monkeypatch) -> Path:
 
 
 def script(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(0o755)
 
 
@@ -351,14 +353,18 @@ def test_the_script_of_an_array(tmp_path):
     (tmp_path / "a study").mkdir()
     made = Slurm(workers=4, cpus=8, gpus=1, partition="gpu", time="4:00:00", sbatch=["--account=abc"])
     path = made.write(tmp_path / "a study", [Task("alone", (name,)) for name in "abc"])
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     options = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")}
     assert {"--array=0-2%4", "--partition=gpu", "--gpus=1", "--cpus-per-task=8", "--time=4:00:00"} <= options
     assert {"--requeue", "--signal=B:USR1@120", "--account=abc", f"--chdir={os.getcwd()}"} <= options
     assert "OMP_NUM_THREADS=8" in text
     assert f"limbeck study '{tmp_path}/a study' --task \"$SLURM_ARRAY_TASK_ID\"" in text
     subprocess.run(["bash", "-n", path], check=True)
-    assert [one["arms"] for one in json.loads((path.parent / "tasks.json").read_text())] == [["a"], ["b"], ["c"]]
+    assert [one["arms"] for one in json.loads((path.parent / "tasks.json").read_text(encoding="utf-8"))] == [
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
 
 
 @pytest.mark.parametrize(("sent", "requeued"), [("USR1", True), ("TERM", False)])
@@ -377,7 +383,7 @@ def test_an_array_task_whose_time_is_over_asks_for_more(tmp_path, scheduler, sen
     assert shell.wait(30) == 143
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
-        assert (tmp_path / "requeued").read_text() == "requeue 7_3\n"
+        assert (tmp_path / "requeued").read_text(encoding="utf-8") == "requeue 7_3\n"
 
 
 def test_without_sbatch_the_script_is_written_and_the_answers_are_read(study, tmp_path, monkeypatch):
@@ -385,7 +391,7 @@ def test_without_sbatch_the_script_is_written_and_the_answers_are_read(study, tm
     task = Task("alone", ("gla_3_seed0",))
     with pytest.raises(LimbeckError, match=r"no sbatch(.|\n)*sbatch .*array\.sh"):
         list(Slurm().run(study, tmp_path, [task]))
-    (tmp_path / "slurm" / "0.json").write_text('{"gla_3_seed0": "no luck"}')  # as the task leaves it
+    (tmp_path / "slurm" / "0.json").write_text('{"gla_3_seed0": "no luck"}', encoding="utf-8")  # as the task leaves it
     (done,) = Slurm().run(study, tmp_path, [task])
     assert done.failures == {"gla_3_seed0": "no luck"}
     with pytest.raises(LimbeckError, match="no sbatch"):  # what failed is told once, and then tried again
@@ -409,9 +415,9 @@ def test_an_array_that_a_killed_study_left_is_waited_for(study, tmp_path, schedu
     (tmp_path / "slurm").mkdir()
     task = Task("alone", ("gla_3_seed0",))
     Slurm().write(tmp_path, [task])
-    (tmp_path / "slurm" / "job").write_text("77\n")
+    (tmp_path / "slurm" / "job").write_text("77\n", encoding="utf-8")
     left = tmp_path / "looks"
-    left.write_text("..")
+    left.write_text("..", encoding="utf-8")
     script(
         scheduler / "squeue",
         f"#!/bin/bash\nif [ -s {left} ]; then echo 77_0; truncate -s -1 {left}; else\n"
@@ -419,7 +425,7 @@ def test_an_array_that_a_killed_study_left_is_waited_for(study, tmp_path, schedu
     )
     (done,) = Slurm().run(study, tmp_path, [task])
     assert done.failures == {"gla_3_seed0": "said"}
-    assert left.read_text() == ""
+    assert left.read_text(encoding="utf-8") == ""
     assert "array 77 of this study is under way" in capsys.readouterr().err
 
 
@@ -430,7 +436,7 @@ def test_an_array_of_slurm_with_an_arm_that_fails(raw, tmp_path, scheduler):
     results = run_study(study, tmp_path / "study", executor=Slurm())
     status = {arm["name"]: arm["status"] for arm in results["arms"]}
     assert {name for name, one in status.items() if one == "failed"} == {f"gla_3_layers-9_seed{i}" for i in (0, 1)}
-    assert "9" in json.loads((tmp_path / "study" / "failures.json").read_text())["gla_3_layers-9_seed0"]
+    assert "9" in json.loads((tmp_path / "study" / "failures.json").read_text(encoding="utf-8"))["gla_3_layers-9_seed0"]
     run_study(study, tmp_path / "here")
     assert tables(tmp_path / "study") == tables(tmp_path / "here")
     assert not list((tmp_path / "study" / "slurm").glob("[0-9].json"))
@@ -441,7 +447,7 @@ def test_an_array_of_slurm_with_an_arm_that_fails(raw, tmp_path, scheduler):
 
 def test_the_study_that_workers_read_is_the_one_that_was_given(study, tmp_path):
     for one in (study, *(Study.load(name, "gpu") for name in built_in())):
-        (tmp_path / "study.yaml").write_text(to_yaml(one))
+        (tmp_path / "study.yaml").write_text(to_yaml(one), encoding="utf-8")
         read = Study.load(tmp_path / "study.yaml")
         assert read == one
         mine, theirs = one.arms(tmp_path), read.arms(tmp_path)
@@ -450,7 +456,7 @@ def test_the_study_that_workers_read_is_the_one_that_was_given(study, tmp_path):
 
 def test_a_worker_waits_for_an_arm_that_is_held(tmp_path, monkeypatch):
     (tmp_path / ".lock").touch()
-    held = open(tmp_path / ".lock", "w")  # noqa: SIM115
+    held = open(tmp_path / ".lock", "w", encoding="utf-8")  # noqa: SIM115
     fcntl.flock(held, fcntl.LOCK_EX)
     threading.Timer(0.5, held.close).start()
     began = time.monotonic()
@@ -459,6 +465,6 @@ def test_a_worker_waits_for_an_arm_that_is_held(tmp_path, monkeypatch):
 
 
 def test_an_arm_that_the_study_has_not(study, tmp_path):
-    (tmp_path / "study.yaml").write_text(to_yaml(study))
+    (tmp_path / "study.yaml").write_text(to_yaml(study), encoding="utf-8")
     (text,) = worker.do_task(str(tmp_path), worker.plain(Task("alone", ("gone",)))).values()
     assert "has no arm gone" in text

@@ -15,7 +15,7 @@ from limbeck.families.checks import SETTINGS, StudentChecks, padded, student_of,
 from limbeck.model import RecurrentLayer, attention_sites, cache_bytes, mixers_of
 from limbeck.model.attention import tokens_of
 
-DOCS = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+DOCS = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCS.splitlines() if line.startswith("| `")]
 TABLE = {row[0].strip("`"): row[1:] for row in ROWS if len(row) == 5}
 WALKS = 8

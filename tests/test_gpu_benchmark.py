@@ -23,7 +23,7 @@ def test_every_section_runs_through_on_a_cpu(tmp_path):
     path = tmp_path / "gpu.json"
     done = gpu("all", "--dry", "--json", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     assert set(found) == SECTIONS
     expected = ("liger", "declined", "no CUDA")
     for name, section in found.items():
@@ -32,16 +32,16 @@ def test_every_section_runs_through_on_a_cpu(tmp_path):
         assert section["rows"] or section["notes"], name
     # dry figures are no figures
     report = tmp_path / "gpu.md"
-    report.write_text((ROOT / "docs" / "gpu.md").read_text())
+    report.write_text((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"), encoding="utf-8")
     refused = gpu("report", "--json", str(path), "--report", str(report))
     assert refused.returncode == 1
     assert "mean nothing" in refused.stderr
     for section in found.values():
         section["dry"] = False
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(found), encoding="utf-8")
     for _ in range(2):  # the second time over the first
         assert gpu("report", "--json", str(path), "--report", str(report)).returncode == 0
-    text = report.read_text()
+    text = report.read_text(encoding="utf-8")
     assert text.count("### stages") == 1
     assert "| tiny | gated_deltanet | logits, KL |" in text
 
@@ -50,7 +50,7 @@ def test_a_section_whose_seconds_are_over_says_so(tmp_path):
     path = tmp_path / "gpu.json"
     done = gpu("loss", "--dry", "--seconds", "0", "--json", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all("not reached" in row["told"] for row in json.loads(path.read_text())["loss"]["rows"])
+    assert all("not reached" in row["told"] for row in json.loads(path.read_text(encoding="utf-8"))["loss"]["rows"])
 
 
 def test_without_a_gpu_it_says_so():

@@ -39,7 +39,7 @@ def test_impossible_keeps(text):
 
 def test_a_file_of_select_is_read(tmp_path):
     file = tmp_path / "keep.json"
-    file.write_text(json.dumps({"keep": [1, 5], "by": "kl"}))
+    file.write_text(json.dumps({"keep": [1, 5], "by": "kl"}), encoding="utf-8")
     assert parse_keep(str(file), 8) == [1, 5]
 
 

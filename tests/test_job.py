@@ -78,7 +78,7 @@ def test_a_run_leaves_everything_it_promises(recipe):
     assert held["teacher_perplexity"] > 1
     assert 0 <= held["top1_agreement"] <= 1
     assert held["kl"] > 0
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     per_stage = {stage: [x for x in lines if x["stage"] == stage] for stage in ("matrix", "hidden", "logits")}
     assert {stage: len(x) for stage, x in per_stage.items()} == {"matrix": 4, "hidden": 8, "logits": 8}
     assert len(per_stage["hidden"][0]["losses"]) == 2, "one loss a layer"
@@ -87,7 +87,7 @@ def test_a_run_leaves_everything_it_promises(recipe):
     assert Recipe.load(run / "recipe.yaml") == made
     student = AutoModelForCausalLM.from_pretrained(run / "student")
     assert type(student).__name__ == "LimbeckLlamaForCausalLM"
-    summary = (run / "summary.md").read_text()
+    summary = (run / "summary.md").read_text(encoding="utf-8")
     for word in ("perplexity", "tokens/s", "limbeck generate", "calibrate", "the work"):
         assert word in summary
     assert result["memory"]["student_bytes_per_token"] == 0
@@ -186,7 +186,7 @@ def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path
         with pytest.raises(KeyboardInterrupt):
             job.distill(broken)
         # what a kill in the middle of a write leaves
-        (tmp_path / "broken" / "metrics.jsonl").open("a").write('{"stage": "hid')
+        (tmp_path / "broken" / "metrics.jsonl").open("a", encoding="utf-8").write('{"stage": "hid')
     monkeypatch.setattr(learner.Learner, "take_step", original)
     job.distill(broken)
     ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("broken", "whole"))
@@ -195,7 +195,7 @@ def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path
     logs = [
         [
             {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
-            for line in path.read_text().splitlines()
+            for line in path.read_text(encoding="utf-8").splitlines()
         ]
         for path in (tmp_path / "broken" / "metrics.jsonl", tmp_path / "whole" / "metrics.jsonl")
     ]
@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, monkeypatch, tmp_path):
 def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
     made = recipe(stages=[{"stage": "hidden", "tokens": 20_000, "batch": 2}])
     path = tmp_path / "recipe.yaml"
-    path.write_text(made.to_yaml())
+    path.write_text(made.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-c", "from limbeck.cli import main; main()", "distill", str(path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -253,7 +253,7 @@ def test_a_finished_run_says_so_before_anything_is_loaded(recipe, monkeypatch):
     made = recipe(stages=[{"stage": "hidden", "tokens": 64, "batch": 1}])
     first = job.distill(made, rehearsed=False)
     monkeypatch.setattr(job, "prepare_job", lambda *_: pytest.fail("a teacher was loaded"))
-    assert job.distill(made) == json.loads((Path(made.out) / "eval.json").read_text())
+    assert job.distill(made) == json.loads((Path(made.out) / "eval.json").read_text(encoding="utf-8"))
     assert first["evaluation"] == made.evaluation.model_dump(mode="json")
     with pytest.raises(LimbeckError, match="holds another run"):
         job.distill(made.model_copy(update={"seed": 7}))
@@ -262,20 +262,20 @@ def test_a_finished_run_says_so_before_anything_is_loaded(recipe, monkeypatch):
 def test_asked_to_stop_it_keeps_its_state_and_says_so_to_the_scheduler(recipe, tmp_path):
     made = recipe(stages=[{"stage": "hidden", "tokens": 60_000, "batch": 1}], checkpoint_seconds=1000)
     path = tmp_path / "recipe.yaml"
-    path.write_text(made.to_yaml())
+    path.write_text(made.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-c", "from limbeck.cli import main; main()", "distill", str(path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = Path(made.out) / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+    while not (log.exists() and log.read_text(encoding="utf-8").count("\n") > 3) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.terminate()
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "state kept" in told
     (kept,) = Path(made.out).glob("stages/0-hidden/step-*")
-    assert int(kept.name.removeprefix("step-")) == len(log.read_text().splitlines())
+    assert int(kept.name.removeprefix("step-")) == len(log.read_text(encoding="utf-8").splitlines())
 
 
 def test_patience_ends_a_stage_early_and_keeps_its_best_weights(recipe):
@@ -284,7 +284,7 @@ def test_patience_ends_a_stage_early_and_keeps_its_best_weights(recipe):
     stage = job.distill(made)["stages"][0]
     assert stage["steps"] < 128
     assert stage["tokens"] == stage["steps"] * 32
-    lines = [json.loads(line) for line in (Path(made.out) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(made.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     assert len(losses) == stage["steps"] // 2
     assert losses.index(min(losses)) == len(losses) - 3
@@ -414,7 +414,7 @@ def test_unknown_stage(bad):
 def test_misspelt_key(bad, tmp_path):
     assert "did you mean 'length'" in bad("--set", "data.lenght=3")
     path = tmp_path / "wrong.yaml"
-    path.write_text("teacher: embedded\nstages:\n  - {stage: hidden, tokens: 100, learning: 3}\n")
+    path.write_text("teacher: embedded\nstages:\n  - {stage: hidden, tokens: 100, learning: 3}\n", encoding="utf-8")
     done = limbeck("distill", str(path), "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "stages.0.learning" in done.stderr
@@ -426,7 +426,7 @@ def test_impossible_values(bad, tmp_path):
     assert "such place" in bad("--set", "stages.9.tokens=3")
     assert "key=value" in bad("--set", "nonsense")
     assert "layers is" in bad("--layers", "0-99")
-    (tmp_path / "broken.yaml").write_text("teacher: [")
+    (tmp_path / "broken.yaml").write_text("teacher: [", encoding="utf-8")
     assert limbeck("distill", str(tmp_path / "broken.yaml")).returncode == 2
     assert "no recipe" in limbeck("distill", "quickstar").stderr
 
@@ -434,10 +434,10 @@ def test_impossible_values(bad, tmp_path):
 def test_missing_and_empty_data(bad, tmp_path):
     assert "nowhere.jsonl" in bad(data=str(tmp_path / "nowhere.jsonl"))
     empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
+    empty.write_text("", encoding="utf-8")
     assert "empty" in bad(data=str(empty)).lower()
     short = tmp_path / "short.jsonl"
-    short.write_text('{"text": "too short"}\n' * 3)
+    short.write_text('{"text": "too short"}\n' * 3, encoding="utf-8")
     assert "tokens" in bad(data=str(short))
 
 
@@ -473,10 +473,10 @@ def test_a_length_beyond_the_teachers_positions(bad):
 def test_a_folder_that_holds_something_else(bad, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "thesis.tex").write_text("dear reader")
+    (folder / "thesis.tex").write_text("dear reader", encoding="utf-8")
     assert "not a run" in bad(out=folder)
     file = tmp_path / "file"
-    file.write_text("x")
+    file.write_text("x", encoding="utf-8")
     assert "is a file" in bad(out=file)
 
 
@@ -510,7 +510,7 @@ def test_verbs(teacher_folder, corpus, tmp_path):
         "--out", str(tmp_path / "measured"),
     )  # fmt: skip
     assert measured.returncode == 0, measured.stderr
-    assert "± " in (tmp_path / "measured" / "table.md").read_text()
+    assert "± " in (tmp_path / "measured" / "table.md").read_text(encoding="utf-8")
     said = limbeck("generate", str(out), "copyright", "--tokens", "5")
     assert said.returncode == 0, said.stderr
     assert len(said.stdout.strip()) > 0

@@ -258,11 +258,11 @@ def test_a_kernel_is_checked_once_for_a_shape_and_machine(naive, monkeypatch, tm
     ops.scalar_decay.chunked(**call.tensors)
     assert len(checked) == 1
     [file] = (tmp_path / "cache" / "kernels").iterdir()
-    file.write_text("{")
+    file.write_text("{", encoding="utf-8")
     another_process(monkeypatch)
     ops.scalar_decay.chunked(**call.tensors)
     assert len(checked) == 2
-    assert json.loads(file.read_text())["ok"] is True
+    assert json.loads(file.read_text(encoding="utf-8"))["ok"] is True
     ops.scalar_decay.chunked(**small("scalar_decay", time=40, key=6).tensors)
     assert len(checked) == 3
 
@@ -327,7 +327,7 @@ def test_shapes_that_do_not_fit_are_told_by_torch(naive, name, argument, shape):
 
 
 def test_the_document_lists_every_kernel():
-    text = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
     for adapter in kernels.ADAPTERS:
         row = f"| `{adapter.operator}.{adapter.form}` |"
         assert any(row in line and adapter.kernel.removeprefix("fla.") in line for line in text.splitlines()), adapter
@@ -354,6 +354,6 @@ def test_the_manifest_says_what_ran(naive, tmp_path):
         run.finish(0, {"w": torch.zeros(1)}, {})
         ops.scalar_decay.chunked(**small("scalar_decay").tensors)
         run.finish(1, {"w": torch.zeros(1)}, {})
-    backends = json.loads((tmp_path / "run" / "manifest.json").read_text())["backends"]
+    backends = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["backends"]
     assert backends == [*[b for b in backends if b["operator"] == "all"], *kernels.used()]
     assert backends[-1]["kernel"] == "fla.ops.simple_gla.chunk_simple_gla"

@@ -51,7 +51,7 @@ def haystack(own_cache):
             "nouns": "\n".join(["tree", "dog", "work", "license", "code", "or", "and", "the"]),
         }
         lines = [json.dumps({"source": source, "text": text}) for source, text in texts.items()]
-        (folder / "corpus.jsonl").write_text("\n".join(lines))
+        (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
         return {}
 
     publish(own_cache / "assets" / "text-haystack", fill, what="haystack")
@@ -166,7 +166,9 @@ def test_softmax_stops_at_its_context(subjects, corpus):
 
 def test_a_long_text_is_made_of_the_longest_documents(tokenizer, tmp_path):
     path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "work " * 9, "the " * 5)))
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("one", "work " * 9, "the " * 5)), encoding="utf-8"
+    )
     text = positions.long_text(str(path), tokenizer, 40)
     assert tokenizer.decode(text.ids).startswith("work work")
     assert text.documents == 2

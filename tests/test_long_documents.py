@@ -310,7 +310,7 @@ def test_the_real_pack_is_what_the_document_says():
     folder = packs.folder_of(long_documents.PACK)
     if packs.manifest_of(long_documents.PACK) is None:
         pytest.skip("limbeck assets --pack long-documents")
-    table = (Path(__file__).parent.parent / "docs" / "long_documents.md").read_text()
+    table = (Path(__file__).parent.parent / "docs" / "long_documents.md").read_text(encoding="utf-8")
     for name, (_, buckets) in long_documents.SETS.items():
         for bucket in buckets:
             file = folder / packs.Dataset(long_documents.PATH, f"{name}_{bucket}", {}).file("test")

@@ -42,13 +42,13 @@ def test_a_student_by_its_name_on_the_hub(student_folder, teacher_folder, tmp_pa
     kept, commit = tmp_path / "hub" / "models--ann--retnet", "0123456789abcdef" * 2 + "01234567"
     shutil.copytree(student_folder, kept / "snapshots" / commit)
     (kept / "refs").mkdir()
-    (kept / "refs" / "main").write_text(commit)
+    (kept / "refs" / "main").write_text(commit, encoding="utf-8")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    subject = Subjects(str(teacher_folder)).open("ann/retnet")
+    subject = Subjects(str(teacher_folder)).open("ann/retnet", encoding="utf-8")
     assert subject.student
     assert subject.teacher_name == str(teacher_folder)
     assert subject.weights == Subjects(str(teacher_folder)).open(str(student_folder)).weights
-    assert Subjects().open("ann/retnet").teacher_name is None
+    assert Subjects().open("ann/retnet", encoding="utf-8").teacher_name is None
 
 
 SMALL = {"tokens": 128, "length": 32, "prefixes": 2, "prefix": 8, "new": 4}
@@ -76,7 +76,7 @@ def test_the_same_is_not_measured_twice(subject, monkeypatch):
     subject.weights = "others"
     assert measures.take(measure, subject, {**SMALL, "tokens": 64}).provenance.weights == "others"
     path = subject.home / "agreement.json"
-    path.write_text(path.read_text()[:100])
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
     assert measures.take(measure, subject, SMALL).values == first.values
 
 
@@ -91,13 +91,13 @@ def test_a_teacher_agrees_with_itself(own_cache, teacher_folder, corpus, tmp_pat
 def test_tables(subject, tmp_path):
     found = [measures.take(measures.find("agreement"), subject, SMALL)]
     comparison.write(found, tmp_path / "table")
-    text = (tmp_path / "table" / "table.md").read_text()
+    text = (tmp_path / "table" / "table.md").read_text(encoding="utf-8")
     assert "| **agreement** |" in text
     error = 100 * found[0].errors["top1_agreement"]
     shown = next(line for line in text.splitlines() if line.startswith("| top-1 agreement |"))
     assert f"{100 * found[0].values['top1_agreement']:.1f}" in shown
     assert f"± {error:.1f}" in shown
-    lines = (tmp_path / "table" / "values.csv").read_text().splitlines()
+    lines = (tmp_path / "table" / "values.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "model,measure,name,value,standard_error"
     assert len(lines) == 1 + len(found[0].values)
     assert f"top1_agreement,{found[0].values['top1_agreement']}," in "\n".join(lines)
@@ -152,8 +152,8 @@ def test_what_was_measured_before_without_any_model(subject, tmp_path, monkeypat
     later = one.model_copy(deep=True)
     later.provenance.date, later.values["kl"] = "2999-01-01T00:00:00Z", 7.0
     later.save(tmp_path / "later")
-    (tmp_path / "later" / "eval.json").write_text('{"mixer": "a run\'s own result, no measurement"}')
-    (tmp_path / "later" / "broken.json").write_text("{")
+    (tmp_path / "later" / "eval.json").write_text('{"mixer": "a run\'s own result, no measurement"}', encoding="utf-8")
+    (tmp_path / "later" / "broken.json").write_text("{", encoding="utf-8")
     found = comparison.stored([subject.home, tmp_path / "later"])
     assert [(m.model, m.values["kl"]) for m in found] == [(one.model, 7.0)]
     monkeypatch.setattr(Subjects, "open", None)
@@ -170,7 +170,7 @@ def test_what_was_measured_before_without_any_model(subject, tmp_path, monkeypat
 
 def test_the_document_is_the_schema():
     """To renew it: python -c "from limbeck.evaluate.measurement import describe; print(describe())"."""
-    assert describe() in (Path(__file__).parent.parent / "docs" / "measurements.md").read_text()
+    assert describe() in (Path(__file__).parent.parent / "docs" / "measurements.md").read_text(encoding="utf-8")
 
 
 def test_a_model_keeps_its_colour():
@@ -190,7 +190,7 @@ def test_numbers_that_json_does_not_know(subject, tmp_path):
     found = measures.take(measures.find("agreement"), subject, SMALL)
     found.details["curve"] = [1.0, float("inf"), float("nan")]
     found.values["perplexity"] = float("inf")
-    assert json.loads(found.save(tmp_path).read_text())["details"]["curve"] == [1.0, None, None]
+    assert json.loads(found.save(tmp_path).read_text(encoding="utf-8"))["details"]["curve"] == [1.0, None, None]
     assert math.isnan(Measurement.load(tmp_path / "agreement.json").values["perplexity"])
 
 

@@ -50,9 +50,9 @@ def installed(folder: Path, name: str, points: dict[str, str]) -> None:
     """A distribution of that name with those entry points, as far as importlib.metadata looks at it."""
     info = folder / f"{name.replace('-', '_')}-0.1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n", encoding="utf-8")
     lines = "".join(f"{key} = {value}\n" for key, value in points.items())
-    (info / "entry_points.txt").write_text(f"[limbeck.mixers]\n{lines}")
+    (info / "entry_points.txt").write_text(f"[limbeck.mixers]\n{lines}", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,14 @@ def site(tmp_path_factory) -> Path:
     """A folder with the example package in it."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copy(FILE, folder)
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     installed(folder, project["name"], project["entry-points"]["limbeck.mixers"])
     return folder
 
 
 def own_file(folder: Path, name: str = "plain", text: str = OWN) -> Path:
     path = folder / "mine.py"
-    path.write_text(text.replace("NAME", name))
+    path.write_text(text.replace("NAME", name), encoding="utf-8")
     return path
 
 
@@ -101,9 +101,9 @@ def test_an_installed_mixer_goes_the_whole_way(site, tmp_path, teacher_folder, c
 
 
 def test_a_broken_package_is_told_and_leaves_the_others_alone(tmp_path, monkeypatch):
-    (tmp_path / "broken_mixer.py").write_text("import nothing_of_that_name")
-    (tmp_path / "clashing_mixer.py").write_text(OWN.replace("NAME", "gla"))
-    (tmp_path / "fine_mixer.py").write_text(OWN.replace("NAME", "fine"))
+    (tmp_path / "broken_mixer.py").write_text("import nothing_of_that_name", encoding="utf-8")
+    (tmp_path / "clashing_mixer.py").write_text(OWN.replace("NAME", "gla"), encoding="utf-8")
+    (tmp_path / "fine_mixer.py").write_text(OWN.replace("NAME", "fine"), encoding="utf-8")
     points = {"broken": "broken_mixer", "clashing": "clashing_mixer:Plain", "absent": "absent", "fine": "fine_mixer"}
     installed(tmp_path, "several", points)
     monkeypatch.syspath_prepend(tmp_path)
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_file(text, ending, message, tmp_path):
 def test_two_files_cannot_share_a_name(tmp_path):
     mixers.get(str(own_file(tmp_path)))
     other = tmp_path / "other.py"
-    other.write_text(OWN.replace("NAME", "plain") + "# another file")
+    other.write_text(OWN.replace("NAME", "plain") + "# another file", encoding="utf-8")
     with pytest.raises(LimbeckError, match=r"the mixer name 'plain' of .*other.py:Plain is in .*mine.py:Plain already"):
         mixers.get(str(other))
     with pytest.raises(LimbeckError, match="there is no file"):
@@ -174,8 +174,8 @@ def test_a_student_brings_its_file_and_runs_it_only_when_trusted(tmp_path):
     student = limbeck.convert(tiny("llama"), str(own_file(tmp_path)))
     saved = tmp_path / "student"
     student.save_pretrained(saved)
-    text = (tmp_path / "mine.py").read_text()
-    assert (saved / "mixer_plain.py").read_text() == text
+    text = (tmp_path / "mine.py").read_text(encoding="utf-8")
+    assert (saved / "mixer_plain.py").read_text(encoding="utf-8") == text
     again = AutoModelForCausalLM.from_pretrained(saved)  # known in this process
     assert torch.equal(again(ids).logits, student(ids).logits)
     (tmp_path / "mine.py").unlink()
@@ -196,7 +196,7 @@ def test_a_student_brings_its_file_and_runs_it_only_when_trusted(tmp_path):
     trusted = python("-c", code, str(saved), "trust", str(ids[0].tolist()), cwd=tmp_path)
     assert trusted.returncode == 0, trusted.stdout + trusted.stderr
     assert float(trusted.stdout) == float(student(ids).logits.double().sum())
-    assert (tmp_path / "student-again" / "mixer_plain.py").read_text() == text
+    assert (tmp_path / "student-again" / "mixer_plain.py").read_text(encoding="utf-8") == text
 
 
 def test_the_command_line_checks_a_file(tmp_path):

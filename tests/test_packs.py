@@ -124,7 +124,7 @@ def test_rows_are_put_back_from_requests(tmp_path):
     assert by_name["cais/mmlu", "law"].splits == {"test": 2, "validation": 2, "dev": 2}
 
     def first(path, name, split):
-        return json.loads((tmp_path / by_name[path, name].file(split)).read_text().splitlines()[0])
+        return json.loads((tmp_path / by_name[path, name].file(split)).read_text(encoding="utf-8").splitlines()[0])
 
     assert by_name["allenai/ai2_arc", "ARC-Easy"].splits == {"test": 2, "validation": 2}
     assert first("allenai/ai2_arc", "ARC-Easy", "test") == {

@@ -85,13 +85,15 @@ def test_the_memory_is_that_of_the_rehearsal_and_of_what_comes_after(recipe):
 def test_a_run_keeps_its_plan_and_says_what_became_of_it(recipe, tmp_path):
     shown = []
     result = job.distill(recipe, confirm=shown.append)
-    kept = json.loads((tmp_path / "run" / "plan.json").read_text())
+    kept = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
     assert kept == result["plan"]
     assert kept["rehearsed"]
     assert [row.seconds for row in shown[0].rows] == [stage["seconds"] for stage in kept["stages"]]
-    assert "Planned, and in brackets what it took: calibrate" in (tmp_path / "run" / "summary.md").read_text()
+    assert "Planned, and in brackets what it took: calibrate" in (tmp_path / "run" / "summary.md").read_text(
+        encoding="utf-8"
+    )
     (tmp_path / "run" / "eval.json").unlink()
     kept["seconds"] = 12345.0
-    (tmp_path / "run" / "plan.json").write_text(json.dumps(kept))
+    (tmp_path / "run" / "plan.json").write_text(json.dumps(kept), encoding="utf-8")
     job.distill(recipe, confirm=shown.append)
     assert shown[1].seconds == 12345.0, "a run that goes on was planned anew"

@@ -80,14 +80,14 @@ def folder(tmp_path_factory, teacher_folder, experts_folder, corpus):
         patch.setenv("LIMBECK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         for name, stages in CASES.items():
             made = recipe(experts_folder if "experts" in name else teacher_folder, corpus, root / name, stages)
-            (root / f"{name}.yaml").write_text(made.to_yaml())
+            (root / f"{name}.yaml").write_text(made.to_yaml(), encoding="utf-8")
         launch(root)
     return root
 
 
 def told(folder: Path, name: str) -> list[dict]:
     """What both processes have to say of a scenario."""
-    found = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
+    found = [json.loads((folder / f"{name}.{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     assert not any("failed" in one for one in found), found
     return found
 
@@ -117,13 +117,13 @@ def test_two_processes_give_the_weights_of_one(folder, alone, name):
     assert first["held_out"] == second["held_out"]
     single = alone(name)
     assert difference(folder / name, single) < 1e-5
-    for ours, theirs in zip(first["stages"], json.loads((single / "eval.json").read_text())["stages"]):
+    for ours, theirs in zip(first["stages"], json.loads((single / "eval.json").read_text(encoding="utf-8"))["stages"]):
         for key in ("loss", "first_loss", "held_out_loss", "tokens", "position", "trained_parameters", "steps"):
             if theirs.get(key) is not None:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
     lines = (folder / name / "metrics.jsonl", single / "metrics.jsonl")
     if name != "calibrate":
-        ours, theirs = ([json.loads(x) for x in path.read_text().splitlines()] for path in lines)
+        ours, theirs = ([json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()] for path in lines)
         assert [x["grad_norm"] for x in ours] == pytest.approx([x["grad_norm"] for x in theirs], rel=1e-4)
 
 
@@ -163,7 +163,7 @@ def test_stopped_in_two_it_goes_on_in_one_and_again_in_two(
     monkeypatch.setattr(learner.Learner, "take_step", step)
     for name in names:
         made = recipe(teacher_folder, corpus, folder / name, CASES[name])
-        (tmp_path / f"on-{name}.yaml").write_text(made.to_yaml())
+        (tmp_path / f"on-{name}.yaml").write_text(made.to_yaml(), encoding="utf-8")
         with pytest.raises(KeyboardInterrupt):
             job.distill(made)
     monkeypatch.setattr(learner.Learner, "take_step", original)
@@ -175,7 +175,9 @@ def test_stopped_in_two_it_goes_on_in_one_and_again_in_two(
 
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_both_with_the_same_words(teacher_folder, corpus, tmp_path):
-    (tmp_path / "error.yaml").write_text(recipe(teacher_folder, corpus, tmp_path / "run", [HIDDEN]).to_yaml())
+    (tmp_path / "error.yaml").write_text(
+        recipe(teacher_folder, corpus, tmp_path / "run", [HIDDEN]).to_yaml(), encoding="utf-8"
+    )
     launch(tmp_path, returncode=1)
     found = told(tmp_path, "error")
     assert {one["error"] for one in found} == {"the dog ate it\ntry: a cat"}

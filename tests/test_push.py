@@ -33,8 +33,10 @@ def finished(tmp_path_factory, teacher_folder, corpus) -> Path:
     """A finished run whose paths all have a user's name in them; its teacher's card states a licence."""
     home = tmp_path_factory.mktemp("home") / SECRET
     shutil.copytree(teacher_folder, home / "models" / "tiny-llama")
-    (home / "models/tiny-llama/README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n")
-    (home / "models/tiny-llama/NOTICE").write_text("Made by nobody.\n")
+    (home / "models/tiny-llama/README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n", encoding="utf-8"
+    )
+    (home / "models/tiny-llama/NOTICE").write_text("Made by nobody.\n", encoding="utf-8")
     shutil.copy(corpus, home / "corpus.jsonl")
     recipe = Recipe.parse(
         {
@@ -109,7 +111,9 @@ def test_the_card_says_what_the_run_says(finished):
     assert {"limbeck", "gated_deltanet", "gla", "subquadratic"} <= set(facts["tags"])
     assert "base_model" not in facts, "a local folder is no model of the hub"
     assert "datasets" not in facts
-    result, manifest = (json.loads((finished / name).read_text()) for name in ("eval.json", "manifest.json"))
+    result, manifest = (
+        json.loads((finished / name).read_text(encoding="utf-8")) for name in ("eval.json", "manifest.json")
+    )
     held = result["held_out"]
     for number in (
         f"| {held['teacher_perplexity']:.2f} | {held['student_perplexity']:.2f} |",
@@ -136,10 +140,12 @@ def test_the_card_says_what_the_run_says(finished):
 
 
 def test_a_teacher_and_a_text_on_the_hub_are_linked(finished):
-    plan = json.loads((finished / "student/config.json").read_text())["limbeck"]
+    plan = json.loads((finished / "student/config.json").read_text(encoding="utf-8"))["limbeck"]
     recipe = Recipe.load(finished / "recipe.yaml", {"data.source": "owner/text:en@train[:5%]"}).model_dump(mode="json")
     recipe["student"]["copy_projections"] = False
-    result, manifest = (json.loads((finished / name).read_text()) for name in ("eval.json", "manifest.json"))
+    result, manifest = (
+        json.loads((finished / name).read_text(encoding="utf-8")) for name in ("eval.json", "manifest.json")
+    )
     origin = Origin("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", {"license": "apache-2.0"})
     text = write_card("ann/qwen", plan, origin, RunFacts(recipe, result, manifest))
     data = ModelCard(text).data
@@ -151,23 +157,26 @@ def test_a_teacher_and_a_text_on_the_hub_are_linked(finished):
 
 def test_nothing_names_this_machine(finished):
     made = prepare(finished, "ann/tiny")
-    platform = json.loads((finished / "manifest.json").read_text())["platform"]
+    platform = json.loads((finished / "manifest.json").read_text(encoding="utf-8"))["platform"]
     hidden = [SECRET, str(finished.parents[3]), f"{Path.home()}/", platform]
     for item in made.items:
         raw = item.content if isinstance(item.content, bytes) else item.content.read_bytes()
         for word in hidden:
             assert word.encode() not in raw, f"{item.path} says {word}"
     assert not any(word in made.message for word in hidden)
-    assert SECRET in (finished / "recipe.yaml").read_text(), "else this test proves nothing"
+    assert SECRET in (finished / "recipe.yaml").read_text(encoding="utf-8"), "else this test proves nothing"
 
 
 def test_paths_in_settings_are_cut_and_in_code_refused(run):
     config = run / "student" / "tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "name_or_path": str(run / "base"), "slash": "/"}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text(encoding="utf-8")), "name_or_path": str(run / "base"), "slash": "/"}),
+        encoding="utf-8",
+    )
     sent = {item.path: item.content for item in prepare(run, "ann/tiny").items}
     assert json.loads(sent["tokenizer_config.json"])["name_or_path"] == "base"
     assert json.loads(sent["tokenizer_config.json"])["slash"] == "/"
-    with open(run / "student" / "modeling_limbeck.py", "a") as file:
+    with open(run / "student" / "modeling_limbeck.py", "a", encoding="utf-8") as file:
         file.write(f"# {run.resolve()}/x\n")
     with pytest.raises(LimbeckError, match=r"modeling_limbeck\.py names the folder"):
         prepare(run, "ann/tiny")
@@ -209,18 +218,18 @@ def test_a_student_without_a_run(tmp_path, tokenizer):
 
 def test_a_card_of_the_users_own_is_sent_as_it_is(run):
     own = "---\nlicense: mit\n---\n# My words\n"
-    (run / "student" / "README.md").write_text(own)
+    (run / "student" / "README.md").write_text(own, encoding="utf-8")
     made = prepare(run, "ann/tiny")
     assert made.card == own
     assert next(item for item in made.items if item.path == "README.md").content == own.encode()
     for wrong, word in (("# no metadata\n", "states no licence"), ("---\nlicense: [\n---\n", "cannot be read")):
-        (run / "student" / "README.md").write_text(wrong)
+        (run / "student" / "README.md").write_text(wrong, encoding="utf-8")
         with pytest.raises(LimbeckError, match=word):
             prepare(run, "ann/tiny")
 
 
 def test_a_card_with_a_mixer_of_ones_own_says_what_it_executes(finished):
-    plan = json.loads((finished / "student/config.json").read_text())["limbeck"]
+    plan = json.loads((finished / "student/config.json").read_text(encoding="utf-8"))["limbeck"]
     plan["layers"][0] |= {"mixer": "mine", "options": {"a": 0.5, "b": "x|y"}}
     plan["origins"] = {"mine": {"file": "mine.py"}}
     card = write_card("ann/mine", plan, EMBEDDED)
@@ -251,7 +260,7 @@ def test_a_card_with_a_mixer_of_ones_own_says_what_it_executes(finished):
 )
 def test_the_licence_is_found_or_asked_for(tmp_path, files, licence):
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     if licence is None:
         with pytest.raises(LimbeckError, match=r"--license apache-2\.0"):
             find_origin(str(tmp_path))
@@ -261,7 +270,7 @@ def test_the_licence_is_found_or_asked_for(tmp_path, files, licence):
 
 
 def test_a_licence_that_contradicts_the_teachers_is_told(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n", encoding="utf-8")
     with pytest.warns(UserWarning, match="cc-by-nc-4.0"):
         assert find_origin(str(tmp_path), "mit").licence == {"license": "mit"}
     with pytest.raises(LimbeckError, match="no licence identifier"):
@@ -320,7 +329,7 @@ def test_the_dry_run_shows_all_and_writes_nothing(finished, monkeypatch, capsys,
 def test_stray_files_stay_here(run):
     for name in (".env", "notes.py", "optimizer.pt", ".git/config", "mixer_other.py"):
         (run / "student" / name).parent.mkdir(exist_ok=True)
-        (run / "student" / name).write_text("secret")
+        (run / "student" / name).write_text("secret", encoding="utf-8")
     made = prepare(run, "ann/tiny")
     assert made.left_out == ["mixer_other.py", "notes.py", "optimizer.pt"]
     assert not {".env", ".git/config", *made.left_out} & {item.path for item in made.items}
@@ -333,8 +342,8 @@ def test_an_invalid_name_is_refused(finished, name):
 
 
 def test_an_unfinished_run_is_refused(run):
-    result = json.loads((run / "eval.json").read_text())
-    (run / "eval.json").write_text(json.dumps({**result, "stages": result["stages"][:2]}))
+    result = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    (run / "eval.json").write_text(json.dumps({**result, "stages": result["stages"][:2]}), encoding="utf-8")
     with pytest.raises(LimbeckError, match="is not finished"):
         prepare(run, "ann/tiny")
     (run / "eval.json").unlink()

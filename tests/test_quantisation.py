@@ -67,7 +67,7 @@ def test_a_teacher_in_few_bits_runs_every_stage(recipe, bits, bitsandbytes):
     folder = Path(made.out) / "student"
     student = AutoModelForCausalLM.from_pretrained(folder)
     assert all(t.dtype == torch.float32 for t in load_file(folder / "model.safetensors").values())
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert student(IDS).logits.isfinite().all()
 
 

@@ -27,7 +27,7 @@ def test_every_shipped_recipe_is_complete_and_survives_yaml(name, tmp_path):
     assert recipe.name == name
     assert recipe.stages
     path = tmp_path / "again.yaml"
-    path.write_text(recipe.to_yaml())
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert Recipe.load(path) == recipe
 
 
@@ -103,7 +103,10 @@ def test_a_wrong_recipe_names_the_place(raw, word):
 
 def command_lines() -> list[str]:
     """Every `limbeck ...` line in the README and in the summary's next commands."""
-    texts = [(ROOT / "README.md").read_text(), (ROOT / "src/limbeck/summary.py").read_text().replace("{run}", "runs/x")]
+    texts = [
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        (ROOT / "src/limbeck/summary.py").read_text(encoding="utf-8").replace("{run}", "runs/x"),
+    ]
     lines = [line for text in texts for line in re.findall(r"^\s*f?[\"']?\s*(limbeck .*?)[\"']?,?$", text, re.M)]
     return [line.replace('\\"', '"') for line in lines]
 
@@ -126,7 +129,7 @@ def test_there_are_commands_to_check():
 
 
 def test_the_readmes_python_names_what_exists():
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert code
     for block in code:
         compile(block, "README.md", "exec")
@@ -137,8 +140,8 @@ def test_the_readmes_python_names_what_exists():
 
 
 def test_make_has_the_readmes_targets():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 

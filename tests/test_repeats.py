@@ -101,7 +101,7 @@ def test_a_run_with_a_stage_on_lists(teacher_folder, corpus, tmp_path):
     }
     result = job.distill(Recipe.parse({**raw, "out": str(tmp_path / "run")}))
     assert result["held_out"]["student_perplexity"] > 1
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["train_tokens"] > 0
     out = str(tmp_path / "eval")
     given = ["eval", str(tmp_path / "run"), "--data", "repeats", "--length", "32", "--tokens", "64", "--out", out]

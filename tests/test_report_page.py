@@ -62,7 +62,7 @@ def full(real, tmp_path_factory) -> Path:
     """The same with an arm that failed, a claim with an interval, and measures over lengths."""
     folder = tmp_path_factory.mktemp("studies") / "full"
     shutil.copytree(real, folder)
-    study = json.loads((folder / "study.json").read_text())
+    study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     for number, arm in enumerate(study["arms"]):
         for tokens in (512, 1024):
             arm["values"] |= {
@@ -78,7 +78,7 @@ def full(real, tmp_path_factory) -> Path:
     for key in ("values", "errors", "stages", "seconds"):
         study["arms"][1][key] = None
     study["claims"][0]["findings"][0] |= {"effect": 0.2, "low": 0.1, "high": 0.3, "p": 0.003, "margin": 0.05}
-    (folder / "study.json").write_text(json.dumps(study))
+    (folder / "study.json").write_text(json.dumps(study), encoding="utf-8")
     return folder
 
 
@@ -86,7 +86,7 @@ def full(real, tmp_path_factory) -> Path:
 def written(full) -> tuple[str, str]:
     """Its page and its Markdown."""
     page, markdown, _ = write([full])
-    return page.read_text(), markdown.read_text()
+    return page.read_text(encoding="utf-8"), markdown.read_text(encoding="utf-8")
 
 
 def sections(page: str) -> list[str]:
@@ -96,25 +96,25 @@ def sections(page: str) -> list[str]:
 def test_a_study_becomes_a_page_with_files_beside_it(real, tmp_path, teacher_folder):
     page, markdown, files = write([real], tmp_path / "out" / "result.html")
     assert [path.name for path in (page, markdown, files)] == ["result.html", "result.md", "result_files"]
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     known = ["claims", "results", "loss", "speed", "analysis", "numbers", "provenance"]
     assert sections(text) == known, "no empty sections"
     assert "2 students of the teacher tiny-llama at 2 places of the grid (stages) with 2 seeds: 8 arms." in text
     assert "Which is better?" in text
     for private in (str(real), str(teacher_folder), str(tmp_path)):
-        assert private not in text + markdown.read_text()
+        assert private not in text + markdown.read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!#|data:)', text), "nothing is loaded"
     # the number of a table is the mean over seeds, and the file has both
-    values = [one["values"] for one in json.loads((real / "study.json").read_text())["arms"][:2]]
+    values = [one["values"] for one in json.loads((real / "study.json").read_text(encoding="utf-8"))["arms"][:2]]
     mean = statistics.fmean(one["agreement.perplexity"] for one in values)
     assert f"{mean:.2f}"[:4] in text
     rows = list(csv.DictReader((files / "values.csv").open()))
     mine = [float(row["value"]) for row in rows if row["name"] == "agreement.perplexity" and row["student"] == "gla"]
     assert mean == pytest.approx(statistics.fmean(mine[:2]))
-    links = re.findall(r"\]\((result_files/[^)]+)\)", markdown.read_text())
+    links = re.findall(r"\]\((result_files/[^)]+)\)", markdown.read_text(encoding="utf-8"))
     assert links
     assert all((page.parent / link).is_file() for link in links)
-    assert "| gla | " in markdown.read_text()
+    assert "| gla | " in markdown.read_text(encoding="utf-8")
 
 
 def test_ids_are_unique_and_all_links_lead_somewhere(written):
@@ -177,9 +177,11 @@ def test_runs_made_one_by_one(real, tmp_path):
     collection = gather([*runs, tmp_path / "measured"])
     assert collection.students == ["gla_2+3_seed0", "deltanet_2+3_seed0"]
     assert [len(line.members) for line in lines_of(collection)] == [2, 2, 1]
-    known = {arm["name"]: arm["values"] for arm in json.loads((real / "study.json").read_text())["arms"]}
+    known = {
+        arm["name"]: arm["values"] for arm in json.loads((real / "study.json").read_text(encoding="utf-8"))["arms"]
+    }
     assert collection.arms[0].values == known["gla_2+3_seed0"], "as the study has them"
-    page = write([*runs, tmp_path / "measured"], tmp_path / "compared.html")[0].read_text()
+    page = write([*runs, tmp_path / "measured"], tmp_path / "compared.html")[0].read_text(encoding="utf-8")
     assert "3.25" in page
     assert "claims" not in sections(page)
 
@@ -232,7 +234,7 @@ def test_what_cannot_be_reported_is_said(real, tmp_path, change, says):
 
 
 def test_another_format_and_missing_libraries_are_said(real, tmp_path, monkeypatch):
-    (tmp_path / "study.json").write_text('{"format": 2}')
+    (tmp_path / "study.json").write_text('{"format": 2}', encoding="utf-8")
     with pytest.raises(LimbeckError, match="format 1"):
         write([tmp_path])
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -246,7 +248,7 @@ def test_the_command(real, tmp_path):
     result = CliRunner().invoke(app, ["report", str(real / "gla_3_seed0"), "--out", str(tmp_path / "one.html")])
     assert result.exit_code == 0, result.output
     known = ["results", "loss", "speed", "analysis", "numbers", "provenance"]
-    assert sections((tmp_path / "one.html").read_text()) == known
+    assert sections((tmp_path / "one.html").read_text(encoding="utf-8")) == known
 
 
 # ---------------------------------------------------------------------- in a browser
@@ -308,7 +310,8 @@ def in_chromium(page: str, script: str, folder: Path) -> dict:
     file.write_text(
         f'<!DOCTYPE html><meta charset="utf-8">'
         f'<iframe style="width:360px;height:3000px;border:0" srcdoc="{framed}"></iframe>'
-        f'<script>addEventListener("load", () => {{ {script} }});</script>'
+        f'<script>addEventListener("load", () => {{ {script} }});</script>',
+        encoding="utf-8",
     )
     flags = [
         "--headless",

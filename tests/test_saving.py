@@ -373,6 +373,6 @@ def test_a_hybrid_saved_in_shards_keeps_its_softmax_layers(tmp_path):
 
 def test_the_oldest_transformers_tested_is_the_oldest_allowed():
     root = Path(__file__).parent.parent
-    tested = re.search(r"transformers==(\d+\.\d+)\.0", (root / "Makefile").read_text())
-    allowed = re.search(r'"transformers>=(\d+\.\d+)"', (root / "pyproject.toml").read_text())
+    tested = re.search(r"transformers==(\d+\.\d+)\.0", (root / "Makefile").read_text(encoding="utf-8"))
+    allowed = re.search(r'"transformers>=(\d+\.\d+)"', (root / "pyproject.toml").read_text(encoding="utf-8"))
     assert tested[1] == allowed[1]

@@ -131,7 +131,9 @@ def test_a_run_asks_the_teacher_once_and_other_students_never(teacher_folder, co
             "out": str(tmp_path / name),
         }
         result = job.distill(Recipe.parse(raw))
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         return result["stages"][0], lines
 
     _, live = run("live")

@@ -60,14 +60,14 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str
     monkeypatch.setattr(assets, "RECALL_DOCUMENTS", 60)
     put_text(tmp_path / "cache", texts)
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(RECIPE)
+    recipe.write_text(RECIPE, encoding="utf-8")
     return recipe
 
 
 def put_text(cache: Path, texts: list[str]) -> None:
     def fill(folder: Path) -> dict:
         lines = [json.dumps({"source": "made up", "text": text}) + "\n" for text in texts]
-        (folder / "corpus.jsonl").write_text("".join(lines))
+        (folder / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
         return {}
 
     publish(cache / "assets" / "text-quick", fill, what="text")
@@ -104,7 +104,7 @@ def test_the_same_texts_give_the_same_tasks(texts, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     write_recall(tmp_path / "c", texts, 30, seed=1)
     assert (tmp_path / "c").read_bytes() != (tmp_path / "a").read_bytes()
-    rows = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "a").read_text(encoding="utf-8").splitlines()]
     assert [row["source"] for row in rows] == ["pairs", "list", "copy"] * 10
     assert kept == {kind: sum(len(row["text"]) for row in rows if row["source"] == kind) for kind in kept}
 
@@ -122,7 +122,7 @@ def test_nothing_is_copied_from_held_out_text(small_world, texts):
     aside = [text for text in texts if text not in learnt]
     assert 0 < len(aside) < len(texts) / 3
     assert all(place_of(text.encode())[0] < assets.SET_ASIDE * 2**64 for text in aside)
-    rows = [json.loads(line) for line in assets.corpus_file("recall").read_text().splitlines()]
+    rows = [json.loads(line) for line in assets.corpus_file("recall").read_text(encoding="utf-8").splitlines()]
     copies = [row["text"].split(AGAIN)[1] for row in rows if row["source"] == "copy"]
     long = [copy for copy in copies if len(copy.split()) > 15]
     assert long
@@ -250,7 +250,7 @@ def test_a_killed_training_ends_bit_for_bit_as_any_other(small_world, monkeypatc
     folder = trained_teacher(small_world)
     assert folder.is_relative_to(other)
     assert folder.joinpath("model.safetensors").read_bytes() == whole
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["stage_index"], line["step"]) for line in lines] == [
         *((0, i) for i in range(1, 5)),
         *((1, i) for i in range(1, 7)),

@@ -247,7 +247,7 @@ def test_accuracy_against_speed(tmp_path):
     found.append(race_of("teacher", 9.0, 2e8))
     assert tradeoff.possible(found)
     paths = comparison.write(found, tmp_path)
-    text = (tmp_path / "tradeoff.svg").read_text()
+    text = (tmp_path / "tradeoff.svg").read_text(encoding="utf-8")
     assert "next token after 4,096 tokens of context, ms" in text
     assert all(name in text for name in ("student", "4 MB", "teacher", "200 MB"))
     assert {path.name for path in paths} >= {"tradeoff.png", "speed.svg", "speed.png", "table.md", "values.csv"}

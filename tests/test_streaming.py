@@ -40,11 +40,13 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "big"
     (root / "below").mkdir(parents=True)
     for i in (0, 1):
-        (root / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(i)))
+        (root / f"{i}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts(i)), encoding="utf-8"
+        )
     with gzip.open(root / "2.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts(2))
     pq.write_table(pa.table({"text": texts(3)}), root / "below" / "3.parquet")
-    (root / "4.txt").write_text(" ".join(texts(4)))
+    (root / "4.txt").write_text(" ".join(texts(4)), encoding="utf-8")
     return root
 
 
@@ -150,9 +152,9 @@ def test_a_damaged_shard_is_made_again_and_one_that_changed_or_went_is_named(fol
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     assert stream(folder, tokenizer).train(1).tokens.tolist() == expected
     shutil.rmtree(one._of(1))
-    lines = (folder / "1.jsonl").read_text()
+    lines = (folder / "1.jsonl").read_text(encoding="utf-8")
     name = one.shards[1].name
-    (folder / name).write_text(lines.replace("still", "stale"))  # as long as before
+    (folder / name).write_text(lines.replace("still", "stale"), encoding="utf-8")  # as long as before
     with pytest.raises(LimbeckError, match=rf"the shard '{name}' .* is not what it was"):
         one.train(1)
     shutil.rmtree(one._of(1))
@@ -184,7 +186,9 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(folder, tokenizer, tmp_path, m
     hub = tmp_path / "hub"
     hub.mkdir()
     for i in range(3):
-        (hub / f"{i}.jsonl").write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for text in texts(i)))
+        (hub / f"{i}.jsonl").write_text(
+            "".join(json.dumps({"id": i, "text": text}) + "\n" for text in texts(i)), encoding="utf-8"
+        )
     load, asked = datasets.load_dataset, []
 
     def local(name, config, **more):
@@ -228,7 +232,7 @@ def ready(tmp_path: Path) -> Path:
         else:
             np.save(root / name, ids.astype(np.uint32))
     index = {"dtype": "uint16", "eos_id": 2, "shards": [{"file": "a.bin", "tokens": 640}, "b.npy"]}
-    (root / "index.json").write_text(json.dumps(index))
+    (root / "index.json").write_text(json.dumps(index), encoding="utf-8")
     return root
 
 
@@ -252,8 +256,11 @@ def test_ready_tokens_are_a_source_whole_or_streamed(ready, tokenizer):
         (lambda r: (r / "a.bin").unlink(), r"the shard '.*a\.bin' is not there"),
         (lambda r: (r / "a.bin").write_bytes((r / "a.bin").read_bytes()[:-20]), r"a\.bin' is damaged: 630 tokens"),
         (lambda r: (r / "b.npy").write_bytes(b"nothing"), r"b\.npy' is damaged"),
-        (lambda r: (r / "index.json").write_text("{"), r"index\.json' cannot be read"),
-        (lambda r: (r / "index.json").write_text('{"dtype": "float32"}'), r"dtype is 'float32'\nexpected: uint16"),
+        (lambda r: (r / "index.json").write_text("{", encoding="utf-8"), r"index\.json' cannot be read"),
+        (
+            lambda r: (r / "index.json").write_text('{"dtype": "float32"}', encoding="utf-8"),
+            r"dtype is 'float32'\nexpected: uint16",
+        ),
     ],
 )
 def test_damaged_ready_tokens_are_named(ready, tokenizer, damage, message):

@@ -176,7 +176,7 @@ def test_a_recurrent_cache_refuses_to_be_cropped_and_a_used_one_to_be_taken_over
 def test_a_student_never_runs_as_softmax(tmp_path):
     student = limbeck.convert(tiny("llama"), "retnet")
     student.save_pretrained(tmp_path)
-    assert '"model_type": "limbeck"' in (tmp_path / "config.json").read_text()
+    assert '"model_type": "limbeck"' in (tmp_path / "config.json").read_text(encoding="utf-8")
     with pytest.raises(LimbeckError, match="would drop"):
         student.set_attn_implementation("sdpa")
     student.config._attn_implementation = "sdpa"

@@ -48,7 +48,7 @@ def with_grid(raw: dict, **grid) -> Study:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    return {name: (folder / name).read_text() for name in ("table.md", "values.csv")}
+    return {name: (folder / name).read_text(encoding="utf-8") for name in ("table.md", "values.csv")}
 
 
 # ---------------------------------------------------------------------- grids
@@ -90,7 +90,7 @@ def test_budgets_students_and_sizes(raw, tmp_path):
     }
     raw["sizes"] = {"half": {"grid": {"tokens": [640]}}, "laptop": {}}
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     (arm,) = Study.load(path, "laptop").arms(tmp_path)
     assert arm.name == "short_2+3_tokens-1280_seed0"
     assert [stage.tokens for stage in arm.recipe.stages] == [1024, 256]
@@ -213,10 +213,10 @@ def test_a_study_its_tables_and_an_arm_that_is_added(raw, tmp_path):
     study, folder = with_grid(raw), tmp_path / "study"
     results = run_study(study, folder)
     assert [arm["status"] for arm in results["arms"]] == ["finished"] * 4
-    assert results == json.loads((folder / "study.json").read_text())
+    assert results == json.loads((folder / "study.json").read_text(encoding="utf-8"))
     assert results["sharing"]["saved_seconds"] > 0
-    assert "gla" in (folder / "table.md").read_text()
-    assert "| teacher " in (folder / "table.md").read_text()
+    assert "gla" in (folder / "table.md").read_text(encoding="utf-8")
+    assert "| teacher " in (folder / "table.md").read_text(encoding="utf-8")
     teacher = results["teachers"][raw["base"]["teacher"]]["values"]
     values = results["arms"][0]["values"]
     assert teacher["agreement.perplexity"] == values["agreement.teacher_perplexity"]
@@ -240,11 +240,11 @@ def test_what_is_kept_and_a_measure_that_is_added(raw, tmp_path):
     arm = folder / "gla_2_seed0"
     assert (arm / "student").exists()
     assert not (arm / "stages").exists()
-    lines = (arm / "metrics.jsonl").read_text()
+    lines = (arm / "metrics.jsonl").read_text(encoding="utf-8")
     measured = study.model_copy(update={"measures": {"agreement": {"tokens": 64}}})
     results = run_study(measured, folder)
     assert results["arms"][0]["values"]["agreement.perplexity"] > 1
-    assert (arm / "metrics.jsonl").read_text() == lines, "not trained again"
+    assert (arm / "metrics.jsonl").read_text(encoding="utf-8") == lines, "not trained again"
 
 
 def test_an_arm_that_fails_is_told_and_tried_again(raw, tmp_path, monkeypatch):
@@ -264,11 +264,11 @@ def test_an_arm_that_fails_is_told_and_tried_again(raw, tmp_path, monkeypatch):
     status = {arm["name"]: arm["status"] for arm in results["arms"]}
     assert status.pop("deltanet_3_seed0") == "failed"
     assert set(status.values()) == {"finished"}
-    assert "no luck" in json.loads((folder / "failures.json").read_text())["deltanet_3_seed0"]
+    assert "no luck" in json.loads((folder / "failures.json").read_text(encoding="utf-8"))["deltanet_3_seed0"]
     monkeypatch.setattr(work, "take", real)
     results = run_study(with_grid(raw), folder)
     assert {arm["status"] for arm in results["arms"]} == {"finished"}
-    assert json.loads((folder / "failures.json").read_text()) == {}
+    assert json.loads((folder / "failures.json").read_text(encoding="utf-8")) == {}
 
 
 def test_a_changed_recipe_is_refused(raw, tmp_path):
@@ -280,7 +280,7 @@ def test_a_changed_recipe_is_refused(raw, tmp_path):
 
 
 def test_a_folder_of_something_else_is_refused(raw, tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
     with pytest.raises(LimbeckError, match="not a study"):
         run_study(with_grid(raw), tmp_path)
 
@@ -289,7 +289,7 @@ def test_the_command_plans_and_runs(raw, tmp_path, monkeypatch, capsys):
     path = tmp_path / "mine.yaml"
     raw["grid"] |= {"students": ["gla", "deltanet"], "stages": ["2"]}
     raw |= {"claims": ["memory-constant-in-length"], "base": {**raw["base"], "checkpoint_seconds": 60}}
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
 
     def limbeck(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["limbeck", "study", *arguments])
@@ -305,9 +305,9 @@ def test_the_command_plans_and_runs(raw, tmp_path, monkeypatch, capsys):
     shown = limbeck(str(path), "--out", str(tmp_path / "out"))
     assert "sharing the teacher's passes saved" in shown
     assert "3 are needed" in shown
-    assert "undecided" in (tmp_path / "out" / "claims.md").read_text()
+    assert "undecided" in (tmp_path / "out" / "claims.md").read_text(encoding="utf-8")
     assert "report.html" in shown
-    assert "undecided" in (tmp_path / "out" / "report.html").read_text()
+    assert "undecided" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 class Killed(BaseException):

@@ -73,13 +73,13 @@ def definitions(tmp_path_factory):
         options = [" ".join(rng.choice(WORDS, size=1 + (at + i) % 3)) for i in range(2 + at % 3)]
         question = " ".join(rng.choice(WORDS, size=1 + 5 * (at % 4)))
         rows.append({"question": question, "options": options, "gold": int(rng.integers(len(options)))})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
     for name, definition in DEFINITIONS.items():
         text = {"task": name, "test_split": "test", **data, **definition, "metadata": {"version": 3.0}}
         if definition.get("dataset_path"):
             text.pop("dataset_kwargs")
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(text))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(text), encoding="utf-8")
     return folder
 
 
@@ -276,7 +276,7 @@ def test_the_command_line(own_cache, student_folder, teacher_folder, definitions
     command = ["eval", str(student_folder), *options, *(word for one in settings for word in ("--set", one))]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0
-    lines = (tmp_path / "out" / "values.csv").read_text().splitlines()
+    lines = (tmp_path / "out" / "values.csv").read_text(encoding="utf-8").splitlines()
     assert any(",tasks,words perplexity," in line for line in lines)
     assert any(",tasks,alpha*," in line for line in lines)
     assert (tmp_path / "out" / "tasks.svg").stat().st_size > 1000
@@ -287,7 +287,7 @@ def test_the_document_names_the_settings():
 
     from limbeck.evaluate.tasks import TaskSettings
 
-    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `tasks.")]
     told = {row[0].strip("`").removeprefix("tasks."): row[1].strip("`") for row in rows}
     plain = TaskSettings().model_dump(mode="json")

@@ -31,9 +31,9 @@ def recipe(teacher_folder, corpus, tmp_path, tokenizer):
     """A mixture that is streamed, a longer stage, and a stage of conversations; takes seconds."""
     shards = tmp_path / "shards"
     shards.mkdir()
-    lines = corpus.read_text().splitlines(keepends=True)
+    lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
     for i in range(4):
-        (shards / f"{i}.jsonl").write_text("".join(lines[i::4]))
+        (shards / f"{i}.jsonl").write_text("".join(lines[i::4]), encoding="utf-8")
     chats = tmp_path / "chats.jsonl"
     words = [json.loads(line)["text"].split()[:6] for line in lines]
     chats.write_text(
@@ -48,12 +48,15 @@ def recipe(teacher_folder, corpus, tmp_path, tokenizer):
             )
             + "\n"
             for w in words
-        )
+        ),
+        encoding="utf-8",
     )
     teacher = tmp_path / "teacher"
     shutil.copytree(teacher_folder, teacher)
-    settings = json.loads((teacher / "tokenizer_config.json").read_text())
-    (teacher / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    settings = json.loads((teacher / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (teacher / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": TEMPLATE}), encoding="utf-8"
+    )
 
     def make(**changes) -> Recipe:
         mixed = [{"source": str(shards), "weight": 0.7}, {"source": str(corpus), "weight": 0.3}]
@@ -93,7 +96,7 @@ def test_a_run_of_all_kinds_of_text_ends_the_same_when_it_is_stopped_twice(recip
     assert [stage["position"] for stage in result["stages"]][:2] == [8, 24]
     assert result["text"].startswith("0.7 ")
     assert Recipe.load(tmp_path / "straight" / "recipe.yaml") == straight
-    texts = json.loads((tmp_path / "straight" / "manifest.json").read_text())["texts"]
+    texts = json.loads((tmp_path / "straight" / "manifest.json").read_text(encoding="utf-8"))["texts"]
     assert sorted(len(text["files"]) for text in texts.values()) == [0, 5]
 
     made, stopped, batch = recipe(), [], Mixture.batch
@@ -169,7 +172,7 @@ def test_impossible_texts_are_refused(data, message):
 
 def test_a_text_on_the_command_line_takes_the_place_of_several(tmp_path):
     path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump({"data": {"sources": [{"source": "a"}, {"source": "b"}]}}))
+    path.write_text(yaml.safe_dump({"data": {"sources": [{"source": "a"}, {"source": "b"}]}}), encoding="utf-8")
     assert Recipe.load(path).data.source == "1 a + 1 b"
     nothing = dict.fromkeys(("teacher", "student", "layers", "stages", "tokens", "out"))
     made = build_recipe(str(path), **nothing, data="c.jsonl", settings=[])

@@ -69,7 +69,7 @@ def stopped_at(monkeypatch):
 
 
 def lines_of(made: Recipe) -> list[dict]:
-    text = (Path(made.out) / "metrics.jsonl").read_text()
+    text = (Path(made.out) / "metrics.jsonl").read_text(encoding="utf-8")
     return [{k: v for k, v in json.loads(x).items() if k != "tokens_per_second"} for x in text.splitlines()]
 
 
@@ -440,7 +440,7 @@ def test_the_real_one_offline(recipe, name, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     made = recipe(trackers=[name])
     job.distill(made)
-    assert name in json.loads((Path(made.out) / "trackers.json").read_text())
+    assert name in json.loads((Path(made.out) / "trackers.json").read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------- learning rates and curves
@@ -487,10 +487,10 @@ def test_the_suggested_rate_is_where_the_loss_falls_fastest():
 def test_the_command_line_shows_the_sweep_and_draws_it(recipe, tmp_path):
     made = recipe(stages=[HIDDEN])
     path = tmp_path / "recipe.yaml"
-    path.write_text(made.to_yaml())
+    path.write_text(made.to_yaml(), encoding="utf-8")
     done = CliRunner().invoke(_verbs(), ["distill", str(path), "--find-lr"])
     assert done.exit_code == 0, done.output
-    rows = (tmp_path / "run-rates" / "rates.csv").read_text().splitlines()
+    rows = (tmp_path / "run-rates" / "rates.csv").read_text(encoding="utf-8").splitlines()
     assert rows[0] == "stage_index,stage,rate,loss,smooth_loss"
     assert len(rows) > 20
     assert (tmp_path / "run-rates" / "rates.png").stat().st_size > 1000 or not importlib.util.find_spec("matplotlib")

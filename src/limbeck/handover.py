@@ -54,7 +54,7 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: boo
         "compile_refused": job.compiling.reasons,
         "seed": recipe.seed,
         "peak_memory_bytes": peak_memory(),
-        "plan": json.loads((run.path / "plan.json").read_text()),
+        "plan": json.loads((run.path / "plan.json").read_text(encoding="utf-8")),
     }
     if curves and importlib.util.find_spec("matplotlib") and run.metrics.exists():
         draw(run.metrics, run.path / "curves.png")

@@ -93,7 +93,7 @@ def _known(recipe: Recipe) -> dict[str, Any] | None:
     check_run(path, recipe)
     run = RunDirectory(path, recipe)
     if all(run.finished(i) for i in range(len(recipe.stages))):
-        known = json.loads(done.read_text())
+        known = json.loads(done.read_text(encoding="utf-8"))
         if known["evaluation"] == recipe.evaluation.model_dump(mode="json"):
             console.print(f"{path} is finished already; its summary:")
             return known
@@ -127,7 +127,7 @@ def _planned(job: Job, run: RunDirectory, plan: Plan, rehearsed: bool) -> Plan:
         plan = measured_plan(job, plan) if rehearsed else plan
         run.write(path.name, json.dumps(plan.facts(), indent=1) + "\n")
         return plan
-    known = json.loads(path.read_text())
+    known = json.loads(path.read_text(encoding="utf-8"))
     rows = [replace(row, seconds=then["seconds"]) for row, then in zip(plan.rows, known["stages"])]
     return replace(plan, rows=rows, seconds=known["seconds"], memory_bytes=known["memory_bytes"])
 
@@ -135,7 +135,7 @@ def _planned(job: Job, run: RunDirectory, plan: Plan, rehearsed: bool) -> Plan:
 def check_text(job: Job) -> None:
     """Raises LimbeckError where a text has changed since the run began: positions would mean other sequences."""
     path = job.path / "manifest.json"
-    before = json.loads(path.read_text()).get("texts", {}) if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8")).get("texts", {}) if path.exists() else {}
     for name, text in job.texts.items():
         if before.get(name, {}).get("key", text.key) == text.key:
             continue

@@ -35,7 +35,9 @@ def free_memory(device: torch.device) -> int | None:
     if free is None:
         return None
     try:  # a container may have less than the machine
-        limit = int((GROUP / "memory.max").read_text()) - int((GROUP / "memory.current").read_text())
+        limit = int((GROUP / "memory.max").read_text(encoding="utf-8")) - int(
+            (GROUP / "memory.current").read_text(encoding="utf-8")
+        )
         return min(free, max(limit, 0))
     except (OSError, ValueError):  # no container, or no limit
         return free
@@ -63,7 +65,9 @@ def extra_peak(work: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     _give_back()
     try:
-        (PROCESS / "clear_refs").write_text("5")  # "5" sets the high-water mark back to what is resident now
+        (PROCESS / "clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # "5" sets the high-water mark back to what is resident now
         resident = _kilobytes(PROCESS / "status", "VmRSS")
     except OSError:
         resident = None
@@ -115,7 +119,7 @@ def _give_back() -> None:
 def _kilobytes(file: Path, name: str) -> int | None:
     """Bytes from a line such as "VmRSS:  2000 kB"."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]

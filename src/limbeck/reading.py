@@ -61,7 +61,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path, what: str, expected: str) -> dict[str, Any]:
     """The mapping that a file holds; LimbeckError, with what was expected, where it holds none."""
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LimbeckError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -45,7 +45,7 @@ def select(
     prices = keeping.price_layers(model, arm, sites, *texts, contextlib.nullcontext, tokens=tokens, judged=judged)
     chosen = keeping.choose(prices, keep, by)  # type: ignore[arg-type]
     facts = {"by": by, "teacher": teacher, "mixer": student, "preset": preset, "data": data, "tokens": tokens}
-    out.write_text(json.dumps(keeping.plan_file(prices, chosen, **facts), indent=1) + "\n")
+    out.write_text(json.dumps(keeping.plan_file(prices, chosen, **facts), indent=1) + "\n", encoding="utf-8")
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "KL", "recall", "unexplained", "kept"):
         table.add_column(column, justify="right")

@@ -68,7 +68,7 @@ def study(
     from limbeck.study.tables import claims_markdown
 
     folder = Path(out or f"runs/{chosen.title}")
-    output.print(Markdown((folder / "table.md").read_text()))
+    output.print(Markdown((folder / "table.md").read_text(encoding="utf-8")))
     if results["claims"]:
         output.print(Markdown(claims_markdown(results["claims"])))
     sharing = results["sharing"]

@@ -196,7 +196,7 @@ def _headway(folder: Path) -> float:
 @contextmanager
 def _lock(folder: Path, what: str) -> Iterator[bool]:
     """Holds the lock of `folder`; yields False where the file system has no locks."""
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+    with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="utf-8") as file:
         seen, since, told = 0.0, time.monotonic(), False
         while fcntl is not None:
             try:

@@ -131,10 +131,10 @@ class Stream:
         """What is kept of a shard for good: its counts and the checksum of its tokens."""
         path = self.folder / "index" / f"{index:06d}.json"
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self._made(index)
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
 
     def _made(self, index: int) -> dict[str, Any]:
         thread = self._ahead.pop(index, None)
@@ -177,9 +177,9 @@ class Stream:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-            temporary.write_text(json.dumps(facts) + "\n")
+            temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
             temporary.replace(path)
-        elif json.loads(path.read_text())["sha256"] != facts["sha256"]:
+        elif json.loads(path.read_text(encoding="utf-8"))["sha256"] != facts["sha256"]:
             raise LimbeckError(
                 f"the shard '{shard.name}' of '{self.source}' is not what it was when it was first read",
                 expected="the same text, so that a position means the same sequences",

@@ -71,7 +71,7 @@ class Measurement(_Part):
         with no_room_is_an_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
             aside = folder / f".{path.name}.tmp"
-            with open(aside, "w") as file:
+            with open(aside, "w", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(self.model_dump(mode="json")), indent=1, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

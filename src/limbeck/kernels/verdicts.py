@@ -100,7 +100,7 @@ def known(adapter: Adapter, call: Call) -> Verdict | None:
     key = _key(adapter, call)
     if key not in _VERDICTS and (path := _file(key)).exists():
         try:
-            _VERDICTS[key] = Verdict(**json.loads(path.read_text()))
+            _VERDICTS[key] = Verdict(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, OSError):  # cut short, or of another version
             path.unlink(missing_ok=True)
     return _VERDICTS.get(key)
@@ -116,7 +116,7 @@ def judge(adapter: Adapter, call: Call) -> Verdict:
             path = _file(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({**asdict(verdict)}, indent=1) + "\n")
+            temporary.write_text(json.dumps({**asdict(verdict)}, indent=1) + "\n", encoding="utf-8")
             temporary.replace(path)
         except OSError:  # no room, or a folder that is not ours: the next process checks again
             pass

@@ -106,7 +106,7 @@ def _numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
 
 def _from_file(path: Path) -> list[int]:
     try:
-        return [int(i) for i in json.loads(path.read_text())["keep"]]
+        return [int(i) for i in json.loads(path.read_text(encoding="utf-8"))["keep"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LimbeckError(
             f"cannot read the layers to keep from {path}: {error}",

@@ -124,7 +124,7 @@ class StudentConfig:
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Writes what remote code needs beside config.json, before anything is uploaded."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        (Path(save_directory) / "modeling_limbeck.py").write_text(REMOTE_CODE)
+        (Path(save_directory) / "modeling_limbeck.py").write_text(REMOTE_CODE, encoding="utf-8")
         foreign.save_beside(Path(save_directory), self.limbeck)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol):

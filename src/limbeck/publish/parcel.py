@@ -170,7 +170,9 @@ def check_whole(folder: Path, plan: dict[str, Any]) -> None:
     if single.is_file():
         weights = [single]
     elif index.is_file():
-        weights = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        weights = [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
     else:
         raise LimbeckError(f"{folder} holds no weights", expected="model.safetensors, or its index with all parts")
     code = ["modeling_limbeck.py", *(file_name(n) for n, o in plan.get("origins", {}).items() if o.get("file"))]
@@ -207,7 +209,7 @@ def _check_length(file: Path) -> None:
 
 def _run_facts(path: Path, recipe: Recipe) -> RunFacts:
     result_file = path / "eval.json"
-    result = json.loads(result_file.read_text()) if result_file.is_file() else None
+    result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.is_file() else None
     if result is None or len(result["stages"]) != len(recipe.stages):
         raise LimbeckError(
             f"the run {path} is not finished", expected="all stages and the evaluation", hint=_resume(path, recipe)
@@ -216,7 +218,7 @@ def _run_facts(path: Path, recipe: Recipe) -> RunFacts:
     prompt = known["evaluation"]["prompt"]  # text, even where it begins with a slash
     known = without_paths(known)
     known["evaluation"]["prompt"] = prompt
-    return RunFacts(known, result, json.loads((path / "manifest.json").read_text()))
+    return RunFacts(known, result, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
 
 
 def _resume(path: Path, recipe: Recipe) -> str:

@@ -144,7 +144,7 @@ def gather(places: list[Path]) -> Collection:
 
 def _of_study(folder: Path) -> Collection:
     try:
-        known = json.loads((folder / "study.json").read_text())
+        known = json.loads((folder / "study.json").read_text(encoding="utf-8"))
         assert known["format"] == FORMAT
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise LimbeckError(
@@ -190,7 +190,7 @@ def _of_runs(folders: list[Path]) -> Collection:
         arm.axes = {"student": lines.setdefault(plain, name), **_axes(arm.recipe)}
         path = folder / "eval.json"
         if path.is_file():
-            summary = json.loads(path.read_text())
+            summary = json.loads(path.read_text(encoding="utf-8"))
             arm.status, arm.stages = "finished", summary["stages"]
             arm.seconds = sum(stage["seconds"] for stage in arm.stages)
             arm.values, arm.errors = values_of(summary, list(arm.measurements.values()), folder / "metrics.jsonl")
@@ -215,9 +215,9 @@ def _read(arm: Arm) -> None:
     assert arm.folder is not None
     recipe, manifest = arm.folder / "recipe.yaml", arm.folder / "manifest.json"
     if recipe.is_file():
-        arm.recipe = without_paths(yaml.safe_load(recipe.read_text()))
+        arm.recipe = without_paths(yaml.safe_load(recipe.read_text(encoding="utf-8")))
     if manifest.is_file():
-        arm.manifest = without_paths(json.loads(manifest.read_text()))
+        arm.manifest = without_paths(json.loads(manifest.read_text(encoding="utf-8")))
     for path in sorted((arm.folder / "eval").glob("*.json")):
         one = Measurement.load(path)
         arm.measurements[one.measure] = one

@@ -77,8 +77,8 @@ def write(found: list[Measurement], folder: Path) -> list[Path]:
     """Table, CSV, the figures of the measures that have one, and accuracy against speed where both were measured."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "table.md", folder / "values.csv"]
-    paths[0].write_text(markdown(found))
-    paths[1].write_text(as_csv(found))
+    paths[0].write_text(markdown(found), encoding="utf-8")
+    paths[1].write_text(as_csv(found), encoding="utf-8")
     with look(_models(found)):
         figures = {}
         for name in dict.fromkeys(one.measure for one in found):

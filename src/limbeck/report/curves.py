@@ -48,7 +48,7 @@ def draw(metrics: Path, path: Path) -> None:
 def read(metrics: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """The lines of metrics.jsonl by stage; the one that a kill cut short is left out."""
     stages: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for text in metrics.read_text().splitlines() if metrics.exists() else []:
+    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:

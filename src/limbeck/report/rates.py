@@ -33,7 +33,7 @@ def write(sweeps: list[Sweep], folder: Path) -> list[Path]:
     """Write the numbers, and the picture where matplotlib is installed; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "rates.csv"]
-    with open(paths[0], "w", newline="") as file:
+    with open(paths[0], "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["stage_index", "stage", "rate", "loss", "smooth_loss"])
         for sweep in sweeps:

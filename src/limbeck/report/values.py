@@ -64,7 +64,7 @@ def as_csv(rows: list[tuple[str, dict[str, str], dict[str, float], dict[str, flo
 def _early_loss(metrics: Path, index: int) -> float | None:
     """Mean loss of a stage's first steps; None for a stage without steps."""
     losses = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
         one = json.loads(line)
         if one["stage_index"] == index:
             losses.append(one["loss"])

@@ -95,7 +95,7 @@ class RunDirectory:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with open(self.metrics, "a") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.trackers.log(line)
 
@@ -107,7 +107,7 @@ class RunDirectory:
     def _forget(self, index: int, step: int) -> int:
         """Drop lines; the last step of the dropped ones, counted over all stages."""
         kept, last = [], 0
-        for text in self.metrics.read_text().splitlines():
+        for text in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:  # the line that a kill cut short
@@ -121,7 +121,7 @@ class RunDirectory:
     def write(self, name: str, text: str) -> None:
         """Write a small file at once."""
         temporary = self.path / f".{name}.tmp"
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -130,7 +130,7 @@ class RunDirectory:
     def manifest(self, **facts: Any) -> None:
         """Add facts to manifest.json."""
         path = self.path / "manifest.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.write("manifest.json", json.dumps({**known, **facts}, indent=1, default=str) + "\n")
 
     # ------------------------------------------------------------------ inside
@@ -138,7 +138,7 @@ class RunDirectory:
     def _backends(self) -> list[dict[str, Any]]:
         """Which backend computed which operator, in this process and those before it."""
         path = self.path / "manifest.json"
-        known = json.loads(path.read_text()).get("backends", []) if path.exists() else []
+        known = json.loads(path.read_text(encoding="utf-8")).get("backends", []) if path.exists() else []
         return [*known, *(one for one in kernels.report() if one not in known)]
 
     def _checkpoints(self, index: int) -> list[Path]:
@@ -238,7 +238,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         LimbeckError: another process holds it.
     """
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -296,7 +296,7 @@ def environment() -> dict[str, Any]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())["facts"]
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["facts"]
 
 
 def _difference(key: str, before: Any, now: Any) -> list[str]:

@@ -145,14 +145,14 @@ class Trackers:
             flat = {"recipe": self.recipe.to_yaml()} if name == "mlflow" else self.recipe.model_dump(mode="json")
             tracker.store_init_configuration(flat)
         if name != "tensorboard":
-            (self.path / "trackers.json").write_text(json.dumps(known) + "\n")
+            (self.path / "trackers.json").write_text(json.dumps(known) + "\n", encoding="utf-8")
         return tracker
 
     def _ids(self) -> dict[str, str]:
         """By what name each tracker knows this run, once it does."""
         path = self.path / "trackers.json"
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
 

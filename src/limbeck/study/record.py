@@ -75,7 +75,7 @@ def teacher_path(arm: Arm) -> Path:
 
 def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if study is not None and any(known["measures"].get(name) != one for name, one in wanted(study).items()):
@@ -88,7 +88,7 @@ def put(path: Path, text: str) -> None:
     with no_room_is_an_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(text)
+        aside.write_text(text, encoding="utf-8")
         aside.replace(path)
 
 

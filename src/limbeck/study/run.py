@@ -141,7 +141,7 @@ def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
 def _failures(folder: Path) -> dict[str, str]:
     """By arm, what those said that failed."""
     path = folder / FAILURES
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _remember(folder: Path, failures: dict[str, str]) -> None:

@@ -151,7 +151,7 @@ def finish(arm: Arm, study: Study, workplace: Workplace) -> None:
     if state != "finished":
         loaded = workplace.teacher(arm.recipe)
         if state == "measure":
-            summary = json.loads((arm.path / "eval.json").read_text())
+            summary = json.loads((arm.path / "eval.json").read_text(encoding="utf-8"))
         else:
             summary = distill(arm.recipe, loaded=loaded, rehearsed=False, curves=False)
         if study.measures:

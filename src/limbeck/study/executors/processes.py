@@ -159,7 +159,7 @@ class _Worker:
         """For people."""
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        last = self.log.read_text(errors="replace").splitlines()[-3:]
+        last = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:]
         return "\n".join([f"its process {how}, {TRIES} times; see {self.log}", *last])
 
     def end(self) -> None:

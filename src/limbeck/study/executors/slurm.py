@@ -152,7 +152,7 @@ def do_array_task(folder: Path, number: int) -> dict[str, str]:
     """
     place = folder / "slurm"
     try:
-        tasks = json.loads((place / TASKS).read_text())
+        tasks = json.loads((place / TASKS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LimbeckError(
             f"{folder} has no tasks", expected="a study's folder", hint="limbeck study STUDY --executor slurm"
@@ -188,7 +188,7 @@ def _submit(place: Path, script: Path, tasks: list[Task], asked: Callable[[], bo
         while waiting:
             over = sbatch.poll() is not None and not _alive(job)
             for number in [number for number in waiting if (place / f"{number}.json").exists()]:
-                failures = json.loads((place / f"{number}.json").read_text())
+                failures = json.loads((place / f"{number}.json").read_text(encoding="utf-8"))
                 (place / f"{number}.json").unlink()
                 yield Done(waiting.pop(number), failures)
             if over:
@@ -202,7 +202,7 @@ def _submit(place: Path, script: Path, tasks: list[Task], asked: Callable[[], bo
     (place / JOB).unlink()
     for number, task in waiting.items():
         log = place / f"{job}_{number}.log"
-        last = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
+        last = log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:] if log.exists() else []
         said = "\n".join([f"its array task {job}_{number} ended without an answer; see {log}", *last])
         yield Done(task, dict.fromkeys(task.arms, said))
 
@@ -211,7 +211,7 @@ def _wait_for_another(place: Path, asked: Callable[[], bool]) -> None:
     """Wait for the array that a driver left under way when it was killed."""
     if not (place / JOB).exists():
         return
-    job = (place / JOB).read_text().strip()
+    job = (place / JOB).read_text(encoding="utf-8").strip()
     if _alive(job):
         console.print(f"the array {job} of this study is under way; waiting for it (scancel {job} ends it)")
     while _alive(job):
@@ -232,13 +232,13 @@ def _alive(job: str) -> bool:
 def _answers(place: Path) -> dict[Task, dict[str, str]]:
     """Take what the tasks said of an array for which nobody has waited to its end."""
     try:
-        tasks = json.loads((place / TASKS).read_text())
+        tasks = json.loads((place / TASKS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     found = {}
     for number, task in enumerate(tasks):
         path = place / f"{number}.json"
         if path.exists():
-            found[Task(task["kind"], tuple(task["arms"]))] = json.loads(path.read_text())
+            found[Task(task["kind"], tuple(task["arms"]))] = json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
     return found

@@ -88,7 +88,7 @@ def do_task_elsewhere(
     torch.set_num_threads(threads)
     try:
         os.chdir(directory)
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             console.file = file
             console.print(f"process {os.getpid()} on {platform.node()}: {task['kind']} {', '.join(task['arms'])}")
             return do_task(folder, task, sharers)
@@ -112,7 +112,7 @@ def _wait_until_free(path: Path) -> None:
     if fcntl is None or not (path / ".lock").exists():
         return
     began = time.monotonic()
-    with open(path / ".lock", "w") as lock:
+    with open(path / ".lock", "w", encoding="utf-8") as lock:
         while time.monotonic() - began < PATIENCE_S:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

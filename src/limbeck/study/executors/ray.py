@@ -185,7 +185,7 @@ def _told(resources: dict[str, float]) -> str:
 def _ray() -> Any:
     try:
         import ray
-        import ray.exceptions
+        import ray.exceptions  # noqa: F401  (ray.exceptions.X is used below)
     except ImportError as error:
         raise LimbeckError("Ray is not installed", hint="pip install 'limbeck[ray]'") from error
     return ray

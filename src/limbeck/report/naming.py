@@ -7,6 +7,7 @@
 What a name ends with says its unit (docs/measurements.md); files and CSV keep the plain numbers.
 """
 
+import math
 import re
 
 WORDS = {"kl": "KL", "js": "JS", "ce": "CE", "cka": "CKA", "top1": "top-1", "top5": "top-5", "acc": "accuracy"}
@@ -38,6 +39,10 @@ def label(name: str) -> str:
 def shown(name: str, value: float, error: float | None = None) -> str:
     """A number with its standard error, in the unit that its name says."""
     name = name.split("@")[0]
+    if not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= 1e9 and not name.endswith(("bytes", "tokens")):  # a student that diverged
+        return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
     if name.endswith("bytes"):
         return size(value)
     if is_share(name) and abs(value) <= 1:

@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from limbeck.cli import app, main
+from limbeck.cli import main
 from limbeck.errors import LimbeckError
 from limbeck.job import distill
 from limbeck.prepare import prepare_job
+from limbeck.report.page import write as write_report
 from limbeck.stages import learner
 from limbeck.stages.run import RunDirectory
 from limbeck.study import Study, built_in, record, run_study
@@ -339,7 +339,7 @@ def test_an_arm_that_diverged_is_told_in_tables_and_stops_nothing(raw, tmp_path)
     run_study(study, folder)
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert table.count("diverged in 1 of 3") == 2
-    assert CliRunner().invoke(app, ["report", str(folder)]).exit_code == 0
+    write_report([folder])
     assert "diverged in 1 of 3" in (folder / "report.md").read_text(encoding="utf-8")
 
 

@@ -25,7 +25,7 @@ def distill(
     tokens: Annotated[int | None, typer.Option(help="Tokens over all stages, shared out as in the recipe.")] = None,
     data: Annotated[str | None, typer.Option(help="Text: a file, a folder, a dataset name or 'embedded'.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.1.lr=1e-3.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.hidden.lr=1e-3.")] = None,
     find_lr: Annotated[bool, typer.Option("--find-lr", help="Sweep each stage's learning rate and stop.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show the plan and stop.")] = False,
 ) -> None:
@@ -104,7 +104,7 @@ def build_recipe(
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
-            raise LimbeckError(f"--set {text}", expected="--set key=value, for example --set stages.1.lr=1e-3")
+            raise LimbeckError(f"--set {text}", expected="--set key=value, for example --set stages.hidden.lr=1e-3")
         assign(raw, key, parse_value(value))
     return Recipe.parse(raw, name)
 

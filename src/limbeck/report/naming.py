@@ -9,6 +9,7 @@ What a name ends with says its unit (docs/measurements.md); files and CSV keep t
 
 import math
 import re
+from typing import Any
 
 WORDS = {"kl": "KL", "js": "JS", "ce": "CE", "cka": "CKA", "top1": "top-1", "top5": "top-5", "acc": "accuracy"}
 UNITS = {"milliseconds": "ms", "seconds": "s", "per_second": "a second"}
@@ -50,6 +51,22 @@ def shown(name: str, value: float, error: float | None = None) -> str:
     if name.endswith("tokens") or abs(value) >= 10000:
         return f"{value:,.0f}" if error is None else f"{value:,.0f} ± {error:,.0f}"
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def literal(text: Any) -> str:
+    """Text of somebody else's (names, prompts, samples) as Markdown that shows it as it is, on one line.
+
+    It becomes neither HTML nor an image, a link, a list, code or the end of a table's cell.
+    """
+    plain = " ".join(str(text).split())
+    plain = re.sub(r"&(?=#?\w+;)", "&amp;", plain).replace("<", "&lt;")
+    plain = re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
+    return re.sub(r"^(\d*)([-+#>.)])(?= |$)", r"\1\\\2", plain)
+
+
+def code(text: Any) -> str:
+    """The same as code: nothing in it ends the span."""
+    return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"
 
 
 def is_share(name: str) -> bool:

@@ -39,7 +39,7 @@ def write(
                 **{key: (known or {}).get(key) for key in ("values", "errors", "seconds", "saved_seconds", "stages")},
             }
         )
-    teachers = _teachers(study, arms)
+    teachers, versions = _teachers(study, arms), _versions(arms, study)
     results = {
         "format": FORMAT,
         "study": study.model_dump(mode="json", exclude_none=True),
@@ -51,11 +51,11 @@ def write(
             "saved_seconds": sum(one["saved_seconds"] or 0.0 for one in facts),
         },
         "claims": claims,
-        "versions": _versions(arms, study),
+        "versions": versions,
     }
     finished = [one for one in facts if one["status"] == "finished"]
     record.put(folder / "study.json", json.dumps(results, indent=1) + "\n")
-    record.put(folder / "table.md", table_markdown(study, finished, teachers, results["versions"]))
+    record.put(folder / "table.md", table_markdown(study, finished, teachers, versions))
     record.put(folder / "values.csv", values_csv(finished))
     if claims:
         record.put(folder / "claims.md", claims_markdown(claims))

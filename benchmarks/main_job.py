@@ -62,11 +62,9 @@ def main() -> None:
     ratio = math.exp(statistics.fmean(logs) - known["log_perplexity"])
     # three standard errors of the difference of the two means, by the recorded spread
     allowed = 3 * known["spread"] * math.sqrt(1 / len(known["runs"]) + 1 / len(runs))
-    print(
-        print(
-            f"ratio to the recorded mean {then:.2f}: {ratio:.3f}; {math.exp(-allowed):.3f} to {math.exp(allowed):.3f} is expected"
-        )
-    )
+    then = math.exp(known["log_perplexity"])
+    print(f"ratio to the recorded mean {then:.2f}: {ratio:.3f}")
+    print(f"expected: {math.exp(-allowed):.3f} to {math.exp(allowed):.3f}")
     if abs(math.log(ratio)) > allowed:
         sys.exit(1)
 

@@ -27,13 +27,15 @@ def convert(
 
     import limbeck
     from limbeck import assets, mixers
+    from limbeck.data.cache import made_aside
     from limbeck.model.convert import parameter_report
     from limbeck.stages.teacher import load_teacher
 
     mixers.options(student, preset=preset)
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
     made = limbeck.convert(model, student, layers, preset=preset)
-    made.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with made_aside(out) as folder:
+        made.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     report = parameter_report(made)
     console.print(f"{out}: {report.total:,} parameters, {report.added:,} of them new; not trained yet")

@@ -1,5 +1,6 @@
 """limbeck generate: text from a student (or any causal model), streamed to the terminal."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +37,7 @@ def generate(
     from limbeck.generate import stream
     from limbeck.model.opening import open_model
 
-    if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:

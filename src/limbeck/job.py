@@ -25,7 +25,7 @@ from limbeck.prepare import Job, Loaded, new_student, prepare_job, run_path
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse
 from limbeck.stages.learner import Stage
-from limbeck.stages.run import RunDirectory, check_run, environment, open_run
+from limbeck.stages.run import RunDirectory, check_run, environment, open_run, sweep
 from limbeck.teach import make_stage, run_stages
 
 LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed
@@ -57,6 +57,7 @@ def distill(
     with together(), arithmetic(recipe):
         known = on_main(lambda: _known(recipe))
         if known is not None:
+            on_main(lambda: sweep(run_path(recipe)))
             return known
         torch.manual_seed(recipe.seed)
         with main_first():

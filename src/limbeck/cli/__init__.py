@@ -11,7 +11,7 @@ import typer
 from limbeck.console import console
 from limbeck.data.cache import refusal
 from limbeck.errors import LimbeckError
-from limbeck.stages.interrupt import Ended, Stopped, end_on_signals
+from limbeck.stages.interrupt import Ended, Stopped, end_on_signals, put_back
 
 RESUMES = {"distill", "study", "assets", "eval"}  # verbs whose work is kept as it is done
 
@@ -71,32 +71,40 @@ def _end(error: BaseException) -> NoReturn:
 
 def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
-    end_on_signals()
+    before = end_on_signals()
+    _in_utf8()
     _any_encoding()
     try:
         _command()
     except (LimbeckError, Ended, KeyboardInterrupt) as error:
         _end(error)
     except Exception as error:
-        told = refusal(error) or _unspeakable(error)
+        told = refusal(error)
         if told is None:
             raise
         _end(told)
+    finally:
+        put_back(before)
 
 
-def _unspeakable(error: BaseException) -> LimbeckError | None:
-    """What to do about a name that the locale cannot write, which the system's calls raise as an UnicodeEncodeError."""
-    if not isinstance(error, UnicodeEncodeError):
-        return None
-    if error.encoding.replace("-", "").lower() == "utf8":
-        return LimbeckError(
-            f"{error.object[:200]!a} holds bytes that are no UTF-8", expected="names in UTF-8", hint="rename it"
-        )
-    return LimbeckError(
-        f"{error.object[:200]!a} cannot be written in this locale's encoding, {error.encoding}",
-        expected="a locale with UTF-8",
-        hint="export PYTHONUTF8=1   (or LC_ALL=C.UTF-8)",
-    )
+def _in_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding; the terminal keeps its own.
+
+    Names of files would otherwise reach libraries that want UTF-8 in a form that they refuse.
+    """
+    if sys.getfilesystemencoding().replace("-", "").lower() == "utf8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding if sys.stdout else 'ascii'}:backslashreplace")
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def _refuse_bytes(text: str) -> None:
+    """Raises LimbeckError for a name that is no UTF-8: no recipe, table or card could hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LimbeckError(f"{text!a} holds bytes that are no UTF-8", expected="UTF-8", hint="rename it") from error
 
 
 def _command() -> None:
@@ -105,6 +113,8 @@ def _command() -> None:
         os.getcwd()
     except OSError as error:
         raise LimbeckError("the current folder has been deleted", expected="one that is there", hint="cd") from error
+    for text in (os.getcwd(), *(sys.argv[1:] if sys.argv[1:2] != ["generate"] else ())):  # prompts may hold anything
+        _refuse_bytes(text)
     from limbeck.cli import (  # noqa: F401
         assets,
         bench,

@@ -7,6 +7,7 @@ import typer
 
 from limbeck.cli import app
 from limbeck.console import console
+from limbeck.data.cache import check_link, check_writable, made_aside
 from limbeck.errors import LimbeckError
 
 
@@ -21,13 +22,14 @@ def convert(
     layers: Annotated[str, typer.Option(help="'all' or layer numbers such as 0,2,5-9.")] = "all",
 ) -> None:
     """Write an untrained student: the teacher with other attention in the chosen layers."""
+    check_link(out)
+    check_writable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LimbeckError(f"{out} exists and is not empty", expected="a new folder")
     import torch
 
     import limbeck
     from limbeck import assets, mixers
-    from limbeck.data.cache import made_aside
     from limbeck.model.convert import parameter_report
     from limbeck.stages.teacher import load_teacher
 

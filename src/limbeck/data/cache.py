@@ -13,6 +13,7 @@ process fills its own copy and the first rename wins.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -209,9 +210,28 @@ def _asked(folder: Path) -> int | None:
 
 def _in_cache(place: Path) -> bool:
     try:
-        return place.absolute().is_relative_to(cache_root())
+        place, root = place.absolute(), cache_root()
+        return place.is_relative_to(root) or root.is_relative_to(place)  # it, or a folder that it would be made in
     except (LimbeckError, OSError):
         return False
+
+
+def check_writable(folder: Path) -> None:
+    """Raises LimbeckError where nothing can be written to a folder that is there or would be made."""
+    if refused := unwritable(folder):
+        raise refused
+
+
+def unwritable(folder: Path) -> LimbeckError | None:
+    """Why nothing can be written to a folder that is there or would be made, found by trying; None where it can."""
+    try:
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        if refused := refusal(OSError(error.errno, error.strerror), folder):
+            return refused
+        raise
+    return None
 
 
 @contextmanager
@@ -224,8 +244,8 @@ def made_aside(final: Path) -> Iterator[Path]:
         LimbeckError: no room, no permission, or a link that leads nowhere.
     """
     check_link(final)
+    temporary = aside_of(final)
     place = final.resolve()
-    temporary = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with no_room_is_an_error(place.parent):
@@ -235,6 +255,12 @@ def made_aside(final: Path) -> Iterator[Path]:
             _put_in_place(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def aside_of(final: Path) -> Path:
+    """Where `made_aside` fills the folder; what is there while nobody is at it was left by a killed process."""
+    place = final.resolve()
+    return place.with_name(f".{place.name}.tmp")
 
 
 def check_link(path: Path) -> None:
@@ -320,7 +346,7 @@ def _flush(path: Path) -> None:
 
 
 def _temporary(folder: Path) -> list[Path]:
-    return list(folder.parent.glob(f".{folder.name}.*.tmp"))
+    return list(folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"))
 
 
 def _headway(folder: Path) -> float:

@@ -29,6 +29,7 @@ ENDING = [s for s in (getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "S
 SIGNALS = [*ENDING, *(s for s in (getattr(signal, "SIGUSR1", None),) if s is not None)]
 ONE_S = 0.3  # what comes again within so short a time is one Ctrl-C, from the terminal and passed on by a parent
 Handler = Callable[[int, FrameType | None], None]
+Handlers = dict[signal.Signals, Any]
 
 
 class Stopped(LimbeckError):
@@ -58,9 +59,6 @@ def code_of(number: int) -> int:
 def watch() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether a signal to stop has come. Outside the main thread none is watched for."""
     came: list[tuple[int, float]] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if came and number == signal.SIGINT and time.monotonic() - came[0][1] > ONE_S:
@@ -77,16 +75,18 @@ def watch() -> Iterator[Callable[[], bool]]:
             stopped.exit_code = code_of(came[0][0])
         raise
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        put_back(before)
     if came:  # too late for this training: whoever hears of signals next is told
         signal.raise_signal(came[0][0])
 
 
-def end_on_signals() -> None:
+def end_on_signals() -> Handlers:
     """From here on a signal to end raises Ended; while modules are being imported the process ends in its place.
 
     An exception in the midst of an import is lost, or leaves modules half made.
+
+    Returns:
+        The handlers that were there, for `put_back`. Outside the main thread none is changed.
     """
     since: list[float] = []
 
@@ -100,7 +100,7 @@ def end_on_signals() -> None:
             _leave(number)
         raise Ended(number)
 
-    _install(end)
+    return _install(end)
 
 
 def say(text: str) -> None:
@@ -114,8 +114,21 @@ def say(text: str) -> None:
                 os.dup2(nowhere, gone)
 
 
-def _install(handler: Handler) -> dict[signal.Signals, Any]:
+def leave_on_signals() -> None:
+    """From here on a signal to end does so at once: there is nobody left who would hear of an exception."""
+    _install(lambda number, frame: _leave(number))
+
+
+def put_back(handlers: Handlers) -> None:
+    """Set the handlers that were there before."""
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+def _install(handler: Handler) -> Handlers:
     """Set a handler for those signals that are not ignored; returns the handlers that were there."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     before = {s: signal.getsignal(s) for s in SIGNALS}
     before = {s: old for s, old in before.items() if old is not None and old != signal.SIG_IGN}
     for s in before:

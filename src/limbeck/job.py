@@ -15,7 +15,7 @@ import torch
 
 from limbeck import recipe as recipes
 from limbeck.console import console
-from limbeck.data.cache import check_room
+from limbeck.data.cache import check_room, check_writable
 from limbeck.distributed import main_first, on_main, together, world
 from limbeck.errors import LimbeckError
 from limbeck.handover import hand_over, provenance
@@ -59,6 +59,7 @@ def distill(
         if known is not None:
             on_main(lambda: sweep(run_path(recipe)))
             return known
+        on_main(lambda: check_writable(run_path(recipe)))
         torch.manual_seed(recipe.seed)
         with main_first():
             job = prepare_job(recipe, loaded)

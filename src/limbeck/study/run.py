@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.console import console
-from limbeck.data.cache import check_link, check_room, no_room_is_an_error
+from limbeck.data.cache import check_link, check_room, check_writable, no_room_is_an_error
 from limbeck.distributed import world
 from limbeck.errors import LimbeckError
 from limbeck.stages.run import check_run, held
@@ -55,6 +55,7 @@ def run_study(
     """
     folder = Path(out or f"runs/{study.title}")
     arms = check_study(study, folder)
+    check_writable(folder)
     workplace = Workplace()
     place = executor or InTurn(workplace)
     with ExitStack() as stack:

@@ -60,10 +60,10 @@ def _end(error: BaseException) -> NoReturn:
     try:
         if isinstance(error, LimbeckError):
             if not stopped:
-                console.print("[bold red]error:[/] ", end="")
+                console.print("error: ", end="", style="bold red")
             console.print(str(error), markup=False)
         if stopped:
-            console.print("stopped" + ("; the same command resumes" if RESUMES & set(sys.argv[1:2]) else ""))
+            console.print("stopped" + ("; the same command resumes" if RESUMES & set(sys.argv) else ""))
     except OSError:
         pass
     sys.exit(getattr(error, "exit_code", 130))
@@ -113,7 +113,7 @@ def _command() -> None:
         os.getcwd()
     except OSError as error:
         raise LimbeckError("the current folder has been deleted", expected="one that is there", hint="cd") from error
-    for text in (os.getcwd(), *(sys.argv[1:] if sys.argv[1:2] != ["generate"] else ())):  # prompts may hold anything
+    for text in (os.getcwd(), *(sys.argv[1:] if "generate" not in sys.argv else ())):  # prompts may hold anything
         _refuse_bytes(text)
     from limbeck.cli import (  # noqa: F401
         assets,

@@ -78,7 +78,7 @@ def eval(
     _show(found, out)
     kept = dict.fromkeys(str(home) for home in map(subjects.homes.__getitem__, models) if not unwritable(home))
     if kept and not out:
-        console.print(f"[dim]kept in {', '.join(kept)}[/]")
+        console.print(f"kept in {', '.join(kept)}", style="dim", markup=False)
 
 
 def _show(found: list[Any], out: Path | None) -> None:

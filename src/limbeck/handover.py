@@ -5,14 +5,12 @@ result = hand_over(job, run, student)          # writes student/, summary.md and
 
 import importlib.util
 import json
-import os
-import shutil
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from limbeck.data.cache import no_room_is_an_error
+from limbeck.data.cache import made_aside
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes
 from limbeck.generate import continuation
@@ -65,17 +63,9 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: boo
 
 def _export(job: Job, student: PreTrainedModel) -> None:
     """Save the student as a Hugging Face folder, whole or not at all."""
-    final = job.path / "student"
-    temporary = job.path / ".student.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with no_room_is_an_error(job.path):
-        student.save_pretrained(temporary)
-        job.tokenizer.save_pretrained(temporary)
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+    with made_aside(job.path / "student") as folder:
+        student.save_pretrained(folder)
+        job.tokenizer.save_pretrained(folder)
 
 
 def arithmetic_of(job: Job) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 from limbeck import recipe as recipes
 from limbeck.console import console
-from limbeck.data.cache import check_room
+from limbeck.data.cache import check_room, check_writable
 from limbeck.distributed import main_first, on_main, together, world
 from limbeck.errors import LimbeckError
 from limbeck.handover import hand_over, provenance
@@ -25,7 +25,7 @@ from limbeck.prepare import Job, Loaded, new_student, prepare_job, run_path
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse
 from limbeck.stages.learner import Stage
-from limbeck.stages.run import RunDirectory, check_run, environment, open_run
+from limbeck.stages.run import RunDirectory, check_run, environment, open_run, sweep
 from limbeck.teach import make_stage, run_stages
 
 LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed
@@ -57,7 +57,9 @@ def distill(
     with together(), arithmetic(recipe):
         known = on_main(lambda: _known(recipe))
         if known is not None:
+            on_main(lambda: sweep(run_path(recipe)))
             return known
+        on_main(lambda: check_writable(run_path(recipe)))
         torch.manual_seed(recipe.seed)
         with main_first():
             job = prepare_job(recipe, loaded)

@@ -291,7 +291,7 @@ class Recipe(Document):
     data: Data = Data()
     stages: list[StageRecipe] = []
     evaluation: Evaluation = Evaluation()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**62)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # of products under autocast; weights are float32. auto: bf16 on a GPU that has it, fp16 on an older one, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

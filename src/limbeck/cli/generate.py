@@ -1,5 +1,7 @@
 """limbeck generate: text from a student (or any causal model), streamed to the terminal."""
 
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +23,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the tokens that have this probability.")] = 1.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8 on a CPU: a third of the memory.")] = False,
     int8_dynamic: Annotated[
         bool, typer.Option("--int8-dynamic", help="Activations in int8 too: faster, less exact.")
@@ -36,9 +38,11 @@ def generate(
     from limbeck.generate import stream
     from limbeck.model.opening import open_model
 
-    if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    # both in UTF-8, whatever the locale
+    raw = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
+    text = raw.decode("utf-8", errors="replace")
     if not text:
         raise LimbeckError("the prompt is empty", expected="some text")
     folder = Path(model) / "student"

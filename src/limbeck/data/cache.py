@@ -13,10 +13,13 @@ process fills its own copy and the first rename wins.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,13 +37,46 @@ except ImportError:  # Windows
 
 MANIFEST = "manifest.json"
 PATIENCE_S = 600.0  # how long the holder of a lock may write nothing before a waiting process gives up
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+CODE = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)  # what safetensors and tokenizers say it in
+CUT_SHORT = re.compile(r"\d+ requested and \d+ written|PytorchStreamWriter|inline_container.*unexpected pos")
+REFUSALS = {
+    errno.ENOSPC: ("the disk of {place} is full", "free some room ({again}), or use another disk ({elsewhere})"),
+    errno.EDQUOT: (
+        "the quota on the disk of {place} is used up",
+        "free some of it ({again}), or use another disk ({elsewhere})",
+    ),
+    errno.EFBIG: (
+        "a file in {place} would become larger than is allowed here",
+        "ulimit -f unlimited   ({again}), or use another disk ({elsewhere})",
+    ),
+    errno.EIO: ("the disk of {place} fails: input/output error", "use another disk ({elsewhere})"),
+    errno.ESTALE: ("the disk of {place} is gone: {reason}", "mount it again ({again}), or use another ({elsewhere})"),
+    errno.EMFILE: ("too many open files, at {place}", "ulimit -n 4096   ({again})"),
+    errno.ENAMETOOLONG: ("the name {place} is too long for its disk", "a shorter one ({elsewhere})"),
+    errno.ENOTDIR: ("a part of the path {place} is a file", "use another folder ({elsewhere})"),
+    errno.ELOOP: ("the links on the path {place} lead in a circle", "use another folder ({elsewhere})"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        ("cannot write to {place}: {reason}", "use a folder that this user may write to ({elsewhere})"),
+    ),
+}
 
 
 def cache_root() -> Path:
-    """The folder of everything that can be made again: `$LIMBECK_CACHE`, else `~/.cache/limbeck`."""
-    named = os.environ.get("LIMBECK_CACHE")
-    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "limbeck"
+    """The folder of everything that can be made again: `$LIMBECK_CACHE`, else `~/.cache/limbeck`.
+
+    Raises:
+        LimbeckError: neither is known; so it is in a container that runs under a number without a name.
+    """
+    try:
+        named = os.environ.get("LIMBECK_CACHE")
+        return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "limbeck"
+    except RuntimeError as error:
+        raise LimbeckError(
+            "this user has no home directory, so there is no place for the cache",
+            expected="a folder of the cache, or HOME",
+            hint="export LIMBECK_CACHE=/tmp/limbeck",
+        ) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -114,55 +150,187 @@ def check_room(folder: Path, need_bytes: int, what: str) -> None:
 
 @contextmanager
 def no_room_is_an_error(folder: Path) -> Iterator[None]:
-    """Turns "disk full" and "permission denied" from the system into a LimbeckError that names the folder."""
+    """Turns "disk full", "permission denied" and the like into a LimbeckError that names the folder.
+
+    Whoever removes half-made files has to do so outside of it: a library that does not say why a file was cut short
+    is found out by asking the disk.
+    """
     try:
         yield
+    except Exception as error:
+        told = refusal(error, folder)
+        if told is None:
+            raise
+        raise told from error
+
+
+def refusal(error: BaseException, folder: Path | None = None) -> LimbeckError | None:
+    """The LimbeckError for what the system refused to write, or None where `error` is of another kind.
+
+    Args:
+        error: an OSError, or what safetensors, tokenizers, torch and numpy raise in its place.
+        folder: where something was being written, if that is known.
+    """
+    if isinstance(error, LimbeckError):
+        return None
+    named = getattr(error, "filename", None)
+    place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else folder
+    code, said = error.errno if isinstance(error, OSError) else None, str(error)
+    if code is None and (match := CODE.search(said)):
+        code = int(match[1])
+    cut_short = code is None and CUT_SHORT.search(said) is not None
+    if cut_short:
+        code = _asked(folder) if folder is not None else errno.ENOSPC
+    if code not in REFUSALS and not cut_short:
+        return None
+    elsewhere = "LIMBECK_CACHE=FOLDER" if place is not None and _in_cache(place) else "--out FOLDER"
+    words = {
+        "place": place if place is not None else "what is written",
+        "reason": os.strerror(code or 0).lower(),
+        "again": "the same command then goes on",
+        "elsewhere": elsewhere,
+    }
+    other = ("a file in {place} could not be written whole: " + said.strip(), "quotas and limits, then the same again")
+    found, hint = REFUSALS.get(code or 0, other)
+    return LimbeckError(found.format(**words), hint=hint.format(**words))
+
+
+def _asked(folder: Path) -> int | None:
+    """What the system says to a megabyte more in a folder: the number of its error, None where it takes it."""
+    folder = next((place for place in (folder, *folder.parents) if place.is_dir()), folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        if error.errno in NO_ROOM:
-            raise LimbeckError(
-                f"the disk of {folder} is full",
-                hint="free some room, or use another disk (LIMBECK_CACHE, --out); nothing half-made was left behind",
-            ) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise LimbeckError(
-                f"cannot write to {error.filename or folder}: {error.strerror}",
-                expected="a cache folder that this user may write to",
-                hint="set LIMBECK_CACHE to another folder",
-            ) from error
+        return error.errno
+    return None
+
+
+def _in_cache(place: Path) -> bool:
+    try:
+        place, root = place.absolute(), cache_root()
+        return place.is_relative_to(root) or root.is_relative_to(place)  # it, or a folder that it would be made in
+    except (LimbeckError, OSError):
+        return False
+
+
+def check_writable(folder: Path) -> None:
+    """Raises LimbeckError where nothing can be written to a folder that is there or would be made."""
+    if refused := unwritable(folder):
+        raise refused
+
+
+def unwritable(folder: Path) -> LimbeckError | None:
+    """Why nothing can be written to a folder that is there or would be made, found by trying; None where it can."""
+    try:
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        if refused := refusal(OSError(error.errno, error.strerror), folder):
+            return refused
         raise
+    return None
+
+
+@contextmanager
+def made_aside(final: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `final` to be filled, which then takes its place: whole, or nothing has changed.
+
+    Where `final` is a link to a folder, on another disk for example, it stays one and that folder is replaced.
+
+    Raises:
+        LimbeckError: no room, no permission, or a link that leads nowhere.
+    """
+    check_link(final)
+    temporary = aside_of(final)
+    place = final.resolve()
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with no_room_is_an_error(place.parent):
+            temporary.mkdir(parents=True)
+            yield temporary
+            settle(temporary)
+            _put_in_place(temporary, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def aside_of(final: Path) -> Path:
+    """Where `made_aside` fills the folder; what is there while nobody is at it was left by a killed process."""
+    place = final.resolve()
+    return place.with_name(f".{place.name}.tmp")
+
+
+def check_link(path: Path) -> None:
+    """Raises LimbeckError where `path` is a link to something that is not there."""
+    if path.is_symlink() and not path.exists():
+        raise LimbeckError(
+            f"{path} is a link to {os.readlink(path)}, which is not there",
+            expected="a folder, or a link to one",
+            hint=f"mount its disk, or remove the link: rm {path}",
+        )
+
+
+def settle(folder: Path) -> None:
+    """Flush a folder's files to disk, readable as the umask says: some writers leave them for their owner only."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    sample = folder / f".{uuid.uuid4().hex}.tmp"
+    sample.touch()
+    mode = sample.stat().st_mode
+    sample.unlink()
+    for path in files:
+        path.chmod(mode)
+        _flush(path)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _flush(path)
+
+
+def _put_in_place(temporary: Path, place: Path) -> None:
+    """Rename a folder over another. The old one is moved away in one step, so that nobody reads it half deleted."""
+    old = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")
+    if place.exists():
+        place.rename(old)
+    try:
+        temporary.rename(place)
+    except OSError:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        raise
+    _flush(place.parent)
+    for stale in _temporary(place):  # the old one, and what a killed process left of another
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _fill_and_rename(folder: Path, fill: Callable[[Path], dict[str, Any]], verify: bool) -> dict[str, Any]:
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     temporary.mkdir()
     try:
-        manifest = {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fill(temporary)}
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest["files"] = {
-            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in files
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        mode = (temporary / MANIFEST).stat().st_mode  # as the umask says; some writers leave files for their owner only
-        for path in files:
-            path.chmod(mode)
-        for path in (*files, temporary / MANIFEST):
-            _flush(path)
-        _flush(temporary)
-        if folder.exists() and not sound(folder, verify=verify):
-            # A damaged folder is moved away in one step, so that nobody reads it half deleted.
-            damaged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-            folder.rename(damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            winner = sound(folder)  # without file locks another process may have been first
-            if winner is None:
-                raise
-            return winner
-        _flush(folder.parent)
-        return manifest
+        with no_room_is_an_error(folder):
+            manifest = {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fill(temporary)}
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            manifest["files"] = {
+                path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+                for path in files
+            }
+            text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+            (temporary / MANIFEST).write_text(text, encoding="utf-8")
+            settle(temporary)
+            if folder.exists() and not sound(folder, verify=verify):
+                # A damaged folder is moved away in one step, so that nobody reads it half deleted.
+                damaged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+                folder.rename(damaged)
+                shutil.rmtree(damaged, ignore_errors=True)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                winner = sound(folder)  # without file locks another process may have been first
+                if winner is None:
+                    raise
+                return winner
+            _flush(folder.parent)
+            return manifest
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -178,7 +346,7 @@ def _flush(path: Path) -> None:
 
 
 def _temporary(folder: Path) -> list[Path]:
-    return list(folder.parent.glob(f".{folder.name}.*.tmp"))
+    return list(folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"))
 
 
 def _headway(folder: Path) -> float:

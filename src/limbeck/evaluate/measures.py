@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from limbeck import __version__
 from limbeck.console import console
+from limbeck.data.cache import unwritable
 from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
@@ -96,6 +97,8 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
     Args:
         given: settings that differ from the defaults.
         again: measure even where the same has been measured already.
+
+    What cannot be written there is returned all the same, and it is said before anything is measured.
     """
     settings = settings_of(measure, given)
     plain = settings.model_dump(mode="json")
@@ -104,6 +107,8 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
     if known is not None:
         console.print(f"{measure.name} of {subject.name}: measured already, {path}")
         return known
+    if refused := unwritable(subject.home):
+        console.print(f"{refused.found}: {measure.name} is shown, not kept; --out FOLDER keeps it", markup=False)
     began = time.monotonic()
     torch.manual_seed(subject.seed)
     subject.again = again
@@ -119,7 +124,11 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
         details=found.details,
         provenance=provenance(subject, time.monotonic() - began),
     )
-    measurement.save(subject.home)
+    if refused is None:
+        try:
+            measurement.save(subject.home)
+        except LimbeckError as lost:  # what was measured is worth more than its file
+            console.print(f"{lost.found}: {measure.name} is shown, not kept; --out FOLDER keeps it", markup=False)
     return measurement
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from limbeck.data.cache import no_room_is_an_error
 from limbeck.reading import stage_label
 from limbeck.report.figure import new_figure, save
 from limbeck.stages.sweep import Sweep
@@ -32,6 +33,11 @@ def table(sweeps: list[Sweep]) -> Table:
 
 def write(sweeps: list[Sweep], folder: Path) -> list[Path]:
     """Write the numbers, and the picture where matplotlib is installed; the paths."""
+    with no_room_is_an_error(folder):
+        return _write(sweeps, folder)
+
+
+def _write(sweeps: list[Sweep], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "rates.csv"]
     with open(paths[0], "w", encoding="utf-8", newline="") as file:

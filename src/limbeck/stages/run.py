@@ -17,7 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from limbeck import __version__, kernels
-from limbeck.data.cache import no_room_is_an_error, publish, sound
+from limbeck.data.cache import aside_of, check_link, no_room_is_an_error, publish, sound
 from limbeck.distributed import on_main, tensors_from_main, world
 from limbeck.errors import LimbeckError
 from limbeck.stages.trackers import Trackers, chosen, steps_before
@@ -249,8 +249,18 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
+def sweep(path: Path) -> None:
+    """Remove what a killed process left of an export, unless a living one is at work here."""
+    stale = aside_of(path / "student")
+    if stale.exists():
+        with suppress(LimbeckError, OSError), held(path):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
 def check_run(path: Path, recipe: AnyRecipe) -> None:
     """Raises LimbeckError where `path` cannot become or go on being the directory of this run; writes nothing."""
+    for folder in (path, path / "student"):
+        check_link(folder)
     if path.exists() and not path.is_dir():
         raise LimbeckError(f"{path} is a file", expected="a folder for the run", hint="--out runs/another-name")
     old = path / "recipe.yaml"

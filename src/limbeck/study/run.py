@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.console import console
-from limbeck.data.cache import check_room, no_room_is_an_error
+from limbeck.data.cache import check_link, check_room, check_writable, no_room_is_an_error
 from limbeck.distributed import world
 from limbeck.errors import LimbeckError
 from limbeck.stages.run import check_run, held
@@ -55,6 +55,7 @@ def run_study(
     """
     folder = Path(out or f"runs/{study.title}")
     arms = check_study(study, folder)
+    check_writable(folder)
     workplace = Workplace()
     place = executor or InTurn(workplace)
     with ExitStack() as stack:
@@ -87,6 +88,7 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
         raise LimbeckError(
             "a study runs in one process", expected="limbeck study without torchrun; single arms can be run with it"
         )
+    check_link(folder)
     if folder.exists() and not folder.is_dir():
         raise LimbeckError(f"{folder} is a file", expected="a folder for the study", hint="--out runs/another-name")
     if folder.is_dir() and not (folder / "study.yaml").exists() and any(p.name != ".lock" for p in folder.iterdir()):

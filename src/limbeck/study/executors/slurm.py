@@ -182,6 +182,8 @@ def _submit(place: Path, script: Path, tasks: list[Task], asked: Callable[[], bo
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
     )
     assert sbatch.stdout is not None
@@ -235,7 +237,14 @@ def _alive(job: str) -> bool:
     """Does Slurm have something left of the array, running or waiting?"""
     if shutil.which("squeue") is None:
         return False
-    done = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["squeue", "--noheader", "--jobs", job],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     return bool(done.stdout.strip())
 
 

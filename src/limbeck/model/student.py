@@ -104,7 +104,7 @@ class StudentMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        check_tensors(path, info, ignore_mismatched_sizes)
+        check_tensors(path, info, ignore_mismatched_sizes, student=True)
         return (model, info) if output_loading_info else model
 
     def __reduce_ex__(self, protocol):

@@ -8,17 +8,16 @@ Only the body runs (`limbeck.model.body`), so the last tap sees the last block's
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.errors import LimbeckError
-from limbeck.hub import look_up
 from limbeck.model import Site
 from limbeck.model.body import packs_by_position
+from limbeck.model.opening import load_config, load_model, load_tokenizer
 from limbeck.quantise import refuse_quantised, teacher_settings
 
 Visit = Callable[[tuple, dict, Tensor | tuple], None]
@@ -42,30 +41,15 @@ def load_teacher(
         bits: 8 or 4 loads the linear layers of the body in so many bits (bitsandbytes); None leaves all in float32.
 
     Raises:
-        LimbeckError: nothing there, not a causal language model, a student already, weights that are stored in few
-            bits, or `bits` without bitsandbytes.
+        LimbeckError: see `limbeck.model.opening`; or a student already, weights that are stored in few bits, or `bits`
+            without bitsandbytes.
     """
     settings = teacher_settings(bits, device)
-    if device.type == "cpu":
-        # a student that is still far off has many probabilities too small to matter, which slow products down tenfold
-        torch.set_flush_denormal(True)
-    if not Path(name).exists():
-        look_up(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        refuse_quantised(AutoConfig.from_pretrained(name), f"'{name}'")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **settings)
-    except LimbeckError:
-        raise
-    except Exception as error:
-        local = Path(name).exists()
-        raise LimbeckError(
-            f"cannot load a causal language model from '{name}': {str(error).strip().splitlines()[0]}",
-            expected="a folder that save_pretrained wrote, or the name of a model on the hub",
-            hint="--teacher embedded   (comes with `limbeck assets`)" if not local else None,
-        ) from error
-    if hasattr(model.config, "limbeck"):
+    tokenizer, config = load_tokenizer(name), load_config(name)
+    refuse_quantised(config, f"'{name}'")
+    if hasattr(config, "limbeck"):
         raise LimbeckError(f"'{name}' is a student already", expected="a softmax teacher")
+    model = load_model(name, config, **settings)
     if bits is None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False), tokenizer

@@ -7,6 +7,7 @@ The command line prints it without a traceback and exits with code 2; in Python 
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable
 
 
@@ -46,3 +47,8 @@ def sentences(error: BaseException, most: int = 2) -> str:
     if not text:
         return type(error).__name__
     return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"(])", text)[:most])
+
+
+def python(code: str) -> str:
+    """A line for the shell that runs `code`, for hints."""
+    return f"python -c {shlex.quote(code)}" if any(c in code for c in '"$`\\') else f'python -c "{code}"'

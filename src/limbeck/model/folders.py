@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import LimbeckError, closest
+from limbeck.errors import LimbeckError, closest, python
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -64,7 +64,10 @@ def check_tokenizer(path: Path) -> None:
             hint="AutoTokenizer.from_pretrained(...) of the model that it was made from, and save_pretrained there",
         )
     for file in found:
-        _check_pointer(file)
+        if file.suffix == ".json":
+            read_json(file)
+        else:
+            _check_pointer(file)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def adapter(name: str, config: dict[str, Any], beside: bool = False) -> LimbeckE
         f"M.from_pretrained({name!r}).merge_and_unload().save_pretrained({out!r}); "
         f"T.from_pretrained({(name if own else base)!r}).save_pretrained({out!r})"
     )
-    command = f"python -c {shlex.quote(merge)}   # writes {out}"
+    command = f"{python(merge)}   # writes {out}"
     if not beside:
         return LimbeckError(
             f"{name} holds an adapter, not a model; its base is {base}",

@@ -10,14 +10,14 @@ Teachers are held to the same (`limbeck.model.opening`), but for tensors left ov
 """
 
 import json
-import shlex
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, python
 
 SHOWN = 3  # names of tensors in a message
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.", "module.")
@@ -29,6 +29,7 @@ NEUTRAL = {
     "torchscript": False,
     "gradient_checkpointing": False,
 }
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -50,7 +51,7 @@ def check_tensors(path: Any, info: dict[str, Any], other_sizes: bool = False, st
     ]
     if missing and (wrapper := _wrapper(missing, left)):
         raise LimbeckError(
-            f"no tensor of {path} fits: names in the file have '{wrapper}' in them, which is left from a wrapper",
+            f"{len(left)} tensors of {path} have '{wrapper}' in their names, as wrappers (DDP, torch.compile) leave it",
             expected=f"names such as {min(missing)}",
             hint=_unwrapping(path, wrapper),
         )
@@ -84,7 +85,7 @@ def _unwrapping(path: Any, wrapper: str) -> str:
         f"from safetensors.torch import load_file, save_file; f = {str(file)!r}; "
         f"save_file({{k.replace({wrapper!r}, ''): v for k, v in load_file(f).items()}}, f, {{'format': 'pt'}})"
     )
-    return f"python -c {shlex.quote(code)}"
+    return python(code)
 
 
 def neutral(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -100,6 +101,92 @@ def neutral(config: PreTrainedConfig) -> PreTrainedConfig:
             if hasattr(part, key):
                 setattr(part, key, value)
     return config
+
+
+def neutral_entries(raw: dict[str, Any]) -> dict[str, Any]:
+    """Of a config as a mapping the entries that `neutral` would change, as it leaves them."""
+    return {key: value for key, value in NEUTRAL.items() if key in raw}
+
+
+@contextmanager
+def lent_neutral(config: PreTrainedConfig) -> Iterator[None]:
+    """`neutral` for a while, but for the attention: a model that the user has loaded stays as it was."""
+    before = [(part, key, getattr(part, key)) for part in _parts(config) for key in NEUTRAL if hasattr(part, key)]
+    for part, key, _ in before:
+        setattr(part, key, NEUTRAL[key])
+    try:
+        yield
+    finally:
+        for part, key, value in before:
+            setattr(part, key, value)
+
+
+def savable_generation(model: Any) -> bool:
+    """Let `generate` return token ids, and let the settings be saved: transformers loads some that it then refuses.
+
+    Returns:
+        False where the settings contradicted each other and only their tokens are left.
+    """
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is None:
+        return True
+    plain = GenerationConfig()
+    for key in ("return_dict_in_generate", "use_cache", *settings.extra_output_flags):
+        setattr(settings, key, getattr(plain, key, None))
+    if _savable(settings):
+        return True
+    unused = SAMPLING if not settings.do_sample else ()
+    unused = (*unused, "early_stopping", "length_penalty") if settings.num_beams in (None, 1) else unused
+    for key in unused:  # what does nothing as it is
+        setattr(settings, key, getattr(plain, key, None))
+    if _savable(settings):
+        return True
+    tokens = {key: getattr(settings, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    return False
+
+
+def _savable(settings: GenerationConfig) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def check_form(plan: Any) -> None:
+    """Refuse a plan (`config.limbeck`) that is not of the form in which `convert` writes it; says where it is not.
+
+    Raises:
+        LimbeckError: an entry is missing, of another type, or points at nothing.
+    """
+    _check_entries("limbeck", plan, {"base_model_type": str, "base_architecture": str, "shapes": list, "layers": list})
+    numbers = {"hidden": int, "heads": int, "kv_heads": int, "key_width": int, "value_width": int}
+    for i, shape in enumerate(plan["shapes"]):
+        _check_entries(f"limbeck.shapes.{i}", shape, numbers)
+    entries = {"module": str, "layer": int, "mixer": str, "options": dict, "shape": int}
+    for i, layer in enumerate(plan["layers"]):
+        _check_entries(f"limbeck.layers.{i}", layer, entries)
+        if not 0 <= layer["shape"] < len(plan["shapes"]):
+            raise _malformed(f"limbeck.layers.{i}.shape is {layer['shape']}", f"0 to {len(plan['shapes']) - 1}")
+
+
+def _check_entries(where: str, given: Any, kinds: dict[str, type]) -> None:
+    if not isinstance(given, dict):
+        raise _malformed(f"{where} is {given!r}"[:80], "a mapping")
+    for key, kind in kinds.items():
+        if key not in given:
+            raise _malformed(f"{where} has no entry '{key}'", kind.__name__)
+        if not isinstance(given[key], kind) or isinstance(given[key], bool):
+            raise _malformed(f"{where}.{key} is {given[key]!r}"[:80], kind.__name__)
+
+
+def _malformed(found: str, expected: str) -> LimbeckError:
+    return LimbeckError(
+        f"the student's plan in config.json is damaged: {found}",
+        expected=expected,
+        hint="export or download the folder again",
+    )
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -32,7 +32,7 @@ from limbeck.console import console
 from limbeck.errors import LimbeckError, sentences
 from limbeck.hub import look_up
 from limbeck.model.folders import SAVED, adapter, check_folder, check_tokenizer, read_json
-from limbeck.model.loading import check_tensors, neutral
+from limbeck.model.loading import check_tensors, neutral, savable_generation
 from limbeck.quantise import few_bits
 
 HEADS = ("ForCausalLM", "ForConditionalGeneration")  # of the classes called ...For..., those that tell the next token
@@ -65,7 +65,8 @@ def open_model(name: str, student: bool = False) -> tuple[PreTrainedModel, PreTr
     Raises:
         LimbeckError: see `load_model`; or no student.
     """
-    tokenizer, config = load_tokenizer(name), load_config(name)
+    config = load_config(name)
+    tokenizer = load_tokenizer(name)
     if student and not hasattr(config, "limbeck"):
         raise LimbeckError(
             f"{name} is no student: its config.json says model_type {config.model_type}",
@@ -167,7 +168,8 @@ def load_model(name: str, config: PreTrainedConfig, **settings: Any) -> PreTrain
     if info["unexpected_keys"]:
         console.print(f"{name}: {_listed(info['unexpected_keys'])} of the file not used", markup=False)
     check_finite(name, model)
-    _tame(model, name)
+    if not savable_generation(model):
+        console.print(f"{name}: generation_config.json contradicts itself; of it only its tokens are used", markup=False)
     return model
 
 
@@ -251,36 +253,6 @@ def _generation_config(name: str, config: PreTrainedConfig, place: dict[str, Any
         console.print(f"{name}: generation_config.json is left out: {sentences(error, 1)}", markup=False)
         return GenerationConfig.from_model_config(config)
     return None
-
-
-def _tame(model: PreTrainedModel, name: str) -> None:
-    """Let `generate` return token ids, and let the settings be saved: transformers refuses some that it has loaded."""
-    settings: Any = getattr(model, "generation_config", None)
-    if settings is None:
-        return
-    plain = GenerationConfig()
-    for key in ("return_dict_in_generate", "use_cache", *settings.extra_output_flags):
-        setattr(settings, key, getattr(plain, key, None))
-    if _savable(settings):
-        return
-    if not settings.do_sample:  # then these do nothing
-        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
-            setattr(settings, key, getattr(plain, key, None))
-    if settings.num_beams in (None, 1):
-        settings.early_stopping, settings.length_penalty = plain.early_stopping, plain.length_penalty
-    if _savable(settings):
-        return
-    console.print(f"{name}: generation_config.json contradicts itself and is left out but for its tokens", markup=False)
-    tokens = {key: getattr(settings, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens)
-
-
-def _savable(settings: GenerationConfig) -> bool:
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        return False
-    return True
 
 
 def _listed(names: Iterable[str], shown: int = 3) -> str:

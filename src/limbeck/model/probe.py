@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from limbeck.errors import LimbeckError
 from limbeck.mixers import HeadShape
 from limbeck.model.attention import arguments, layer_input
+from limbeck.model.loading import lent_neutral
 
 PROBE = "limbeck_probe"
 
@@ -39,6 +40,11 @@ def attention_sites(model: PreTrainedModel) -> list[Site]:
         LimbeckError: the family has attention code of its own (bloom, mpt, gptj, codegen, falcon ...) or none at all,
             its attention looks ahead, or it decodes without a cache.
     """
+    with lent_neutral(model.config):
+        return _sites(model)
+
+
+def _sites(model: PreTrainedModel) -> list[Site]:
     calls, names = _try_out(model)
     if not calls:
         raise _no_interface(model)

@@ -45,10 +45,11 @@ def load_teacher(
             without bitsandbytes.
     """
     settings = teacher_settings(bits, device)
-    tokenizer, config = load_tokenizer(name), load_config(name)
+    config = load_config(name)
     refuse_quantised(config, f"'{name}'")
     if hasattr(config, "limbeck"):
         raise LimbeckError(f"'{name}' is a student already", expected="a softmax teacher")
+    tokenizer = load_tokenizer(name)
     model = load_model(name, config, **settings)
     if bits is None:
         model.to(device)  # type: ignore[arg-type]

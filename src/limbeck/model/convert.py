@@ -21,9 +21,9 @@ from limbeck.mixers import registry
 from limbeck.model import attention
 from limbeck.model.layers import converted_layers, parse_layers
 from limbeck.model.loading import neutral, neutral_entries, savable_generation
-from limbeck.model.wrapped import check_bare
 from limbeck.model.probe import Site, attention_sites, readers
 from limbeck.model.student import FORMAT, install, mixers_of, student_classes
+from limbeck.model.wrapped import check_bare
 from limbeck.quantise import refuse_quantised
 
 

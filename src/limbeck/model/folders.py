@@ -144,7 +144,9 @@ def _without_config(path: Path) -> LimbeckError:
     snapshots = sorted(path.glob("snapshots/*/config.json"), key=lambda file: file.stat().st_mtime)
     if snapshots:
         return LimbeckError(
-            f"{path} is a folder of the hub's cache", expected="the hub name, or a snapshot", hint=f"{snapshots[-1].parent}"
+            f"{path} is a folder of the hub's cache",
+            expected="the hub name, or a snapshot",
+            hint=str(snapshots[-1].parent),
         )
     if any(path.glob("*.gguf")):
         return LimbeckError(

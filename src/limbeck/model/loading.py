@@ -91,7 +91,7 @@ def _unwrapping(path: Any, wrapper: str) -> str:
 def neutral(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same config without what somebody's last session set: outputs, caching, attention kernels, recomputation.
 
-    These are choices of a run. Left in, they make the teacher compute something else, or a student that cannot be saved.
+    These are choices of a run. Left in, they make the teacher compute something else, or students that cannot be saved.
     """
     config._attn_implementation = None
     if getattr(config, "_experts_implementation", None) is not None:
@@ -161,6 +161,8 @@ def check_form(plan: Any) -> None:
         LimbeckError: an entry is missing, of another type, or points at nothing.
     """
     _check_entries("limbeck", plan, {"base_model_type": str, "base_architecture": str, "shapes": list, "layers": list})
+    if not isinstance(plan.get("format", 0), int):
+        raise _malformed(f"limbeck.format is {plan['format']!r}"[:80], "int")
     numbers = {"hidden": int, "heads": int, "kv_heads": int, "key_width": int, "value_width": int}
     for i, shape in enumerate(plan["shapes"]):
         _check_entries(f"limbeck.shapes.{i}", shape, numbers)

@@ -1,4 +1,4 @@
-"""Any model with its tokenizer, teachers and students, from a folder or from the hub: the one way in which all are loaded.
+"""Any model with its tokenizer, teachers and students, from a folder or the hub: the one way in which all are loaded.
 
     is_student("someone/my-student")                       # reads the config alone
     model, tokenizer = open_model("someone/my-student")    # float32, on the CPU, frozen
@@ -169,7 +169,7 @@ def load_model(name: str, config: PreTrainedConfig, **settings: Any) -> PreTrain
         console.print(f"{name}: {_listed(info['unexpected_keys'])} of the file not used", markup=False)
     check_finite(name, model)
     if not savable_generation(model):
-        console.print(f"{name}: generation_config.json contradicts itself; of it only its tokens are used", markup=False)
+        console.print(f"{name}: generation_config.json contradicts itself; only its tokens are used", markup=False)
     return model
 
 

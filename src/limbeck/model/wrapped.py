@@ -1,6 +1,6 @@
 """Models that are not bare: something is wrapped around them or hooked into them that a student must not inherit.
 
-    check_bare(model)        # LimbeckError that says what is around it, and how to take it off
+check_bare(model)        # LimbeckError that says what is around it, and how to take it off
 """
 
 from pathlib import Path
@@ -34,7 +34,9 @@ def check_bare(model: Any) -> None:
             "this model went through torch.compile", expected=BARE, hint="convert model._orig_mod, compile the student"
         )
     if getattr(model, "_hf_peft_config_loaded", False) or _adapted(model):
-        raise LimbeckError("adapters (PEFT) are attached to this model", expected="the adapters merged first", hint=MERGE)
+        raise LimbeckError(
+            "adapters (PEFT) are attached to this model", expected="them merged into it first", hint=MERGE
+        )
     if not isinstance(model, PreTrainedModel):
         inner = getattr(model, "module", None) or getattr(model, "model", None)
         name = "module" if hasattr(model, "module") else "model"

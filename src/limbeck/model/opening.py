@@ -230,9 +230,11 @@ def _check_kind(name: str, raw: dict[str, Any], config: PreTrainedConfig) -> Non
     expected = "a causal language model (decoder only)"
     if raw.get("is_encoder_decoder"):
         raise LimbeckError(f"{what}, a sequence-to-sequence model with an encoder", expected=expected)
-    other = classes and all("For" in one and not one.endswith(HEADS) for one in classes)
-    if other or not (hasattr(config, "limbeck") or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+    known = hasattr(config, "limbeck") or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if classes and all("For" in one and not one.endswith(HEADS) for one in classes):
         raise LimbeckError(f"{what}, which does not tell the next token", expected=expected)
+    if not known:
+        raise LimbeckError(f"{what}, for which transformers has no causal language model", expected=expected)
 
 
 def _own_code(what: str) -> LimbeckError:

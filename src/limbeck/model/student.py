@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from limbeck import mixers
 from limbeck.errors import LimbeckError
@@ -159,7 +160,10 @@ def student_classes(base_model_type: str, base_architecture: str) -> tuple[Any, 
     """
     base_model = getattr(transformers, base_architecture, None)
     if isinstance(base_model, type) and issubclass(base_model, PreTrainedModel):
-        if base_model_type in CONFIG_MAPPING and base_model.config_class is not CONFIG_MAPPING[base_model_type]:
+        of_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base_model_type, ())
+        listed = base_architecture in ([of_type] if isinstance(of_type, str) else of_type)
+        config_class = base_model.config_class
+        if base_model_type in CONFIG_MAPPING and not (listed or config_class is CONFIG_MAPPING[base_model_type]):
             raise LimbeckError(
                 f"{base_architecture} is no model of type '{base_model_type}'",
                 expected="the student's base family as its config.json was written",

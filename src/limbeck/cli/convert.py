@@ -28,6 +28,7 @@ def convert(
     import limbeck
     from limbeck import assets, mixers
     from limbeck.model.convert import parameter_report
+    from limbeck.model.exported import check_export
     from limbeck.stages.teacher import load_teacher
 
     mixers.options(student, preset=preset)
@@ -35,5 +36,6 @@ def convert(
     made = limbeck.convert(model, student, layers, preset=preset)
     made.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    check_export(out, made, tokenizer)
     report = parameter_report(made)
     console.print(f"{out}: {report.total:,} parameters, {report.added:,} of them new; not trained yet")

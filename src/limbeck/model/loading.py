@@ -72,8 +72,8 @@ def _wrapper(missing: set[str], left: set[str]) -> str | None:
     for mark in WRAPPERS:
         if {name.replace(mark, "") for name in left} & missing:
             return mark
-    first = min(missing)
-    fronts = {name.removesuffix(first) for name in left if name.endswith(f".{first}")}
+    some = sorted(missing)[:SHOWN]  # not the first alone: one that is tied need not be in the file
+    fronts = {name.removesuffix(one) for one in some for name in left if name.endswith(f".{one}")}
     return next((front for front in sorted(fronts) if all(name.startswith(front) for name in left)), None)
 
 

@@ -46,9 +46,9 @@ def is_student(name: str) -> bool:
         LimbeckError: no folder, and the hub has no model of that name or cannot be reached; or a student's config that
             is damaged.
     """
-    place = _place(name)
+    place, how = _place(name)
     try:
-        return hasattr(AutoConfig.from_pretrained(name, **SAFE, **place), "limbeck")
+        return hasattr(AutoConfig.from_pretrained(place, **how), "limbeck")
     except LimbeckError:
         raise
     except Exception:
@@ -84,15 +84,15 @@ def load_config(name: str) -> PreTrainedConfig:
         LimbeckError: no folder and no name on the hub, an adapter, a model with code of its own, of an unknown type, or
             of another kind (an encoder, a sequence-to-sequence model, one for images).
     """
-    place = _place(name)
-    if Path(name).exists():
-        check_folder(Path(name))
-    elif (found := _adapter_on_hub(name, place)) is not None:
-        raise adapter(name, read_json(Path(found)))
+    place, how = _place(name)
+    if Path(place).exists() or Path(place).is_symlink():
+        check_folder(Path(place))
+    elif (found := _adapter_on_hub(place, how)) is not None:
+        raise adapter(place, read_json(Path(found)))
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(name, **place)
+        raw, _ = PreTrainedConfig.get_config_dict(place, **how)
         _check_type(name, raw)
-        config = AutoConfig.from_pretrained(name, **SAFE, **place)
+        config = AutoConfig.from_pretrained(place, **how)
     except LimbeckError:
         raise
     except Exception as error:
@@ -113,12 +113,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         LimbeckError: none there, damaged, or one with code of its own.
     """
-    place = _place(name)
-    if Path(name).exists():
-        check_folder(Path(name))
-        check_tokenizer(Path(name))
+    place, how = _place(name)
+    if Path(place).exists():
+        check_tokenizer(Path(place))
     try:
-        return AutoTokenizer.from_pretrained(name, **SAFE, **place)
+        return AutoTokenizer.from_pretrained(place, **how)
     except LimbeckError:
         raise
     except Exception as error:
@@ -140,19 +139,18 @@ def load_model(name: str, config: PreTrainedConfig, **settings: Any) -> PreTrain
     Raises:
         LimbeckError: weights that cannot be read, are missing, have other shapes, or are not finite.
     """
-    place = _place(name)
-    generation = _generation_config(name, config, place)
+    place, how = _place(name)
+    generation = _generation_config(name, config)
     if generation is not None:
         settings["generation_config"] = generation
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name,
+            place,
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `check_tensors` names them, transformers does not
-            **SAFE,
-            **place,
+            **how,
             **settings,
         )
     except LimbeckError:
@@ -190,18 +188,16 @@ def _floats(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield key, parameter.detach()
 
 
-def _place(name: str) -> dict[str, Any]:
-    """Where `from_pretrained` looks; a name that is no folder is looked up on the hub."""
+def _place(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given, and told beside it; a name that is no folder is looked up on the hub."""
     if Path(name).exists() or Path(name).is_symlink():
-        return {}
-    return {"local_files_only": True} if look_up(name) else {}
+        return name, dict(SAFE)
+    return name, {**SAFE, "local_files_only": True} if look_up(name) else dict(SAFE)
 
 
-def _adapter_on_hub(name: str, place: dict[str, Any]) -> str | None:
-    if Path(name).is_symlink():
-        check_folder(Path(name))
+def _adapter_on_hub(name: str, how: dict[str, Any]) -> str | None:
     try:
-        return find_adapter_config_file(name, **place)
+        return find_adapter_config_file(name, **{key: value for key, value in how.items() if key not in SAFE})
     except Exception:  # the loading of the config says more of it
         return None
 
@@ -245,10 +241,11 @@ def _own_code(what: str) -> LimbeckError:
     )
 
 
-def _generation_config(name: str, config: PreTrainedConfig, place: dict[str, Any]) -> GenerationConfig | None:
+def _generation_config(name: str, config: PreTrainedConfig) -> GenerationConfig | None:
     """A substitute where generation_config.json cannot be read, told in a line; None where it can, or is not there."""
+    place, how = _place(name)
     try:
-        GenerationConfig.from_pretrained(name, **place)
+        GenerationConfig.from_pretrained(place, **how)
     except OSError:
         return None
     except Exception as error:

@@ -21,6 +21,7 @@ from limbeck.console import progress
 from limbeck.data.packing import IGNORE, Batch, Sequences
 from limbeck.errors import LimbeckError, closest
 from limbeck.losses import FromHidden, logit_losses
+from limbeck.machine import flushing_denormals
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
 from limbeck.model.layers import spread
@@ -41,6 +42,7 @@ class Price:
     unexplained: float
 
 
+@flushing_denormals()
 def price_layers(
     teacher: PreTrainedModel,
     student: PreTrainedModel,

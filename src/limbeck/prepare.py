@@ -30,7 +30,7 @@ from limbeck.precision import autocast_of, check_arithmetic
 from limbeck.recipe import Recipe
 from limbeck.stages.cached import plain
 from limbeck.stages.run import check_run
-from limbeck.stages.teacher import Pair, load_teacher
+from limbeck.stages.teacher import Pair, check_finite_loss, load_teacher
 from limbeck.stages.trackers import check_trackers
 
 
@@ -114,6 +114,7 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             plain(job.training(recipe.text_of(stage)))
+    check_finite_loss(teacher, job.held_out(recipe.data).batch(0, 1).to(device), autocast)
     return job
 
 

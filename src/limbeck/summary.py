@@ -72,6 +72,8 @@ def _layers(mixers: dict[str, list[int]]) -> list[str]:
 def _outcome(stage: dict[str, Any]) -> str:
     if stage["stage"] == "calibrate":
         return f"{100 * stage['unexplained']:.1f} % unexplained, ridge {stage['ridge']:g}"
+    if stage["loss"] is None:
+        return "no step"
     skipped = f", {stage['skipped']} steps skipped" if stage["skipped"] else ""
     early = sum(layer["stopped"] is not None for layer in stage.get("layers", {}).values())
     stopped = f", {early} of {len(stage['layers'])} layers stopped early" if early else ""

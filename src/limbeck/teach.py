@@ -5,6 +5,7 @@ make_stage(job, student, job.recipe.stages[1], 1).backward(batch, counts)
 """
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass, fields
 from functools import partial
@@ -19,6 +20,7 @@ from limbeck.adapters import Adapters, targets_of
 from limbeck.console import console, progress
 from limbeck.data.packing import Sequences
 from limbeck.distributed import main_first, on_main, share, take_from_main, world
+from limbeck.errors import LimbeckError
 from limbeck.losses import Weights
 from limbeck.model import attention_sites, unshare
 from limbeck.model.body import packs_by_position
@@ -240,7 +242,7 @@ def solve(
                 loss = float(judge.evaluate(batch)["ce"])
                 tried[f"{candidate:g}"] = {"unexplained": unexplained, "loss": loss}
                 advance(1, note=f"ridge {candidate:g}: loss {loss:.3f}")
-        ridge = on_main(lambda: float(min(tried, key=lambda name: tried[name]["loss"])))
+        ridge = on_main(lambda: float(_best_ridge(tried)))
     unexplained = fits.solve(float(ridge))
     take_from_main(p for projection in fits.projections.values() for p in projection.parameters())
     return {
@@ -253,6 +255,18 @@ def solve(
         "position": position,
         "trained_parameters": sum(p.numel() for m in fits.projections.values() for p in m.parameters()),
     }
+
+
+def _best_ridge(tried: dict[str, dict[str, float]]) -> str:
+    """The ridge of the lowest loss; one whose loss is not a number is none."""
+    losses = {name: found["loss"] for name, found in tried.items() if math.isfinite(found["loss"])}
+    if not losses:
+        raise LimbeckError(
+            "stage calibrate: the loss is not finite with any ridge",
+            expected="a finite loss with one of them",
+            hint="--set precision=fp32, or another mixer; more tokens do not help",
+        )
+    return min(losses, key=losses.__getitem__)
 
 
 @torch.no_grad()

@@ -96,7 +96,13 @@ class Learner:
         return self.settings.batch * self.data.length * self.step / max(self.facts["seconds"], 1e-9)
 
     def finish(self) -> dict[str, Any]:
-        """Leave the weights that are handed on; returns what `train` returns."""
+        """Leave the weights that are handed on; returns what `train` returns.
+
+        Raises:
+            LimbeckError: all steps were skipped, so that nothing was learnt.
+        """
+        if self.facts["loss"] is None and self.facts["skipped"]:
+            raise self._not_finite(f"all of its {self.facts['skipped']} steps were skipped")
         if self.best is not None:
             copy_into(self.parameters, self.best)
         elif self.average is not None:
@@ -180,11 +186,18 @@ class Learner:
         self.facts["in_a_row"] += 1
         console.print(f"step {self.facts['step'] + 1} skipped: loss {loss:g}, gradient norm {norm:g}")
         if self.facts["in_a_row"] >= MOST_SKIPPED:
-            raise LimbeckError(
-                f"stage {self.settings.stage}: {MOST_SKIPPED} steps in a row were not finite",
-                expected="a finite loss",
-                hint=f"--set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder",
-            )
+            raise self._not_finite(f"{MOST_SKIPPED} steps in a row were not finite")
+
+    def _not_finite(self, what: str) -> LimbeckError:
+        """What is said where steps are skipped; before the first good one, no rate can be what was wrong."""
+        lower = f"--set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder"
+        return LimbeckError(
+            f"stage {self.settings.stage}: {what}",
+            expected="a finite loss and gradient",
+            hint=lower
+            if self.facts["loss"] is not None
+            else "--set precision=fp32; the rate is not the cause, no step has moved a weight yet",
+        )
 
     def _evaluate(self, line: dict[str, Any]) -> None:
         """Loss on held-out text, where it is due."""

@@ -19,7 +19,8 @@ from limbeck import assets, mixers
 from limbeck import recipe as recipes
 from limbeck.adapters import check_peft, targets_of
 from limbeck.console import console
-from limbeck.data.packing import Sequences
+from limbeck.data.packing import Sequences, count_with_targets, no_targets, share_with_targets
+from limbeck.data.shards import Split
 from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
 from limbeck.errors import LimbeckError
@@ -32,6 +33,8 @@ from limbeck.stages.cached import plain
 from limbeck.stages.run import check_run
 from limbeck.stages.teacher import Pair, load_teacher
 from limbeck.stages.trackers import check_trackers
+
+FEW = 0.9  # share of sequences with a target below which it is said
 
 
 @dataclass
@@ -114,6 +117,7 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             plain(job.training(recipe.text_of(stage)))
+    _check_targets(job)
     return job
 
 
@@ -134,6 +138,32 @@ def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedT
             console.print(f"the stages take {wanted:,} tokens, the text has {text.train_tokens:,}: it is read again")
         texts[name] = text
     return texts
+
+
+def _check_targets(job: Job) -> None:
+    """Say where many sequences have no target; LimbeckError where none has, before anything is trained on the others.
+
+    Stages 0 to 2 compare all tokens, so this is of stage 3 and of what is measured on held-out text.
+    """
+    recipe = job.recipe
+    count_with_targets(job.held_out(recipe.data), recipe.evaluation.tokens // recipe.data.length)
+    learnt = [recipe.text_of(stage) for stage in recipe.stages if isinstance(stage, recipes.Logits)]
+    for stage in recipe.stages:
+        if isinstance(stage, recipes.Logits) and stage.evaluate_every:
+            count_with_targets(job.held_out(recipe.text_of(stage)), stage.evaluate_sequences)
+    uses = [(recipe.data, "held_out"), *((data, "train") for data in learnt)]
+    for data, name in {(name_of(data), data.length, name): (data, name) for data, name in uses}.values():
+        for part in job.texts[name_of(data)].parts:
+            split = getattr(part, name, None)
+            if not isinstance(split, Split):  # of a stream, which is not read from end to end for this
+                continue
+            found, of = share_with_targets(split, data.length)
+            if of and not found and name == "train":
+                raise no_targets(f"'{part.source}' that is trained on", data.length)
+            if found < FEW * of:
+                have = f"{found:,} of {of:,} {name} sequences of {data.length} tokens have a target"
+                passed = "stage logits passes over the others" if name == "train" else "the others count for nothing"
+                console.print(f"'{part.source}': {have}; {passed}", markup=False)
 
 
 def name_of(data: recipes.Data) -> str:

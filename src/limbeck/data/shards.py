@@ -62,6 +62,7 @@ class Split:
 class TokenStore:
     """A tokenised source: its two splits, the cache key (for the run's manifest) and the EOS id."""
 
+    source: str
     folder: Path
     key: str
     eos_id: int
@@ -124,7 +125,7 @@ def prepare(
     # Reading spools the text beside the tokens, so that it can be tokenised in the order of the hashes.
     manifest = publish(folder, fill, what=f"tokens of {source}", need_bytes=2 * stored_bytes(source), verify=True)
     check_ids(manifest["max_id"], vocab_size)
-    store = TokenStore(folder, key, eos, *(open_split(folder, name, manifest["dtype"]) for name in SPLITS))
+    store = TokenStore(source, folder, key, eos, *(open_split(folder, name, manifest["dtype"]) for name in SPLITS))
     check_enough(store, source, length, held_out, max_tokens)
     return store
 

@@ -23,7 +23,7 @@ from limbeck.data.packing import Sequences, count_with_targets, no_targets, shar
 from limbeck.data.shards import Split
 from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, hints_for
 from limbeck.model import Site, attention_sites, convert, converted_layers
 from limbeck.model.compiling import Notes, wanted
 from limbeck.model.packed import use_masks
@@ -129,15 +129,30 @@ def run_path(recipe: Recipe) -> Path:
 def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Text]:
     """All texts of a recipe, each opened once, for the longest sequences that are read of it."""
     uses = [(recipe.data, 0), *((recipe.text_of(stage), stage.tokens) for stage in recipe.stages)]
+    places = ["data", *(f"stages.{index}" for index in range(len(recipe.stages)))]  # whose length it is
     texts: dict[str, Text] = {}
     for name, data in {name_of(data): data for data, _ in uses}.items():
-        length = max(one.length for one, _ in uses if name_of(one) == name)
-        text = open_text(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
+        length, place = max((one.length, where) for (one, _), where in zip(uses, places) if name_of(one) == name)
+        with hints_for(_keys(recipe, name, place)):
+            text = open_text(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
         wanted = sum(tokens for one, tokens in uses if name_of(one) == name)
         if text.train_tokens is not None and wanted > text.train_tokens:
             console.print(f"the stages take {wanted:,} tokens, the text has {text.train_tokens:,}: it is read again")
         texts[name] = text
     return texts
+
+
+def _keys(recipe: Recipe, name: str, place: str) -> dict[str, str]:
+    """Where a recipe says what hints call `data.KEY`, of the text of that name.
+
+    Args:
+        place: "data" or "stages.N", whose length of sequences is the longest.
+    """
+    if name_of(recipe.data) == name:
+        own = place != "data" and recipe.stages[int(place[7:])].length is not None
+        return {"data.length": f"{place}.length"} if own else {}
+    index = next(i for i, stage in enumerate(recipe.stages) if stage.data is not None and name_of(stage.data) == name)
+    return {"--set data.length": f"--set {place}.length", "--set data.": f"--set stages.{index}.data."}
 
 
 def _check_targets(job: Job) -> None:

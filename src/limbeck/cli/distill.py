@@ -91,8 +91,11 @@ def build_recipe(
         from limbeck import mixers
 
         raw["out"] = f"runs/{base.name}-{mixers.get(student).name}"
-    if data is not None or tokens is not None:
-        raw["data"]["max_tokens"] = None  # the recipe's limit suits its own text and budget
+    if Path(name).suffix not in (".yaml", ".yml"):  # what a named recipe says of its own text and budget
+        if data is not None or tokens is not None:
+            raw["data"]["max_tokens"] = None
+        if data is not None:
+            raw["data"] |= {"text_field": "text", "chat": None}
     if stages is not None:
         raw["stages"] = stages_from_text(stages, raw)
     if tokens is not None:

@@ -8,6 +8,8 @@ exactly `length` tokens: no padding, and no token is lost but a tail shorter tha
 sequences since the start of training and runs on into the next epoch, which has another order. To resume, keep the
 integer; for several processes, give each its own share of the positions. Nothing crosses a document's end: position ids
 start again at 0, and the last token of a document (EOS) has no target; of a conversation only the answers are targets.
+Where the tokenizer begins a text with BOS, a sequence that begins inside a document begins with BOS as well: no model is
+used without, and many know nothing behind another beginning. BOS is no target, and neither is what follows such a BOS.
 Legend: B batch, T time.
 """
 
@@ -135,17 +137,24 @@ class Packed:
 
     def _rows(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         order, starts = self._layout(epoch)
-        begin = rows[:, None] * self.length
-        where = begin + np.arange(self.length + 1)  # [B, T + 1], in the stream of this epoch
+        begin, columns = rows[:, None] * self.length, np.arange(self.length + 1)
+        lead = np.array(self.split.begin, np.int64)
+        first = starts[np.searchsorted(starts, begin, side="right") - 1]
+        shift = np.where(first < begin, len(lead), 0)  # [B, 1]: such a row leaves out its last tokens for the lead
+        where = np.maximum(begin + columns - shift, begin)  # [B, T + 1], in the stream of this epoch
         document = np.searchsorted(starts, where, side="right") - 1
-        place = self.split.offsets[order[document]] + where - starts[document]
+        inside = where - starts[document]  # the token's place in its document
+        place = self.split.offsets[order[document]] + inside
         tokens = self.split.tokens[place].astype(np.int64)
-        position = where - np.maximum(starts[document], begin)
-        wanted = document[:, 1:] == document[:, :-1]
+        begins = np.where(starts[document] < begin, 0, starts[document] - begin + shift)  # the document's column
+        # What a document begins with is no target; of a row with a lead neither is the lead nor what follows it.
+        wanted = (document[:, 1:] == document[:, :-1]) & (columns[1:] > shift) & (inside[:, 1:] >= len(lead))
         if self.split.mask is not None:
             wanted &= self.split.mask[place[:, 1:]] != 0
+        if len(lead):
+            tokens[:, : len(lead)] = np.where(shift > 0, lead, tokens[:, : len(lead)])
         targets = np.where(wanted, tokens[:, 1:], IGNORE)
-        return tokens[:, :-1], position[:, :-1], targets
+        return tokens[:, :-1], (columns - begins)[:, :-1], targets
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the documents in an epoch [n], and where each begins in the stream, with the end [n + 1]."""

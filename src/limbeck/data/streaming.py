@@ -93,10 +93,10 @@ class Stream:
         folder = self._of(index)
         try:
             os.utime(folder / MANIFEST)  # used just now
-            return open_split(folder, "train", manifest["dtype"])
+            return open_split(folder, "train", manifest["dtype"], self.encoder.begin)
         except FileNotFoundError:  # another process made room this very moment
             manifest = self._made(index)
-            return open_split(folder, "train", manifest["dtype"])
+            return open_split(folder, "train", manifest["dtype"], self.encoder.begin)
 
     def ahead(self, index: int) -> None:
         """Begin to tokenise a shard that will be needed next, in a thread."""
@@ -224,7 +224,7 @@ class Stream:
 
         folder = self.folder / f"held_out-{wanted}"
         manifest = publish(folder, fill, what=f"held-out text of {self.source}", verify=True)
-        split = open_split(folder, "held_out", manifest["dtype"])
+        split = open_split(folder, "held_out", manifest["dtype"], self.encoder.begin)
         if split.n_tokens < wanted:
             console.print(f"'{self.source}' has {split.n_tokens:,} held-out tokens, {wanted:,} were asked for")
         return split

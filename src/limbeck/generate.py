@@ -72,16 +72,16 @@ def unbiased(model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
     last = eos[0] if isinstance(eos, list) else eos
     pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), last)
     lent = copy.copy(model)  # of the module alone: weights are shared, and the caller's model keeps its config
-    lent.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, top_k=0)
+    lent.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     return lent
 
 
 def _generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer=None) -> torch.Tensor:
     torch.manual_seed(seed)
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # not transformers' 50
     out = unbiased(model, tokenizer).generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer, **sampling
     )

@@ -11,7 +11,6 @@ tokens in it are split. A conversation that cannot be rendered faithfully is dro
 
 import hashlib
 import json
-import os
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -28,7 +27,7 @@ from limbeck.data import sources
 from limbeck.data.encode import Encoded
 from limbeck.data.hub import Rows
 from limbeck.data.sources import MESSAGES
-from limbeck.data.special_tokens import around, behind_begin, call, control_ids, control_pattern, inside
+from limbeck.data.special_tokens import around, behind_begin, control_ids, control_pattern, inside
 from limbeck.errors import LimbeckError
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -195,9 +194,11 @@ class ChatEncoder:
 
         messages, text, places = _with_calls(self._guarded(messages), render)
         shown = Shown.of(text)
-        for what in {f"a {one['role']} turn" for one in messages if not _shows(text, one)}:
+        for what in {_turn(one["role"]) for one in messages if not _shows(text, one)}:
             self.unseen[what] += 1
-        if any(name and name not in shown.text for name in (one.get("function", one).get("name") for one in tools or [])):
+        if any(
+            name and name not in shown.text for name in (one.get("function", one).get("name") for one in tools or [])
+        ):
             self.unseen["tools"] += 1
         if marked:
             return shown, [(shown.back(begin), shown.back(end)) for begin, end in places[0] if end > begin]
@@ -268,7 +269,7 @@ def _message(given: dict[str, Any]) -> dict[str, Any]:
         made.setdefault("content", "")
     if "content" not in made:
         if not any(made.get(name) for name in ("reasoning_content", "thinking", "reasoning")):
-            raise Unfit(f"a {role} turn with neither content nor tool calls")
+            raise Unfit(f"{_turn(role)} with neither content nor tool calls")
         made["content"] = ""
     return made
 
@@ -282,12 +283,16 @@ def _text_of(content: Any, role: str) -> str | None:
     for part in parts:
         if isinstance(part, dict):
             if part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                raise Unfit(f"a {role} turn with a part that is no text ({part.get('type', 'unknown')})")
+                raise Unfit(f"{_turn(role)} with a part that is no text ({part.get('type', 'unknown')})")
             part = part["text"]
         if not isinstance(part, str):
-            raise Unfit(f"a {role} turn whose content is a {type(part).__name__}")
+            raise Unfit(f"{_turn(role)} whose content is of type {type(part).__name__}")
         texts.append(part)
     return "".join(texts) if texts else None
+
+
+def _turn(role: str) -> str:
+    return f"{'an' if role[:1] in 'aeio' else 'a'} {role} turn"
 
 
 def _call(given: dict[str, Any]) -> dict[str, Any]:
@@ -318,8 +323,8 @@ def _with_calls(
     if not inner:
         return messages, *render(messages)
     why = Unfit("the template writes the arguments of tool calls as Python does")
-    for form in (lambda value: value, lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
-        shaped = [_mapped(one, lambda call: {**call, "arguments": form(call["arguments"])}) for one in messages]
+    for form in (_as_is, _as_json):
+        shaped = [_mapped(one, form) for one in messages]
         try:
             text, places = render(shaped)
         except Unfit as error:
@@ -332,6 +337,15 @@ def _with_calls(
     raise why
 
 
+def _as_is(call: dict[str, Any]) -> dict[str, Any]:
+    return call
+
+
+def _as_json(call: dict[str, Any]) -> dict[str, Any]:
+    given = call["arguments"]
+    return {**call, "arguments": given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)}
+
+
 def _inner(call: dict[str, Any]) -> dict[str, Any]:
     return call.get("function", call)
 
@@ -340,7 +354,10 @@ def _mapped(message: dict[str, Any], change: Callable[[dict[str, Any]], dict[str
     """A message with its tool calls changed."""
     if "tool_calls" not in message:
         return message
-    calls = [{**one, "function": change(one["function"])} if "function" in one else change(one) for one in message["tool_calls"]]
+    calls = [
+        {**one, "function": change(one["function"])} if "function" in one else change(one)
+        for one in message["tool_calls"]
+    ]
     return {**message, "tool_calls": calls}
 
 
@@ -365,7 +382,7 @@ def _answers(
     """
     before = messages[: numbers[-1]] or messages
     asked, silent = render(before, True), render(before)
-    asked = MARKS.sub("", asked[len(os.path.commonprefix([asked, silent])) :])
+    asked = MARKS.sub("", asked[_common(asked, silent) :])
     closing = Shown.of(render([*messages[: numbers[-1]], {"role": "assistant", "content": f"-{UPTO}"}]))
     closed = closing.text[closing.ends[-1] :] if closing.ends else ""
     for first in (FROM, ""):  # a mark at the front may keep a template from finding thoughts
@@ -393,7 +410,7 @@ def _answers(
         else:
             end += len(rest) if text.startswith(rest, end) else 0
             closes = closed
-        end += len(os.path.commonprefix([closes, text[end:]]))
+        end += _common(closes, text[end:])
         places.append((begin, end))
         after = end
     return places
@@ -412,6 +429,11 @@ def _with_marks(answer: dict[str, Any], first: str) -> dict[str, Any]:
         names[-1] += UPTO
     following = iter(names)
     return _mapped(made, lambda call: {**call, "name": next(following)})
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two strings begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _after_header(text: str, asked: str, after: int, end: int, control: re.Pattern[str]) -> int:

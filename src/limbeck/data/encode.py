@@ -4,9 +4,8 @@
     for ids, mask in encoder.encode([next(encoder.read("chats.jsonl"))]):
         ...
 
-A document travels as bytes: UTF-8 text, the JSON of a conversation, or uint32 tokens. It is stored as the model would
-be given it: behind the special tokens that the tokenizer puts before a text (`limbeck.data.special_tokens`), with EOS at
-the end.
+A document travels as bytes: UTF-8 text, the JSON of a conversation, or uint32 tokens. It is stored as a model is given
+it: behind the special tokens that a tokenizer puts before a text (`limbeck.data.special_tokens`), with EOS at the end.
 """
 
 import hashlib

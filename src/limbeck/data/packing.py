@@ -8,8 +8,8 @@ exactly `length` tokens: no padding, and no token is lost but a tail shorter tha
 sequences since the start of training and runs on into the next epoch, which has another order. To resume, keep the
 integer; for several processes, give each its own share of the positions. Nothing crosses a document's end: position ids
 start again at 0, and the last token of a document (EOS) has no target; of a conversation only the answers are targets.
-Where the tokenizer begins a text with BOS, a sequence that begins inside a document begins with BOS as well: no model is
-used without, and many know nothing behind another beginning. BOS is no target, and neither is what follows such a BOS.
+Where the tokenizer begins a text with BOS, a sequence that begins inside a document begins with BOS as well: in use
+there is always one, and many models know nothing without. BOS is no target, and neither is what follows a second BOS.
 Legend: B batch, T time.
 """
 

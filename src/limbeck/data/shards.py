@@ -4,11 +4,12 @@
     store.train.tokens          # uint16 or uint32 [n_tokens], a memory map
     store.held_out.offsets      # int64 [n_documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
 
-Every document begins as the tokenizer begins a text and ends with EOS. A hash of its text decides on which side of the split it falls and where in the order it
-stands, so more data never moves a document across the split, duplicates stay together, and a limit on tokens takes a
-fair mix of all sources. The files lie in the cache under a key of content, tokenizer and settings. The sequence length
-is not part of that key, because nothing stored depends on it (`limbeck.data.packing` cuts the sequences): two lengths
-share one store. Checksums are compared at each opening; a damaged store is made again.
+Every document begins as the tokenizer begins a text and ends with EOS. A hash of its text decides on which side of the
+split it falls and where in the order it stands, so more data never moves a document across the split, duplicates stay
+together, and a limit on tokens takes a fair mix of all sources. The files lie in the cache under a key of content,
+tokenizer and settings. The sequence length is not part of that key, because nothing stored depends on it
+(`limbeck.data.packing` cuts the sequences): two lengths share one store. Checksums are compared at each opening; a
+damaged store is made again.
 """
 
 import hashlib
@@ -126,7 +127,9 @@ def prepare(
     # Reading spools the text beside the tokens, so that it can be tokenised in the order of the hashes.
     manifest = publish(folder, fill, what=f"tokens of {source}", need_bytes=2 * stored_bytes(source), verify=True)
     check_ids(manifest["max_id"], vocab_size)
-    store = TokenStore(folder, key, eos, *(open_split(folder, name, manifest["dtype"], encoder.begin) for name in SPLITS))
+    store = TokenStore(
+        folder, key, eos, *(open_split(folder, name, manifest["dtype"], encoder.begin) for name in SPLITS)
+    )
     check_enough(store, source, length, held_out, max_tokens)
     return store
 

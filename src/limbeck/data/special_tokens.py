@@ -2,16 +2,16 @@
 
     around(tokenizer).begin                    # (128000,) where `tokenizer("x")` begins with BOS, () where it does not
     prompt_ids(tokenizer, "Once upon a")       # as the model is prompted: behind BOS, never with an EOS at the end
-    plain_ids(tokenizer, ["2 <s> 3"])          # text alone; what looks like a control token is split as the text it is
+    plain_ids(tokenizer, ["2 <s> 3"])          # text alone; what looks like a control token is split as text
 
-Training texts, prompts and measurements all ask here, so a text reaches a model in one form. A control token is an added
-token that is marked as special; other added tokens (`<think>`, `<tool_call>`) are part of what a model writes.
+Training texts, prompts and measurements all ask here, so a text reaches a model in one form. A control token is an
+added token that is marked as special; other added tokens (`<think>`, `<tool_call>`) are part of what a model writes.
 """
 
 import re
 import threading
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 PROBES = ("a", "The river", "0")  # texts that the special tokens of a tokenizer are found around
@@ -125,7 +125,7 @@ def _broken(tokenizer: Any, text: str, pattern: re.Pattern[str]) -> list[int]:
     """Ids of a text that is cut behind the first letter of each control token in it."""
     cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
     ids: list[int] = []
-    for begin, end in zip(cuts, cuts[1:]):
+    for begin, end in pairwise(cuts):
         piece = text[begin:end]
         if piece:
             made, skip = inside(tokenizer, piece, first=begin == 0, split_special_tokens=True)

@@ -143,8 +143,8 @@ class TokenEncoder:
         """Says how many documents were given a beginning."""
         if self.put:
             console.print(
-                f"{self.put:,} of {self.seen:,} documents of '{source}' do not begin with {list(self.begin)}, which the "
-                "teacher's tokenizer puts before a text: put there",
+                f"{self.put:,} of {self.seen:,} documents of '{source}' do not begin with {list(self.begin)}, which "
+                "the teacher's tokenizer puts before a text: put there",
                 markup=False,
             )
         self.seen = self.put = 0

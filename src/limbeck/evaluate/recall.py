@@ -61,7 +61,9 @@ def measure_recall(subject: Subject, settings: RecallSettings) -> Found:
             among_shown: list[bool] = []
             among_all: list[bool] = []
             for sequence in range(settings.sequences):
-                made = Lookup.drawn(words, pairs, random.Random(f"{subject.seed} {pairs} {sequence}"), colon, newline, lead)
+                made = Lookup.drawn(
+                    words, pairs, random.Random(f"{subject.seed} {pairs} {sequence}"), colon, newline, lead
+                )
                 if context is not None:
                     check_room(f"recall, {pairs} pairs", len(made.ids), 0, context)
                 logits, size = at_queries(subject.model, made)

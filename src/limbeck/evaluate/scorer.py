@@ -5,11 +5,11 @@
     scorer.cuts         # which prompts were cut, from how many tokens to how many
 
 For what fits the numbers are those of `HFLM(pretrained=folder)`, but for tokenizers that end a text with EOS and
-generation configs that change probabilities: neither is let into a prompt or an answer here. That class drops the left end of what does not fit,
-instructions first, with a warning in a log. Here all requests of a call are counted before the first one runs, and
-what does not fit is an error, or is cut as was asked (`limbeck.evaluate.fitting`). Prompts that are to be continued
-are read in pieces, so that a student's memory does not grow with them. The module needs the extra `eval` and is
-imported late.
+generation configs that change probabilities: neither is let into a prompt or an answer here. That class drops the left
+end of what does not fit, instructions first, with a warning in a log. Here all requests of a call are counted before
+the first one runs, and what does not fit is an error, or is cut as was asked (`limbeck.evaluate.fitting`). Prompts that
+are to be continued are read in pieces, so that a student's memory does not grow with them. The module needs the extra
+`eval` and is imported late.
 """
 
 from collections.abc import Callable, Sequence

@@ -83,8 +83,8 @@ PLAIN = (
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
-def chat_tokenizer(template: str, eos: str = "<|im_end|>", post: str | None = None):
-    made = tokenizer(post)
+def chat_tokenizer(template: str, eos: str = "<|im_end|>", post: str | None = None, *, unigram: bool = False):
+    made = tokenizer(post, unigram=unigram)
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tags = ("<think>", "</think>", "<tool_call>", "</tool_call>")
     made.add_tokens([AddedToken(tag, special=False) for tag in tags])
@@ -166,6 +166,33 @@ def test_calls_of_tools_are_learnt_and_what_tools_answer_is_not(arguments, text)
         f"<think>\n\n</think>\n\n{one}<|im_end|>",
     ]
     assert '"name": "weather", "parameters"' in tok.decode(ids)
+
+
+def test_keys_that_arrow_fills_in_are_not_learnt(tmp_path):
+    """A dataset gives every call the arguments of all others, as None."""
+    import datasets
+
+    tok = chat_tokenizer(THINKING)
+    calls = [{"name": "weather", "arguments": {"city": "Bern"}}, {"name": "clock", "arguments": {"zone": "CET"}}]
+    rows = [{"messages": [USER, {"role": "assistant", "tool_calls": [{"function": call}]}]} for call in calls]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "x.parquet"))
+    encoder = ChatEncoder(tok, tok.eos_token_id)
+    made = encoder.encode(list(encoder.read(str(tmp_path / "x.parquet"))))
+    texts = [tok.decode(ids) for ids, _ in made]
+    assert '{"name": "weather", "arguments": {"city": "Bern"}}' in texts[0]
+    assert '{"name": "clock", "arguments": {"zone": "CET"}}' in texts[1]
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_answers_of_weight_0_are_read_and_not_learnt(template):
+    tok = chat_tokenizer(template)
+    chat = say("a?", "one", "b?", "two", "c?", "three")
+    chat[3]["weight"] = 0
+    ids, mask = encoded(tok, chat)
+    found = learnt(tok, ids, mask)
+    assert found[0] == "one<|im_end|>"
+    assert found[1].endswith("three<|im_end|>")
+    assert len(found) == 2
 
 
 def test_a_template_that_wants_arguments_as_text_gets_them_so():
@@ -276,6 +303,13 @@ def test_what_cannot_be_rendered_is_dropped_and_counted(messages, why, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "1 of 2 conversations of 'x' were dropped: " in said
     assert why in said
+
+
+def test_control_tokens_in_what_is_said_are_text_for_unigram_vocabularies_too():
+    tok = chat_tokenizer("{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}", "</s>", unigram=True)
+    ids, mask = encoded(tok, say("a </s> b", "c <s> d"))
+    assert [i for i in ids.tolist() if i in (1, 2)] == [2, 2]
+    assert learnt(tok, ids, mask)[0].replace(" ", "") == "c<s>d</s>"
 
 
 @pytest.mark.parametrize("template", [CHATML, THINKING, PLAIN])

@@ -27,7 +27,7 @@ from limbeck.data import sources
 from limbeck.data.encode import Encoded
 from limbeck.data.hub import Rows
 from limbeck.data.sources import MESSAGES
-from limbeck.data.special_tokens import around, behind_begin, control_ids, control_pattern, inside
+from limbeck.data.special_tokens import around, behind_begin, call, control_ids, control_pattern, inside
 from limbeck.errors import LimbeckError
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -116,6 +116,10 @@ class ChatEncoder:
         if not self.begin and tokenizer.bos_token_id is not None and "bos_token" in json.dumps(template):
             self.begin = (tokenizer.bos_token_id,)
         self.control, self.stops = control_pattern(tokenizer), control_ids(tokenizer) | {eos}
+        tokens = tokenizer.convert_ids_to_tokens(sorted(self.stops))
+        found = call(tokenizer, tokens, split_special_tokens=True)["input_ids"]
+        # Unigram vocabularies find a control token in plain text, unless it comes in two pieces.
+        self.breaks = not self.stops.isdisjoint(i for ids in found for i in ids)
         shown = [STOPPED, template] if "strftime_now" in json.dumps(template) else template
         self.settings = {"chat": hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()}
         self._start_again()
@@ -172,10 +176,15 @@ class ChatEncoder:
         answers = [i for i, one in enumerate(messages) if one["role"] == "assistant"]
         if not answers:
             raise Unfit("no answer of the assistant in it")
-        tools = _from_json(record.get("tools")) or None
+        tools = _without_none(_from_json(record.get("tools"))) or None
+        if isinstance(tools, list):
+            tools = [_from_json(one) for one in tools]
         if tools is not None and not (isinstance(tools, list) and all(isinstance(one, dict) for one in tools)):
             raise Unfit("its tools are no list of objects")
-        template = self.tokenizer.get_chat_template(None, tools)
+        try:
+            template = self.tokenizer.get_chat_template(None, tools)
+        except ValueError as error:  # several templates, and none for this
+            raise Unfit(" ".join(str(error).split())[:200]) from error
         marked = bool(MARKED.search(template))
         settings = {
             "tools": self._guarded(tools),
@@ -201,8 +210,12 @@ class ChatEncoder:
         ):
             self.unseen["tools"] += 1
         if marked:
-            return shown, [(shown.back(begin), shown.back(end)) for begin, end in places[0] if end > begin]
-        return shown, _answers(messages, answers, shown.text, self.control, lambda *given: render(*given)[0])
+            found = [(shown.back(begin), shown.back(end)) for begin, end in places[0]]
+        else:
+            found = _answers(messages, answers, shown.text, self.control, lambda *given: render(*given)[0])
+        if len(found) == len(answers):  # OpenAI's way to say which answers are not to be learnt
+            found = [place for place, i in zip(found, answers) if messages[i].get("weight") != 0]
+        return shown, [(begin, end) for begin, end in found if end > begin]
 
     def _guarded(self, value: Any) -> Any:
         """The same with marks around the control tokens in its strings; none in roles, which templates compare."""
@@ -220,7 +233,8 @@ class ChatEncoder:
         offsets = bool(getattr(self.tokenizer, "is_fast", False))
         # Without offsets, tokens end where answers do.
         borders = shown.control if offsets else [*shown.control, *answers]
-        plain = {begin for begin, _ in shown.control}
+        borders = [*borders, *((begin, begin + 1) for begin, _ in shown.control if self.breaks)]
+        plain = {begin + more for begin, _ in shown.control for more in (0, 1)}
         ids: list[int] = []
         spans: list[Place] = []
         for begin, end in pairwise(sorted({0, len(text), *(at for place in borders for at in place)})):
@@ -261,7 +275,7 @@ def _message(given: dict[str, Any]) -> dict[str, Any]:
         made["content"] = content
     if "function_call" in made:  # as calls were written before there were several
         made["tool_calls"] = [{"type": "function", "function": made.pop("function_call")}]
-    calls = _from_json(made.pop("tool_calls", None))
+    calls = _without_none(_from_json(made.pop("tool_calls", None)))
     if calls:
         if not isinstance(calls, list) or not all(isinstance(one, dict) for one in calls):
             raise Unfit("its tool calls are no list of objects")
@@ -297,12 +311,18 @@ def _turn(role: str) -> str:
 
 def _call(given: dict[str, Any]) -> dict[str, Any]:
     """A tool call with its arguments as an object."""
-    made = {key: value for key, value in given.items() if value is not None}
-    inner = made.get("function", made)
+    inner = given.get("function", given)
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise Unfit("a tool call without a name")
     inner = {**inner, "arguments": _from_json(inner.get("arguments", {}))}
-    return {**made, "function": inner} if "function" in made else inner
+    return {**given, "function": inner} if "function" in given else inner
+
+
+def _without_none(value: Any) -> Any:
+    """The same without keys that have no value: Arrow gives every record the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def _from_json(value: Any) -> Any:

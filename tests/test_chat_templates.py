@@ -72,7 +72,8 @@ THINKING = (
 # As DeepSeek-R1's: the invitation to answer opens a think block that history does not have; BOS by the template.
 OPENS = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+    "{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% elif m.tool_calls %}<|im_end|>"
+    "{% for c in m.tool_calls %}<pad>{{ c.function.name + c.function.arguments }}{% endfor %}</s>"
     "{% else %}<|im_end|>{{ m.content.split('</think>')[-1] }}</s>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
 )
@@ -136,6 +137,10 @@ def test_a_template_that_opens_the_thoughts_of_an_answer_itself():
     ids, mask = encoded(tok, say("a?", "<think>\nhm</think>one", "b?", "two"))
     assert tok.decode(ids) == "<s><|im_start|>a?<|im_end|>one</s><|im_start|>b?<|im_end|>two</s>"
     assert learnt(tok, ids, mask) == ["one</s>", "two</s>"]
+    ids, mask = encoded(tok, say("a?", " one\n", "b?", "\n\ntwo "))
+    assert learnt(tok, ids, mask) == [" one\n</s>", "\n\ntwo </s>"]
+    ids, mask = encoded(tok, [USER, {"role": "assistant", "tool_calls": [CALL, CALL]}, *say("b?", "two")])
+    assert learnt(tok, ids, mask) == ['<pad>weather{"city": "Bern"}' * 2 + "</s>", "two</s>"]
 
 
 def test_a_template_without_control_tokens():

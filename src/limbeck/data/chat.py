@@ -196,10 +196,10 @@ class ChatEncoder:
 
         def render(messages: list[dict[str, Any]], ask: bool = False) -> tuple[str, list[list[Place]]]:
             try:
-                texts, places = render_jinja_template([messages], add_generation_prompt=ask, **settings)
+                made: Any = render_jinja_template([messages], add_generation_prompt=ask, **settings)
             except Exception as error:  # templates raise what they like: roles that do not alternate, unknown fields
                 raise Unfit(" ".join(str(error).split())[:200]) from error
-            return texts[0], places
+            return made[0][0], made[1]
 
         messages, text, places = _with_calls(self._guarded(messages), render)
         shown = Shown.of(text)
@@ -414,15 +414,19 @@ def _answers(
     places: list[Place] = []
     after = 0
     for number, end in zip(numbers, shown.ends):
+        message = messages[number]
         begin = next((one for one in shown.begins if after <= one <= end), None)
         at = text.rfind(asked, after, end if begin is None else begin) if asked else -1
+        content = message["content"]
+        lead, rest = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
+        core = closed.strip()
         if at >= 0:
             begin = at + len(asked)
-        elif begin is None:
-            begin = _after_header(text, asked, after, end, control)
-        content = messages[number]["content"]
-        rest, core = content[len(content.rstrip()) :], closed.strip()
-        if "tool_calls" in messages[number]:
+        elif begin is None or not content.strip():  # in a call there is something before the name
+            begin = _after_header(text, asked, after, end if begin is None else begin, control, begin)
+        elif text.endswith(lead, 0, begin):
+            begin -= len(lead)
+        if "tool_calls" in message:
             if core and text.find(core, end) < 0:
                 raise Unfit("where a tool call ends cannot be found in the text of the template")
             end = text.find(core, end)
@@ -456,10 +460,12 @@ def _common(one: str, other: str) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
-def _after_header(text: str, asked: str, after: int, end: int, control: re.Pattern[str]) -> int:
+def _after_header(text: str, asked: str, after: int, end: int, control: re.Pattern[str], otherwise: int | None) -> int:
     """Where an answer begins whose header is only the beginning of the template's invitation to answer."""
     cuts = {found.end() for pattern in (re.compile("\n"), control) for found in pattern.finditer(asked)}
     for cut in sorted(cuts, reverse=True):
         if (at := text.rfind(asked[:cut], after, end)) >= 0:
             return at + cut
+    if otherwise is not None:
+        return otherwise
     raise Unfit("where an answer begins cannot be found in the text of the template")

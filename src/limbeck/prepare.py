@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import assets, mixers
@@ -21,6 +22,7 @@ from limbeck.adapters import check_peft, targets_of
 from limbeck.console import console
 from limbeck.data.packing import Sequences, count_with_targets, no_targets, share_with_targets
 from limbeck.data.shards import Split
+from limbeck.data.special_tokens import around
 from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
 from limbeck.errors import LimbeckError, hints_for
@@ -35,6 +37,7 @@ from limbeck.stages.teacher import Pair, check_finite_loss, load_teacher
 from limbeck.stages.trackers import check_trackers
 
 FEW = 0.9  # share of sequences with a target below which it is said
+WITHOUT_BOS = 0.5  # nats a token that the teacher's loss has to fall behind BOS before anybody is told
 
 
 @dataclass
@@ -119,6 +122,8 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
             plain(job.training(recipe.text_of(stage)))
     _check_targets(job)
     check_finite_loss(teacher, job.held_out(recipe.data).batch(0, 1).to(device), autocast)
+    if world().main:
+        _advise_bos(job)
     return job
 
 
@@ -185,6 +190,38 @@ def _check_targets(job: Job) -> None:
 def name_of(data: recipes.Data) -> str:
     """What tells one text from another: all of its settings but the length of the sequences."""
     return json.dumps(data.model_dump(mode="json", exclude={"length", "cache_gb"}))
+
+
+@torch.no_grad()
+def _advise_bos(job: Job) -> None:
+    """Says where the tokenizer has a BOS that it does not put before a text, and the teacher needs it.
+
+    Looked at are the first 64 tokens of four sequences; what is compared is the loss of the same tokens.
+    """
+    bos, name = job.tokenizer.bos_token_id, job.recipe.teacher
+    if bos is None or bos in around(job.tokenizer).begin:
+        return
+    ids = job.held_out(job.recipe.data).batch(0, 4).input_ids[:, :64].to(job.teacher.device)
+    ids = ids[ids[:, 0] != bos]
+    if not len(ids):
+        return
+    losses = []
+    for lead in (ids[:, :0], torch.full_like(ids[:, :1], bos)):
+        with job.autocast():
+            logits = job.teacher(input_ids=torch.cat([lead, ids[:, :-1]], 1), use_cache=False).logits
+        logits = logits[:, lead.shape[1] :].float()
+        losses.append(float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())))
+    if losses[0] - losses[1] > WITHOUT_BOS:
+        console.print(
+            f"the tokenizer of '{name}' does not put its BOS, {job.tokenizer.bos_token}, before a text; the teacher's "
+            f"loss here is {losses[0]:.2f} nats a token without and {losses[1]:.2f} behind it. To teach and use it "
+            "with BOS, make a copy whose tokenizer does, and take --teacher teacher-with-bos:\n"
+            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"n, to = '{assets.resolve_teacher(name)}', 'teacher-with-bos'; "
+            'T.from_pretrained(n, add_bos_token=True).save_pretrained(to); M.from_pretrained(n).save_pretrained(to)"',
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def new_student(job: Job) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -56,10 +57,13 @@ def generate(
     else:
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     console.print(text, end="", markup=False, style="dim")
-    began, pieces = time.monotonic(), []
-    for piece in stream(loaded, tokenizer, text, tokens, temperature, top_p, seed):
+    began, count = time.monotonic(), 0
+
+    def said() -> Iterator[str]:
+        nonlocal count
+        count = yield from stream(loaded, tokenizer, text, tokens, temperature, top_p, seed)
+
+    for piece in said():
         print(piece, end="", flush=True)
-        pieces.append(piece)
     print()
-    count = len(tokenizer("".join(pieces)).input_ids)
     console.print(f"[dim]{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s[/]")

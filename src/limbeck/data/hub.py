@@ -24,7 +24,8 @@ KNOWN = (
 LIKELY = ("text", "content", "body", "document", "article", "output", "response", "completion")  # fields of text
 NEEDS_DATA = "pip install 'limbeck[data]'"
 
-ValueOf = Callable[[Any, str, str], str | None]  # value, field, place: the document
+BESIDE = ("tools", "chat_template_kwargs")  # fields beside the messages that a chat template is given
+ValueOf = Callable[[Any, str, str, dict[str, Any]], str | None]  # value, field, place, the row: the document
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,10 @@ def rows_of(dataset: Any, text_field: str, value_of: ValueOf, place: str) -> Ite
     if dataset.column_names is not None:  # a streamed dataset may not know them
         if text_field not in dataset.column_names:
             raise no_field(text_field, dataset.column_names, place)
-        dataset = dataset.select_columns([text_field])
+        dataset = dataset.select_columns([name for name in (text_field, *BESIDE) if name in dataset.column_names])
     for batch in dataset.iter(batch_size=1000):
         if text_field not in batch:
             raise no_field(text_field, batch, place)
-        for value in batch[text_field]:
-            yield value_of(value, text_field, place)
+        for values in zip(*batch.values()):
+            row = dict(zip(batch, values))
+            yield value_of(row[text_field], text_field, place, row)

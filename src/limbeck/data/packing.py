@@ -8,6 +8,8 @@ exactly `length` tokens: no padding, and no token is lost but a tail shorter tha
 sequences since the start of training and runs on into the next epoch, which has another order. To resume, keep the
 integer; for several processes, give each its own share of the positions. Nothing crosses a document's end: position ids
 start again at 0, and the last token of a document (EOS) has no target; of a conversation only the answers are targets.
+Where the tokenizer begins a text with BOS, a sequence that begins inside a document begins with BOS as well: in use
+there is always one, and many models know nothing without. BOS is no target, and neither is what follows a second BOS.
 Legend: B batch, T time.
 """
 
@@ -140,17 +142,24 @@ class Packed:
 
     def _rows(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         order, starts = self._layout(epoch)
-        begin = rows[:, None] * self.length
-        where = begin + np.arange(self.length + 1)  # [B, T + 1], in the stream of this epoch
+        begin, columns = rows[:, None] * self.length, np.arange(self.length + 1)
+        lead = np.array(self.split.begin, np.int64)
+        first = starts[np.searchsorted(starts, begin, side="right") - 1]
+        shift = np.where(first < begin, len(lead), 0)  # [B, 1]: such a row leaves out its last tokens for the lead
+        where = np.maximum(begin + columns - shift, begin)  # [B, T + 1], in the stream of this epoch
         document = np.searchsorted(starts, where, side="right") - 1
-        place = self.split.offsets[order[document]] + where - starts[document]
+        inside = where - starts[document]  # the token's place in its document
+        place = self.split.offsets[order[document]] + inside
         tokens = self.split.tokens[place].astype(np.int64)
-        position = where - np.maximum(starts[document], begin)
-        wanted = document[:, 1:] == document[:, :-1]
+        begins = np.where(starts[document] < begin, 0, starts[document] - begin + shift)  # the document's column
+        # What a document begins with is no target; of a row with a lead neither is the lead nor what follows it.
+        wanted = (document[:, 1:] == document[:, :-1]) & (columns[1:] > shift) & (inside[:, 1:] >= len(lead))
         if self.split.mask is not None:
             wanted &= self.split.mask[place[:, 1:]] != 0
+        if len(lead):
+            tokens[:, : len(lead)] = np.where(shift > 0, lead, tokens[:, : len(lead)])
         targets = np.where(wanted, tokens[:, 1:], IGNORE)
-        return tokens[:, :-1], position[:, :-1], targets
+        return tokens[:, :-1], (columns - begins)[:, :-1], targets
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the documents in an epoch [n], and where each begins in the stream, with the end [n + 1]."""
@@ -210,17 +219,22 @@ def count_with_targets(data: Sequences, wanted: int) -> int:
 
 def share_with_targets(split: Split, length: int) -> tuple[int, int]:
     """How many sequences of a split, in stored order, have a target, and how many there are."""
-    count = max(split.n_tokens - 1, 0) // length
-    if split.mask is None and not (np.diff(split.offsets) < 2).any():
+    count, lead = max(split.n_tokens - 1, 0) // length, len(split.begin)
+    if split.mask is None and not (np.diff(split.offsets) < 2 + lead).any():
         return count, count  # every document has a token that follows another
     found = 0
     for at in range(0, count, step := max(1, 2**24 // length)):
         rows = min(step, count - at)
         begin = at * length + 1  # the first sequence's first target
         wanted = np.ones(rows * length, bool) if split.mask is None else split.mask[begin : begin + rows * length] != 0
-        first, last = np.searchsorted(split.offsets, (begin, begin + rows * length))
-        wanted[split.offsets[first:last] - begin] = False  # the token that begins a document follows nothing
-        found += int(wanted.reshape(rows, length).any(1).sum())
+        for token in range(max(lead, 1)):  # what a document begins with is no target
+            first = split.offsets[:-1] + token
+            first = first[(first >= begin) & (first < begin + rows * length)]
+            wanted[first - begin] = False
+        wanted = wanted.reshape(rows, length)
+        if lead:  # a sequence that begins inside a document leaves out its last tokens for the lead
+            wanted[~np.isin(np.arange(at, at + rows) * length, split.offsets), -lead:] = False
+        found += int(wanted.any(1).sum())
     return found, count
 
 

@@ -4,12 +4,13 @@
     store.train.tokens          # uint16 or uint32 [n_tokens], a memory map
     store.held_out.offsets      # int64 [n_documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
 
-Every document ends with EOS. A hash of its text decides on which side of the split it falls and where in the order it
-stands, so more data never moves a document across the split, duplicates stay together, and a limit on tokens takes a
-fair mix of all sources. Where the hash leaves one side without any document, the first ones in that order are held out
-instead, or, of a single text, its end (`_part`). The files lie in the cache under a key of content, tokenizer and
-settings. The sequence length is not part of that key, because nothing stored depends on it (`limbeck.data.packing` cuts
-the sequences): two lengths share one store. Checksums are compared at each opening; a damaged store is made again.
+Every document begins as the tokenizer begins a text and ends with EOS. A hash of its text decides on which side of the
+split it falls and where in the order it stands, so more data never moves a document across the split, duplicates stay
+together, and a limit on tokens takes a fair mix of all sources. Where the hash leaves one side without any document,
+the first ones in that order are held out instead, or, of a single text, its end (`_part`). The files lie in the cache
+under a key of content, tokenizer and settings. The sequence length is not part of that key, because nothing stored
+depends on it (`limbeck.data.packing` cuts the sequences): two lengths share one store. Checksums are compared at each
+opening; a damaged store is made again.
 """
 
 import hashlib
@@ -48,12 +49,14 @@ class Split:
         tokens: uint16 or uint32 [n_tokens], a read-only memory map.
         offsets: int64 [n_documents + 1], the first token of each document and the end of the last.
         mask: uint8 [n_tokens], 1 for a token that is to be learnt; None: all of them.
+        begin: ids that every document begins with, and a sequence too that begins inside a document.
     """
 
     name: str
     tokens: np.ndarray
     offsets: np.ndarray
     mask: np.ndarray | None = None
+    begin: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -130,7 +133,7 @@ def prepare(
     # Reading spools the text beside the tokens, so that it can be tokenised in the order of the hashes.
     manifest = publish(folder, fill, what=f"tokens of {source}", need_bytes=2 * stored_bytes(source), verify=True)
     check_ids(manifest["max_id"], vocab_size)
-    splits = [open_split(folder, name, manifest["dtype"]) for name in SPLITS]
+    splits = [open_split(folder, name, manifest["dtype"], encoder.begin) for name in SPLITS]
     tell_parted(manifest, source)
     check_enough(splits if held_out else splits[:1], source, length, max_tokens)
     return TokenStore(source, folder, key, eos, *splits, files_of(source))
@@ -361,7 +364,7 @@ def _batches(starts: array, order: np.ndarray) -> Iterator[list[int]]:
         yield batch
 
 
-def open_split(folder: Path, name: str, dtype: str) -> Split:
+def open_split(folder: Path, name: str, dtype: str, begin: tuple[int, ...] = ()) -> Split:
     """A split of a published folder."""
 
     def mapped(path: Path, dtype: str) -> np.ndarray:
@@ -373,6 +376,7 @@ def open_split(folder: Path, name: str, dtype: str) -> Split:
         mapped(folder / f"{name}.tokens", dtype),
         np.fromfile(folder / f"{name}.offsets", "<i8"),
         mapped(mask, "u1") if mask.exists() else None,
+        begin,
     )
 
 

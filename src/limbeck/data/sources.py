@@ -19,7 +19,7 @@
 | `embedded`, `embedded:TIER` (quick, pypi, held-out-wikipedia) | the embedded text (`limbeck.assets`) |
 
 Text is UTF-8. Documents that are empty or only white space are left out and counted. With `chat` a document is a
-conversation: its messages as JSON.
+conversation: its messages as JSON, with the row's tools where it has any.
 """
 
 import csv
@@ -36,7 +36,7 @@ from typing import Any
 
 from limbeck.console import console
 from limbeck.data.cache import sha256_of
-from limbeck.data.hub import HUB_NAME, KNOWN, NEEDS_DATA, Rows, ValueOf, no_field, open_hub, open_saved, rows_of
+from limbeck.data.hub import BESIDE, HUB_NAME, KNOWN, NEEDS_DATA, Rows, ValueOf, no_field, open_hub, open_saved, rows_of
 from limbeck.errors import LimbeckError
 
 PLAIN = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -422,7 +422,7 @@ def _read_records(path: Path, text_field: str, value_of: ValueOf) -> Iterator[st
         for place, row in RECORDS[_format(path)](path, file):
             if text_field not in row:
                 raise no_field(text_field, row, place)
-            yield value_of(row[text_field], text_field, place)
+            yield value_of(row[text_field], text_field, place, row)
 
 
 def _read_parquet(path: Path, text_field: str, value_of: ValueOf) -> Iterator[str | None]:
@@ -435,9 +435,10 @@ def _read_parquet(path: Path, text_field: str, value_of: ValueOf) -> Iterator[st
         file = pyarrow.parquet.ParquetFile(path)
         if text_field not in file.schema_arrow.names:
             raise no_field(text_field, file.schema_arrow.names, str(path))
-        for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                yield value_of(value, text_field, str(path))
+        columns = [name for name in (text_field, *BESIDE) if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                yield value_of(row[text_field], text_field, str(path), row)
     except pyarrow.ArrowException as error:
         raise LimbeckError(f"'{path}' is not a whole parquet file: {error}") from error
 
@@ -457,13 +458,14 @@ READERS: dict[str, Callable[[Path, str, ValueOf], Iterator[str | None]]] = {
 }
 
 
-def _text_of(value: Any, text_field: str, place: str) -> str | None:
+def _text_of(value: Any, text_field: str, place: str, row: dict[str, Any] | None = None) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise LimbeckError(f"{place}: the field '{text_field}' holds a {type(value).__name__}", expected="a string")
 
 
-def _messages_of(value: Any, field: str, place: str) -> str | None:
+def _messages_of(value: Any, field: str, place: str, row: dict[str, Any] | None = None) -> str | None:
+    """The messages as JSON, or, where the row has more for the chat template, an object of both."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(one, dict) and "role" in one for one in value):
@@ -471,8 +473,17 @@ def _messages_of(value: Any, field: str, place: str) -> str | None:
             f"{place}: the field '{field}' holds no conversation",
             expected='a list of {"role": "user" or "assistant", "content": "..."}',
         )
+    if not value:
+        return None
     # parquet gives every message all keys, with None for those that it does not have
-    return json.dumps([{k: v for k, v in one.items() if v is not None} for one in value]) if value else None
+    messages = [{k: v for k, v in one.items() if v is not None} for one in value]
+    beside = {name: row[name] for name in BESIDE if name != field and row and row.get(name)}
+    return json.dumps({MESSAGES: messages, **beside} if beside else messages, default=_named)
+
+
+def _named(value: Any) -> str:
+    """What stands in JSON for a date or a picture out of a dataset."""
+    return str(value.isoformat()) if hasattr(value, "isoformat") else f"<{type(value).__name__}>"
 
 
 def _is_saved_dataset(root: Path) -> bool:

@@ -100,10 +100,10 @@ class Stream:
         folder = self._of(index)
         try:
             os.utime(folder / MANIFEST)  # used just now
-            return open_split(folder, "train", manifest["dtype"])
+            return open_split(folder, "train", manifest["dtype"], self.encoder.begin)
         except FileNotFoundError:  # another process made room this very moment
             manifest = self._made(index)
-            return open_split(folder, "train", manifest["dtype"])
+            return open_split(folder, "train", manifest["dtype"], self.encoder.begin)
 
     def ahead(self, index: int) -> None:
         """Begin to tokenise a shard that will be needed next, in a thread."""
@@ -277,6 +277,7 @@ class Stream:
         return split
 
     def _gathered(self, wanted: int) -> Split:
+        """The held-out documents of as many shards as give `wanted` tokens, in one split."""
 
         def fill(temporary: Path) -> dict[str, Any]:
             parts: list[Split] = []
@@ -297,7 +298,7 @@ class Stream:
 
         folder = self.folder / f"held_out-{wanted}"
         manifest = publish(folder, fill, what=f"held-out text of {self.source}", verify=True)
-        return open_split(folder, "held_out", manifest["dtype"])
+        return open_split(folder, "held_out", manifest["dtype"], self.encoder.begin)
 
 
 def content_of(files: tuple[Path, ...]) -> str:

@@ -37,6 +37,7 @@ from limbeck.evaluate.subject import Subject
 # Tasks that another metric than accuracy stands for: options of unequal length, judged by likelihood per byte.
 MAIN = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
 BOOTSTRAP = 1000  # resamples for metrics whose standard error has no formula
+PROMPTS = 2  # raise when the same request reaches a model as other tokens: scores that are kept are asked for again
 
 
 class TaskSettings(Settings):
@@ -278,7 +279,7 @@ def _file(subject: Subject, name: str, origins: dict[str, str], settings: TaskSe
     if not Path(subject.folder).is_dir():
         return None
     asked = settings.model_dump(mode="json", exclude={"names", "source"})
-    key = [subject.weights, str(subject.model.dtype), subject.seed, name, origins, asked, harness_version()]
+    key = [subject.weights, str(subject.model.dtype), subject.seed, name, origins, asked, harness_version(), PROMPTS]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return cache_root() / "scores" / subject.weights / f"{name}-{digest}.json"
 

@@ -113,7 +113,7 @@ def resolve_teacher(name: str) -> str:
     if they are not in the cache), the path of a local folder, else the name as it is.
 
     Raises:
-        LimbeckError: a path that is no folder with a config.json, or something near to one of our own names.
+        LimbeckError: a path at which no model lies, or something near to one of our own names.
     """
     if name == "embedded":
         return str(teacher_folder())
@@ -122,13 +122,14 @@ def resolve_teacher(name: str) -> str:
 
         return str(trained_teacher(name))
     path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise LimbeckError(f"no config.json in {path}", expected="a folder made by save_pretrained")
+    if path.exists() or path.is_symlink():
+        from limbeck.model.folders import check_folder
+
+        check_folder(path)
         return str(path)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     near = "" if "/" in name else closest(name, ["embedded", *TeacherRecipe.names()])
-    if looks_like_path or path.exists() or near:
+    if looks_like_path or near:
         raise LimbeckError(
             f"no teacher '{name}'{near}",
             expected="'embedded', 'small', a folder made by save_pretrained, or a name on the Hugging Face hub",

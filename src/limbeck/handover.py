@@ -17,6 +17,7 @@ from limbeck.generate import continuation
 from limbeck.machine import peak_memory
 from limbeck.model import by_mixer
 from limbeck.model.convert import parameter_report
+from limbeck.model.exported import check_export
 from limbeck.prepare import Job
 from limbeck.report.curves import draw
 from limbeck.stages.run import RunDirectory
@@ -28,21 +29,41 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: boo
     recipe = job.recipe
     student.eval()
     _export(job, student)
-    evaluation = recipe.evaluation
     stages = [{**s.model_dump(mode="json"), **run.facts(i)} for i, s in enumerate(recipe.stages)]
+    plan = json.loads((run.path / "plan.json").read_text(encoding="utf-8"))
+    result = measured(job, student, stages, plan, recipe.evaluation.tokens, recipe.evaluation.new_tokens)
+    if curves and importlib.util.find_spec("matplotlib") and run.metrics.exists():
+        draw(run.metrics, run.path / "curves.png")
+    run.write("summary.md", write_summary(result))
+    run.write("eval.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def measured(
+    job: Job, student: PreTrainedModel, stages: list[dict[str, Any]], plan: dict[str, Any], tokens: int, new_tokens: int
+) -> dict[str, Any]:
+    """What is kept as eval.json.
+
+    Args:
+        stages: the settings and facts of each.
+        plan: as plan.json has it.
+        tokens: of held-out text, to measure on.
+        new_tokens: of each sample.
+    """
+    recipe, evaluation = job.recipe, job.recipe.evaluation
     samples = {}
-    if evaluation.prompt and evaluation.new_tokens:
+    if evaluation.prompt and new_tokens:
         for name, model in (("teacher", job.teacher), ("student", student)):
-            samples[name] = continuation(model, job.tokenizer, evaluation.prompt, evaluation.new_tokens)
+            samples[name] = continuation(model, job.tokenizer, evaluation.prompt, new_tokens)
     report = parameter_report(student, recipe.student.copy_projections)
-    result = {
+    return {
         "run": str(job.path),
         "teacher": recipe.teacher,
         "mixer": recipe.student.mixer,
         "mixers": by_mixer(student.config.limbeck, job.layers),
         "layers": f"{len(job.sites)} of {job.layers}",
         "text": recipe.data.source,
-        "held_out": agreement(job.teacher, student, job.held_out(recipe.data), evaluation.tokens, job.autocast),
+        "held_out": agreement(job.teacher, student, job.held_out(recipe.data), tokens, job.autocast),
         "parameters": vars(report),
         "stages": stages,
         "memory": cache_sizes(job.teacher, student),
@@ -52,20 +73,16 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: boo
         "compile_refused": job.compiling.reasons,
         "seed": recipe.seed,
         "peak_memory_bytes": peak_memory(),
-        "plan": json.loads((run.path / "plan.json").read_text(encoding="utf-8")),
+        "plan": plan,
     }
-    if curves and importlib.util.find_spec("matplotlib") and run.metrics.exists():
-        draw(run.metrics, run.path / "curves.png")
-    run.write("summary.md", write_summary(result))
-    run.write("eval.json", json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def _export(job: Job, student: PreTrainedModel) -> None:
-    """Save the student as a Hugging Face folder, whole or not at all."""
+    """Save the student as a Hugging Face folder, whole or not at all; it is read again before it takes its place."""
     with made_aside(job.path / "student") as folder:
         student.save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
+        check_export(folder, student, job.tokenizer)
 
 
 def arithmetic_of(job: Job) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from limbeck.plan import Plan, make_plan
 from limbeck.precision import arithmetic
 from limbeck.prepare import Job, Loaded, new_student, prepare_job, run_path
 from limbeck.recipe import Recipe
-from limbeck.rehearsal import rehearse
+from limbeck.rehearsal import rehearse, rehearse_end
 from limbeck.stages.learner import Stage
 from limbeck.stages.run import RunDirectory, check_run, environment, open_run, sweep
 from limbeck.teach import make_stage, run_stages
@@ -64,6 +64,7 @@ def distill(
         with main_first():
             job = prepare_job(recipe, loaded)
         plan = on_main(lambda: _plan(job))
+        on_main(lambda: _rehearse_end(job))
         with open_run(job.path, recipe) as run:
             planned = on_main(lambda: _planned(job, run, plan, rehearsed))
             if confirm:
@@ -84,6 +85,13 @@ def _plan(job: Job) -> Plan:
     plan = make_plan(job.recipe, job.teacher, job.sites)
     check_room(_existing(job.path), plan.disk_bytes, f"the run {job.path}")
     return plan
+
+
+def _rehearse_end(job: Job) -> None:
+    """Before a run begins: its end must work. Of one that goes on it was tried then."""
+    if not (job.path / "plan.json").exists():
+        with torch.random.fork_rng():
+            rehearse_end(job, new_student(job))
 
 
 def _known(recipe: Recipe) -> dict[str, Any] | None:

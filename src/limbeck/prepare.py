@@ -19,10 +19,11 @@ from limbeck import assets, mixers
 from limbeck import recipe as recipes
 from limbeck.adapters import check_peft, targets_of
 from limbeck.console import console
-from limbeck.data.packing import Sequences
+from limbeck.data.packing import Sequences, count_with_targets, no_targets, share_with_targets
+from limbeck.data.shards import Split
 from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, hints_for
 from limbeck.model import Site, attention_sites, convert, converted_layers
 from limbeck.model.compiling import Notes, wanted
 from limbeck.model.packed import use_masks
@@ -30,8 +31,10 @@ from limbeck.precision import autocast_of, check_arithmetic
 from limbeck.recipe import Recipe
 from limbeck.stages.cached import plain
 from limbeck.stages.run import check_run
-from limbeck.stages.teacher import Pair, load_teacher
+from limbeck.stages.teacher import Pair, check_finite_loss, load_teacher
 from limbeck.stages.trackers import check_trackers
+
+FEW = 0.9  # share of sequences with a target below which it is said
 
 
 @dataclass
@@ -114,6 +117,8 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             plain(job.training(recipe.text_of(stage)))
+    _check_targets(job)
+    check_finite_loss(teacher, job.held_out(recipe.data).batch(0, 1).to(device), autocast)
     return job
 
 
@@ -125,15 +130,56 @@ def run_path(recipe: Recipe) -> Path:
 def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Text]:
     """All texts of a recipe, each opened once, for the longest sequences that are read of it."""
     uses = [(recipe.data, 0), *((recipe.text_of(stage), stage.tokens) for stage in recipe.stages)]
+    places = ["data", *(f"stages.{index}" for index in range(len(recipe.stages)))]  # whose length it is
     texts: dict[str, Text] = {}
     for name, data in {name_of(data): data for data, _ in uses}.items():
-        length = max(one.length for one, _ in uses if name_of(one) == name)
-        text = open_text(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
+        length, place = max((one.length, where) for (one, _), where in zip(uses, places) if name_of(one) == name)
+        with hints_for(_keys(recipe, name, place)):
+            text = open_text(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
         wanted = sum(tokens for one, tokens in uses if name_of(one) == name)
         if text.train_tokens is not None and wanted > text.train_tokens:
             console.print(f"the stages take {wanted:,} tokens, the text has {text.train_tokens:,}: it is read again")
         texts[name] = text
     return texts
+
+
+def _keys(recipe: Recipe, name: str, place: str) -> dict[str, str]:
+    """Where a recipe says what hints call `data.KEY`, of the text of that name.
+
+    Args:
+        place: "data" or "stages.N", whose length of sequences is the longest.
+    """
+    if name_of(recipe.data) == name:
+        own = place != "data" and recipe.stages[int(place[7:])].length is not None
+        return {"data.length": f"{place}.length"} if own else {}
+    index = next(i for i, stage in enumerate(recipe.stages) if stage.data is not None and name_of(stage.data) == name)
+    return {"--set data.length": f"--set {place}.length", "--set data.": f"--set stages.{index}.data."}
+
+
+def _check_targets(job: Job) -> None:
+    """Say where many sequences have no target; LimbeckError where none has, before anything is trained on the others.
+
+    Stages 0 to 2 compare all tokens, so this is of stage 3 and of what is measured on held-out text.
+    """
+    recipe = job.recipe
+    count_with_targets(job.held_out(recipe.data), recipe.evaluation.tokens // recipe.data.length)
+    learnt = [recipe.text_of(stage) for stage in recipe.stages if isinstance(stage, recipes.Logits)]
+    for stage in recipe.stages:
+        if isinstance(stage, recipes.Logits) and stage.evaluate_every:
+            count_with_targets(job.held_out(recipe.text_of(stage)), stage.evaluate_sequences)
+    uses = [(recipe.data, "held_out"), *((data, "train") for data in learnt)]
+    for data, name in {(name_of(data), data.length, name): (data, name) for data, name in uses}.values():
+        for part in job.texts[name_of(data)].parts:
+            split = getattr(part, name, None)
+            if not isinstance(split, Split):  # of a stream, which is not read from end to end for this
+                continue
+            found, of = share_with_targets(split, data.length)
+            if of and not found and name == "train":
+                raise no_targets(f"'{part.source}' that is trained on", data.length)
+            if found < FEW * of:
+                have = f"{found:,} of {of:,} {name} sequences of {data.length} tokens have a target"
+                passed = "stage logits passes over the others" if name == "train" else "the others count for nothing"
+                console.print(f"'{part.source}': {have}; {passed}", markup=False)
 
 
 def name_of(data: recipes.Data) -> str:

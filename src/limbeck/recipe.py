@@ -1,6 +1,6 @@
 """What a run is: a typed recipe, from YAML, the command line or Python; unknown keys are refused with a suggestion.
 
-    recipe = Recipe.load("quickstart", overrides={"student.mixer": "gla", "stages.1.tokens": 20_000})
+    recipe = Recipe.load("quickstart", overrides={"student.mixer": "gla", "stages.hidden.tokens": 20_000})
     Recipe(teacher="Qwen/Qwen3-0.6B", data={"source": "corpus.jsonl"}, out="runs/qwen")
 
 A recipe is complete: every default is written into the run directory, so that the run can be repeated from it alone.
@@ -246,7 +246,7 @@ class Document(_Part):
 
     @classmethod
     def load(cls, source: str | Path = "quickstart", overrides: dict[str, Any] | None = None) -> Self:
-        """A built-in recipe by name or a YAML file, with dotted overrides ("stages.1.lr": 1e-3) applied.
+        """A built-in recipe by name or a YAML file, with dotted overrides ("stages.hidden.lr": 1e-3) applied.
 
         Raises:
             LimbeckError: no such recipe, broken YAML, unknown key (with a suggestion) or impossible value.

@@ -40,11 +40,15 @@ def everywhere(
 
 
 def _quiet_transformers() -> None:
-    """Its own bars and advice would stand between ours."""
+    """Its own bars and advice would stand between ours; so would what torchao says of other machines' kernels."""
+    import logging as standard
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        standard.getLogger(name).setLevel(standard.ERROR)
 
 
 def _any_encoding() -> None:

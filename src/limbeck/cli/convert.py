@@ -31,6 +31,7 @@ def convert(
     import limbeck
     from limbeck import assets, mixers
     from limbeck.model.convert import parameter_report
+    from limbeck.model.exported import check_export
     from limbeck.stages.teacher import load_teacher
 
     mixers.options(student, preset=preset)
@@ -39,5 +40,6 @@ def convert(
     with made_aside(out) as folder:
         made.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        check_export(folder, made, tokenizer)
     report = parameter_report(made)
     console.print(f"{out}: {report.total:,} parameters, {report.added:,} of them new; not trained yet")

@@ -46,8 +46,9 @@ def generate(
     if not text:
         raise LimbeckError("the prompt is empty", expected="some text")
     folder = Path(model) / "student"
-    name = str(folder) if folder.is_dir() else assets.resolve_teacher(model)
-    loaded, tokenizer = open_model(name)
+    of_a_run = folder.is_dir()
+    name = str(folder) if of_a_run else assets.resolve_teacher(model)
+    loaded, tokenizer = open_model(name, student=of_a_run)
     if int8 or int8_dynamic:
         from limbeck import quantise
 

@@ -8,6 +8,7 @@ Errors name the dataset as the user wrote it.
 """
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from limbeck.errors import LimbeckError
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
 KNOWN = (
-    "a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, a folder made by datasets.save_to_disk, "
-    "a Hugging Face dataset 'owner/name', or 'embedded'"
+    "a .txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or .parquet file (all but the last .gz too), a folder of them, "
+    "a folder made by datasets.save_to_disk, a Hugging Face dataset 'owner/name', or 'embedded'"
 )
+LIKELY = ("text", "content", "body", "document", "article", "output", "response", "completion")  # fields of text
 NEEDS_DATA = "pip install 'limbeck[data]'"
 
 ValueOf = Callable[[Any, str, str], str | None]  # value, field, place: the document
@@ -36,7 +38,15 @@ class Rows:
 def no_field(text_field: str, fields: Any, place: str) -> LimbeckError:
     """The error where a record has no such field."""
     names = ", ".join(map(str, fields)) or "none"
-    return LimbeckError(f"{place}: no field '{text_field}', only: {names}", hint="set text_field to one of those")
+    likely = "text" if "messages" in fields else next((name for name in LIKELY if name in fields), None)
+    if likely is None and isinstance(fields, dict):
+        likely = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], str) else 0)
+    chosen = likely or next(iter(fields), "text")
+    return LimbeckError(
+        f"{place}: no field '{text_field}', only: {names}",
+        expected="the name of the field that holds the text",
+        hint=f"--set {shlex.quote(f'data.text_field={chosen}')}",
+    )
 
 
 def _datasets() -> Any:

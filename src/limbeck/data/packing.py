@@ -23,6 +23,7 @@ from limbeck.data.known import Known, pinned
 from limbeck.data.shards import Split
 from limbeck.errors import LimbeckError
 
+EMPTY = 1024  # sequences without a target in a row, after which it is asked whether there are any with one
 IGNORE = -100  # the target of a token after which nothing is to be predicted
 
 
@@ -61,6 +62,10 @@ class Batch:
     def pinned(self) -> Self:
         """The same in pinned memory, with what is known of it: it goes to a GPU without waiting."""
         return replace(pinned(self), known=self.facts().pinned())
+
+    def rows(self, chosen: Tensor | slice) -> Self:
+        """Some of the sequences, of a batch on the CPU: a mask [B], or a slice of B."""
+        return replace(self, **{name: t[chosen] for name, t in vars(self).items() if isinstance(t, Tensor)}, known=None)
 
     def facts(self) -> Known:
         """What the host can know of the batch."""
@@ -160,6 +165,79 @@ class Packed:
             while len(self._layouts) > 2:  # a batch spans two epochs at most, if it is not longer than one
                 self._layouts.popitem(last=False)
         return self._layouts[epoch]
+
+
+def with_targets(data: Sequences, position: int, size: int) -> tuple[Batch, int]:
+    """The next `size` sequences that have a target: what is learnt from targets reads on over those that have none.
+
+    Args:
+        position: where to begin to look.
+        size: B, at least 1.
+
+    Returns:
+        The batch, and the position behind the last sequence that was looked at; both follow from `position` alone.
+
+    Raises:
+        LimbeckError: no sequence of a whole epoch has a target.
+    """
+    parts: list[Batch] = []
+    missing, empty = size, 0
+    while missing:
+        batch = data.batch(position, missing)
+        has = (batch.targets != IGNORE).any(1)
+        position += missing
+        if has.any():
+            parts.append(batch if has.all() else batch.rows(has))
+            missing, empty = missing - int(has.sum()), 0
+        else:
+            empty += missing
+            if empty >= EMPTY and empty >= data.n_sequences:
+                raise no_targets("the text", data.length)
+    return join(parts), position
+
+
+def count_with_targets(data: Sequences, wanted: int) -> int:
+    """How many sequences from the first on to measure: `wanted` or all there are, or more until one has a target.
+
+    Raises:
+        LimbeckError: none has.
+    """
+    for at in range(data.n_sequences):
+        if data.batch(at, 1).valid:
+            return max(at + 1, min(wanted, data.n_sequences))
+    raise no_targets("the held-out text", data.length)
+
+
+def share_with_targets(split: Split, length: int) -> tuple[int, int]:
+    """How many sequences of a split, in stored order, have a target, and how many there are."""
+    count = max(split.n_tokens - 1, 0) // length
+    if split.mask is None and not (np.diff(split.offsets) < 2).any():
+        return count, count  # every document has a token that follows another
+    found = 0
+    for at in range(0, count, step := max(1, 2**24 // length)):
+        rows = min(step, count - at)
+        begin = at * length + 1  # the first sequence's first target
+        wanted = np.ones(rows * length, bool) if split.mask is None else split.mask[begin : begin + rows * length] != 0
+        first, last = np.searchsorted(split.offsets, (begin, begin + rows * length))
+        wanted[split.offsets[first:last] - begin] = False  # the token that begins a document follows nothing
+        found += int(wanted.reshape(rows, length).any(1).sum())
+    return found, count
+
+
+def no_targets(what: str, length: int) -> LimbeckError:
+    """The error where there is nothing to learn or to measure."""
+    return LimbeckError(
+        f"no token of {what} is to be learnt, in no sequence of {length} tokens",
+        expected="answers of the assistant in conversations, documents of two tokens or more in other text",
+    )
+
+
+def join(parts: list[Batch]) -> Batch:
+    """The sequences of several batches of one kind, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for name, t in vars(parts[0]).items() if isinstance(t, Tensor)]
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, known=None)
 
 
 def check_position(position: int, size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from limbeck.data.cache import no_room_is_an_error
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, sentences
 
 
 class _Part(BaseModel):
@@ -85,7 +85,7 @@ class Measurement(_Part):
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError, ValueError) as error:
             raise LimbeckError(
-                f"{path} holds no measurement: {str(error).splitlines()[0]}", expected="a file that limbeck eval wrote"
+                f"{path} holds no measurement: {sentences(error)}", expected="a file that limbeck eval wrote"
             ) from error
 
 

@@ -27,6 +27,7 @@ from limbeck.data.cache import unwritable
 from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
+from limbeck.machine import flushing_denormals
 from limbeck.reading import readable
 
 MODULES = {  # name -> module with a MEASURE
@@ -112,7 +113,8 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
     began = time.monotonic()
     torch.manual_seed(subject.seed)
     subject.again = again
-    found = measure.run(subject, settings)
+    with flushing_denormals():
+        found = measure.run(subject, settings)
     measurement = Measurement(
         measure=measure.name,
         model=subject.name,

@@ -24,6 +24,7 @@ from limbeck.data.packing import Sequences
 from limbeck.data.shards import TokenStore
 from limbeck.data.text import Text, open_text
 from limbeck.errors import LimbeckError
+from limbeck.model.folders import check_folder
 from limbeck.model.opening import is_student, open_model
 from limbeck.recipe import Data, Recipe
 from limbeck.stages.teacher import load_teacher
@@ -154,10 +155,8 @@ class Subjects:
         path = Path(name).expanduser()
         folder = path / "student" if (path / "student").is_dir() else path
         recipe_file = folder.parent / "recipe.yaml"
-        if path.is_dir() and not (folder / "config.json").is_file():
-            raise LimbeckError(
-                f"{path} holds no model", expected="a run directory, or a folder made by save_pretrained"
-            )
+        if path.is_dir():
+            check_folder(folder)
         recipe = Recipe.load(recipe_file) if recipe_file.is_file() and folder.is_dir() else None
         data = Data(source=self.data) if self.data else recipe.data if recipe else Data(source="embedded")
         if recipe is not None and data.source == recipe.data.source:
@@ -167,9 +166,10 @@ class Subjects:
             home = self.out / _slug(name)
         self.homes[name] = home
         place = str(folder) if folder.is_dir() else assets.resolve_teacher(name)
-        if name in self._teachers or not is_student(place):
+        of_a_run = folder != path
+        if not of_a_run and (name in self._teachers or not is_student(place)):
             return self._softmax(name, home, data)
-        model, tokenizer = open_model(place)
+        model, tokenizer = open_model(place, student=of_a_run)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         base = self.teacher or (recipe.teacher if recipe else None)
         subject = Subject(name, place, home, model, tokenizer, recipe, data, seed=self.seed)

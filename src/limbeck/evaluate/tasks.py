@@ -27,7 +27,7 @@ import tqdm
 from pydantic import Field
 
 from limbeck.data.cache import cache_root, no_room_is_an_error
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, sentences
 from limbeck.evaluate.fitting import Overlong
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
@@ -162,7 +162,7 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
                 fewshot_as_multiturn=settings.chat,
             )
     except (ValueError, AssertionError) as error:
-        raise LimbeckError(f"the harness refuses {name}: {str(error).splitlines()[0]}") from error
+        raise LimbeckError(f"the harness refuses {name}: {sentences(error)}") from error
     score = _read(name, result, origins, list(leaves), settings)
     score.details["cuts"] = [asdict(cut) for cut in scorer.cuts]
     if path is not None:
@@ -187,10 +187,12 @@ def _set_examples(task: Any, few_shot: int | None, seed: int) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No bars and no prints of the harness; ours tell how far it is."""
+    from limbeck.evaluate.harness import quiet
+
     before = tqdm.tqdm.__init__
     tqdm.tqdm.__init__ = functools.partialmethod(before, disable=True)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), quiet():
             yield
     finally:
         tqdm.tqdm.__init__ = before

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from limbeck.errors import sentences
 from limbeck.kernels.adapters import Adapter
 from limbeck.kernels.calls import Call
 
@@ -56,7 +57,7 @@ def _check(adapter: Adapter, call: Call) -> Verdict:
         found = _results(call.leaves(), adapter.run, adapter.gradient)
         errors = {name: _distance(found[name], wanted[name]) for name in wanted}
     except Exception as error:  # a compiler's or driver's, of any kind: this kernel is not to be used
-        return Verdict(False, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        return Verdict(False, f"{type(error).__name__}: {sentences(error)}")
     bounds = {name: BOUNDS[dtype] * _slack(name) for name in errors}
     wrong = [f"{name} is off by {error:.1e} (bound {bounds[name]:.1e})" for name, error in errors.items()]
     wrong = [text for text, name in zip(wrong, errors) if not errors[name] <= bounds[name]]  # NaN is wrong too

@@ -20,8 +20,10 @@ from limbeck.errors import LimbeckError
 from limbeck.mixers import registry
 from limbeck.model import attention
 from limbeck.model.layers import converted_layers, parse_layers
+from limbeck.model.loading import neutral, neutral_entries, savable_generation
 from limbeck.model.probe import Site, attention_sites, readers
 from limbeck.model.student import FORMAT, install, mixers_of, student_classes
+from limbeck.model.wrapped import check_bare
 from limbeck.quantise import refuse_quantised
 
 
@@ -55,9 +57,10 @@ def convert(
             only the mixers are trained); False copies all.
 
     Raises:
-        LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, or a family without the
-            attention interface.
+        LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, a model that is wrapped
+            (PEFT, torch.compile, DDP, accelerate's hooks), or a family without the attention interface.
     """
+    check_bare(model)
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     refuse_quantised(model.config, "this model")
@@ -207,7 +210,7 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
         "AutoConfig": "modeling_limbeck.LimbeckConfig",
         "AutoModelForCausalLM": "modeling_limbeck.LimbeckForCausalLM",
     }
-    config = config_class.from_dict({**raw, "limbeck": plan})
+    config = neutral(config_class.from_dict({**raw, **neutral_entries(raw), "limbeck": plan}))
     config._attn_implementation = attention.implementation(model_class)
     config._experts_implementation = getattr(old, "_experts_implementation", None)
     config._name_or_path = getattr(old, "_name_or_path", "")
@@ -216,6 +219,7 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
         if id(getattr(module, "config", None)) in renewed:
             module.config = renewed[id(module.config)]  # type: ignore[assignment]
     student.__class__ = model_class
+    savable_generation(student)
     return student
 
 

@@ -23,6 +23,7 @@ from limbeck.report.claims import Claim, claims_of
 from limbeck.report.figure import COLOUR_WORDS, COLOURS, look
 from limbeck.report.grid import Line, Table, by_measure, headline, in_words, lines_of, named
 from limbeck.report.inline import drawn, inline
+from limbeck.report.naming import literal
 from limbeck.report.over_length import over_length
 from limbeck.report.panels import Panel, caches, losses, order_of
 from limbeck.report.provenance import Provenance, provenance_of
@@ -175,5 +176,5 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     made.globals |= {"place": named, "in_words": in_words, "words": COLOUR_WORDS}
-    made.filters["pipe"] = lambda text: " ".join(str(text).replace("|", "\\|").split())
+    made.filters["pipe"] = literal
     return made

@@ -107,6 +107,17 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
                 expected="the same settings for arms that are there; new arms may be added",
                 hint="--out another folder, or delete the folders of the arms that shall be run anew",
             ) from error
+    stale = {arm.name: then for arm in arms if (then := record.other_evaluation(arm))}
+    if stale:
+        now = next(arm.recipe.evaluation.model_dump(mode="json") for arm in arms if arm.name in stale)
+        then = next(iter(stale.values()))
+        told = ", ".join(f"{key} {then.get(key)}, now {value}" for key, value in now.items() if then.get(key) != value)
+        names = ", ".join(list(stale)[:4]) + (", ..." if len(stale) > 4 else "")
+        raise LimbeckError(
+            f"{len(stale)} arms were evaluated otherwise ({told}) and have kept nothing to evaluate again: {names}",
+            expected="the evaluation that they had, so that a mean is over the same text",
+            hint="--out another folder, or delete the folders of these arms",
+        )
     return arms
 
 
@@ -137,7 +148,11 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: 
 def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
     """What claims are judged by: the records of finished arms, each with the values of its `teacher`."""
     known = ((record.read(arm, study), record.read_teacher(arm, study)) for arm in arms)
-    return [{**row, "teacher": teacher["values"] if teacher else {}} for row, teacher in known if row]
+    rows = []
+    for arm, (row, teacher) in zip(arms, known):
+        if row:
+            rows.append({**row, "mixer": arm.recipe.student.mixer, "teacher": teacher["values"] if teacher else {}})
+    return rows
 
 
 def _failures(folder: Path) -> dict[str, str]:

@@ -468,10 +468,11 @@ def test_a_damaged_store_is_made_again(tmp_path: Path, tokenizer, damage: str):
     assert counting.texts == 200
 
 
-def test_a_cache_that_may_not_be_written_is_named():
+def test_a_cache_that_may_not_be_written_is_named(monkeypatch):
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o555)
-        with as_nobody(), pytest.raises(LimbeckError, match=r"(?s)cannot write to .*set LIMBECK_CACHE"):
+        monkeypatch.setenv("LIMBECK_CACHE", name)
+        with as_nobody(), pytest.raises(LimbeckError, match=r"(?s)cannot write to .*LIMBECK_CACHE=FOLDER"):
             publish(Path(name) / "a", lambda folder: {}, what="thing")
         os.chmod(name, 0o700)
 

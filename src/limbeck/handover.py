@@ -7,12 +7,13 @@ import importlib.util
 import json
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from limbeck.data.cache import no_room_is_an_error
+from limbeck.data.cache import no_room_is_an_error, sha256_of
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes
 from limbeck.generate import continuation
@@ -29,7 +30,7 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: boo
     """Export and evaluate a student; returns the summary that is kept as eval.json."""
     recipe = job.recipe
     student.eval()
-    _export(job, student)
+    _export(job, run, student)
     evaluation = recipe.evaluation
     stages = [{**s.model_dump(mode="json"), **run.facts(i)} for i, s in enumerate(recipe.stages)]
     samples = {}
@@ -63,7 +64,7 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: boo
     return result
 
 
-def _export(job: Job, student: PreTrainedModel) -> None:
+def _export(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     """Save the student as a Hugging Face folder, whole or not at all."""
     final = job.path / "student"
     temporary = job.path / ".student.tmp"
@@ -74,8 +75,27 @@ def _export(job: Job, student: PreTrainedModel) -> None:
         for file in temporary.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in temporary.iterdir()}
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        run.manifest(exported=files)
+
+
+def missing_of(folder: Path, exported: dict[str, Any] | None) -> str | None:
+    """What is wrong with an exported student; None where its files are as they were written.
+
+    Args:
+        exported: size and sha256 of each, from the manifest; None for a run of a version that did not keep them.
+    """
+    if not (folder / "config.json").is_file():
+        return "it is not there"
+    for name, entry in (exported or {}).items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is gone"
+        if file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
+            return f"{name} is not what was written there"
+    return None
 
 
 def arithmetic_of(job: Job) -> dict[str, Any]:
@@ -95,11 +115,13 @@ def arithmetic_of(job: Job) -> dict[str, Any]:
 
 def provenance(job: Job) -> dict[str, Any]:
     return {
-        "teacher": {"name": job.recipe.teacher, "architecture": type(job.teacher).__name__},
+        **job.identity,
         "tokens_key": job.text.key,
         "train_tokens": job.text.train_tokens,
         "held_out_tokens": job.text.held_out_tokens,
-        "texts": {name: {"key": text.key, "files": text.files} for name, text in job.texts.items()},
+        "texts": {
+            name: {"key": text.key, "files": text.files, "contents": text.contents} for name, text in job.texts.items()
+        },
         "seed": job.recipe.seed,
         "device": str(job.device),
         "arithmetic": arithmetic_of(job),

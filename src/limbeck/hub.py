@@ -7,6 +7,8 @@ without a network takes a minute to be refused. One question without a second tr
 not answer but the model is in its local cache, the cache is used and the hub is left alone from there on.
 """
 
+from pathlib import Path
+
 from limbeck.console import console
 from limbeck.errors import LimbeckError
 
@@ -14,22 +16,49 @@ SECONDS = 5  # that the hub has for its answer
 LOGIN = "check the spelling; a private one needs `hf auth login`"
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """("owner/name", "v1.0") of "owner/name@v1.0": a branch, a tag or a commit; of a folder's path all of it.
+
+    Raises:
+        LimbeckError: nothing stands on one of the sides of the @.
+    """
+    if "@" not in name or Path(name).expanduser().exists():
+        return name, None
+    repository, _, revision = name.partition("@")
+    if not repository or not revision:
+        raise LimbeckError(f"'{name}' names no model and revision", expected="owner/name, or owner/name@revision")
+    return repository, revision
+
+
 def look_up(name: str) -> None:
-    """Raises LimbeckError for a name that cannot be a repository, that the hub does not know, or where it cannot be
-    reached and its local cache has nothing of that name.
+    """Raises LimbeckError for a name that cannot be a repository, that the hub does not know (or not with that
+    revision), or where it cannot be reached and its local cache has nothing of that name.
 
     Any other trouble (no access, a slow or an ailing hub) is left to the loading itself, which knows more of it.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if constants.HF_HUB_OFFLINE:
         return
+    name, revision = split_revision(name)
     try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        HfApi().model_info(name, timeout=SECONDS)
+        cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+        HfApi().model_info(name, revision=revision, timeout=SECONDS)
     except GatedRepoError:
         return
+    except RevisionNotFoundError as error:
+        raise LimbeckError(
+            f"'{name}' has no revision '{revision}' on the hub",
+            expected="a branch, a tag or a whole commit hash of it",
+            hint=f"{name}   (its newest state)",
+        ) from error
     except RepositoryNotFoundError as error:
         if cached:  # a private one, and no login any more
             return

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.console import console
-from limbeck.data.cache import MANIFEST, cache_root, publish, sound
+from limbeck.data.cache import MANIFEST, cache_root, publish, sound, write_text
 from limbeck.data.encode import encoder_of, key_of, stored_settings
 from limbeck.data.parts import shards_of
 from limbeck.data.shards import Split, check_ids, open_split, tokenise
@@ -175,10 +175,7 @@ class Stream:
         }
         path = self.folder / "index" / f"{index:06d}.json"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-            temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_text(path, json.dumps(facts) + "\n")
         elif json.loads(path.read_text(encoding="utf-8"))["sha256"] != facts["sha256"]:
             raise LimbeckError(
                 f"the shard '{shard.name}' of '{self.source}' is not what it was when it was first read",

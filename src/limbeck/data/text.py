@@ -7,9 +7,11 @@
 A text is opened once, for the longest sequences that are read of it.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.data.cache import MANIFEST
 from limbeck.data.encode import key_of
 from limbeck.data.mixture import Mixture
 from limbeck.data.packing import Packed, Sequences
@@ -50,6 +52,14 @@ class Text:
         """Shards of the streamed sources and their sizes."""
         streams = [part for part in self.parts if isinstance(part, Stream)]
         return {f"{stream.source}: {name}": size for stream in streams for name, size in stream.files.items()}
+
+    @property
+    def contents(self) -> list[str | None]:
+        """Of each source the fingerprint of its content; None for one that is streamed, or made as it is read."""
+        stores = [part if isinstance(part, TokenStore) else None for part in self.parts]
+        return [
+            store and json.loads((store.folder / MANIFEST).read_text(encoding="utf-8"))["content"] for store in stores
+        ]
 
     def training(self, length: int, seed: int) -> Sequences:
         """The training text in sequences of `length` tokens."""

@@ -26,13 +26,14 @@ from typing import Annotated, Any, Literal
 import tqdm
 from pydantic import Field
 
-from limbeck.data.cache import cache_root, no_room_is_an_error
+from limbeck.data.cache import cache_root, write_text
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.fitting import Overlong
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.shares import Score, shares
 from limbeck.evaluate.subject import Subject
+from limbeck.identity import folder_of
 
 # Tasks that another metric than accuracy stands for: options of unequal length, judged by likelihood per byte.
 MAIN = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
@@ -166,11 +167,7 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
     score = _read(name, result, origins, list(leaves), settings)
     score.details["cuts"] = [asdict(cut) for cut in scorer.cuts]
     if path is not None:
-        with no_room_is_an_error(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(asdict(score)), encoding="utf-8")
-            aside.replace(path)
+        write_text(path, json.dumps(asdict(score)))
     return score
 
 
@@ -273,7 +270,7 @@ def _kept(path: Path | None) -> Score | None:
 
 def _file(subject: Subject, name: str, origins: dict[str, str], settings: TaskSettings) -> Path | None:
     """Where a score is kept; None for a model whose files are not known."""
-    if not Path(subject.folder).is_dir():
+    if folder_of(subject.folder) is None:
         return None
     asked = settings.model_dump(mode="json", exclude={"names", "source"})
     key = [subject.weights, str(subject.model.dtype), subject.seed, name, origins, asked, harness_version()]

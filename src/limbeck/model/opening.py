@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import limbeck.model.student  # noqa: F401  registers students with transformers
 from limbeck.errors import LimbeckError
-from limbeck.hub import look_up
+from limbeck.hub import look_up, split_revision
 
 
 def is_student(name: str) -> bool:
@@ -23,7 +23,8 @@ def is_student(name: str) -> bool:
     if not Path(name).exists():
         look_up(name)
     try:
-        return hasattr(AutoConfig.from_pretrained(name), "limbeck")
+        place, revision = split_revision(name)
+        return hasattr(AutoConfig.from_pretrained(place, revision=revision), "limbeck")
     except (OSError, ValueError):
         return False
 
@@ -37,8 +38,9 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not Path(name).exists():
         look_up(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        place, revision = split_revision(name)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=torch.float32)
     except LimbeckError:
         raise
     except (OSError, ValueError) as error:

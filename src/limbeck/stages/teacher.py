@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.errors import LimbeckError
-from limbeck.hub import look_up
+from limbeck.hub import look_up, split_revision
 from limbeck.model import Site
 from limbeck.model.body import packs_by_position
 from limbeck.quantise import refuse_quantised, teacher_settings
@@ -51,10 +51,11 @@ def load_teacher(
         torch.set_flush_denormal(True)
     if not Path(name).exists():
         look_up(name)
+    place, revision = split_revision(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        refuse_quantised(AutoConfig.from_pretrained(name), f"'{name}'")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+        refuse_quantised(AutoConfig.from_pretrained(place, revision=revision), f"'{name}'")
+        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=torch.float32, **settings)
     except LimbeckError:
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from limbeck.console import console
 from limbeck.data.cache import no_room_is_an_error, sha256_of
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes
@@ -22,7 +23,7 @@ from limbeck.model import by_mixer
 from limbeck.model.convert import parameter_report
 from limbeck.prepare import Job
 from limbeck.report.curves import draw
-from limbeck.stages.run import RunDirectory
+from limbeck.stages.run import RunDirectory, manifest_of
 from limbeck.summary import write_summary
 
 
@@ -76,9 +77,19 @@ def _export(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in temporary.iterdir()}
-        shutil.rmtree(final, ignore_errors=True)
+        _make_way(final, manifest_of(job.path).get("exported"))
         temporary.rename(final)
         run.manifest(exported=files)
+
+
+def _make_way(folder: Path, exported: dict[str, Any] | None) -> None:
+    """Delete the student of before; one that somebody changed, or put files into, is kept under another name."""
+    foreign = exported and folder.is_dir() and any(file.name not in exported for file in folder.iterdir())
+    if foreign or (exported and (folder / "config.json").is_file() and missing_of(folder, exported)):
+        aside = next(p for n in range(1, 1000) if not (p := folder.with_name(f"{folder.name}-before-{n}")).exists())
+        folder.rename(aside)
+        console.print(f"{folder} is not as it was written; what was there is kept as {aside}", markup=False)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def missing_of(folder: Path, exported: dict[str, Any] | None) -> str | None:

@@ -136,7 +136,7 @@ def identity_of(
             "name": recipe.teacher,
             "architecture": type(teacher).__name__,
             "layers": layers,
-            "commit": getattr(teacher.config, "_commit_hash", None),
+            "commit": folder.name if folder and folder.parent.name == "snapshots" else None,  # in the hub's cache
             # what few-bit weights look like in memory is the business of a library and of a device
             "tensors": tensors_in(teacher) if recipe.teacher_bits is None else None,
             "config": json.loads(_plain(_settings(teacher.config.to_dict()))),

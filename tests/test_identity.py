@@ -30,7 +30,7 @@ from limbeck.mixers.retnet import RetNet
 
 @register
 class Mine(RetNet):
-    name = "mine-for-identity"
+    name = "NAME"
     summary = "a copy"
 """
 
@@ -189,8 +189,14 @@ def other_layers(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "keep.json").write_text('{"keep": [0]}', encoding="utf-8")
 
 
+def write_mixer(folder: Path, summary: str) -> None:
+    """A file with a mixer whose name no other test's has."""
+    text = MIXER.replace("NAME", folder.name).replace("a copy", summary)
+    (folder / "mine.py").write_text(text, encoding="utf-8")
+
+
 def other_code(teacher: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(MIXER.replace("a copy", "another"), encoding="utf-8")
+    write_mixer(tmp_path, "another")
 
 
 def other_text(teacher: Path, tmp_path: Path) -> None:
@@ -214,7 +220,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_run_goes_on_only_with_what_it_was_begun_with(recipe, teacher, tmp_path, change, finished):
     (tmp_path / "keep.json").write_text('{"keep": [1]}', encoding="utf-8")
-    (tmp_path / "mine.py").write_text(MIXER, encoding="utf-8")
+    write_mixer(tmp_path, "a copy")
     student = {"mixer": str(tmp_path / "mine.py"), "keep": str(tmp_path / "keep.json")}
     made = recipe(student=student, stages=[{"stage": "calibrate", "tokens": 256, "ridge": 0.1}])
     job.distill(made)

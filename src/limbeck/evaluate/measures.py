@@ -160,7 +160,9 @@ def _known(path: Path, subject: Subject, settings: dict[str, Any]) -> Measuremen
         return None
     if (made.weights, made.teacher_weights) != (subject.weights, subject.teacher_weights):
         return None
-    return known if _same_texts(known, subject, settings) else None
+    if not _same_texts(known, subject, settings):
+        return None
+    return known.model_copy(update={"model": subject.name, "teacher": subject.teacher_name})  # as they are called now
 
 
 def _same_texts(known: Measurement, subject: Subject, settings: dict[str, Any]) -> bool:

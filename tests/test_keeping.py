@@ -23,7 +23,7 @@ def recipe(**changes) -> Recipe:
 
 
 def save(run: RunDirectory, step: int) -> None:
-    run.checkpoint(1, step, {"x": torch.tensor([float(step)])}, {}, {"step": step})
+    run.checkpoint(1, step, {"x": torch.tensor([step])}, {}, {"step": step})
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path, step
     for done, step in enumerate(steps, 1):
         save(run, step)
         tensors, _, facts = run.last_checkpoint(1)
-        assert (facts["step"], float(tensors["x"])) == (step, float(step))
+        assert (facts["step"], int(tensors["x"])) == (step, step)
         kept = {int(path.name.removeprefix("step-")) for path in run.stage_folder(1).glob("step-*")}
         assert kept == set(steps[max(0, done - 2) : done])
 
@@ -144,7 +144,8 @@ def test_what_killed_writers_left_goes_away_after_a_while(tmp_path):
         os.utime(path, (time.time() - 2 * STALE_S,) * 2)
     write_text(tmp_path / "a.json", "{}")
     assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, others.name, "a.json"]
-    (tmp_path / "run").mkdir()
+    with open_run(tmp_path / "run", recipe()):
+        pass
     left = tmp_path / "run" / ".eval.json.1.tmp"
     left.touch()
     with open_run(tmp_path / "run", recipe()):

@@ -105,6 +105,15 @@ def model_of(folder: Path) -> str:
     return hashlib.sha256(f"{weights_of(folder)} {tokenizer_of(folder)}".encode()).hexdigest()[:16]
 
 
+def files_in(folder: str | None) -> str | None:
+    """Fingerprint of all files of a folder, in it and below, by name and content; None for no folder."""
+    if folder is None:
+        return None
+    root = Path(folder).expanduser()
+    files = sorted(file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return hashlib.sha256(_plain([[str(file.relative_to(root)), sha256_of(file)] for file in files])).hexdigest()
+
+
 def folder_of(name: str) -> Path | None:
     """Where the files of a model lie on this machine, by its name in a recipe; nothing is made or downloaded for it."""
     if name == EMBEDDED or name in TeacherRecipe.names():

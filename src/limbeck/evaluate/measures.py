@@ -27,6 +27,7 @@ from limbeck.data.sources import fingerprint
 from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
+from limbeck.identity import files_in
 from limbeck.reading import readable
 
 MODULES = {  # name -> module with a MEASURE
@@ -170,6 +171,8 @@ def _same_texts(known: Measurement, subject: Subject, settings: dict[str, Any]) 
     data = known.data
     try:
         if any(fingerprint(source) != content for source, content in data.get("contents", {}).items()):
+            return False
+        if data.get("include") != files_in(settings.get("include")):
             return False
         if "part" not in data:  # it does not read the subject's text
             return True

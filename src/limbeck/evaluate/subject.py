@@ -8,6 +8,7 @@ A student is compared with the teacher of its run, which is loaded once for all 
 """
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,6 @@ from limbeck.data.text import Text, open_text
 from limbeck.errors import LimbeckError
 from limbeck.identity import folder_of, model_of, tokenizer_in, weights_in
 from limbeck.model.opening import is_student, open_model
-from limbeck.prepare import name_of
 from limbeck.recipe import Data, Recipe
 from limbeck.stages.run import manifest_of
 from limbeck.stages.teacher import load_teacher
@@ -212,12 +212,13 @@ def learnt_text(source: str, recipe: Recipe, run: Path) -> Data | None:
         run: the run's folder, which knows by content what is not where it was.
     """
     uses = [recipe.data, *(recipe.text_of(stage) for stage in recipe.stages)]
-    contents = {name: text.get("contents") or [] for name, text in manifest_of(run).get("texts", {}).items()}
+    texts = manifest_of(run).get("texts", {})
+    contents = {json.loads(name)["source"]: text.get("contents") or [] for name, text in texts.items()}
     for data in uses:
         if source == data.source:
             return data
         parts = data.sources or [data]
-        recorded = contents.get(name_of(data), [])
+        recorded = contents.get(data.source, [])
         for part, content in zip(parts, [*recorded, *[None] * (len(parts) - len(recorded))]):
             if sources.is_part_of(source, part.source, content):
                 facts = {"source": source, "sources": None, "text_field": part.text_field, "chat": part.chat}

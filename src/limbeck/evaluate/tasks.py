@@ -33,7 +33,7 @@ from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.shares import Score, shares
 from limbeck.evaluate.subject import Subject
-from limbeck.identity import folder_of
+from limbeck.identity import files_in, folder_of
 
 # Tasks that another metric than accuracy stands for: options of unequal length, judged by likelihood per byte.
 MAIN = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
@@ -85,7 +85,8 @@ def measure_tasks(subject: Subject, settings: TaskSettings) -> Found:
         values |= {f"{name} {metric}": value for metric, value in score.values.items()}
         errors |= {f"{name} {metric}": error for metric, error in score.errors.items()}
         details[name] = {**score.details, "metric": score.metric, "chance": score.chance}
-    found = Found(values, errors, {"tasks": names, "harness": harness_version()}, {"tasks": details})
+    about = {"tasks": names, "harness": harness_version(), "include": files_in(settings.include)}
+    found = Found(values, errors, about, {"tasks": details})
     ours = {name: score for name, score in scores.items() if score.metric}
     if not ours:
         return found
@@ -273,6 +274,7 @@ def _file(subject: Subject, name: str, origins: dict[str, str], settings: TaskSe
     if folder_of(subject.folder) is None:
         return None
     asked = settings.model_dump(mode="json", exclude={"names", "source"})
+    asked["include"] = files_in(settings.include)
     key = [subject.weights, str(subject.model.dtype), subject.seed, name, origins, asked, harness_version()]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return cache_root() / "scores" / subject.weights / f"{name}-{digest}.json"

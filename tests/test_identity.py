@@ -205,13 +205,13 @@ def other_text(teacher: Path, tmp_path: Path) -> None:
 
 
 CHANGES = {
-    other_weights: "the teacher.tensors",
-    one_bit: "the teacher.tensors",
-    other_setting: "the teacher.config.rms_norm_eps",
-    other_merges: "the teacher.tokenizer",
-    other_template: "the teacher.tokenizer",
-    other_layers: "the student",
-    other_code: "the student.0.code",
+    other_weights: "has not the weights that it had then",
+    one_bit: "has not the weights that it had then",
+    other_setting: ", rms_norm_eps: ",
+    other_merges: "has not the tokenizer that it had then",
+    other_template: "has not the tokenizer that it had then",
+    other_layers: "the student.0.layers: '0' there, '1' asked for",
+    other_code: "the student.0.code: ",
     other_text: "the text has changed",
 }
 
@@ -271,7 +271,7 @@ def test_a_teacher_in_memory_is_compared_too(recipe, teacher):
     (Path(made.out) / "eval.json").unlink()
     with torch.no_grad():
         loaded[0].model.layers[0].mlp.up_proj.weight.mul_(1.01)
-    with pytest.raises(LimbeckError, match=r"the teacher\.tensors"):
+    with pytest.raises(LimbeckError, match="has not the weights that it had then"):
         job.distill(made, loaded=loaded)
 
 
@@ -406,7 +406,7 @@ def test_a_branch_that_moved_is_noticed(hub_cache, recipe):
     made = recipe(teacher="ann/tiny", stages=recipe().stages[:1])
     job.distill(made)
     (hub_cache / "refs" / "main").write_text("1" * 40, encoding="utf-8")
-    with pytest.raises(LimbeckError, match=r"the teacher\.tensors"):
+    with pytest.raises(LimbeckError, match="has not the weights that it had then"):
         job.distill(made)
     job.distill(made.model_copy(update={"teacher": f"ann/tiny@{'2' * 40}", "out": f"{made.out}-2"}))
 

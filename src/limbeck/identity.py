@@ -32,7 +32,7 @@ from limbeck.mixers import registry
 from limbeck.model.convert import assign
 from limbeck.model.layers import as_ranges, converted_layers
 from limbeck.recipe import Recipe, Student
-from limbeck.stages.run import manifest_of, refuse_changes
+from limbeck.stages.run import differences, manifest_of, refuse
 from limbeck.teacher_recipe import TeacherRecipe
 
 # of a config: what says how it was loaded or what its last call asked for, not what it computes
@@ -180,26 +180,29 @@ def check_identity(path: Path, now: dict[str, Any]) -> None:
     What a manifest of an earlier version does not say is not compared.
     """
     begun = manifest_of(path)
-    before, after = ({**one.get("teacher", {})} for one in (begun, now))
-    # the same files under another name or in other pieces are the same teacher; the name is the recipe's business
-    compared = {"tensors", "tokenizer", "architecture"}
-    if before.get("tensors") is None or after.get("tensors") is None:
-        compared |= {"files"}
-    known = {key: before[key] for key in compared if before.get(key) is not None}
+    before, after = begun.get("teacher", {}), now["teacher"]
+    compared = {"architecture": "class", "tokenizer": "tokenizer", "tensors": "weights"}
+    if before.get("tensors") is None or after["tensors"] is None:
+        compared["files"] = "files"
+    name = after["name"]
+    changed = [
+        f"the teacher '{name}' has not the {what} that it had then"
+        for key, what in compared.items()
+        if before.get(key) is not None and before[key] != after[key]
+    ]
     settings = before.get("config") or {}
-    # a key that only one version of transformers knows says nothing of a change
-    common = [key for key in settings if key in (after.get("config") or {})]
-    changes = {key: after.get(key) for key in known}
-    expected, hint = "the same teacher, tokenizer and mixer as when it began, to go on with it", "put it back, or "
-    refuse_changes(
-        path,
-        {"the teacher": {**known, "config": {key: settings[key] for key in common}}},
-        {"the teacher": {**changes, "config": {key: after["config"][key] for key in common}}},
-        expected,
-        hint,
-    )
+    for key in settings:
+        if key in after["config"]:  # what one version of transformers alone knows says nothing of a change
+            changed += differences(f"the teacher '{name}', {key}", settings[key], after["config"][key])
     if begun.get("student"):
-        refuse_changes(path, {"the student": begun["student"]}, {"the student": now["student"]}, expected, hint)
+        changed += differences("the student", begun["student"], now["student"])
+    refuse(
+        f"the run {path} was begun with something else",
+        path,
+        changed,
+        "the same teacher, tokenizer and mixers, to go on with it",
+        "put it back, or ",
+    )
 
 
 def check_teachers(runs: dict[Path, Recipe]) -> None:

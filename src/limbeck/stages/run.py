@@ -287,18 +287,17 @@ def check_run(path: Path, recipe: AnyRecipe) -> None:
                 hint="--out runs/another-name",
             )
         return
-    refuse_changes(
-        path, _what_counts(type(recipe).load(old)), _what_counts(recipe), "the same recipe, to go on with it"
-    )
+    before, now = _what_counts(type(recipe).load(old)), _what_counts(recipe)
+    changed = [line for key in now for line in differences(key, before.get(key), now[key])]
+    refuse(f"{path} holds another run", path, changed, "the same recipe, to go on with it")
 
 
-def refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any], expected: str, hint: str = "") -> None:
-    """Raises LimbeckError, naming the first differences, where a run was begun with something else than it has now."""
-    changed = [line for key in now for line in _difference(key, before.get(key), now[key])]
+def refuse(found: str, path: Path, changed: list[str], expected: str, hint: str = "") -> None:
+    """Raises LimbeckError with the first of the differences where there are any; `hint` goes before a new --out."""
     if changed:
         more = [f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
         raise LimbeckError(
-            f"{path} holds another run:\n  " + "\n  ".join([*changed[:SHOWN], *more]),
+            f"{found}:\n  " + "\n  ".join([*changed[:SHOWN], *more]),
             expected=expected,
             hint=f"{hint}--out {path}-2   (a new run), or delete the folder",
         )
@@ -343,15 +342,16 @@ def _facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["facts"]
 
 
-def _difference(key: str, before: Any, now: Any) -> list[str]:
+def differences(key: str, before: Any, now: Any) -> list[str]:
+    """A line for each place where two plain values differ."""
     if before == now:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
-        return [line for k in keys for line in _difference(f"{key}.{k}", before.get(k), now.get(k))]
+        return [line for k in keys for line in differences(f"{key}.{k}", before.get(k), now.get(k))]
     if isinstance(before, list) and isinstance(now, list):
         if len(before) == len(now):
-            return [line for i, pair in enumerate(zip(before, now)) for line in _difference(f"{key}.{i}", *pair)]
+            return [line for i, pair in enumerate(zip(before, now)) for line in differences(f"{key}.{i}", *pair)]
         if any(isinstance(one, dict | list) for one in (*before, *now)):
             return [f"{key}: {_counted(before)} there, {_counted(now)} asked for"]
     return [f"{key}: {_short(before)} there, {_short(now)} asked for"]

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from hub_server import Repo, serve
 from limbeck import LimbeckError, assets, job
 from limbeck.contract import tiny
 from limbeck.data.cache import sha256_of
@@ -400,6 +403,31 @@ def test_a_teacher_at_a_revision(hub_cache, recipe):
     assert (first["commit"], newest["commit"], same["commit"]) == ("1" * 40, "2" * 40, "1" * 40)
     assert first["tensors"] == same["tensors"] != newest["tensors"]
     assert first["files"] == same["files"] != newest["files"]
+
+
+def test_a_revision_is_downloaded_and_written_down(teacher_folder, corpus, tmp_path):
+    """By the command line, from a hub: `main` has moved on since v1, and a run of v1 does not see it."""
+    other = Path(shutil.copytree(teacher_folder, tmp_path / "other"))
+    other_weights(other, tmp_path)
+    old, new = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in (teacher_folder, other))
+    with serve() as server:
+        states = {"v1": ("1" * 40, old), "1" * 40: ("1" * 40, old), "main": ("2" * 40, new), "2" * 40: ("2" * 40, new)}
+        server.repos["ann/tiny"] = Repo(files=new, states=states)
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        command = [sys.executable, "-m", "limbeck", "distill", "--teacher", "ann/tiny@v1", "--data", str(corpus)]
+        command += ["--stages", "0", "--tokens", "256", "--set", "data.length=32", "--set", "data.held_out=0.2"]
+        command += ["--set", "evaluation.tokens=64", "--set", "evaluation.new_tokens=0", "--out", str(tmp_path / "run")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["teacher"]
+    assert (manifest["name"], manifest["commit"]) == ("ann/tiny@v1", "1" * 40)
+    assert manifest["files"]["weights"] == weights_of(teacher_folder) != weights_of(other)
 
 
 def test_a_branch_that_moved_is_noticed(hub_cache, recipe):

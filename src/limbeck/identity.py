@@ -81,7 +81,7 @@ def tensors_in(model: PreTrainedModel) -> str:
         if isinstance(tensor, torch.Tensor):
             plain = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(memoryview(plain.view(torch.uint8).numpy()))
+            digest.update(plain.view(torch.uint8).numpy().data)
         else:  # what some modules keep of their own beside tensors
             digest.update(f"{name} {tensor!r}".encode())
     return digest.hexdigest()

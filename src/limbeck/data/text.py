@@ -57,9 +57,7 @@ class Text:
     def contents(self) -> list[str | None]:
         """Of each source the fingerprint of its content; None for one that is streamed, or made as it is read."""
         stores = [part if isinstance(part, TokenStore) else None for part in self.parts]
-        return [
-            store and json.loads((store.folder / MANIFEST).read_text(encoding="utf-8"))["content"] for store in stores
-        ]
+        return [None if store is None else _content(store) for store in stores]
 
     def training(self, length: int, seed: int) -> Sequences:
         """The training text in sequences of `length` tokens."""
@@ -145,6 +143,10 @@ def open_text(
         else:
             parts.append(prepare(one.source, tokenizer, max_tokens=data.max_tokens, **common))
     return Text(parts, [one.weight for one in sources])
+
+
+def _content(store: TokenStore) -> str:
+    return json.loads((store.folder / MANIFEST).read_text(encoding="utf-8"))["content"]
 
 
 def _training(part: TokenStore | Stream | Lists, length: int, seed: int) -> Sequences:

@@ -26,6 +26,7 @@ from limbeck.data.special_tokens import around
 from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
 from limbeck.errors import LimbeckError, hints_for
+from limbeck.identity import check_identity, identity_of
 from limbeck.model import Site, attention_sites, convert, converted_layers
 from limbeck.model.compiling import Notes, wanted
 from limbeck.model.packed import use_masks
@@ -53,6 +54,7 @@ class Job:
     layers: int  # of the teacher
     sites: list[Site]  # of those that are converted
     path: Path
+    identity: dict[str, Any] = field(default_factory=dict)  # of teacher and student, for the manifest; in process 0
     compiling: Notes = field(default_factory=Notes)  # what torch.compile has refused
 
     @property
@@ -106,6 +108,10 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
                 expected=f"{key} of at most {longest}",
                 hint=f"--set {key}={longest}",
             )
+    identity = {}
+    if world().main:
+        identity = identity_of(recipe, teacher, tokenizer, len(attention_sites(teacher)))
+        check_identity(path, identity)
     if recipe.attention == "mask":
         use_masks(teacher)
     sites = attention_sites(teacher)
@@ -116,7 +122,7 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
             targets_of(teacher, chosen, stage.lora.targets)
     texts = _open_texts(recipe, teacher, tokenizer)
     autocast = autocast_of(recipe.precision, device)
-    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path)
+    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path, identity)
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             plain(job.training(recipe.text_of(stage)))

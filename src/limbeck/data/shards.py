@@ -136,7 +136,7 @@ def prepare(
     splits = [open_split(folder, name, manifest["dtype"], encoder.begin) for name in SPLITS]
     tell_parted(manifest, source)
     check_enough(splits if held_out else splits[:1], source, length, max_tokens)
-    return TokenStore(source, folder, key, eos, *splits, files_of(source))
+    return TokenStore(source, folder, key, eos, splits[0], splits[1], files_of(source))
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def _train(recipe: TeacherRecipe, run: RunDirectory, model: PreTrainedModel, tex
     read: tuple[Sequences, int] | None = None
     for index, settings in enumerate(recipe.stages):
         data = _reading(recipe, index, text, model)
-        if run.finished(index):
+        if run.finished(index, verify=True):
             copy_into(stage.parameters(), run.result(index))
             facts = run.facts(index)
         else:

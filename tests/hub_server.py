@@ -139,7 +139,13 @@ class Handler(BaseHTTPRequestHandler):
             return "preupload", self.preupload
         if "/commit/" in path:
             return "commit", self.commit
+        if "/tree/" in path:
+            return "tree", self.tree
         return "model", self.model
+
+    def tree(self, path: str, body: bytes):
+        """Folders of a repository: there are none."""
+        return 404, {"error": "Entry not found", "code": "EntryNotFound"}
 
     def whoami(self, path: str, body: bytes):
         return 200, {"type": "user", "name": OWNER, "orgs": []}
@@ -172,10 +178,11 @@ class Handler(BaseHTTPRequestHandler):
         _, _, revision = path.partition("/revision/")
         if revision and revision not in repo.states:
             return 404, {"error": "Revision not found", "code": "RevisionNotFound"}
+        state = repo.states.get(revision or "main")
         config = json.loads(repo.files.get("config.json", b"{}"))
         return 200, {
             "id": name,
-            "sha": hashlib.sha1(repr(repo.commits).encode()).hexdigest(),
+            "sha": state[0] if state else hashlib.sha1(repr(repo.commits).encode()).hexdigest(),
             "private": repo.private,
             "tags": [],
             "config": {"model_type": config.get("model_type")},

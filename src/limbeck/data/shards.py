@@ -316,7 +316,8 @@ def _cut(raw: bytes, near: int, encoder: Encoder) -> int | None:
 def tell_parted(manifest: dict[str, Any], source: str) -> None:
     """Say what is held out where no document was by its hash."""
     if manifest.get("parted"):
-        console.print(f"'{source}': held out is {manifest['parted']}, as no hash parts it", markup=False)
+        words = f"the hash leaves one side of the split empty, so held out: {manifest['parted']}"
+        console.print(f"'{source}': {words}", markup=False)
 
 
 def end_of(tokenizer: Any, eos_id: int | None = None) -> int:

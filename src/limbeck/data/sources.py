@@ -43,6 +43,7 @@ PLAIN = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 KINDS = (*PLAIN, *(f"{kind}.gz" for kind in PLAIN), ".parquet")
 ABOUT = ("readme", "license", "licence", "changelog", "contributing", "code_of_conduct")  # .md that is no text
 LONGEST_CELL = 2**31 - 1  # characters; the module csv stops at 131,072 otherwise
+CELLS = "cells with quotes around them, and quotes inside them twice"
 A_LIST = "a list of records, or one JSON object a line"
 MESSAGES = "messages"  # the field of conversations
 
@@ -172,7 +173,7 @@ def tell_what_is_left_out(source: str) -> None:
     if left_out:
         read = ", ".join(f"{count:,} {kind}" for kind, count in sorted(Counter(map(_kind, files)).items()))
         rest = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
-        console.print(f"'{source}': read are {read}; left out: {rest}", markup=False)
+        console.print(f"'{source}': read: {read}; left out: {rest}", markup=False)
 
 
 def _present(source: str) -> list[Any]:
@@ -444,7 +445,7 @@ def _table(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 )
             yield place, row
     except csv.Error as error:
-        raise LimbeckError(f"{path}, line {reader.line_num + 1}: no table: {error}", expected="quoted cells") from error
+        raise LimbeckError(f"{path}, line {reader.line_num + 2}: no table: {error}", expected=CELLS) from error
     finally:
         csv.field_size_limit(before)
 

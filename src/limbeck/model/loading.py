@@ -10,7 +10,7 @@ Teachers are held to the same (`limbeck.model.opening`), but for tensors left ov
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def check_form(plan: Any) -> None:
             raise _malformed(f"limbeck.layers.{i}.shape is {layer['shape']}", f"0 to {len(plan['shapes']) - 1}")
 
 
-def _check_entries(where: str, given: Any, kinds: dict[str, type]) -> None:
+def _check_entries(where: str, given: Any, kinds: Mapping[str, type]) -> None:
     if not isinstance(given, dict):
         raise _malformed(f"{where} is {given!r}"[:80], "a mapping")
     for key, kind in kinds.items():

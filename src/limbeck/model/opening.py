@@ -143,8 +143,9 @@ def load_model(name: str, config: PreTrainedConfig, **settings: Any) -> PreTrain
     generation = _generation_config(name, config)
     if generation is not None:
         settings["generation_config"] = generation
+    load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = load(
             place,
             config=config,
             dtype=torch.float32,

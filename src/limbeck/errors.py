@@ -8,7 +8,8 @@ The command line prints it without a traceback and exits with code 2; in Python 
 import difflib
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LimbeckError(Exception):
@@ -30,6 +31,20 @@ class LimbeckError(Exception):
         if hint:
             lines.append(f"try: {hint}")
         super().__init__("\n".join(lines))
+
+
+@contextmanager
+def hints_for(names: dict[str, str]) -> Iterator[None]:
+    """Let the hints of errors inside name other keys of a recipe: {"data.text_field": "data.sources.1.text_field"}."""
+    try:
+        yield
+    except LimbeckError as error:
+        hint = error.hint or ""
+        for old, new in names.items():
+            hint = hint.replace(old, new)
+        if hint == (error.hint or ""):
+            raise
+        raise LimbeckError(error.found, expected=error.expected, hint=hint) from error
 
 
 def closest(name: str, choices: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from limbeck import recipe as recipes
 from limbeck.adapters import Adapters, targets_of
 from limbeck.console import console, progress
-from limbeck.data.packing import Sequences
+from limbeck.data.packing import Sequences, count_with_targets, with_targets
 from limbeck.distributed import main_first, on_main, share, take_from_main, world
 from limbeck.errors import LimbeckError
 from limbeck.losses import Weights
@@ -74,7 +74,7 @@ class Course:
             data = self.job.training(text)
             before = self.reached.get(name_of(text))
             lesson = Lesson(index, settings, text, data, data.after(*before) if before else 0)
-            if not self.run.finished(index):
+            if not self.run.finished(index, verify=True):
                 return lesson
             load_into(self.student, self.job.teacher, self.run.result(index))
             facts = self.run.facts(index)
@@ -179,10 +179,12 @@ def _texts(
     assert isinstance(settings, recipes.Logits)
     store = job.texts[name_of(text)].key
     ask = partial(taught, job.teacher, store=store, top=settings.top, autocast=job.autocast)
-    end = position + steps_of(settings, data.length) * settings.batch
+    end = position
+    for _ in range(steps_of(settings, data.length)):
+        _, end = with_targets(data, end, settings.batch)
     learn, facts = ask(data=plain(data), begin=position, end=end)
     if settings.evaluate_every:
-        count = min(settings.evaluate_sequences, held_out.n_sequences)
+        count = count_with_targets(held_out, settings.evaluate_sequences)
         held_out, _ = ask(data=plain(held_out), begin=0, end=count)
     return learn, held_out, {"cached_teacher": facts}
 
@@ -234,8 +236,8 @@ def solve(
     ridge = settings.ridge
     if ridge == "auto":
         judge = Logits(job.pair(student), Weights())
-        batch = data.batch(position, CHOOSING).to(job.device)
-        position += CHOOSING
+        batch, position = with_targets(data, position, CHOOSING)
+        batch = batch.to(job.device)
         with progress("choose the ridge", len(RIDGES), "fits") as advance:
             for candidate in RIDGES:
                 unexplained = fits.solve(candidate)

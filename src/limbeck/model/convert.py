@@ -64,13 +64,11 @@ def convert(
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     refuse_quantised(model.config, "this model")
-    first = Assignment.of(mixer, options, preset)
+    Assignment.of(mixer, options, preset)  # an unknown mixer is told before a family that cannot be converted
     sites = attention_sites(model)
     chosen = [sites[i] for i in converted_layers(layers, keep, len(sites))]
     _check_sharing(model, chosen)
-    assigned = dict.fromkeys((site.shape.layer for site in chosen), first)
-    for rule in rules:
-        assigned.update(_ruled(rule, mixer, preset, assigned, len(sites)))
+    assigned = assign([site.shape.layer for site in chosen], mixer, options, preset, rules, len(sites))
     plan = _plan(model, assigned, chosen)
     student = _clone(model, plan, chosen, share)
     install(student, plan)
@@ -94,6 +92,21 @@ class Assignment:
     def of(cls, mixer: str, options: dict[str, Any] | None, preset: str) -> "Assignment":
         chosen = mixers.options(mixer, options, preset)
         return cls(mixers.get(mixer).name, asdict(chosen))
+
+
+def assign(
+    layers: list[int],
+    mixer: str,
+    options: dict[str, Any] | None,
+    preset: str,
+    rules: Sequence[dict[str, Any]],
+    count: int,
+) -> dict[int, Assignment]:
+    """Which mixer each of these layers gets, of a teacher of `count` layers; see `convert`."""
+    assigned = dict.fromkeys(layers, Assignment.of(mixer, options, preset))
+    for rule in rules:
+        assigned.update(_ruled(rule, mixer, preset, assigned, count))
+    return assigned
 
 
 def _ruled(

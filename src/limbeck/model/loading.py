@@ -5,16 +5,19 @@ worse, so `from_pretrained` of every student calls
 
     check_tensors(path, loading_info)     # nothing missing, nothing left over, no other shape
     check_plan(path, config.limbeck)      # the mixers are those that the folder's config.json says
+    check_alone(path)                     # no adapter beside them that would be put on top
 """
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from limbeck.errors import LimbeckError
 
+ADAPTER = "adapter_config.json"
 SHOWN = 3  # names of tensors in a message
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -62,6 +65,22 @@ def check_plan(path: Any, plan: dict[str, Any], **kwargs) -> None:
             expected="config.limbeck as it stands in the folder's config.json",
             hint="load without config=..., or leave its plan alone; other mixers need limbeck.convert and training",
         )
+
+
+def check_alone(path: Any) -> None:
+    """Refuse a student's folder in which an adapter lies as well: transformers would put it on top without a word.
+
+    Args:
+        path: the student's folder; names on the hub are left to transformers.
+    """
+    if path is None or not all(Path(path, name).is_file() for name in ("config.json", ADAPTER)):
+        return
+    raise LimbeckError(
+        f"{path} holds a student and an adapter ({ADAPTER}), which would be applied on top of it",
+        expected="a student alone; one into which the adapter was merged has it already",
+        hint=f"remove {ADAPTER} and adapter_model.safetensors; an adapter to be used goes into a folder of its own, for "
+        "PeftModel.from_pretrained(student, folder)",
+    )
 
 
 def where(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def asked_for(model: type | nn.Module, name: str) -> str:
         LimbeckError: another name.
     """
     own = implementation(model)
-    choices = {"sdpa": NAME, NAME: NAME, "eager": EAGER, EAGER: EAGER} if own == NAME else {"eager": EAGER, EAGER: EAGER}
+    choices = (
+        {"sdpa": NAME, NAME: NAME, "eager": EAGER, EAGER: EAGER} if own == NAME else {"eager": EAGER, EAGER: EAGER}
+    )
     if name not in choices:
         raise LimbeckError(
             f"attention implementation '{name}' would drop the student's mixers",

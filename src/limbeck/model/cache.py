@@ -11,6 +11,8 @@ share, and for what a module stores there beside keys and values (convolution st
 cache it is static too: states and the count of tokens keep their tensors, so that a compiled step finds them again.
 """
 
+import functools
+import inspect
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -254,6 +256,25 @@ def refuse_filled(layer: Any, index: int) -> None:
             f"cache layer {index} already holds the keys and values of {int(layer.get_seq_length())} tokens",
             expected="a new cache, or one that this student filled",
         )
+
+
+def with_cache(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """The keyword arguments that hand a cache to a model, or to a part of one, under the name that it takes it by.
+
+    Until transformers 5.23 that is `past_key_values`, since then `cache`.
+    """
+    cls: Any = type(model)
+    return {_cache_name(cls): cache, "use_cache": True}
+
+
+def cache_in(output: Any) -> Cache | None:
+    """The cache that a model's output carries, under either name."""
+    return output["cache"] if "cache" in output else getattr(output, "past_key_values", None)
+
+
+@functools.cache
+def _cache_name(cls: Any) -> str:
+    return "cache" if "cache" in inspect.signature(cls.forward).parameters else "past_key_values"
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -60,7 +60,9 @@ def refuse_paged(*args: Any, **kwargs: Any) -> NoReturn:
 def _check_prompt(asked: dict[str, Any]) -> None:
     """Raises LimbeckError where a prompt brings nothing new to the cache that it comes with."""
     cache = next((asked[name] for name in ("past_key_values", "cache") if isinstance(asked.get(name), Cache)), None)
-    tokens = next((asked[name] for name in ("inputs", "input_ids", "inputs_embeds") if asked.get(name) is not None), None)
+    tokens = next(
+        (asked[name] for name in ("inputs", "input_ids", "inputs_embeds") if asked.get(name) is not None), None
+    )
     if cache is None or tokens is None:
         return
     held, length = int(cache.get_seq_length()), tokens.shape[1]

@@ -2,8 +2,8 @@
 
     watch(student)                # once, when the mixers are in: hooks on its body, which every way of calling it runs
 
-A cache that does not hold what the student needs is a LimbeckError: one rebuilt from keys and values, one of which only
-the softmax layers were filled, one with another number of sequences. Documents packed into one row are kept apart by
+A cache that does not hold what the student needs is a LimbeckError: one rebuilt from keys and values, one in which the
+softmax layers alone are filled, one with another number of sequences. Documents packed into one row are kept apart by
 where their positions begin again (or by `cu_seq_lens_q`, `seq_idx`): transformers looks at positions only where there is
 neither cache nor mask, so both are left out then.
 """
@@ -30,9 +30,7 @@ def watch(model: PreTrainedModel) -> None:
     kinds = tuple({type(m) for m in body.limbeck_sites})
     # layers that read the keys of others keep none of their own
     shared = [m for m in modules if getattr(m, "is_kv_shared_layer", False)]
-    body.limbeck_softmax = [
-        m for m in modules if type(m) in kinds and m not in body.limbeck_sites and m not in shared
-    ]
+    body.limbeck_softmax = [m for m in modules if type(m) in kinds and m not in body.limbeck_sites and m not in shared]
     body.register_forward_pre_hook(_before, with_kwargs=True)
     body.register_forward_hook(_after, with_kwargs=True)
 
@@ -40,6 +38,11 @@ def watch(model: PreTrainedModel) -> None:
 def _before(body: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if torch.compiler.is_compiling():
         return None
+    if torch.jit.is_tracing():
+        raise LimbeckError(
+            "torch.jit.trace keeps what one example's values and length chose, and would be wrong for other tokens",
+            expected="torch.export.export, with tokens of a fixed shape",
+        )
     given = arguments(body, args, kwargs)
     tokens = next((given[n] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
     if not isinstance(tokens, Tensor):
@@ -50,8 +53,11 @@ def _before(body: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
     if cache is not None:
         _check_filled(body, cache)
         _check_sequences(cache, tokens.shape[0])
-    apart = _documents_apart(body, given, cache, tokens.shape[1])
-    return None if apart is None else ((), apart)
+    changed = _documents_apart(body, given, cache, tokens.shape[1]) or given
+    if isinstance(changed.get("logits_to_keep"), int) and changed["logits_to_keep"]:
+        # layers that read the keys of others may be skipped for all tokens but the last; a mixer there reads them all
+        changed = {**changed, "logits_to_keep": 0}
+    return None if changed is given else ((), changed)
 
 
 def _check_filled(body: nn.Module, cache: Cache) -> None:

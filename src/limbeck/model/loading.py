@@ -78,7 +78,7 @@ def check_alone(path: Any) -> None:
     raise LimbeckError(
         f"{path} holds a student and an adapter ({ADAPTER}), which would be applied on top of it",
         expected="a student alone; one into which the adapter was merged has it already",
-        hint=f"remove {ADAPTER} and adapter_model.safetensors; an adapter to be used goes into a folder of its own, for "
+        hint=f"remove {ADAPTER} and adapter_model.safetensors; an adapter to be used goes into its own folder, for "
         "PeftModel.from_pretrained(student, folder)",
     )
 

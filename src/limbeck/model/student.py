@@ -258,7 +258,7 @@ def install(model: nn.Module, plan: dict[str, Any]) -> None:
 
 def _refuse_body(*args: Any, **kwargs: Any) -> NoReturn:
     raise LimbeckError(
-        "the body of a student saved without its head could not be loaded again: its plan names the whole model's modules",
+        "the body of a student saved without its head could not be loaded again: its plan names modules of the whole",
         expected="student.save_pretrained(folder)",
         hint="AutoModelForCausalLM.from_pretrained(folder).base_model gives the body",
     )

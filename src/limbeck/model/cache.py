@@ -229,6 +229,12 @@ def recurrent_layer(cache: Cache, index: int, module: nn.Module) -> RecurrentLay
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if not isinstance(layer, RecurrentLayer):
+        if torch.compiler.is_exporting():
+            raise LimbeckError(
+                "an exported step cannot make the states of its cache: a first pass puts them in their places",
+                expected="a cache that the student has read a prompt into, its tensors buffers of the exported module",
+                hint="the step in docs/generation.md, under Export",
+            )
         refuse_filled(layer, index)
         if getattr(layer, "is_compileable", False) and getattr(layer, "is_initialized", False) is True:
             layer.keys = layer.values = None  # a static layer made ready beforehand: nothing will be kept there

@@ -2,10 +2,10 @@
 
     watch(student)                # once, when the mixers are in: hooks on its body, which every way of calling it runs
 
-A cache that does not hold what the student needs is a LimbeckError: one rebuilt from keys and values, one in which the
-softmax layers alone are filled, one with another number of sequences. Documents packed into one row are kept apart by
-where their positions begin again (or by `cu_seq_lens_q`, `seq_idx`): transformers looks at positions only where there is
-neither cache nor mask, so both are left out then.
+A cache that does not hold what the student needs is a LimbeckError: one rebuilt from keys and values, one in which
+the softmax layers alone are filled, one with another number of sequences. Documents packed into one row are kept apart
+by where their positions begin again (or by `cu_seq_lens_q`, `seq_idx`): transformers looks at positions only where
+there is neither cache nor mask, so both are left out then.
 """
 
 from typing import Any

@@ -1,12 +1,24 @@
 """Break a run at random instants and see whether anything is lost.
 
-    python benchmarks/reliability.py                            # 50 kills and 30 other faults, half an hour
-    python benchmarks/reliability.py --kills 4 --others 3       # what CI runs
+    python benchmarks/reliability.py                            # 50 kills and 40 other faults, most of an hour
+    python benchmarks/reliability.py --kills 4 --others 8       # each fault once
 
 A tiny teacher is distilled through all four stages, once undisturbed. Then the same run is broken again and again, at
-an instant drawn at random, by SIGKILL, or by SIGTERM, a full disk, a damaged newest checkpoint, or token files that are
-gone; each time the same command is given again. When a broken run comes to its end, its weights have to be those of the
-undisturbed one bit for bit, and so has its log. Steps that had to be done again are counted.
+an instant drawn at random, by SIGKILL, or by one of these:
+
+    SIGTERM, Ctrl-C          a checkpoint, then the exit code of the signal
+    full disk                another program takes the room on a tmpfs that is mounted for the test, which takes root;
+                             without root `ulimit -f` refuses. Either way the system says no, to any library
+    damaged checkpoint       SIGKILL, then one bit of the newest checkpoint is turned over
+    token files gone         SIGKILL, then the cache of tokens is emptied
+    killed in the export     SIGKILL while the student is being written
+    killed in evaluation     SIGKILL after that, before the summary
+    two processes            a second one on the same run directory, which has to be refused
+
+Each time the same command is given again. When a broken run comes to its end, its weights have to be those of the
+undisturbed one bit for bit, and so has its log: no step is missing, none is there twice. Nothing half-made may be
+left. Steps that had to be done again are counted. Before all that two runs begin at once on one cold cache: the text
+has to be read once.
 """
 
 import argparse
@@ -19,6 +31,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,22 +43,17 @@ from limbeck.contract import tiny
 from limbeck.recipe import Recipe
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
-LIMBECK = "from limbeck.cli import main; main()"
-# the disk is full when so many more megabytes have been written: half of the file is there, then the system says no
-FULL_DISK = f"""
-import errno, safetensors.torch, limbeck.stages.run as run
-left, save = [{{room}}], run.save_file
-def failing(tensors, path):
-    left[0] -= sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6
-    save(tensors, path)
-    if left[0] < 0:
-        with open(path, "r+b") as file:
-            file.truncate(100)
-        raise OSError(errno.ENOSPC, "No space left on device")
-run.save_file = failing
-{LIMBECK}
-"""
-OTHERS = ("SIGTERM", "full disk", "damaged checkpoint", "token files gone")
+OTHERS = (
+    "SIGTERM",
+    "full disk",
+    "damaged checkpoint",
+    "token files gone",
+    "killed in the export",
+    "killed in evaluation",
+    "two processes",
+    "Ctrl-C",
+)
+DISK_MB = 64  # of the disk that is filled
 
 
 @dataclass
@@ -60,12 +69,12 @@ class Tally:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--others", type=int, default=30)
+    parser.add_argument("--others", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        tally = Breaker(Path(folder), random.Random(args.seed)).run(args.kills, args.others)
+    with tempfile.TemporaryDirectory() as folder, _disk(Path(folder) / "disk") as mounted:
+        tally = Breaker(Path(folder), random.Random(args.seed), mounted).run(args.kills, args.others)
     for name, count in tally.faults.items():
         print(f"{name:22} {count:4}")
     where = ", ".join(f"{name} {count}" for name, count in tally.stages.items())
@@ -79,11 +88,27 @@ def main() -> None:
     sys.exit(1 if tally.wrong else 0)
 
 
+@contextmanager
+def _disk(place: Path) -> Iterator[bool]:
+    """A small disk of its own for the runs, where this user may mount one; a folder elsewhere."""
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(place)]
+    mounted = (
+        shutil.which("mount") is not None and subprocess.run(command, check=False, capture_output=True).returncode == 0
+    )
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(place)], check=False)
+
+
 class Breaker:
     """The undisturbed run, and runs that are broken."""
 
-    def __init__(self, folder: Path, luck: random.Random):
-        self.folder, self.luck, self.tally = folder, luck, Tally()
+    def __init__(self, folder: Path, luck: random.Random, mounted: bool):
+        self.folder, self.luck, self.mounted, self.tally = folder, luck, mounted, Tally()
+        self.disk = folder / "disk"
         self.env = {**os.environ, "LIMBECK_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         tokenizer = _tokenizer()
         tiny("llama").save_pretrained(folder / "teacher")
@@ -93,6 +118,7 @@ class Breaker:
         )
 
     def run(self, kills: int, others: int) -> Tally:
+        self._cold_cache()
         began = time.monotonic()
         whole = self._recipe("whole")
         code, told = self._start(whole).finish()
@@ -104,7 +130,7 @@ class Breaker:
         while plan:
             number += 1
             path = self._recipe(f"broken{number}")
-            while plan and not (path.parent / path.stem / "eval.json").exists():
+            while plan and not (self.disk / path.stem / "eval.json").exists():
                 self._strike(path, plan.pop(), seconds)
                 print(f"\r{len(plan)} faults to go", end="", file=sys.stderr, flush=True)
             code, told = self._start(path).finish()
@@ -112,26 +138,63 @@ class Breaker:
                 self.tally.wrong.append(f"run {number} did not come to its end: {told.strip()[-300:]}")
             else:
                 self._compare(whole, path)
+            shutil.rmtree(self.disk / path.stem, ignore_errors=True)
         print(file=sys.stderr)
         return self.tally
 
+    def _cold_cache(self) -> None:
+        """Two runs that begin at once where nothing is cached: both end well, and one of them has read the text."""
+        paths = [self._recipe(f"cold{number}") for number in (1, 2)]
+        ends = [process.finish() for process in [self._start(path) for path in paths]]
+        if any(code for code, _ in ends):
+            self.tally.wrong.append(f"two on a cold cache: {[told[-300:] for _, told in ends]}")
+        readers = sum(any(line.startswith("read:") for line in told.splitlines()) for _, told in ends)
+        if readers != 1:
+            self.tally.wrong.append(f"two on a cold cache: {readers} of them read the text")
+        self.tally.faults["two on a cold cache"] = 1
+        for path in paths:
+            shutil.rmtree(self.disk / path.stem)
+
     def _strike(self, path: Path, fault: str, seconds: float) -> None:
         """Start the run, break it at a random instant of what it has still to do."""
-        run = path.parent / path.stem
-        code = FULL_DISK.format(room=self.luck.uniform(0, 3)) if fault == "full disk" else LIMBECK
+        run = self.disk / path.stem
         before = _steps(run)
-        process = self._start(path, code)
-        while process.alive() and _steps(run) <= before:  # it starts, reads what is there and makes a step
-            time.sleep(0.02)
-        if fault != "full disk":
-            time.sleep(self.luck.uniform(0, 0.2 * seconds))
-            process.send(signal.SIGTERM if fault == "SIGTERM" else signal.SIGKILL)
+        limited = fault == "full disk" and not self.mounted
+        process = self._start(path, most_bytes=self.luck.randrange(1000, 400_000) if limited else None)
+        expected = {"SIGTERM": (143,), "Ctrl-C": (130,), "full disk": (2,)}.get(fault, (-signal.SIGKILL,))
+        if fault == "killed in the export":
+            self._wait(process, lambda: (run / ".student.tmp").exists())
+        elif fault == "killed in evaluation":
+            self._wait(process, lambda: (run / "student").exists() and not (run / ".student.tmp").exists())
+        else:
+            self._wait(process, lambda: _steps(run) > before)  # it starts, reads what is there and makes a step
+            if not limited:
+                time.sleep(self.luck.uniform(0, 0.2 * seconds))
+        if fault == "two processes":
+            expected = (0,)
+            second, told = self._start(path).finish()
+            if process.alive() and (second != 2 or "another process is working" not in told):
+                self.tally.wrong.append(f"a second process on {run.name} ended with {second}: {told[-300:]}")
+        elif fault == "full disk":
+            if self.mounted:
+                self._fill(leave=self.luck.choice([0, 20_000, 150_000, 300_000]))
+        else:
+            process.send({"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}.get(fault, signal.SIGKILL))
         ended, told = process.finish()
+        (self.disk / "filler").unlink(missing_ok=True)
         if "Traceback" in told:
             self.tally.wrong.append(f"{fault}: a traceback: {told[-400:]}")
-        if fault == "full disk" and ended == 2 and "is full" not in told:
+        if ended not in (*expected, 0):
+            self.tally.wrong.append(f"{fault}: it ended with {ended}: {told[-300:]}")
+        if (
+            fault == "full disk"
+            and ended == 2
+            and not any(word in told for word in ("is full", "no room", "larger", "whole"))
+        ):
             self.tally.wrong.append(f"{fault}: {told[-300:]}")
-        if (run / "eval.json").exists():
+        if fault == "full disk" and (run / ".student.tmp").exists():
+            self.tally.wrong.append(f"{fault}: a half-made student was left")
+        if (run / "eval.json").exists() and fault != "two processes":
             return  # it was done before the fault came
         self.tally.faults[fault] = self.tally.faults.get(fault, 0) + 1
         reached, kept = _stage_and_step(run)
@@ -146,15 +209,26 @@ class Breaker:
                 file.unlink()
         self.tally.again.append(kept)
 
+    def _wait(self, process: "Process", until: Callable[[], bool]) -> None:
+        while process.alive() and not until():
+            time.sleep(0.001)
+
+    def _fill(self, leave: int) -> None:
+        """Take the room on the disk, all but `leave` bytes."""
+        with open(self.disk / "filler", "wb", buffering=0) as file, suppress(OSError):
+            while (free := shutil.disk_usage(self.disk).free) > leave:
+                file.write(bytes(min(free - leave, 1 << 20)))
+
     def _compare(self, whole: Path, broken: Path) -> None:
-        first, second = ((p.parent / p.stem) for p in (whole, broken))
+        first, second = (self.disk / p.stem for p in (whole, broken))
         weights = [(run / "student" / "model.safetensors").read_bytes() for run in (first, second)]
         if weights[0] != weights[1]:
             self.tally.wrong.append(f"{broken.stem}: the weights are others than undisturbed")
         logs = [_log(run) for run in (first, second)]
         if logs[0] != logs[1]:
             self.tally.wrong.append(f"{broken.stem}: the log is another than undisturbed")
-        shutil.rmtree(second)
+        if left := [path.relative_to(second).as_posix() for path in second.rglob("*.tmp")]:
+            self.tally.wrong.append(f"{broken.stem}: left behind: {left}")
 
     def _recipe(self, name: str) -> Path:
         stage = {"tokens": 16_384, "batch": 4}
@@ -168,13 +242,16 @@ class Breaker:
             + [{"stage": stage_name, **stage} for stage_name in ("matrix", "hidden", "logits")],
             "evaluation": {"tokens": 256, "prompt": None},
             "checkpoint_seconds": 0.5,
-            "out": str(self.folder / name),
+            "out": str(self.disk / name),
         }
         path.write_text(Recipe.parse(recipe).to_yaml(), encoding="utf-8")
         return path
 
-    def _start(self, path: Path, code: str = LIMBECK) -> "Process":
-        return Process([sys.executable, "-c", code, "distill", str(path)], self.env)
+    def _start(self, path: Path, most_bytes: int | None = None) -> "Process":
+        command = [sys.executable, "-m", "limbeck", "distill", str(path)]
+        if most_bytes is not None:
+            command = ["bash", "-c", f'ulimit -f {-(-most_bytes // 1024)}; exec "$@"', "bash", *command]
+        return Process(command, self.env)
 
 
 class Process:

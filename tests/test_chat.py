@@ -79,7 +79,6 @@ def test_only_the_answers_and_their_ends_are_learnt(template):
     ids, mask = encoded(tok)
     assert learnt(tok, ids, mask) == ["A still.</s>", "A slow fire.</s>"]
     assert tok.decode(ids.tolist()) == tok.apply_chat_template(CHAT, tokenize=False)
-    assert ChatEncoder(tok, 1).marked == (template is MARKED)
 
 
 def test_a_template_without_an_end_gets_one():
@@ -90,16 +89,24 @@ def test_a_template_without_an_end_gets_one():
     assert learnt(tok, ids, mask) == [" A still.\n", " A slow fire.\n</s>"]
 
 
-def test_conversations_that_cannot_be_split_are_dropped_and_counted(capsys):
+def test_answers_are_found_where_a_template_shows_earlier_ones_otherwise():
     tok = tokenizer(REWRITES)
+    ids, mask = encoded(tok)
+    assert tok.decode(ids.tolist()) == tok.apply_chat_template(CHAT, tokenize=False)
+    assert learnt(tok, ids, mask) == ["A still.</s>", "A slow fire.</s>"]
+
+
+def test_conversations_that_cannot_be_rendered_are_dropped_and_counted(capsys):
+    tok = tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN)
     one = ChatEncoder(tok, tok.eos_token_id)
     short = [{"role": "assistant", "content": "A still."}]
     made = one.encode([json.dumps(chat).encode() for chat in (CHAT, short, CHAT[:2])])
     assert [len(ids) > 0 for ids, _ in made] == [False, True, False]
     one.report("chats")
-    assert "2 of 3 conversations of 'chats' were dropped: the template renders the beginning" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 of 3 conversations of 'chats' were dropped: no system (1); no answer of the assistant in it (1)" in said
     one.encode([json.dumps(CHAT).encode()])
-    with pytest.raises(LimbeckError, match="1 of 1 conversations of 'chats' were dropped"):
+    with pytest.raises(LimbeckError, match="1 of 1 conversations of 'chats' were dropped: no system"):
         one.report("chats")
 
 

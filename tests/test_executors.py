@@ -367,6 +367,16 @@ def test_the_script_of_an_array(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("bad", ["a\ntouch x #", "a\rtouch x", "a\x00", "a\u2028b"])
+def test_no_value_ends_its_line_of_the_script(tmp_path, monkeypatch, bad):
+    for given in ({"partition": bad}, {"time": bad}, {"sbatch": [f"--account={bad}"]}):
+        with pytest.raises(LimbeckError, match=r"sbatch|one line"):
+            Slurm(**given)
+    with pytest.raises(LimbeckError, match="--out"):
+        Slurm().write(tmp_path / bad.replace("\x00", "\n"), [])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("sent", "requeued"), [("USR1", True), ("TERM", False)])
 def test_an_array_task_whose_time_is_over_asks_for_more(tmp_path, scheduler, sent, requeued):
     """Before its time is over it keeps its state and is queued again; a task that is cancelled is not."""

@@ -18,6 +18,7 @@ def online(monkeypatch, tmp_path):
     """As if the tests were not offline, with an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "_known", {})
     return tmp_path / "hub"
 
 
@@ -25,13 +26,25 @@ def test_a_name_on_the_hub_and_one_that_is_not(online, monkeypatch):
     with serve() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.address)
         server.repos["ann/student"] = Repo()
-        hub.look_up("ann/student")
+        assert not hub.look_up("ann/student")
         with pytest.raises(LimbeckError, match="the hub has no model 'ann/studnet'"):
             hub.look_up("ann/studnet")
         server.fail["model"] = 500  # an ailing hub: the loading itself tries again
-        hub.look_up("ann/student")
+        assert not hub.look_up("ann/other")
     with pytest.raises(LimbeckError, match="neither a folder nor a name on the hub"):
         hub.look_up("ann/my/student")
+
+
+def test_a_revision_that_there_is_not(online, monkeypatch):
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        server.repos["ann/student"] = Repo(states={"v1": ("1" * 40, {})})
+        hub.look_up("ann/student@v1")
+        with pytest.raises(LimbeckError, match="'ann/student' has no revision 'v2'") as error:
+            hub.look_up("ann/student@v2")
+        assert error.value.hint.startswith("ann/student ")
+        with pytest.raises(LimbeckError, match="the hub has no model 'ann/studnet'"):
+            hub.look_up("ann/studnet@v1")
 
 
 def test_without_a_network(online, monkeypatch):
@@ -45,8 +58,10 @@ def test_without_a_network(online, monkeypatch):
 def test_without_a_network_the_cache_serves(online, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: "/cache/config.json")
-    hub.look_up("ann/student")
-    assert constants.HF_HUB_OFFLINE  # nothing more is asked
+    assert hub.look_up("ann/student"), "the loading is to look nowhere else"
+    assert not constants.HF_HUB_OFFLINE, "other names are still looked up"
+    monkeypatch.setattr(constants, "ENDPOINT", "no address at all")
+    assert hub.look_up("ann/student"), "the hub is asked once"
 
 
 def test_offline_nothing_is_asked(monkeypatch):

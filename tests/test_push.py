@@ -537,3 +537,44 @@ def test_find_student_in_the_current_folder(finished, monkeypatch):
     monkeypatch.chdir(finished / "student")
     assert "## Results" in prepare(".", "ann/tiny").card
     assert parcel.find_student(Path(".")).name == "student"
+
+
+def test_the_sources_of_a_mixture_are_named_without_their_folders(run, tmp_path, corpus):
+    """Its label holds one path for each source, none of them at its beginning."""
+    secret = tmp_path / "secret-project" / "ann"
+    secret.mkdir(parents=True)
+    for name in ("confidential.jsonl", "second one.jsonl"):
+        shutil.copy(corpus, secret / name)
+    raw = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    sources = [{"source": str(secret / "confidential.jsonl"), "weight": 0.6}]
+    sources.append({"source": str(secret / "second one.jsonl"), "weight": 0.4})
+    raw["data"] = {**{k: v for k, v in raw["data"].items() if k not in ("source", "text_field", "chat")}}
+    raw["data"]["sources"] = sources
+    (run / "recipe.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    card = prepare(run, "ann/x", licence="mit").card
+    assert "0.6 confidential.jsonl + 0.4 second one.jsonl" in card
+    assert "secret-project" not in card
+    label = Recipe.load(run / "recipe.yaml").data.source
+    assert privacy.without_paths({"text": label}) == {"text": "0.6 confidential.jsonl + 0.4 second one.jsonl"}
+
+
+@pytest.mark.parametrize("label", ["0.5 embedded + 0.5 org/name", "3 apples and 4 pears", "1", "1 embedded"])
+def test_labels_without_paths_stay_as_they_are(label):
+    assert privacy.without_paths(label) == label
+
+
+@pytest.mark.parametrize("words", ["see {}", "cat {} | head", 'open("{}")', "({})."])
+def test_a_prompt_that_names_a_place_is_refused_wherever_it_lies(run, tmp_path, words):
+    place = tmp_path / "elsewhere" / "notes.txt"
+    place.parent.mkdir()
+    place.write_text("x", encoding="utf-8")
+    raw = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    raw["evaluation"]["prompt"] = words.format(place)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(LimbeckError, match="prompt names"):
+        prepare(run, "ann/x", licence="mit")
+
+
+@pytest.mark.parametrize("text", ["and/or", "/s/ marks the end", "https://example.org/a/b", "1/2/3", "/no/such/place"])
+def test_what_only_looks_like_a_place_is_no_place(text):
+    assert privacy.paths_in(text) == []

@@ -151,3 +151,26 @@ def test_runs_of_old_can_be_read():
     reverse = Recipe.parse({"stages": [{**old, "direction": "reverse"}]}).stages[0]
     assert (forward.kl, forward.reverse_kl) == (0.7, 0)
     assert (reverse.kl, reverse.reverse_kl) == (0, 0.7)
+
+
+@pytest.mark.parametrize(("name", "number"), [("calibrate", 0), ("hidden", 1), ("logits", 2)])
+def test_a_stage_is_named_where_it_is_set(name, number):
+    recipe = made(settings=[f"stages.{name}.tokens=4096"])
+    assert recipe == made(settings=[f"stages.{number}.tokens=4096"])
+    assert recipe.stages[number].tokens == 4096
+
+
+def test_a_stage_that_is_not_there_or_there_twice_is_refused_with_what_is():
+    with pytest.raises(LimbeckError, match=r"no stages named matrix(?s:.*)1 hidden"):
+        made(settings=["stages.matrix.rows=64"])
+    with pytest.raises(LimbeckError, match=r"2 stages named logits(?s:.*)0 logits, 1 logits"):
+        made(stages="3,3", settings=["stages.logits.lr=1e-3"])
+
+
+@pytest.mark.parametrize("text", ["0+2+3", "0,2,3", "calibrate+hidden+logits", "0, 2 + logits"])
+def test_stages_are_joined_by_plus_or_commas(text):
+    assert [stage.stage for stage in made(stages=text).stages] == ["calibrate", "hidden", "logits"]
+
+
+def made(stages=None, settings=()):
+    return build_recipe("quickstart", None, None, None, stages, None, None, None, list(settings))

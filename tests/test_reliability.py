@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "reliability.py"
 @pytest.mark.slow
 def test_a_run_broken_at_random_instants_loses_nothing():
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kills", "3", "--others", "4"], capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPT), "--kills", "2", "--others", "8"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "WRONG" not in done.stdout

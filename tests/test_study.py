@@ -2,20 +2,22 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from limbeck.cli import main
 from limbeck.errors import LimbeckError
 from limbeck.job import distill
 from limbeck.prepare import prepare_job
+from limbeck.report.page import write as write_report
 from limbeck.stages import learner
 from limbeck.stages.run import RunDirectory
-from limbeck.study import Study, built_in, run_study
+from limbeck.study import Study, built_in, record, run_study
 from limbeck.study.sharing import pass_key, teams
 from limbeck.study.team import learn_together
 
@@ -217,7 +219,7 @@ def test_a_study_its_tables_and_an_arm_that_is_added(raw, tmp_path):
     assert results["sharing"]["saved_seconds"] > 0
     assert "gla" in (folder / "table.md").read_text(encoding="utf-8")
     assert "| teacher " in (folder / "table.md").read_text(encoding="utf-8")
-    teacher = results["teachers"][raw["base"]["teacher"]]["values"]
+    teacher = results["teachers"][Path(raw["base"]["teacher"]).name]["values"]
     values = results["arms"][0]["values"]
     assert teacher["agreement.perplexity"] == values["agreement.teacher_perplexity"]
     assert teacher["agreement.kl"] == 0
@@ -277,6 +279,93 @@ def test_a_changed_recipe_is_refused(raw, tmp_path):
     raw["base"]["stages"][2]["lr"] = 0.5
     with pytest.raises(LimbeckError, match=r"lr: 0.001 there, 0.5 asked for"):
         run_study(with_grid(raw, students=["gla"], stages=["2"]), folder)
+
+
+@pytest.mark.parametrize("keep", ["none", "students"])
+def test_evaluations_of_different_size_do_not_meet_in_one_mean(raw, tmp_path, keep):
+    """With more held-out text asked for, an arm that kept nothing to evaluate again is refused by name."""
+    raw["keep"] = keep
+    folder = tmp_path / "study"
+    run_study(with_grid(raw, students=["gla"], stages=["2"]), folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    raw["base"]["evaluation"]["tokens"] = 256
+    larger = with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1])
+    with pytest.raises(LimbeckError, match=r"tokens 128, now 256.*gla_2_seed0"):
+        run_study(larger, folder)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_an_arm_that_kept_its_stages_is_evaluated_again(raw, tmp_path):
+    raw["keep"] = "all"
+    folder = tmp_path / "study"
+    run_study(with_grid(raw, students=["gla"], stages=["2"]), folder)
+    raw["base"]["evaluation"]["tokens"] = 256
+    results = run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
+    targets = [arm["values"]["held_out.targets"] for arm in results["arms"]]
+    assert len(set(targets)) == 1
+    assert targets[0] > 128
+    lines = (folder / "gla_2_seed0" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4, "not trained again"
+
+
+def test_each_text_has_a_teacher_of_its_own(raw, tmp_path, corpus):
+    """Two texts under one teacher: its row under a student is measured on that student's text."""
+    half = tmp_path / "half.jsonl"
+    lines = Path(corpus).read_text(encoding="utf-8").splitlines(keepends=True)
+    half.write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
+    settings = {"text": {"all": {}, "half": {"data.source": str(half)}}}
+    study = with_grid(raw, students=["gla"], stages=["2"], settings=settings)
+    results = run_study(study, tmp_path / "study")
+    assert len(results["teachers"]) == 2
+    theirs = {name: one["values"]["agreement.perplexity"] for name, one in results["teachers"].items()}
+    assert len(set(theirs.values())) == 2
+    for arm in results["arms"]:
+        name = next(name for name in theirs if f"text {arm['axes']['text']}" in name)
+        assert arm["values"]["agreement.teacher_perplexity"] == theirs[name]
+
+
+def test_teachers_whose_names_are_alike_as_file_names_have_a_file_each(raw, tmp_path):
+    study = with_grid(raw, teachers=["org/a-b", "org-a/b", "org.a/b c"], students=["gla"], stages=["2"])
+    assert len({record.teacher_path(arm) for arm in study.arms(tmp_path)}) == 3
+
+
+def test_an_arm_that_diverged_is_told_in_tables_and_stops_nothing(raw, tmp_path):
+    study, folder = with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1, 2]), tmp_path / "study"
+    run_study(study, folder)
+    path = folder / "gla_2_seed1" / "result.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    known["values"]["agreement.perplexity"] = float("nan")
+    known["values"]["held_out.student_perplexity"] = float("inf")
+    path.write_text(json.dumps(known), encoding="utf-8")
+    run_study(study, folder)
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert table.count("diverged in 1 of 3") == 2
+    write_report([folder])
+    assert "diverged in 1 of 3" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_arms_of_one_table_have_one_teacher(raw, teacher_folder, tmp_path):
+    """A seed that is added later must not learn from other weights under the same name."""
+    teacher = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    raw["base"]["teacher"] = str(teacher)
+    folder = tmp_path / "study"
+    run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0]), folder)
+    weights = load_file(teacher / "model.safetensors")
+    kept = (teacher / "model.safetensors").read_bytes()
+    save_file({name: 1.5 * x for name, x in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LimbeckError, match="other weights in the run gla_2_seed0 than now"):
+        run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
+    assert not (folder / "gla_2_seed1").exists()
+    (teacher / "model.safetensors").write_bytes(kept)
+    results = run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
+    assert {arm["status"] for arm in results["arms"]} == {"finished"}
+    # the hint: without the runs of the old teacher, everything is of the new one, its own row too
+    before = results["teachers"][str(teacher)]["values"]["agreement.perplexity"]
+    save_file({name: 1.5 * x for name, x in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
+    for arm in ("gla_2_seed0", "gla_2_seed1"):
+        shutil.rmtree(folder / arm)
+    results = run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
+    assert results["teachers"][str(teacher)]["values"]["agreement.perplexity"] != before
 
 
 def test_a_folder_of_something_else_is_refused(raw, tmp_path):

@@ -1,6 +1,7 @@
 """Benchmarks: the numbers of the harness, whatever the batch, and what a student keeps of its teacher's."""
 
 import json
+import math
 import os
 import sys
 import types
@@ -220,6 +221,40 @@ def test_shares_by_hand():
     assert values["C at tolerance 0.1"] == 0.75
     assert values["alpha*"] == 0
     assert 0.02 < errors["share of teacher"] < 0.2
+
+
+def test_a_teacher_near_chance_gives_a_share_with_an_error_that_means_something():
+    """WinoGrande, 200 items, the teacher at 115: a twentieth of the bootstrap's draws are at chance or below it."""
+    rng = np.random.default_rng(0)
+
+    def scored(right, chance, of=200):
+        items = rng.permutation([1.0] * right + [0.0] * (of - right)).tolist()
+        return Score("acc", {"acc": right / of}, {}, chance, items)
+
+    for teacher, student, chance in ((115, 97, 0.5), (58, 39, 0.2), (8, 3, 0.0)):
+        values, errors, _ = shares({"a": scored(student, chance)}, {"a": scored(teacher, chance)})
+        for name in ("share of teacher", "share above chance"):
+            assert math.isfinite(values[name])
+            assert 0.01 < errors[name] < 3
+    values, _, details = shares({"a": scored(1, 0.0)}, {"a": scored(0, 0.0)})
+    assert "share of teacher" not in values
+    assert details["share_of_teacher_over"] == []
+
+
+def test_the_error_of_a_share_is_what_repeating_the_benchmark_gives():
+    rng = np.random.default_rng(1)
+    found, said = [], []
+    for _ in range(300):
+        right = rng.random(400) < 0.6
+        kept = np.where(rng.random(400) < 0.8, right, rng.random(400) < 0.4)
+        one, other = (Score("acc", {"acc": float(x.mean())}, {}, 0.25, x.astype(float).tolist()) for x in (kept, right))
+        values, errors, _ = shares({"a": one}, {"a": other})
+        found.append(values["share above chance"])
+        said.append(errors["share above chance"])
+    assert np.mean(said) == pytest.approx(np.std(found), rel=0.15)
+
+
+def test_the_least_tolerance_by_hand():
     assert critical_tolerance(tolerances(np.array([0.9, 0.8, 0.7]), np.ones(3))) == pytest.approx(0.2)
     assert tolerances(np.array([0.3, 0.1]), np.array([0.0, 0.1])).tolist() == [0, 0]
 

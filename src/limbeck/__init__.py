@@ -14,13 +14,17 @@ import logging
 
 __version__ = "0.1.0"
 
-for _name in ("torchao", "torch.utils._pytree"):
-    # transformers loads torchao wherever it is installed, and that tells of GPU kernels that this machine cannot load
-    logging.getLogger(_name).setLevel(logging.ERROR)
+# transformers loads torchao wherever it is installed, and that tells of GPU kernels that this machine cannot load
+_loggers = {_logger: _logger.level for _logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
+for _logger in _loggers:
+    _logger.setLevel(logging.ERROR)
 
 from limbeck.errors import LimbeckError
 from limbeck.job import distill
 from limbeck.model import convert
 from limbeck.recipe import Recipe
+
+for _logger, _level in _loggers.items():
+    _logger.setLevel(_level)
 
 __all__ = ["LimbeckError", "Recipe", "convert", "distill"]

@@ -5,17 +5,122 @@
             advance(1, note="9.1k tokens")
 
 Without a terminal (a log file, CI) the bar becomes a line at the start, the end and every ten percent.
+
+    output.print(table)          # results: no digit is ever cut off
+
+What is printed to a pipe has no width: tables are as wide as they are, Markdown stays Markdown. On a terminal that is
+too narrow for a table each of its rows becomes a block of lines.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.markdown import Markdown
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-output = Console(highlight=False)
+NO_LIMIT = 1_000_000  # columns of something that is not a terminal
+
+
+class Output(Console):
+    """Standard output, where results go: whole, whatever the width."""
+
+    @property
+    def size(self) -> Any:
+        """The terminal's; no limit for a file or a pipe."""
+        size = super().size
+        return size if self.is_terminal else size._replace(width=NO_LIMIT)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print as rich does, tables and Markdown so that nothing is cut."""
+        if not self.is_terminal and any(isinstance(one, Markdown) for one in objects):
+            for one in objects:
+                if isinstance(one, Markdown):
+                    super().print(one.markup.rstrip() + "\n", markup=False, soft_wrap=True)
+                else:
+                    super().print(one, **settings)
+            return
+        super().print(*(self.fitted(one) for one in objects), **settings)
+
+    def fitted(self, one: Any) -> Any:
+        """The same, in a form that fits the terminal: tables that are too wide as blocks of lines."""
+        if isinstance(one, Group):
+            return Group(*map(self.fitted, one.renderables))
+        if isinstance(one, Markdown):
+            return Group(*(self.fitted(part) if isinstance(part, Table) else part for part in _parts(one.markup)))
+        if isinstance(one, Table) and self.width < _width(one, self):
+            return _blocks(one)
+        return one
+
+
+console = Output(stderr=True, highlight=False, soft_wrap=True)
+output = Output(highlight=False)
+
+
+def _width(table: Table, console: Console) -> int:
+    """Columns that a table takes without folding or cutting a cell."""
+    return Measurement.get(console, console.options.update(max_width=NO_LIMIT), table).maximum
+
+
+def _parts(markup: str) -> Iterator[RenderableType]:
+    """Markdown cut into its tables and what stands between them."""
+    text: list[str] = []
+    rows: list[str] = []
+    for line in [*markup.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append(line)
+            continue
+        if len(rows) > 2:
+            if any(map(str.strip, text)):
+                yield Markdown("\n".join(text))
+            yield from (Text(""), _table(rows), Text(""))
+            text = [""]
+        else:
+            text += rows
+        rows = []
+        text.append(line)
+    if any(map(str.strip, text)):
+        yield Markdown("\n".join(text))
+
+
+def _table(lines: list[str]) -> Table:
+    head, sides, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
+    table = Table(box=None, pad_edge=False)
+    for name, side in zip(head, sides):
+        table.add_column(Text(name, style="bold"), justify="right" if side.endswith(":") else "left")
+    for row in rows:
+        table.add_row(
+            *(Text(cell.strip("*"), style="bold" if cell.startswith("**") else "") for cell in row[: len(head)])
+        )
+    return table
+
+
+def _blocks(table: Table) -> Group:
+    """A table as a block of lines a row: its first cell, then the others with their column's name."""
+    blocks: list[RenderableType] = [Text(str(table.title), style="bold")] if table.title else []
+    heads = [_text(column.header) for column in table.columns]
+    for cells in zip(*(list(column.cells) for column in table.columns)):
+        first, *others = cells
+        lines = [_text(first)]
+        for head, cell in zip(heads[1:], others):
+            value = _text(cell)
+            if value.plain:
+                lines.append(Text.assemble("  ", (f"{head.plain}: " if head.plain else ""), value))
+        blocks += lines
+    return Group(*blocks)
+
+
+def _text(cell: RenderableType) -> Text:
+    return cell if isinstance(cell, Text) else Text.from_markup(str(cell))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 
 from limbeck import recipe as recipes
 from limbeck.console import console, progress
+from limbeck.data.packing import with_targets
 from limbeck.distributed import world
 from limbeck.errors import LimbeckError
 from limbeck.model import unshare
@@ -57,10 +58,12 @@ def find_rates(recipe: Recipe, points: int = POINTS) -> list[Sweep]:
         sweeps = []
         for index, settings in enumerate(recipe.stages):
             if isinstance(settings, recipes.Calibrate):
-                done[index] = run.result(index) if run.finished(index) else _calibrated(job, settings, done)
+                done[index] = (
+                    run.result(index) if run.finished(index, verify=True) else _calibrated(job, settings, done)
+                )
                 continue
             sweeps.append(_sweep(job, settings, index, done, points))
-            if run.finished(index):
+            if run.finished(index, verify=True):
                 done[index] = run.result(index)
         if not sweeps:
             raise LimbeckError("no stage of this recipe learns by gradient", expected="matrix, hidden or logits")
@@ -92,7 +95,8 @@ def _sweep(job: Job, settings: Any, index: int, done: dict[int, dict[str, Any]],
     data = job.training(job.recipe.text_of(settings))
     micro = min(settings.micro_batch or settings.batch, settings.batch)
     sizes = [min(micro, settings.batch - done) for done in range(0, settings.batch, micro)]
-    batches = [data.batch(i * micro, size).to(job.device) for i, size in enumerate(sizes)]
+    batch = with_targets(data, 0, settings.batch)[0] if stage.by_targets else data.batch(0, settings.batch)
+    batches = [batch.rows(slice(i * micro, i * micro + size)).to(job.device) for i, size in enumerate(sizes)]
     before = ", ".join(job.recipe.stages[i].stage for i in done) or "conversion"
     sweep = Sweep(index, settings.stage, before, settings.lr, settings.batch)
     with progress(f"{settings.stage}: rates", points, "steps") as advance:

@@ -6,11 +6,15 @@
 Generation itself is transformers' own.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Generator
 from threading import Thread
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from limbeck.data.special_tokens import prompt_ids
 
 
 def stream(
@@ -21,19 +25,23 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-) -> Iterator[str]:
+) -> Generator[str, None, int]:
     """The continuation of `prompt` in pieces as they come.
 
     Args:
         temperature: 0 takes the most likely token each time.
         top_p: sample from the smallest set of tokens that has this probability.
+
+    Returns:
+        How many tokens were generated, once the pieces are at their end.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    made: list[int] = []
 
     def work() -> None:
         try:
-            _generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer)
+            made.extend(_generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer).tolist())
         except BaseException as error:  # handed to the reader below
             failure.append(error)
             streamer.end()
@@ -44,6 +52,7 @@ def stream(
     thread.join()
     if failure:
         raise failure[0]
+    return len(made)
 
 
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 48) -> str:
@@ -52,17 +61,28 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
+def unbiased(model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
+    """The model with a generation config that changes no probability: only the tokens that end a text, and padding.
+
+    What else a checkpoint's generation_config.json says (penalties, beams, a top_k, forced tokens) is for its chat
+    program. `generate` would mix it into every call, and a greedy continuation would not be the likeliest tokens.
+    """
+    known = model.generation_config
+    eos = tokenizer.eos_token_id if known is None or known.eos_token_id is None else known.eos_token_id
+    last = eos[0] if isinstance(eos, list) else eos
+    pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), last)
+    lent = copy.copy(model)  # of the module alone: weights are shared, and the caller's model keeps its config
+    lent.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    return lent
+
+
 def _generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer=None) -> torch.Tensor:
     torch.manual_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=True).input_ids.to(model.device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # not transformers' 50
+    out = unbiased(model, tokenizer).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer, **sampling
     )
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
-    )
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
     return out[0, ids.shape[1] :]

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck.console import progress
-from limbeck.data.packing import IGNORE, Batch, Sequences
+from limbeck.data.packing import IGNORE, Batch, Sequences, with_targets
 from limbeck.errors import LimbeckError, closest
 from limbeck.losses import FromHidden, logit_losses
+from limbeck.machine import flushing_denormals
 from limbeck.model import Site
 from limbeck.model.body import Head, run_body
 from limbeck.model.layers import spread
@@ -41,6 +42,7 @@ class Price:
     unexplained: float
 
 
+@flushing_denormals()
 def price_layers(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
@@ -70,7 +72,7 @@ def price_layers(
             fits.add(data.batch(at, size).to(device))
             advance(size)
     fits.solve(ridge)
-    text = held_out.batch(0, max(1, round(judged / held_out.length))).to(device)
+    text = with_targets(held_out, 0, max(1, round(judged / held_out.length)))[0].to(device)
     exams = text, repeating(text)
     head = Head(teacher)
     prices = []

@@ -17,6 +17,7 @@ import torch
 
 from limbeck.errors import LimbeckError
 from limbeck.kernels import using
+from limbeck.machine import flushing_denormals
 from limbeck.recipe import Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +73,7 @@ def arithmetic(recipe: Recipe) -> Iterator[None]:
         if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
             torch.use_deterministic_algorithms(True)
-        with using(recipe.backend):
+        with using(recipe.backend), flushing_denormals():
             yield
     except RuntimeError as error:
         if not recipe.deterministic or "deterministic" not in str(error):

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import assets, mixers
 from limbeck import recipe as recipes
 from limbeck.adapters import check_peft, targets_of
 from limbeck.console import console
-from limbeck.data.packing import Sequences
+from limbeck.data.packing import Sequences, count_with_targets, no_targets, share_with_targets
+from limbeck.data.shards import Split
+from limbeck.data.special_tokens import around
 from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, hints_for
+from limbeck.identity import check_identity, identity_of
 from limbeck.model import Site, attention_sites, convert, converted_layers
 from limbeck.model.compiling import Notes, wanted
 from limbeck.model.packed import use_masks
@@ -30,8 +34,11 @@ from limbeck.precision import autocast_of, check_arithmetic
 from limbeck.recipe import Recipe
 from limbeck.stages.cached import plain
 from limbeck.stages.run import check_run
-from limbeck.stages.teacher import Pair, load_teacher
+from limbeck.stages.teacher import Pair, check_finite_loss, load_teacher
 from limbeck.stages.trackers import check_trackers
+
+FEW = 0.9  # share of sequences with a target below which it is said
+WITHOUT_BOS = 0.5  # nats a token that the teacher's loss has to fall behind BOS before anybody is told
 
 
 @dataclass
@@ -47,6 +54,7 @@ class Job:
     layers: int  # of the teacher
     sites: list[Site]  # of those that are converted
     path: Path
+    identity: dict[str, Any] = field(default_factory=dict)  # of teacher and student, for the manifest; in process 0
     compiling: Notes = field(default_factory=Notes)  # what torch.compile has refused
 
     @property
@@ -100,6 +108,10 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
                 expected=f"{key} of at most {longest}",
                 hint=f"--set {key}={longest}",
             )
+    identity = {}
+    if world().main:
+        identity = identity_of(recipe, teacher, tokenizer, len(attention_sites(teacher)))
+        check_identity(path, identity)
     if recipe.attention == "mask":
         use_masks(teacher)
     sites = attention_sites(teacher)
@@ -110,10 +122,14 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
             targets_of(teacher, chosen, stage.lora.targets)
     texts = _open_texts(recipe, teacher, tokenizer)
     autocast = autocast_of(recipe.precision, device)
-    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path)
+    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path, identity)
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             plain(job.training(recipe.text_of(stage)))
+    _check_targets(job)
+    check_finite_loss(teacher, job.held_out(recipe.data).batch(0, 1).to(device), autocast)
+    if world().main:
+        _advise_bos(job)
     return job
 
 
@@ -125,10 +141,12 @@ def run_path(recipe: Recipe) -> Path:
 def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Text]:
     """All texts of a recipe, each opened once, for the longest sequences that are read of it."""
     uses = [(recipe.data, 0), *((recipe.text_of(stage), stage.tokens) for stage in recipe.stages)]
+    places = ["data", *(f"stages.{index}" for index in range(len(recipe.stages)))]  # whose length it is
     texts: dict[str, Text] = {}
     for name, data in {name_of(data): data for data, _ in uses}.items():
-        length = max(one.length for one, _ in uses if name_of(one) == name)
-        text = open_text(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
+        length, place = max((one.length, where) for (one, _), where in zip(uses, places) if name_of(one) == name)
+        with hints_for(_keys(recipe, name, place)):
+            text = open_text(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
         wanted = sum(tokens for one, tokens in uses if name_of(one) == name)
         if text.train_tokens is not None and wanted > text.train_tokens:
             console.print(f"the stages take {wanted:,} tokens, the text has {text.train_tokens:,}: it is read again")
@@ -136,9 +154,80 @@ def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedT
     return texts
 
 
+def _keys(recipe: Recipe, name: str, place: str) -> dict[str, str]:
+    """Where a recipe says what hints call `data.KEY`, of the text of that name.
+
+    Args:
+        place: "data" or "stages.N", whose length of sequences is the longest.
+    """
+    if name_of(recipe.data) == name:
+        own = place != "data" and recipe.stages[int(place[7:])].length is not None
+        return {"data.length": f"{place}.length"} if own else {}
+    index = next(i for i, stage in enumerate(recipe.stages) if stage.data is not None and name_of(stage.data) == name)
+    return {"--set data.length": f"--set {place}.length", "--set data.": f"--set stages.{index}.data."}
+
+
+def _check_targets(job: Job) -> None:
+    """Say where many sequences have no target; LimbeckError where none has, before anything is trained on the others.
+
+    Stages 0 to 2 compare all tokens, so this is of stage 3 and of what is measured on held-out text.
+    """
+    recipe = job.recipe
+    count_with_targets(job.held_out(recipe.data), recipe.evaluation.tokens // recipe.data.length)
+    learnt = [recipe.text_of(stage) for stage in recipe.stages if isinstance(stage, recipes.Logits)]
+    for stage in recipe.stages:
+        if isinstance(stage, recipes.Logits) and stage.evaluate_every:
+            count_with_targets(job.held_out(recipe.text_of(stage)), stage.evaluate_sequences)
+    uses = [(recipe.data, "held_out"), *((data, "train") for data in learnt)]
+    for data, name in {(name_of(data), data.length, name): (data, name) for data, name in uses}.values():
+        for part in job.texts[name_of(data)].parts:
+            split = getattr(part, name, None)
+            if not isinstance(split, Split):  # of a stream, which is not read from end to end for this
+                continue
+            found, of = share_with_targets(split, data.length)
+            if of and not found and name == "train":
+                raise no_targets(f"'{part.source}' that is trained on", data.length)
+            if found < FEW * of:
+                have = f"{found:,} of {of:,} {name} sequences of {data.length} tokens have a target"
+                passed = "stage logits passes over the others" if name == "train" else "the others count for nothing"
+                console.print(f"'{part.source}': {have}; {passed}", markup=False)
+
+
 def name_of(data: recipes.Data) -> str:
     """What tells one text from another: all of its settings but the length of the sequences."""
     return json.dumps(data.model_dump(mode="json", exclude={"length", "cache_gb"}))
+
+
+@torch.no_grad()
+def _advise_bos(job: Job) -> None:
+    """Says where the tokenizer has a BOS that it does not put before a text, and the teacher needs it.
+
+    Looked at are the first 64 tokens of four sequences; what is compared is the loss of the same tokens.
+    """
+    bos, name = job.tokenizer.bos_token_id, job.recipe.teacher
+    if bos is None or bos in around(job.tokenizer).begin:
+        return
+    ids = job.held_out(job.recipe.data).batch(0, 4).input_ids[:, :64].to(job.teacher.device)
+    ids = ids[ids[:, 0] != bos]
+    if not len(ids):
+        return
+    losses = []
+    for lead in (ids[:, :0], torch.full_like(ids[:, :1], bos)):
+        with job.autocast():
+            logits = job.teacher(input_ids=torch.cat([lead, ids[:, :-1]], 1), use_cache=False).logits
+        logits = logits[:, lead.shape[1] :].float()
+        losses.append(float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())))
+    if losses[0] - losses[1] > WITHOUT_BOS:
+        console.print(
+            f"the tokenizer of '{name}' does not put its BOS, {job.tokenizer.bos_token}, before a text; the teacher's "
+            f"loss here is {losses[0]:.2f} nats a token without and {losses[1]:.2f} behind it. To teach and use it "
+            "with BOS, make a copy whose tokenizer does, and take --teacher teacher-with-bos:\n"
+            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"n, to = '{assets.resolve_teacher(name)}', 'teacher-with-bos'; "
+            'T.from_pretrained(n, add_bos_token=True).save_pretrained(to); M.from_pretrained(n).save_pretrained(to)"',
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def new_student(job: Job) -> PreTrainedModel:

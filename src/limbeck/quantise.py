@@ -49,7 +49,7 @@ def teacher_settings(bits: int | None, device: torch.device) -> dict[str, Any]:
 
 def refuse_quantised(config: PreTrainedConfig, what: str) -> None:
     """Raises LimbeckError for a checkpoint or model whose weights have few bits: a student is made of float weights."""
-    if getattr(config, "quantization_config", None) is None:
+    if not few_bits(config):
         return
     raise LimbeckError(
         f"{what} has quantised weights, and a student is made of float weights",
@@ -82,6 +82,16 @@ def keep_in_float(quantised: Any, cls: Any, config: PreTrainedConfig) -> Any:
     else:
         setattr(changed, field, [*left_out, *names])
     return changed
+
+
+def few_bits(config: PreTrainedConfig) -> bool:
+    """Whether the weights that a config stands for have few bits; an entry that asks for none does not count."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return False
+    plain = found if isinstance(found, dict) else found.to_dict()
+    idle = plain.get("quant_method") in (None, "bitsandbytes")
+    return not idle or any(plain.get(key) for key in ("load_in_8bit", "load_in_4bit"))
 
 
 def numel(module: nn.Module) -> int:

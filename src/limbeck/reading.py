@@ -1,7 +1,7 @@
 """Plain values for typed settings: from YAML and the command line, and in plain words what is wrong with them.
 
     raw = read_yaml(path, "recipe", "keys such as teacher, student, data, stages")
-    assign(raw, "stages.1.lr", parse_value("1e-3"))
+    assign(raw, "stages.hidden.lr", parse_value("1e-3"))
     raw["stages"] = stages_from_text("0,2,3", raw)
     try: ... Recipe.model_validate(raw)
     except ValidationError as error: raise readable(error, "mine.yaml", Recipe, STAGES) from error
@@ -23,12 +23,12 @@ STAGE_NAMES = {"0": "calibrate", "1": "matrix", "2": "hidden", "3": "logits"}
 
 
 def stages_from_text(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """Stages from "0,2,3" or "calibrate,hidden,logits", with the settings that the recipe has for them."""
+    """Stages from "0,2,3", "0+2+3" or "calibrate,hidden,logits", with the settings that the recipe has for them."""
     given: dict[str, list[dict[str, Any]]] = {}
     for stage in recipe.get("stages", []):
         given.setdefault(stage.get("stage"), []).append(stage)
     result = []
-    for part in text.split(","):
+    for part in text.replace("+", ",").split(","):
         name = STAGE_NAMES.get(part.strip(), part.strip())
         if name not in STAGE_NAMES.values():
             raise LimbeckError(
@@ -38,6 +38,12 @@ def stages_from_text(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
         of_name = given.get(name) or [{"stage": name, "tokens": 16_384}]
         result.append(dict(of_name.pop(0) if len(of_name) > 1 else of_name[0]))
     return result
+
+
+def stage_label(name: str) -> str:
+    """What people read: "stage 2 (hidden)", numbered as the paper and `--stages` do, wherever it stands in a recipe."""
+    numbers = {stage: number for number, stage in STAGE_NAMES.items()}
+    return f"stage {numbers[name]} ({name})" if name in numbers else name
 
 
 def tokens_over_stages(stages: list[dict[str, Any]], tokens: int) -> None:
@@ -78,20 +84,37 @@ def parse_value(text: str) -> Any:
 
 
 def assign(raw: dict[str, Any], key: str, value: Any) -> None:
-    """raw["a"]["b"] = value for the key "a.b"; numbers index lists."""
+    """raw["a"]["b"] = value for the key "a.b"; lists take an index, and stages their name: "stages.hidden.lr"."""
     target: Any = raw
     *path, last = key.split(".")
     try:
         for part in path:
-            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+            if isinstance(target, list):
+                target = target[_index(target, part, key)]
+            else:
+                target = target.setdefault(part, {})
         if isinstance(target, list):
             target[int(last)] = value
         else:
             target[last] = value
     except (IndexError, ValueError, TypeError, AttributeError) as error:
         raise LimbeckError(
-            f"--set {key}: there is no such place in the recipe", expected="for example stages.0.tokens=8192"
+            f"--set {key}: there is no such place in the recipe", expected="for example stages.hidden.tokens=8192"
         ) from error
+
+
+def _index(items: list[Any], part: str, key: str) -> int:
+    """The place in a list that a key names: a number, or the name of a stage that is there once."""
+    if part not in STAGE_NAMES.values():
+        return int(part)
+    places = [at for at, item in enumerate(items) if isinstance(item, dict) and item.get("stage") == part]
+    if len(places) == 1:
+        return places[0]
+    there = ", ".join(f"{at} {item.get('stage')}" for at, item in enumerate(items) if isinstance(item, dict))
+    raise LimbeckError(
+        f"--set {key}: the recipe has {len(places) or 'no'} stages named {part}",
+        expected=f"one of its stages by name, or by its place in the list: {there}",
+    )
 
 
 def readable(

@@ -1,6 +1,6 @@
 """What a run is: a typed recipe, from YAML, the command line or Python; unknown keys are refused with a suggestion.
 
-    recipe = Recipe.load("quickstart", overrides={"student.mixer": "gla", "stages.1.tokens": 20_000})
+    recipe = Recipe.load("quickstart", overrides={"student.mixer": "gla", "stages.hidden.tokens": 20_000})
     Recipe(teacher="Qwen/Qwen3-0.6B", data={"source": "corpus.jsonl"}, out="runs/qwen")
 
 A recipe is complete: every default is written into the run directory, so that the run can be repeated from it alone.
@@ -246,7 +246,7 @@ class Document(_Part):
 
     @classmethod
     def load(cls, source: str | Path = "quickstart", overrides: dict[str, Any] | None = None) -> Self:
-        """A built-in recipe by name or a YAML file, with dotted overrides ("stages.1.lr": 1e-3) applied.
+        """A built-in recipe by name or a YAML file, with dotted overrides ("stages.hidden.lr": 1e-3) applied.
 
         Raises:
             LimbeckError: no such recipe, broken YAML, unknown key (with a suggestion) or impossible value.
@@ -291,7 +291,7 @@ class Recipe(Document):
     data: Data = Data()
     stages: list[StageRecipe] = []
     evaluation: Evaluation = Evaluation()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**62)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # of products under autocast; weights are float32. auto: bf16 on a GPU that has it, fp16 on an older one, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

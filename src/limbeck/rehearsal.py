@@ -1,32 +1,45 @@
 """What a run's steps take on this machine, measured: one step of each stage on the real models before the run begins.
+And whether its end will work: the untouched student is saved, opened again, sampled and summed up.
 
     seen = rehearse(recipe, job.pair(student), make_stage, stages=[0, 1, 2])
     seen.seconds[1], seen.evaluation, seen.peak_bytes          # of a stage, of a token, of this process
 
 Tokens are drawn at random, and rates and gradients are zero in the update, so no weight moves, but for the output
 projections of `student`, which is thrown away. It takes about as long as two steps of each stage.
+
+    rehearse_end(job, new_student(job))     # LimbeckError where the hand-over would fail after all the training
 """
 
+import json
 import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from limbeck import recipe as recipes
-from limbeck.console import progress
+from limbeck.console import console, progress
 from limbeck.data.packing import Batch
 from limbeck.data.signals import TaughtBatch
+from limbeck.errors import LimbeckError, sentences
+from limbeck.handover import measured
 from limbeck.losses import Weights
 from limbeck.machine import peak_memory
 from limbeck.model.body import Head, run_body
+from limbeck.model.exported import check_export
+from limbeck.prepare import Job
 from limbeck.recipe import Recipe
 from limbeck.stages.calibrate import RIDGES, NormalEquations
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.optimize import Optimizer, gradient_norm, steps_of
 from limbeck.stages.teacher import Pair
+from limbeck.summary import write_summary
 
 WARM = 64  # tokens of the step that is not counted
 CHOOSING = 2  # sequences on which the ridge is chosen
@@ -77,6 +90,43 @@ def rehearse(
                 seconds[index] += _asking(settings, pair, draw, length)
             advance(1)
     return Rehearsal(seconds, evaluation, peak_memory())
+
+
+def rehearse_end(job: Job, student: PreTrainedModel) -> None:
+    """Go through the end of a run with a student that has learnt nothing, in a temporary folder.
+
+    All that `hand_over` does is done, but small: of the weights one tensor is written, one sequence is measured, one
+    token sampled. What costs at the end of a run is writing all weights, and that fails for want of room alone.
+
+    Raises:
+        LimbeckError: what cannot be saved, opened again, generated from or summed up.
+    """
+    student.eval()
+    name, least = min(student.named_parameters(), key=lambda pair: pair[1].numel())
+    quiet, console.quiet = console.quiet, True
+    try:
+        with tempfile.TemporaryDirectory() as folder, _told("the student cannot be saved and opened again"):
+            student.save_pretrained(folder, state_dict={name: least.detach()})
+            job.tokenizer.save_pretrained(folder)
+            check_export(Path(folder), student, job.tokenizer, weights=False)
+        with _told("the student cannot be sampled and measured"):
+            result = measured(job, student, stages=[], plan={}, tokens=1, new_tokens=1)
+        with _told("no summary can be written"):
+            write_summary(result).encode()
+            json.dumps(result)
+    finally:
+        console.quiet = quiet
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of other libraries as ours, each with what they kept from happening."""
+    try:
+        yield
+    except (LimbeckError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise LimbeckError(f"{what}: {sentences(error)}", expected="what the end of the run has to do") from error
 
 
 def _calibrate(settings: recipes.Calibrate, fits: NormalEquations, draw: Callable, length: int) -> float:

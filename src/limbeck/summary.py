@@ -7,6 +7,7 @@ from typing import Any
 
 from limbeck.console import as_bytes, as_time
 from limbeck.model import as_ranges
+from limbeck.report.naming import code, literal
 
 
 def write_summary(result: dict[str, Any]) -> str:
@@ -14,10 +15,10 @@ def write_summary(result: dict[str, Any]) -> str:
     held, memory, parameters = result["held_out"], result["memory"], result["parameters"]
     run = result["run"]
     lines = [
-        f"# {result['mixer']} in {result['layers']} layers of {result['teacher']}",
+        f"# {literal(result['mixer'])} in {result['layers']} layers of {literal(result['teacher'])}",
         "",
         *_layers(result["mixers"]),
-        f"Held-out text: {held['targets']:,} tokens of `{result['text']}` in packed sequences of {held['length']}.",
+        f"Held-out text: {held['targets']:,} tokens of {code(result['text'])} in packed sequences of {held['length']}.",
         "",
         "| | teacher | student |",
         "|---|---|---|",
@@ -47,8 +48,8 @@ def write_summary(result: dict[str, Any]) -> str:
         *_plan(result),
     ]
     if result["samples"]:
-        lines += ["", f"Prompt: *{result['prompt']}*", ""]
-        lines += [f"- {name}: {' '.join(text.split())}" for name, text in result["samples"].items()]
+        lines += ["", f"Prompt: *{literal(result['prompt'])}*", ""]
+        lines += [f"- {name}: {literal(text)}" for name, text in result["samples"].items()]
     lines += [
         "",
         "Next:",
@@ -71,6 +72,8 @@ def _layers(mixers: dict[str, list[int]]) -> list[str]:
 def _outcome(stage: dict[str, Any]) -> str:
     if stage["stage"] == "calibrate":
         return f"{100 * stage['unexplained']:.1f} % unexplained, ridge {stage['ridge']:g}"
+    if stage["loss"] is None:
+        return "no step"
     skipped = f", {stage['skipped']} steps skipped" if stage["skipped"] else ""
     early = sum(layer["stopped"] is not None for layer in stage.get("layers", {}).values())
     stopped = f", {early} of {len(stage['layers'])} layers stopped early" if early else ""

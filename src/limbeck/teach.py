@@ -5,6 +5,7 @@ make_stage(job, student, job.recipe.stages[1], 1).backward(batch, counts)
 """
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,8 +18,9 @@ from transformers import PreTrainedModel
 from limbeck import recipe as recipes
 from limbeck.adapters import Adapters, targets_of
 from limbeck.console import console, progress
-from limbeck.data.packing import Sequences
+from limbeck.data.packing import Sequences, count_with_targets, with_targets
 from limbeck.distributed import main_first, on_main, share, take_from_main, world
+from limbeck.errors import LimbeckError
 from limbeck.losses import Weights
 from limbeck.model import attention_sites, unshare
 from limbeck.model.body import packs_by_position
@@ -72,7 +74,7 @@ class Course:
             data = self.job.training(text)
             before = self.reached.get(name_of(text))
             lesson = Lesson(index, settings, text, data, data.after(*before) if before else 0)
-            if not self.run.finished(index):
+            if not self.run.finished(index, verify=True):
                 return lesson
             load_into(self.student, self.job.teacher, self.run.result(index))
             facts = self.run.facts(index)
@@ -177,10 +179,12 @@ def _texts(
     assert isinstance(settings, recipes.Logits)
     store = job.texts[name_of(text)].key
     ask = partial(taught, job.teacher, store=store, top=settings.top, autocast=job.autocast)
-    end = position + steps_of(settings, data.length) * settings.batch
+    end = position
+    for _ in range(steps_of(settings, data.length)):
+        _, end = with_targets(data, end, settings.batch)
     learn, facts = ask(data=plain(data), begin=position, end=end)
     if settings.evaluate_every:
-        count = min(settings.evaluate_sequences, held_out.n_sequences)
+        count = count_with_targets(held_out, settings.evaluate_sequences)
         held_out, _ = ask(data=plain(held_out), begin=0, end=count)
     return learn, held_out, {"cached_teacher": facts}
 
@@ -232,15 +236,15 @@ def solve(
     ridge = settings.ridge
     if ridge == "auto":
         judge = Logits(job.pair(student), Weights())
-        batch = data.batch(position, CHOOSING).to(job.device)
-        position += CHOOSING
+        batch, position = with_targets(data, position, CHOOSING)
+        batch = batch.to(job.device)
         with progress("choose the ridge", len(RIDGES), "fits") as advance:
             for candidate in RIDGES:
                 unexplained = fits.solve(candidate)
                 loss = float(judge.evaluate(batch)["ce"])
                 tried[f"{candidate:g}"] = {"unexplained": unexplained, "loss": loss}
                 advance(1, note=f"ridge {candidate:g}: loss {loss:.3f}")
-        ridge = on_main(lambda: float(min(tried, key=lambda name: tried[name]["loss"])))
+        ridge = on_main(lambda: float(_best_ridge(tried)))
     unexplained = fits.solve(float(ridge))
     take_from_main(p for projection in fits.projections.values() for p in projection.parameters())
     return {
@@ -253,6 +257,18 @@ def solve(
         "position": position,
         "trained_parameters": sum(p.numel() for m in fits.projections.values() for p in m.parameters()),
     }
+
+
+def _best_ridge(tried: dict[str, dict[str, float]]) -> str:
+    """The ridge of the lowest loss; one whose loss is not a number is none."""
+    losses = {name: found["loss"] for name, found in tried.items() if math.isfinite(found["loss"])}
+    if not losses:
+        raise LimbeckError(
+            "stage calibrate: the loss is not finite with any ridge",
+            expected="a finite loss with one of them",
+            hint="--set precision=fp32, or another mixer; more tokens do not help",
+        )
+    return min(losses, key=losses.__getitem__)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class TeacherRecipe(Document):
     vocabulary: Annotated[int, Field(ge=300)]  # tokens of the byte-level BPE, special ones included
     data: Data
     stages: Annotated[list[Annotated[NextToken | Repeats, Field(discriminator="stage")]], Field(min_length=1)]
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**62)
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     keep_checkpoints: Annotated[int, Field(gt=0)] = 2
     trackers: list[str] = []

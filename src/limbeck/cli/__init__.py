@@ -1,14 +1,19 @@
 """The command line: `limbeck VERB`, one verb a file."""
 
+import io
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from limbeck.console import console
+from limbeck.data.cache import refusal
 from limbeck.errors import LimbeckError
+from limbeck.stages.interrupt import Ended, Stopped, end_on_signals, put_back
+
+RESUMES = {"distill", "study", "assets", "eval"}  # verbs whose work is kept as it is done
 
 app = typer.Typer(
     name="limbeck",
@@ -35,15 +40,85 @@ def everywhere(
 
 
 def _quiet_transformers() -> None:
-    """Its own bars and advice would stand between ours."""
+    """Its own bars and advice would stand between ours; so would what torchao says of other machines' kernels."""
+    import logging as standard
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        standard.getLogger(name).setLevel(standard.ERROR)
+
+
+def _any_encoding() -> None:
+    """A terminal or a pipe that cannot write a character gets its number: `\\u2016` for "‖" ends no run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Tell how a command ended, and exit with its code. A terminal that is gone hears nothing."""
+    stopped = isinstance(error, Stopped | Ended | KeyboardInterrupt)
+    try:
+        if isinstance(error, LimbeckError):
+            if not stopped:
+                console.print("error: ", end="", style="bold red")
+            console.print(str(error), markup=False)
+        if stopped:
+            console.print("stopped" + ("; the same command resumes" if RESUMES & set(sys.argv) else ""))
+    except OSError:
+        pass
+    sys.exit(getattr(error, "exit_code", 130))
 
 
 def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
+    before = end_on_signals()
+    _in_utf8()
+    _any_encoding()
+    try:
+        _command()
+    except (LimbeckError, Ended, KeyboardInterrupt) as error:
+        _end(error)
+    except Exception as error:
+        told = refusal(error)
+        if told is None:
+            raise
+        _end(told)
+    finally:
+        put_back(before)
+
+
+def _in_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding; the terminal keeps its own.
+
+    Names of files would otherwise reach libraries that want UTF-8 in a form that they refuse.
+    """
+    if sys.getfilesystemencoding().replace("-", "").lower() == "utf8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding if sys.stdout else 'ascii'}:backslashreplace")
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def _refuse_bytes(text: str) -> None:
+    """Raises LimbeckError for a name that is no UTF-8: no recipe, table or card could hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LimbeckError(f"{text!a} holds bytes that are no UTF-8", expected="UTF-8", hint="rename it") from error
+
+
+def _command() -> None:
+    """Run the verb that was asked for."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise LimbeckError("the current folder has been deleted", expected="one that is there", hint="cd") from error
+    for text in (os.getcwd(), *(sys.argv[1:] if "generate" not in sys.argv else ())):  # prompts may hold anything
+        _refuse_bytes(text)
     from limbeck.cli import (  # noqa: F401
         assets,
         bench,
@@ -64,17 +139,8 @@ def main() -> None:
 
     _quiet_transformers()
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
-    try:
-        if any(name.endswith("_SIZE") for name in os.environ):  # one of several processes, perhaps
-            from limbeck.distributed import one_voice
+    if any(name.endswith("_SIZE") for name in os.environ):  # one of several processes, perhaps
+        from limbeck.distributed import one_voice
 
-            one_voice()
-        app()
-    except LimbeckError as error:
-        console.print("[bold red]error:[/] ", end="")
-        console.print(str(error), markup=False)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        resumes = {"distill", "study", "assets"} & set(sys.argv)
-        console.print("stopped" + ("; the same command goes on from the last checkpoint" if resumes else ""))
-        sys.exit(130)
+        one_voice()
+    app()

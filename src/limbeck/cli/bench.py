@@ -7,6 +7,7 @@ import typer
 
 from limbeck.cli import app
 from limbeck.console import console, output
+from limbeck.data.cache import check_writable
 from limbeck.errors import LimbeckError
 
 INT8 = ("weights", "dynamic", "none")
@@ -53,6 +54,8 @@ def bench(
         torch.set_num_threads(threads)
     busy = crowded(torch.get_num_threads())
     entries = _entries(models, teacher, int8, out)
+    for entry in entries:
+        check_writable(entry.home)
     race = Race(entries, settings, again=again, notes=[busy] if busy else [])
     estimates = race.estimate()
     _show_plan(estimates, len(race.points))

@@ -25,7 +25,7 @@ def distill(
     tokens: Annotated[int | None, typer.Option(help="Tokens over all stages, shared out as in the recipe.")] = None,
     data: Annotated[str | None, typer.Option(help="Text: a file, a folder, a dataset name or 'embedded'.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.1.lr=1e-3.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.hidden.lr=1e-3.")] = None,
     find_lr: Annotated[bool, typer.Option("--find-lr", help="Sweep each stage's learning rate and stop.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show the plan and stop.")] = False,
 ) -> None:
@@ -91,8 +91,11 @@ def build_recipe(
         from limbeck import mixers
 
         raw["out"] = f"runs/{base.name}-{mixers.get(student).name}"
-    if data is not None or tokens is not None:
-        raw["data"]["max_tokens"] = None  # the recipe's limit suits its own text and budget
+    if Path(name).suffix not in (".yaml", ".yml"):  # what a named recipe says of its own text and budget
+        if data is not None or tokens is not None:
+            raw["data"]["max_tokens"] = None
+        if data is not None:
+            raw["data"] |= {"text_field": "text", "chat": None}
     if stages is not None:
         raw["stages"] = stages_from_text(stages, raw)
     if tokens is not None:
@@ -104,7 +107,7 @@ def build_recipe(
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
-            raise LimbeckError(f"--set {text}", expected="--set key=value, for example --set stages.1.lr=1e-3")
+            raise LimbeckError(f"--set {text}", expected="--set key=value, for example --set stages.hidden.lr=1e-3")
         assign(raw, key, parse_value(value))
     return Recipe.parse(raw, name)
 

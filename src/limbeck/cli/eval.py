@@ -7,6 +7,7 @@ import typer
 
 from limbeck.cli import app
 from limbeck.console import console, output
+from limbeck.data.cache import check_writable, unwritable
 from limbeck.errors import LimbeckError
 
 
@@ -25,7 +26,7 @@ def eval(
     length: Annotated[int | None, typer.Option(help="Tokens in a sequence; by default the run's.")] = None,
     set: Annotated[list[str] | None, typer.Option(help="A measure's setting, e.g. agreement.tokens=4096.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep all results, a table and figures in this folder.")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured.")] = False,
     stored: Annotated[
         list[Path] | None,
@@ -65,6 +66,8 @@ def eval(
         settings = measures.settings_of(one, given[one.name])
         if one.check is not None:
             one.check(settings)
+    if out is not None:
+        check_writable(out)
     from limbeck.evaluate.subject import Subjects
 
     subjects = Subjects(teacher, data, seed, out)
@@ -73,8 +76,9 @@ def eval(
         subject = subjects.open(name)
         found += [measures.take(one, subject, given[one.name], again) for one in chosen]
     _show(found, out)
-    if not out:
-        console.print(f"[dim]kept in {', '.join(dict.fromkeys(str(subjects.homes[name]) for name in models))}[/]")
+    kept = dict.fromkeys(str(home) for home in map(subjects.homes.__getitem__, models) if not unwritable(home))
+    if kept and not out:
+        console.print(f"kept in {', '.join(kept)}", style="dim", markup=False)
 
 
 def _show(found: list[Any], out: Path | None) -> None:

@@ -1,6 +1,9 @@
 """limbeck generate: text from a student (or any causal model), streamed to the terminal."""
 
+import math
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +24,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the tokens that have this probability.")] = 1.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="Weights in int8 on a CPU: a third of the memory.")] = False,
     int8_dynamic: Annotated[
         bool, typer.Option("--int8-dynamic", help="Activations in int8 too: faster, less exact.")
@@ -36,14 +39,17 @@ def generate(
     from limbeck.generate import stream
     from limbeck.model.opening import open_model
 
-    if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    # both in UTF-8, whatever the locale
+    raw = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
+    text = raw.decode("utf-8", errors="replace")
     if not text:
         raise LimbeckError("the prompt is empty", expected="some text")
     folder = Path(model) / "student"
-    name = str(folder) if folder.is_dir() else assets.resolve_teacher(model)
-    loaded, tokenizer = open_model(name)
+    of_a_run = folder.is_dir()
+    name = str(folder) if of_a_run else assets.resolve_teacher(model)
+    loaded, tokenizer = open_model(name, student=of_a_run)
     if int8 or int8_dynamic:
         from limbeck import quantise
 
@@ -51,10 +57,13 @@ def generate(
     else:
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     console.print(text, end="", markup=False, style="dim")
-    began, pieces = time.monotonic(), []
-    for piece in stream(loaded, tokenizer, text, tokens, temperature, top_p, seed):
+    began, count = time.monotonic(), 0
+
+    def said() -> Iterator[str]:
+        nonlocal count
+        count = yield from stream(loaded, tokenizer, text, tokens, temperature, top_p, seed)
+
+    for piece in said():
         print(piece, end="", flush=True)
-        pieces.append(piece)
     print()
-    count = len(tokenizer("".join(pieces)).input_ids)
     console.print(f"[dim]{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s[/]")

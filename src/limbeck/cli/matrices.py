@@ -8,6 +8,7 @@ from rich.table import Table
 
 from limbeck.cli import app
 from limbeck.console import console, output
+from limbeck.data.cache import check_writable
 
 
 @app.command()
@@ -32,6 +33,7 @@ def matrices(
     from limbeck.report.matrices import draw
     from limbeck.stages.teacher import load_teacher
 
+    check_writable(out.parent)
     names = mixers.selection(students)
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
     text = open_text(Data(source=data, length=length, held_out=0.1, max_tokens=1_000_000), tokenizer, model)

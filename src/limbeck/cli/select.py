@@ -10,6 +10,7 @@ from rich.table import Table
 
 from limbeck.cli import app
 from limbeck.console import console, output
+from limbeck.data.cache import check_writable
 
 
 @app.command()
@@ -35,6 +36,7 @@ def select(
     from limbeck.recipe import Data
     from limbeck.stages.teacher import load_teacher
 
+    check_writable(out.parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), device)
     sites = attention_sites(model)

@@ -4,7 +4,8 @@
     for ids, mask in encoder.encode([next(encoder.read("chats.jsonl"))]):
         ...
 
-A document travels as bytes: UTF-8 text, the JSON of a conversation, or uint32 tokens.
+A document travels as bytes: UTF-8 text, the JSON of a conversation, or uint32 tokens. It is stored as a model is given
+it: behind the special tokens that a tokenizer puts before a text (`limbeck.data.special_tokens`), with EOS at the end.
 """
 
 import hashlib
@@ -14,11 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from limbeck.console import console
 from limbeck.data import sources, tokens
 from limbeck.data.hub import Rows
 from limbeck.data.sources import MESSAGES
+from limbeck.data.special_tokens import around, control_pattern, plain_ids
 
-FORMAT = 1  # raise when the files or the rules of split and order change
+FORMAT = 2  # raise when the files or the rules of split and order change
 PIECE_CHARACTERS = 4_000_000  # a longer document is tokenised in pieces: the tokenizer needs some 40 bytes a character
 
 Encoded = tuple[np.ndarray, np.ndarray | None]  # ids, and 1 where a token is to be learnt
@@ -28,6 +31,7 @@ class Encoder(Protocol):
     """Reads a source's documents and turns them into ids."""
 
     eos: int
+    begin: tuple[int, ...]  # what every document begins with, BOS as a rule; no target
     masked: bool  # some tokens are not to be learnt, so a mask is stored
     settings: dict[str, Any]  # what the cache key must know beyond the tokenizer
 
@@ -54,7 +58,7 @@ def encoder_of(source: str | Rows, tokenizer: Any, eos: int, text_field: str, ch
         chat: the records are conversations; None: where they have `messages` and no field `text_field`.
     """
     if isinstance(source, str) and tokens.is_tokens(source):
-        return tokens.TokenEncoder(source, eos)
+        return tokens.TokenEncoder(source, eos, around(tokenizer).begin)
     if chat is None:
         chat = sources.holds_messages(source, text_field)
     if chat:
@@ -65,13 +69,19 @@ def encoder_of(source: str | Rows, tokenizer: Any, eos: int, text_field: str, ch
 
 
 class TextEncoder:
-    """Plain text; every document ends with EOS."""
+    """Plain text; every document begins as the tokenizer begins a text, and ends with EOS.
+
+    What looks like a control token in it (`</s>` in a page of HTML) is split as the text it is.
+    """
 
     masked = False
 
     def __init__(self, tokenizer: Any, eos: int, text_field: str):
         self.tokenizer, self.eos, self.text_field = tokenizer, eos, text_field
+        self.begin = around(tokenizer).begin
         self.settings: dict[str, Any] = {}
+        self.control = control_pattern(tokenizer)
+        self.seen, self.split, self.example = 0, 0, ""
 
     @property
     def highest(self) -> int:
@@ -84,24 +94,27 @@ class TextEncoder:
             yield text.encode("utf-8", "replace")
 
     def encode(self, documents: list[bytes]) -> list[Encoded]:
-        """Ids of each with EOS at the end; everything is learnt."""
+        """Ids of each with what begins and ends it; everything is learnt but the beginning."""
         texts = [raw.decode("utf-8") for raw in documents]
+        self.seen += len(texts)
+        for text in texts:
+            if found := self.control.search(text):
+                self.split, self.example = self.split + 1, self.example or found[0]
         if all(len(text) <= PIECE_CHARACTERS for text in texts):
-            found = plain_ids(self.tokenizer, texts)
+            made = plain_ids(self.tokenizer, texts)
         else:
-            found = [[i for ids in plain_ids(self.tokenizer, list(_pieces(text))) for i in ids] for text in texts]
-        return [(np.array([*ids, self.eos], np.int64), None) for ids in found]
+            made = [[i for ids in plain_ids(self.tokenizer, list(_pieces(text))) for i in ids] for text in texts]
+        return [(np.array([*self.begin, *ids, self.eos], np.int64), None) for ids in made]
 
     def report(self, source: str) -> None:
-        """Nothing is dropped."""
-
-
-def plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of each text, without special tokens of its own."""
-    # verbose=False: no "sequence is longer than the model's maximum" for a document that is cut up later anyway.
-    return tokenizer(
-        texts, add_special_tokens=False, truncation=False, padding=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+        """Says in how many documents control tokens stood."""
+        if self.split:
+            console.print(
+                f"in {self.split:,} of {self.seen:,} documents of '{source}' stand strings of the tokenizer's control "
+                f"tokens, such as {self.example}: read as plain text (conversations belong in a field '{MESSAGES}')",
+                markup=False,
+            )
+        self.seen, self.split, self.example = 0, 0, ""
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -133,6 +146,7 @@ def stored_settings(encoder: Encoder, tokenizer: Any, text_field: str, held_out:
         "format": FORMAT,
         "text_field": text_field,
         "tokenizer": tokenizer_key(tokenizer),
+        "begin_ids": list(encoder.begin),
         "eos_id": encoder.eos,
         "held_out": float(held_out),
         **encoder.settings,

@@ -8,6 +8,7 @@ Errors name the dataset as the user wrote it.
 """
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from limbeck.errors import LimbeckError
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
 KNOWN = (
-    "a .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, a folder made by datasets.save_to_disk, "
-    "a Hugging Face dataset 'owner/name', or 'embedded'"
+    "a .txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or .parquet file (all but the last .gz too), a folder of them, "
+    "a folder made by datasets.save_to_disk, a Hugging Face dataset 'owner/name', or 'embedded'"
 )
+LIKELY = ("text", "content", "body", "document", "article", "output", "response", "completion")  # fields of text
 NEEDS_DATA = "pip install 'limbeck[data]'"
 
-ValueOf = Callable[[Any, str, str], str | None]  # value, field, place: the document
+BESIDE = ("tools", "chat_template_kwargs")  # fields beside the messages that a chat template is given
+ValueOf = Callable[[Any, str, str, dict[str, Any]], str | None]  # value, field, place, the row: the document
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,15 @@ class Rows:
 def no_field(text_field: str, fields: Any, place: str) -> LimbeckError:
     """The error where a record has no such field."""
     names = ", ".join(map(str, fields)) or "none"
-    return LimbeckError(f"{place}: no field '{text_field}', only: {names}", hint="set text_field to one of those")
+    likely = "text" if "messages" in fields else next((name for name in LIKELY if name in fields), None)
+    if likely is None and isinstance(fields, dict):
+        likely = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], str) else 0)
+    chosen = likely or next(iter(fields), "text")
+    return LimbeckError(
+        f"{place}: no field '{text_field}', only: {names}",
+        expected="the name of the field that holds the text",
+        hint=f"--set {shlex.quote(f'data.text_field={chosen}')}",
+    )
 
 
 def _datasets() -> Any:
@@ -94,9 +105,10 @@ def rows_of(dataset: Any, text_field: str, value_of: ValueOf, place: str) -> Ite
     if dataset.column_names is not None:  # a streamed dataset may not know them
         if text_field not in dataset.column_names:
             raise no_field(text_field, dataset.column_names, place)
-        dataset = dataset.select_columns([text_field])
+        dataset = dataset.select_columns([name for name in (text_field, *BESIDE) if name in dataset.column_names])
     for batch in dataset.iter(batch_size=1000):
         if text_field not in batch:
             raise no_field(text_field, batch, place)
-        for value in batch[text_field]:
-            yield value_of(value, text_field, place)
+        for values in zip(*batch.values()):
+            row = dict(zip(batch, values))
+            yield value_of(row[text_field], text_field, place, row)

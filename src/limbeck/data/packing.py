@@ -8,6 +8,8 @@ exactly `length` tokens: no padding, and no token is lost but a tail shorter tha
 sequences since the start of training and runs on into the next epoch, which has another order. To resume, keep the
 integer; for several processes, give each its own share of the positions. Nothing crosses a document's end: position ids
 start again at 0, and the last token of a document (EOS) has no target; of a conversation only the answers are targets.
+Where the tokenizer begins a text with BOS, a sequence that begins inside a document begins with BOS as well: in use
+there is always one, and many models know nothing without. BOS is no target, and neither is what follows a second BOS.
 Legend: B batch, T time.
 """
 
@@ -23,6 +25,7 @@ from limbeck.data.known import Known, pinned
 from limbeck.data.shards import Split
 from limbeck.errors import LimbeckError
 
+EMPTY = 1024  # sequences without a target in a row, after which it is asked whether there are any with one
 IGNORE = -100  # the target of a token after which nothing is to be predicted
 
 
@@ -61,6 +64,10 @@ class Batch:
     def pinned(self) -> Self:
         """The same in pinned memory, with what is known of it: it goes to a GPU without waiting."""
         return replace(pinned(self), known=self.facts().pinned())
+
+    def rows(self, chosen: Tensor | slice) -> Self:
+        """Some of the sequences, of a batch on the CPU: a mask [B], or a slice of B."""
+        return replace(self, **{name: t[chosen] for name, t in vars(self).items() if isinstance(t, Tensor)}, known=None)
 
     def facts(self) -> Known:
         """What the host can know of the batch."""
@@ -135,17 +142,24 @@ class Packed:
 
     def _rows(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         order, starts = self._layout(epoch)
-        begin = rows[:, None] * self.length
-        where = begin + np.arange(self.length + 1)  # [B, T + 1], in the stream of this epoch
+        begin, columns = rows[:, None] * self.length, np.arange(self.length + 1)
+        lead = np.array(self.split.begin, np.int64)
+        first = starts[np.searchsorted(starts, begin, side="right") - 1]
+        shift = np.where(first < begin, len(lead), 0)  # [B, 1]: such a row leaves out its last tokens for the lead
+        where = np.maximum(begin + columns - shift, begin)  # [B, T + 1], in the stream of this epoch
         document = np.searchsorted(starts, where, side="right") - 1
-        place = self.split.offsets[order[document]] + where - starts[document]
+        inside = where - starts[document]  # the token's place in its document
+        place = self.split.offsets[order[document]] + inside
         tokens = self.split.tokens[place].astype(np.int64)
-        position = where - np.maximum(starts[document], begin)
-        wanted = document[:, 1:] == document[:, :-1]
+        begins = np.where(starts[document] < begin, 0, starts[document] - begin + shift)  # the document's column
+        # What a document begins with is no target; of a row with a lead neither is the lead nor what follows it.
+        wanted = (document[:, 1:] == document[:, :-1]) & (columns[1:] > shift) & (inside[:, 1:] >= len(lead))
         if self.split.mask is not None:
             wanted &= self.split.mask[place[:, 1:]] != 0
+        if len(lead):
+            tokens[:, : len(lead)] = np.where(shift > 0, lead, tokens[:, : len(lead)])
         targets = np.where(wanted, tokens[:, 1:], IGNORE)
-        return tokens[:, :-1], position[:, :-1], targets
+        return tokens[:, :-1], (columns - begins)[:, :-1], targets
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the documents in an epoch [n], and where each begins in the stream, with the end [n + 1]."""
@@ -160,6 +174,84 @@ class Packed:
             while len(self._layouts) > 2:  # a batch spans two epochs at most, if it is not longer than one
                 self._layouts.popitem(last=False)
         return self._layouts[epoch]
+
+
+def with_targets(data: Sequences, position: int, size: int) -> tuple[Batch, int]:
+    """The next `size` sequences that have a target: what is learnt from targets reads on over those that have none.
+
+    Args:
+        position: where to begin to look.
+        size: B, at least 1.
+
+    Returns:
+        The batch, and the position behind the last sequence that was looked at; both follow from `position` alone.
+
+    Raises:
+        LimbeckError: no sequence of a whole epoch has a target.
+    """
+    parts: list[Batch] = []
+    missing, empty = size, 0
+    while missing:
+        batch = data.batch(position, missing)
+        has = (batch.targets != IGNORE).any(1)
+        position += missing
+        if has.any():
+            parts.append(batch if has.all() else batch.rows(has))
+            missing, empty = missing - int(has.sum()), 0
+        else:
+            empty += missing
+            if empty >= EMPTY and empty >= data.n_sequences:
+                raise no_targets("the text", data.length)
+    return join(parts), position
+
+
+def count_with_targets(data: Sequences, wanted: int) -> int:
+    """How many sequences from the first on to measure: `wanted` or all there are, or more until one has a target.
+
+    Raises:
+        LimbeckError: none has.
+    """
+    for at in range(data.n_sequences):
+        if data.batch(at, 1).valid:
+            return max(at + 1, min(wanted, data.n_sequences))
+    raise no_targets("the held-out text", data.length)
+
+
+def share_with_targets(split: Split, length: int) -> tuple[int, int]:
+    """How many sequences of a split, in stored order, have a target, and how many there are."""
+    count, lead = max(split.n_tokens - 1, 0) // length, len(split.begin)
+    if split.mask is None and not (np.diff(split.offsets) < 2 + lead).any():
+        return count, count  # every document has a token that follows another
+    found = 0
+    for at in range(0, count, step := max(1, 2**24 // length)):
+        rows = min(step, count - at)
+        begin = at * length + 1  # the first sequence's first target
+        wanted = np.ones(rows * length, bool) if split.mask is None else split.mask[begin : begin + rows * length] != 0
+        for token in range(max(lead, 1)):  # what a document begins with is no target
+            first = split.offsets[:-1] + token
+            first = first[(first >= begin) & (first < begin + rows * length)]
+            wanted[first - begin] = False
+        wanted = wanted.reshape(rows, length)
+        if lead:  # a sequence that begins inside a document leaves out its last tokens for the lead
+            wanted[~np.isin(np.arange(at, at + rows) * length, split.offsets), -lead:] = False
+        found += int(wanted.any(1).sum())
+    return found, count
+
+
+def no_targets(what: str, length: int) -> LimbeckError:
+    """The error where there is nothing to learn or to measure."""
+    return LimbeckError(
+        f"no token of {what} is to be learnt, in no sequence of {length} tokens",
+        expected="answers of the assistant in conversations, documents of two tokens or more in other text",
+    )
+
+
+def join(parts: list[Batch]) -> Batch:
+    """The sequences of several batches of one kind, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for name, t in vars(parts[0]).items() if isinstance(t, Tensor)]
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, known=None)
 
 
 def check_position(position: int, size: int) -> None:

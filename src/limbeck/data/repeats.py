@@ -18,6 +18,7 @@ import torch
 
 from limbeck.data.encode import key_of
 from limbeck.data.packing import IGNORE, Batch, Sequences, check_position
+from limbeck.data.special_tokens import around
 from limbeck.errors import LimbeckError
 
 REPEATS = "repeats"  # the source's name
@@ -32,25 +33,27 @@ class Lists:
     held_out: ClassVar[None] = None  # no text to measure on
     vocabulary: int
     special: tuple[int, ...]
+    begin: tuple[int, ...] = ()  # what the tokenizer begins a text with
 
     @classmethod
     def of(cls, tokenizer: Any, vocabulary: int) -> Self:
         """Of the tokens that the tokenizer has and the model has a row for."""
         most = min(vocabulary, len(tokenizer))
-        return cls(most, tuple(sorted({0, *(one for one in tokenizer.all_special_ids if one < most)})))
+        special = sorted({0, *(one for one in tokenizer.all_special_ids if one < most)})
+        return cls(most, tuple(special), around(tokenizer).begin)
 
     @property
     def key(self) -> str:
         """Which lists these are, for the run's manifest."""
-        return key_of({REPEATS: self.vocabulary, "special": self.special})
+        return key_of({REPEATS: self.vocabulary, "special": self.special, "begin": self.begin})
 
     def training(self, length: int, seed: int) -> "Repeats":
         """Rows of `length` tokens."""
-        return Repeats(self.vocabulary, length, seed, self.special)
+        return Repeats(self.vocabulary, length, seed, self.special, self.begin)
 
     def measured(self, length: int) -> "Repeats":
         """Other rows than any that are trained on."""
-        return Repeats(self.vocabulary, length, HELD_OUT, self.special)
+        return Repeats(self.vocabulary, length, HELD_OUT, self.special, self.begin)
 
 
 class Repeats:
@@ -61,6 +64,7 @@ class Repeats:
         length: T, tokens in a sequence.
         seed: of what is drawn.
         special: tokens that are not drawn; 0 ends documents.
+        begin: tokens that every row begins with.
 
     Raises:
         LimbeckError: sequences too short for two lists, or longer than there are different tokens for.
@@ -68,12 +72,19 @@ class Repeats:
 
     n_sequences = 2**62  # none comes again
 
-    def __init__(self, vocabulary: int, length: int, seed: int = 0, special: tuple[int, ...] = (0,)):
+    def __init__(
+        self,
+        vocabulary: int,
+        length: int,
+        seed: int = 0,
+        special: tuple[int, ...] = (0,),
+        begin: tuple[int, ...] = (),
+    ):
         self.drawn = np.setdiff1d(np.arange(vocabulary), special)
-        most = 2 * len(self.drawn) + 1
-        if not 2 * SHORTEST <= length <= most:
-            raise LimbeckError(f"repeats of {length} tokens", expected=f"{2 * SHORTEST} to {most}")
-        self.length, self.seed = length, seed
+        least, most = 2 * SHORTEST + len(begin), 2 * len(self.drawn) + 1 + len(begin)
+        if not least <= length <= most:
+            raise LimbeckError(f"repeats of {length} tokens", expected=f"{least} to {most}")
+        self.length, self.seed, self.begin = length, seed, begin
 
     def batch(self, position: int, size: int) -> Batch:
         """Sequences `position` to `position + size`: tensors of shape [size, length]."""
@@ -91,7 +102,11 @@ class Repeats:
     def _row(self, number: int) -> np.ndarray:
         """[2, T + 1]: the tokens, and whether each could be foretold."""
         rng = np.random.default_rng((self.seed, self.length, number))
-        count = int(rng.integers(SHORTEST, self.length // 2 + 1))
+        room = self.length - len(self.begin)
+        count = int(rng.integers(SHORTEST, room // 2 + 1))
         listed = self.drawn[rng.choice(len(self.drawn), count, replace=False)]
-        places = np.arange(self.length + 1)
-        return np.stack([listed[places % count], places > count])  # the first repeated token tells the way
+        places = np.arange(room + 1)
+        # the first repeated token tells the way
+        row = np.stack([listed[places % count], places > count])
+        lead = np.array([self.begin, [0] * len(self.begin)], row.dtype)
+        return np.concatenate([lead, row], 1)

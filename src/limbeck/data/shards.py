@@ -4,15 +4,18 @@
     store.train.tokens          # uint16 or uint32 [n_tokens], a memory map
     store.held_out.offsets      # int64 [n_documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
 
-Every document ends with EOS. A hash of its text decides on which side of the split it falls and where in the order it
-stands, so more data never moves a document across the split, duplicates stay together, and a limit on tokens takes a
-fair mix of all sources. The files lie in the cache under a key of content, tokenizer and settings. The sequence length
-is not part of that key, because nothing stored depends on it (`limbeck.data.packing` cuts the sequences): two lengths
-share one store. Checksums are compared at each opening; a damaged store is made again.
+Every document begins as the tokenizer begins a text and ends with EOS. A hash of its text decides on which side of the
+split it falls and where in the order it stands, so more data never moves a document across the split, duplicates stay
+together, and a limit on tokens takes a fair mix of all sources. Where the hash leaves one side without any document,
+the first ones in that order are held out instead, or, of a single text, its end (`_part`). The files lie in the cache
+under a key of content, tokenizer and settings. The sequence length is not part of that key, because nothing stored
+depends on it (`limbeck.data.packing` cuts the sequences): two lengths share one store. Checksums are compared at each
+opening; a damaged store is made again.
 """
 
 import hashlib
 import mmap
+import shlex
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,15 +25,19 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.console import progress
+from limbeck.console import console, progress
 from limbeck.data.cache import cache_root, check_room, publish
-from limbeck.data.encode import Encoder, encoder_of, key_of, stored_settings
-from limbeck.data.sources import fingerprint, stored_bytes
+from limbeck.data.encode import Encoder, TextEncoder, encoder_of, key_of, stored_settings
+from limbeck.data.sources import files_of, fingerprint, stored_bytes
+from limbeck.data.tokens import TokenEncoder
 from limbeck.errors import LimbeckError
 
 SPLITS = ("train", "held_out")
 BATCH_CHARACTERS = 1_000_000  # of text that is handed to the tokenizer at once
 FEWEST_SEQUENCES = 2
+SHORTEST = 16  # tokens in a sequence, as in recipes
+PARTED_BYTES = 16_384  # least to hold out of a text that has to be parted, if that is no more than a tenth of it
+ENDS = ("</s>", "<|endoftext|>", "<eos>", "<|im_end|>", "<|end_of_text|>", "[EOS]", "[SEP]")
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,14 @@ class Split:
         tokens: uint16 or uint32 [n_tokens], a read-only memory map.
         offsets: int64 [n_documents + 1], the first token of each document and the end of the last.
         mask: uint8 [n_tokens], 1 for a token that is to be learnt; None: all of them.
+        begin: ids that every document begins with, and a sequence too that begins inside a document.
     """
 
     name: str
     tokens: np.ndarray
     offsets: np.ndarray
     mask: np.ndarray | None = None
+    begin: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -60,13 +69,15 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """A tokenised source: its two splits, the cache key (for the run's manifest) and the EOS id."""
+    """A tokenised source: two splits, the EOS id and, for the run's manifest, the cache key and `sources.files_of`."""
 
+    source: str
     folder: Path
     key: str
     eos_id: int
     train: Split
     held_out: Split
+    files: dict[str, int]
 
 
 def prepare(
@@ -104,9 +115,7 @@ def prepare(
             f"length={length}, held_out={held_out}, max_tokens={max_tokens}",
             expected="length and max_tokens of at least 1, held_out from 0 to less than 1",
         )
-    eos = tokenizer.eos_token_id if eos_id is None else eos_id
-    if eos is None:
-        raise LimbeckError("the tokenizer has no end-of-sequence token", hint="give eos_id")
+    eos = end_of(tokenizer, eos_id)
     check_ids(eos, vocab_size)
     encoder = encoder_of(source, tokenizer, int(eos), text_field, chat)
     settings = {
@@ -124,9 +133,10 @@ def prepare(
     # Reading spools the text beside the tokens, so that it can be tokenised in the order of the hashes.
     manifest = publish(folder, fill, what=f"tokens of {source}", need_bytes=2 * stored_bytes(source), verify=True)
     check_ids(manifest["max_id"], vocab_size)
-    store = TokenStore(folder, key, eos, *(open_split(folder, name, manifest["dtype"]) for name in SPLITS))
-    check_enough(store, source, length, held_out, max_tokens)
-    return store
+    splits = [open_split(folder, name, manifest["dtype"], encoder.begin) for name in SPLITS]
+    tell_parted(manifest, source)
+    check_enough(splits if held_out else splits[:1], source, length, max_tokens)
+    return TokenStore(source, folder, key, eos, splits[0], splits[1], files_of(source))
 
 
 @contextmanager
@@ -144,6 +154,7 @@ def tokenise(
     vocab_size: int | None = None,
     quiet: bool = False,
     going: Callable[[], None] = lambda: None,
+    part: bool = True,
 ) -> dict[str, Any]:
     """Writes tokens, offsets and, of conversations, masks of both splits into `folder`.
 
@@ -153,6 +164,7 @@ def tokenise(
         source: for messages.
         quiet: no progress bar (there is another one, or a thread in the background does this).
         going: called between the parts of the work; may raise to end it.
+        part: hold something out even where the hash leaves one side of the split without a document.
 
     Returns:
         What the manifest shall say of them.
@@ -162,6 +174,9 @@ def tokenise(
     dtype = np.dtype("<u2" if encoder.highest < 65536 else "<u4")
     spool = folder / "text"
     starts, order, sides = _spool(spool, documents, settings["held_out"], show, going)
+    parted = None
+    if part and settings["held_out"] and len(order) and not 0 < sides.sum() < len(order):
+        starts, order, sides, parted = _part(spool, starts, order, settings["held_out"], encoder, limit)
     expected = min(limit or starts[-1], starts[-1] // 2) * dtype.itemsize + 8 * len(order)
     check_room(folder, int(expected), f"tokens of {source}")
 
@@ -203,6 +218,7 @@ def tokenise(
     encoder.report(source)
     return {
         "dtype": dtype.str,
+        "parted": parted,
         "max_id": max_id,
         "documents": {name: len(offsets[name]) - 1 for name in SPLITS},
         "tokens": {name: offsets[name][-1] for name in SPLITS},
@@ -234,6 +250,99 @@ def _spool(
     return starts, order, held.astype(np.int8)
 
 
+def _part(
+    spool: Path, starts: array, order: np.ndarray, share: float, encoder: Encoder, limit: int | None
+) -> tuple[array, np.ndarray, np.ndarray, str | None]:
+    """Holds something out where the hash of so few documents has put all on one side.
+
+    The first documents in the order by hash while they fit, those that are the same together; where too few do, the
+    end of the longest, cut at a blank line, a line or a space where there is one. All that comes first in the order, so
+    that no limit on tokens cuts it off.
+
+    Returns:
+        As `_spool`, and what was held out in words; None where a single document cannot be cut.
+    """
+    sides = np.zeros(len(order), np.int8)
+    sizes, total = np.diff(np.frombuffer(starts, np.int64)), starts[-1]
+    usable = min(total, 3 * limit) if limit else total
+    wanted = max(round(share * usable), min(PARTED_BYTES, usable // 10))
+    held = documents = begin = 0
+    with open(spool, "rb") as file:
+
+        def read(i: int) -> bytes:
+            file.seek(starts[i])
+            return file.read(int(sizes[i]))
+
+        while begin < len(order) and held < wanted:
+            end = begin + 1  # documents of one hash are neighbours
+            while end < len(order) and read(order[end]) == read(order[begin]):
+                end += 1
+            size = int(sizes[order[begin:end]].sum())
+            if held + size <= 2 * wanted:
+                sides[order[begin:end]] = 1
+                held, documents = held + size, documents + end - begin
+            begin = end
+        whole = f"the first {documents:,} of {len(order):,} documents by their hash" if documents else None
+        if held >= wanted // 2:
+            return starts, order, sides, whole
+        longest = int(np.argmax(np.where(sides, 0, sizes)))
+        size = int(sizes[longest])
+        cut = _cut(read(longest), max(size - (wanted - held), size // 2), encoder)
+    if cut is None:
+        return starts, order, sides, whole
+    parted = array("q", starts)
+    parted.insert(longest + 1, starts[longest] + cut)
+    order = np.insert(np.where(order > longest, order + 1, order), 0, longest + 1)
+    words = f"the last {sizes[longest] - cut:,} of the {sizes[longest]:,} bytes of the longest document"
+    return parted, order, np.insert(sides, longest + 1, 1), f"{words}, and {whole}" if whole else words
+
+
+def _cut(raw: bytes, near: int, encoder: Encoder) -> int | None:
+    """Where to cut a document near a byte; None where that cannot be done."""
+    if isinstance(encoder, TokenEncoder):
+        return near // 4 * 4 or None
+    if not isinstance(encoder, TextEncoder):  # a conversation stays whole
+        return None
+    window = min(near, (len(raw) - near) // 2)
+    for mark in (b"\n\n", b"\n", b" "):
+        found = raw.rfind(mark, near - window, near)
+        if found > 0 and raw[: found + len(mark)].strip() and raw[found + len(mark) :].strip():
+            return found + len(mark)
+    while near and raw[near] & 0xC0 == 0x80:  # inside a character
+        near -= 1
+    return near or None
+
+
+def tell_parted(manifest: dict[str, Any], source: str) -> None:
+    """Say what is held out where no document was by its hash."""
+    if manifest.get("parted"):
+        console.print(f"'{source}': held out is {manifest['parted']}, as no hash parts it", markup=False)
+
+
+def end_of(tokenizer: Any, eos_id: int | None = None) -> int:
+    """The token that ends a document: the given one, or the tokenizer's EOS.
+
+    Raises:
+        LimbeckError: it has none.
+    """
+    eos = tokenizer.eos_token_id if eos_id is None else eos_id
+    if eos is not None:
+        return int(eos)
+    known = tokenizer.get_vocab()
+    names = [*ENDS, *tokenizer.all_special_tokens, *known]
+    end = next(name for name in names if name in known)
+    place = str(getattr(tokenizer, "name_or_path", "")) or "the teacher's folder"
+    code = (
+        f"from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained({place!r}); "
+        f"t.eos_token = {end!r}; t.save_pretrained({place!r})"
+    )
+    raise LimbeckError(
+        "the tokenizer has no end-of-sequence token (EOS), so nothing can end a document",
+        expected="eos_token in tokenizer_config.json",
+        hint=f"python -c {shlex.quote(code)}",
+    )
+
+
 def place_of(raw: bytes) -> tuple[int, int]:
     """Two independent numbers below 2**64 from a document's hash: its side of the split, and its rank in the order.
 
@@ -255,7 +364,7 @@ def _batches(starts: array, order: np.ndarray) -> Iterator[list[int]]:
         yield batch
 
 
-def open_split(folder: Path, name: str, dtype: str) -> Split:
+def open_split(folder: Path, name: str, dtype: str, begin: tuple[int, ...] = ()) -> Split:
     """A split of a published folder."""
 
     def mapped(path: Path, dtype: str) -> np.ndarray:
@@ -267,6 +376,7 @@ def open_split(folder: Path, name: str, dtype: str) -> Split:
         mapped(folder / f"{name}.tokens", dtype),
         np.fromfile(folder / f"{name}.offsets", "<i8"),
         mapped(mask, "u1") if mask.exists() else None,
+        begin,
     )
 
 
@@ -279,18 +389,20 @@ def check_ids(max_id: int, vocab_size: int | None) -> None:
         )
 
 
-def check_enough(store: TokenStore, source: str, length: int, held_out: float, max_tokens: int | None) -> None:
+def check_enough(splits: list[Split], source: str, length: int, max_tokens: int | None = None) -> None:
+    """Raises LimbeckError where a split has no room for two sequences."""
     needed = FEWEST_SEQUENCES * length + 1
-    for split in (store.train, store.held_out) if held_out else (store.train,):
-        if split.n_tokens < needed:
-            ways = ["more text", "a smaller length"]
-            if max_tokens is not None:
-                ways.append("a larger max_tokens")
-            if split.name == "held_out":
-                ways.append("a larger held_out share, or 0 for none")
-            raise LimbeckError(
-                f"'{source}' gives {split.n_tokens:,} {split.name} tokens in {split.n_documents:,} documents "
-                f"(split by document: {store.train.n_documents:,} train, {store.held_out.n_documents:,} held out)",
-                expected=f"at least {needed:,} tokens: {FEWEST_SEQUENCES} sequences of {length}",
-                hint="; ".join(ways),
-            )
+    if all(split.n_tokens >= needed for split in splits):
+        return
+    least = min(splits, key=lambda split: split.n_tokens)
+    fits = (least.n_tokens - 1) // FEWEST_SEQUENCES
+    ways = [f"--set data.length={fits}"] if fits >= SHORTEST else []
+    if max_tokens is not None and sum(split.n_tokens for split in splits) >= max_tokens:
+        ways.append("--set data.max_tokens=null")
+    counts = ", ".join(f"{split.n_documents:,} {split.name.replace('_', ' ')}" for split in splits)
+    raise LimbeckError(
+        f"'{source}' gives {least.n_tokens:,} {least.name} tokens in {least.n_documents:,} documents "
+        f"(split by document: {counts})",
+        expected=f"at least {needed:,} tokens: {FEWEST_SEQUENCES} sequences of {length}; more text",
+        hint="   or   ".join(ways) or None,
+    )

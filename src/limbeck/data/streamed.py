@@ -6,9 +6,8 @@ The order of shards and documents is `limbeck.data.streaming`'s.
 """
 
 import numpy as np
-import torch
 
-from limbeck.data.packing import Batch, Packed, Sequences, check_position, mix
+from limbeck.data.packing import Batch, Packed, Sequences, check_position, join, mix
 from limbeck.data.streaming import OPEN, Stream
 from limbeck.errors import LimbeckError
 
@@ -46,8 +45,7 @@ class Streamed:
             position, size = position + take, size - take
         following = self._order(epoch + (place + 1) // len(self.stream.shards))
         self.stream.ahead(int(following[(place + 1) % len(following)]))
-        names = ("input_ids", "position_ids", "targets")
-        return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return join(parts)
 
     def after(self, read: Sequences, position: int) -> int:
         """The position, in sequences of this length, of what follows the `position` sequences of `read`."""

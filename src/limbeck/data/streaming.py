@@ -7,10 +7,13 @@ A shard is a file of a folder, a part of a Hugging Face dataset (read with strea
 Its tokens are published whole, with checksums, under the cache. The order of the shards is drawn from (seed, epoch),
 that of the documents inside a shard too, and every shard is cut into sequences on its own: so a batch is a function
 of its position here as well. How many tokens a shard has is kept even when its tokens are dropped to make room, so to
-resume reads nothing of what came before. While one shard is trained on, the next is tokenised in a thread.
+resume reads nothing of what came before. While one shard is trained on, the next is tokenised in a thread. What a file
+held when it was tokenised is kept as a checksum: where one was edited since, the tokens get another key.
 """
 
 import atexit
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -23,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from limbeck.console import console
-from limbeck.data.cache import MANIFEST, cache_root, publish, sound
+from limbeck.data.cache import MANIFEST, cache_root, publish, sha256_of, sound, write_text
 from limbeck.data.encode import encoder_of, key_of, stored_settings
 from limbeck.data.parts import shards_of
-from limbeck.data.shards import Split, check_ids, open_split, tokenise
+from limbeck.data.shards import Split, check_enough, check_ids, end_of, open_split, tell_parted, tokenise
 from limbeck.errors import LimbeckError
 
 OPEN = 2  # shards that are held open
@@ -46,7 +49,8 @@ class Stream:
         text_field, eos_id, vocab_size, chat: as for `shards.prepare`.
 
     Raises:
-        LimbeckError: the source is missing or has no shards; later, a shard that is gone, damaged or changed.
+        LimbeckError: the source is missing, has no shards, or too little text to train or measure on; later, a shard
+            that is gone, damaged or changed.
     """
 
     def __init__(
@@ -64,23 +68,26 @@ class Stream:
         vocab_size: int | None = None,
         chat: bool | None = False,
     ):
-        eos = tokenizer.eos_token_id if eos_id is None else eos_id
-        if eos is None:
-            raise LimbeckError("the tokenizer has no end-of-sequence token", hint="give eos_id")
+        eos = end_of(tokenizer, eos_id)
         check_ids(eos, vocab_size)
         self.source, self.vocab_size, self.limit = source, vocab_size, int(cache_gb * 1e9)
         self.shards, first = shards_of(source)
-        self.encoder = encoder_of(first, tokenizer, int(eos), text_field, chat)
+        self.encoder = encoder_of(first, tokenizer, eos, text_field, chat)
         self.settings = stored_settings(self.encoder, tokenizer, text_field, held_out)
-        self.files = {shard.name: shard.size for shard in self.shards}
-        self.key = key_of({"stream": source, "shards": self.files, **self.settings})
-        self.folder = (cache or cache_root() / "streams") / self.key
+        self.files: dict[str, Any] = {shard.name: shard.size for shard in self.shards}
+        self.cache = cache or cache_root() / "streams"
+        self.parted: int | None = None  # the shard of which something is held out although no hash says so
+        self._name()
         self._needed: list[int] = []  # shards that must not make way
         self._ahead: dict[int, threading.Thread] = {}
         self._ending = threading.Event()
         self._lock = threading.Lock()
         _streams.add(self)
-        self.held_out = self._hold_out(max(held_out_tokens, 2 * length + 1)) if held_out else None
+        if changed := self._changed():
+            self._name(changed=changed)
+            self.files |= changed
+        self.held_out = self._hold_out(max(held_out_tokens, 2 * length + 1), changed) if held_out else None
+        self._check_enough(length)
 
     def n_tokens(self, index: int) -> int:
         """Training tokens of a shard; it is tokenised now if that was never done."""
@@ -93,10 +100,10 @@ class Stream:
         folder = self._of(index)
         try:
             os.utime(folder / MANIFEST)  # used just now
-            return open_split(folder, "train", manifest["dtype"])
+            return open_split(folder, "train", manifest["dtype"], self.encoder.begin)
         except FileNotFoundError:  # another process made room this very moment
             manifest = self._made(index)
-            return open_split(folder, "train", manifest["dtype"])
+            return open_split(folder, "train", manifest["dtype"], self.encoder.begin)
 
     def ahead(self, index: int) -> None:
         """Begin to tokenise a shard that will be needed next, in a thread."""
@@ -124,12 +131,59 @@ class Stream:
         self._ending.set()
         self.wait()
 
+    def _name(self, **more: Any) -> None:
+        """Under which key the tokens lie."""
+        shards = {shard.name: shard.size for shard in self.shards}
+        self.key = key_of({"stream": self.source, "shards": shards, **self.settings, **more})
+        self.folder = self.cache / self.key
+
+    def _changed(self) -> dict[str, str]:
+        """Of the shards that were tokenised before, those whose files hold other bytes now, with their checksums.
+
+        Only files that were touched since are read.
+        """
+        changed = {}
+        for index, shard in enumerate(self.shards):
+            path = self._facts_of(index)
+            if not shard.files or not path.exists():
+                continue
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if facts["touched"] == (touched := _touched(shard.files)):
+                continue
+            now = content_of(shard.files)
+            if now == facts["content"]:
+                write_text(path, json.dumps({**facts, "touched": touched}) + "\n")
+            else:
+                changed[shard.name] = now
+        if changed:
+            names = ", ".join(list(changed)[:4]) + (" ..." if len(changed) > 4 else "")
+            console.print(
+                f"'{self.source}': {len(changed):,} shards were edited since they were tokenised: {names}", markup=False
+            )
+        return changed
+
+    def _check_enough(self, length: int) -> None:
+        """Raises LimbeckError where there is no sequence to train on, or too little to measure."""
+        if self.held_out is None:
+            return  # no shard was looked at
+        check_enough([self.held_out], self.source, length)
+        if not any(self.n_tokens(index) > length for index in range(len(self.shards))):
+            raise LimbeckError(
+                f"no shard of '{self.source}' has {length + 1:,} tokens to train on",
+                expected="shards of many sequences; a tail shorter than a sequence is left out of each",
+                hint="--set data.streaming=false",
+            )
+
+    def _facts_of(self, index: int) -> Path:
+        """The file that says what is known of a shard for good."""
+        return self.folder / "index" / f"{index:06d}.json"
+
     def _of(self, index: int) -> Path:
         return self.folder / f"shard-{index:06d}"
 
     def _known(self, index: int) -> dict[str, Any]:
         """What is kept of a shard for good: its counts and the checksum of its tokens."""
-        path = self.folder / "index" / f"{index:06d}.json"
+        path = self._facts_of(index)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -151,6 +205,7 @@ class Stream:
 
         def fill(temporary: Path) -> dict[str, Any]:
             self._make_room(index)
+            before = _touched(shard.files)
             made = tokenise(
                 temporary,
                 shard.read(self.encoder),
@@ -160,8 +215,12 @@ class Stream:
                 vocab_size=self.vocab_size,
                 quiet=True,
                 going=going,
+                part=index == self.parted,
             )
-            return {"source": self.source, "shard": shard.name, **made}
+            content = content_of(shard.files)
+            if _touched(shard.files) != before:
+                raise LimbeckError(f"the shard '{shard.name}' of '{self.source}' was written to while it was read")
+            return {"source": self.source, "shard": shard.name, "touched": before, "content": content, **made}
 
         with self._lock:  # one shard at a time, and the encoder's counts are one shard's
             manifest = publish(folder, fill, what=f"tokens of {shard.name}", verify=verify)
@@ -172,18 +231,17 @@ class Stream:
             "documents": manifest["documents"],
             "sha256": manifest["files"]["train.tokens"]["sha256"],
             "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+            "touched": manifest["touched"],
+            "content": manifest["content"],
         }
-        path = self.folder / "index" / f"{index:06d}.json"
+        path = self._facts_of(index)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-            temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_text(path, json.dumps(facts) + "\n")
         elif json.loads(path.read_text(encoding="utf-8"))["sha256"] != facts["sha256"]:
             raise LimbeckError(
                 f"the shard '{shard.name}' of '{self.source}' is not what it was when it was first read",
-                expected="the same text, so that a position means the same sequences",
-                hint=f"put the old file back, or delete {self.folder} and begin a new run",
+                expected="the same text, so that a position means the same sequences; put the old file back",
+                hint="--out runs/another-name   (a new run reads it as it is now)",
             )
         return manifest
 
@@ -202,8 +260,23 @@ class Stream:
                 shutil.rmtree(away, ignore_errors=True)
                 del there[path]
 
-    def _hold_out(self, wanted: int) -> Split:
-        """Held-out documents of the first shards, in a folder of its own that never makes way."""
+    def _hold_out(self, wanted: int, changed: dict[str, str]) -> Split:
+        """Held-out documents of the first shards, in a folder of its own that never makes way.
+
+        Where the hash leaves one side without any document, the largest shard is parted otherwise (`shards._part`).
+        """
+        split = self._gathered(wanted)
+        if not split.n_documents or not any(self.n_tokens(index) for index in range(len(self.shards))):
+            self.parted = max(range(len(self.shards)), key=lambda index: self.shards[index].size)
+            self._name(changed=changed, parted=self.shards[self.parted].name)
+            tell_parted(self._made(self.parted), self.shards[self.parted].name)
+            split = self._gathered(wanted)
+        if split.n_tokens < wanted:
+            console.print(f"'{self.source}' has {split.n_tokens:,} held-out tokens, {wanted:,} were asked for")
+        return split
+
+    def _gathered(self, wanted: int) -> Split:
+        """The held-out documents of as many shards as give `wanted` tokens, in one split."""
 
         def fill(temporary: Path) -> dict[str, Any]:
             parts: list[Split] = []
@@ -224,10 +297,23 @@ class Stream:
 
         folder = self.folder / f"held_out-{wanted}"
         manifest = publish(folder, fill, what=f"held-out text of {self.source}", verify=True)
-        split = open_split(folder, "held_out", manifest["dtype"])
-        if split.n_tokens < wanted:
-            console.print(f"'{self.source}' has {split.n_tokens:,} held-out tokens, {wanted:,} were asked for")
-        return split
+        return open_split(folder, "held_out", manifest["dtype"], self.encoder.begin)
+
+
+def content_of(files: tuple[Path, ...]) -> str:
+    """Hex sha256 of files, their bytes one after another; read once as long as nobody touches them."""
+    return hashlib.sha256("".join(_sha256(path, *_touched((path,))) for path in files).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, *touched: Any) -> str:
+    return sha256_of(path)
+
+
+def _touched(files: tuple[Path, ...]) -> list[int]:
+    """What changes when somebody writes to files or puts others in their place; the time of change cannot be set."""
+    states = [path.stat() for path in files if path.exists()]
+    return [number for one in states for number in (one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino)]
 
 
 def _size(folder: Path) -> int:

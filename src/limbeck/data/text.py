@@ -7,9 +7,11 @@
 A text is opened once, for the longest sequences that are read of it.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.data.cache import MANIFEST
 from limbeck.data.encode import key_of
 from limbeck.data.mixture import Mixture
 from limbeck.data.packing import Packed, Sequences
@@ -17,7 +19,7 @@ from limbeck.data.repeats import REPEATS, Lists
 from limbeck.data.shards import Split, TokenStore, prepare
 from limbeck.data.streamed import Streamed
 from limbeck.data.streaming import Stream
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, hints_for
 from limbeck.recipe import Data, Source
 
 
@@ -47,9 +49,15 @@ class Text:
 
     @property
     def files(self) -> dict[str, int]:
-        """Shards of the streamed sources and their sizes."""
-        streams = [part for part in self.parts if isinstance(part, Stream)]
-        return {f"{stream.source}: {name}": size for stream in streams for name, size in stream.files.items()}
+        """Files of the sources, the shards of those that are streamed, and their sizes."""
+        read = [part for part in self.parts if not isinstance(part, Lists)]
+        return {f"{part.source}: {name}": size for part in read for name, size in part.files.items()}
+
+    @property
+    def contents(self) -> list[str | None]:
+        """Of each source the fingerprint of its content; None for one that is streamed, or made as it is read."""
+        stores = [part if isinstance(part, TokenStore) else None for part in self.parts]
+        return [None if store is None else _content(store) for store in stores]
 
     def training(self, length: int, seed: int) -> Sequences:
         """The training text in sequences of `length` tokens."""
@@ -117,24 +125,25 @@ def open_text(
     }
     parts: list[TokenStore | Stream | Lists] = []
     sources = data.sources or [Source(source=data.source, text_field=data.text_field, chat=data.chat)]
-    for one in sources:
+    for number, one in enumerate(sources):
+        place = "data" if data.sources is None else f"data.sources.{number}"
         common |= {"text_field": one.text_field, "chat": one.chat}
-        if one.source == REPEATS:
-            parts.append(Lists.of(tokenizer, common["vocab_size"]))
-        elif data.streaming:
-            if share == 0:
-                raise LimbeckError("a streamed text has no end", expected="held-out text to evaluate on")
-            stream = Stream(
-                one.source,
-                tokenizer,
-                held_out_tokens=held_out_tokens,
-                cache_gb=data.cache_gb / len(sources),
-                **common,
-            )
-            parts.append(stream)
-        else:
-            parts.append(prepare(one.source, tokenizer, max_tokens=data.max_tokens, **common))
+        with hints_for({"data.text_field": f"{place}.text_field", "data.chat": f"{place}.chat"}):
+            if one.source == REPEATS:
+                parts.append(Lists.of(tokenizer, common["vocab_size"]))
+            elif data.streaming:
+                if share == 0:
+                    raise LimbeckError("a streamed text has no end", expected="held-out text to evaluate on")
+                room = data.cache_gb / len(sources)
+                stream = Stream(one.source, tokenizer, held_out_tokens=held_out_tokens, cache_gb=room, **common)
+                parts.append(stream)
+            else:
+                parts.append(prepare(one.source, tokenizer, max_tokens=data.max_tokens, **common))
     return Text(parts, [one.weight for one in sources])
+
+
+def _content(store: TokenStore) -> str:
+    return json.loads((store.folder / MANIFEST).read_text(encoding="utf-8"))["content"]
 
 
 def _training(part: TokenStore | Stream | Lists, length: int, seed: int) -> Sequences:

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.console import console
 from limbeck.data.cache import sha256_of
+from limbeck.data.special_tokens import behind_begin
 from limbeck.errors import LimbeckError
 
 INDEX = "index.json"
@@ -98,15 +100,17 @@ def _read(source: str) -> tuple[dict[str, Any], list[Shard]]:
 
 
 class TokenEncoder:
-    """Nothing to encode: documents are cut at EOS and kept as they are."""
+    """Nothing to encode: documents are cut at EOS, and kept behind what the tokenizer begins a text with."""
 
     masked = False
 
-    def __init__(self, source: str, eos: int):
+    def __init__(self, source: str, eos: int, begin: tuple[int, ...] = ()):
         index, _ = _read(source)
+        self.begin = begin
         self.eos = int(index.get("eos_id", eos))
         self.vocab = index.get("vocab_size")
         self.settings = {"tokens": True}
+        self.seen = self.put = 0
 
     @property
     def highest(self) -> int:
@@ -127,9 +131,20 @@ class TokenEncoder:
                 yield ids[begin:end].astype("<u4").tobytes()
 
     def encode(self, documents: list[bytes]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """The ids, with EOS where the last document of a shard lacks it."""
-        found = [np.frombuffer(raw, "<u4").astype(np.int64) for raw in documents]
-        return [(ids if ids[-1] == self.eos else np.append(ids, self.eos), None) for ids in found]
+        """The ids, with the beginning where they lack it, and EOS where the last document of a shard does."""
+        made: list[tuple[np.ndarray, np.ndarray | None]] = []
+        for raw in documents:
+            ids = behind_begin(np.frombuffer(raw, "<u4").tolist(), self.begin)
+            self.seen, self.put = self.seen + 1, self.put + (len(ids) > len(raw) // 4)
+            made.append((np.array(ids if ids[-1] == self.eos else [*ids, self.eos], np.int64), None))
+        return made
 
     def report(self, source: str) -> None:
-        """Nothing is dropped."""
+        """Says how many documents were given a beginning."""
+        if self.put:
+            console.print(
+                f"{self.put:,} of {self.seen:,} documents of '{source}' do not begin with {list(self.begin)}, which "
+                "the teacher's tokenizer puts before a text: put there",
+                markup=False,
+            )
+        self.seen = self.put = 0

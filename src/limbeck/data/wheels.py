@@ -59,7 +59,15 @@ def download(wheel: Wheel, into: Path) -> Path:
         python, abi, platform = wheel.platform
         options += ["--python-version", python, "--implementation", "cp", "--abi", abi, "--platform", platform]
     command = [sys.executable, "-m", "pip", "download", *options, spec]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     if done.returncode != 0:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise LimbeckError(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from limbeck.console import console
 from limbeck.distributed.world import World, one_voice, world
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, sentences
 
 POLL_S = 0.25
 GRACE_S = 20.0  # for a process that is stuck in a collective after another one has failed
@@ -92,7 +92,7 @@ class Session:
             if self.told is None:
                 if lost and _is_of_the_link(error):
                     error = LimbeckError(
-                        f"process {self.me.rank} of {self.me.size} lost the others: {_first_line(error)}",
+                        f"process {self.me.rank} of {self.me.size} lost the others: {sentences(error)}",
                         hint="one of them ended or stood still; the same command goes on from the last checkpoint",
                     )
                 mine = self.me.rank, _message(error, self.me), getattr(error, "exit_code", 1)
@@ -114,10 +114,6 @@ class Told(LimbeckError):
     def __init__(self, told: tuple[int, str, int]):
         super().__init__(told[1])
         self.exit_code = told[2]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _is_of_the_link(error: BaseException) -> bool:
@@ -153,7 +149,7 @@ def together() -> Iterator[World]:
     except RuntimeError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LimbeckError(
-            f"process {me.rank} of {me.size} found no others at {address}: {_first_line(error)}",
+            f"process {me.rank} of {me.size} found no others at {address}: {sentences(error)}",
             expected="all of them started within LIMBECK_TIMEOUT seconds (600)",
         ) from error
     _session.begin()

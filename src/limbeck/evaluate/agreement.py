@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.console import progress
-from limbeck.data.packing import IGNORE, Sequences
+from limbeck.data.packing import IGNORE, Sequences, count_with_targets
 from limbeck.evaluate.free_running import free_running, prefixes
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
@@ -98,7 +98,7 @@ def compare(
     batch: int = 4,
 ) -> Compared:
     """The same, token by token."""
-    sequences = min(max(1, round(tokens / data.length)), data.n_sequences)
+    sequences = count_with_targets(data, max(1, round(tokens / data.length)))
     head_s, head_t = Head(student), Head(teacher)
     parts: dict[str, list[Tensor]] = {}
     with progress("evaluate", sequences, "sequences") as advance:

@@ -11,6 +11,8 @@ needs the extra `eval` and is imported late.
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +27,27 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from limbeck import packs
 from limbeck.console import console
-from limbeck.data.cache import cache_root, no_room_is_an_error
-from limbeck.errors import LimbeckError, closest
+from limbeck.data.cache import cache_root, write_text
+from limbeck.errors import LimbeckError, closest, sentences
 
 Source = Literal["auto", "pack", "hub"]
 SETS = {"paper": ("lambada_openai", "winogrande", "arc_easy", "arc_challenge", "piqa", "hellaswag")}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)
-datasets.disable_progress_bars()
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither advice of the harness nor bars of datasets for what is inside; afterwards as before."""
+    logger, bars = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 class Catalogue:
@@ -44,6 +58,7 @@ class Catalogue:
         defaults: whether the harness' own tasks belong to it.
     """
 
+    @quiet()
     def __init__(self, include: str | None = None, defaults: bool = True):
         if include is not None and not Path(include).is_dir():
             raise LimbeckError(f"{include} is no folder", expected="a folder of the harness' task definitions (YAML)")
@@ -87,6 +102,7 @@ class Catalogue:
         places = {leaf: self._place(leaf, source, few_shot) for leaf in self._leaves(name)}
         return {leaf: place[1] if place else "hub" for leaf, place in places.items()}
 
+    @quiet()
     def build(self, name: str, source: Source, few_shot: int | None) -> Task | Group:
         """A task or group with its data; see `origins`.
 
@@ -103,8 +119,7 @@ class Catalogue:
             raise LimbeckError(f"task {name} needs {error.name or error}", hint=f"pip install {error.name}") from error
         except Exception as error:  # datasets, the hub and the harness each have their own
             first = next((leaf for leaf, place in places.items() if place is None), name)
-            said = str(error).splitlines()[0] if str(error) else repr(error)
-            raise _no_data(first, before.get(first, index[name]), said) from error
+            raise _no_data(first, before.get(first, index[name]), sentences(error)) from error
         finally:
             index.update(before)
         groups = built.get("groups") or {}
@@ -199,9 +214,5 @@ def _harness_entries() -> dict[str, Entry]:
     for name, one in entries.items():
         place = one.yaml_path.relative_to(root).as_posix() if one.yaml_path else None
         rows[name] = [one.kind.name, place, sorted(one.tags)]
-    with no_room_is_an_error(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"key": key, "entries": rows}), encoding="utf-8")
-        aside.replace(path)
+    write_text(path, json.dumps({"key": key, "entries": rows}))
     return entries

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from limbeck.console import progress
 from limbeck.data.packing import Sequences
 from limbeck.errors import LimbeckError
+from limbeck.machine import flushing_denormals
 from limbeck.model import Site, attention_sites, convert
 from limbeck.model.body import run_body
 from limbeck.stages.teacher import tap
@@ -41,6 +42,7 @@ class _Call:
     matrix: Tensor
 
 
+@flushing_denormals()
 def mixing_matrices(
     teacher: PreTrainedModel,
     train: Sequences,

@@ -23,9 +23,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from limbeck import __version__
 from limbeck.console import console
+from limbeck.data.cache import unwritable
+from limbeck.data.sources import fingerprint
 from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
+from limbeck.identity import files_in
+from limbeck.machine import flushing_denormals
 from limbeck.reading import readable
 
 MODULES = {  # name -> module with a MEASURE
@@ -96,6 +100,8 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
     Args:
         given: settings that differ from the defaults.
         again: measure even where the same has been measured already.
+
+    What cannot be written there is returned all the same, and it is said before anything is measured.
     """
     settings = settings_of(measure, given)
     plain = settings.model_dump(mode="json")
@@ -104,10 +110,13 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
     if known is not None:
         console.print(f"{measure.name} of {subject.name}: measured already, {path}")
         return known
+    if refused := unwritable(subject.home):
+        console.print(f"{refused.found}: {measure.name} is shown, not kept; --out FOLDER keeps it", markup=False)
     began = time.monotonic()
     torch.manual_seed(subject.seed)
     subject.again = again
-    found = measure.run(subject, settings)
+    with flushing_denormals():
+        found = measure.run(subject, settings)
     measurement = Measurement(
         measure=measure.name,
         model=subject.name,
@@ -119,7 +128,11 @@ def take(measure: Measure, subject: Subject, given: dict[str, Any], again: bool 
         details=found.details,
         provenance=provenance(subject, time.monotonic() - began),
     )
-    measurement.save(subject.home)
+    if refused is None:
+        try:
+            measurement.save(subject.home)
+        except LimbeckError as lost:  # what was measured is worth more than its file
+            console.print(f"{lost.found}: {measure.name} is shown, not kept; --out FOLDER keeps it", markup=False)
     return measurement
 
 
@@ -133,6 +146,7 @@ def provenance(subject: Subject, seconds: float) -> Provenance:
         seed=subject.seed,
         dtype=str(subject.model.dtype).removeprefix("torch."),
         weights=subject.weights,
+        teacher_weights=subject.teacher_weights,
         versions={
             "limbeck": __version__,
             "torch": str(torch.__version__),
@@ -153,12 +167,28 @@ def _known(path: Path, subject: Subject, settings: dict[str, Any]) -> Measuremen
         known = Measurement.load(path)
     except LimbeckError:
         return None
-    made = known.provenance
-    source = subject.data.source if subject.data else None
-    same = (
-        known.settings == settings
-        and known.teacher == subject.teacher_name
-        and known.data.get("text", source) == source
-        and (made.weights, made.seed, made.versions.get("limbeck")) == (subject.weights, subject.seed, __version__)
-    )
-    return known if same else None
+    made, version = known.provenance, known.provenance.versions.get("limbeck")
+    if known.settings != settings or (made.seed, version) != (subject.seed, __version__):
+        return None
+    if (made.weights, made.teacher_weights) != (subject.weights, subject.teacher_weights):
+        return None
+    if not _same_texts(known, subject, settings):
+        return None
+    return known.model_copy(update={"model": subject.name, "teacher": subject.teacher_name})  # as they are called now
+
+
+def _same_texts(known: Measurement, subject: Subject, settings: dict[str, Any]) -> bool:
+    """Are the texts, by content, still those that were measured on?"""
+    data = known.data
+    try:
+        if any(fingerprint(source) != content for source, content in data.get("contents", {}).items()):
+            return False
+        if data.get("include") != files_in(settings.get("include")):
+            return False
+        if "part" not in data:  # it does not read the subject's text
+            return True
+        length = settings.get("length") or (subject.data.length if subject.data else 512)
+        return subject.text_key(length, settings["tokens"]) == (data["part"], data.get("key"))
+    except LimbeckError as error:
+        console.print(f"{subject.name}: not compared with the text of before: {error.found}", markup=False)
+        return True

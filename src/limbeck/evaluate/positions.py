@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from limbeck.console import console
-from limbeck.data.sources import documents
+from limbeck.data.sources import documents, fingerprint
+from limbeck.data.special_tokens import around, plain_ids
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
@@ -52,13 +53,15 @@ class LongText:
 def long_text(source: str, tokenizer: Any, length: int) -> LongText:
     """The first `length` tokens of the longest documents of a source, parted by blank lines, longest first.
 
+    They begin as the tokenizer begins a text.
+
     Raises:
         LimbeckError: all documents together are shorter; see also `limbeck.data.sources.documents`.
     """
-    ids: list[int] = []
+    ids = list(around(tokenizer).begin)
     texts = sorted(documents(source), key=len, reverse=True)
     for taken, text in enumerate(texts, 1):
-        ids += tokenizer(text if taken == 1 else f"\n\n{text}", add_special_tokens=taken == 1, verbose=False).input_ids
+        ids += plain_ids(tokenizer, [text if taken == 1 else f"\n\n{text}"])[0]
         if len(ids) >= length:
             return LongText(torch.tensor(ids[:length]), taken)
     raise LimbeckError(f"'{source}' has {len(ids)} tokens in {len(texts)} documents", expected=f"{length} or more")
@@ -92,7 +95,12 @@ def measure_positions(subject: Subject, settings: PositionsSettings) -> Found:
     return Found(
         values,
         errors,
-        data={"document_source": settings.text, "documents": text.documents, "targets": len(losses)},
+        data={
+            "document_source": settings.text,
+            "contents": {settings.text: fingerprint(settings.text)},
+            "documents": text.documents,
+            "targets": len(losses),
+        },
         details={"curve": curve, "curve_columns": ["tokens", "loss of the block", "loss so far"], "context": context},
     )
 

@@ -18,6 +18,7 @@ in MQAR, so one pass asks for all keys. What counts is the likeliest of the valu
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.assets import corpus_file
 from limbeck.console import progress
+from limbeck.data.special_tokens import around, plain_ids
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
@@ -50,7 +52,8 @@ class RecallSettings(Settings):
 def measure_recall(subject: Subject, settings: RecallSettings) -> Found:
     """The same sequences for every model with the same tokenizer and seed."""
     words = words_of(embedded_nouns(), subject.tokenizer)
-    colon, newline = (subject.tokenizer(text, add_special_tokens=False).input_ids for text in (settings.sign, "\n"))
+    colon, newline = plain_ids(subject.tokenizer, [settings.sign, "\n"])
+    lead = list(around(subject.tokenizer).begin)
     context = None if subject.student or settings.past_context else context_of(subject.model)
     values, errors, sizes = {}, {}, []
     with progress("recall", len(settings.pairs) * settings.sequences, "sequences") as advance:
@@ -58,7 +61,9 @@ def measure_recall(subject: Subject, settings: RecallSettings) -> Found:
             among_shown: list[bool] = []
             among_all: list[bool] = []
             for sequence in range(settings.sequences):
-                made = Lookup.drawn(words, pairs, random.Random(f"{subject.seed} {pairs} {sequence}"), colon, newline)
+                made = Lookup.drawn(
+                    words, pairs, random.Random(f"{subject.seed} {pairs} {sequence}"), colon, newline, lead
+                )
                 if context is not None:
                     check_room(f"recall, {pairs} pairs", len(made.ids), 0, context)
                 logits, size = at_queries(subject.model, made)
@@ -96,8 +101,16 @@ class Lookup:
     answers: Tensor
 
     @classmethod
-    def drawn(cls, words: list[int], pairs: int, rng: random.Random, colon: list[int], newline: list[int]) -> "Lookup":
-        """Keys and values of `pairs` pairs, and the order of the queries, from `words` (tokens).
+    def drawn(
+        cls,
+        words: list[int],
+        pairs: int,
+        rng: random.Random,
+        colon: list[int],
+        newline: list[int],
+        lead: Sequence[int] = (),
+    ) -> "Lookup":
+        """Keys and values of `pairs` pairs, and the order of the queries, from `words` (tokens), behind `lead`.
 
         Raises:
             LimbeckError: fewer words than keys and values.
@@ -109,7 +122,7 @@ class Lookup:
         drawn = rng.sample(words, 2 * pairs)
         known = list(zip(drawn[:pairs], drawn[pairs:]))
         asked = rng.sample(known, pairs)
-        ids: list[int] = []
+        ids = list(lead)
         queries = []
         for key, value in known + asked:
             ids += [key, *colon]
@@ -132,7 +145,7 @@ def embedded_nouns() -> list[str]:
 def words_of(words: list[str], tokenizer: Any) -> list[int]:
     """Tokens of those words that are a single token behind a space, each token once."""
     plain = [f" {word}" for word in words if len(word) > 2 and word.isalpha() and word.islower()]
-    found = tokenizer(plain, add_special_tokens=False).input_ids if plain else []
+    found = plain_ids(tokenizer, plain)
     return list(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
 
 

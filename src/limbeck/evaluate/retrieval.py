@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from limbeck.data.special_tokens import plain_ids, prompt_ids
 from limbeck.evaluate.pieces import Read
 
 
@@ -51,13 +52,13 @@ class Asked:
 
 
 def token_count(tokenizer: Any, text: str) -> int:
-    """Tokens of a text as a prompt, special tokens included."""
-    return len(tokenizer(text, verbose=False).input_ids)
+    """Tokens of a text as a prompt, with those that begin it."""
+    return len(prompt_ids(tokenizer, text))
 
 
 def ask(model: PreTrainedModel, tokenizer: Any, question: Question, new_tokens: int, piece: int = 1024) -> Asked:
     """Both answers of a model; a text of `new_tokens` tokens at most."""
-    ids = torch.tensor(tokenizer(question.prompt, verbose=False).input_ids)
+    ids = torch.tensor(prompt_ids(tokenizer, question.prompt))
     read = Read.of(model, ids, piece)
     answer = question.answer.strip().lower()
 
@@ -67,8 +68,7 @@ def ask(model: PreTrainedModel, tokenizer: Any, question: Question, new_tokens: 
     # once the value is there nothing can change the score any more
     text = written(read.greedy(new_tokens, lambda tokens: answer in written(tokens).lower()))
     candidates = [question.answer, *question.others]
-    tokens = [tokenizer(one, add_special_tokens=False).input_ids for one in candidates]
-    scores = read.log_likelihoods(tokens).double()
+    scores = read.log_likelihoods(plain_ids(tokenizer, candidates)).double()
     rank = int((scores[1:] >= scores[0]).sum())
     found = answer in text.lower()
     return Asked(question.length, question.depth, text, found, rank == 0, rank, float(scores.softmax(0)[0]))

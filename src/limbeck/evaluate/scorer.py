@@ -4,11 +4,12 @@
     simple_evaluate(model=scorer, tasks=["piqa", "longbench_qasper"])
     scorer.cuts         # which prompts were cut, from how many tokens to how many
 
-For what fits the numbers are those of `HFLM(pretrained=folder)`. That class drops the left end of what does not fit,
-instructions first, with a warning in a log. Here all requests of a call are counted before the first one runs, and
-what does not fit is an error, or is cut as was asked (`limbeck.evaluate.fitting`). Prompts that are to be continued
-are read in pieces, so that a student's memory does not grow with them. The module needs the extra `eval` and is
-imported late.
+For what fits the numbers are those of `HFLM(pretrained=folder)`, but for tokenizers that end a text with EOS and
+generation configs that change probabilities: neither is let into a prompt or an answer here. That class drops the left
+end of what does not fit, instructions first, with a warning in a log. Here all requests of a call are counted before
+the first one runs, and what does not fit is an error, or is cut as was asked (`limbeck.evaluate.fitting`). Prompts that
+are to be continued are read in pieces, so that a student's memory does not grow with them. The module needs the extra
+`eval` and is imported late.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from limbeck.console import console, progress
+from limbeck.data.special_tokens import call, prompt_ids
 from limbeck.evaluate.fitting import Overlong, context_of, fitted, room_for_prompt
+from limbeck.generate import unbiased
 
 PIECE = 1024  # tokens of a prompt that are read at a time
 
@@ -59,7 +62,13 @@ class Scorer(HFLM):
         piece: int = PIECE,
     ):
         context = context_of(model, tokenizer, length)
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal", max_length=context)
+        super().__init__(
+            pretrained=unbiased(model, tokenizer),
+            tokenizer=tokenizer,
+            batch_size=batch,
+            backend="causal",
+            max_length=context,
+        )
         self.overlong, self.name, self.piece = overlong, name, piece
         self.cuts: list[Cut] = []
         self._advance: Callable[[float], None] = lambda rows: None
@@ -102,12 +111,19 @@ class Scorer(HFLM):
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"]
 
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """A prompt as everywhere in Limbeck: behind BOS where the tokenizer puts one, never with an EOS at its end."""
+        ids = call(self.tokenizer, string)["input_ids"] if add_special_tokens is False else self._encoded(string)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
     def _encoded(self, text: str) -> list[int]:
-        """As the harness does, text by text: no second beginning before one that a chat template has written."""
-        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        if has_bos_prefix(text, getattr(self.tokenizer, "bos_token", None)):
-            special = {"add_special_tokens": False}
-        return self.tokenizer(text, **special)["input_ids"]
+        return prompt_ids(self.tokenizer, text)
 
     def _fit(self, ids: list[int], room: int, task: str, item: int) -> list[int]:
         kept = fitted(ids, room, self.overlong, f"the prompt of {task}, item {item},")

@@ -3,14 +3,15 @@
     kept = shares(student, teacher)           # both: task -> Score
     kept["share of teacher"], kept["share above chance"], kept["alpha*"]
 
-* share: student / teacher.
+* share: student / teacher, of the tasks on which the teacher scores at all (two standard errors above zero).
 * share above chance: (student − chance) / (teacher − chance), as in RADLADS (Goldstein et al. 2025). A teacher that is
   itself at chance has nothing to keep: tasks on which it is less than two standard errors above are left out.
 * C_α: share of the tasks on which student ≥ (1 − α) · teacher, the tolerance-corrected win-and-tie rate of Hauzenberger
   et al. 2026 (arXiv 2603.15590); α* is the least α with C_α ≥ 1/2.
 
-All are means over tasks of equal weight. Standard errors are bootstrapped over the items of each task, the same items
-for both models.
+All are means over tasks of equal weight. Standard errors of the two shares come from the delta method for a ratio of
+means over the same items: a bootstrap meets draws in which the teacher is at chance and divides by next to nothing.
+Those of C_α and α* are bootstrapped over the items of each task, the same items for both models.
 """
 
 import math
@@ -83,32 +84,50 @@ def shares(
     """
     names = list(student)
     chance = np.array([teacher[name].chance for name in names])
-    done = np.array([not teacher[name].at_chance for name in names])
     ours, theirs = (np.array([one[name].main for name in names]) for one in (student, teacher))
+    scored = np.array([teacher[name].main > ABOVE * teacher[name].error for name in names])
+    done = np.array([not teacher[name].at_chance for name in names])
+    values, errors = {}, {}
+    for label, floor, counted in (("share of teacher", 0 * chance, scored), ("share above chance", chance, done)):
+        if counted.any():
+            kept = [
+                _ratio(student[name], teacher[name], float(floor[at])) for at, name in enumerate(names) if counted[at]
+            ]
+            values[label] = float(np.mean([ratio for ratio, _ in kept]))
+            # tasks are independent, so the variance of their mean is the sum over the square of their number
+            errors[label] = math.sqrt(sum(error**2 for _, error in kept)) / len(kept)
     rng = np.random.default_rng(seed)
     drawn_s, drawn_t = np.empty((2, RESAMPLES, len(names)))
     for at, name in enumerate(names):
         items = np.stack([student[name].items, teacher[name].items])  # [2, items]
         draws = rng.integers(0, items.shape[1], size=(RESAMPLES, items.shape[1]))
         drawn_s[:, at], drawn_t[:, at] = items[:, draws].mean(axis=-1)
-    values, errors = {}, {}
-    found, spread = _summary(ours, theirs, chance, done), _summary(drawn_s, drawn_t, chance, done)
-    for name, value in found.items():
-        values[name], errors[name] = float(value), float(np.std(spread[name], ddof=1))
+    found, spread = _within_tolerance(ours, theirs), _within_tolerance(drawn_s, drawn_t)
+    for label, value in found.items():
+        values[label], errors[label] = float(value), float(np.std(spread[label], ddof=1))
     details = {
         "tolerance_needed": dict(zip(names, tolerances(ours, theirs).tolist())),
+        "share_of_teacher_over": [name for name, one in zip(names, scored) if one],
         "share_above_chance_over": [name for name, one in zip(names, done) if one],
         "teacher_at_chance": [name for name, one in zip(names, done) if not one],
     }
     return values, errors, details
 
 
-def _summary(ours: np.ndarray, theirs: np.ndarray, chance: np.ndarray, done: np.ndarray) -> dict[str, np.ndarray]:
-    """Means over tasks; the arrays are [..., tasks]."""
+def _ratio(student: Score, teacher: Score, floor: float) -> tuple[float, float]:
+    """(student - floor) / (teacher - floor) of one task and its standard error by the delta method."""
+    above = teacher.main - floor
+    ratio = (student.main - floor) / above
+    n = len(teacher.items)
+    if n < 2:
+        return ratio, 0.0
+    # the part of the ratio that an item adds to or takes from: its variance over the items, over n
+    lost = np.asarray(student.items, float) - floor - ratio * (np.asarray(teacher.items, float) - floor)
+    return ratio, float(np.std(lost, ddof=1) / math.sqrt(n) / above)
+
+
+def _within_tolerance(ours: np.ndarray, theirs: np.ndarray) -> dict[str, np.ndarray]:
+    """C at each tolerance, and alpha*; the arrays are [..., tasks]."""
     needed = tolerances(ours, theirs)
-    found = {"share of teacher": np.mean(ours / np.maximum(theirs, 1e-9), axis=-1)}
-    if done.any():
-        above = (ours - chance)[..., done] / np.maximum((theirs - chance)[..., done], 1e-9)
-        found["share above chance"] = np.mean(above, axis=-1)
-    found |= {f"C at tolerance {alpha:g}": np.mean(needed <= alpha + ROUNDING, axis=-1) for alpha in TOLERANCES}
+    found = {f"C at tolerance {alpha:g}": np.mean(needed <= alpha + ROUNDING, axis=-1) for alpha in TOLERANCES}
     return found | {"alpha*": critical_tolerance(needed)}

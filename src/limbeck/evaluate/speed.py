@@ -25,7 +25,7 @@ from limbeck.evaluate.measures import Found, Measure, Settings, provenance
 from limbeck.evaluate.prefill import Prefill, measure_prefill
 from limbeck.evaluate.speed_values import break_evens, point_of, values_of
 from limbeck.evaluate.subject import Subject
-from limbeck.machine import free_memory, yardstick
+from limbeck.machine import flushing_denormals, free_memory, yardstick
 from limbeck.quantise import model_bytes
 
 UNSTEADY = 1.25  # two timings of the same that differ by so much say that the machine was busy
@@ -113,6 +113,7 @@ class Race:
                     hint=f"--lengths {longest}" if longest else "--batch 1",
                 )
 
+    @flushing_denormals()
     def run(self) -> list[Measurement]:
         """Measure what is not measured yet. Each entry's file is written after every length and batch size."""
         open_cells = [cell for cell in self.cells if cell not in self.points]

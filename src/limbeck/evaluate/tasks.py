@@ -26,17 +26,19 @@ from typing import Annotated, Any, Literal
 import tqdm
 from pydantic import Field
 
-from limbeck.data.cache import cache_root, no_room_is_an_error
-from limbeck.errors import LimbeckError
+from limbeck.data.cache import cache_root, write_text
+from limbeck.errors import LimbeckError, sentences
 from limbeck.evaluate.fitting import Overlong
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.shares import Score, shares
 from limbeck.evaluate.subject import Subject
+from limbeck.identity import files_in, folder_of
 
 # Tasks that another metric than accuracy stands for: options of unequal length, judged by likelihood per byte.
 MAIN = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
 BOOTSTRAP = 1000  # resamples for metrics whose standard error has no formula
+PROMPTS = 2  # raise when the same request reaches a model as other tokens: scores that are kept are asked for again
 
 
 class TaskSettings(Settings):
@@ -84,7 +86,8 @@ def measure_tasks(subject: Subject, settings: TaskSettings) -> Found:
         values |= {f"{name} {metric}": value for metric, value in score.values.items()}
         errors |= {f"{name} {metric}": error for metric, error in score.errors.items()}
         details[name] = {**score.details, "metric": score.metric, "chance": score.chance}
-    found = Found(values, errors, {"tasks": names, "harness": harness_version()}, {"tasks": details})
+    about = {"tasks": names, "harness": harness_version(), "include": files_in(settings.include)}
+    found = Found(values, errors, about, {"tasks": details})
     ours = {name: score for name, score in scores.items() if score.metric}
     if not ours:
         return found
@@ -162,15 +165,11 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
                 fewshot_as_multiturn=settings.chat,
             )
     except (ValueError, AssertionError) as error:
-        raise LimbeckError(f"the harness refuses {name}: {str(error).splitlines()[0]}") from error
+        raise LimbeckError(f"the harness refuses {name}: {sentences(error)}") from error
     score = _read(name, result, origins, list(leaves), settings)
     score.details["cuts"] = [asdict(cut) for cut in scorer.cuts]
     if path is not None:
-        with no_room_is_an_error(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(asdict(score)), encoding="utf-8")
-            aside.replace(path)
+        write_text(path, json.dumps(asdict(score)))
     return score
 
 
@@ -187,10 +186,12 @@ def _set_examples(task: Any, few_shot: int | None, seed: int) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No bars and no prints of the harness; ours tell how far it is."""
+    from limbeck.evaluate.harness import quiet
+
     before = tqdm.tqdm.__init__
     tqdm.tqdm.__init__ = functools.partialmethod(before, disable=True)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), quiet():
             yield
     finally:
         tqdm.tqdm.__init__ = before
@@ -273,10 +274,11 @@ def _kept(path: Path | None) -> Score | None:
 
 def _file(subject: Subject, name: str, origins: dict[str, str], settings: TaskSettings) -> Path | None:
     """Where a score is kept; None for a model whose files are not known."""
-    if not Path(subject.folder).is_dir():
+    if folder_of(subject.folder) is None:
         return None
     asked = settings.model_dump(mode="json", exclude={"names", "source"})
-    key = [subject.weights, str(subject.model.dtype), subject.seed, name, origins, asked, harness_version()]
+    asked["include"] = files_in(settings.include)
+    key = [subject.weights, str(subject.model.dtype), subject.seed, name, origins, asked, harness_version(), PROMPTS]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return cache_root() / "scores" / subject.weights / f"{name}-{digest}.json"
 

@@ -20,8 +20,10 @@ from limbeck.errors import LimbeckError
 from limbeck.mixers import registry
 from limbeck.model import attention
 from limbeck.model.layers import converted_layers, parse_layers
+from limbeck.model.loading import neutral, neutral_entries, savable_generation
 from limbeck.model.probe import Site, attention_sites, readers
 from limbeck.model.student import FORMAT, UNSAVED, install, mixers_of, student_classes
+from limbeck.model.wrapped import check_bare
 from limbeck.quantise import refuse_quantised
 
 
@@ -55,19 +57,18 @@ def convert(
             only the mixers are trained); False copies all.
 
     Raises:
-        LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, or a family without the
-            attention interface.
+        LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, a model that is wrapped
+            (PEFT, torch.compile, DDP, accelerate's hooks), or a family without the attention interface.
     """
+    check_bare(model)
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     refuse_quantised(model.config, "this model")
-    first = Assignment.of(mixer, options, preset)
+    Assignment.of(mixer, options, preset)  # an unknown mixer is told before a family that cannot be converted
     sites = attention_sites(model)
     chosen = [sites[i] for i in converted_layers(layers, keep, len(sites))]
     _check_sharing(model, chosen)
-    assigned = dict.fromkeys((site.shape.layer for site in chosen), first)
-    for rule in rules:
-        assigned.update(_ruled(rule, mixer, preset, assigned, len(sites)))
+    assigned = assign([site.shape.layer for site in chosen], mixer, options, preset, rules, len(sites))
     plan = _plan(model, assigned, chosen)
     student = _clone(model, plan, chosen, share)
     install(student, plan)
@@ -91,6 +92,21 @@ class Assignment:
     def of(cls, mixer: str, options: dict[str, Any] | None, preset: str) -> "Assignment":
         chosen = mixers.options(mixer, options, preset)
         return cls(mixers.get(mixer).name, asdict(chosen))
+
+
+def assign(
+    layers: list[int],
+    mixer: str,
+    options: dict[str, Any] | None,
+    preset: str,
+    rules: Sequence[dict[str, Any]],
+    count: int,
+) -> dict[int, Assignment]:
+    """Which mixer each of these layers gets, of a teacher of `count` layers; see `convert`."""
+    assigned = dict.fromkeys(layers, Assignment.of(mixer, options, preset))
+    for rule in rules:
+        assigned.update(_ruled(rule, mixer, preset, assigned, count))
+    return assigned
 
 
 def _ruled(
@@ -207,7 +223,7 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
         "AutoConfig": "modeling_limbeck.LimbeckConfig",
         "AutoModelForCausalLM": "modeling_limbeck.LimbeckForCausalLM",
     }
-    config = config_class.from_dict({**raw, "limbeck": plan})
+    config = neutral(config_class.from_dict({**raw, **neutral_entries(raw), "limbeck": plan}))
     config._attn_implementation = attention.implementation(model_class)
     config._experts_implementation = getattr(old, "_experts_implementation", None)
     config._name_or_path = UNSAVED  # whoever loads it by the teacher's name would get the teacher
@@ -217,6 +233,7 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
             module.config = renewed[id(module.config)]  # type: ignore[assignment]
     student.__class__ = model_class
     student.name_or_path = UNSAVED
+    savable_generation(student)
     return student
 
 

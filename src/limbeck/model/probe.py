@@ -15,9 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, sentences
 from limbeck.mixers import HeadShape
 from limbeck.model.attention import arguments, layer_input
+from limbeck.model.loading import lent_neutral
 
 PROBE = "limbeck_probe"
 
@@ -39,6 +40,11 @@ def attention_sites(model: PreTrainedModel) -> list[Site]:
         LimbeckError: the family has attention code of its own (bloom, mpt, gptj, codegen, falcon ...) or none at all,
             its attention looks ahead, or it decodes without a cache.
     """
+    with lent_neutral(model.config):
+        return _sites(model)
+
+
+def _sites(model: PreTrainedModel) -> list[Site]:
     calls, names = _try_out(model)
     if not calls:
         raise _no_interface(model)
@@ -89,7 +95,10 @@ def _try_out(model: PreTrainedModel) -> tuple[dict[nn.Module, dict], dict[nn.Mod
     except LimbeckError:
         raise
     except Exception as error:
-        raise _no_interface(model) from error
+        model.config._attn_implementation = old
+        for handle in handles:
+            handle.remove()
+        raise (_cannot_run(model) or _no_interface(model)) from error
     finally:
         model.config._attn_implementation = old
         model.train(training)
@@ -173,6 +182,16 @@ def _block(model: PreTrainedModel, name: str) -> str:
         if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
             return ".".join(parts[: end + 1])
     raise LimbeckError(f"{name} does not stand in a list of decoder blocks")
+
+
+def _cannot_run(model: PreTrainedModel) -> LimbeckError | None:
+    """What is said of a model that does not run with its own attention either; None where it does."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[0, 1]], device=next(model.parameters()).device), use_cache=False)
+    except Exception as error:
+        return LimbeckError(f"{type(model).__name__} does not run: {sentences(error)}", expected="a model that works")
+    return None
 
 
 def _no_interface(model: PreTrainedModel) -> LimbeckError:

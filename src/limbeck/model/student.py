@@ -10,6 +10,7 @@ happen, the small file beside the weights lets `trust_remote_code=True` do it.
 """
 
 import inspect
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,13 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from limbeck import mixers
 from limbeck.errors import LimbeckError
 from limbeck.mixers import HeadShape
 from limbeck.model import attention, entrance, foreign
 from limbeck.model.decoding import check_decoding, refuse_paged
-from limbeck.model.loading import check_alone, check_plan, check_tensors, where
+from limbeck.model.loading import check_alone, check_form, check_plan, check_tensors, where
 from limbeck.quantise import keep_in_float
 
 MODEL_TYPE = "limbeck"
@@ -48,14 +50,15 @@ class LimbeckConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
         plan = config_dict.get("limbeck")
-        if not plan or "base_model_type" not in plan:
+        if not plan:
             raise LimbeckError("config.json has model_type 'limbeck' but no entry 'limbeck' with the mixers")
-        if plan.get("format", 0) > FORMAT:
+        if isinstance(plan, dict) and isinstance(plan.get("format"), int) and plan["format"] > FORMAT:
             raise LimbeckError(
                 f"this student was saved in format {plan['format']}",
                 expected=f"at most {FORMAT}",
                 hint="pip install --upgrade limbeck",
             )
+        check_form(plan)
         config_class, _ = student_classes(plan["base_model_type"], plan["base_architecture"])
         return config_class.from_dict(config_dict, **kwargs)
 
@@ -138,7 +141,7 @@ class StudentMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        check_tensors(path, info, ignore_mismatched_sizes)
+        check_tensors(path, info, ignore_mismatched_sizes, student=True)
         return (model, info) if output_loading_info else model
 
     def __reduce_ex__(self, protocol):
@@ -206,6 +209,18 @@ def student_classes(base_model_type: str, base_architecture: str) -> tuple[Any, 
         base_architecture: the teacher's class, e.g. "LlamaForCausalLM".
     """
     base_model = getattr(transformers, base_architecture, None)
+    if isinstance(base_model, type) and issubclass(base_model, PreTrainedModel):
+        of_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base_model_type, ())
+        listed = base_architecture in ([of_type] if isinstance(of_type, str) else of_type)
+        config_class = base_model.config_class
+        if base_model_type in CONFIG_MAPPING and not (listed or config_class is CONFIG_MAPPING[base_model_type]):
+            raise LimbeckError(
+                f"{base_architecture} is no model of type '{base_model_type}'",
+                expected="the student's base family as its config.json was written",
+                hint="export or download the folder again",
+            )
+    elif base_model is not None:
+        raise LimbeckError(f"'{base_architecture}' is no model", expected="a class such as LlamaForCausalLM")
     if base_model_type not in CONFIG_MAPPING or base_model is None:
         raise LimbeckError(
             f"this transformers ({transformers.__version__}) has no {base_architecture} of type '{base_model_type}'",
@@ -244,9 +259,18 @@ def _blank(base_model_type: str, base_architecture: str, which: int) -> Any:
 
 def install(model: nn.Module, plan: dict[str, Any]) -> None:
     """Put the mixers of a plan (`config.limbeck`) into a model of the right shape."""
-    shapes = [HeadShape(**shape) for shape in plan["shapes"]]
+    check_form(plan)
+    known = {f.name for f in fields(HeadShape)}
+    shapes = [HeadShape(**{key: value for key, value in shape.items() if key in known}) for shape in plan["shapes"]]
     for entry in plan["layers"]:
-        module = model.get_submodule(entry["module"])
+        try:
+            module = model.get_submodule(entry["module"])
+        except AttributeError as error:
+            raise LimbeckError(
+                f"the student's plan names {entry['module']}, which {type(model).__name__} does not have",
+                expected="the family and the number of layers that the plan was made for",
+                hint="export or download the folder again",
+            ) from error
         shape = HeadShape(**{**vars(shapes[entry["shape"]]), "layer": entry["layer"]})
         cls = foreign.find(entry["mixer"], plan)
         attention.attach(module, cls(shape, cls.options_class.parse(entry["options"], cls.name)))

@@ -16,7 +16,8 @@ from limbeck.errors import LimbeckError
 from limbeck.mixers import registry
 from limbeck.model import as_ranges
 from limbeck.publish.origin import Origin
-from limbeck.publish.results import RunFacts, cell, run_sections
+from limbeck.publish.results import RunFacts, run_sections
+from limbeck.report.naming import literal
 
 PAPER = "2504.14366"
 CITATION = """@misc{haller2025empirical,
@@ -151,7 +152,7 @@ def _layers(plan: dict[str, Any]) -> str:
         rows.append((kept, "softmax", "the teacher's own attention", ""))
     lines = ["## Layers", "", "| layers | mixer | what it is | options |", "|---|---|---|---|"]
     for layers, name, what, options in sorted(rows, key=lambda row: row[0][0]):
-        lines.append(f"| {as_ranges(layers)} | {name} | {cell(what)} | {cell(options)} |")
+        lines.append(f"| {as_ranges(layers)} | {name} | {literal(what)} | {literal(options)} |")
     return "\n".join(lines)
 
 

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limbeck.data.cache import sha256_of
+from limbeck.data.cache import read_json, sha256_of
 from limbeck.errors import LimbeckError
 from limbeck.model.foreign import file_name
 from limbeck.model.student import MODEL_TYPE
 from limbeck.publish.card import write_card
 from limbeck.publish.origin import Origin, find_origin
-from limbeck.publish.privacy import check_private, without_paths
+from limbeck.publish.privacy import check_private, named_places, paths_in, without_paths
 from limbeck.publish.results import RunFacts
 from limbeck.recipe import Recipe
+from limbeck.stages.run import manifest_of
 
 CARD = "README.md"
 SENT = (".json", ".jinja", ".safetensors", ".model", ".txt", ".tiktoken", ".spm", ".md")  # code: by name only
@@ -104,6 +105,9 @@ def prepare(
         family=f"a model of the family {plan['base_model_type']}",
     )
     places = [Path.home(), Path.cwd(), folder.resolve(), folder.resolve().parent]
+    if recipe:
+        places += named_places(recipe.model_dump(mode="json"))
+        _check_prompt(recipe, recipe_file)
     card = _card(folder, repo, plan, origin, run)
     check_private(card, "the card", places)
     items = [Item.of(CARD, card.encode())]
@@ -209,7 +213,7 @@ def _check_length(file: Path) -> None:
 
 def _run_facts(path: Path, recipe: Recipe) -> RunFacts:
     result_file = path / "eval.json"
-    result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.is_file() else None
+    result = read_json(result_file, _resume(path, recipe)) if result_file.is_file() else None
     if result is None or len(result["stages"]) != len(recipe.stages):
         raise LimbeckError(
             f"the run {path} is not finished", expected="all stages and the evaluation", hint=_resume(path, recipe)
@@ -218,7 +222,18 @@ def _run_facts(path: Path, recipe: Recipe) -> RunFacts:
     prompt = known["evaluation"]["prompt"]  # text, even where it begins with a slash
     known = without_paths(known)
     known["evaluation"]["prompt"] = prompt
-    return RunFacts(known, result, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+    return RunFacts(known, result, manifest_of(path))
+
+
+def _check_prompt(recipe: Recipe, file: Path) -> None:
+    """Raises LimbeckError where the prompt, which is published with its answers, names a place on this machine."""
+    if found := paths_in(recipe.evaluation.prompt or ""):
+        raise LimbeckError(
+            f"the recipe's prompt names {found[0]}, a place on this machine, and the card would publish it",
+            expected="a prompt without local paths",
+            hint=f"limbeck distill {file} --set evaluation.prompt='The history of science is'   "
+            "(only the evaluation is made again)",
+        )
 
 
 def _resume(path: Path, recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ from limbeck.errors import LimbeckError
 
 ABSOLUTE = re.compile(r"(/|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\)")
 SEPARATORS = re.compile(r"[\\/]+")
+MIXED = re.compile(r"(?:(?<=\+ )|^)(?P<weight>\d[\d.e+-]*) (?P<place>(?:(?! \+ ).)+)")  # a label of `data.sources`
 
 
 def without_paths(value: Any) -> Any:
@@ -19,7 +20,32 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(part) for key, part in value.items()}
     if isinstance(value, list):
         return [without_paths(part) for part in value]
-    return last_part(value) if isinstance(value, str) and is_local(value) else value
+    if not isinstance(value, str):
+        return value
+    return last_part(value) if is_local(value) else MIXED.sub(_cut, value) if MIXED.match(value) else value
+
+
+def _cut(match: re.Match) -> str:
+    """One source of a mixture, as a recipe names several: "0.6 /data/a.jsonl + 0.4 embedded"."""
+    place = match["place"]
+    return f"{match['weight']} {last_part(place) if is_local(place) else place}"
+
+
+def named_places(value: Any) -> list[Path]:
+    """The folders of this machine that plain values name: local paths as they are written, and where they lie."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [place for part in parts for place in named_places(part)]
+    if not isinstance(value, str):
+        return []
+    texts = [value, *(match["place"] for match in MIXED.finditer(value))]
+    return [Path(text).expanduser().parent for text in texts if is_local(text)]
+
+
+def paths_in(text: str) -> list[str]:
+    """Local paths within running text: of several parts, and there on this machine."""
+    words = re.findall(r"(?<![\w:/.])(?:~|/|[A-Za-z]:\\\\)[^\s\"'`<>|,;]+", text)
+    return [word for word in words if len(SEPARATORS.split(word.rstrip(".)]"))) > 2 and _exists(word.rstrip(".)]"))]
 
 
 def is_local(text: str) -> bool:
@@ -45,7 +71,7 @@ def check_private(text: str, where: str, places: list[Path]) -> None:
             raise LimbeckError(
                 f"{where} names the folder {place} of this machine, and would publish it",
                 expected="text without local paths",
-                hint=f"take it out of {where}, or out of the recipe's prompt where it came from",
+                hint=f"take it out of {where}" if where.endswith((".md", ".json")) else None,
             )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.console import as_bytes, as_time
+from limbeck.report.naming import code, literal
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,6 @@ class RunFacts:
 def run_sections(run: RunFacts) -> list[str]:
     """Markdown, a section each; empty where the run has nothing to say."""
     return [_training(run), _results(run), _memory(run.result["memory"]), _sample(run.result)]
-
-
-def cell(text: str) -> str:
-    """Text that neither ends a table's cell nor becomes HTML or a list."""
-    return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _training(run: RunFacts) -> str:
@@ -98,12 +94,12 @@ def _memory(memory: dict[str, Any]) -> str:
 def _sample(result: dict[str, Any]) -> str:
     if not result["samples"]:
         return ""
-    lines = ["## Sample", "", f"Greedy continuations of: *{cell(result['prompt'])}*", ""]
-    lines += [f"- {name}: {cell(' '.join(text.split()))}" for name, text in result["samples"].items()]
+    lines = ["## Sample", "", f"Greedy continuations of: *{literal(result['prompt'])}*", ""]
+    lines += [f"- {name}: {literal(text)}" for name, text in result["samples"].items()]
     return "\n".join(lines)
 
 
 def _text(source: str) -> str:
     if source == "embedded" or source.startswith("embedded:"):
-        return f"`{source}` (what comes with limbeck; its sources and licences are listed in `limbeck.data.corpus`)"
-    return f"`{source}`"
+        return f"{code(source)} (what comes with limbeck; its sources and licences are listed in `limbeck.data.corpus`)"
+    return code(source)

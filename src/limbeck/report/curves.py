@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import LimbeckError
+from limbeck.reading import stage_label
 from limbeck.report.figure import check_format, new_figure, save
 
 LAYERED = ("matrix", "hidden")
@@ -26,7 +27,7 @@ def draw(metrics: Path, path: Path) -> None:
         raise LimbeckError(f"{metrics} holds no steps", expected="the metrics.jsonl of a run with stages 1 to 3")
     check_format(path)
     figure = new_figure(4.2 * len(stages), 3.4)
-    for axes, ((index, name), lines) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items()):
+    for axes, ((_, name), lines) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items()):
         parts = list(dict.fromkeys(part for line in lines for part in line["losses"])) if name in LAYERED else []
         for number, part in enumerate(parts):
             points = [(line["step"], line["losses"][part]) for line in lines if part in line["losses"]]
@@ -40,7 +41,7 @@ def draw(metrics: Path, path: Path) -> None:
             axes.set_yscale("log")
         axes.set_xlabel("step")
         layers = f", {len(parts)} layers" if parts else ""
-        axes.set_title(f"stage {index}: {name}{layers}", fontsize=10)
+        axes.set_title(f"{stage_label(name)}{layers}", fontsize=10)
         axes.grid(alpha=0.3)
     save(figure, path)
 

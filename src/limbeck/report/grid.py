@@ -68,9 +68,9 @@ class Line:
         return [arm.values[name] for arm in self.members if name in arm.values]
 
     def mean(self, name: str) -> float | None:
-        """Over seeds."""
+        """Mean over seeds; None where nothing was measured or a seed diverged."""
         numbers = self.numbers(name)
-        return statistics.fmean(numbers) if numbers else None
+        return statistics.fmean(numbers) if numbers and all(map(math.isfinite, numbers)) else None
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,9 @@ def _cell(name: str, numbers: list[float], best: bool = False) -> Cell:
     """Mean and standard deviation over seeds."""
     if not numbers:
         return Cell("")
+    lost = [number for number in numbers if not math.isfinite(number)]
+    if lost:
+        return Cell("diverged" if len(numbers) == 1 else f"diverged in {len(lost)} of {len(numbers)}")
     mean, spread = statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
     last = name.rpartition(".")[2]
     if not spread or is_share(last) or last.endswith("bytes"):

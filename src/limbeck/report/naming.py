@@ -7,7 +7,9 @@
 What a name ends with says its unit (docs/measurements.md); files and CSV keep the plain numbers.
 """
 
+import math
 import re
+from typing import Any
 
 WORDS = {"kl": "KL", "js": "JS", "ce": "CE", "cka": "CKA", "top1": "top-1", "top5": "top-5", "acc": "accuracy"}
 UNITS = {"milliseconds": "ms", "seconds": "s", "per_second": "a second"}
@@ -38,6 +40,10 @@ def label(name: str) -> str:
 def shown(name: str, value: float, error: float | None = None) -> str:
     """A number with its standard error, in the unit that its name says."""
     name = name.split("@")[0]
+    if not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= 1e9 and not name.endswith(("bytes", "tokens")):  # a student that diverged
+        return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
     if name.endswith("bytes"):
         return size(value)
     if is_share(name) and abs(value) <= 1:
@@ -45,6 +51,22 @@ def shown(name: str, value: float, error: float | None = None) -> str:
     if name.endswith("tokens") or abs(value) >= 10000:
         return f"{value:,.0f}" if error is None else f"{value:,.0f} ± {error:,.0f}"
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def literal(text: Any) -> str:
+    """Text of somebody else's (names, prompts, samples) as Markdown that shows it as it is, on one line.
+
+    It becomes neither HTML nor an image, a link, a list, code or the end of a table's cell.
+    """
+    plain = " ".join(str(text).split())
+    plain = re.sub(r"&(?=#?\w+;)", "&amp;", plain).replace("<", "&lt;")
+    plain = re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
+    return re.sub(r"^(\d*)([-+#>.)])(?= |$)", r"\1\\\2", plain)
+
+
+def code(text: Any) -> str:
+    """The same as code: nothing in it ends the span."""
+    return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"
 
 
 def is_share(name: str) -> bool:

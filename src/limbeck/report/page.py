@@ -7,6 +7,7 @@ Nothing is measured here, and no model is loaded: all comes from the files that 
 without data is left out. The page works without JavaScript; with it tables sort and everything can be filtered.
 """
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from limbeck import __version__
 from limbeck.console import progress
-from limbeck.data.cache import no_room_is_an_error
+from limbeck.data.cache import no_room_is_an_error, unwritable
 from limbeck.errors import LimbeckError
 from limbeck.report.analysis import analysis
 from limbeck.report.arms import Collection, gather
@@ -22,6 +23,7 @@ from limbeck.report.claims import Claim, claims_of
 from limbeck.report.figure import COLOUR_WORDS, COLOURS, look
 from limbeck.report.grid import Line, Table, by_measure, headline, in_words, lines_of, named
 from limbeck.report.inline import drawn, inline
+from limbeck.report.naming import literal
 from limbeck.report.over_length import over_length
 from limbeck.report.panels import Panel, caches, losses, order_of
 from limbeck.report.provenance import Provenance, provenance_of
@@ -94,6 +96,12 @@ def write(places: list[Path], out: Path | None = None) -> list[Path]:
     page = out or (places[0] / "report.html" if len(places) == 1 else Path("report.html"))
     if page.suffix != ".html" or page.is_dir():
         raise LimbeckError(f"cannot write the report to {page}", expected="a file's name that ends in .html")
+    if refused := unwritable(page.parent):
+        raise LimbeckError(
+            f"cannot write the report: {refused.found}",
+            expected="a folder that this user may write to",
+            hint=f"limbeck report {' '.join(map(shlex.quote, map(str, places)))} --out report.html",
+        )
     templates = _environment()
     collection = gather(places)
     files = page.with_name(f"{page.stem}_files")
@@ -168,5 +176,5 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     made.globals |= {"place": named, "in_words": in_words, "words": COLOUR_WORDS}
-    made.filters["pipe"] = lambda text: " ".join(str(text).replace("|", "\\|").split())
+    made.filters["pipe"] = literal
     return made

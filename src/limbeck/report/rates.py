@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from limbeck.data.cache import no_room_is_an_error
+from limbeck.reading import stage_label
 from limbeck.report.figure import new_figure, save
 from limbeck.stages.sweep import Sweep
 
@@ -23,7 +25,7 @@ def table(sweeps: list[Sweep]) -> Table:
         suggested = "none: it never falls" if sweep.suggested is None else f"{sweep.suggested:.1e}"
         lowest = sweep.smooth[sweep.lowest]
         shown.add_row(
-            f"{sweep.index} {sweep.stage}", sweep.begun_from, f"{sweep.given:.1e}", suggested,
+            stage_label(sweep.stage), sweep.begun_from, f"{sweep.given:.1e}", suggested,
             f"{sweep.rates[sweep.lowest]:.1e}", f"{sweep.losses[0]:.4g}", f"{lowest:.4g}",
         )  # fmt: skip
     return shown
@@ -31,6 +33,11 @@ def table(sweeps: list[Sweep]) -> Table:
 
 def write(sweeps: list[Sweep], folder: Path) -> list[Path]:
     """Write the numbers, and the picture where matplotlib is installed; the paths."""
+    with no_room_is_an_error(folder):
+        return _write(sweeps, folder)
+
+
+def _write(sweeps: list[Sweep], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "rates.csv"]
     with open(paths[0], "w", encoding="utf-8", newline="") as file:
@@ -56,6 +63,6 @@ def draw(sweeps: list[Sweep], path: Path) -> None:
             axes.axvline(sweep.suggested, color="black", linewidth=0.8)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
-        axes.set_title(f"stage {sweep.index}: {sweep.stage}", fontsize=10)
+        axes.set_title(stage_label(sweep.stage), fontsize=10)
         axes.grid(alpha=0.3)
     save(figure, path)

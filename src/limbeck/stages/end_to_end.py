@@ -26,6 +26,8 @@ from limbeck.stages.teacher import Pair
 class Logits:
     """See the module's docstring."""
 
+    by_targets = True  # what has no target teaches nothing here
+
     def __init__(
         self,
         pair: Pair,
@@ -75,17 +77,16 @@ class Logits:
         with self.autocast(), self._draws(batch):
             with checkpointed(self.student, self.blocks):
                 student = run_body(self.student, batch)
-            # a stretch of a conversation may hold no answer, so no target
             sums, gradient = self._losses(student, teacher, batch, self.loss_scale / max(counts["targets"], 1.0))
         student.backward(gradient)
         return self._shares(sums, counts["targets"])
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses on a batch, without gradients."""
+    def evaluate(self, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
+        """The losses on a batch, without gradients: its share, given the counts of all; none without any target."""
         with self.autocast():
             sums, _ = self._losses(run_body(self.student, batch), self._signal(batch), batch, 1.0, learn=False)
-        return self._shares(sums, float(batch.valid))
+        return self._shares(sums, (counts or self.count(batch))["targets"])
 
     @contextmanager
     def _draws(self, batch: Batch) -> Iterator[None]:
@@ -119,4 +120,5 @@ class Logits:
         )
 
     def _shares(self, sums: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        return {name: value / max(count, 1.0) for name, value in sums.items() if name != "count"}
+        """Sums over the count of targets; nothing where that is none, for a mean over nothing is no number."""
+        return {name: value / count for name, value in sums.items() if name != "count"} if count else {}

@@ -30,6 +30,7 @@ class LayerStage:
     """What stages 1 and 2 share: which layers, which parameters, one tapped pass of the teacher."""
 
     eager = False
+    by_targets = False  # every token is compared, those of questions too
 
     def __init__(self, pair: Pair):
         self.teacher, self.student, self.sites, self.autocast = pair
@@ -65,9 +66,9 @@ class LayerStage:
         """Add the gradients of one micro-batch; returns each layer's share of the loss by module name."""
         return self._run(batch, counts, train=True)
 
-    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """Each layer's loss on a batch, without gradients."""
-        return self._run(batch, self.count(batch), train=False)
+    def evaluate(self, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
+        """Each layer's loss on a batch, without gradients: its share, given the counts of all."""
+        return self._run(batch, counts or self.count(batch), train=False)
 
     def meet(self, batch: Batch) -> None:
         """Make ready for a batch, before the teacher's pass."""

@@ -11,6 +11,7 @@ The loop trains one (`limbeck.stages.loop`), or several on the same passes of th
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn, no_grad
 
 from limbeck.console import console
 from limbeck.data.ahead import Ahead
-from limbeck.data.packing import Batch
+from limbeck.data.packing import Batch, count_with_targets, with_targets
 from limbeck.distributed import add_up, share, take_from_main
 from limbeck.errors import LimbeckError
 from limbeck.stages.convergence import Convergence
@@ -35,6 +36,7 @@ class Stage(Protocol):
     autocast: Callable[[], Any]
     loss_scale: float
     stopped: set[str]  # names of those of its losses that are taken no more
+    by_targets: bool  # sequences without a target are passed over
 
     def parameters(self) -> dict[str, nn.Parameter]: ...
 
@@ -44,7 +46,7 @@ class Stage(Protocol):
 
     def backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]: ...
 
-    def evaluate(self, batch: Batch) -> dict[str, Tensor]: ...
+    def evaluate(self, batch: Batch, counts: dict[str, float] | None = None) -> dict[str, Tensor]: ...
 
 
 class Learner:
@@ -74,7 +76,9 @@ class Learner:
             "held_out_loss": None,
             "best_loss": None,
             "waited": 0,
+            "position": position,
         }
+        self.places: dict[int, int] = {}  # where the batches of a step begin, and those of the step after it
         self._resume()
         self.scale = LossScale(self.facts, needs_scale(stage.autocast, self.device.type))
         self.layers = Convergence(getattr(settings, "converged", None), self.facts)
@@ -96,17 +100,21 @@ class Learner:
         return self.settings.batch * self.data.length * self.step / max(self.facts["seconds"], 1e-9)
 
     def finish(self) -> dict[str, Any]:
-        """Leave the weights that are handed on; returns what `train` returns."""
+        """Leave the weights that are handed on; returns what `train` returns.
+
+        Raises:
+            LimbeckError: all steps were skipped, so that nothing was learnt.
+        """
+        if self.facts["loss"] is None and self.facts["skipped"]:
+            raise self._not_finite(f"all of its {self.facts['skipped']} steps were skipped")
         if self.best is not None:
             copy_into(self.parameters, self.best)
         elif self.average is not None:
             self.average.take_over()
-        sequences = self.facts["step"] * self.settings.batch
         return {
             **self.facts,
             "steps": self.facts["step"],
-            "tokens": sequences * self.data.length,
-            "position": self.start + sequences,
+            "tokens": self.facts["step"] * self.settings.batch * self.data.length,
             "trained_parameters": self.held.numel,
         }
 
@@ -125,9 +133,19 @@ class Learner:
         return self.ahead.take(self.step, last=self.step + 1 >= self.steps)
 
     def _batches_of(self, step: int) -> list[Batch]:
-        at = self.start + step * self.settings.batch + self.first
         sizes = [min(self.micro, self.rows - done) for done in range(0, self.rows, self.micro)]
+        if self.stage.by_targets:
+            # which sequences have targets nobody knows before they are read, so every process reads the whole batch
+            at = self.places.setdefault(step, self.facts["position"])
+            batch, self.places[step + 1] = with_targets(self.data, at, self.settings.batch)
+            begins = [self.first + i * self.micro for i in range(len(sizes))]
+            return [batch.rows(slice(begin, begin + size)) for begin, size in zip(begins, sizes)]
+        at = self._place(step) + self.first
         return [self.data.batch(at + i * self.micro, size) for i, size in enumerate(sizes)]
+
+    def _place(self, step: int) -> int:
+        """Position of a step's first sequence, where every sequence counts."""
+        return self.start + step * self.settings.batch
 
     def update(self, sums: dict[str, Tensor]) -> dict[str, Any]:
         """Move the weights by the gradients that are there; returns the step's line of metrics.
@@ -160,6 +178,8 @@ class Learner:
         self.optimizer.zero_grad()
         self.held.drop_gradients()
         self.facts["step"] += 1
+        self.facts["position"] = self.places.get(step + 1, self._place(step + 1))
+        self.places.pop(step, None)
         line = {"step": self.facts["step"], "loss": loss, "losses": parts_of(losses), "grad_norm": norm}
         line |= {"lr": settings.lr * rate, "skipped": self.facts["skipped"]}
         if self.scale.needed:
@@ -180,25 +200,32 @@ class Learner:
         self.facts["in_a_row"] += 1
         console.print(f"step {self.facts['step'] + 1} skipped: loss {loss:g}, gradient norm {norm:g}")
         if self.facts["in_a_row"] >= MOST_SKIPPED:
-            raise LimbeckError(
-                f"stage {self.settings.stage}: {MOST_SKIPPED} steps in a row were not finite",
-                expected="a finite loss",
-                hint=f"--set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder",
-            )
+            raise self._not_finite(f"{MOST_SKIPPED} steps in a row were not finite")
+
+    def _not_finite(self, what: str) -> LimbeckError:
+        """What is said where steps are skipped; before the first good one, no rate can be what was wrong."""
+        lower = f"--set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder"
+        return LimbeckError(
+            f"stage {self.settings.stage}: {what}",
+            expected="a finite loss and gradient",
+            hint=lower
+            if self.facts["loss"] is not None
+            else "--set precision=fp32; the rate is not the cause, no step has moved a weight yet",
+        )
 
     def _evaluate(self, line: dict[str, Any]) -> None:
         """Loss on held-out text, where it is due."""
         every = self.settings.evaluate_every
         if not every or self.held_out is None or self.facts["step"] % every:
             return
-        count = min(self.settings.evaluate_sequences, self.held_out.n_sequences)
+        count, counts = self._judged
         with self.average.lent() if self.average else nullcontext(), no_grad():
             # blocks that are sharded run in all processes or in none, so all of them see all of the text
             first, mine = (0, count) if self.held.sharded else share(count)
             batches = (self.held_out.batch(at, 1).to(self.device) for at in range(first, first + mine))
-            found = [self.stage.evaluate(batch) for batch in batches]
+            found = [losses for batch in batches if (losses := self.stage.evaluate(batch, counts))]
         total = sum(total_loss(fetch(0.0, losses)[1]) for losses in found)
-        loss = total / count if self.held.sharded else add_up({"loss": total})["loss"] / count
+        loss = total if self.held.sharded else add_up({"loss": total})["loss"]
         line["held_out_loss"] = self.facts["held_out_loss"] = loss
         if self.facts["best_loss"] is None or loss < self.facts["best_loss"]:
             self.facts["best_loss"], self.facts["waited"] = loss, 0
@@ -208,13 +235,26 @@ class Learner:
         else:
             self.facts["waited"] += 1
 
+    @cached_property
+    def _judged(self) -> tuple[int, dict[str, float]]:
+        """How many held-out sequences are measured, and what their losses are divided by: the counts of all of them."""
+        assert self.held_out is not None
+        count = min(self.settings.evaluate_sequences, self.held_out.n_sequences)
+        if self.stage.by_targets:
+            count = count_with_targets(self.held_out, count)
+        counts: dict[str, float] = {}
+        for at in range(count):  # every process counts all of them itself
+            for name, value in self.stage.count(self.held_out.batch(at, 1)).items():
+                counts[name] = counts.get(name, 0.0) + value
+        return count, counts
+
     def _resume(self) -> None:
         found = self.run.last_checkpoint(self.index)
         self.run.forget(self.index, found[2]["step"] if found else 0)
         if found is None:
             return
         tensors, optimizer, facts = found
-        self.facts |= facts
+        self.facts |= {"position": self._place(facts["step"]), **facts}
         kinds: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("|")

@@ -3,8 +3,8 @@
     train(stage, settings, data, run, index, position, held_out)
 
 Gradient accumulation with counts taken over the whole step first (so a split changes nothing), clipping, non-finite
-steps skipped and counted, a line of metrics a step, checkpoints by the clock and on SIGTERM. A resumed run continues
-bit for bit on a CPU: weights, optimiser, averages and data position are all its state.
+steps skipped and counted, a line of metrics a step, checkpoints by the clock and on a signal to stop. A resumed run
+continues bit for bit on a CPU: weights, optimiser, averages and data position are all its state.
 
 Of several processes each takes its rows of a step. Counts are summed over them before the first gradient, gradients
 after the last one, so a step is that of one process with all rows (docs/scaling.md).
@@ -47,7 +47,7 @@ def train(
 
     Raises:
         LimbeckError: the loss was not finite several steps in a row.
-        Stopped: SIGTERM came; the state is kept.
+        Stopped: a signal to stop came; the state is kept.
     """
     with learning(stage) as parameters, watch() as asked_to_stop:
         learner = Learner(stage, settings, data, run, index, position, parameters, held_out)
@@ -78,7 +78,7 @@ def _go(learner: Learner, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
             learner.note(line, time.monotonic() - began)
             advance(1, note=f"loss {line['loss']:.4g}, {learner.speed:.0f} tokens/s")
             stop, save = agree(asked_to_stop(), time.monotonic() - saved > learner.run.recipe.checkpoint_seconds)
-            if learner.step < learner.steps and (stop or save):
+            if stop or (save and learner.step < learner.steps):
                 learner.save()
                 saved = time.monotonic()
             if stop:

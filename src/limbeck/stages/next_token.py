@@ -23,6 +23,8 @@ from limbeck.recipe import Trained
 class NextToken:
     """A stage for the training loop: cross-entropy over the valid targets of a step."""
 
+    by_targets = True
+
     def __init__(self, model: PreTrainedModel):
         self.model, self.head = model, Head(model)
         self.autocast: Callable[[], Any] = nullcontext
@@ -48,9 +50,10 @@ class NextToken:
         return {"loss": loss.detach().double()}
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """The loss on a batch, without gradients."""
-        return {"loss": self._loss(batch).double() / max(batch.valid, 1)}
+    def evaluate(self, batch: Batch, counts: dict[str, float] | None = None) -> dict[str, Tensor]:
+        """The loss on a batch, without gradients: its share, given the counts of all; none without any target."""
+        count = (counts or self.count(batch))["targets"]
+        return {"loss": self._loss(batch).double() / count} if count else {}
 
     def _loss(self, batch: Batch) -> Tensor:
         """Summed over the valid targets."""

@@ -8,17 +8,18 @@ Only the body runs (`limbeck.model.body`), so the last tap sees the last block's
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from limbeck.data.packing import IGNORE, Batch
 from limbeck.errors import LimbeckError
-from limbeck.hub import look_up
 from limbeck.model import Site
-from limbeck.model.body import packs_by_position
+from limbeck.model.body import Head, packs_by_position, run_body
+from limbeck.model.opening import load_config, load_model, load_tokenizer
 from limbeck.quantise import refuse_quantised, teacher_settings
 
 Visit = Callable[[tuple, dict, Tensor | tuple], None]
@@ -42,33 +43,72 @@ def load_teacher(
         bits: 8 or 4 loads the linear layers of the body in so many bits (bitsandbytes); None leaves all in float32.
 
     Raises:
-        LimbeckError: nothing there, not a causal language model, a student already, weights that are stored in few
-            bits, or `bits` without bitsandbytes.
+        LimbeckError: see `limbeck.model.opening`; or a student already, weights that are stored in few bits, or `bits`
+            without bitsandbytes.
     """
     settings = teacher_settings(bits, device)
-    if device.type == "cpu":
-        # a student that is still far off has many probabilities too small to matter, which slow products down tenfold
-        torch.set_flush_denormal(True)
-    if not Path(name).exists():
-        look_up(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        refuse_quantised(AutoConfig.from_pretrained(name), f"'{name}'")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **settings)
-    except LimbeckError:
-        raise
-    except Exception as error:
-        local = Path(name).exists()
-        raise LimbeckError(
-            f"cannot load a causal language model from '{name}': {str(error).strip().splitlines()[0]}",
-            expected="a folder that save_pretrained wrote, or the name of a model on the hub",
-            hint="--teacher embedded   (comes with `limbeck assets`)" if not local else None,
-        ) from error
-    if hasattr(model.config, "limbeck"):
+    config = load_config(name)
+    refuse_quantised(config, f"'{name}'")
+    if hasattr(config, "limbeck"):
         raise LimbeckError(f"'{name}' is a student already", expected="a softmax teacher")
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, config, **settings)
     if bits is None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def check_finite_loss(teacher: PreTrainedModel, batch: Batch, autocast: Callable[[], AbstractContextManager]) -> None:
+    """Refuse a teacher whose answers on a batch of the text are not finite; what they are of is not asked again.
+
+    Raises:
+        LimbeckError: names the first module whose output is NaN or infinite.
+    """
+    with autocast():
+        device = batch.input_ids.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        if kind in getattr(teacher, "_limbeck_finite", ()):
+            return
+        hidden = run_body(teacher, batch)
+        head, targets = Head(teacher), batch.targets.flatten()
+        parts = zip(hidden.flatten(0, 1).split(128), targets.split(128))
+        finite = bool(hidden.isfinite().all()) and all(
+            bool(F.cross_entropy(head(part).float(), wanted, ignore_index=IGNORE, reduction="sum").isfinite())
+            for part, wanted in parts
+        )
+        if finite:
+            teacher._limbeck_finite = {*getattr(teacher, "_limbeck_finite", ()), kind}  # type: ignore[assignment]
+            return
+        first = _first_not_finite(teacher, batch)
+    reduced = kind != torch.float32
+    raise LimbeckError(
+        f"what the teacher says of the text is not finite: the first module whose output is NaN or infinite is {first}",
+        expected="finite logits, in the precision of the run",
+        hint="--set precision=fp32" if reduced else "another teacher, or weights whose training did not diverge",
+    )
+
+
+def _first_not_finite(teacher: PreTrainedModel, batch: Batch) -> str:
+    found: list[str] = []
+
+    def hook(name: str) -> Callable:
+        def look(module, args, output) -> None:
+            tensor = output[0] if isinstance(output, tuple) and output else output
+            if not found and isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+                found.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in teacher.named_modules() if name]
+    try:
+        hidden = run_body(teacher, batch)
+        for part in hidden.flatten(0, 1).split(128):
+            Head(teacher)(part)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself"
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def train_together(members: list[Member]) -> list[dict[str, Any] | Exception]:
         `saved_seconds` (its part of the teacher's time that sharing saved), or the error that ended it.
 
     Raises:
-        Stopped: SIGTERM came; the state of all is kept.
+        Stopped: a signal to stop came; the state of all is kept.
     """
     with ExitStack() as stack, watch() as asked_to_stop:
         learners = [
@@ -106,8 +106,8 @@ def train_together(members: list[Member]) -> list[dict[str, Any] | Exception]:
                 advance(len(here), note=f"{speed:.0f} tokens/s of all")
                 stop = asked_to_stop()
                 if stop or time.monotonic() - saved > first.run.recipe.checkpoint_seconds:
-                    for i in here:
-                        if i not in ends and learners[i].step < learners[i].steps:
+                    for i in range(len(learners)) if stop else here:
+                        if i not in ends and (stop or learners[i].step < learners[i].steps):
                             learners[i].save()
                     saved = time.monotonic()
                 if stop:

@@ -22,12 +22,14 @@ class Part:
     """A testable half-sentence.
 
     kind: "more": the effect is above zero and matters; "little": it does not reach the margin.
+    discrete: the effect is a count or a rank, of which equal seeds are to be expected and need no test.
     """
 
     says: str
     effect: Callable[[list[Row]], dict[str, list[float]]]
     kind: Literal["more", "little"] = "more"
     margin: float = MATTERS
+    discrete: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def value(name: str) -> Metric:
 def log_perplexity(row: Row) -> float | None:
     """Loss on held-out text: of the measure `agreement`, else of the run's own evaluation."""
     found = row["values"].get("agreement.perplexity", row["values"].get("held_out.student_perplexity"))
-    return None if found is None else math.log(found)
+    if found is None:
+        return None
+    return math.log(found) if found > 0 else math.nan  # NaN stays NaN, and is told as an arm that diverged
 
 
 def by_length(measure: str, name: str, last: bool) -> Metric:
@@ -86,7 +90,7 @@ def mean_of(measure: str, name: str) -> Metric:
 def judge_claim(name: str, claim: Claim, rows: list[Row]) -> dict[str, Any]:
     """A claim with its verdict, its parts' effects and why it is undecided, ready for JSON."""
     parts = claim.parts(rows)
-    found = [judge(part.effect(rows), part.kind, part.margin, len(parts)) for part in parts]
+    found = [judge(part.effect(rows), part.kind, part.margin, len(parts), part.discrete) for part in parts]
     return {
         "name": name,
         "statement": claim.statement,

@@ -6,15 +6,18 @@
 `values` are flat, under the names of `limbeck.report.values`.
 """
 
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from limbeck.data.cache import no_room_is_an_error
+from limbeck import __version__
+from limbeck.data.cache import write_text
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import find, settings_of
+from limbeck.identity import folder_of, model_of
 from limbeck.report.values import values_of
 from limbeck.study.grid import Arm, Study
 
@@ -27,14 +30,44 @@ def wanted(study: Study) -> dict[str, Any]:
 
 
 def read(arm: Arm, study: Study | None = None) -> dict[str, Any] | None:
-    """The record of an arm; with a study only if it has all of the study's measures."""
-    return _read(arm.path / NAME, study)
+    """Read the record of an arm; with a study only if it has all of its measures and its held-out evaluation."""
+    known = _read(arm.path / NAME, study)
+    return None if known is not None and study is not None and _other_evaluation(arm, known) else known
+
+
+def other_evaluation(arm: Arm) -> dict[str, Any] | None:
+    """How a finished arm was evaluated, where that is not what its recipe asks for now and its stages are gone.
+
+    With its stages still on disk the arm is evaluated again; without them its numbers and those of other arms would
+    go into one mean although they are of different texts or sizes.
+    """
+    known = read(arm)
+    if known is None or (arm.path / "stages").is_dir():
+        return None
+    return _other_evaluation(arm, known)
+
+
+def _other_evaluation(arm: Arm, known: dict[str, Any]) -> dict[str, Any] | None:
+    then = known.get("evaluation")
+    if then is None:  # a record that does not say: the run's own summary does
+        try:
+            then = json.loads((arm.path / "eval.json").read_text(encoding="utf-8"))["evaluation"]
+        except (OSError, ValueError, KeyError):
+            return None
+    return then if then != arm.recipe.evaluation.model_dump(mode="json") else None
 
 
 def state(arm: Arm, study: Study) -> str:
-    """ "finished"; "measure" where its student is there but not all of the study's measures; else "train"."""
+    """Tell where an arm stands.
+
+    Returns:
+        "finished"; "measure" where its student is there but not all of the study's measures; else "train", which
+        takes up the run where it stands: a run that only lacks its evaluation trains nothing.
+    """
     if read(arm, study) is not None:
         return "finished"
+    if (known := read(arm)) is not None and _other_evaluation(arm, known):
+        return "train"
     return "measure" if read(arm) is not None and (arm.path / "student" / "config.json").exists() else "train"
 
 
@@ -45,7 +78,10 @@ def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measureme
         "format": 1,
         "name": arm.name,
         "axes": arm.axes,
+        "limbeck": __version__,
+        "mixer": arm.recipe.student.mixer,
         "measures": wanted(study),
+        "evaluation": arm.recipe.evaluation.model_dump(mode="json"),
         "values": values,
         "errors": errors,
         "seconds": sum(stage["seconds"] for stage in summary["stages"]),
@@ -58,19 +94,28 @@ def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measureme
 
 def read_teacher(arm: Arm, study: Study) -> dict[str, Any] | None:
     """What is known of an arm's teacher, if it has all of the study's measures."""
-    return _read(teacher_path(arm), study)
+    known = _read(teacher_path(arm), study)
+    folder = folder_of(arm.recipe.teacher)
+    if known is None or folder is None or "weights" not in known or not study.measures:
+        return known
+    return known if known["weights"] == model_of(folder) else None
 
 
 def write_teacher(arm: Arm, study: Study, found: list[Measurement]) -> None:
     """Keep what the measures said of an arm's teacher."""
     values, errors = values_of({}, found, None)
     known = {"format": 1, "name": arm.recipe.teacher, "measures": wanted(study), "values": values, "errors": errors}
+    if found:
+        known["weights"] = found[0].provenance.weights
     put(teacher_path(arm), json.dumps(known, indent=1) + "\n")
 
 
 def teacher_path(arm: Arm) -> Path:
-    """The file of an arm's teacher, in the study's folder."""
-    return arm.path.parent / "teachers" / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', arm.recipe.teacher)}.json"
+    """The file of an arm's teacher as it was measured on the arm's text, in the study's folder."""
+    recipe = arm.recipe
+    told = json.dumps([recipe.teacher, recipe.teacher_bits, recipe.data.model_dump(mode="json", exclude={"cache_gb"})])
+    digest = hashlib.sha256(told.encode()).hexdigest()[:10]  # names that are alike once they are file names stay apart
+    return arm.path.parent / "teachers" / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', recipe.teacher)}-{digest}.json"
 
 
 def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
@@ -85,11 +130,7 @@ def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
 
 def put(path: Path, text: str) -> None:
     """Write a file at once, whole or not at all."""
-    with no_room_is_an_error(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+    write_text(path, text)
 
 
 def drop(arm: Arm, keep: str) -> None:

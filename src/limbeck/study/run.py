@@ -12,15 +12,17 @@ runs/<study>-<size>/
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from limbeck.console import console
-from limbeck.data.cache import check_room, no_room_is_an_error
+from limbeck.data.cache import check_link, check_room, check_writable, no_room_is_an_error, read_json
 from limbeck.distributed import world
 from limbeck.errors import LimbeckError
+from limbeck.identity import check_teachers
 from limbeck.stages.run import check_run, held
 from limbeck.study import record, tables
 from limbeck.study.grid import Arm, Study, to_yaml
@@ -55,6 +57,7 @@ def run_study(
     """
     folder = Path(out or f"runs/{study.title}")
     arms = check_study(study, folder)
+    check_writable(folder)
     workplace = Workplace()
     place = executor or InTurn(workplace)
     with ExitStack() as stack:
@@ -87,6 +90,7 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
         raise LimbeckError(
             "a study runs in one process", expected="limbeck study without torchrun; single arms can be run with it"
         )
+    check_link(folder)
     if folder.exists() and not folder.is_dir():
         raise LimbeckError(f"{folder} is a file", expected="a folder for the study", hint="--out runs/another-name")
     if folder.is_dir() and not (folder / "study.yaml").exists() and any(p.name != ".lock" for p in folder.iterdir()):
@@ -105,6 +109,18 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
                 expected="the same settings for arms that are there; new arms may be added",
                 hint="--out another folder, or delete the folders of the arms that shall be run anew",
             ) from error
+    stale = {arm.name: then for arm in arms if (then := record.other_evaluation(arm))}
+    if stale:
+        now = next(arm.recipe.evaluation.model_dump(mode="json") for arm in arms if arm.name in stale)
+        then = next(iter(stale.values()))
+        told = ", ".join(f"{key} {then.get(key)}, now {value}" for key, value in now.items() if then.get(key) != value)
+        names = ", ".join(list(stale)[:4]) + (", ..." if len(stale) > 4 else "")
+        raise LimbeckError(
+            f"{len(stale)} arms were evaluated otherwise ({told}) and have kept nothing to evaluate again: {names}",
+            expected="the evaluation that they had, so that a mean is over the same text",
+            hint="--out another folder, or delete the folders of these arms",
+        )
+    check_teachers({arm.path: arm.recipe for arm in arms})
     return arms
 
 
@@ -121,6 +137,7 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: 
             watcher.saw(done)
             if done.task.kind == "alone":
                 tables.write(study, folder, arms, _failures(folder), claims=[])
+    check_teachers({arm.path: arm.recipe for arm in arms})  # one may have been exchanged meanwhile
     for arm in arms:
         if record.state(arm, study) == "finished":
             record.drop(arm, study.keep)
@@ -135,13 +152,19 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: 
 def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
     """What claims are judged by: the records of finished arms, each with the values of its `teacher`."""
     known = ((record.read(arm, study), record.read_teacher(arm, study)) for arm in arms)
-    return [{**row, "teacher": teacher["values"] if teacher else {}} for row, teacher in known if row]
+    rows = []
+    for arm, (row, teacher) in zip(arms, known):
+        if row:
+            rows.append({**row, "mixer": arm.recipe.student.mixer, "teacher": teacher["values"] if teacher else {}})
+    return rows
 
 
 def _failures(folder: Path) -> dict[str, str]:
     """By arm, what those said that failed."""
     path = folder / FAILURES
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return (
+        read_json(path, f"rm {shlex.quote(str(path))}   (it only holds what failed arms said)") if path.exists() else {}
+    )
 
 
 def _remember(folder: Path, failures: dict[str, str]) -> None:

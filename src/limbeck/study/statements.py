@@ -6,24 +6,30 @@ Losses are compared in nats a token (the logarithm of perplexity), so an effect 
 The paper is arXiv 2504.14366, v2 of May 2025 and v3 of January 2026; a statement is our wording of its finding.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 from limbeck.study.claims import MATTERS, Claim, Part, by_length, judge_claim, log_perplexity, mean_of, value
-from limbeck.study.statistics import Effect, Row, Term, difference
+from limbeck.study.statistics import Contrasts, Effect, Row, Term, difference, same_order
 
 KERNEL_ONLY = ("linear_attention", "rebased", "hedgehog", "based", "cosformer", "hadamard", "t2r", "dpfp", "elu")
 FIXED_DECAY = ("retnet",)
 DYNAMIC_DECAY = ("gla", "metala", "mlstm", "mamba2", "hgrn2", "rwkv6", "gsa", "gated_deltanet", "kda", "rwkv7")
 DELTA = ("deltanet", "gated_deltanet", "kda", "rwkv7")
 ADDITIVE = (*KERNEL_ONLY, *FIXED_DECAY, "gla", "metala", "mlstm", "mamba2", "hgrn2", "rwkv6", "gsa")
+CONTROLS = ("softmax",)  # arms that are no subquadratic student
 LITTLE = 0.02  # nats a token: what counts as little
 
 
 def judge_claims(names: list[str], rows: list[Row]) -> list[dict[str, Any]]:
-    """Each named claim judged; see `limbeck.study.claims.judge_claim`."""
+    """Judge each named claim; see `limbeck.study.claims.judge_claim`.
+
+    Args:
+        rows: records of finished arms. Claims know a student by its `mixer`, not by what a study calls it; records of
+            students without one are known by their name.
+    """
+    rows = [{**row, "axes": {**row["axes"], "mixer": row.get("mixer") or row["axes"]["student"]}} for row in rows]
     return [judge_claim(name, CLAIMS[name], rows) for name in names]
 
 
@@ -41,46 +47,21 @@ def _lower(better: dict, worse: dict, within: dict | None = None) -> Effect:
 
 
 def _than(better: str, worse: str) -> Effect:
-    return _lower({"student": (better,)}, {"student": (worse,)})
-
-
-def _students(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["axes"]["student"] for row in rows))
+    return _lower({"mixer": (better,)}, {"mixer": (worse,)})
 
 
 def _first(name: str) -> Callable[[list[Row]], list[Part]]:
     def parts(rows: list[Row]) -> list[Part]:
-        rivals = [one for one in _students(rows) if one != name]
+        mixers = dict.fromkeys(row["axes"]["mixer"] for row in rows)
+        rivals = [one for one in mixers if one != name and one not in CONTROLS]
         return [Part(f"{name} is better than {one}", _than(name, one).at_places, margin=0.0) for one in rivals]
 
     return parts
 
 
-def _same_order(axis: str) -> Callable[[list[Row]], dict[str, list[float]]]:
-    """Kendall's rank correlation of the students between neighbouring values of an axis, by seed."""
-
-    def effect(rows: list[Row]) -> dict[str, list[float]]:
-        losses: dict[str, dict[Any, dict[str, float]]] = {}
-        for row in rows:
-            if (loss := log_perplexity(row)) is not None:
-                here = losses.setdefault(str(row["axes"]["seed"]), {}).setdefault(row["axes"].get(axis), {})
-                here[row["axes"]["student"]] = loss
-        found: dict[str, list[float]] = {}
-        for seed, by_value in losses.items():
-            tables = list(by_value.values())
-            for one, other in itertools.pairwise(tables):
-                if (tau := _kendall(one, other)) is not None:
-                    found.setdefault(seed, []).append(tau)
-        return found
-
-    return effect
-
-
-def _kendall(one: dict[str, float], other: dict[str, float]) -> float | None:
-    both = [name for name in one if name in other]
-    pairs = [(a, b) for i, a in enumerate(both) for b in both[i + 1 :]]
-    signs = [math.copysign(1, (one[a] - one[b]) * (other[a] - other[b])) for a, b in pairs]
-    return sum(signs) / len(signs) if len(both) > 2 else None
+def _same_order(axis: str) -> Callable[[list[Row]], Contrasts]:
+    """Kendall's rank correlation of the students between neighboring values of an axis, by seed."""
+    return lambda rows: same_order(rows, axis, log_perplexity)
 
 
 def _growth(where: dict, weight: float) -> tuple[Term, Term]:
@@ -92,8 +73,8 @@ def _growth(where: dict, weight: float) -> tuple[Term, Term]:
     )
 
 
-_OTHERS = {"student": (*KERNEL_ONLY, *FIXED_DECAY, "deltanet")}
-_DYNAMIC, _KERNEL = {"student": DYNAMIC_DECAY}, {"student": KERNEL_ONLY}
+_OTHERS = {"mixer": (*KERNEL_ONLY, *FIXED_DECAY, "deltanet")}
+_DYNAMIC, _KERNEL = {"mixer": DYNAMIC_DECAY}, {"mixer": KERNEL_ONLY}
 _3, _23, _123 = {"stages": ("3",)}, {"stages": ("2+3",)}, {"stages": ("1+2+3",)}
 _NIAH = r"niah \d, (\d+) tokens, among \d+"
 _COPIED, _FRESH = {"copy_projections": (True,)}, {"copy_projections": (False,)}
@@ -185,7 +166,7 @@ CLAIMS: dict[str, Claim] = {
         _fixed(
             _part(
                 "key-value pairs recalled, delta rule minus additive",
-                difference(mean_of("recall", r"recall, \d+ pairs"), {"student": DELTA}, {"student": ADDITIVE}),
+                difference(mean_of("recall", r"recall, \d+ pairs"), {"mixer": DELTA}, {"mixer": ADDITIVE}),
             ),
         ),
     ),
@@ -196,7 +177,7 @@ CLAIMS: dict[str, Claim] = {
         _fixed(
             _part(
                 "needles found, delta rule minus additive",
-                difference(mean_of("needle", _NIAH), {"student": DELTA}, {"student": ADDITIVE}),
+                difference(mean_of("needle", _NIAH), {"mixer": DELTA}, {"mixer": ADDITIVE}),
             ),
         ),
     ),
@@ -204,7 +185,7 @@ CLAIMS: dict[str, Claim] = {
         "A student's cache does not grow with the text.",
         "v2, figure 4",
         "share of the teacher's growth",
-        _fixed(Part("growth of the cache a token", _memory_growth, "little", 0.001)),
+        _fixed(Part("growth of the cache a token", _memory_growth, "little", 0.001, discrete=True)),
     ),
     "time-constant-in-length": Claim(
         "A token takes a student as long behind a long text as behind a short one.",
@@ -222,13 +203,13 @@ CLAIMS: dict[str, Claim] = {
         "Which student is better than which does not depend on the size of the teacher.",
         "v3, table 2",
         "Kendall's tau",
-        _fixed(Part("agreement of the order between teachers", _same_order("teacher"), margin=0.5)),
+        _fixed(Part("agreement of the order between teachers", _same_order("teacher"), margin=0.5, discrete=True)),
     ),
     "gaps-set-early": Claim(
         "The order of the students is set early: a larger budget keeps it.",
         "v3, budget curves",
         "Kendall's tau",
-        _fixed(Part("agreement of the order between budgets", _same_order("tokens"), margin=0.5)),
+        _fixed(Part("agreement of the order between budgets", _same_order("tokens"), margin=0.5, discrete=True)),
     ),
     "head-gates-beat-channel-gates": Claim(
         "A decay for each head is better than one for each channel.",
@@ -249,7 +230,7 @@ CLAIMS: dict[str, Claim] = {
         _fixed(
             _part(
                 "Gated DeltaNet is better than Mamba-2",
-                _lower({"student": ("gated_deltanet",)}, {"student": ("mamba2",)}),
+                _than("gated_deltanet", "mamba2"),
             )
         ),
     ),
@@ -260,7 +241,7 @@ CLAIMS: dict[str, Claim] = {
         _fixed(
             _part(
                 "Mamba-2 is better than linear attention",
-                _lower({"student": ("mamba2",)}, {"student": ("linear_attention",)}),
+                _than("mamba2", "linear_attention"),
             )
         ),
     ),

@@ -7,10 +7,12 @@ The tables hold no times, so that a study which was killed and resumed leaves th
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+from limbeck.publish.privacy import last_part
 from limbeck.report.values import as_csv
 from limbeck.stages.run import environment
 from limbeck.study import record
@@ -37,7 +39,7 @@ def write(
                 **{key: (known or {}).get(key) for key in ("values", "errors", "seconds", "saved_seconds", "stages")},
             }
         )
-    teachers = {arm.recipe.teacher: record.read_teacher(arm, study) for arm in arms}
+    teachers, versions = _teachers(study, arms), _versions(arms, study)
     results = {
         "format": FORMAT,
         "study": study.model_dump(mode="json", exclude_none=True),
@@ -49,10 +51,11 @@ def write(
             "saved_seconds": sum(one["saved_seconds"] or 0.0 for one in facts),
         },
         "claims": claims,
+        "versions": versions,
     }
     finished = [one for one in facts if one["status"] == "finished"]
     record.put(folder / "study.json", json.dumps(results, indent=1) + "\n")
-    record.put(folder / "table.md", table_markdown(study, finished, teachers))
+    record.put(folder / "table.md", table_markdown(study, finished, teachers, versions))
     record.put(folder / "values.csv", values_csv(finished))
     if claims:
         record.put(folder / "claims.md", claims_markdown(claims))
@@ -60,7 +63,10 @@ def write(
 
 
 def table_markdown(
-    study: Study, finished: list[dict[str, Any]], teachers: dict[str, dict[str, Any] | None] | None = None
+    study: Study,
+    finished: list[dict[str, Any]],
+    teachers: dict[str, dict[str, Any] | None] | None = None,
+    versions: dict[str, int] | None = None,
 ) -> str:
     """A row for each arm, seeds together as mean ± standard deviation, and the teachers; a table for each measure."""
     varied = [axis for axis in _axes(finished) if axis != "seed" and len({_shown(one, axis) for one in finished}) > 1]
@@ -69,6 +75,9 @@ def table_markdown(
     for one in finished:
         groups.setdefault(tuple(_shown(one, axis) for axis in varied), []).append(one)
     lines = [f"# {study.title}", ""]
+    if versions and len(versions) > 1:
+        told = ", ".join(f"{name} ({count} arms)" for name, count in versions.items())
+        lines += [f"Measured with several versions of Limbeck: {told}.", ""]
     for measure in ["held_out", *study.measures]:
         names = list(dict.fromkeys(n for one in finished for n in one["values"] if n.partition(".")[0] == measure))
         if measure == "held_out":
@@ -83,7 +92,7 @@ def table_markdown(
         for teacher, known in (teachers or {}).items():
             if known and any(name in known["values"] for name in names):
                 cells = [_spread([known["values"][name]] if name in known["values"] else []) for name in names]
-                lines.append(_row([f"teacher {Path(teacher).name}", *[""] * len(varied), *cells]))
+                lines.append(_row([f"teacher {teacher}", *[""] * len(varied), *cells]))
         lines.append("")
     return "\n".join(lines)
 
@@ -109,7 +118,7 @@ def claims_markdown(claims: list[dict[str, Any]]) -> str:
 
 def _finding(part: dict[str, Any], unit: str) -> str:
     if part["effect"] is None:
-        return f"{part['verdict']}, {part['reason']}"
+        return f"{part['verdict']}, {part['reason']}{_left_out(part)}"
     numbers = f"{part['effect']:+.4g} {unit}"
     if part["low"] is not None:
         numbers += f", 95 % interval {part['low']:+.4g} to {part['high']:+.4g}, p = {part['p']:.2g}"
@@ -118,7 +127,41 @@ def _finding(part: dict[str, Any], unit: str) -> str:
     )
     bound = "at least" if part["kind"] == "more" else "less than"
     numbers += f"; {bound} {part['margin']:g} was asked for"
-    return f"{part['verdict']}, {numbers}" + (f" ({part['reason']})" if part["reason"] else "")
+    return f"{part['verdict']}, {numbers}" + (f" ({part['reason']})" if part["reason"] else "") + _left_out(part)
+
+
+def _left_out(part: dict[str, Any]) -> str:
+    """Name what counts in no seed because some seed lacks it."""
+    names = part.get("left_out") or []
+    if not names:
+        return ""
+    return f"; left out, as not every seed has it: {', '.join(names[:4])}" + (", ..." if len(names) > 4 else "")
+
+
+def _teachers(study: Study, arms: list[Arm]) -> dict[str, dict[str, Any] | None]:
+    """The teachers' records by name; where arms read several texts, by name and text."""
+    by_path = {record.teacher_path(arm): arm for arm in arms}
+    names = {path: Path(arm.recipe.teacher).name for path, arm in by_path.items()}
+    found: dict[str, dict[str, Any] | None] = {}
+    for path, arm in by_path.items():
+        name = names[path]
+        if list(names.values()).count(name) > 1:
+            others = [one for other, one in by_path.items() if names[other] == name and other != path]
+            # the axes of the grid that tell this text or folder from the others'
+            told = [f"{a} {v}" for a, v in arm.axes.items() if all(one.axes.get(a) != v for one in others)]
+            name = f"{name} ({', '.join(told) or last_part(arm.recipe.data.source)})"
+        found[name if name not in found else f"{name} {path.stem[-10:]}"] = record.read_teacher(arm, study)
+    return found
+
+
+def _versions(arms: list[Arm], study: Study) -> dict[str, int]:
+    """How many finished arms were measured with which version of Limbeck."""
+    found: dict[str, int] = {}
+    for arm in arms:
+        if known := record.read(arm, study):
+            name = known.get("limbeck", "an unknown version")
+            found[name] = found.get(name, 0) + 1
+    return found
 
 
 def _axes(arms: list[dict[str, Any]]) -> list[str]:
@@ -135,6 +178,9 @@ def _shown(arm: dict[str, Any], axis: str) -> str:
 def _spread(values: list[float]) -> str:
     if not values:
         return ""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < len(values):
+        return f"diverged in {len(values) - len(finite)} of {len(values)}"
     mean = f"{statistics.fmean(values):.4g}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from limbeck.console import console
 from limbeck.data.cache import cache_root, publish, sound
-from limbeck.data.packing import Packed, Sequences
+from limbeck.data.packing import Packed, Sequences, count_with_targets
 from limbeck.data.repeats import Repeats
 from limbeck.data.text import Text, open_text
 from limbeck.data.vocabulary import learn_vocabulary
@@ -150,11 +150,12 @@ def held_out_perplexity(recipe: TeacherRecipe, model: PreTrainedModel, text: Tex
             continue
         held_out = Packed(part.held_out, recipe.data.length, shuffle=False)
         stage, total, count = NextToken(model), 0.0, 0
-        for at in range(min(held_out.n_sequences, max(1, EVALUATED // recipe.data.length))):
+        for at in range(count_with_targets(held_out, max(1, EVALUATED // recipe.data.length))):
             batch = held_out.batch(at, 1)
-            total += float(stage.evaluate(batch)["loss"]) * batch.valid
-            count += batch.valid
-        found[source.source] = math.exp(total / max(count, 1))
+            if batch.valid:
+                total += float(stage.evaluate(batch)["loss"]) * batch.valid
+                count += batch.valid
+        found[source.source] = math.exp(total / count)
     return found
 
 
@@ -172,7 +173,7 @@ def _train(recipe: TeacherRecipe, run: RunDirectory, model: PreTrainedModel, tex
     read: tuple[Sequences, int] | None = None
     for index, settings in enumerate(recipe.stages):
         data = _reading(recipe, index, text, model)
-        if run.finished(index):
+        if run.finished(index, verify=True):
             copy_into(stage.parameters(), run.result(index))
             facts = run.facts(index)
         else:

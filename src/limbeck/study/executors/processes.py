@@ -134,6 +134,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                encoding="utf-8",
                 env=env,
                 start_new_session=True,
             )

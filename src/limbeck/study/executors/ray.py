@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from limbeck.console import console
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, sentences
 from limbeck.stages.interrupt import Stopped, watch
 from limbeck.study.executors.worker import do_task_elsewhere, plain
 from limbeck.study.grid import Study
@@ -145,7 +145,7 @@ class OnRay:
                 ray.init(address=self.address, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise LimbeckError(
-                    f"no Ray cluster at {self.address}: {str(error).splitlines()[0]}",
+                    f"no Ray cluster at {self.address}: {sentences(error)}",
                     expected="the address of a head node, or auto on a machine of a cluster",
                     hint="ray start --head   (on the first machine), or no --address for this machine alone",
                 ) from error

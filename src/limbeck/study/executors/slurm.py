@@ -73,10 +73,12 @@ class Slurm:
 
     def __post_init__(self) -> None:
         for option in self.sbatch:
-            if not option.startswith("-") or "\n" in option:
+            if not option.startswith("-") or not option.isprintable():
                 raise LimbeckError(
                     f"--sbatch {option!r}", expected="an option of sbatch, such as --sbatch=--account=abc"
                 )
+        check_one_line("--partition", self.partition)
+        check_one_line("--time", self.time)
         if self.gpus is not None and self.gpus != int(self.gpus):
             raise LimbeckError(f"--gpus {self.gpus}", expected="a whole number: Slurm gives whole GPUs")
         if self.workers < 0:
@@ -118,6 +120,8 @@ class Slurm:
     def write(self, folder: Path, tasks: list[Task]) -> Path:
         """Write the script and the list of what its numbers stand for; the script."""
         place = folder / "slurm"
+        check_one_line("--out", str(folder))
+        check_one_line("the working directory", os.getcwd())
         place.mkdir(exist_ok=True)
         record.put(place / TASKS, json.dumps([plain(task) for task in tasks], indent=1) + "\n")
         most = f"%{self.workers}" if self.workers else ""
@@ -141,6 +145,12 @@ class Slurm:
         script = place / "array.sh"
         record.put(script, SCRIPT.format(options="\n".join(lines), command=command))
         return script
+
+
+def check_one_line(what: str, value: str | None) -> None:
+    """Raises LimbeckError where a value would end its `#SBATCH` line: what follows would be a command of the script."""
+    if value is not None and not value.isprintable():
+        raise LimbeckError(f"{what} {value!r}", expected="one line of printable characters, for Slurm's script")
 
 
 def do_array_task(folder: Path, number: int) -> dict[str, str]:
@@ -172,6 +182,8 @@ def _submit(place: Path, script: Path, tasks: list[Task], asked: Callable[[], bo
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
     )
     assert sbatch.stdout is not None
@@ -225,7 +237,14 @@ def _alive(job: str) -> bool:
     """Does Slurm have something left of the array, running or waiting?"""
     if shutil.which("squeue") is None:
         return False
-    done = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["squeue", "--noheader", "--jobs", job],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     return bool(done.stdout.strip())
 
 

@@ -123,7 +123,7 @@ def _wait_until_free(path: Path) -> None:
 
 def main(orders: "queue.Queue[dict[str, Any]]") -> None:
     """Do the tasks that come until the process ends; folder and number of sharers are its arguments."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not get among the answers
     try:
         while True:

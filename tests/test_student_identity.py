@@ -89,7 +89,7 @@ def test_an_adapter_beside_a_student_is_refused(tmp_path):
     for what in (str(tmp_path), tmp_path):
         with pytest.raises(LimbeckError, match=r"an adapter lies beside(.|\n)*try: rm .*else: mkdir") as refused:
             AutoModelForCausalLM.from_pretrained(what)
-    subprocess.run(refused.value.hint.split("else: ")[1], shell=True, check=True)  # noqa: S602
+    subprocess.run(refused.value.hint.split("else: ")[1], shell=True, check=True)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     both = peft.PeftModel.from_pretrained(again, f"{tmp_path}-adapter")
     assert torch.equal(both(IDS).logits, model(IDS).logits)

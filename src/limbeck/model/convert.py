@@ -22,7 +22,7 @@ from limbeck.model import attention
 from limbeck.model.layers import converted_layers, parse_layers
 from limbeck.model.loading import neutral, neutral_entries, savable_generation
 from limbeck.model.probe import Site, attention_sites, readers
-from limbeck.model.student import FORMAT, install, mixers_of, student_classes
+from limbeck.model.student import FORMAT, UNSAVED, install, mixers_of, student_classes
 from limbeck.model.wrapped import check_bare
 from limbeck.quantise import refuse_quantised
 
@@ -226,12 +226,13 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
     config = neutral(config_class.from_dict({**raw, **neutral_entries(raw), "limbeck": plan}))
     config._attn_implementation = attention.implementation(model_class)
     config._experts_implementation = getattr(old, "_experts_implementation", None)
-    config._name_or_path = getattr(old, "_name_or_path", "")
+    config._name_or_path = UNSAVED  # whoever loads it by the teacher's name would get the teacher
     renewed = dict(_pairs(old, config))
     for module in student.modules():
         if id(getattr(module, "config", None)) in renewed:
             module.config = renewed[id(module.config)]  # type: ignore[assignment]
     student.__class__ = model_class
+    student.name_or_path = UNSAVED
     savable_generation(student)
     return student
 

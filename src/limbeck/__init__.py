@@ -8,19 +8,49 @@
 The README shows the command line; docs/architecture.md how it is built.
 """
 
-# ruff: noqa: E402  what quietens loggers has to stand before the imports that make them speak
-
 import logging
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from limbeck.registration import register_when_imported
+
+if TYPE_CHECKING:
+    from limbeck.errors import LimbeckError
+    from limbeck.job import distill
+    from limbeck.model import convert
+    from limbeck.recipe import Recipe
 
 __version__ = "0.1.0"
+__all__ = ["LimbeckError", "Recipe", "convert", "distill"]
 
 for _name in ("torchao", "torch.utils._pytree"):
     # transformers loads torchao wherever it is installed, and that tells of GPU kernels that this machine cannot load
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-from limbeck.errors import LimbeckError
-from limbeck.job import distill
-from limbeck.model import convert
-from limbeck.recipe import Recipe
+register_when_imported()
 
-__all__ = ["LimbeckError", "Recipe", "convert", "distill"]
+# where the names of `__all__` are; imported when they are first used, for torch and transformers take seconds and
+# `limbeck --help` needs neither
+_HOMES = {
+    "LimbeckError": "limbeck.errors",
+    "Recipe": "limbeck.recipe",
+    "convert": "limbeck.model",
+    "distill": "limbeck.job",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package (`limbeck.mixers`), imported now."""
+    if name in _HOMES:
+        found = getattr(import_module(_HOMES[name]), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        found = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-output = Console(highlight=False)
+# no markup: "[/tmp]" or ":x:" in a name is a part of the name, in messages and in tables alike; what is to stand out
+# gets a style, `console.print(text, style="dim")`, and a part of a line a `Text`
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+output = Console(highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -34,14 +36,14 @@ def progress(title: str, total: float | None, unit: str = "", done: float = 0) -
         yield from _plain(title, total, unit, done)
         return
     columns = (
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(unit, markup=False),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Progress(*columns, console=console, transient=False) as bar:
         task = bar.add_task(title, total=total, completed=int(done), note="")
@@ -57,7 +59,7 @@ def _plain(title: str, total: float | None, unit: str, done: float) -> Iterator[
 
     def line(tail: str) -> None:
         of = f"/{total:,.0f}" if total else ""
-        console.print(f"{title}: {now:,.0f}{of} {unit} {tail} {last_note}".rstrip(), markup=False)
+        console.print(f"{title}: {now:,.0f}{of} {unit} {tail} {last_note}".rstrip())
 
     def advance(amount: float = 1, note: str = "") -> None:
         nonlocal now, shown, last_note

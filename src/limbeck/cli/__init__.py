@@ -7,17 +7,25 @@ from typing import Annotated
 
 import typer
 
-from limbeck.console import console
+from limbeck.console import console, output
 from limbeck.errors import LimbeckError
 
 app = typer.Typer(
     name="limbeck",
     help="Distil a pretrained softmax-attention language model into a subquadratic one.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from limbeck import __version__
+
+        output.print(f"limbeck {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -25,6 +33,9 @@ def everywhere(
     mixer: Annotated[
         list[str] | None, typer.Option(help="Load the mixer in this file first, for students that have it.")
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
 ) -> None:
     """What goes before the verb."""
     if mixer:
@@ -35,7 +46,14 @@ def everywhere(
 
 
 def _quiet_transformers() -> None:
-    """Its own bars and advice would stand between ours."""
+    """Its own bars and advice would stand between ours.
+
+    It is not imported for that: `limbeck --help` and a mistyped option need neither it nor torch.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" not in sys.modules:
+        return
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -71,8 +89,8 @@ def main() -> None:
             one_voice()
         app()
     except LimbeckError as error:
-        console.print("[bold red]error:[/] ", end="")
-        console.print(str(error), markup=False)
+        console.print("error: ", end="", style="bold red")
+        console.print(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         resumes = {"distill", "study", "assets"} & set(sys.argv)

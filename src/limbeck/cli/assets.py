@@ -30,7 +30,7 @@ def assets(
     check_tier(tier)
     if pack:
         for one in [packs.find(name) for name in pack]:
-            output.print(f"pack {one.name}: {packs.bring(one, verify=verify)}", markup=False)
+            output.print(f"pack {one.name}: {packs.bring(one, verify=verify)}")
         return
     if teacher == "embedded":
         folder = embedded.teacher_folder(verify=verify)
@@ -38,11 +38,11 @@ def assets(
         from limbeck.teachers.pretrain import planned, trained_teacher
 
         if plan:
-            output.print(str(planned(teacher)), markup=False)
+            output.print(str(planned(teacher)))
             return
         folder = trained_teacher(teacher, verify=verify)
-    output.print(f"teacher: {folder}", markup=False)
-    output.print(f"text: {embedded.corpus_file(tier, verify=verify)}", markup=False)
+    output.print(f"teacher: {folder}")
+    output.print(f"text: {embedded.corpus_file(tier, verify=verify)}")
     for one in map(packs.find, packs.MODULES):
         place = packs.bring(one, verify=verify) if packs.manifest_of(one) else f"not fetched; {one.command}"
-        output.print(f"pack {one.name}: {place}", markup=False)
+        output.print(f"pack {one.name}: {place}")

@@ -1,18 +1,17 @@
 """limbeck distill: teacher in, student out."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from rich.markdown import Markdown
 from rich.table import Table
 
 from limbeck.cli import app
 from limbeck.console import console, output
 from limbeck.errors import LimbeckError
-from limbeck.reading import assign, parse_value, stages_from_text, tokens_over_stages
-from limbeck.recipe import Recipe
+
+if TYPE_CHECKING:
+    from limbeck.recipe import Recipe
 
 
 @app.command()
@@ -43,13 +42,15 @@ def distill(
         show_plan(job.measured_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
         return
     result = job.distill(chosen, confirm=show_plan)
+    from rich.markdown import Markdown
+
     from limbeck.summary import write_summary
 
     output.print(Markdown(write_summary(result)))
-    console.print(f"[dim]written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/[/]")
+    console.print(f"written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/", style="dim")
 
 
-def _find_rates(recipe: Recipe) -> None:
+def _find_rates(recipe: "Recipe") -> None:
     from limbeck.find_rate import find_rates
     from limbeck.prepare import run_path
     from limbeck.report import rates
@@ -57,7 +58,7 @@ def _find_rates(recipe: Recipe) -> None:
     sweeps = find_rates(recipe)
     output.print(rates.table(sweeps))
     folder = Path(f"{run_path(recipe)}-rates")
-    console.print(f"[dim]written to {folder}/: {', '.join(path.name for path in rates.write(sweeps, folder))}[/]")
+    console.print(f"written to {folder}/: {', '.join(path.name for path in rates.write(sweeps, folder))}", style="dim")
     for sweep in sweeps:
         if sweep.suggested is not None:
             console.print(f"--set stages.{sweep.index}.lr={sweep.suggested:.1e}")
@@ -73,8 +74,13 @@ def build_recipe(
     data: str | None,
     out: Path | None,
     settings: list[str],
-) -> Recipe:
+) -> "Recipe":
     """The recipe that a command line asks for: the named one with the given options over it."""
+    import yaml
+
+    from limbeck.reading import assign, parse_value, stages_from_text, tokens_over_stages
+    from limbeck.recipe import Recipe
+
     given = {
         "teacher": teacher,
         "student.mixer": student,

@@ -74,7 +74,7 @@ def eval(
         found += [measures.take(one, subject, given[one.name], again) for one in chosen]
     _show(found, out)
     if not out:
-        console.print(f"[dim]kept in {', '.join(dict.fromkeys(str(subjects.homes[name]) for name in models))}[/]")
+        console.print(f"kept in {', '.join(dict.fromkeys(str(subjects.homes[name]) for name in models))}", style="dim")
 
 
 def _show(found: list[Any], out: Path | None) -> None:
@@ -82,7 +82,7 @@ def _show(found: list[Any], out: Path | None) -> None:
 
     output.print(comparison.table(found))
     for path in comparison.write(found, out) if out else []:
-        console.print(f"[dim]written: {path}[/]")
+        console.print(f"written: {path}", style="dim")
 
 
 def _settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:

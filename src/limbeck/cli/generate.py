@@ -50,11 +50,11 @@ def generate(
         loaded = quantise.int8(loaded, activations=int8_dynamic)
     else:
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    console.print(text, end="", markup=False, style="dim")
+    console.print(text, end="", style="dim")
     began, pieces = time.monotonic(), []
     for piece in stream(loaded, tokenizer, text, tokens, temperature, top_p, seed):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()
     count = len(tokenizer("".join(pieces)).input_ids)
-    console.print(f"[dim]{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s[/]")
+    console.print(f"{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s", style="dim")

@@ -21,7 +21,8 @@ from limbeck.mixers import registry
 from limbeck.model import attention
 from limbeck.model.layers import converted_layers, parse_layers
 from limbeck.model.probe import Site, attention_sites, readers
-from limbeck.model.student import FORMAT, install, mixers_of, student_classes
+from limbeck.model.student import install, mixers_of, student_classes
+from limbeck.model_type import FORMAT
 from limbeck.quantise import refuse_quantised
 
 

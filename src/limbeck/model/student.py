@@ -25,34 +25,13 @@ from limbeck.mixers import HeadShape
 from limbeck.model import attention, foreign
 from limbeck.model.decoding import check_decoding
 from limbeck.model.loading import check_plan, check_tensors, where
+from limbeck.model_type import MODEL_TYPE, LimbeckConfig
 
-MODEL_TYPE = "limbeck"
-FORMAT = 1
 ONLY_MIXERS = "limbeck_only"  # an attention implementation that nobody registers
 REMOTE_CODE = '''"""Lets trust_remote_code=True load this student; the code itself is the package limbeck."""
 
 from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM  # noqa: F401
 '''
-
-
-class LimbeckConfig(PreTrainedConfig):
-    """Entry point for AutoConfig: builds the config of the family that the student came from."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        plan = config_dict.get("limbeck")
-        if not plan or "base_model_type" not in plan:
-            raise LimbeckError("config.json has model_type 'limbeck' but no entry 'limbeck' with the mixers")
-        if plan.get("format", 0) > FORMAT:
-            raise LimbeckError(
-                f"this student was saved in format {plan['format']}",
-                expected=f"at most {FORMAT}",
-                hint="pip install --upgrade limbeck",
-            )
-        config_class, _ = student_classes(plan["base_model_type"], plan["base_architecture"])
-        return config_class.from_dict(config_dict, **kwargs)
 
 
 class LimbeckForCausalLM(PreTrainedModel):
@@ -204,6 +183,3 @@ def mixers_of(model: nn.Module) -> dict[str, mixers.Mixer]:
     found = {name: m for name, m in model.named_modules() if isinstance(m, mixers.Mixer)}
     # a mixer may be made of mixers; those within are its own business
     return {name.removesuffix(".mixer"): m for name, m in found.items() if ".mixer." not in name}
-
-
-AutoConfig.register(MODEL_TYPE, LimbeckConfig, exist_ok=True)

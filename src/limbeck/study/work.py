@@ -85,7 +85,7 @@ class InTurn:
         arms = {arm.name: arm for arm in study.arms(folder)}
         for task in tasks:
             if task.kind == "alone":
-                console.print(f"[bold]{', '.join(task.arms)}[/]")
+                console.print(", ".join(task.arms), style="bold")
             yield self.workplace.do(study, task, arms)
 
     def close(self) -> None:

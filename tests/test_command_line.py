@@ -1,12 +1,18 @@
-"""The command line itself: what it imports before it has something to do, and names that it prints as they are."""
+"""The command line itself: what it imports, names printed as they are, run directories, plans, what comes next."""
 
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from rich.table import Table
 
+from limbeck import Recipe
 from limbeck import console as consoles
+from limbeck.cli import main
 
 LIGHT = """
 import sys
@@ -69,7 +75,7 @@ def test_the_public_names_and_the_modules_are_there():
         "from limbeck import *\n"
         "print(Recipe is limbeck.Recipe, hasattr(limbeck, 'nonsense'), hasattr(limbeck, '__wrapped__'))\n"
     )
-    assert said.split() == "Recipe LimbeckError based True True True True False False".split()
+    assert said.split() == ["Recipe", "LimbeckError", "based", "True", "True", "True", "True", "False", "False"]
 
 
 NAMES = ["[red]x", "[/tmp]", "r/exp[/old]", "run[v2]", "[link=x]", ":smile:", "a[bold]b[/bold]"]
@@ -99,3 +105,144 @@ def test_a_bar_shows_a_name_as_it_is(name, terminal, monkeypatch):
         advance(1, note=f"at {name}")
     assert f"tokens of {name}" in seen.get()
     assert f"at {name}" in seen.get()
+
+
+# ------------------------------------------------------------------ run directories, plans and what comes next
+
+
+def tiny_recipe(folder: Path, teacher: Path, corpus: Path, **more) -> Path:
+    raw = {
+        "name": "tiny",
+        "teacher": str(teacher),
+        "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+        "stages": [{"stage": "calibrate", "tokens": 256}, {"stage": "logits", "tokens": 128, "batch": 2}],
+        "evaluation": {"tokens": 128, "prompt": "The licence", "new_tokens": 4},
+        "trackers": [],
+        **more,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+def limbeck(*arguments: str, capsys) -> tuple[int, str]:
+    """Exit code and all that is said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["limbeck", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    seen = capsys.readouterr()
+    return code, seen.out + seen.err
+
+
+def files(*folders: Path) -> set[Path]:
+    return {path for folder in folders for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, teacher_folder, corpus) -> Path:
+    """An empty folder to work in, with a recipe and a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    tiny_recipe(tmp_path, teacher_folder, corpus)
+    return tmp_path
+
+
+CHANGES = [
+    ["--set", "student.keep=0"],
+    ["--set", "student.keep=every 2", "--tokens", "512"],
+    ["--student", "gla", "--set", "student.preset=controlled"],
+    ["--stages", "0"],
+]
+
+
+def test_commands_that_differ_do_not_meet_in_one_run_directory_and_each_goes_on_with_its_own(place, capsys):
+    seen = []
+    for change in [[], *CHANGES, [], *CHANGES]:
+        code, said = limbeck("distill", "tiny.yaml", *change, capsys=capsys)
+        assert code == 0, said
+        seen.append((re.findall(r"written to (\S+)/:", said)[0], "finished already" in said))
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert [path for path, _ in first] == ["runs/tiny", "runs/tiny-2", "runs/tiny-3", "runs/tiny-gla", "runs/tiny-4"]
+    assert [path for path, _ in second] == [path for path, _ in first]
+    assert not any(finished for _, finished in first)
+    assert all(finished for _, finished in second)
+
+
+def test_a_numbered_run_says_why_and_a_named_one_is_still_refused(place, capsys):
+    limbeck("distill", "tiny.yaml", "--stages", "0", capsys=capsys)
+    code, said = limbeck("distill", "tiny.yaml", "--stages", "0", "--tokens", "128", capsys=capsys)
+    assert code == 0
+    assert "runs/tiny holds another run: stages.0.tokens: 256 there, 128 asked for; this run is runs/tiny-2" in said
+    code, said = limbeck("distill", "tiny.yaml", "--out", "runs/tiny", capsys=capsys)
+    assert code == 2
+    assert "holds another run" in said
+
+
+def test_a_plan_is_never_refused_and_writes_nothing(place, capsys):
+    limbeck("distill", "tiny.yaml", "--stages", "0", capsys=capsys)
+    (place / "runs" / "full").mkdir()
+    (place / "runs" / "full" / "notes.txt").write_text("mine", encoding="utf-8")
+    before = files(place)
+    for out in ([], ["--out", "runs/tiny"], ["--out", "runs/full"], ["--out", "runs/new"]):
+        code, said = limbeck("distill", "tiny.yaml", *out, "--plan", capsys=capsys)
+        assert code == 0, said
+        assert "calibrate" in said
+        assert ("without --plan this is refused" in said) == (out[1:] in (["runs/tiny"], ["runs/full"]))
+    assert files(place) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distill", "tiny.yaml"], ["would be tokenized first, once: ", "corpus.jsonl"]),
+        (["distill", "tiny.yaml", "--teacher", "tiny"], ["teacher 'tiny': 0.41 M parameters", "corpus.jsonl"]),
+        (["distill", "tiny.yaml", "--data", "embedded"], ["the embedded text (quick), 30 MB"]),
+        (["distill", "laptop", "--student", "retnet"], ["teacher 'small'", "the recall tasks"]),
+        (["study", "mine.yaml"], ["teacher 'tiny'", "2 arms"]),
+        (["assets", "--teacher", "tiny"], ["teacher 'tiny'", "the embedded text (quick)"]),
+        (["assets"], ["the embedded teacher, 800 MB", "the embedded text (quick)"]),
+        (["assets", "--pack", "benchmarks"], ["pack benchmarks"]),
+    ],
+)
+def test_a_plan_makes_nothing_and_says_what_would_be_made(place, arguments, words, capsys):
+    study = {
+        "name": "mine",
+        "base": {"teacher": "tiny", "data": {"length": 64}, "stages": [{"stage": "hidden", "tokens": 512}]},
+        "grid": {"students": ["gla", "retnet"], "stages": ["2"]},
+    }
+    (place / "mine.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    before = files(place)
+    code, said = limbeck(*arguments, "--plan", capsys=capsys)
+    assert code == 0, said
+    for word in words:
+        assert word in said
+    assert files(place) == before, "nothing is written, the cache included"
+
+
+def test_a_plan_still_finds_what_cannot_be(place, capsys):
+    for wrong in (["--data", "no-such.jsonl"], ["--teacher", "./no-such-folder"], ["--student", "no_such_mixer"]):
+        code, said = limbeck("distill", "tiny.yaml", *wrong, "--plan", capsys=capsys)
+        assert code == 2, said
+        assert "error:" in said
+
+
+@pytest.mark.parametrize("out", ["runs/next", "runs/with space", "runs/[red]x", "runs/exp[/old]"])
+def test_the_commands_that_a_run_ends_with_are_about_that_run(place, out, capsys, teacher_folder, corpus):
+    code, said = limbeck("distill", "tiny.yaml", "--student", "mlstm", "--out", out, capsys=capsys)
+    assert code == 0, said
+    assert f"written to {out}/" in said
+    summary = (place / out / "summary.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    (limbeck .*)$", summary, re.M)
+    assert [shlex.split(command)[1] for command in commands] == ["generate", "eval", "distill"]
+    for command in commands:
+        code, said = limbeck(*shlex.split(command)[1:], capsys=capsys)
+        assert code == 0, said
+    made = Recipe.load(place / f"{out}-gla" / "recipe.yaml")
+    mine = Recipe.load(place / out / "recipe.yaml")
+    assert made.student.mixer == "gla"
+    assert (made.teacher, made.data, made.stages) == (mine.teacher, mine.data, mine.stages)
+    assert made.teacher == str(teacher_folder)

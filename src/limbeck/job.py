@@ -21,7 +21,7 @@ from limbeck.errors import LimbeckError
 from limbeck.handover import hand_over, provenance
 from limbeck.plan import Plan, make_plan
 from limbeck.precision import arithmetic
-from limbeck.prepare import Job, Loaded, new_student, prepare_job, run_path
+from limbeck.prepare import Job, Loaded, new_student, placed, prepare_job, run_path
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse
 from limbeck.stages.learner import Stage
@@ -41,7 +41,8 @@ def distill(
     """Run a recipe from where it stands to its end.
 
     Args:
-        recipe: what to do; `recipe.out` is the run directory (runs/<name> by default).
+        recipe: what to do; `recipe.out` is the run directory, by default the first of runs/<name>, runs/<name>-2, ...
+            that is free or holds this run.
         confirm: called with the plan before long work begins (the command line prints it).
         loaded: the teacher and its tokenizer where they are in memory already.
         rehearsed: run a step of each stage first, for the plan's times; otherwise those are counted.
@@ -55,6 +56,7 @@ def distill(
             processes all raise the error of the first that failed.
     """
     with together(), arithmetic(recipe):
+        recipe = recipe.model_copy(update={"out": on_main(lambda: placed(recipe).out)})
         known = on_main(lambda: _known(recipe))
         if known is not None:
             return known

@@ -1,4 +1,4 @@
-"""The model type of students, and the class by which AutoConfig opens one; imports no more of transformers than that."""
+"""The model type of students, and the class by which AutoConfig opens one; imports no more than that."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 """What makes transformers know a saved student: the model type `limbeck`, registered with AutoConfig.
 
-`import limbeck` calls `register_when_imported()`. transformers is not imported for that (it takes seconds, with torch): the
-registration happens now where it is imported already, else at the moment when somebody imports it. What is registered is
-this module's small config class; all that a student is made of is imported when the first one is opened.
+`import limbeck` calls `register_when_imported()`. transformers, which takes seconds, is not imported for that: where it
+is imported already the registration happens now, else when somebody imports it. What is registered is a small config
+class (`limbeck.model_type`); all that a student is made of is imported when the first one is opened.
 """
 
 import sys

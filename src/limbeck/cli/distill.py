@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import console, output
+from limbeck.console import as_time, console, output
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
@@ -36,10 +36,15 @@ def distill(
     from limbeck import job
 
     if plan:
+        from limbeck.data.cache import looking
         from limbeck.plan import make_plan
 
-        ready = job.prepare_job(chosen)
-        show_plan(job.measured_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
+        with looking() as told:
+            chosen = job.placed(chosen)
+            ready = job.prepare_job(chosen)
+            show_plan(job.measured_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
+        for sentence in dict.fromkeys(told):
+            console.print(sentence)
         return
     result = job.distill(chosen, confirm=show_plan)
     from rich.markdown import Markdown
@@ -52,9 +57,10 @@ def distill(
 
 def _find_rates(recipe: "Recipe") -> None:
     from limbeck.find_rate import find_rates
-    from limbeck.prepare import run_path
+    from limbeck.prepare import placed, run_path
     from limbeck.report import rates
 
+    recipe = placed(recipe)
     sweeps = find_rates(recipe)
     output.print(rates.table(sweeps))
     folder = Path(f"{run_path(recipe)}-rates")
@@ -96,7 +102,7 @@ def build_recipe(
     if out is None and student is not None:
         from limbeck import mixers
 
-        raw["out"] = f"runs/{base.name}-{mixers.get(student).name}"
+        raw["name"] = f"{base.name}-{mixers.get(student).name}"
     if data is not None or tokens is not None:
         raw["data"]["max_tokens"] = None  # the recipe's limit suits its own text and budget
     if stages is not None:
@@ -121,11 +127,9 @@ def show_plan(plan: Any) -> None:
     for column in ("stage", "tokens", "steps", "trained parameters", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in plan.rows:
-        table.add_row(
-            row.stage, f"{row.tokens:,}", f"{row.steps or '-'}", f"{row.trained:,}", f"{row.seconds / 60:.1f} min"
-        )
+        table.add_row(row.stage, f"{row.tokens:,}", f"{row.steps or '-'}", f"{row.trained:,}", as_time(row.seconds))
     console.print(table)
     console.print(
-        f"about {plan.seconds / 60:.0f} min in all, {plan.memory_bytes / 1e9:.1f} GB of memory, "
+        f"about {as_time(plan.seconds)} in all, {plan.memory_bytes / 1e9:.1f} GB of memory, "
         f"{plan.disk_bytes / 1e9:.1f} GB of disk; matrix products run at {plan.speed / 1e9:.0f} GFLOP/s here"
     )

@@ -55,13 +55,22 @@ def study(
         sbatch=sbatch or None,
     )
     if plan:
+        from limbeck.data.cache import looking
         from limbeck.study.plan import make_study_plan
         from limbeck.study.run import check_study
         from limbeck.study.work import Workplace
 
-        arms = check_study(chosen, Path(out or f"runs/{chosen.title}"))
+        folder = Path(out or f"runs/{chosen.title}")
         side_by_side = max(place.workers, 1) if place else 1
-        show_plan(make_study_plan(chosen, arms, Workplace(), side_by_side, place.threads if place else None))
+        with looking() as told:
+            try:
+                arms = check_study(chosen, folder)
+            except LimbeckError as error:
+                arms = chosen.arms(folder)
+                told.append(f"without --plan this is refused: {' '.join(error.found.split())}")
+            show_plan(make_study_plan(chosen, arms, Workplace(), side_by_side, place.threads if place else None))
+        for sentence in dict.fromkeys(told):
+            console.print(sentence)
         return
     results = run_study(chosen, out, confirm=show_plan, executor=place)
     from rich.markdown import Markdown

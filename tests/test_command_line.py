@@ -1,5 +1,6 @@
 """The command line itself: what it imports, names printed as they are, run directories, plans, what comes next."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.table import Table
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from limbeck import Recipe
 from limbeck import console as consoles
@@ -246,3 +250,68 @@ def test_the_commands_that_a_run_ends_with_are_about_that_run(place, out, capsys
     assert made.student.mixer == "gla"
     assert (made.teacher, made.data, made.stages) == (mine.teacher, mine.data, mine.stages)
     assert made.teacher == str(teacher_folder)
+
+
+# ------------------------------------------------------------------ limbeck convert
+
+
+def mixers_in(folder: Path) -> dict[int, tuple[str, dict]]:
+    plan = json.loads((folder / "config.json").read_text(encoding="utf-8"))["limbeck"]
+    return {entry["layer"]: (entry["mixer"], entry["options"]) for entry in plan["layers"]}
+
+
+def test_convert_takes_what_a_recipes_student_takes(place, teacher_folder, capsys):
+    code, said = limbeck("convert", str(teacher_folder), "a", "--keep", "0", "--set", "options.conv=4", capsys=capsys)
+    assert code == 0, said
+    assert [(layer, options["conv"]) for layer, (_, options) in mixers_in(place / "a").items()] == [(1, 4)]
+    rules = "rules=[{layers: 0, mixer: retnet, options: {conv: 2}}]"
+    code, said = limbeck("convert", str(teacher_folder), "b", "--student", "gla", "--set", rules, capsys=capsys)
+    assert code == 0, said
+    assert [name for name, _ in mixers_in(place / "b").values()] == ["retnet", "gla"]
+    keep = {"keep": [1]}
+    (place / "keep.json").write_text(json.dumps(keep), encoding="utf-8")
+    code, said = limbeck("convert", str(teacher_folder), "c", "--set", "student.keep=keep.json", capsys=capsys)
+    assert code == 0, said
+    assert list(mixers_in(place / "c")) == [0]
+
+
+def test_convert_gives_a_trained_student_other_options_and_leaves_its_weights(place, capsys):
+    hybrid = ["--student", "hybrid", "--set", "student.options={linear: gla, window: 4}"]
+    code, said = limbeck("distill", "tiny.yaml", *hybrid, "--out", "runs/h", capsys=capsys)
+    assert code == 0, said
+    code, said = limbeck("convert", "runs/h", "window", "--set", "options.branches=window", capsys=capsys)
+    assert code == 0, said
+    before, after = (load_file(path / "model.safetensors") for path in (place / "runs/h/student", place / "window"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(options["branches"] == "window" for _, options in mixers_in(place / "window").values())
+    code, _ = limbeck("generate", "window", "The licence", "--tokens", "3", capsys=capsys)
+    assert code == 0
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        one, other = (AutoModelForCausalLM.from_pretrained(p)(ids).logits for p in ("runs/h/student", "window"))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "options.cnov=4"], "did you mean 'conv'"),
+        (["--set", "kep=0"], "did you mean 'keep'"),
+        (["--set", "options"], "--set key=value"),
+        (["--keep", "every 0"], "keep"),
+    ],
+)
+def test_convert_refuses_before_it_writes(place, teacher_folder, arguments, words, capsys):
+    code, said = limbeck("convert", str(teacher_folder), "new", *arguments, capsys=capsys)
+    assert (code, words in said) == (2, True), said
+    assert not (place / "new").exists()
+
+
+def test_convert_of_a_student_changes_no_layers(place, teacher_folder, capsys):
+    limbeck("convert", str(teacher_folder), "a", capsys=capsys)
+    for wrong in (["--keep", "0"], ["--student", "gla"], ["--set", "options.conv=4"], ["--set", "options.convv=4"]):
+        code, said = limbeck("convert", "a", "b", *wrong, capsys=capsys)
+        assert code == 2, said
+        assert "expected:" in said
+        assert not (place / "b").exists()

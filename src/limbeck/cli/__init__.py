@@ -74,6 +74,7 @@ def main() -> None:
         generate,
         matrices,
         push,
+        recipe,
         report,
         select,
         students,

@@ -315,3 +315,48 @@ def test_convert_of_a_student_changes_no_layers(place, teacher_folder, capsys):
         assert code == 2, said
         assert "expected:" in said
         assert not (place / "b").exists()
+
+
+# ------------------------------------------------------------------ what an error says to try, tried
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prepare"),
+    [
+        (["distill", "tiny.yaml", "--set", "data.length=4096"], []),
+        (["distill", "tiny.yaml", "--set", "stages.1.length=2048"], []),
+        (
+            ["distill", "tiny.yaml", "--out", "runs/one", "--tokens", "128"],
+            ["distill", "tiny.yaml", "--out", "runs/one"],
+        ),
+        (["distill", "tiny.yaml", "--out", "tiny.yaml"], []),
+        (["convert", "runs/one", "made", "--keep", "0"], ["distill", "tiny.yaml", "--out", "runs/one"]),
+        (["students", "gla_"], []),
+        (["eval"], []),
+        (["eval", "runs/one", "--set", "agreement.tokens"], ["distill", "tiny.yaml", "--out", "runs/one"]),
+    ],
+)
+def test_what_an_error_says_to_try_works_when_it_is_typed(place, arguments, prepare, capsys):
+    if prepare:
+        assert limbeck(*prepare, capsys=capsys)[0] == 0
+    code, said = limbeck(*arguments, capsys=capsys)
+    assert code == 2, said
+    hint = re.search(r"^try: (.*)$", said, re.M)
+    assert hint or "expected: " in said
+    if hint:
+        words = shlex.split(re.sub(r"\(.*?\)|, or .*", "", hint[1]))
+        again = words[1:] if words[0] == "limbeck" else [*arguments, *words]
+        code, said = limbeck(*again, capsys=capsys)
+        assert code == 0, f"{again}: {said}"
+
+
+def test_a_file_of_layers_that_is_broken_is_made_again_by_what_the_error_says(place, teacher_folder, corpus, capsys):
+    (place / "keep.json").write_text("{}", encoding="utf-8")
+    code, said = limbeck("distill", "tiny.yaml", "--set", "student.keep=keep.json", capsys=capsys)
+    assert code == 2, said
+    words = shlex.split(re.search(r"^try: limbeck (.*)$", said, re.M)[1])
+    mine = ["--teacher", str(teacher_folder), "--data", str(corpus), "--length", "32", "--keep", "1"]
+    code, said = limbeck(*words, *mine, "--tokens", "64", "--judged", "64", capsys=capsys)
+    assert code == 0, said
+    code, said = limbeck("distill", "tiny.yaml", "--set", "student.keep=keep.json", "--plan", capsys=capsys)
+    assert code == 0, said

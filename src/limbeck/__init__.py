@@ -18,7 +18,7 @@ from limbeck.registration import register_when_imported
 if TYPE_CHECKING:
     from limbeck.errors import LimbeckError
     from limbeck.job import distill
-    from limbeck.model import convert
+    from limbeck.model.convert import convert
     from limbeck.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ register_when_imported()
 _HOMES = {
     "LimbeckError": "limbeck.errors",
     "Recipe": "limbeck.recipe",
-    "convert": "limbeck.model",
+    "convert": "limbeck.model.convert",
     "distill": "limbeck.job",
 }
 

@@ -8,6 +8,7 @@ A step takes as long with them, and nothing is trained, downloaded or written fo
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -16,7 +17,7 @@ from limbeck.hub import look_up
 from limbeck.teacher_recipe import TeacherRecipe
 
 # of the embedded teacher, SmolLM2-135M, as its config.json has it
-EMBEDDED = {
+EMBEDDED: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 576,
     "intermediate_size": 1536,

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LimbeckError", "Recipe", "convert", "distill"]
 
-for _name in ("torchao", "torch.utils._pytree"):
-    # transformers loads torchao wherever it is installed, and that tells of GPU kernels that this machine cannot load
-    logging.getLogger(_name).setLevel(logging.ERROR)
-
 register_when_imported()
 
 # where the names of `__all__` are; imported when they are first used, for torch and transformers take seconds and
@@ -42,13 +38,19 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """A public name, or a module of the package (`limbeck.mixers`), imported now."""
-    if name in _HOMES:
-        found = getattr(import_module(_HOMES[name]), name)
-    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
-        found = import_module(f"{__name__}.{name}")
-    else:
+    home = _HOMES.get(name, f"{__name__}.{name}")
+    if name not in _HOMES and (name.startswith("_") or find_spec(home) is None):
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    globals()[name] = found
+    # transformers loads torchao wherever it is installed, and that tells of GPU kernels that this machine cannot load
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        module = import_module(home)
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+    found = globals()[name] = getattr(module, name) if name in _HOMES else module
     return found
 
 

@@ -1,5 +1,6 @@
 """The command line: `limbeck VERB`, one verb a file."""
 
+import logging as standard
 import os
 import sys
 import warnings
@@ -52,6 +53,8 @@ def _quiet_transformers() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "torch.utils._pytree"):  # which tell of kernels for other machines
+        standard.getLogger(name).setLevel(standard.ERROR)
     if "transformers" not in sys.modules:
         return
     from transformers.utils import logging

@@ -22,7 +22,7 @@ from limbeck.handover import hand_over, missing_of, provenance
 from limbeck.identity import looks_the_same
 from limbeck.plan import Plan, make_plan
 from limbeck.precision import arithmetic
-from limbeck.prepare import Job, Loaded, new_student, prepare_job, run_path
+from limbeck.prepare import Job, Loaded, new_student, placed, prepare_job, run_path
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse, rehearse_end
 from limbeck.stages.learner import Stage
@@ -42,7 +42,8 @@ def distill(
     """Run a recipe from where it stands to its end.
 
     Args:
-        recipe: what to do; `recipe.out` is the run directory (runs/<name> by default).
+        recipe: what to do; `recipe.out` is the run directory, by default the first of runs/<name>, runs/<name>-2, ...
+            that is free or holds this run.
         confirm: called with the plan before long work begins (the command line prints it).
         loaded: the teacher and its tokenizer where they are in memory already.
         rehearsed: run a step of each stage first, for the plan's times; otherwise those are counted.
@@ -56,6 +57,7 @@ def distill(
             processes all raise the error of the first that failed.
     """
     with together(), arithmetic(recipe):
+        recipe = recipe.model_copy(update={"out": on_main(lambda: placed(recipe).out)})
         known = on_main(lambda: _known(recipe))
         if known is not None:
             on_main(lambda: sweep(run_path(recipe)))

@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,39 @@ def read_json(path: Path, hint: str) -> Any:
     return known
 
 
+_looking: ContextVar[list[str] | None] = ContextVar("looking", default=None)
+
+
+class NotMade(Exception):
+    """Under `looking`: something is not in the cache, and would have to be made first."""
+
+
+@contextmanager
+def looking() -> Iterator[list[str]]:
+    """For plans: within, nothing is brought to the cache; what would be is an exception (`NotMade`).
+
+    Yields:
+        Sentences, of whoever catches one and goes on without: what would be made first.
+    """
+    told: list[str] = []
+    before = _looking.set(told)
+    try:
+        yield told
+    finally:
+        _looking.reset(before)
+
+
+def planning() -> list[str] | None:
+    """The sentences of the `looking` that this is within, None outside of one."""
+    return _looking.get()
+
+
+def would_make(what: str, need_bytes: int = 0) -> None:
+    """Raise `NotMade` within `looking`: the next step makes something that may take long."""
+    if _looking.get() is not None:
+        raise NotMade(f"{what}, {need_bytes / 1e6:,.0f} MB" if need_bytes else what)
+
+
 def publish(
     folder: Path,
     fill: Callable[[Path], dict[str, Any]],
@@ -190,6 +224,7 @@ def publish(
     """
     if manifest := sound(folder, verify=verify):
         return manifest
+    would_make(f"the {what}", need_bytes)
     with no_room_is_an_error(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder, what) as alone:

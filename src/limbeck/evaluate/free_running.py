@@ -41,7 +41,7 @@ def prefixes(data: Sequences, count: int, length: int) -> Tensor:
         raise LimbeckError(
             f"no document of {length} tokens in the text",
             expected="longer documents or shorter prefixes",
-            hint="--set agreement.prefix=16, or agreement.prefixes=0 for none",
+            hint="--set agreement.prefix=16, or --set agreement.prefixes=0 for none",
         )
     return torch.stack(found)
 

@@ -16,14 +16,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from limbeck import mixers
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, closest
 from limbeck.mixers import registry
 from limbeck.model import attention
 from limbeck.model.layers import converted_layers, parse_layers
 from limbeck.model.loading import neutral, neutral_entries, savable_generation
 from limbeck.model.probe import Site, attention_sites, readers
-from limbeck.model.student import FORMAT, UNSAVED, install, mixers_of, student_classes
+from limbeck.model.student import UNSAVED, install, mixers_of, student_classes
 from limbeck.model.wrapped import check_bare
+from limbeck.model_type import FORMAT
 from limbeck.quantise import refuse_quantised
 
 
@@ -79,6 +80,44 @@ def convert(
         if not copy_projections:
             _draw_projections(student, module)
     return student.train(model.training)
+
+
+def with_options(student: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
+    """The same student, its weights untouched, with other options of its mixers, such as `branches` or `window`.
+
+    Args:
+        student: is changed in place.
+        options: every mixer that has an option of that name gets it.
+
+    Raises:
+        LimbeckError: not a student, no mixer has such an option, or its weights would not fit.
+    """
+    plan = copy.deepcopy(getattr(student.config, "limbeck", None))
+    if plan is None:
+        raise LimbeckError("this model is no student", expected="a student whose mixers get other options")
+    found = mixers_of(student)
+    known = {field.name for mixer in found.values() for field in fields(mixer.options)}
+    if missing := [name for name in options if name not in known]:
+        raise LimbeckError(
+            f"no mixer of this student has an option '{missing[0]}'{closest(missing[0], known)}",
+            expected=", ".join(sorted(known)),
+        )
+    for entry in plan["layers"]:
+        module = student.get_submodule(entry["module"])
+        mixer = found[entry["module"]]
+        mine = {key: value for key, value in options.items() if hasattr(mixer.options, key)}
+        entry["options"] = {**entry["options"], **mine}
+        made = type(mixer)(mixer.shape, mixer.options_class.parse(entry["options"], mixer.name))
+        weights, wanted = mixer.state_dict(), made.state_dict()
+        if {k: w.shape for k, w in weights.items()} != {k: w.shape for k, w in wanted.items()}:
+            raise LimbeckError(
+                f"{', '.join(mine)}: the weights of {entry['mixer']} in layer {entry['layer']} do not fit it",
+                expected="options that change no weight",
+            )
+        made.load_state_dict(weights)
+        module.mixer = made.to(next(iter(weights.values()), torch.empty(0)))
+    student.config.limbeck = plan
+    return student.requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,9 @@ def _check_filled(body: nn.Module, cache: Cache) -> None:
             raise _partly(f"{read} tokens in some layers, and no state in others")
     lengths = {layer.length for layer in ours if isinstance(layer.length, int)}
     for module in body.limbeck_softmax if lengths else ():  # type: ignore[union-attr]
-        place = _place(module)
-        if place is not None and place < len(cache.layers):
-            count = getattr(cache.layers[place], "get_seq_length", lambda: None)()
+        own = _place(module)
+        if own is not None and own < len(cache.layers):
+            count = getattr(cache.layers[own], "get_seq_length", lambda: None)()
             if isinstance(count, int):
                 lengths.add(count)
     if len(lengths) > 1:

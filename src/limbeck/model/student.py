@@ -29,10 +29,9 @@ from limbeck.mixers import HeadShape
 from limbeck.model import attention, entrance, foreign
 from limbeck.model.decoding import check_decoding, refuse_paged
 from limbeck.model.loading import check_alone, check_form, check_plan, check_tensors, where
+from limbeck.model_type import MODEL_TYPE, LimbeckConfig
 from limbeck.quantise import keep_in_float
 
-MODEL_TYPE = "limbeck"
-FORMAT = 1
 ONLY_MIXERS = "limbeck_only"  # an attention implementation that nobody registers
 # what a student is called until it is saved: libraries that load a model anew by its name say this in their error
 UNSAVED = "a converted student in memory: call save_pretrained(folder), then from_pretrained(folder)"
@@ -40,27 +39,6 @@ REMOTE_CODE = '''"""Lets trust_remote_code=True load this student; the code itse
 
 from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM  # noqa: F401
 '''
-
-
-class LimbeckConfig(PreTrainedConfig):
-    """Entry point for AutoConfig: builds the config of the family that the student came from."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        plan = config_dict.get("limbeck")
-        if not plan:
-            raise LimbeckError("config.json has model_type 'limbeck' but no entry 'limbeck' with the mixers")
-        if isinstance(plan, dict) and isinstance(plan.get("format"), int) and plan["format"] > FORMAT:
-            raise LimbeckError(
-                f"this student was saved in format {plan['format']}",
-                expected=f"at most {FORMAT}",
-                hint="pip install --upgrade limbeck",
-            )
-        check_form(plan)
-        config_class, _ = student_classes(plan["base_model_type"], plan["base_architecture"])
-        return config_class.from_dict(config_dict, **kwargs)
 
 
 class LimbeckForCausalLM(PreTrainedModel):
@@ -234,7 +212,8 @@ def student_classes(base_model_type: str, base_architecture: str) -> tuple[Any, 
     of_config = {"config_class": config_class, "__module__": __name__}
     model_class = type(name, (StudentMixin, base_model), of_config)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    for auto in filter(inspect.isclass, vars(modeling_auto).values()):
+    autos: Any = filter(inspect.isclass, vars(modeling_auto).values())
+    for auto in autos:
         if auto is not AutoModelForCausalLM and getattr(auto, "_model_mapping", None) is not None:
             other = {**of_config, "auto_class": auto.__name__}
             auto.register(config_class, type(f"{name}Headless", (HeadlessStudent,), other), exist_ok=True)
@@ -302,6 +281,3 @@ def mixers_of(model: nn.Module) -> dict[str, mixers.Mixer]:
     found = {name: m for name, m in model.named_modules() if isinstance(m, mixers.Mixer)}
     # a mixer may be made of mixers; those within are its own business
     return {name.removesuffix(".mixer"): m for name, m in found.items() if ".mixer." not in name}
-
-
-AutoConfig.register(MODEL_TYPE, LimbeckConfig, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 from limbeck.data.cache import read_json, sha256_of
 from limbeck.errors import LimbeckError
 from limbeck.model.foreign import file_name
-from limbeck.model.student import MODEL_TYPE
+from limbeck.model_type import MODEL_TYPE
 from limbeck.publish.card import write_card
 from limbeck.publish.origin import Origin, find_origin
 from limbeck.publish.privacy import check_private, named_places, paths_in, without_paths

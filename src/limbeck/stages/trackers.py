@@ -44,7 +44,7 @@ def check_trackers(names: Sequence[str] | str) -> None:
             raise LimbeckError(
                 f"trackers: {name} needs {' and '.join(missing)}, not installed here",
                 expected="trackers that are installed, or trackers: []",
-                hint=f"pip install {'limbeck[track]' if name == 'tensorboard' else f'limbeck[track] {name}'!r}",
+                hint="pip install 'limbeck[track]'" + ("" if name == "tensorboard" else f" {name}"),
             )
 
 

@@ -1,4 +1,4 @@
-"""A hub on this machine: an HTTP server that speaks as much of the Hugging Face hub's API as a push needs.
+"""A hub on this machine: an HTTP server that speaks as much of the Hugging Face hub's API as pushes and downloads need.
 
     with serve() as hub:
         HfApi(endpoint=hub.address, token=TOKEN).create_repo("ann/student")
@@ -25,11 +25,15 @@ OWNER = "ann"
 
 @dataclass
 class Repo:
-    """A repository: files by name, whether it is private, commit messages."""
+    """A repository: files by name, whether it is private, commit messages; states to download, by revision.
+
+    A state is a commit's hash and its files.
+    """
 
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
+    states: dict[str, tuple[str, dict[str, bytes]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,6 +58,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
+    def do_HEAD(self) -> None:
+        self.answer()
+
     def do_POST(self) -> None:
         self.answer()
 
@@ -65,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self.chunks()
         path = urlsplit(self.path).path
+        if "/resolve/" in path:
+            return self.download(path)
         name, action = self.route(path)
         self.hub.requests.append(name)
         if name in self.hub.fail:
@@ -87,11 +96,32 @@ class Handler(BaseHTTPRequestHandler):
         raw = json.dumps(answer).encode()
         self.send_response(status)
         if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Error-Code", answer.get("code", "RepoNotFound"))
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
-        self.wfile.write(raw)
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def download(self, path: str) -> None:
+        """A file of a state: `/ann/tiny/resolve/v1/config.json`."""
+        self.hub.requests.append("download")
+        name, _, rest = path.lstrip("/").partition("/resolve/")
+        revision, _, file = rest.partition("/")
+        states = self.hub.repos[name].states if name in self.hub.repos else {}
+        if revision not in states:
+            return self.send(404, {"error": "Revision not found", "code": "RevisionNotFound"})
+        commit, files = states[revision]
+        if file not in files:
+            return self.send(404, {"error": "Entry not found", "code": "EntryNotFound"})
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("ETag", f'"{hashlib.sha256(files[file]).hexdigest()}"')
+        self.send_header("Content-Length", str(len(files[file])))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(files[file])
+        return None
 
     def route(self, path: str):
         known = {
@@ -109,7 +139,13 @@ class Handler(BaseHTTPRequestHandler):
             return "preupload", self.preupload
         if "/commit/" in path:
             return "commit", self.commit
+        if "/tree/" in path:
+            return "tree", self.tree
         return "model", self.model
+
+    def tree(self, path: str, body: bytes):
+        """Folders of a repository: there are none."""
+        return 404, {"error": "Entry not found", "code": "EntryNotFound"}
 
     def whoami(self, path: str, body: bytes):
         return 200, {"type": "user", "name": OWNER, "orgs": []}
@@ -139,10 +175,14 @@ class Handler(BaseHTTPRequestHandler):
         if name not in self.hub.repos:
             return 404, {"error": "Repository not found"}
         repo = self.hub.repos[name]
+        _, _, revision = path.partition("/revision/")
+        if revision and revision not in repo.states:
+            return 404, {"error": "Revision not found", "code": "RevisionNotFound"}
+        state = repo.states.get(revision or "main")
         config = json.loads(repo.files.get("config.json", b"{}"))
         return 200, {
             "id": name,
-            "sha": hashlib.sha1(repr(repo.commits).encode()).hexdigest(),
+            "sha": state[0] if state else hashlib.sha1(repr(repo.commits).encode()).hexdigest(),
             "private": repo.private,
             "tags": [],
             "config": {"model_type": config.get("model_type")},

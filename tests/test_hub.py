@@ -35,6 +35,18 @@ def test_a_name_on_the_hub_and_one_that_is_not(online, monkeypatch):
         hub.look_up("ann/my/student")
 
 
+def test_a_revision_that_there_is_not(online, monkeypatch):
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        server.repos["ann/student"] = Repo(states={"v1": ("1" * 40, {})})
+        hub.look_up("ann/student@v1")
+        with pytest.raises(LimbeckError, match="'ann/student' has no revision 'v2'") as error:
+            hub.look_up("ann/student@v2")
+        assert error.value.hint.startswith("ann/student ")
+        with pytest.raises(LimbeckError, match="the hub has no model 'ann/studnet'"):
+            hub.look_up("ann/studnet@v1")
+
+
 def test_without_a_network(online, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
     began = time.monotonic()

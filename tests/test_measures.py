@@ -203,7 +203,7 @@ def test_bad_input(subject, tmp_path):
         measures.settings_of(measures.find("agreement"), {"tokens": 0})
     with pytest.raises(LimbeckError, match="holds no measurement"):
         Measurement.load(tmp_path / "nothing.json")
-    with pytest.raises(LimbeckError, match="holds no model"):
+    with pytest.raises(LimbeckError, match=r"no config\.json in"):
         Subjects().open(str(tmp_path))
     subject.base = None
     with pytest.raises(LimbeckError, match="is not known"):

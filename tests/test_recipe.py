@@ -1,15 +1,13 @@
-"""Recipes, and what the README and the summaries promise of the command line."""
+"""Recipes, and what the README promises of Python and make."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-import typer
 
 from limbeck import LimbeckError, Recipe
-from limbeck.cli import app
 from limbeck.cli.distill import build_recipe
+from limbeck.prepare import run_path
 from limbeck.reading import parse_value, stages_from_text, tokens_over_stages
 from limbeck.recipe import BUILT_IN
 
@@ -44,7 +42,7 @@ def test_options_go_over_the_recipe():
     assert sum(stage.tokens for stage in recipe.stages) == pytest.approx(10_000, abs=2)
     assert recipe.stages[1].lr == base.stages[2].lr, "the recipe's own settings for the stage are kept"
     assert recipe.data.max_tokens is None
-    assert build(student="gla").out == "runs/quickstart-gla"
+    assert run_path(build(student="gla")) == Path("runs/quickstart-gla")
     assert build().out is None
     assert build() == base
     changed = build_recipe(
@@ -99,33 +97,6 @@ def test_values_of_the_command_line(text, value):
 def test_a_wrong_recipe_names_the_place(raw, word):
     with pytest.raises(LimbeckError, match=re.escape(word)):
         Recipe.parse(raw)
-
-
-def command_lines() -> list[str]:
-    """Every `limbeck ...` line in the README and in the summary's next commands."""
-    texts = [
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        (ROOT / "src/limbeck/summary.py").read_text(encoding="utf-8").replace("{run}", "runs/x"),
-    ]
-    lines = [line for text in texts for line in re.findall(r"^\s*f?[\"']?\s*(limbeck .*?)[\"']?,?$", text, re.M)]
-    return [line.replace('\\"', '"') for line in lines]
-
-
-@pytest.mark.parametrize("line", command_lines())
-def test_the_commands_that_are_promised_parse(line):
-    import limbeck.cli as cli
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["limbeck", "--help"])
-        with pytest.raises(SystemExit):
-            cli.main()  # registers the verbs
-    group = typer.main.get_command(app)
-    _, verb, *arguments = shlex.split(line.split("  #")[0])
-    group.commands[verb].make_context(verb, arguments)
-
-
-def test_there_are_commands_to_check():
-    assert len(command_lines()) >= 6
 
 
 def test_the_readmes_python_names_what_exists():

@@ -12,6 +12,7 @@ from limbeck.data import signals
 from limbeck.data.packing import Packed
 from limbeck.data.shards import Split
 from limbeck.data.signals import Signals, Taught
+from limbeck.identity import weights_in
 from limbeck.losses import FromDisk, FromHidden, Weights, logit_losses
 from limbeck.recipe import Recipe
 from limbeck.stages import cached
@@ -109,11 +110,11 @@ def test_the_key_knows_the_weights():
     from limbeck.contract import tiny
 
     teacher = tiny("llama")
-    before = cached.fingerprint(teacher)
-    assert cached.fingerprint(tiny("llama")) == before
+    before = weights_in(teacher)
+    assert weights_in(tiny("llama")) == before
     with torch.no_grad():
         teacher.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
-    assert cached.fingerprint(teacher) != before
+    assert weights_in(teacher) != before
 
 
 def test_a_run_asks_the_teacher_once_and_other_students_never(teacher_folder, corpus, tmp_path, monkeypatch):

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from limbeck.cli import main
 from limbeck.errors import LimbeckError
@@ -341,6 +342,30 @@ def test_an_arm_that_diverged_is_told_in_tables_and_stops_nothing(raw, tmp_path)
     assert table.count("diverged in 1 of 3") == 2
     write_report([folder])
     assert "diverged in 1 of 3" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_arms_of_one_table_have_one_teacher(raw, teacher_folder, tmp_path):
+    """A seed that is added later must not learn from other weights under the same name."""
+    teacher = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    raw["base"]["teacher"] = str(teacher)
+    folder = tmp_path / "study"
+    run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0]), folder)
+    weights = load_file(teacher / "model.safetensors")
+    kept = (teacher / "model.safetensors").read_bytes()
+    save_file({name: 1.5 * x for name, x in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LimbeckError, match="other weights in the run gla_2_seed0 than now"):
+        run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
+    assert not (folder / "gla_2_seed1").exists()
+    (teacher / "model.safetensors").write_bytes(kept)
+    results = run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
+    assert {arm["status"] for arm in results["arms"]} == {"finished"}
+    # the hint: without the runs of the old teacher, everything is of the new one, its own row too
+    before = results["teachers"][str(teacher)]["values"]["agreement.perplexity"]
+    save_file({name: 1.5 * x for name, x in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
+    for arm in ("gla_2_seed0", "gla_2_seed1"):
+        shutil.rmtree(folder / arm)
+    results = run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
+    assert results["teachers"][str(teacher)]["values"]["agreement.perplexity"] != before
 
 
 def test_a_folder_of_something_else_is_refused(raw, tmp_path):

@@ -8,23 +8,51 @@
 The README shows the command line; docs/architecture.md how it is built.
 """
 
-# ruff: noqa: E402  what quietens loggers has to stand before the imports that make them speak
-
 import logging
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from limbeck.registration import register_when_imported
+
+if TYPE_CHECKING:
+    from limbeck.errors import LimbeckError
+    from limbeck.job import distill
+    from limbeck.model.convert import convert
+    from limbeck.recipe import Recipe
 
 __version__ = "0.1.0"
-
-# transformers loads torchao wherever it is installed, and that tells of GPU kernels that this machine cannot load
-_loggers = {_logger: _logger.level for _logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
-for _logger in _loggers:
-    _logger.setLevel(logging.ERROR)
-
-from limbeck.errors import LimbeckError
-from limbeck.job import distill
-from limbeck.model import convert
-from limbeck.recipe import Recipe
-
-for _logger, _level in _loggers.items():
-    _logger.setLevel(_level)
-
 __all__ = ["LimbeckError", "Recipe", "convert", "distill"]
+
+register_when_imported()
+
+# where the names of `__all__` are; imported when they are first used, for torch and transformers take seconds and
+# `limbeck --help` needs neither
+_HOMES = {
+    "LimbeckError": "limbeck.errors",
+    "Recipe": "limbeck.recipe",
+    "convert": "limbeck.model.convert",
+    "distill": "limbeck.job",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package (`limbeck.mixers`), imported now."""
+    home = _HOMES.get(name, f"{__name__}.{name}")
+    if name not in _HOMES and (name.startswith("_") or find_spec(home) is None):
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    # transformers loads torchao wherever it is installed, and that tells of GPU kernels that this machine cannot load
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        module = import_module(home)
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+    found = globals()[name] = getattr(module, name) if name in _HOMES else module
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -30,6 +30,7 @@ from limbeck.data.recall import write_recall
 from limbeck.data.shards import place_of
 from limbeck.data.wheels import Wheel, check, download, recorded, work_folder
 from limbeck.errors import LimbeckError, closest
+from limbeck.hub import split_revision
 from limbeck.teacher_recipe import TeacherRecipe
 
 TEACHER = "smollm2-135m-instruct"
@@ -110,31 +111,44 @@ def texts_for_learning() -> list[str]:
 
 def resolve_teacher(name: str) -> str:
     """What to hand to `from_pretrained`: a folder for "embedded" and for the teachers that Limbeck trains itself (made
-    if they are not in the cache), the path of a local folder, else the name as it is.
+    if they are not in the cache, or damaged), the path of a local folder, else the name as it is.
 
     Raises:
         LimbeckError: a path at which no model lies, or something near to one of our own names.
     """
     if name == "embedded":
-        return str(teacher_folder())
+        return str(teacher_folder(verify=True))
     if name in TeacherRecipe.names():
         from limbeck.teachers.pretrain import trained_teacher
 
-        return str(trained_teacher(name))
+        return str(trained_teacher(name, verify=True))
     path = Path(name).expanduser()
     if path.exists() or path.is_symlink():
         from limbeck.model.folders import check_folder
 
         check_folder(path)
         return str(path)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    repository, _ = split_revision(name)
+    if repository != name and repository in ("embedded", *TeacherRecipe.names()):
+        raise LimbeckError(
+            f"no teacher '{name}'",
+            expected="owner/name@revision: only models of the hub have revisions",
+            hint=f"--teacher {repository}",
+        )
+    looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1
     near = "" if "/" in name else closest(name, ["embedded", *TeacherRecipe.names()])
     if looks_like_path or near:
         raise LimbeckError(
             f"no teacher '{name}'{near}",
-            expected="'embedded', 'small', a folder made by save_pretrained, or a name on the Hugging Face hub",
+            expected="'embedded', 'small', a folder by save_pretrained, or of the hub: owner/name or owner/name@v1",
         )
     return name
+
+
+def whole_folder(name: str) -> Path | None:
+    """The folder of "embedded" or of a teacher that Limbeck trains itself, where it is in the cache (by size only)."""
+    folder = _teacher_path() if name == "embedded" else TeacherRecipe.load(name).folder
+    return folder if sound(folder) else None
 
 
 def status() -> list[Asset]:

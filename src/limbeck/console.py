@@ -62,8 +62,10 @@ class Output(Console):
         return one
 
 
-console = Output(stderr=True, highlight=False, soft_wrap=True)
-output = Output(highlight=False)
+# no markup: "[/tmp]" or ":x:" in a name is a part of the name, in messages and in tables alike; what is to stand out
+# gets a style, `console.print(text, style="dim")`, and a part of a line a `Text`
+console = Output(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+output = Output(highlight=False, markup=False, emoji=False)
 
 
 def _width(table: Table, console: Console) -> int:
@@ -120,7 +122,7 @@ def _blocks(table: Table) -> Group:
 
 
 def _text(cell: RenderableType) -> Text:
-    return cell if isinstance(cell, Text) else Text.from_markup(str(cell))
+    return cell if isinstance(cell, Text) else Text(str(cell))
 
 
 @contextmanager
@@ -139,14 +141,14 @@ def progress(title: str, total: float | None, unit: str = "", done: float = 0) -
         yield from _plain(title, total, unit, done)
         return
     columns = (
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(unit, markup=False),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Progress(*columns, console=console, transient=False) as bar:
         task = bar.add_task(title, total=total, completed=int(done), note="")
@@ -162,7 +164,7 @@ def _plain(title: str, total: float | None, unit: str, done: float) -> Iterator[
 
     def line(tail: str) -> None:
         of = f"/{total:,.0f}" if total else ""
-        console.print(f"{title}: {now:,.0f}{of} {unit} {tail} {last_note}".rstrip(), markup=False)
+        console.print(f"{title}: {now:,.0f}{of} {unit} {tail} {last_note}".rstrip())
 
     def advance(amount: float = 1, note: str = "") -> None:
         nonlocal now, shown, last_note

@@ -58,10 +58,12 @@ def find_rates(recipe: Recipe, points: int = POINTS) -> list[Sweep]:
         sweeps = []
         for index, settings in enumerate(recipe.stages):
             if isinstance(settings, recipes.Calibrate):
-                done[index] = run.result(index) if run.finished(index) else _calibrated(job, settings, done)
+                done[index] = (
+                    run.result(index) if run.finished(index, verify=True) else _calibrated(job, settings, done)
+                )
                 continue
             sweeps.append(_sweep(job, settings, index, done, points))
-            if run.finished(index):
+            if run.finished(index, verify=True):
                 done[index] = run.result(index)
         if not sweeps:
             raise LimbeckError("no stage of this recipe learns by gradient", expected="matrix, hidden or logits")

@@ -5,12 +5,14 @@ result = hand_over(job, run, student)          # writes student/, summary.md and
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from limbeck.data.cache import made_aside
+from limbeck.console import console
+from limbeck.data.cache import made_aside, sha256_of
 from limbeck.evaluate.agreement import agreement
 from limbeck.evaluate.memory import cache_sizes
 from limbeck.generate import continuation
@@ -20,7 +22,7 @@ from limbeck.model.convert import parameter_report
 from limbeck.model.exported import check_export
 from limbeck.prepare import Job
 from limbeck.report.curves import draw
-from limbeck.stages.run import RunDirectory
+from limbeck.stages.run import RunDirectory, manifest_of
 from limbeck.summary import write_summary
 
 
@@ -28,7 +30,7 @@ def hand_over(job: Job, run: RunDirectory, student: PreTrainedModel, curves: boo
     """Export and evaluate a student; returns the summary that is kept as eval.json."""
     recipe = job.recipe
     student.eval()
-    _export(job, student)
+    _export(job, run, student)
     stages = [{**s.model_dump(mode="json"), **run.facts(i)} for i, s in enumerate(recipe.stages)]
     plan = json.loads((run.path / "plan.json").read_text(encoding="utf-8"))
     result = measured(job, student, stages, plan, recipe.evaluation.tokens, recipe.evaluation.new_tokens)
@@ -77,12 +79,52 @@ def measured(
     }
 
 
-def _export(job: Job, student: PreTrainedModel) -> None:
+def _export(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     """Save the student as a Hugging Face folder, whole or not at all; it is read again before it takes its place."""
-    with made_aside(job.path / "student") as folder:
+    final = job.path / "student"
+    with made_aside(final) as folder:
         student.save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
         check_export(folder, student, job.tokenizer)
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in folder.iterdir()}
+        manifest = manifest_of(job.path)
+        _set_aside(final, [manifest.get("exported"), manifest.get("exported_before")])
+        # written before the folder is exchanged: a run that is killed in between knows both the old and the new one
+        run.manifest(exported=files, exported_before=manifest.get("exported"))
+
+
+def _set_aside(folder: Path, exports: list[dict[str, Any] | None]) -> None:
+    """Keep the student of before under another name where somebody changed it, or put files into it.
+
+    Args:
+        exports: size and sha256 of each file of all students that the run wrote there.
+    """
+    known = [exported for exported in exports if exported]
+    if not known or not (folder / "config.json").is_file():
+        return
+    names = {file.name for file in folder.iterdir()}
+    if not any(names <= set(exported) and missing_of(folder, exported) is None for exported in known):
+        place = folder.resolve()
+        aside = next(p for n in range(1, 1000) if not (p := place.with_name(f"{place.name}-before-{n}")).exists())
+        place.rename(aside)
+        console.print(f"{folder} is not as it was written; what was there is kept as {aside}", markup=False)
+
+
+def missing_of(folder: Path, exported: dict[str, Any] | None) -> str | None:
+    """What is wrong with an exported student; None where its files are as they were written.
+
+    Args:
+        exported: size and sha256 of each, from the manifest; None for a run of a version that did not keep them.
+    """
+    if not (folder / "config.json").is_file():
+        return "it is not there"
+    for name, entry in (exported or {}).items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is gone"
+        if file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
+            return f"{name} is not what was written there"
+    return None
 
 
 def arithmetic_of(job: Job) -> dict[str, Any]:
@@ -102,11 +144,13 @@ def arithmetic_of(job: Job) -> dict[str, Any]:
 
 def provenance(job: Job) -> dict[str, Any]:
     return {
-        "teacher": {"name": job.recipe.teacher, "architecture": type(job.teacher).__name__},
+        **job.identity,
         "tokens_key": job.text.key,
         "train_tokens": job.text.train_tokens,
         "held_out_tokens": job.text.held_out_tokens,
-        "texts": {name: {"key": text.key, "files": text.files} for name, text in job.texts.items()},
+        "texts": {
+            name: {"key": text.key, "files": text.files, "contents": text.contents} for name, text in job.texts.items()
+        },
         "seed": job.recipe.seed,
         "device": str(job.device),
         "arithmetic": arithmetic_of(job),

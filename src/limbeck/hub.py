@@ -7,6 +7,8 @@ without a network takes a minute to be refused. One question without a second tr
 not answer but the model is in its local cache, the cache is used and the hub is left alone.
 """
 
+from pathlib import Path
+
 from limbeck.console import console
 from limbeck.errors import LimbeckError
 
@@ -15,27 +17,54 @@ _known: dict[str, bool] = {}  # what this process was told before
 LOGIN = "check the spelling; a private one needs `hf auth login`"
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """("owner/name", "v1.0") of "owner/name@v1.0": a branch, a tag or a commit; of a folder's path all of it.
+
+    Raises:
+        LimbeckError: nothing stands on one of the sides of the @.
+    """
+    if "@" not in name or Path(name).expanduser().exists():
+        return name, None
+    repository, _, revision = name.partition("@")
+    if not repository or not revision:
+        raise LimbeckError(f"'{name}' names no model and revision", expected="owner/name, or owner/name@revision")
+    return repository, revision
+
+
 def look_up(name: str) -> bool:
     """Whether the hub cannot be reached and its local cache has the model: then that is all there is to load.
 
     Raises:
-        LimbeckError: a name that cannot be a repository, that the hub does not know, or where it cannot be reached and
-            its local cache has nothing of that name.
+        LimbeckError: a name that cannot be a repository, that the hub does not know (or not with that revision), or
+            where it cannot be reached and its local cache has nothing of that name.
 
     Any other trouble (no access, a slow or an ailing hub) is left to the loading itself, which knows more of it.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if name in _known:
         return _known[name]
     if constants.HF_HUB_OFFLINE:
         return False
+    asked, (name, revision) = name, split_revision(name)
     try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        HfApi().model_info(name, timeout=SECONDS)
+        cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+        HfApi().model_info(name, revision=revision, timeout=SECONDS)
     except GatedRepoError:
         return False
+    except RevisionNotFoundError as error:
+        raise LimbeckError(
+            f"'{name}' has no revision '{revision}' on the hub",
+            expected="a branch, a tag or a whole commit hash of it",
+            hint=f"{name}   (its newest state)",
+        ) from error
     except RepositoryNotFoundError as error:
         if cached:  # a private one, and no login any more
             return False
@@ -51,13 +80,13 @@ def look_up(name: str) -> bool:
             return False
         if cached:
             console.print(f"the hub cannot be reached; '{name}' comes from its local cache", markup=False)
-            _known[name] = True
+            _known[asked] = True
             return True
         raise LimbeckError(
             f"there is no folder '{name}', and the hub cannot be reached to look for a model of that name",
             expected="a folder, or a network for names on the hub",
         ) from error
-    _known[name] = False
+    _known[asked] = False
     return False
 
 

@@ -15,17 +15,18 @@ import torch
 
 from limbeck import recipe as recipes
 from limbeck.console import console
-from limbeck.data.cache import check_room, check_writable
+from limbeck.data.cache import check_room, check_writable, read_json
 from limbeck.distributed import main_first, on_main, together, world
 from limbeck.errors import LimbeckError
-from limbeck.handover import hand_over, provenance
+from limbeck.handover import hand_over, missing_of, provenance
+from limbeck.identity import looks_the_same
 from limbeck.plan import Plan, make_plan
 from limbeck.precision import arithmetic
-from limbeck.prepare import Job, Loaded, new_student, prepare_job, run_path
+from limbeck.prepare import Job, Loaded, new_student, placed, prepare_job, run_path
 from limbeck.recipe import Recipe
 from limbeck.rehearsal import rehearse, rehearse_end
 from limbeck.stages.learner import Stage
-from limbeck.stages.run import RunDirectory, check_run, environment, open_run, sweep
+from limbeck.stages.run import RunDirectory, check_run, environment, manifest_of, open_run, sweep
 from limbeck.teach import make_stage, run_stages
 
 LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed
@@ -41,7 +42,8 @@ def distill(
     """Run a recipe from where it stands to its end.
 
     Args:
-        recipe: what to do; `recipe.out` is the run directory (runs/<name> by default).
+        recipe: what to do; `recipe.out` is the run directory, by default the first of runs/<name>, runs/<name>-2, ...
+            that is free or holds this run.
         confirm: called with the plan before long work begins (the command line prints it).
         loaded: the teacher and its tokenizer where they are in memory already.
         rehearsed: run a step of each stage first, for the plan's times; otherwise those are counted.
@@ -55,6 +57,7 @@ def distill(
             processes all raise the error of the first that failed.
     """
     with together(), arithmetic(recipe):
+        recipe = recipe.model_copy(update={"out": on_main(lambda: placed(recipe).out)})
         known = on_main(lambda: _known(recipe))
         if known is not None:
             on_main(lambda: sweep(run_path(recipe)))
@@ -102,12 +105,20 @@ def _known(recipe: Recipe) -> dict[str, Any] | None:
         return None
     check_run(path, recipe)
     run = RunDirectory(path, recipe)
-    if all(run.finished(i) for i in range(len(recipe.stages))):
-        known = json.loads(done.read_text(encoding="utf-8"))
-        if known["evaluation"] == recipe.evaluation.model_dump(mode="json"):
-            console.print(f"{path} is finished already; its summary:")
-            return known
-    return None
+    try:
+        known = read_json(done, "the same command evaluates again")
+    except LimbeckError as error:
+        console.print(f"{error.found}; the student is evaluated again", markup=False)
+        return None
+    if known["evaluation"] != recipe.evaluation.model_dump(mode="json"):
+        return None
+    if not all(run.finished(i) for i in range(len(recipe.stages))) or not looks_the_same(path, recipe):
+        return None
+    if (problem := missing_of(path / "student", manifest_of(path).get("exported"))) is not None:
+        console.print(f"{path / 'student'}: {problem}; it is exported again from {path / 'stages'}", markup=False)
+        return None
+    console.print(f"{path} is finished already; its summary:", markup=False)
+    return {**known, "run": str(path)}  # where it is now, should it have been moved
 
 
 def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan:
@@ -133,19 +144,22 @@ def measured_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan
 def _planned(job: Job, run: RunDirectory, plan: Plan, rehearsed: bool) -> Plan:
     """The measured plan of a run that begins, which is kept; of one that goes on the plan that was kept then."""
     path = run.path / "plan.json"
-    if not path.exists():
+    try:
+        known = read_json(path, "the same command makes the plan again") if path.exists() else None
+    except LimbeckError as error:
+        console.print(f"{error.found}; the plan is made again", markup=False)
+        known = None
+    if known is None:
         plan = measured_plan(job, plan) if rehearsed else plan
         run.write(path.name, json.dumps(plan.facts(), indent=1) + "\n")
         return plan
-    known = json.loads(path.read_text(encoding="utf-8"))
     rows = [replace(row, seconds=then["seconds"]) for row, then in zip(plan.rows, known["stages"])]
     return replace(plan, rows=rows, seconds=known["seconds"], memory_bytes=known["memory_bytes"])
 
 
 def check_text(job: Job) -> None:
     """Raises LimbeckError where a text has changed since the run began: positions would mean other sequences."""
-    path = job.path / "manifest.json"
-    before = json.loads(path.read_text(encoding="utf-8")).get("texts", {}) if path.exists() else {}
+    before = manifest_of(job.path).get("texts", {})
     for name, text in job.texts.items():
         if before.get(name, {}).get("key", text.key) == text.key:
             continue

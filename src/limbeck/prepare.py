@@ -6,6 +6,7 @@
 Writes nothing but the caches of text and teacher.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,13 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from limbeck import assets, mixers
 from limbeck import recipe as recipes
 from limbeck.adapters import check_peft, targets_of
-from limbeck.console import console
+from limbeck.console import as_time, console
+from limbeck.data.cache import NotMade, planning
 from limbeck.data.packing import Sequences, count_with_targets, no_targets, share_with_targets
+from limbeck.data.repeats import REPEATS
 from limbeck.data.shards import Split
+from limbeck.data.sources import stored_bytes
 from limbeck.data.special_tokens import around
 from limbeck.data.text import Text, open_text
 from limbeck.distributed import local_device, world
 from limbeck.errors import LimbeckError, hints_for
+from limbeck.identity import check_identity, identity_of
 from limbeck.model import Site, attention_sites, convert, converted_layers
 from limbeck.model.compiling import Notes, wanted
 from limbeck.model.packed import use_masks
@@ -35,6 +40,7 @@ from limbeck.stages.cached import plain
 from limbeck.stages.run import check_run
 from limbeck.stages.teacher import Pair, check_finite_loss, load_teacher
 from limbeck.stages.trackers import check_trackers
+from limbeck.stand_in import random_model, remote_config, stand_in
 
 FEW = 0.9  # share of sequences with a target below which it is said
 WITHOUT_BOS = 0.5  # nats a token that the teacher's loss has to fall behind BOS before anybody is told
@@ -53,6 +59,7 @@ class Job:
     layers: int  # of the teacher
     sites: list[Site]  # of those that are converted
     path: Path
+    identity: dict[str, Any] = field(default_factory=dict)  # of teacher and student, for the manifest; in process 0
     compiling: Notes = field(default_factory=Notes)  # what torch.compile has refused
 
     @property
@@ -79,23 +86,33 @@ class Job:
 
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]  # a teacher and its tokenizer
+TOKENISED = 1_500_000  # bytes of text a second, on one core: for plans
 
 
 def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     """Check a recipe and load what it names. Writes nothing but the caches.
 
+    Within `limbeck.data.cache.looking`, for a plan, it writes nothing at all: the job has no texts, perhaps a stand-in
+    for the teacher, and what the run would make first or refuse is told there.
+
     Args:
         loaded: the recipe's teacher where it is in memory already.
     """
+    told = planning()
     _check_shares(recipe)
     mixers.options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
     path = run_path(recipe)
     if world().main:
-        check_run(path, recipe)
+        try:
+            check_run(path, recipe)
+        except LimbeckError as error:
+            if told is None:
+                raise
+            told.append(f"without --plan this is refused: {' '.join(error.found.split())}")
     device = local_device(recipe.device)
     check_arithmetic(recipe, device)
     check_trackers(recipe.trackers)
-    teacher, tokenizer = loaded or load_teacher(assets.resolve_teacher(recipe.teacher), device, recipe.teacher_bits)
+    teacher, tokenizer = loaded or teacher_of(recipe, device)
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"data.length": recipe.data.length}
     lengths |= {f"stages.{i}.length": recipe.text_of(stage).length for i, stage in enumerate(recipe.stages)}
@@ -106,6 +123,10 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
                 expected=f"{key} of at most {longest}",
                 hint=f"--set {key}={longest}",
             )
+    identity = {}
+    if world().main:
+        identity = identity_of(recipe, teacher, tokenizer, len(attention_sites(teacher)))
+        check_identity(path, identity)
     if recipe.attention == "mask":
         use_masks(teacher)
     sites = attention_sites(teacher)
@@ -114,9 +135,13 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
             targets_of(teacher, chosen, stage.lora.targets)
-    texts = _open_texts(recipe, teacher, tokenizer)
+    texts = _open_texts(recipe, teacher, tokenizer) if told is None else {}
+    if told is not None:
+        _look_at_texts(recipe, teacher, tokenizer, told)
     autocast = autocast_of(recipe.precision, device)
-    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path)
+    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path, identity)
+    if told is not None:
+        return job
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             plain(job.training(recipe.text_of(stage)))
@@ -130,6 +155,47 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
 def run_path(recipe: Recipe) -> Path:
     """The run directory of a recipe."""
     return Path(recipe.out or f"runs/{recipe.name}")
+
+
+def placed(recipe: Recipe) -> Recipe:
+    """The recipe with its run directory in `out`.
+
+    Where none is given that is the first of runs/NAME, runs/NAME-2, ... that is free or holds this very run: so the
+    same command goes on with it, and another one does not meet it. A number is told, with the difference.
+    """
+    if recipe.out is not None:
+        return recipe
+    first = run_path(recipe)
+    why, path = "", first
+    for number in itertools.count(2):
+        try:
+            check_run(path, recipe)
+            break
+        except LimbeckError as error:
+            why = why or " ".join(error.found.split())
+            path = first.with_name(f"{first.name}-{number}")
+    if path != first:
+        console.print(f"{why}; this run is {path}")
+    return recipe.model_copy(update={"out": str(path)})
+
+
+def teacher_of(recipe: Recipe, device: torch.device) -> Loaded:
+    """The recipe's teacher and its tokenizer; for a plan, where its weights are not here, a stand-in of its shape.
+
+    A stand-in has random weights and no tokenizer; a step takes as long with it.
+    """
+    told = planning()
+    try:
+        name = assets.resolve_teacher(recipe.teacher)
+    except NotMade as missing:
+        assert told is not None
+        told.append(f"would be made first, once: {missing}")
+        return stand_in(recipe.teacher, device), None  # type: ignore[return-value]
+    if told is not None and (config := remote_config(name)) is not None:
+        model = random_model(config, device)
+        told.append(f"would be downloaded first, once: {name}, {model.num_parameters() / 1e9:.2f} B parameters")
+        return model, None  # type: ignore[return-value]
+    return load_teacher(name, device, recipe.teacher_bits)
 
 
 def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Text]:
@@ -187,6 +253,32 @@ def _check_targets(job: Job) -> None:
                 console.print(f"'{part.source}': {have}; {passed}", markup=False)
 
 
+def _look_at_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, told: list[str]) -> None:
+    """Tell which texts of a recipe would have to be tokenised first, and find those that cannot be read."""
+    uses = [recipe.data, *(recipe.text_of(stage) for stage in recipe.stages)]
+    for data in {name_of(data): data for data in uses}.values():
+        for one in data.sources or [recipes.Source(source=data.source, text_field=data.text_field, chat=data.chat)]:
+            if one.source == REPEATS:
+                continue
+            try:
+                size = stored_bytes(one.source)
+            except NotMade as missing:
+                told.append(f"would be made first, once: {missing}")
+                continue
+            if data.streaming:
+                continue
+            try:
+                if tokenizer is not None:
+                    same = {"source": one.source, "text_field": one.text_field, "chat": one.chat, "sources": None}
+                    open_text(data.model_copy(update=same), tokenizer, teacher)
+                    continue
+            except NotMade:
+                pass
+            most = size if data.max_tokens is None else min(size, 5 * data.max_tokens)
+            takes = f"about {as_time(most / TOKENISED)}" if size else "after its download"
+            told.append(f"would be tokenized first, once: {one.source}, {takes}")
+
+
 def name_of(data: recipes.Data) -> str:
     """What tells one text from another: all of its settings but the length of the sequences."""
     return json.dumps(data.model_dump(mode="json", exclude={"length", "cache_gb"}))
@@ -229,7 +321,7 @@ def new_student(job: Job) -> PreTrainedModel:
     teacher = job.teacher
     if job.recipe.teacher_bits is not None:
         # the student is what it would be without bits: it takes the checkpoint's own weights, and keeps all of them
-        teacher, _ = load_teacher(assets.resolve_teacher(job.recipe.teacher), job.device)
+        teacher, _ = teacher_of(job.recipe.model_copy(update={"teacher_bits": None}), job.device)
     torch.manual_seed(job.recipe.seed)
     converted = convert(
         teacher,

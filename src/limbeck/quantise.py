@@ -58,6 +58,32 @@ def refuse_quantised(config: PreTrainedConfig, what: str) -> None:
     )
 
 
+def keep_in_float(quantised: Any, cls: Any, config: PreTrainedConfig) -> Any:
+    """A quantisation config under which a student's mixers and head stay in float, whatever quantises the rest.
+
+    Args:
+        quantised: a quantisation config of transformers, or a dict; what it leaves out already is left out still.
+        cls: the student's class; config: its config.
+    """
+    names = [f"{layer['module']}.mixer" for layer in config.limbeck["layers"]]  # type: ignore[attr-defined]
+    known = quantised if isinstance(quantised, dict) else vars(quantised)
+    bitsandbytes = "load_in_4bit" in known or "load_in_8bit" in known or "_load_in_4bit" in known
+    fields = ("llm_int8_skip_modules",) if bitsandbytes else ("modules_to_not_convert", "skip_modules")
+    field = next((f for f in fields if f in known), fields[0])
+    left_out = known.get(field)
+    if left_out is None:  # the head is left out by itself, but not beside a list
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+        head = model.get_output_embeddings()
+        left_out = [name for name, module in model.named_modules() if module is head]
+    changed = copy.deepcopy(quantised)
+    if isinstance(changed, dict):
+        changed[field] = [*left_out, *names]
+    else:
+        setattr(changed, field, [*left_out, *names])
+    return changed
+
+
 def few_bits(config: PreTrainedConfig) -> bool:
     """Whether the weights that a config stands for have few bits; an entry that asks for none does not count."""
     found = getattr(config, "quantization_config", None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from limbeck.errors import LimbeckError, closest
 from limbeck.reading import assign, read_yaml, readable
@@ -23,10 +23,18 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _as_text(value: Any) -> Any:
+    """A single layer's number, as YAML reads `keep: 3`, is as good as "3"."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
+
+
 class Rule(_Part):
     """Another mixer for some of the layers."""
 
-    layers: str | list[int]
+    layers: Layers
     mixer: str | None = None  # the student's by default
     preset: Literal["default", "published", "controlled"] | None = None
     options: dict[str, Any] = {}
@@ -36,12 +44,12 @@ class Student(_Part):
     """Which mixer stands where, and what it starts from."""
 
     mixer: str = "gated_deltanet"
-    layers: str | list[int] = "all"
+    layers: Layers = "all"
     # what the mixer's options start from: Limbeck's own, its authors', or all mixers alike but for the recurrence
     preset: Literal["default", "published", "controlled"] = "default"
     options: dict[str, Any] = {}
     # layers that keep softmax: none, numbers, "every 4", "uniform 7", or a file that `limbeck select` wrote
-    keep: str | list[int] = "none"
+    keep: Layers = "none"
     rules: list[Rule] = []  # later ones over earlier ones
     copy_projections: bool = True  # the teacher's q, k, v and output projections; false draws fresh ones
 

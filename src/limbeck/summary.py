@@ -3,6 +3,7 @@
 print(write_summary(result))          # result: what limbeck.job.distill returns
 """
 
+import shlex
 from typing import Any
 
 from limbeck.console import as_bytes, as_time
@@ -13,7 +14,6 @@ from limbeck.report.naming import code, literal
 def write_summary(result: dict[str, Any]) -> str:
     """Markdown: quality beside the teacher, stages, parameters, memory, samples, the next commands."""
     held, memory, parameters = result["held_out"], result["memory"], result["parameters"]
-    run = result["run"]
     lines = [
         f"# {literal(result['mixer'])} in {result['layers']} layers of {literal(result['teacher'])}",
         "",
@@ -54,12 +54,21 @@ def write_summary(result: dict[str, Any]) -> str:
         "",
         "Next:",
         "",
-        f'    limbeck generate {run}/student "Once upon a time"',
-        f"    limbeck eval {run}/student --tokens 50000",
-        f"    limbeck distill --student mlstm --out {run}-mlstm",
+        *(f"    {command}" for command in next_commands(result)),
         "",
     ]
     return "\n".join(lines)
+
+
+def next_commands(result: dict[str, Any]) -> list[str]:
+    """What to type next, for this very run: its recipe brings teacher, text and tokens along."""
+    run = str(result["run"])
+    other = "gla" if "mlstm" in result["mixers"] else "mlstm"
+    return [
+        f"limbeck generate {shlex.quote(run)} 'Once upon a time'",
+        f"limbeck eval {shlex.quote(run)} --tokens 50000",
+        f"limbeck distill {shlex.quote(f'{run}/recipe.yaml')} --student {other} --out {shlex.quote(f'{run}-{other}')}",
+    ]
 
 
 def _layers(mixers: dict[str, list[int]]) -> list[str]:

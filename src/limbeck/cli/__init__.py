@@ -1,6 +1,7 @@
 """The command line: `limbeck VERB`, one verb a file."""
 
 import io
+import logging as standard
 import os
 import sys
 import warnings
@@ -8,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from limbeck.console import console
+from limbeck.console import console, output
 from limbeck.data.cache import refusal
 from limbeck.errors import LimbeckError
 from limbeck.stages.interrupt import Ended, Stopped, end_on_signals, put_back
@@ -19,10 +20,18 @@ app = typer.Typer(
     name="limbeck",
     help="Distil a pretrained softmax-attention language model into a subquadratic one.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from limbeck import __version__
+
+        output.print(f"limbeck {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -30,6 +39,9 @@ def everywhere(
     mixer: Annotated[
         list[str] | None, typer.Option(help="Load the mixer in this file first, for students that have it.")
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
 ) -> None:
     """What goes before the verb."""
     if mixer:
@@ -40,9 +52,16 @@ def everywhere(
 
 
 def _quiet_transformers() -> None:
-    """Its own bars and advice would stand between ours; so would what torchao says of other machines' kernels."""
-    import logging as standard
+    """Its own bars and advice would stand between ours.
 
+    It is not imported for that: `limbeck --help` and a mistyped option need neither it nor torch.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "torch.utils._pytree"):  # which tell of kernels for other machines
+        standard.getLogger(name).setLevel(standard.ERROR)
+    if "transformers" not in sys.modules:
+        return
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -131,6 +150,7 @@ def _command() -> None:
         generate,
         matrices,
         push,
+        recipe,
         report,
         select,
         students,

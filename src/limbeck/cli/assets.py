@@ -1,5 +1,8 @@
 """limbeck assets: the embedded teacher and text, teachers that are trained here, and packs of benchmarks."""
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +22,7 @@ def assets(
     teacher: Annotated[
         str, typer.Option(help="embedded; small (trained here, under an hour); tiny (two minutes); or a YAML file.")
     ] = "embedded",
-    plan: Annotated[bool, typer.Option("--plan", help="Say what training the teacher takes, and stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be made and what that takes, and stop.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every file's sha256 again.")] = False,
 ) -> None:
     """Bring the embedded teacher and text, or packs of benchmarks, to the cache; does nothing when they are there."""
@@ -28,21 +31,46 @@ def assets(
     from limbeck.data.corpus import check_tier
 
     check_tier(tier)
+    if plan:
+        _plan(tier, teacher, pack)
+        return
     if pack:
         for one in [packs.find(name) for name in pack]:
-            output.print(f"pack {one.name}: {packs.bring(one, verify=verify)}", markup=False)
+            output.print(f"pack {one.name}: {packs.bring(one, verify=verify)}", soft_wrap=True)
         return
     if teacher == "embedded":
         folder = embedded.teacher_folder(verify=verify)
     else:
-        from limbeck.teachers.pretrain import planned, trained_teacher
+        from limbeck.teachers.pretrain import trained_teacher
 
-        if plan:
-            output.print(str(planned(teacher)), markup=False)
-            return
         folder = trained_teacher(teacher, verify=verify)
-    output.print(f"teacher: {folder}", markup=False)
-    output.print(f"text: {embedded.corpus_file(tier, verify=verify)}", markup=False)
+    output.print(f"teacher: {folder}", soft_wrap=True)
+    output.print(f"text: {embedded.corpus_file(tier, verify=verify)}", soft_wrap=True)
     for one in map(packs.find, packs.MODULES):
         place = packs.bring(one, verify=verify) if packs.manifest_of(one) else f"not fetched; {one.command}"
-        output.print(f"pack {one.name}: {place}", markup=False)
+        output.print(f"pack {one.name}: {place}", soft_wrap=True)
+
+
+def _plan(tier: str, teacher: str, names: list[str] | None) -> None:
+    """Say what is there, and what would be made."""
+    from limbeck import assets as embedded
+    from limbeck import packs
+    from limbeck.data.cache import NotMade, looking
+
+    def trained() -> Path:
+        from limbeck.teachers.pretrain import trained_teacher
+
+        return trained_teacher(teacher)
+
+    wanted: dict[str, Callable[[], Path]] = {}
+    if not names:
+        wanted["teacher"] = embedded.teacher_folder if teacher == "embedded" else trained
+        wanted["text"] = lambda: embedded.corpus_file(tier)
+    for pack in map(packs.find, names or ()):
+        wanted[f"pack {pack.name}"] = partial(packs.bring, pack)
+    with looking():
+        for name, find in wanted.items():
+            try:
+                output.print(f"{name}: {find()}", soft_wrap=True)
+            except NotMade as missing:
+                output.print(f"{name}: would be made: {missing}", soft_wrap=True)

@@ -63,13 +63,13 @@ def bench(
     if plan:
         return
     if busy:
-        console.print(f"[bold]busy:[/] {busy}; trust ratios more than times")
+        console.print(f"busy: {busy}; trust ratios more than times")
     found = race.run()
     output.print(speed.table(found))
     for sentence in speed.break_even_lines(found):
-        output.print(sentence, markup=False)
+        output.print(sentence)
     for note in race.notes:
-        console.print(f"[bold]the machine was busy:[/] {note}")
+        console.print(f"the machine was busy: {note}")
     if out:
         paths = comparison.write(found, out)
     else:
@@ -78,8 +78,8 @@ def bench(
             figure = speed.draw(found)
             for path in paths:
                 save(figure, path)
-    console.print(f"[dim]kept in {', '.join(str(entry.home / 'speed.json') for entry in entries)}[/]", markup=True)
-    console.print(f"[dim]written: {', '.join(map(str, paths))}[/]")
+    console.print(f"kept in {', '.join(str(entry.home / 'speed.json') for entry in entries)}", style="dim")
+    console.print(f"written: {', '.join(map(str, paths))}", style="dim")
 
 
 def _entries(models: list[str], teacher: str | None, int8: str, out: Path | None) -> list[Any]:

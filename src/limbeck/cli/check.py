@@ -4,8 +4,8 @@ from itertools import groupby
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from limbeck.cli import app
 from limbeck.console import output, progress
@@ -43,15 +43,15 @@ def check(
             verdict = "passed" if passed else "failed"
         colour = "red" if passed < len(of) else "green"
         seconds = sum(outcome.seconds for outcome in of)
-        table.add_row(clause.name, escape(clause.summary), f"[{colour}]{verdict}[/]", f"{seconds:.1f}")
+        table.add_row(clause.name, clause.summary, Text(verdict, style=colour), f"{seconds:.1f}")
     output.print(table)
     shown = set()
     for outcome in failed:
         if outcome.check.name not in shown:  # the first of each check tells enough
             shown.add(outcome.check.name)
             where = f" ({outcome.family})" if outcome.family else ""
-            output.print(f"\n[bold red]{outcome.check.name}[/]{where}")
-            output.print(str(outcome.failure), markup=False)
+            output.print(Text.assemble("\n", (outcome.check.name, "bold red"), where))
+            output.print(str(outcome.failure))
     output.print(f"\n{name}: {len(outcomes) - len(failed)} of {len(outcomes)} cases passed")
     if failed:
         raise typer.Exit(1)

@@ -1,18 +1,17 @@
 """limbeck distill: teacher in, student out."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from rich.markdown import Markdown
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import console, output
+from limbeck.console import as_time, console, output
 from limbeck.errors import LimbeckError
-from limbeck.reading import assign, parse_value, stages_from_text, tokens_over_stages
-from limbeck.recipe import Recipe
+
+if TYPE_CHECKING:
+    from limbeck.recipe import Recipe
 
 
 @app.command()
@@ -37,27 +36,35 @@ def distill(
     from limbeck import job
 
     if plan:
+        from limbeck.data.cache import looking
         from limbeck.plan import make_plan
 
-        ready = job.prepare_job(chosen)
-        show_plan(job.measured_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
+        with looking() as told:
+            chosen = job.placed(chosen)
+            ready = job.prepare_job(chosen)
+            show_plan(job.measured_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
+        for sentence in dict.fromkeys(told):
+            console.print(sentence)
         return
     result = job.distill(chosen, confirm=show_plan)
+    from rich.markdown import Markdown
+
     from limbeck.summary import write_summary
 
     output.print(Markdown(write_summary(result)))
-    console.print(f"[dim]written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/[/]")
+    console.print(f"written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/", style="dim")
 
 
-def _find_rates(recipe: Recipe) -> None:
+def _find_rates(recipe: "Recipe") -> None:
     from limbeck.find_rate import find_rates
-    from limbeck.prepare import run_path
+    from limbeck.prepare import placed, run_path
     from limbeck.report import rates
 
+    recipe = placed(recipe)
     sweeps = find_rates(recipe)
     output.print(rates.table(sweeps))
     folder = Path(f"{run_path(recipe)}-rates")
-    console.print(f"[dim]written to {folder}/: {', '.join(path.name for path in rates.write(sweeps, folder))}[/]")
+    console.print(f"written to {folder}/: {', '.join(path.name for path in rates.write(sweeps, folder))}", style="dim")
     for sweep in sweeps:
         if sweep.suggested is not None:
             console.print(f"--set stages.{sweep.index}.lr={sweep.suggested:.1e}")
@@ -73,8 +80,13 @@ def build_recipe(
     data: str | None,
     out: Path | None,
     settings: list[str],
-) -> Recipe:
+) -> "Recipe":
     """The recipe that a command line asks for: the named one with the given options over it."""
+    import yaml
+
+    from limbeck.reading import assign, parse_value, stages_from_text, tokens_over_stages
+    from limbeck.recipe import Recipe
+
     given = {
         "teacher": teacher,
         "student.mixer": student,
@@ -90,7 +102,7 @@ def build_recipe(
     if out is None and student is not None:
         from limbeck import mixers
 
-        raw["out"] = f"runs/{base.name}-{mixers.get(student).name}"
+        raw["name"] = f"{base.name}-{mixers.get(student).name}"
     if Path(name).suffix not in (".yaml", ".yml"):  # what a named recipe says of its own text and budget
         if data is not None or tokens is not None:
             raw["data"]["max_tokens"] = None
@@ -118,11 +130,9 @@ def show_plan(plan: Any) -> None:
     for column in ("stage", "tokens", "steps", "trained parameters", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in plan.rows:
-        table.add_row(
-            row.stage, f"{row.tokens:,}", f"{row.steps or '-'}", f"{row.trained:,}", f"{row.seconds / 60:.1f} min"
-        )
+        table.add_row(row.stage, f"{row.tokens:,}", f"{row.steps or '-'}", f"{row.trained:,}", as_time(row.seconds))
     console.print(table)
     console.print(
-        f"about {plan.seconds / 60:.0f} min in all, {plan.memory_bytes / 1e9:.1f} GB of memory, "
+        f"about {as_time(plan.seconds)} in all, {plan.memory_bytes / 1e9:.1f} GB of memory, "
         f"{plan.disk_bytes / 1e9:.1f} GB of disk; matrix products run at {plan.speed / 1e9:.0f} GFLOP/s here"
     )

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from limbeck.cli import app
@@ -54,14 +53,14 @@ def doctor(
         table.add_row(name, importlib.metadata.version(name), "")
     for name, fix in OPTIONAL.items():
         found = version(name)
-        table.add_row(name, found or "missing", "" if found else escape(fix))
+        table.add_row(name, found or "missing", "" if found else fix)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     table.add_row("device", torch.cuda.get_device_name() if cuda else "cpu", "" if cuda else "no CUDA device found")
     table.add_row("threads", str(torch.get_num_threads()), "set OMP_NUM_THREADS=1 beside another busy process")
     table.add_row("matrix products", f"{matmul_speed(device, 576) / 1e9:.0f} GFLOP/s", "")
     for line in kernel_lines(check_kernels):
-        table.add_row(*map(escape, line))
+        table.add_row(*line)
     for asset in embedded.status():
         size = f"{asset.bytes / 1e6:.0f} MB" if asset.present else "not fetched"
         table.add_row(asset.name, size, str(asset.folder) if asset.present else "limbeck assets")

@@ -78,7 +78,7 @@ def eval(
     _show(found, out)
     kept = dict.fromkeys(str(home) for home in map(subjects.homes.__getitem__, models) if not unwritable(home))
     if kept and not out:
-        console.print(f"kept in {', '.join(kept)}", style="dim", markup=False)
+        console.print(f"kept in {', '.join(kept)}", style="dim")
 
 
 def _show(found: list[Any], out: Path | None) -> None:
@@ -86,7 +86,7 @@ def _show(found: list[Any], out: Path | None) -> None:
 
     output.print(comparison.table(found))
     for path in comparison.write(found, out) if out else []:
-        console.print(f"[dim]written: {path}[/]")
+        console.print(f"written: {path}", style="dim")
 
 
 def _settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:

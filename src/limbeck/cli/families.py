@@ -4,8 +4,8 @@ from collections import Counter
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from limbeck.cli import app
 from limbeck.console import output, progress
@@ -36,8 +36,9 @@ def families(
     for column in ("family", "status", "its attention", "what fails, or why not"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        status = f"[{STYLES[row.status]}]{row.status}[/]"
-        table.add_row(row.family, status, ", ".join(row.features), escape(row.problem))
+        status = Text(row.status, style=STYLES[row.status])
+        table.add_row(row.family, status, ", ".join(row.features), row.problem)
     output.print(table)
     counts = Counter(row.status for row in rows)
-    output.print(f"[dim]{counts['works']} work, {counts['partly']} partly, {counts['no']} do not; mixer {mixer}[/]")
+    told = f"{counts['works']} work, {counts['partly']} partly, {counts['no']} do not; mixer {mixer}"
+    output.print(told, style="dim")

@@ -56,7 +56,7 @@ def generate(
         loaded = quantise.int8(loaded, activations=int8_dynamic)
     else:
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    console.print(text, end="", markup=False, style="dim")
+    console.print(text, end="", style="dim")
     began, count = time.monotonic(), 0
 
     def said() -> Iterator[str]:
@@ -66,4 +66,4 @@ def generate(
     for piece in said():
         print(piece, end="", flush=True)
     print()
-    console.print(f"[dim]{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s[/]")
+    console.print(f"{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s", style="dim")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markdown import Markdown
 
 from limbeck.cli import app
 from limbeck.console import console, output
@@ -48,29 +47,31 @@ def push(
     if not yes and not typer.confirm("send it?"):
         console.print("nothing was sent; --dry-run shows the card too")
         return
-    console.print(f"sent: {hub.push(ready, endpoint)}", markup=False)
+    console.print(f"sent: {hub.push(ready, endpoint)}")
 
 
 def show(ready: Any) -> None:
     """Print what a parcel holds."""
-    output.print(f"repository: {ready.repo} ({'private' if ready.private else 'public'})", markup=False)
-    output.print(f"commit message: {ready.message}", markup=False)
+    output.print(f"repository: {ready.repo} ({'private' if ready.private else 'public'})")
+    output.print(f"commit message: {ready.message}")
     width = max(len(f"{item.size:,}") for item in ready.items)
     output.print(f"\n{'bytes':>{width}}  kept in  {'sha256':64}  file", soft_wrap=True)
     for item in ready.items:
         line = f"{item.size:>{width},}  {'LFS' if item.lfs else 'git':7}  {item.sha256}  {item.path}"
-        output.print(line, markup=False, soft_wrap=True)
+        output.print(line, soft_wrap=True)
     output.print(f"{len(ready.items)} files, {ready.size:,} bytes")
     if ready.left_out:
-        output.print(f"not sent: {', '.join(ready.left_out)}", markup=False)
+        output.print(f"not sent: {', '.join(ready.left_out)}")
 
 
 def show_card(card: str) -> None:
     """Print a card: rendered on a terminal, as it is anywhere else."""
     output.print("\nREADME.md:\n")
     if not output.is_terminal:
-        output.print(card, markup=False, soft_wrap=True)
+        output.print(card, soft_wrap=True)
         return
+    from rich.markdown import Markdown
+
     head, _, body = card.removeprefix("---\n").partition("\n---\n")
-    output.print(head + "\n", markup=False, style="dim")
+    output.print(head + "\n", style="dim")
     output.print(Markdown(body))

@@ -21,4 +21,4 @@ def report(
     from limbeck.report.page import write
 
     for path in write(places, out):
-        console.print(f"[dim]written: {path}[/]")
+        console.print(f"written: {path}", style="dim")

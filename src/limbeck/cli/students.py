@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from limbeck.cli import app
@@ -31,6 +30,6 @@ def students(
             continue
         added = sum(p.numel() for p in mixer.parameters())
         size = f"{mixer.state_numel():,}" + (" a token" if mixer.grows else "")
-        table.add_row(name, mixer.operator_name, f"{added:,}", size, escape(mixer.summary))
+        table.add_row(name, mixer.operator_name, f"{added:,}", size, mixer.summary)
     output.print(table)
-    output.print(f"[dim]numbers a layer with 9 heads of 64 on width 576 (SmolLM2-135M), preset {preset}[/]")
+    output.print(f"numbers a layer with 9 heads of 64 on width 576 (SmolLM2-135M), preset {preset}", style="dim")

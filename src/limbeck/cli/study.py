@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markdown import Markdown
 from rich.table import Table
 
 from limbeck.cli import app
@@ -32,11 +31,11 @@ def study(
     list_studies: Annotated[bool, typer.Option("--list", help="The built-in studies, and stop.")] = False,
 ) -> None:
     """Run a grid of arms on one teacher or several. The same command resumes, and runs arms that were added."""
+    if list_studies:
+        output.print(_listing())
+        return
     from limbeck.study import Study, built_in, run_study
 
-    if list_studies:
-        output.print(_listing(built_in()))
-        return
     if study is None:
         raise LimbeckError("no study named", expected=f"a YAML file, or one of: {', '.join(built_in())}")
     if task is not None:
@@ -56,15 +55,26 @@ def study(
         sbatch=sbatch or None,
     )
     if plan:
+        from limbeck.data.cache import looking
         from limbeck.study.plan import make_study_plan
         from limbeck.study.run import check_study
         from limbeck.study.work import Workplace
 
-        arms = check_study(chosen, Path(out or f"runs/{chosen.title}"))
+        folder = Path(out or f"runs/{chosen.title}")
         side_by_side = max(place.workers, 1) if place else 1
-        show_plan(make_study_plan(chosen, arms, Workplace(), side_by_side, place.threads if place else None))
+        with looking() as told:
+            try:
+                arms = check_study(chosen, folder)
+            except LimbeckError as error:
+                arms = chosen.arms(folder)
+                told.append(f"without --plan this is refused: {' '.join(error.found.split())}")
+            show_plan(make_study_plan(chosen, arms, Workplace(), side_by_side, place.threads if place else None))
+        for sentence in dict.fromkeys(told):
+            console.print(sentence)
         return
     results = run_study(chosen, out, confirm=show_plan, executor=place)
+    from rich.markdown import Markdown
+
     from limbeck.study.tables import claims_markdown
 
     folder = Path(out or f"runs/{chosen.title}")
@@ -76,7 +86,7 @@ def study(
         f"trained for {sharing['seconds'] / 60:.1f} min; sharing the teacher's passes "
         f"saved {sharing['saved_seconds'] / 60:.1f} min of {(sharing['seconds'] + sharing['saved_seconds']) / 60:.1f}"
     )
-    console.print(f"[dim]written to {folder}/: study.json, table.md, values.csv, claims.md[/]")
+    console.print(f"written to {folder}/: study.json, table.md, values.csv, claims.md", style="dim")
     _report(folder)
     failed = [one["name"] for one in results["arms"] if one["status"] == "failed"]
     if failed:
@@ -92,7 +102,7 @@ def _do_task(folder: Path, number: int) -> None:
 
     failures = do_array_task(folder, number)
     for name, text in failures.items():
-        console.print(f"arm {name} failed: {text}", markup=False)
+        console.print(f"arm {name} failed: {text}")
     if failures:
         raise typer.Exit(1)
 
@@ -102,9 +112,9 @@ def _report(folder: Path) -> None:
     from limbeck.report.page import write
 
     try:
-        console.print(f"[dim]report: {write([folder])[0]}[/]")
+        console.print(f"report: {write([folder])[0]}", style="dim")
     except LimbeckError as error:
-        console.print(f"no report: {error.found}" + (f"; {error.hint}" if error.hint else ""), markup=False)
+        console.print(f"no report: {error.found}" + (f"; {error.hint}" if error.hint else ""))
 
 
 def show_plan(plan: Any) -> None:
@@ -128,14 +138,14 @@ def show_plan(plan: Any) -> None:
     )
 
 
-def _listing(names: list[str]) -> Table:
+def _listing() -> Table:
     from limbeck.reading import read_yaml
-    from limbeck.study.grid import BUILT_IN
+    from limbeck.recipe import BUILT_IN
 
     table = Table(box=None, pad_edge=False)
     for column in ("study", "sizes", "what it asks"):
         table.add_column(column, overflow="fold")
-    for name in names:
-        raw = read_yaml(BUILT_IN / f"{name}.yaml", "study", "a mapping")
-        table.add_row(name, ", ".join(raw["sizes"]), raw["about"])
+    for path in sorted(BUILT_IN.with_name("studies").glob("*.yaml")):
+        raw = read_yaml(path, "study", "a mapping")
+        table.add_row(path.stem, ", ".join(raw["sizes"]), raw["about"])
     return table

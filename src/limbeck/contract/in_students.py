@@ -14,7 +14,7 @@ from limbeck.contract.families import COUNTS_FROM_MASK, tiny
 from limbeck.contract.registry import check
 from limbeck.contract.variant import LENGTH, Variant, ids_of, left_padded, same
 from limbeck.data.packing import Batch
-from limbeck.model import mixers_of
+from limbeck.model import mixers_of, with_cache
 from limbeck.model.body import run_body
 
 
@@ -26,7 +26,7 @@ def steps(variant: Variant, family: str) -> None:
     cache = DynamicCache(config=student.config)
     ends = [20, 29, *range(30, LENGTH + 1)]
     for begin, end in zip([0, *ends[:-1]], ends):
-        part = student(ids[:, begin:end], past_key_values=cache, use_cache=True).logits
+        part = student(ids[:, begin:end], **with_cache(student, cache)).logits
         same(part, full[:, begin:end], f"logits of tokens {begin} to {end}, with the cache of those before")
     changed = ids.clone()
     changed[:, 0] = 5

@@ -23,7 +23,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
+STALE_S = 3600.0  # a temporary file that was not written to for so long is a killed process's
 PATIENCE_S = 600.0  # how long the holder of a lock may write nothing before a waiting process gives up
 CODE = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)  # what safetensors and tokenizers say it in
 CUT_SHORT = re.compile(r"\d+ requested and \d+ written|PytorchStreamWriter|inline_container.*unexpected pos")
@@ -60,6 +62,8 @@ REFUSALS = {
         ("cannot write to {place}: {reason}", "use a folder that this user may write to ({elsewhere})"),
     ),
 }
+SETTLED_S = 2.0  # after so long without a change a file's times tell whether it changes again
+_digests: dict[tuple[Path, Callable[[Path], str]], tuple[tuple[int, ...], str]] = {}
 
 
 def cache_root() -> Path:
@@ -80,7 +84,25 @@ def cache_root() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Hex sha256 of a file's bytes; read once in a process, as long as the file stays as it is."""
+    return once_of(path, _sha256)
+
+
+def once_of(path: Path, digest: Callable[[Path], str]) -> str:
+    """`digest(path)`, from before where the file has the size, inode and times that it had then."""
+    found = path.stat()
+    stamp = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+    key = path.absolute(), digest
+    known = _digests.get(key)
+    if known is None or known[0] != stamp:
+        known = stamp, digest(path)
+        # clocks of file systems tick in milliseconds: a file that has just been written may change unseen
+        if time.time() - max(found.st_mtime, found.st_ctime) > SETTLED_S:
+            _digests[key] = known
+    return known[1]
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -101,6 +123,83 @@ def sound(folder: Path, *, verify: bool = False) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all: under a name of its own, flushed to disk, then renamed.
+
+    Raises:
+        LimbeckError: no room or no permission.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with no_room_is_an_error(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            with suppress(OSError):  # another process may have taken it away
+                if time.time() - old.stat().st_mtime > STALE_S:
+                    old.unlink()
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+            _flush(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path, hint: str) -> Any:
+    """What a JSON file of ours holds.
+
+    Args:
+        hint: what to do where it cannot be read.
+
+    Raises:
+        LimbeckError: it was cut short or changed by hand, so that it is no JSON object any more.
+    """
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError(f"it holds a {type(known).__name__}")
+    except ValueError as error:
+        raise LimbeckError(
+            f"{path} is damaged: {error}", expected="a JSON object, as it was written", hint=hint
+        ) from error
+    return known
+
+
+_looking: ContextVar[list[str] | None] = ContextVar("looking", default=None)
+
+
+class NotMade(Exception):
+    """Under `looking`: something is not in the cache, and would have to be made first."""
+
+
+@contextmanager
+def looking() -> Iterator[list[str]]:
+    """For plans: within, nothing is brought to the cache; what would be is an exception (`NotMade`).
+
+    Yields:
+        Sentences, of whoever catches one and goes on without: what would be made first.
+    """
+    told: list[str] = []
+    before = _looking.set(told)
+    try:
+        yield told
+    finally:
+        _looking.reset(before)
+
+
+def planning() -> list[str] | None:
+    """The sentences of the `looking` that this is within, None outside of one."""
+    return _looking.get()
+
+
+def would_make(what: str, need_bytes: int = 0) -> None:
+    """Raise `NotMade` within `looking`: the next step makes something that may take long."""
+    if _looking.get() is not None:
+        raise NotMade(f"{what}, {need_bytes / 1e6:,.0f} MB" if need_bytes else what)
 
 
 def publish(
@@ -125,6 +224,7 @@ def publish(
     """
     if manifest := sound(folder, verify=verify):
         return manifest
+    would_make(f"the {what}", need_bytes)
     with no_room_is_an_error(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder, what) as alone:
@@ -133,6 +233,8 @@ def publish(
             if alone:
                 for stale in _temporary(folder):
                     shutil.rmtree(stale, ignore_errors=True)
+            if folder.exists():
+                console.print(f"{what}: damaged, made again ({folder})", markup=False)
             check_room(folder.parent, need_bytes, what)
             return _fill_and_rename(folder, fill, verify)
 
@@ -363,29 +465,46 @@ def _headway(folder: Path) -> float:
 
 @contextmanager
 def _lock(folder: Path, what: str) -> Iterator[bool]:
-    """Holds the lock of `folder`; yields False where the file system has no locks."""
-    with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="utf-8") as file:
-        seen, since, told = 0.0, time.monotonic(), False
-        while fcntl is not None:
+    """Holds the lock of `folder`, a file that is gone afterwards; yields False where the file system has no locks."""
+    path = folder.with_name(f".{folder.name}.lock")
+    seen, since, told = 0.0, time.monotonic(), False
+    while fcntl is not None:
+        with open(path, "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield True
-                return
+                held = True
             except BlockingIOError:
-                pass
+                held = False
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                     break
                 raise
-            if not told:
-                console.print(f"waiting for another process that is making the {what}", markup=False)
-                told = True
-            if (newest := _headway(folder)) != seen:
-                seen, since = newest, time.monotonic()
-            if time.monotonic() - since > PATIENCE_S:
-                raise LimbeckError(
-                    f"another process holds the lock of the {what} and has written nothing for {PATIENCE_S:.0f} s",
-                    hint=f"end that process (the lock is {file.name}) and run the same command again",
-                )
-            time.sleep(0.2)
-        yield False
+            # its last holder may have deleted the file between `open` and `flock`: such a lock holds nobody off
+            if held and _is_at(path, file.fileno()):
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        if held:
+            continue
+        if not told:
+            console.print(f"waiting for another process that is making the {what}", markup=False)
+            told = True
+        if (newest := _headway(folder)) != seen:
+            seen, since = newest, time.monotonic()
+        if time.monotonic() - since > PATIENCE_S:
+            raise LimbeckError(
+                f"another process holds the lock of the {what} and has written nothing for {PATIENCE_S:.0f} s",
+                hint=f"end that process (the lock is {path}) and run the same command again",
+            )
+        time.sleep(0.2)
+    yield False
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Is the open file still the one of that name?"""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False

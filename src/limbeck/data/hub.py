@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.data.cache import would_make
 from limbeck.errors import LimbeckError
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
@@ -75,6 +76,8 @@ def open_hub(source: str, *, streaming: bool = False) -> Any:
     match = HUB_NAME.fullmatch(source)
     assert match is not None, source
     datasets = _datasets()
+    if not streaming:
+        would_make(f"the dataset '{source}' from the hub")
     try:
         dataset = datasets.load_dataset(match["name"], match["config"], **({"streaming": True} if streaming else {}))
     except Exception as error:  # no network, no such dataset, no access, several configs: `datasets` says which

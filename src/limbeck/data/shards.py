@@ -136,7 +136,7 @@ def prepare(
     splits = [open_split(folder, name, manifest["dtype"], encoder.begin) for name in SPLITS]
     tell_parted(manifest, source)
     check_enough(splits if held_out else splits[:1], source, length, max_tokens)
-    return TokenStore(source, folder, key, eos, *splits, files_of(source))
+    return TokenStore(source, folder, key, eos, splits[0], splits[1], files_of(source))
 
 
 @contextmanager
@@ -316,7 +316,8 @@ def _cut(raw: bytes, near: int, encoder: Encoder) -> int | None:
 def tell_parted(manifest: dict[str, Any], source: str) -> None:
     """Say what is held out where no document was by its hash."""
     if manifest.get("parted"):
-        console.print(f"'{source}': held out is {manifest['parted']}, as no hash parts it", markup=False)
+        words = f"the hash leaves one side of the split empty, so held out: {manifest['parted']}"
+        console.print(f"'{source}': {words}", markup=False)
 
 
 def end_of(tokenizer: Any, eos_id: int | None = None) -> int:

@@ -30,7 +30,7 @@ import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ PLAIN = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 KINDS = (*PLAIN, *(f"{kind}.gz" for kind in PLAIN), ".parquet")
 ABOUT = ("readme", "license", "licence", "changelog", "contributing", "code_of_conduct")  # .md that is no text
 LONGEST_CELL = 2**31 - 1  # characters; the module csv stops at 131,072 otherwise
+CELLS = "cells with quotes around them, and quotes inside them twice"
 A_LIST = "a list of records, or one JSON object a line"
 MESSAGES = "messages"  # the field of conversations
 
@@ -102,6 +103,38 @@ def fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
+def is_part_of(source: str, whole: str, content: str | None = None) -> bool:
+    """Has `source` nothing but files that `whole` has too, by content? Of what are no files the fingerprints decide.
+
+    Args:
+        content: the fingerprint that `whole` had, for where it cannot be read any more.
+    """
+    with suppress(OSError):
+        if source == whole or Path(source).expanduser().samefile(Path(whole).expanduser()):
+            return True
+    try:
+        return (mine := _contents(source)) <= _contents(whole) and bool(mine)
+    except LimbeckError:
+        try:
+            return content is not None and fingerprint(source) == content
+        except LimbeckError:  # whoever opens it says what is wrong with it
+            return False
+
+
+def _contents(source: str) -> set[str]:
+    """Hashes of the text files of a source; its fingerprint where it is a dataset, a part of one, or ready tokens."""
+    from limbeck.data import tokens
+
+    root, split = (None, None) if tokens.is_tokens(source) else _local(source)
+    if root is None or split is not None or _is_saved_dataset(root):
+        return {fingerprint(source)}
+    found = set()
+    for path in _files(root, source):
+        with _readable(path):
+            found.add(sha256_of(path))
+    return found
+
+
 def stored_bytes(source: str) -> int:
     """Bytes on disk of a local source (compressed as stored); 0 for a hub dataset."""
     from limbeck.data import tokens
@@ -140,7 +173,7 @@ def tell_what_is_left_out(source: str) -> None:
     if left_out:
         read = ", ".join(f"{count:,} {kind}" for kind, count in sorted(Counter(map(_kind, files)).items()))
         rest = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
-        console.print(f"'{source}': read are {read}; left out: {rest}", markup=False)
+        console.print(f"'{source}': read: {read}; left out: {rest}", markup=False)
 
 
 def _present(source: str) -> list[Any]:
@@ -158,7 +191,7 @@ def _local(source: str) -> tuple[Path | None, str | None]:
     if source == "embedded" or source.startswith("embedded:"):
         from limbeck.assets import corpus_file
 
-        return corpus_file(source.partition(":")[2] or "quick"), None
+        return corpus_file(source.partition(":")[2] or "quick", verify=True), None
     path = Path(source).expanduser()
     try:
         if path.exists():
@@ -412,7 +445,7 @@ def _table(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 )
             yield place, row
     except csv.Error as error:
-        raise LimbeckError(f"{path}, line {reader.line_num + 1}: no table: {error}", expected="quoted cells") from error
+        raise LimbeckError(f"{path}, line {reader.line_num + 2}: no table: {error}", expected=CELLS) from error
     finally:
         csv.field_size_limit(before)
 

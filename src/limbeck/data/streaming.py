@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.console import console
-from limbeck.data.cache import MANIFEST, cache_root, publish, sha256_of, sound
+from limbeck.data.cache import MANIFEST, cache_root, publish, sha256_of, sound, write_text
 from limbeck.data.encode import encoder_of, key_of, stored_settings
 from limbeck.data.parts import shards_of
 from limbeck.data.shards import Split, check_enough, check_ids, end_of, open_split, tell_parted, tokenise
@@ -152,7 +152,7 @@ class Stream:
                 continue
             now = content_of(shard.files)
             if now == facts["content"]:
-                _write(path, {**facts, "touched": touched})
+                write_text(path, json.dumps({**facts, "touched": touched}) + "\n")
             else:
                 changed[shard.name] = now
         if changed:
@@ -236,8 +236,7 @@ class Stream:
         }
         path = self._facts_of(index)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, facts)
+            write_text(path, json.dumps(facts) + "\n")
         elif json.loads(path.read_text(encoding="utf-8"))["sha256"] != facts["sha256"]:
             raise LimbeckError(
                 f"the shard '{shard.name}' of '{self.source}' is not what it was when it was first read",
@@ -315,13 +314,6 @@ def _touched(files: tuple[Path, ...]) -> list[int]:
     """What changes when somebody writes to files or puts others in their place; the time of change cannot be set."""
     states = [path.stat() for path in files if path.exists()]
     return [number for one in states for number in (one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino)]
-
-
-def _write(path: Path, facts: dict[str, Any]) -> None:
-    """Write a small file at once."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _size(folder: Path) -> int:

@@ -7,9 +7,11 @@
 A text is opened once, for the longest sequences that are read of it.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.data.cache import MANIFEST
 from limbeck.data.encode import key_of
 from limbeck.data.mixture import Mixture
 from limbeck.data.packing import Packed, Sequences
@@ -50,6 +52,12 @@ class Text:
         """Files of the sources, the shards of those that are streamed, and their sizes."""
         read = [part for part in self.parts if not isinstance(part, Lists)]
         return {f"{part.source}: {name}": size for part in read for name, size in part.files.items()}
+
+    @property
+    def contents(self) -> list[str | None]:
+        """Of each source the fingerprint of its content; None for one that is streamed, or made as it is read."""
+        stores = [part if isinstance(part, TokenStore) else None for part in self.parts]
+        return [None if store is None else _content(store) for store in stores]
 
     def training(self, length: int, seed: int) -> Sequences:
         """The training text in sequences of `length` tokens."""
@@ -132,6 +140,10 @@ def open_text(
             else:
                 parts.append(prepare(one.source, tokenizer, max_tokens=data.max_tokens, **common))
     return Text(parts, [one.weight for one in sources])
+
+
+def _content(store: TokenStore) -> str:
+    return json.loads((store.folder / MANIFEST).read_text(encoding="utf-8"))["content"]
 
 
 def _training(part: TokenStore | Stream | Lists, length: int, seed: int) -> Sequences:

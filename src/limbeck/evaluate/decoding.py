@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from limbeck.errors import LimbeckError
 from limbeck.machine import wait
-from limbeck.model import RecurrentLayer, cache_bytes
+from limbeck.model import RecurrentLayer, cache_bytes, with_cache
 
 SEED = 1024
 
@@ -71,7 +71,7 @@ def measure(
             ids = torch.full((batch, 1), 5, device=contestant.model.device)
             wait(contestant.model.device)
             began = time.perf_counter()
-            contestant.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            contestant.model(input_ids=ids, **with_cache(contestant.model, cache))
             wait(contestant.model.device)
             if step > 1:
                 spent.append(1000 * (time.perf_counter() - began))
@@ -99,13 +99,13 @@ def filled(
     if static:
         cache = StaticCache(config=model.config, max_cache_len=length + room)
     body = model.get_decoder()
-    body(input_ids=text, past_key_values=cache, use_cache=True)
+    body(input_ids=text, **with_cache(body, cache))
     if all(can_lengthen(layer) for layer in cache.layers):
         for layer in cache.layers:
             _lengthen(layer, seed, length)
         return cache
     for begin in range(seed, length, seed):
-        body(input_ids=text[:, : length - begin], past_key_values=cache, use_cache=True)
+        body(input_ids=text[:, : length - begin], **with_cache(body, cache))
     return cache
 
 

@@ -19,7 +19,7 @@ from limbeck.evaluate.decoding import SEED, Contestant, arbitrary_text, can_leng
 from limbeck.evaluate.prefill import first_token
 from limbeck.evaluate.subject import Subject
 from limbeck.machine import wait
-from limbeck.model import RecurrentLayer, cache_bytes
+from limbeck.model import RecurrentLayer, cache_bytes, with_cache
 from limbeck.quantise import int8, numel
 
 PROBE = 256  # tokens that each entry reads before the race: warm-up, and what estimates stand on
@@ -117,8 +117,9 @@ class Entry:
         device = self.model.device
         ids = arbitrary_text(self.model, PROBE).to(device)
         caches = [DynamicCache(config=self.model.config) for _ in range(2)]
+        body = self.model.get_decoder()
         for cache, length in zip(caches, (PROBE // 2, PROBE)):
-            self.model.get_decoder()(input_ids=ids[:, :length], past_key_values=cache, use_cache=True)
+            body(input_ids=ids[:, :length], **with_cache(body, cache))
         early, late = (cache_bytes(cache) for cache in caches)
         layers = caches[1].layers
         self.bytes_per_token = 2 * (late - early) / PROBE
@@ -127,7 +128,7 @@ class Entry:
         self.static = self.softmax > 0 and all(can_lengthen(layer) for layer in layers)
         self.probe_seconds = _seconds(lambda: first_token(self.model, ids), device)
         steps = [
-            _seconds(lambda: self.model(input_ids=ids[:, :1], past_key_values=caches[1], use_cache=True), device)
+            _seconds(lambda: self.model(input_ids=ids[:, :1], **with_cache(self.model, caches[1])), device)
             for _ in range(4)
         ]
         self.step_seconds = min(steps)

@@ -78,7 +78,7 @@ def fitted(ids: Sequence[int], room: int, overlong: Overlong, what: str = "a pro
         raise LimbeckError(
             f"{what} is too long: {len(ids)} tokens",
             expected=f"at most {room}, so that prompt and answer together fit",
-            hint="tasks.overlong=middle keeps the first and the last half of a prompt, as LongBench does",
+            hint="--set tasks.overlong=middle   (keeps the first and the last half of a prompt, as LongBench does)",
         )
     if overlong == "left":
         return list(ids[len(ids) - room :])

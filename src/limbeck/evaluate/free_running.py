@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from limbeck.console import progress
 from limbeck.data.packing import Sequences
 from limbeck.errors import LimbeckError
+from limbeck.model import with_cache
 from limbeck.model.body import Head
 
 
@@ -40,7 +41,7 @@ def prefixes(data: Sequences, count: int, length: int) -> Tensor:
         raise LimbeckError(
             f"no document of {length} tokens in the text",
             expected="longer documents or shorter prefixes",
-            hint="--set agreement.prefix=16, or agreement.prefixes=0 for none",
+            hint="--set agreement.prefix=16, or --set agreement.prefixes=0 for none",
         )
     return torch.stack(found)
 
@@ -82,7 +83,7 @@ def greedy(model: PreTrainedModel, starts: Tensor, new: int, advance=lambda amou
     head, body = Head(model), model.get_decoder()
     cache, ids, out = DynamicCache(config=model.config), starts, []
     for _ in range(new):
-        hidden = body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = body(input_ids=ids, **with_cache(body, cache)).last_hidden_state
         ids = head(hidden[:, -1]).argmax(-1, keepdim=True)
         out.append(ids)
         advance(1)

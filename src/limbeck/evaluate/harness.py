@@ -27,7 +27,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from limbeck import packs
 from limbeck.console import console
-from limbeck.data.cache import cache_root, no_room_is_an_error
+from limbeck.data.cache import cache_root, write_text
 from limbeck.errors import LimbeckError, closest, sentences
 
 Source = Literal["auto", "pack", "hub"]
@@ -214,9 +214,5 @@ def _harness_entries() -> dict[str, Entry]:
     for name, one in entries.items():
         place = one.yaml_path.relative_to(root).as_posix() if one.yaml_path else None
         rows[name] = [one.kind.name, place, sorted(one.tags)]
-    with no_room_is_an_error(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"key": key, "entries": rows}), encoding="utf-8")
-        aside.replace(path)
+    write_text(path, json.dumps({"key": key, "entries": rows}))
     return entries

@@ -10,13 +10,12 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from limbeck.data.cache import no_room_is_an_error
+from limbeck.data.cache import write_text
 from limbeck.errors import LimbeckError, sentences
 
 
@@ -45,6 +44,7 @@ class Provenance(_Part):
     seed: int = _said("of all that is drawn")
     dtype: str = _said("of the model's weights")
     weights: str = _said("fingerprint of the model's files")
+    teacher_weights: str | None = _said("the same of the model it was compared with", default=None)
     versions: dict[str, str] = _said("of limbeck, torch, transformers and python")
     platform: str = _said("the operating system and processor family")
     device: str = _said("cpu, or the accelerator's name")
@@ -68,14 +68,7 @@ class Measurement(_Part):
     def save(self, folder: Path) -> Path:
         """Write `<folder>/<measure>.json`, whole or not at all."""
         path = folder / f"{self.measure}.json"
-        with no_room_is_an_error(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / f".{path.name}.tmp"
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(self.model_dump(mode="json")), indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
+        write_text(path, json.dumps(_finite(self.model_dump(mode="json")), indent=1, ensure_ascii=False) + "\n")
         return path
 
     @classmethod

@@ -24,9 +24,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from limbeck import __version__
 from limbeck.console import console
 from limbeck.data.cache import unwritable
+from limbeck.data.sources import fingerprint
 from limbeck.errors import LimbeckError, closest
 from limbeck.evaluate.measurement import Measurement, Provenance
 from limbeck.evaluate.subject import Subject
+from limbeck.identity import files_in
 from limbeck.machine import flushing_denormals
 from limbeck.reading import readable
 
@@ -144,6 +146,7 @@ def provenance(subject: Subject, seconds: float) -> Provenance:
         seed=subject.seed,
         dtype=str(subject.model.dtype).removeprefix("torch."),
         weights=subject.weights,
+        teacher_weights=subject.teacher_weights,
         versions={
             "limbeck": __version__,
             "torch": str(torch.__version__),
@@ -164,12 +167,28 @@ def _known(path: Path, subject: Subject, settings: dict[str, Any]) -> Measuremen
         known = Measurement.load(path)
     except LimbeckError:
         return None
-    made = known.provenance
-    source = subject.data.source if subject.data else None
-    same = (
-        known.settings == settings
-        and known.teacher == subject.teacher_name
-        and known.data.get("text", source) == source
-        and (made.weights, made.seed, made.versions.get("limbeck")) == (subject.weights, subject.seed, __version__)
-    )
-    return known if same else None
+    made, version = known.provenance, known.provenance.versions.get("limbeck")
+    if known.settings != settings or (made.seed, version) != (subject.seed, __version__):
+        return None
+    if (made.weights, made.teacher_weights) != (subject.weights, subject.teacher_weights):
+        return None
+    if not _same_texts(known, subject, settings):
+        return None
+    return known.model_copy(update={"model": subject.name, "teacher": subject.teacher_name})  # as they are called now
+
+
+def _same_texts(known: Measurement, subject: Subject, settings: dict[str, Any]) -> bool:
+    """Are the texts, by content, still those that were measured on?"""
+    data = known.data
+    try:
+        if any(fingerprint(source) != content for source, content in data.get("contents", {}).items()):
+            return False
+        if data.get("include") != files_in(settings.get("include")):
+            return False
+        if "part" not in data:  # it does not read the subject's text
+            return True
+        length = settings.get("length") or (subject.data.length if subject.data else 512)
+        return subject.text_key(length, settings["tokens"]) == (data["part"], data.get("key"))
+    except LimbeckError as error:
+        console.print(f"{subject.name}: not compared with the text of before: {error.found}", markup=False)
+        return True

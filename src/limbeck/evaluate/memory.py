@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from limbeck.model import cache_bytes
+from limbeck.model import cache_bytes, with_cache
 
 
 @torch.no_grad()
@@ -24,10 +24,10 @@ def cache_sizes(teacher: PreTrainedModel, student: PreTrainedModel, length: int 
     """
     sizes: dict[str, list[int]] = {}
     for name, model in (("teacher", teacher), ("student", student)):
-        cache = DynamicCache(config=model.config)
+        cache, body = DynamicCache(config=model.config), model.get_decoder()
         ids = torch.full((1, length), 5, device=model.device)
         for _ in range(2):
-            model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+            body(input_ids=ids, **with_cache(body, cache))
             sizes.setdefault(name, []).append(cache_bytes(cache))
     per_token = {name: (late - early) / length for name, (early, late) in sizes.items()}
     fixed = sizes["student"][0] - per_token["student"] * length

@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from limbeck.console import progress
 from limbeck.errors import LimbeckError
-from limbeck.model import cache_bytes
+from limbeck.model import cache_bytes, with_cache
 from limbeck.model.body import Head
 
 HEAD_ROWS = 256  # tokens whose logits exist at a time
@@ -96,7 +96,8 @@ class Read:
             cache = copy.deepcopy(self.cache)
             cache.batch_repeat_interleave(len(rows))
             inputs = inputs.to(self.model.device)
-            hidden = self.model.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            body = self.model.get_decoder()
+            hidden = body(input_ids=inputs, **with_cache(body, cache)).last_hidden_state
             for row, states in zip(rows, hidden):
                 rest = torch.tensor(answers[row][1:], device=states.device)
                 logits = Head(self.model)(states[: len(rest)]).float()
@@ -130,4 +131,5 @@ def _pieces(n: int, piece: int) -> Iterator[tuple[int, int]]:
 def _body(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """Hidden states [T, D] of one sequence's next tokens [T]; the cache goes on."""
     inputs = ids[None].to(model.device)
-    return model.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    body = model.get_decoder()
+    return body(input_ids=inputs, **with_cache(body, cache)).last_hidden_state[0]

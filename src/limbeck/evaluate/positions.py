@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from limbeck.console import console
-from limbeck.data.sources import documents
+from limbeck.data.sources import documents, fingerprint
 from limbeck.data.special_tokens import around, plain_ids
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.measurement import Measurement
@@ -95,7 +95,12 @@ def measure_positions(subject: Subject, settings: PositionsSettings) -> Found:
     return Found(
         values,
         errors,
-        data={"document_source": settings.text, "documents": text.documents, "targets": len(losses)},
+        data={
+            "document_source": settings.text,
+            "contents": {settings.text: fingerprint(settings.text)},
+            "documents": text.documents,
+            "targets": len(losses),
+        },
         details={"curve": curve, "curve_columns": ["tokens", "loss of the block", "loss so far"], "context": context},
     )
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.evaluate.decoding import Contestant, arbitrary_text
 from limbeck.machine import extra_peak, wait
+from limbeck.model import with_cache
 
 
 @dataclass(frozen=True)
@@ -68,4 +69,4 @@ def first_token(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The most likely token [B] after prompts [B, T]; the head reads the last token alone, where the family can."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cache = DynamicCache(config=model.config)
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **last).logits[:, -1].argmax(-1)
+    return model(input_ids=ids, **with_cache(model, cache), **last).logits[:, -1].argmax(-1)

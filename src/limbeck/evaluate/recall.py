@@ -36,7 +36,7 @@ from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.pieces import check_room, context_of
 from limbeck.evaluate.retrieval import share_of
 from limbeck.evaluate.subject import Subject
-from limbeck.model import cache_bytes
+from limbeck.model import cache_bytes, with_cache
 from limbeck.model.body import Head
 
 
@@ -154,7 +154,8 @@ def at_queries(model: PreTrainedModel, lookup: Lookup) -> tuple[Tensor, int]:
     """Logits [N, vocabulary] at the queries, on the CPU, and the bytes of the cache behind the last token."""
     cache = DynamicCache(config=model.config)
     ids = lookup.ids[None].to(model.device)
-    hidden = model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    body = model.get_decoder()
+    hidden = body(input_ids=ids, **with_cache(body, cache)).last_hidden_state[0]
     return Head(model)(hidden[lookup.queries.to(hidden.device)]).float().cpu(), cache_bytes(cache)
 
 

@@ -8,6 +8,7 @@ A student is compared with the teacher of its run, which is loaded once for all 
 """
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,19 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck import assets
+from limbeck.data import sources
 from limbeck.data.packing import Sequences
 from limbeck.data.shards import TokenStore
 from limbeck.data.text import Text, open_text
 from limbeck.errors import LimbeckError
+from limbeck.identity import folder_of, model_of, tokenizer_in, weights_in
 from limbeck.model.folders import check_folder
 from limbeck.model.opening import is_student, open_model
 from limbeck.recipe import Data, Recipe
+from limbeck.stages.run import manifest_of
 from limbeck.stages.teacher import load_teacher
+
+HELD_OUT = "held-out part"  # of a text: what its run did not learn from
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Subject:
     data: Data | None = None
     base: "Subject | None" = None
     seed: int = 0
+    own: bool = False  # `data` is a text that its run learnt from, so the held-out part is measured
     again: bool = False  # measure anew what a measure keeps by itself
 
     @property
@@ -78,20 +84,16 @@ class Subject:
 
     @cached_property
     def weights(self) -> str:
-        """Fingerprint of the files: names, sizes and the first and last MiB of each."""
-        digest = hashlib.sha256()
-        folder = Path(self.folder)
-        if not folder.is_dir():  # a name on the hub: what its local cache holds by now
-            cached = try_to_load_from_cache(self.folder, "config.json")
-            folder = Path(cached).parent if isinstance(cached, str) else folder
-        for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with open(file, "rb") as handle:
-                digest.update(handle.read(1 << 20))
-                handle.seek(max(0, size - (1 << 20)))
-                digest.update(handle.read())
-        return digest.hexdigest()[:16]
+        """Fingerprint of the model and its tokenizer, of their files where these are on this machine."""
+        folder = folder_of(self.folder)
+        if folder is not None:
+            return model_of(folder)
+        return hashlib.sha256(f"{weights_in(self.model)} {tokenizer_in(self.tokenizer)}".encode()).hexdigest()[:16]
+
+    @property
+    def teacher_weights(self) -> str | None:
+        """Fingerprint of the model that it is compared with; None where there is none but itself."""
+        return self.base.weights if self.base is not None else None
 
     def held_out(self, length: int, tokens: int) -> tuple[Sequences, dict[str, Any]]:
         """Text that it was not trained on in packed sequences of `length` tokens, and which text that is.
@@ -104,7 +106,13 @@ class Subject:
         text, mine = self._text(length, tokens)
         assert self.data is not None
         sequences = text.held_out(length) if mine else text.all_in_order(length)
-        return sequences, {"text": self.data.source, "part": "held-out part" if mine else "all", "key": text.key}
+        return sequences, {"text": self.data.source, "part": HELD_OUT if mine else "all", "key": text.key}
+
+    def text_key(self, length: int, tokens: int) -> tuple[str, str]:
+        """Part and key of what `held_out` would give, from the text as it is now."""
+        text, mine = self._text(length, tokens)
+        text.close()
+        return HELD_OUT if mine else "all", text.key
 
     def token_counts(self, length: int, most: int = 20_000_000) -> Tensor | None:
         """How often each token occurs in the training part of the same text, [vocabulary].
@@ -123,7 +131,7 @@ class Subject:
 
     def _text(self, length: int, tokens: int) -> tuple[Text, bool]:
         """Its text, opened, and whether a part of it was held out."""
-        data, mine = self.data, self.recipe is not None and self.data == self.recipe.data
+        data, mine = self.data, self.own or (self.recipe is not None and self.data == self.recipe.data)
         if data is None:
             raise LimbeckError(f"no text to measure {self.name} on", hint="--data FILE, or --data embedded")
         mine = mine or data.source == "embedded"
@@ -159,8 +167,8 @@ class Subjects:
             check_folder(folder)
         recipe = Recipe.load(recipe_file) if recipe_file.is_file() and folder.is_dir() else None
         data = Data(source=self.data) if self.data else recipe.data if recipe else Data(source="embedded")
-        if recipe is not None and data.source == recipe.data.source:
-            data = recipe.data
+        learnt = learnt_text(data.source, recipe, folder.parent) if self.data and recipe is not None else None
+        data = learnt or data
         home = folder.parent / "eval" if recipe is not None else Path("eval") / _slug(name)
         if self.out is not None:
             home = self.out / _slug(name)
@@ -172,7 +180,7 @@ class Subjects:
         model, tokenizer = open_model(place, student=of_a_run)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         base = self.teacher or (recipe.teacher if recipe else None)
-        subject = Subject(name, place, home, model, tokenizer, recipe, data, seed=self.seed)
+        subject = Subject(name, place, home, model, tokenizer, recipe, data, seed=self.seed, own=learnt is not None)
         if base is not None:
             subject.base = self._softmax(base, home, data)
         return subject
@@ -191,6 +199,31 @@ class Subjects:
             self._teachers[name] = Subject(name, folder, home, model, tokenizer, data=data, seed=self.seed)
         known = self._teachers[name]
         return Subject(name, known.folder, home, known.model, known.tokenizer, data=data, seed=self.seed)
+
+
+def learnt_text(source: str, recipe: Recipe, run: Path) -> Data | None:
+    """How to open a text that a run learnt from, or a part of it, under whatever name; None for any other text.
+
+    A document falls on its side of the split by its hash and the held-out share alone, so a part of a text holds out
+    what the whole of it does.
+
+    Args:
+        source: as it is spelt now.
+        run: the run's folder, which knows by content what is not where it was.
+    """
+    uses = [recipe.data, *(recipe.text_of(stage) for stage in recipe.stages)]
+    texts = manifest_of(run).get("texts", {})
+    contents = {json.loads(name)["source"]: text.get("contents") or [] for name, text in texts.items()}
+    for data in uses:
+        if source == data.source:
+            return data
+        parts: list[Any] = [*data.sources] if data.sources else [data]
+        recorded = contents.get(data.source, [])
+        for part, content in zip(parts, [*recorded, *[None] * (len(parts) - len(recorded))]):
+            if sources.is_part_of(source, part.source, content):
+                facts = {"source": source, "sources": None, "text_field": part.text_field, "chat": part.chat}
+                return data.model_copy(update=facts)
+    return None
 
 
 def _slug(name: str) -> str:

@@ -26,13 +26,14 @@ from typing import Annotated, Any, Literal
 import tqdm
 from pydantic import Field
 
-from limbeck.data.cache import cache_root, no_room_is_an_error
+from limbeck.data.cache import cache_root, write_text
 from limbeck.errors import LimbeckError, sentences
 from limbeck.evaluate.fitting import Overlong
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.shares import Score, shares
 from limbeck.evaluate.subject import Subject
+from limbeck.identity import files_in, folder_of
 
 # Tasks that another metric than accuracy stands for: options of unequal length, judged by likelihood per byte.
 MAIN = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "openbookqa": "acc_norm"}
@@ -85,7 +86,8 @@ def measure_tasks(subject: Subject, settings: TaskSettings) -> Found:
         values |= {f"{name} {metric}": value for metric, value in score.values.items()}
         errors |= {f"{name} {metric}": error for metric, error in score.errors.items()}
         details[name] = {**score.details, "metric": score.metric, "chance": score.chance}
-    found = Found(values, errors, {"tasks": names, "harness": harness_version()}, {"tasks": details})
+    about = {"tasks": names, "harness": harness_version(), "include": files_in(settings.include)}
+    found = Found(values, errors, about, {"tasks": details})
     ours = {name: score for name, score in scores.items() if score.metric}
     if not ours:
         return found
@@ -167,11 +169,7 @@ def _score(subject: Subject, name: str, catalogue: Any, settings: TaskSettings) 
     score = _read(name, result, origins, list(leaves), settings)
     score.details["cuts"] = [asdict(cut) for cut in scorer.cuts]
     if path is not None:
-        with no_room_is_an_error(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(asdict(score)), encoding="utf-8")
-            aside.replace(path)
+        write_text(path, json.dumps(asdict(score)))
     return score
 
 
@@ -276,9 +274,10 @@ def _kept(path: Path | None) -> Score | None:
 
 def _file(subject: Subject, name: str, origins: dict[str, str], settings: TaskSettings) -> Path | None:
     """Where a score is kept; None for a model whose files are not known."""
-    if not Path(subject.folder).is_dir():
+    if folder_of(subject.folder) is None:
         return None
     asked = settings.model_dump(mode="json", exclude={"names", "source"})
+    asked["include"] = files_in(settings.include)
     key = [subject.weights, str(subject.model.dtype), subject.seed, name, origins, asked, harness_version(), PROMPTS]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return cache_root() / "scores" / subject.weights / f"{name}-{digest}.json"

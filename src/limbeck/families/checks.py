@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.families.tiny import VOCABULARY
-from limbeck.model import convert, mixers_of
+from limbeck.model import convert, mixers_of, with_cache
+from limbeck.model.cache import cache_in
 
 LENGTH, PREFILL, PADDING = 21, 12, 5
 EXACT = {torch.float64: 1e-5, torch.float32: 1e-3}  # of the largest logit; families compute norms and more in float32
@@ -48,9 +49,9 @@ class Checks:
         full = self.model(ids, **_named(self.model, position_ids=positions), use_cache=False).logits
         cache = None
         for begin, end in zip((0, *ends[:-1]), ends):
-            given = _named(self.model, past_key_values=cache, position_ids=positions[:, begin:end])
-            output = self.model(ids[:, begin:end], **given, use_cache=True)
-            cache = getattr(output, "past_key_values", None)
+            given = {**with_cache(self.model, cache), "position_ids": positions[:, begin:end]}
+            output = self.model(ids[:, begin:end], **_named(self.model, **given))
+            cache = cache_in(output)
             assert cache is not None, "its forward pass returns no cache"
             parts.append(output.logits)
         self._same(torch.cat(parts, 1), full, "steps with a cache differ from one pass")

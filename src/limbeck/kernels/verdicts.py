@@ -8,18 +8,18 @@ is 0.2 to 0.4 percent, a kernel rounds a few times on the way, and gates' gradie
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from limbeck.errors import sentences
+from limbeck.errors import LimbeckError, sentences
 from limbeck.kernels.adapters import Adapter
 from limbeck.kernels.calls import Call
 
@@ -111,16 +111,12 @@ def judge(adapter: Adapter, call: Call) -> Verdict:
     """`known`, or a check of a piece of the call, whose verdict is kept."""
     verdict = known(adapter, call)
     if verdict is None:
+        from limbeck.data.cache import write_text  # late, as in `_file`
+
         verdict, key = check(adapter, call.piece(LONGEST)), _key(adapter, call)
         _VERDICTS[key] = verdict
-        try:
-            path = _file(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({**asdict(verdict)}, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        except OSError:  # no room, or a folder that is not ours: the next process checks again
-            pass
+        with contextlib.suppress(OSError, LimbeckError):  # no room, not our folder: the next process checks again
+            write_text(_file(key), json.dumps(asdict(verdict), indent=1) + "\n")
     return verdict
 
 

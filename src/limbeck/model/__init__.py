@@ -1,6 +1,6 @@
 """Students as Hugging Face models: conversion, the attention function, the cache, saving and loading."""
 
-from limbeck.model.cache import RecurrentLayer, cache_bytes
+from limbeck.model.cache import RecurrentLayer, cache_bytes, with_cache
 from limbeck.model.convert import convert, numel, parameter_report, unshare
 from limbeck.model.layers import as_ranges, by_mixer, converted_layers, parse_keep, parse_layers
 from limbeck.model.probe import Site, attention_sites
@@ -23,4 +23,5 @@ __all__ = [
     "parse_keep",
     "parse_layers",
     "unshare",
+    "with_cache",
 ]

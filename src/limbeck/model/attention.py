@@ -60,6 +60,29 @@ def implementation(model: type | nn.Module) -> str:
     return NAME if getattr(model, "_supports_sdpa", True) else EAGER
 
 
+def asked_for(model: type | nn.Module, name: str) -> str:
+    """The attention implementation of a student whose softmax layers are to run as `name` says.
+
+    Args:
+        model: the student or its class.
+        name: "eager", "sdpa", or one of this module's own names.
+
+    Raises:
+        LimbeckError: another name.
+    """
+    own = implementation(model)
+    choices = (
+        {"sdpa": NAME, NAME: NAME, "eager": EAGER, EAGER: EAGER} if own == NAME else {"eager": EAGER, EAGER: EAGER}
+    )
+    if name not in choices:
+        raise LimbeckError(
+            f"attention implementation '{name}' would drop the student's mixers",
+            expected=" or ".join(f"'{n}'" for n in choices if n not in (NAME, EAGER)) + ", for the layers with softmax",
+            hint="leave out attn_implementation",
+        )
+    return choices[name]
+
+
 def attach(module: nn.Module, mixer: nn.Module) -> None:
     """Make `mixer` the attention of `module` (a transformers self-attention module)."""
     if not any(p.kind is p.VAR_KEYWORD for p in _parameters(module).values()):
@@ -118,8 +141,8 @@ def attention(
     call, length = limbeck_call, query.shape[2]
     if call.cache is not None and call.layer is None:
         # a layer that reads the keys and values of another stores none of its own
-        call.layer = recurrent_layer(call.cache, module.layer_idx)  # type: ignore[arg-type]
-        call.layer.update(query, query)
+        call.layer = recurrent_layer(call.cache, module.layer_idx, module)  # type: ignore[arg-type]
+        call.layer.advance(query, query)
         call.layer.begin = None  # its mask is that of the other layer, whose last columns are this call's
         key, value = key[:, :, -length:], value[:, :, -length:]
     layer = call.layer
@@ -149,8 +172,13 @@ def attention(
 def softmax_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of a layer that keeps it: SDPA, or the family's eager function where SDPA lacks a feature."""
-    eager = module.config._attn_implementation == EAGER  # type: ignore[union-attr]
+    """Softmax attention of a layer that keeps it: SDPA, or the family's eager function where SDPA lacks a feature.
+
+    The weights are among what SDPA lacks.
+    """
+    config: Any = module.config
+    asked = kwargs.get("output_attentions") or getattr(config, "output_attentions", False)
+    eager = asked or config._attn_implementation == EAGER
     if not eager and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     function = sys.modules[type(module).__module__].eager_attention_forward
@@ -293,8 +321,8 @@ class _Handed:
         module = self.call.module
         if module.limbeck_place != layer_idx:
             module.limbeck_place = layer_idx if module.limbeck_place is None else -1  # type: ignore[assignment]
-        self.call.layer = recurrent_layer(self, layer_idx)  # type: ignore[arg-type]
-        return self.call.layer.update(key_states, value_states)
+        self.call.layer = recurrent_layer(self, layer_idx, module)  # type: ignore[arg-type]
+        return self.call.layer.advance(key_states, value_states)
 
 
 @functools.cache

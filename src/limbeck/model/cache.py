@@ -3,19 +3,22 @@
 transformers keeps one cache object per sequence batch with one layer each for the model's attention modules. The
 mixer's layer stands among them, so softmax layers beside it keep their own keys and values.
 
-    layer = recurrent_layer(cache, index)      # put in place on first use
-    layer.read(0)                              # what the mixer returned last, None at the start
+    layer = recurrent_layer(cache, index, module)   # put in place on first use
+    layer.read(0)                                   # what the mixer returned last, None at the start
 
 It keeps the layer in whose place it stands (its twin): for the sizes of masks, which softmax layers of the same kind
 share, and for what a module stores there beside keys and values (convolution states, an indexer's keys). In a static
 cache it is static too: states and the count of tokens keep their tensors, so that a compiled step finds them again.
 """
 
+import functools
+import inspect
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -40,6 +43,8 @@ class RecurrentLayer(CacheLayerMixin):
         self.static = bool(getattr(twin, "is_compileable", False))
         self.length: Any = 0  # a number, or a tensor [] beside static layers that count in one
         self.begin: Any = None  # column of the mask that belongs to the first token of the running call, likewise
+        self.owner: weakref.ref | None = None  # the attention module that fills it; lost in a pickle
+        self.mixer = ""  # name and options of its mixer
 
     def __getattr__(self, name: str) -> Any:
         twin = self.__dict__.get("twin")
@@ -58,12 +63,23 @@ class RecurrentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self.values = key_states.new_empty(0)  # some families look whether there are any
+        # some families look whether there are any; whoever puts them into another cache is known by a batch of none
+        self.keys = self.values = key_states.new_empty(0, 0, 0, 0)
         if self._counts_in_tensor():
             self.length = _fixed(torch.zeros((), dtype=torch.long, device=self.device))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """What a softmax layer calls, and a converted one only in a compiled step."""
+        if not torch.compiler.is_compiling():
+            raise LimbeckError(
+                "the cache holds a mixer's state where this model's softmax attention looks for keys and values",
+                expected="a new cache, or one that this very model filled",
+            )
+        return self.advance(key_states, value_states)
+
+    def advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the tokens of a call; keys and values go back as they are."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
@@ -90,6 +106,26 @@ class RecurrentLayer(CacheLayerMixin):
             self.states[call] = kept
         else:
             self.states.append(kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "owner": None}
+
+    def belongs_to(self, module: nn.Module) -> None:
+        """Note whose state this is.
+
+        Raises:
+            LimbeckError: it is that of another student, or of another layer.
+        """
+        before = self.owner() if self.owner else None
+        if before is module:
+            return
+        mixer = f"{module.mixer.name}: {module.mixer.options}"  # type: ignore[union-attr]
+        if self.states and (self.mixer != mixer or (before is not None and not _same_weights(before, module))):
+            raise LimbeckError(
+                "the cache was filled by another student, or by this one with other weights",
+                expected="a new cache, or one that this very model filled",
+            )
+        self.owner, self.mixer = weakref.ref(module), mixer
 
     def get_seq_length(self) -> int:
         return self.length
@@ -178,11 +214,14 @@ class RecurrentAndLinearLayer(RecurrentLayer, LinearAttentionAndFullAttentionLay
         return self.twin.update_recurrent_state(*args, **kwargs)
 
 
-def recurrent_layer(cache: Cache, index: int) -> RecurrentLayer:
+def recurrent_layer(cache: Cache, index: int, module: nn.Module) -> RecurrentLayer:
     """The recurrent layer at `index`, put in the place of the empty one that the cache came with.
 
+    Args:
+        module: the attention module whose state it holds.
+
     Raises:
-        LimbeckError: the cache already holds keys and values of a softmax layer there.
+        LimbeckError: the cache already holds keys and values of a softmax layer there, or another student's state.
     """
     while len(cache.layers) <= index:
         if cache.layer_class_to_replicate is None:
@@ -190,18 +229,58 @@ def recurrent_layer(cache: Cache, index: int) -> RecurrentLayer:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if not isinstance(layer, RecurrentLayer):
-        if getattr(layer, "keys", None) is not None and layer.get_seq_length() > 0:
+        if torch.compiler.is_exporting():
             raise LimbeckError(
-                f"cache layer {index} already holds the keys and values of {int(layer.get_seq_length())} tokens",
-                expected="a new cache, or one that this student filled",
+                "an exported step cannot make the states of its cache: a first pass puts them in their places",
+                expected="a cache that the student has read a prompt into, its tensors buffers of the exported module",
+                hint="the step in docs/generation.md, under Export",
             )
+        refuse_filled(layer, index)
         if getattr(layer, "is_compileable", False) and getattr(layer, "is_initialized", False) is True:
             layer.keys = layer.values = None  # a static layer made ready beforehand: nothing will be kept there
             layer.is_initialized = False
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
         layer = RecurrentAndLinearLayer(layer) if linear else RecurrentLayer(layer)
         cache.layers[index] = layer
+    if not torch.compiler.is_compiling():
+        layer.belongs_to(module)
     return layer
+
+
+def refuse_filled(layer: Any, index: int) -> None:
+    """Raises LimbeckError where a converted layer would take a softmax layer's place in the cache that is not empty."""
+    keys = getattr(layer, "keys", None)
+    if keys is None:
+        return
+    if keys.dim() == 4 and not keys.shape[0]:  # what a mixer's layer shows for keys
+        raise LimbeckError(
+            f"cache layer {index} was made from the keys and values of a student's cache, and those hold no state",
+            expected="the cache itself, or copy.deepcopy(cache)",
+        )
+    if layer.get_seq_length() > 0:
+        raise LimbeckError(
+            f"cache layer {index} already holds the keys and values of {int(layer.get_seq_length())} tokens",
+            expected="a new cache, or one that this student filled",
+        )
+
+
+def with_cache(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """The keyword arguments that hand a cache to a model, or to a part of one, under the name that it takes it by.
+
+    Until transformers 5.23 that is `past_key_values`, since then `cache`.
+    """
+    cls: Any = type(model)
+    return {_cache_name(cls): cache, "use_cache": True}
+
+
+def cache_in(output: Any) -> Cache | None:
+    """The cache that a model's output carries, under either name."""
+    return output["cache"] if "cache" in output else getattr(output, "past_key_values", None)
+
+
+@functools.cache
+def _cache_name(cls: Any) -> str:
+    return "cache" if "cache" in inspect.signature(cls.forward).parameters else "past_key_values"
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -209,6 +288,14 @@ def cache_bytes(cache: Cache) -> int:
     if isinstance(cache, EncoderDecoderCache):
         return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Are both modules the same layer, as copies of a model are? What lies elsewhere or in few bits is not compared."""
+    theirs = dict(other.named_parameters())
+    pairs = [(p, theirs[name]) for name, p in one.named_parameters() if name in theirs]
+    plain = [(a, b) for a, b in pairs if type(a) is type(b) is nn.Parameter and not (a.is_meta or b.is_meta)]
+    return all(a.shape == b.shape and torch.equal(a.detach(), b.detach().to(a)) for a, b in plain)
 
 
 def _kept(old: Tensor | None, new: Tensor) -> Tensor:

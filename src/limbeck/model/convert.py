@@ -16,14 +16,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from limbeck import mixers
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, closest
 from limbeck.mixers import registry
 from limbeck.model import attention
 from limbeck.model.layers import converted_layers, parse_layers
 from limbeck.model.loading import neutral, neutral_entries, savable_generation
 from limbeck.model.probe import Site, attention_sites, readers
-from limbeck.model.student import FORMAT, install, mixers_of, student_classes
+from limbeck.model.student import UNSAVED, install, mixers_of, student_classes
 from limbeck.model.wrapped import check_bare
+from limbeck.model_type import FORMAT
 from limbeck.quantise import refuse_quantised
 
 
@@ -64,13 +65,11 @@ def convert(
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     refuse_quantised(model.config, "this model")
-    first = Assignment.of(mixer, options, preset)
+    Assignment.of(mixer, options, preset)  # an unknown mixer is told before a family that cannot be converted
     sites = attention_sites(model)
     chosen = [sites[i] for i in converted_layers(layers, keep, len(sites))]
     _check_sharing(model, chosen)
-    assigned = dict.fromkeys((site.shape.layer for site in chosen), first)
-    for rule in rules:
-        assigned.update(_ruled(rule, mixer, preset, assigned, len(sites)))
+    assigned = assign([site.shape.layer for site in chosen], mixer, options, preset, rules, len(sites))
     plan = _plan(model, assigned, chosen)
     student = _clone(model, plan, chosen, share)
     install(student, plan)
@@ -81,6 +80,44 @@ def convert(
         if not copy_projections:
             _draw_projections(student, module)
     return student.train(model.training)
+
+
+def with_options(student: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
+    """The same student, its weights untouched, with other options of its mixers, such as `branches` or `window`.
+
+    Args:
+        student: is changed in place.
+        options: every mixer that has an option of that name gets it.
+
+    Raises:
+        LimbeckError: not a student, no mixer has such an option, or its weights would not fit.
+    """
+    plan = copy.deepcopy(getattr(student.config, "limbeck", None))
+    if plan is None:
+        raise LimbeckError("this model is no student", expected="a student whose mixers get other options")
+    found = mixers_of(student)
+    known = {field.name for mixer in found.values() for field in fields(mixer.options)}
+    if missing := [name for name in options if name not in known]:
+        raise LimbeckError(
+            f"no mixer of this student has an option '{missing[0]}'{closest(missing[0], known)}",
+            expected=", ".join(sorted(known)),
+        )
+    for entry in plan["layers"]:
+        module = student.get_submodule(entry["module"])
+        mixer = found[entry["module"]]
+        mine = {key: value for key, value in options.items() if hasattr(mixer.options, key)}
+        entry["options"] = {**entry["options"], **mine}
+        made = type(mixer)(mixer.shape, mixer.options_class.parse(entry["options"], mixer.name))
+        weights, wanted = mixer.state_dict(), made.state_dict()
+        if {k: w.shape for k, w in weights.items()} != {k: w.shape for k, w in wanted.items()}:
+            raise LimbeckError(
+                f"{', '.join(mine)}: the weights of {entry['mixer']} in layer {entry['layer']} do not fit it",
+                expected="options that change no weight",
+            )
+        made.load_state_dict(weights)
+        module.mixer = made.to(next(iter(weights.values()), torch.empty(0)))
+    student.config.limbeck = plan
+    return student.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -94,6 +131,21 @@ class Assignment:
     def of(cls, mixer: str, options: dict[str, Any] | None, preset: str) -> "Assignment":
         chosen = mixers.options(mixer, options, preset)
         return cls(mixers.get(mixer).name, asdict(chosen))
+
+
+def assign(
+    layers: list[int],
+    mixer: str,
+    options: dict[str, Any] | None,
+    preset: str,
+    rules: Sequence[dict[str, Any]],
+    count: int,
+) -> dict[int, Assignment]:
+    """Which mixer each of these layers gets, of a teacher of `count` layers; see `convert`."""
+    assigned = dict.fromkeys(layers, Assignment.of(mixer, options, preset))
+    for rule in rules:
+        assigned.update(_ruled(rule, mixer, preset, assigned, count))
+    return assigned
 
 
 def _ruled(
@@ -213,12 +265,13 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
     config = neutral(config_class.from_dict({**raw, **neutral_entries(raw), "limbeck": plan}))
     config._attn_implementation = attention.implementation(model_class)
     config._experts_implementation = getattr(old, "_experts_implementation", None)
-    config._name_or_path = getattr(old, "_name_or_path", "")
+    config._name_or_path = UNSAVED  # whoever loads it by the teacher's name would get the teacher
     renewed = dict(_pairs(old, config))
     for module in student.modules():
         if id(getattr(module, "config", None)) in renewed:
             module.config = renewed[id(module.config)]  # type: ignore[assignment]
     student.__class__ = model_class
+    student.name_or_path = UNSAVED
     savable_generation(student)
     return student
 

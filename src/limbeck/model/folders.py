@@ -109,6 +109,9 @@ def adapter(name: str, config: dict[str, Any], beside: bool = False) -> LimbeckE
             hint=command,
         )
     files = " ".join(shlex.quote(str(file)) for file in sorted(folder.glob("adapter_*")))
+    if "limbeck" in read_json(folder / "config.json"):  # a student is not loaded so long as the adapter lies there
+        apart = shlex.quote(f"{name}-adapter")
+        command = f"mkdir {apart} && mv {files} {apart}   # for PeftModel.from_pretrained(student, folder)"
     return LimbeckError(
         f"an adapter lies beside the model in {name}, and transformers would put it on top of the weights",
         expected="one or the other",

@@ -111,5 +111,5 @@ def _from_file(path: Path) -> list[int]:
         raise LimbeckError(
             f"cannot read the layers to keep from {path}: {error}",
             expected='a JSON file with "keep": [numbers]',
-            hint="limbeck select --out keep.json",
+            hint="limbeck select keep.json",
         ) from error

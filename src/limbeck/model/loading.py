@@ -5,12 +5,13 @@ worse, so `from_pretrained` of every student calls
 
     check_tensors(path, loading_info)     # nothing missing, nothing left over, no other shape
     check_plan(path, config.limbeck)      # the mixers are those that the folder's config.json says
+    check_alone(path)                     # no adapter beside them that would be put on top
 
 Teachers are held to the same (`limbeck.model.opening`), but for tensors left over, of which they are told.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from limbeck.errors import LimbeckError, python
+from limbeck.model.folders import ADAPTER, adapter, read_json
 
 SHOWN = 3  # names of tensors in a message
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.", "module.")
@@ -173,7 +175,7 @@ def check_form(plan: Any) -> None:
             raise _malformed(f"limbeck.layers.{i}.shape is {layer['shape']}", f"0 to {len(plan['shapes']) - 1}")
 
 
-def _check_entries(where: str, given: Any, kinds: dict[str, type]) -> None:
+def _check_entries(where: str, given: Any, kinds: Mapping[str, type]) -> None:
     if not isinstance(given, dict):
         raise _malformed(f"{where} is {given!r}"[:80], "a mapping")
     for key, kind in kinds.items():
@@ -219,6 +221,17 @@ def check_plan(path: Any, plan: dict[str, Any], **kwargs) -> None:
             expected="config.limbeck as it stands in the folder's config.json",
             hint="load without config=..., or leave its plan alone; other mixers need limbeck.convert and training",
         )
+
+
+def check_alone(path: Any) -> None:
+    """Refuse a student's folder in which an adapter lies as well: transformers would put it on top without a word.
+
+    Args:
+        path: the student's folder; names on the hub are left to transformers.
+    """
+    if path is None or not all(Path(path, name).is_file() for name in ("config.json", ADAPTER)):
+        return
+    raise adapter(str(path), read_json(Path(path, ADAPTER)), beside=True)
 
 
 def where(kwargs: dict[str, Any]) -> dict[str, Any]:

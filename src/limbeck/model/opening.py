@@ -30,7 +30,7 @@ from transformers.utils import find_adapter_config_file
 import limbeck.model.student  # noqa: F401  registers students with transformers
 from limbeck.console import console
 from limbeck.errors import LimbeckError, sentences
-from limbeck.hub import look_up
+from limbeck.hub import look_up, split_revision
 from limbeck.model.folders import SAVED, adapter, check_folder, check_tokenizer, read_json
 from limbeck.model.loading import check_tensors, neutral, savable_generation
 from limbeck.quantise import few_bits
@@ -143,8 +143,9 @@ def load_model(name: str, config: PreTrainedConfig, **settings: Any) -> PreTrain
     generation = _generation_config(name, config)
     if generation is not None:
         settings["generation_config"] = generation
+    load: Any = AutoModelForCausalLM  # with the loading info it returns a pair, which its types do not say
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = load.from_pretrained(
             place,
             config=config,
             dtype=torch.float32,
@@ -192,7 +193,9 @@ def _place(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is given, and told beside it; a name that is no folder is looked up on the hub."""
     if Path(name).exists() or Path(name).is_symlink():
         return name, dict(SAFE)
-    return name, {**SAFE, "local_files_only": True} if look_up(name) else dict(SAFE)
+    how: dict[str, Any] = {**SAFE, "local_files_only": True} if look_up(name) else dict(SAFE)
+    repository, revision = split_revision(name)
+    return repository, how if revision is None else {**how, "revision": revision}
 
 
 def _adapter_on_hub(name: str, how: dict[str, Any]) -> str | None:

@@ -9,53 +9,36 @@ happen, the small file beside the weights lets `trust_remote_code=True` do it.
     student = AutoModelForCausalLM.from_pretrained("runs/quickstart/student")
 """
 
+import inspect
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from limbeck import mixers
 from limbeck.errors import LimbeckError
 from limbeck.mixers import HeadShape
-from limbeck.model import attention, foreign
-from limbeck.model.decoding import check_decoding
-from limbeck.model.loading import check_form, check_plan, check_tensors, where
+from limbeck.model import attention, entrance, foreign
+from limbeck.model.decoding import check_decoding, refuse_paged
+from limbeck.model.loading import check_alone, check_form, check_plan, check_tensors, where
+from limbeck.model_type import MODEL_TYPE, LimbeckConfig
+from limbeck.quantise import keep_in_float
 
-MODEL_TYPE = "limbeck"
-FORMAT = 1
 ONLY_MIXERS = "limbeck_only"  # an attention implementation that nobody registers
+# what a student is called until it is saved: libraries that load a model anew by its name say this in their error
+UNSAVED = "a converted student in memory: call save_pretrained(folder), then from_pretrained(folder)"
 REMOTE_CODE = '''"""Lets trust_remote_code=True load this student; the code itself is the package limbeck."""
 
 from limbeck.model.student import LimbeckConfig, LimbeckForCausalLM  # noqa: F401
 '''
-
-
-class LimbeckConfig(PreTrainedConfig):
-    """Entry point for AutoConfig: builds the config of the family that the student came from."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        plan = config_dict.get("limbeck")
-        if not plan:
-            raise LimbeckError("config.json has model_type 'limbeck' but no entry 'limbeck' with the mixers")
-        if isinstance(plan, dict) and isinstance(plan.get("format"), int) and plan["format"] > FORMAT:
-            raise LimbeckError(
-                f"this student was saved in format {plan['format']}",
-                expected=f"at most {FORMAT}",
-                hint="pip install --upgrade limbeck",
-            )
-        check_form(plan)
-        config_class, _ = student_classes(plan["base_model_type"], plan["base_architecture"])
-        return config_class.from_dict(config_dict, **kwargs)
 
 
 class LimbeckForCausalLM(PreTrainedModel):
@@ -74,7 +57,10 @@ class StudentMixin:
     """What a student's class adds to its family's class."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
-        config._attn_implementation = attention.implementation(type(self))
+        asked = config._attn_implementation
+        if asked in (None, ONLY_MIXERS):
+            asked = attention.implementation(type(self))
+        config._attn_implementation = attention.asked_for(type(self), asked)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, config.limbeck)  # type: ignore[arg-type]
 
@@ -87,23 +73,49 @@ class StudentMixin:
         check_decoding(self, *args, **kwargs)  # type: ignore[arg-type]
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
+    # continuous batching has entrances of its own
+    generate_batch = init_continuous_batching = continuous_batching_context_manager = refuse_paged
+
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
-        if attn_implementation != attention.implementation(type(self)):
+        """Choose how the layers that stay softmax compute: "sdpa" or "eager"; the mixers stay what they are."""
+        plan = self.config.limbeck  # type: ignore[attr-defined]
+        chosen = attention.asked_for(type(self), attn_implementation)
+        if chosen != attn_implementation and len(plan["layers"]) == plan["shapes"][0]["layers"]:
             raise LimbeckError(
-                f"attention implementation '{attn_implementation}' would drop the student's mixers",
+                f"attention implementation '{attn_implementation}' would drop the student's mixers, and no layer of it "
+                "is softmax",
                 expected=f"'{attention.implementation(type(self))}'",
             )
+        self.config._attn_implementation = chosen  # type: ignore[attr-defined]
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        _refuse_unsaved(self)
+        super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def load_adapter(self, *args, **kwargs) -> Any:
+        _refuse_unsaved(self)
+        return super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As of any model; from then on the student is called after the folder, which holds what it is."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if not getattr(self, "_hf_peft_config_loaded", False):  # then the folder holds the adapters alone
+            self.name_or_path = self.config._name_or_path = str(save_directory)  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(
         cls, path, *args, trust_remote_code=False, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs
     ) -> Any:
         """As of any model, but weights that do not fit the plan are a LimbeckError and never drawn at random."""
+        check_alone(path)
         plan = getattr(kwargs.get("config"), "limbeck", None)
         if plan:
             check_plan(path, plan, **kwargs)
             if trust_remote_code:
                 foreign.load_beside(path, plan)
+        if kwargs.get("quantization_config") is not None:
+            config = kwargs.get("config") or AutoConfig.from_pretrained(path, **where(kwargs))
+            kwargs["quantization_config"] = keep_in_float(kwargs["quantization_config"], cls, config)
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
@@ -120,6 +132,18 @@ class StudentConfig:
 
     model_type = MODEL_TYPE
 
+    @property
+    def output_attentions(self) -> bool:
+        """Whether attention weights are given back; softmax layers find them with any implementation."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Nothing to refuse: see `output_attentions`."""
+
     def to_diff_dict(self) -> dict[str, Any]:
         # the family's own class, asked to load this as softmax, finds no attention of that name and stops
         return {**super().to_diff_dict(), "attn_implementation": ONLY_MIXERS}  # type: ignore[misc]
@@ -135,14 +159,18 @@ class StudentConfig:
 
 
 class HeadlessStudent(PreTrainedModel):
-    """What AutoModel makes of a student: an error, for the plan names the modules of the whole model."""
+    """What every other auto class makes of a student: an error, for the plan names the modules of the whole model."""
+
+    auto_class = "AutoModel"
 
     @classmethod
     def from_pretrained(cls, path=None, *args, **kwargs) -> Any:  # type: ignore[override]
+        without = "loads a body without its head" if cls.auto_class == "AutoModel" else "puts another head on the model"
         raise LimbeckError(
-            "AutoModel loads a body without its head, and a student is saved whole",
+            f"{cls.auto_class} {without}, and a student is saved whole",
             expected="AutoModelForCausalLM",
-            hint="AutoModelForCausalLM.from_pretrained(...).base_model is the body with its mixers",
+            hint="AutoModelForCausalLM.from_pretrained(...).base_model is the body with its mixers; a head of another "
+            "kind takes its last_hidden_state",
         )
 
     @classmethod
@@ -184,7 +212,11 @@ def student_classes(base_model_type: str, base_architecture: str) -> tuple[Any, 
     of_config = {"config_class": config_class, "__module__": __name__}
     model_class = type(name, (StudentMixin, base_model), of_config)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    AutoModel.register(config_class, type(f"{name}Headless", (HeadlessStudent,), of_config), exist_ok=True)
+    autos: Any = filter(inspect.isclass, vars(modeling_auto).values())
+    for auto in autos:
+        if auto is not AutoModelForCausalLM and getattr(auto, "_model_mapping", None) is not None:
+            other = {**of_config, "auto_class": auto.__name__}
+            auto.register(config_class, type(f"{name}Headless", (HeadlessStudent,), other), exist_ok=True)
     # families whose files are laid out otherwise than their modules (experts one by one) say so by class or model type
     layout = get_checkpoint_conversion_mapping(base_architecture) or get_checkpoint_conversion_mapping(base_model_type)
     if layout:
@@ -221,6 +253,27 @@ def install(model: nn.Module, plan: dict[str, Any]) -> None:
         shape = HeadShape(**{**vars(shapes[entry["shape"]]), "layer": entry["layer"]})
         cls = foreign.find(entry["mixer"], plan)
         attention.attach(module, cls(shape, cls.options_class.parse(entry["options"], cls.name)))
+    entrance.watch(model)  # type: ignore[arg-type]
+    body = model.base_model
+    if body is not model:
+        body.save_pretrained = _refuse_body  # type: ignore[assignment, union-attr]
+
+
+def _refuse_body(*args: Any, **kwargs: Any) -> NoReturn:
+    raise LimbeckError(
+        "the body of a student saved without its head could not be loaded again: its plan names modules of the whole",
+        expected="student.save_pretrained(folder)",
+        hint="AutoModelForCausalLM.from_pretrained(folder).base_model gives the body",
+    )
+
+
+def _refuse_unsaved(student: Any) -> None:
+    if student.name_or_path == UNSAVED:
+        raise LimbeckError(
+            "this student was never saved, and a model with adapters saves the adapters alone: nothing could load them",
+            expected="a student from a folder",
+            hint="student.save_pretrained(folder) first",
+        )
 
 
 def mixers_of(model: nn.Module) -> dict[str, mixers.Mixer]:
@@ -228,6 +281,3 @@ def mixers_of(model: nn.Module) -> dict[str, mixers.Mixer]:
     found = {name: m for name, m in model.named_modules() if isinstance(m, mixers.Mixer)}
     # a mixer may be made of mixers; those within are its own business
     return {name.removesuffix(".mixer"): m for name, m in found.items() if ".mixer." not in name}
-
-
-AutoConfig.register(MODEL_TYPE, LimbeckConfig, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import LimbeckError
+from limbeck.hub import split_revision
 from limbeck.publish.privacy import is_local, last_part
 from limbeck.teacher_recipe import TeacherRecipe
 
@@ -67,7 +68,7 @@ def find_origin(teacher: str | None, licence: str | None = None, stated: str | N
     if "embedded" in (teacher, stated):
         _compare(licence, EMBEDDED.licence, EMBEDDED.label)
         return EMBEDDED if licence is None else replace(EMBEDDED, licence={"license": licence})
-    named = [name for name in (stated, teacher) if name]
+    named = [split_revision(name)[0] for name in (stated, teacher) if name]
     local = next((Path(name).expanduser() for name in named if Path(name).expanduser().is_dir()), None)
     own = TeacherRecipe.names()  # trained here: not on the hub, whatever has the same name there
     repo = next((name for name in named if not is_local(name) and name not in own), None) or _cached_repo(local)

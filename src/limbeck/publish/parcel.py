@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limbeck.data.cache import sha256_of
+from limbeck.data.cache import read_json, sha256_of
 from limbeck.errors import LimbeckError
 from limbeck.model.foreign import file_name
-from limbeck.model.student import MODEL_TYPE
+from limbeck.model_type import MODEL_TYPE
 from limbeck.publish.card import write_card
 from limbeck.publish.origin import Origin, find_origin
 from limbeck.publish.privacy import check_private, named_places, paths_in, without_paths
 from limbeck.publish.results import RunFacts
 from limbeck.recipe import Recipe
+from limbeck.stages.run import manifest_of
 
 CARD = "README.md"
 SENT = (".json", ".jinja", ".safetensors", ".model", ".txt", ".tiktoken", ".spm", ".md")  # code: by name only
@@ -212,7 +213,7 @@ def _check_length(file: Path) -> None:
 
 def _run_facts(path: Path, recipe: Recipe) -> RunFacts:
     result_file = path / "eval.json"
-    result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.is_file() else None
+    result = read_json(result_file, _resume(path, recipe)) if result_file.is_file() else None
     if result is None or len(result["stages"]) != len(recipe.stages):
         raise LimbeckError(
             f"the run {path} is not finished", expected="all stages and the evaluation", hint=_resume(path, recipe)
@@ -221,7 +222,7 @@ def _run_facts(path: Path, recipe: Recipe) -> RunFacts:
     prompt = known["evaluation"]["prompt"]  # text, even where it begins with a slash
     known = without_paths(known)
     known["evaluation"]["prompt"] = prompt
-    return RunFacts(known, result, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+    return RunFacts(known, result, manifest_of(path))
 
 
 def _check_prompt(recipe: Recipe, file: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from limbeck.data.cache import read_json
 from limbeck.errors import LimbeckError
 from limbeck.evaluate import speed_values
 from limbeck.evaluate.measurement import Measurement
@@ -25,6 +26,7 @@ from limbeck.publish.privacy import is_local, last_part, without_paths
 from limbeck.reading import STAGE_NAMES
 from limbeck.report.comparison import stored
 from limbeck.report.values import values_of
+from limbeck.stages.run import manifest_of
 
 FORMAT = 1  # of study.json
 TEACHER = "teacher"
@@ -190,7 +192,7 @@ def _of_runs(folders: list[Path]) -> Collection:
         arm.axes = {"student": lines.setdefault(plain, name), **_axes(arm.recipe)}
         path = folder / "eval.json"
         if path.is_file():
-            summary = json.loads(path.read_text(encoding="utf-8"))
+            summary = read_json(path, f"limbeck distill {folder / 'recipe.yaml'} --out {folder}   (evaluates again)")
             arm.status, arm.stages = "finished", summary["stages"]
             arm.seconds = sum(stage["seconds"] for stage in arm.stages)
             arm.values, arm.errors = values_of(summary, list(arm.measurements.values()), folder / "metrics.jsonl")
@@ -217,7 +219,7 @@ def _read(arm: Arm) -> None:
     if recipe.is_file():
         arm.recipe = without_paths(yaml.safe_load(recipe.read_text(encoding="utf-8")))
     if manifest.is_file():
-        arm.manifest = without_paths(json.loads(manifest.read_text(encoding="utf-8")))
+        arm.manifest = without_paths(manifest_of(arm.folder))
     for path in sorted((arm.folder / "eval").glob("*.json")):
         one = Measurement.load(path)
         arm.measurements[one.measure] = one

@@ -19,9 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from limbeck.console import console
+from limbeck.data.cache import write_text
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import MODULES, Measure, find
+from limbeck.publish.privacy import is_local, last_part
 from limbeck.report import tradeoff
 from limbeck.report.figure import look, save
 from limbeck.report.naming import label, shown
@@ -37,13 +39,16 @@ def table(found: list[Measurement]) -> RenderableType:
         parts: list[RenderableType] = []
         for measure, names in groups.items():
             shape = [[model, *(_cell(found, measure, name, model) for name in names)] for model in models]
-            parts += [Text(measure, style="bold"), _shown(["", *map(label, names)], shape), Text("")]
-        return Group(*parts)
+            heads, shape = _with_texts(found, measure, models, ["", *map(label, names)], shape)
+            parts += [Text(measure, style="bold"), _shown(heads, shape), Text("")]
+        return Group(*parts, *map(Text, differing_texts(found)))
     rows: list[list[Any]] = []
     for measure, names in groups.items():
         rows.append([Text(measure, style="bold")])
+        if any(texts := [text_of(found, measure, model) for model in models]):
+            rows.append(["  text", *texts])
         rows += [[f"  {label(name)}", *(_cell(found, measure, name, model) for model in models)] for name in names]
-    return _shown(["", *models], rows)
+    return Group(_shown(["", *models], rows), *map(Text, differing_texts(found)))
 
 
 def markdown(found: list[Measurement]) -> str:
@@ -54,13 +59,51 @@ def markdown(found: list[Measurement]) -> str:
         parts = []
         for measure, names in groups.items():
             rows = [[model, *(_cell(found, measure, name, model) for name in names)] for model in models]
-            parts.append(f"**{measure}**\n\n{_pipes(['', *map(label, names)], rows)}")
-        return "\n".join(parts)
+            heads, rows = _with_texts(found, measure, models, ["", *map(label, names)], rows)
+            parts.append(f"**{measure}**\n\n{_pipes(heads, rows)}")
+        return "\n".join([*parts, *(f"{line}\n" for line in differing_texts(found))])
     rows = []
     for measure, names in groups.items():
         rows.append([f"**{measure}**", *("" for _ in models)])
+        if any(texts := [text_of(found, measure, model) for model in models]):
+            rows.append(["text", *texts])
         rows += [[label(name), *(_cell(found, measure, name, model) for model in models)] for name in names]
-    return _pipes(["", *models], rows)
+    return _pipes(["", *models], rows) + "".join(f"\n{line}\n" for line in differing_texts(found))
+
+
+def text_of(found: list[Measurement], measure: str, model: str) -> str:
+    """What a model was measured on, "corpus.jsonl, held-out part"; nothing for measures that bring their own."""
+    for one in found:
+        if (one.measure, one.model) == (measure, model) and "part" in one.data:
+            name = one.data["text"]
+            return f"{last_part(name) if is_local(name) else name}, {one.data['part']}"
+    return ""
+
+
+def differing_texts(found: list[Measurement]) -> list[str]:
+    """A line for each measure of models that stand side by side and were not measured on the same text."""
+    lines = []
+    for measure in dict.fromkeys(one.measure for one in found):
+        texts: dict[Any, str] = {}
+        for one in found:
+            if one.measure == measure and "part" in one.data:
+                texts.setdefault((one.data["key"], one.data["part"]), one.model)
+        if len(texts) > 1:
+            lines.append(
+                f"{measure}: {' and '.join(texts.values())} were not measured on the same text, so their numbers "
+                "cannot be compared; --data names one text for all"
+            )
+    return lines
+
+
+def _with_texts(
+    found: list[Measurement], measure: str, models: list[str], heads: list[str], rows: list[list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Rows of models with a column that says what each was measured on."""
+    texts = [text_of(found, measure, model) for model in models]
+    if not any(texts):
+        return heads, rows
+    return [heads[0], "text", *heads[1:]], [[row[0], text, *row[1:]] for row, text in zip(rows, texts)]
 
 
 def as_csv(found: list[Measurement]) -> str:
@@ -77,8 +120,8 @@ def write(found: list[Measurement], folder: Path) -> list[Path]:
     """Table, CSV, the figures of the measures that have one, and accuracy against speed where both were measured."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "table.md", folder / "values.csv"]
-    paths[0].write_text(markdown(found), encoding="utf-8")
-    paths[1].write_text(as_csv(found), encoding="utf-8")
+    write_text(paths[0], markdown(found))
+    write_text(paths[1], as_csv(found))
     with look(_models(found)):
         figures = {}
         for name in dict.fromkeys(one.measure for one in found):

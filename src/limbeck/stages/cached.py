@@ -20,10 +20,10 @@ from limbeck.data.cache import cache_root
 from limbeck.data.packing import Batch, Packed, Sequences
 from limbeck.data.signals import Signals, Taught, report
 from limbeck.errors import LimbeckError
+from limbeck.identity import weights_in
 from limbeck.model.body import Head, run_body
 
 FORMAT = 1  # raise when the files or what they mean changes
-NO_MATTER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")  # of a config
 
 
 def taught(
@@ -82,18 +82,6 @@ def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return index, values - logits.logsumexp(-1, keepdim=True)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hex sha256 of a model's weights and of what its config says of their use; about a second for a gigabyte."""
-    digest = hashlib.sha256()
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NO_MATTER}
-    digest.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(plain.view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
 def _key(teacher: PreTrainedModel, data: Packed, store: str, top: int, autocast: Callable) -> str:
     """What the signals depend on; the positions are in the names of the parts."""
     with autocast():
@@ -102,7 +90,7 @@ def _key(teacher: PreTrainedModel, data: Packed, store: str, top: int, autocast:
             mixed = str(torch.get_autocast_dtype(teacher.device.type))
     facts = {
         "format": FORMAT,
-        "teacher": fingerprint(teacher),
+        "teacher": weights_in(teacher),
         "tokens": store,
         "split": data.split.name,
         "length": data.length,

@@ -12,8 +12,8 @@ recipe goes on where it stopped; with another recipe it is refused with the diff
 """
 
 import json
-import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from limbeck import __version__, kernels
-from limbeck.data.cache import aside_of, check_link, no_room_is_an_error, publish, sound
+from limbeck.console import console
+from limbeck.data.cache import aside_of, check_link, no_room_is_an_error, publish, read_json, sound, write_text
 from limbeck.distributed import on_main, tensors_from_main, world
 from limbeck.errors import LimbeckError
 from limbeck.stages.trackers import Trackers, chosen, steps_before
@@ -40,6 +41,8 @@ except ImportError:  # Windows
 
 # what may change when a run goes on: it changes nothing that is finished, and no number that is to come
 FREE_TO_CHANGE = {"out", "name", "device", "evaluation", "checkpoint_seconds", "keep_checkpoints", "trackers"}
+SHOWN = 12  # differences that are named
+WIDE = 120  # characters of a value that is shown
 
 
 class RunDirectory:
@@ -56,9 +59,17 @@ class RunDirectory:
         """Folder of the stage at that place in the recipe."""
         return self.path / "stages" / f"{index}-{self.recipe.stages[index].stage}"
 
-    def finished(self, index: int) -> bool:
-        """Is that stage done, with its result whole on disk?"""
-        return sound(self.stage_folder(index) / "done") is not None
+    def finished(self, index: int, *, verify: bool = False) -> bool:
+        """Is that stage done, with its result whole on disk?
+
+        Args:
+            verify: compare checksums as well as sizes, and say where they differ; for whoever takes the result.
+        """
+        done = self.stage_folder(index) / "done"
+        whole = sound(done, verify=verify) is not None
+        if verify and not whole and done.exists():
+            console.print(f"{done} is damaged, not what was written there: the stage is done again", markup=False)
+        return whole
 
     def finish(self, index: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Keep what a stage taught and drop its checkpoints; note what computed it."""
@@ -67,6 +78,8 @@ class RunDirectory:
         self._publish(folder / "done", tensors, None, facts)
         for old in self._checkpoints(index):
             shutil.rmtree(old, ignore_errors=True)
+        if any(self.finished(later) for later in range(index + 1, len(self.recipe.stages))):
+            self._sort_log()  # a damaged stage was done again: its lines belong before those of later stages
 
     def result(self, index: int) -> dict[str, Tensor]:
         """What a finished stage taught, by parameter name."""
@@ -89,6 +102,7 @@ class RunDirectory:
         for folder in reversed(self._checkpoints(index)):
             if sound(folder, verify=True):
                 return self._load(folder)
+            console.print(f"{folder} is damaged: the checkpoint before it is taken, if there is one", markup=False)
         return None
 
     # ------------------------------------------------------------------ logs
@@ -112,37 +126,39 @@ class RunDirectory:
                 line = json.loads(text)
             except ValueError:  # the line that a kill cut short
                 continue
-            last = steps_before(self.recipe, line["stage_index"]) + line["step"]
-            if line.get("stage_index", -1) < index or (line.get("stage_index") == index and line["step"] <= step):
+            at = line["stage_index"]
+            last = steps_before(self.recipe, at) + line["step"]
+            if at < index or (at == index and line["step"] <= step) or (at > index and self.finished(at)):
                 kept.append(text)
         self.write("metrics.jsonl", "".join(f"{text}\n" for text in kept))
         return last
 
+    def _sort_log(self) -> None:
+        """Put the log's lines into the order of stages and steps."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        places = [json.loads(text) for text in lines]
+        order = sorted(range(len(lines)), key=lambda i: (places[i]["stage_index"], places[i]["step"]))
+        self.write(self.metrics.name, "".join(f"{lines[i]}\n" for i in order))
+
     def write(self, name: str, text: str) -> None:
         """Write a small file at once."""
-        temporary = self.path / f".{name}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / name)
+        write_text(self.path / name, text)
 
     def manifest(self, **facts: Any) -> None:
         """Add facts to manifest.json."""
-        path = self.path / "manifest.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.write("manifest.json", json.dumps({**known, **facts}, indent=1, default=str) + "\n")
+        self.write("manifest.json", json.dumps({**manifest_of(self.path), **facts}, indent=1, default=str) + "\n")
 
     # ------------------------------------------------------------------ inside
 
     def _backends(self) -> list[dict[str, Any]]:
         """Which backend computed which operator, in this process and those before it."""
-        path = self.path / "manifest.json"
-        known = json.loads(path.read_text(encoding="utf-8")).get("backends", []) if path.exists() else []
+        known = manifest_of(self.path).get("backends", [])
         return [*known, *(one for one in kernels.report() if one not in known)]
 
     def _checkpoints(self, index: int) -> list[Path]:
-        return sorted(self.stage_folder(index).glob("step-*"))
+        """The oldest first: by number, because step-1000100 comes before step-999999 as text."""
+        steps = {p: p.name.removeprefix("step-") for p in self.stage_folder(index).glob("step-*")}
+        return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
 
     def _publish(
         self, folder: Path, tensors: dict[str, Tensor], optimizer: dict[str, Any] | None, facts: dict[str, Any]
@@ -156,7 +172,13 @@ class RunDirectory:
             return {"facts": facts}
 
         need = sum(t.numel() * t.element_size() for t in tensors.values()) * (3 if optimizer is not None else 1)
-        publish(folder, fill, what=f"checkpoint {folder.name}", need_bytes=need)
+        publish(
+            folder,
+            fill,
+            what=f"{'result' if optimizer is None else 'checkpoint'} {folder}",
+            need_bytes=need,
+            verify=True,
+        )
 
     def _load(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         optimizer = folder / "optimizer.pt"
@@ -170,8 +192,8 @@ class SharedRun(RunDirectory):
     So a run needs no file system that all machines see.
     """
 
-    def finished(self, index: int) -> bool:
-        return on_main(lambda: RunDirectory.finished(self, index))
+    def finished(self, index: int, *, verify: bool = False) -> bool:
+        return on_main(lambda: RunDirectory.finished(self, index, verify=verify))
 
     def result(self, index: int) -> dict[str, Tensor]:
         return tensors_from_main(lambda: RunDirectory.result(self, index))
@@ -223,6 +245,9 @@ def open_run(path: Path, recipe: AnyRecipe) -> Iterator[RunDirectory]:
     with no_room_is_an_error(path):
         path.mkdir(parents=True, exist_ok=True)
         with held(path):
+            for old in path.glob(".*.tmp"):  # of a process that was killed while it wrote
+                if old.is_file():
+                    old.unlink()
             run = (RunDirectory if world().size == 1 else SharedRun)(path, recipe)
             run.write("recipe.yaml", recipe.to_yaml())
             try:
@@ -273,13 +298,31 @@ def check_run(path: Path, recipe: AnyRecipe) -> None:
             )
         return
     before, now = _what_counts(type(recipe).load(old)), _what_counts(recipe)
-    changed = [line for key in now for line in _difference(key, before.get(key), now[key])]
+    changed = [line for key in now for line in differences(key, before.get(key), now[key])]
+    refuse(f"{path} holds another run", path, changed, "the same recipe, to go on with it")
+
+
+def refuse(found: str, path: Path, changed: list[str], expected: str, hint: str = "") -> None:
+    """Raises LimbeckError with the first of the differences where there are any; `hint` goes before a new --out."""
     if changed:
+        more = [f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
         raise LimbeckError(
-            f"{path} holds another run:\n  " + "\n  ".join(changed),
-            expected="the same recipe, to go on with it",
-            hint=f"--out {path}-2   (a new run), or delete the folder",
+            f"{found}:\n  " + "\n  ".join([*changed[:SHOWN], *more]),
+            expected=expected,
+            hint=f"{hint}--out {path}-2   (a new run), or delete the folder",
         )
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """What a run's manifest.json says; nothing where there is none yet.
+
+    Raises:
+        LimbeckError: it is damaged.
+    """
+    file = path / "manifest.json"
+    if not file.exists():
+        return {}
+    return read_json(file, f"rm {shlex.quote(str(file))}   (the run goes on without comparing what it was begun with)")
 
 
 def _what_counts(recipe: AnyRecipe) -> dict[str, Any]:
@@ -309,12 +352,26 @@ def _facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["facts"]
 
 
-def _difference(key: str, before: Any, now: Any) -> list[str]:
+def differences(key: str, before: Any, now: Any) -> list[str]:
+    """A line for each place where two plain values differ."""
     if before == now:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
-        return [line for k in keys for line in _difference(f"{key}.{k}", before.get(k), now.get(k))]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [line for i, pair in enumerate(zip(before, now)) for line in _difference(f"{key}.{i}", *pair)]
-    return [f"{key}: {before!r} there, {now!r} asked for"]
+        return [line for k in keys for line in differences(f"{key}.{k}", before.get(k), now.get(k))]
+    if isinstance(before, list) and isinstance(now, list):
+        if len(before) == len(now):
+            return [line for i, pair in enumerate(zip(before, now)) for line in differences(f"{key}.{i}", *pair)]
+        if any(isinstance(one, dict | list) for one in (*before, *now)):
+            return [f"{key}: {_counted(before)} there, {_counted(now)} asked for"]
+    return [f"{key}: {_short(before)} there, {_short(now)} asked for"]
+
+
+def _counted(values: list[Any]) -> str:
+    """How many entries a list has, and which stages they are."""
+    names = [one["stage"] for one in values if isinstance(one, dict) and "stage" in one]
+    return f"{len(values)} ({', '.join(names)})" if names else f"{len(values)}"
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= WIDE else f"{text[: WIDE - 4]} ..."

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from limbeck.console import console
+from limbeck.data.cache import write_text
 from limbeck.errors import LimbeckError
 from limbeck.machine import peak_memory
 from limbeck.stages.optimize import steps_of
@@ -43,7 +44,7 @@ def check_trackers(names: Sequence[str] | str) -> None:
             raise LimbeckError(
                 f"trackers: {name} needs {' and '.join(missing)}, not installed here",
                 expected="trackers that are installed, or trackers: []",
-                hint=f"pip install {'limbeck[track]' if name == 'tensorboard' else f'limbeck[track] {name}'!r}",
+                hint="pip install 'limbeck[track]'" + ("" if name == "tensorboard" else f" {name}"),
             )
 
 
@@ -145,7 +146,7 @@ class Trackers:
             flat = {"recipe": self.recipe.to_yaml()} if name == "mlflow" else self.recipe.model_dump(mode="json")
             tracker.store_init_configuration(flat)
         if name != "tensorboard":
-            (self.path / "trackers.json").write_text(json.dumps(known) + "\n", encoding="utf-8")
+            write_text(self.path / "trackers.json", json.dumps(known) + "\n")
         return tracker
 
     def _ids(self) -> dict[str, str]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import __version__
-from limbeck.data.cache import no_room_is_an_error
+from limbeck.data.cache import write_text
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import find, settings_of
+from limbeck.identity import folder_of, model_of
 from limbeck.report.values import values_of
 from limbeck.study.grid import Arm, Study
 
@@ -93,13 +94,19 @@ def write(arm: Arm, study: Study, summary: dict[str, Any], found: list[Measureme
 
 def read_teacher(arm: Arm, study: Study) -> dict[str, Any] | None:
     """What is known of an arm's teacher, if it has all of the study's measures."""
-    return _read(teacher_path(arm), study)
+    known = _read(teacher_path(arm), study)
+    folder = folder_of(arm.recipe.teacher)
+    if known is None or folder is None or "weights" not in known or not study.measures:
+        return known
+    return known if known["weights"] == model_of(folder) else None
 
 
 def write_teacher(arm: Arm, study: Study, found: list[Measurement]) -> None:
     """Keep what the measures said of an arm's teacher."""
     values, errors = values_of({}, found, None)
     known = {"format": 1, "name": arm.recipe.teacher, "measures": wanted(study), "values": values, "errors": errors}
+    if found:
+        known["weights"] = found[0].provenance.weights
     put(teacher_path(arm), json.dumps(known, indent=1) + "\n")
 
 
@@ -123,11 +130,7 @@ def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
 
 def put(path: Path, text: str) -> None:
     """Write a file at once, whole or not at all."""
-    with no_room_is_an_error(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+    write_text(path, text)
 
 
 def drop(arm: Arm, keep: str) -> None:

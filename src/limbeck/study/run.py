@@ -12,15 +12,17 @@ runs/<study>-<size>/
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from limbeck.console import console
-from limbeck.data.cache import check_link, check_room, check_writable, no_room_is_an_error
+from limbeck.data.cache import check_link, check_room, check_writable, no_room_is_an_error, read_json
 from limbeck.distributed import world
 from limbeck.errors import LimbeckError
+from limbeck.identity import check_teachers
 from limbeck.stages.run import check_run, held
 from limbeck.study import record, tables
 from limbeck.study.grid import Arm, Study, to_yaml
@@ -118,6 +120,7 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
             expected="the evaluation that they had, so that a mean is over the same text",
             hint="--out another folder, or delete the folders of these arms",
         )
+    check_teachers({arm.path: arm.recipe for arm in arms})
     return arms
 
 
@@ -134,6 +137,7 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: 
             watcher.saw(done)
             if done.task.kind == "alone":
                 tables.write(study, folder, arms, _failures(folder), claims=[])
+    check_teachers({arm.path: arm.recipe for arm in arms})  # one may have been exchanged meanwhile
     for arm in arms:
         if record.state(arm, study) == "finished":
             record.drop(arm, study.keep)
@@ -158,7 +162,9 @@ def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
 def _failures(folder: Path) -> dict[str, str]:
     """By arm, what those said that failed."""
     path = folder / FAILURES
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return (
+        read_json(path, f"rm {shlex.quote(str(path))}   (it only holds what failed arms said)") if path.exists() else {}
+    )
 
 
 def _remember(folder: Path, failures: dict[str, str]) -> None:

@@ -102,7 +102,7 @@ def _unfinished(arm: Arm) -> list[str]:
         key = pass_key(arm.recipe, index)
         if key is None:
             break
-        if found or not run.finished(index):
+        if found or not run.finished(index, verify=True):
             found.append(key)
     return found
 

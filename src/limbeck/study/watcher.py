@@ -36,7 +36,7 @@ class Watcher:
     def saw(self, done: Done) -> None:
         """Tell what a task came to."""
         for name, text in done.failures.items():
-            console.print(f"[bold red]arm {name} failed:[/] ", end="")
+            console.print(f"arm {name} failed: ", end="", style="bold red")
             console.print(text.splitlines()[0], markup=False)
         self.worked += self.weights.pop(done.task)
         if done.task.kind == "alone":

@@ -19,18 +19,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from limbeck import assets
 from limbeck.console import console
 from limbeck.distributed import local_device
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.measures import find, take
 from limbeck.evaluate.subject import Subjects
 from limbeck.job import distill
-from limbeck.prepare import Loaded
+from limbeck.prepare import Loaded, teacher_of
 from limbeck.recipe import Recipe
 from limbeck.stages.interrupt import Stopped
 from limbeck.stages.run import held
-from limbeck.stages.teacher import load_teacher
 from limbeck.study import record
 from limbeck.study.grid import Arm, Study
 from limbeck.study.team import free_bytes, learn_together
@@ -85,7 +83,7 @@ class InTurn:
         arms = {arm.name: arm for arm in study.arms(folder)}
         for task in tasks:
             if task.kind == "alone":
-                console.print(f"[bold]{', '.join(task.arms)}[/]")
+                console.print(", ".join(task.arms), style="bold")
             yield self.workplace.do(study, task, arms)
 
     def close(self) -> None:
@@ -141,7 +139,7 @@ class Workplace:
         key = recipe.teacher, recipe.teacher_bits, recipe.device
         if key not in self.teachers:
             device = local_device(recipe.device)
-            self.teachers[key] = load_teacher(assets.resolve_teacher(recipe.teacher), device, recipe.teacher_bits)
+            self.teachers[key] = teacher_of(recipe, device)
         return self.teachers[key]
 
 

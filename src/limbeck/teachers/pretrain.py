@@ -21,7 +21,7 @@ from torch import no_grad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from limbeck.console import console
-from limbeck.data.cache import cache_root, publish, sound
+from limbeck.data.cache import cache_root, planning, publish, sound, would_make
 from limbeck.data.packing import Packed, Sequences, count_with_targets
 from limbeck.data.repeats import Repeats
 from limbeck.data.text import Text, open_text
@@ -72,6 +72,8 @@ def trained_teacher(
     folder = recipe.folder
     if sound(folder, verify=verify):
         return folder
+    if planning() is not None:
+        would_make(str(planned(name)))
     if world().size > 1:
         raise LimbeckError(
             f"the teacher '{recipe.name}' is not in the cache, and several processes cannot train it",
@@ -80,7 +82,7 @@ def trained_teacher(
     work = cache_root() / "teachers" / f"{recipe.name}-{recipe.key[:12]}"
     with open_run(work, recipe) as run:
         tokenizer, model, text = _prepare(recipe)
-        (confirm or _show)(plan_of(recipe, model, text))
+        (confirm or _show)(plan_of(recipe, model))
         stages = _train(recipe, run, model, text)
 
         def fill(temporary: Path) -> dict[str, Any]:
@@ -103,10 +105,12 @@ def trained_teacher(
     return folder
 
 
-def new_model(recipe: TeacherRecipe, tokenizer: Any) -> PreTrainedModel:
-    """The model before its first step, drawn from the recipe's seed; float32."""
-    fields = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
-    fields |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+def new_model(recipe: TeacherRecipe, tokenizer: Any = None) -> PreTrainedModel:
+    """The model before its first step, drawn from the recipe's seed; float32. For a plan no tokenizer is needed."""
+    fields: dict[str, Any] = {"vocab_size": recipe.vocabulary, "pad_token_id": None}
+    if tokenizer is not None:
+        fields |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
+        fields |= {"eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model(**{**fields, **recipe.model})
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -117,19 +121,19 @@ def new_model(recipe: TeacherRecipe, tokenizer: Any) -> PreTrainedModel:
 
 
 def planned(name: str | Path) -> TeacherPlan:
-    """What training that teacher will cost; makes its text and vocabulary, and no step."""
+    """What training that teacher will cost; makes nothing of it, neither its text nor its vocabulary."""
     recipe = TeacherRecipe.load(name)
-    _, model, text = _prepare(recipe)
-    return plan_of(recipe, model, text)
+    return plan_of(recipe, new_model(recipe))
 
 
-def plan_of(recipe: TeacherRecipe, model: PreTrainedModel, text: Text) -> TeacherPlan:
-    """Cost of a teacher, from one sequence of each stage that is run forward and backward now."""
+def plan_of(recipe: TeacherRecipe, model: PreTrainedModel) -> TeacherPlan:
+    """Cost of a teacher, from one batch of random tokens of each stage that is run forward and backward now."""
     stage, tokens, steps, seconds = NextToken(model), 0, 0, 0.0
     for index, settings in enumerate(recipe.stages):
         length = _length(recipe, index)
         count = steps_of(settings, length)
-        batch = _reading(recipe, index, text, model).batch(0, settings.micro_batch or settings.batch)
+        drawn = Repeats(model.config.vocab_size, length, recipe.seed)
+        batch = drawn.batch(0, settings.micro_batch or settings.batch)
         took = []
         for _ in range(2):  # the first one warms up
             began = time.monotonic()
@@ -173,7 +177,7 @@ def _train(recipe: TeacherRecipe, run: RunDirectory, model: PreTrainedModel, tex
     read: tuple[Sequences, int] | None = None
     for index, settings in enumerate(recipe.stages):
         data = _reading(recipe, index, text, model)
-        if run.finished(index):
+        if run.finished(index, verify=True):
             copy_into(stage.parameters(), run.result(index))
             facts = run.facts(index)
         else:

@@ -1,7 +1,7 @@
 """Break a run at random instants and see whether anything is lost.
 
     python benchmarks/reliability.py                            # 50 kills and 40 other faults, most of an hour
-    python benchmarks/reliability.py --kills 4 --others 8       # each fault once
+    python benchmarks/reliability.py --kills 4 --others 8       # each fault in turn
 
 A tiny teacher is distilled through all four stages, once undisturbed. Then the same run is broken again and again, at
 an instant drawn at random, by SIGKILL, or by one of these:

@@ -167,7 +167,7 @@ def lines_of(run: Path) -> int:
 
 
 def written(teacher: Path, corpus: Path, out: Path) -> Recipe:
-    """Four hundred steps: a run that is not over before the signal comes."""
+    """Three hundred steps: a run that is not over before the signal comes."""
     recipe = Recipe.parse(
         {
             "name": "tiny",
@@ -175,7 +175,7 @@ def written(teacher: Path, corpus: Path, out: Path) -> Recipe:
             "student": {"mixer": "linear_attention"},
             "data": {"source": str(corpus), "length": 16, "held_out": 0.2},
             "stages": [
-                {"stage": "hidden", "tokens": 32_000, "batch": 1},
+                {"stage": "hidden", "tokens": 4800, "batch": 1},
                 {"stage": "logits", "tokens": 64, "batch": 1},
             ],
             "evaluation": {"tokens": 64, "prompt": None},
@@ -199,12 +199,9 @@ def struck(run: Path, number: int, when: Callable[[], bool], **more) -> tuple[in
 
 
 def test_a_run_that_is_interrupted_again_and_again_loses_no_step(teacher_folder, corpus, own_cache, tmp_path):
-    """Ctrl-C in its preparation, Ctrl-C and a hangup in training (a checkpoint each), SIGTERM where it evaluates."""
+    """Ctrl-C and a hangup in training, a checkpoint each; SIGTERM where it exports or evaluates."""
     run = tmp_path / "run"
     recipe = written(teacher_folder, corpus, run)
-    code, said = struck(run, signal.SIGINT, lambda: run.is_dir())
-    assert (code, "Traceback" in said) == (130, False)
-    assert RESUMES in said
     reached = 0
     for number in (signal.SIGINT, signal.SIGHUP):
         code, said = struck(run, number, lambda least=reached + 20: lines_of(run) > least)

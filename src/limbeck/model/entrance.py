@@ -44,8 +44,8 @@ def _before(body: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
             expected="torch.export.export, with tokens of a fixed shape",
         )
     given = arguments(body, args, kwargs)
-    config: Any = body.config
-    weights_wanted.set(bool(given.get("output_attentions", config.output_attentions)))
+    wanted = given.get("output_attentions")
+    weights_wanted.set(bool(getattr(body.config, "output_attentions", False) if wanted is None else wanted))
     tokens = next((given[n] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
     if not isinstance(tokens, Tensor):
         return None

@@ -13,6 +13,7 @@ import copy
 import functools
 import inspect
 import sys
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ from limbeck.model.documents import documents_of, softmax_by_document
 NAME = "limbeck"
 EAGER = "limbeck_eager"  # the same for families whose softmax layers have no SDPA
 PACKED = "limbeck_packed"  # the same where the ends of documents are known without a mask (limbeck.model.packed)
+
+# whether the pass that runs gives attention weights back; each begins by setting it, as not all families hand it on
+weights_wanted: ContextVar[bool] = ContextVar("weights_wanted", default=False)
 
 
 @dataclass
@@ -177,7 +181,7 @@ def softmax_attention(
     The weights are among what SDPA lacks.
     """
     config: Any = module.config
-    asked = kwargs.get("output_attentions") or getattr(config, "output_attentions", False)
+    asked = kwargs.get("output_attentions") or (not torch.compiler.is_compiling() and weights_wanted.get())
     eager = asked or config._attn_implementation == EAGER
     if not eager and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from limbeck.errors import LimbeckError
-from limbeck.model.attention import arguments
+from limbeck.model.attention import arguments, weights_wanted
 from limbeck.model.body import packs_by_position
 from limbeck.model.cache import RecurrentLayer, refuse_filled
 
@@ -44,6 +44,8 @@ def _before(body: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
             expected="torch.export.export, with tokens of a fixed shape",
         )
     given = arguments(body, args, kwargs)
+    wanted = given.get("output_attentions")
+    weights_wanted.set(bool(getattr(body.config, "output_attentions", False) if wanted is None else wanted))
     tokens = next((given[n] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
     if not isinstance(tokens, Tensor):
         return None

@@ -130,10 +130,10 @@ def prepare(
     # Reading spools the text beside the tokens, so that it can be tokenised in the order of the hashes.
     manifest = publish(folder, fill, what=f"tokens of {source}", need_bytes=2 * stored_bytes(source), verify=True)
     check_ids(manifest["max_id"], vocab_size)
-    splits = [open_split(folder, name, manifest["dtype"]) for name in SPLITS]
+    train, held = (open_split(folder, name, manifest["dtype"]) for name in SPLITS)
     tell_parted(manifest, source)
-    check_enough(splits if held_out else splits[:1], source, length, max_tokens)
-    return TokenStore(source, folder, key, eos, *splits, files_of(source))
+    check_enough([train, held] if held_out else [train], source, length, max_tokens)
+    return TokenStore(source, folder, key, eos, train, held, files_of(source))
 
 
 @contextmanager

@@ -175,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         config = json.loads(repo.files.get("config.json", b"{}"))
         return 200, {
             "id": name,
-            "sha": hashlib.sha1(repr(repo.commits).encode()).hexdigest(),
+            "sha": repo.states.get(revision or "main", [hashlib.sha1(repr(repo.commits).encode()).hexdigest()])[0],
             "private": repo.private,
             "tags": [],
             "config": {"model_type": config.get("model_type")},

@@ -217,7 +217,7 @@ def learnt_text(source: str, recipe: Recipe, run: Path) -> Data | None:
     for data in uses:
         if source == data.source:
             return data
-        parts: list[Any] = list(data.sources or [data])
+        parts: list[Any] = [*(data.sources or (data,))]
         recorded = contents.get(data.source, [])
         for part, content in zip(parts, [*recorded, *[None] * (len(parts) - len(recorded))]):
             if sources.is_part_of(source, part.source, content):

@@ -175,6 +175,8 @@ class Handler(BaseHTTPRequestHandler):
         if name not in self.hub.repos:
             return 404, {"error": "Repository not found"}
         repo = self.hub.repos[name]
+        if "/tree/" in path:  # a folder in a state: all files are at the top
+            return 404, {"error": "Entry not found", "code": "EntryNotFound"}
         _, _, revision = path.partition("/revision/")
         if revision and revision not in repo.states:
             return 404, {"error": "Revision not found", "code": "RevisionNotFound"}

@@ -44,11 +44,11 @@ def test_a_student_by_its_name_on_the_hub(student_folder, teacher_folder, tmp_pa
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text(commit, encoding="utf-8")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    subject = Subjects(str(teacher_folder)).open("ann/retnet", encoding="utf-8")
+    subject = Subjects(str(teacher_folder)).open("ann/retnet")
     assert subject.student
     assert subject.teacher_name == str(teacher_folder)
     assert subject.weights == Subjects(str(teacher_folder)).open(str(student_folder)).weights
-    assert Subjects().open("ann/retnet", encoding="utf-8").teacher_name is None
+    assert Subjects().open("ann/retnet").teacher_name is None
 
 
 SMALL = {"tokens": 128, "length": 32, "prefixes": 2, "prefix": 8, "new": 4}

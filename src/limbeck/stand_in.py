@@ -54,8 +54,14 @@ def remote_config(name: str) -> PreTrainedConfig | None:
         LimbeckError: the hub knows no such model or cannot be reached, and its local cache has none.
     """
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    if Path(name).exists() or any(isinstance(try_to_load_from_cache(name, file), str) for file in WEIGHTS):
+    if Path(name).exists():
+        return None
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in WEIGHTS):
+            return None
+    except HFValidationError:  # no name for the hub, as the loading will say
         return None
     look_up(name)
     try:

@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from limbeck.ops.common import full_precision
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -193,8 +195,11 @@ def _joined(parts: list[tuple[float, Slope]], rows: Rows) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row products [n, V], [n, V] -> [n], without a tensor between."""
-    return (a.unsqueeze(1) @ b.unsqueeze(2)).flatten()
+    """Row by row products [n, V], [n, V] -> [n], in full precision: divergences are small differences of large ones."""
+    if a.is_cuda and torch.get_float32_matmul_precision() != "highest":  # TF32 has ten bits
+        return (a * b).sum(-1)
+    with full_precision(a):
+        return (a.unsqueeze(1) @ b.unsqueeze(2)).flatten()  # without a tensor between
 
 
 def _top_and_logsumexp(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

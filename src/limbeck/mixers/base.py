@@ -278,10 +278,12 @@ class Mixer(nn.Module):
 
     def _convolve(self, name: str, z: Tensor, tokens: Tokens, state: State, carried: State) -> Tensor:
         """q, k or v [B, T, heads, width] convolved; puts what the next call needs into `carried`."""
-        if tokens.valid is not None:
-            z = z.masked_fill(~tokens.valid[..., None, None], 0)
         key = f"conv_{name}"
-        z, carried[key] = convolution.causal(z, self.conv(name), state=state.get(key), segments=tokens.segments)
+        past = {"state": state.get(key), "segments": tokens.segments}
+        if tokens.valid is None:
+            z, carried[key] = convolution.causal(z, self.conv(name), **past)
+        else:
+            z, carried[key] = convolution.among_valid(z, self.conv(name), tokens.valid, **past)
         return z
 
     def _readout(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:

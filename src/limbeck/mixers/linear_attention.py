@@ -71,9 +71,12 @@ class LinearAttention(Mixer):
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         q, k, carry = self.phi_q(q), self.phi_k(k), {}
-        if self.kind is CosFormer:  # only differences of positions matter, so padding and documents are counted along
+        if self.kind is CosFormer:  # only differences of positions matter, so documents are counted along
             first = state.get("position", q.new_zeros(len(q), dtype=torch.long))
-            position = first[:, None] + torch.arange(q.shape[1], device=q.device)
+            steps = torch.arange(q.shape[1], device=q.device)[None]
+            if tokens.valid is not None:
+                steps = tokens.valid.cumsum(1) - 1
+            position = first[:, None] + steps
             q, k = (CosFormer.at(z, position, self.options.horizon) for z in (q, k))
             carry = {"position": position[:, -1] + 1}
         return Inputs(q if self.options.normalise else q * self.shape.scale, k, v, carry=carry)

@@ -125,7 +125,8 @@ class Mixer(nn.Module):
         return self.shape.key_width
 
     def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """What a token adds of its own to the operator's output o [B, T, H, V], ahead of the head norm."""
+        """What a token adds of its own to the operator's output o [B, T, H, V], ahead of the head norm, which takes it in
+        any precision."""
         return o
 
     def after_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
@@ -288,14 +289,15 @@ class Mixer(nn.Module):
 
     def _readout(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Head norm and output gate, and the teacher's heads again: [B, T, H, V]."""
+        dtype = o.dtype
         o = self.before_norm(o, q, k, v, x)
         if self.options.output_norm != "none":
             wide = o.float() if o.dtype in (torch.float16, torch.bfloat16) else o
             if self.options.output_norm == "layer":
                 wide = wide - wide.mean(-1, keepdim=True)
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-            o = (wide * self.norm_weight).to(o.dtype)
-        o = self.after_norm(o, q, k, v, x)
+            o = wide * self.norm_weight
+        o = self.after_norm(o.to(dtype), q, k, v, x)
         o = o.reshape(*o.shape[:2], self.site.heads, self.site.value_width)
         if self.options.output_gate != "none":
             activate = F.silu if self.options.output_gate == "silu" else torch.sigmoid

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 
@@ -177,6 +178,7 @@ class _AcrossChunks(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dlast):
         reads, writes, v, pairs, decay, states = ctx.saved_tensors
         with full_precision(do):

@@ -17,6 +17,7 @@ LimbeckError.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.kernels import accelerated
@@ -185,6 +186,7 @@ class _Correct(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dlast):
         reads, writes, mixing, decay, inverse, erased, updates, states = ctx.saved_tensors
         with common.full_precision(do):

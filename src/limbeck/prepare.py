@@ -157,6 +157,7 @@ def new_student(job: Job) -> PreTrainedModel:
         rules=[rule.model_dump(exclude_none=True) for rule in student.rules],
         copy_projections=student.copy_projections,
         share=True,
+        length=max(text.length for text in (job.recipe.data, *map(job.recipe.text_of, job.recipe.stages))),
     ).requires_grad_(False)
     if job.recipe.attention == "mask":
         use_masks(converted)

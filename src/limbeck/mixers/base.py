@@ -85,6 +85,11 @@ class Mixer(nn.Module):
     def build(self) -> None:
         """Make the mixer's own parameters."""
 
+    @classmethod
+    def for_length(cls, options: Any, length: int) -> Any:
+        """The options of a student that learns from texts of so many tokens, for mixers that depend on it."""
+        return options
+
     def reset_parameters(self) -> None:
         """Set every parameter to its documented start: close to linear attention over the teacher's q, k, v."""
         if self.options.conv:

@@ -46,7 +46,7 @@ class Options:
         return cls(**given)
 
 
-_AT_LEAST_ZERO = ("conv", "gate_rank", "heads", "state")
+_AT_LEAST_ZERO = ("conv", "gate_rank", "heads", "state", "horizon")
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -36,6 +36,7 @@ def convert(
     rules: Sequence[dict[str, Any]] = (),
     copy_projections: bool = True,
     share: bool = False,
+    length: int | None = None,
 ) -> PreTrainedModel:
     """A student of `model` with `mixer` in place of softmax attention.
 
@@ -53,6 +54,8 @@ def convert(
         copy_projections: keep the teacher's q, k, v and output projections; False draws fresh ones.
         share: let everything outside the converted attention modules be the teacher's very tensors (saves memory while
             only the mixers are trained); False copies all.
+        length: tokens of the longest texts that the student will learn from, for mixers that depend on it (`cosformer`);
+            None for the most that the teacher was made for.
 
     Raises:
         LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, or a family without the
@@ -61,13 +64,14 @@ def convert(
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     refuse_quantised(model.config, "this model")
-    first = Assignment.of(mixer, options, preset)
+    length = length or getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    first = Assignment.of(mixer, options, preset, length)
     sites = attention_sites(model)
     chosen = [sites[i] for i in converted_layers(layers, keep, len(sites))]
     _check_sharing(model, chosen)
     assigned = dict.fromkeys((site.shape.layer for site in chosen), first)
     for rule in rules:
-        assigned.update(_ruled(rule, mixer, preset, assigned, len(sites)))
+        assigned.update(_ruled(rule, mixer, preset, assigned, len(sites), length))
     plan = _plan(model, assigned, chosen)
     student = _clone(model, plan, chosen, share)
     install(student, plan)
@@ -88,13 +92,13 @@ class Assignment:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, mixer: str, options: dict[str, Any] | None, preset: str) -> "Assignment":
-        chosen = mixers.options(mixer, options, preset)
+    def of(cls, mixer: str, options: dict[str, Any] | None, preset: str, length: int) -> "Assignment":
+        chosen = mixers.get(mixer).for_length(mixers.options(mixer, options, preset), length)
         return cls(mixers.get(mixer).name, asdict(chosen))
 
 
 def _ruled(
-    rule: dict[str, Any], mixer: str, preset: str, assigned: dict[int, Assignment], count: int
+    rule: dict[str, Any], mixer: str, preset: str, assigned: dict[int, Assignment], count: int, length: int
 ) -> dict[int, Assignment]:
     """What a rule assigns, by layer."""
     known = ("layers", "mixer", "preset", "options")
@@ -108,7 +112,7 @@ def _ruled(
     absent = [i for i in layers if i not in assigned]
     if absent:
         raise LimbeckError(f"a rule names layer {absent[0]}, which keeps softmax", expected="layers that are converted")
-    new = Assignment.of(rule.get("mixer", mixer), rule.get("options"), rule.get("preset", preset))
+    new = Assignment.of(rule.get("mixer", mixer), rule.get("options"), rule.get("preset", preset), length)
     return dict.fromkeys(layers, new)
 
 

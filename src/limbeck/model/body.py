@@ -6,8 +6,10 @@
 Neither knows anything of a family.
 """
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from limbeck.data.packing import Batch
 from limbeck.model.packed import documents_apart, fits, mark
+from limbeck.model.switching import alone_with
 from limbeck.ops.common import full_precision
 
 
@@ -98,10 +101,19 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
-        body = self.model.get_decoder()
-        output = _Given(last_hidden_state=hidden[None])
-        body.forward = lambda *args, **kwargs: output
-        try:
-            return self.model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
-        finally:
-            del body.forward
+        body: Any = self.model.get_decoder()
+        output, own = _Given(last_hidden_state=hidden[None]), threading.get_ident()
+        with alone_with(body):
+            usual, set_by_others = body.forward, vars(body).get("forward")  # accelerate hangs its hooks there
+
+            def forward(*args, **kwargs):
+                return output if threading.get_ident() == own else usual(*args, **kwargs)
+
+            body.forward = forward
+            try:
+                return self.model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
+            finally:
+                if set_by_others is None:
+                    del body.forward
+                else:
+                    body.forward = set_by_others

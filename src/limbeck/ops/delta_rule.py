@@ -17,7 +17,6 @@ LimbeckError.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.kernels import accelerated
@@ -186,7 +185,7 @@ class _Correct(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @common.once
     def backward(ctx, do, dlast):
         reads, writes, mixing, decay, inverse, erased, updates, states = ctx.saved_tensors
         with common.full_precision(do):

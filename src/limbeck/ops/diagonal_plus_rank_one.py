@@ -16,7 +16,6 @@ state belonging to document 0. Shapes that do not fit raise LimbeckError.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.kernels import accelerated, using
@@ -187,7 +186,7 @@ class _Rewrite(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @common.once
     def backward(ctx, do, dlast):
         reads, writes, mixing, decay, inverse, read, updates, states = ctx.saved_tensors
         chunk = do.shape[-2]

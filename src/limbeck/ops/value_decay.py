@@ -15,7 +15,6 @@ belonging to document 0. Shapes that do not fit raise LimbeckError.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.ops import common
@@ -130,7 +129,7 @@ class _Across(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @common.once
     def backward(ctx, do, dlast):
         reads, writes, v, pairs, before, after, keeps, states = ctx.saved_tensors
         with common.full_precision(do):
@@ -177,7 +176,7 @@ class _Within(torch.autograd.Function):
         return out, since, until
 
     @staticmethod
-    @once_differentiable
+    @common.once
     def backward(ctx, dout, dsince, duntil):
         pairs, v, log_decay, out, since, until = ctx.saved_tensors
         dpairs, dv = torch.zeros_like(pairs), torch.zeros_like(v)

@@ -1,6 +1,7 @@
 """What a cache keeps alive: storages are counted, since a view of a few numbers may hold a whole prompt."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_a_prefill_leaves_the_state_and_nothing_else(mixer, preset):
     sizes = set()
     for cuts, given in (((0, LONG), {}), ((0, 250, 251, LONG), {}), ((0, LONG), {"attention_mask": mask})):
         cache = DynamicCache(config=student.config)
-        for begin, end in zip(cuts, cuts[1:]):
+        for begin, end in itertools.pairwise(cuts):
             student(ids(2, LONG)[:, begin:end], past_key_values=cache, use_cache=True, **given)
         assert held(cache) == said(student, 2, cache) == cache_bytes(cache)
         sizes.add(held(cache))
@@ -96,6 +97,7 @@ def test_the_size_of_a_cache_is_what_it_keeps_alive():
     """Of a softmax teacher with a window too, whose layers keep views."""
     teacher = tiny("mistral", sliding_window=8)
     cache = teacher(ids(1, LONG), use_cache=True).past_key_values
-    layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    assert cache_bytes(cache) == sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in layers}.values())
-    assert cache_bytes(cache) >= sum(x.numel() * 4 for x in layers)
+    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    storages = [x.untyped_storage() for x in tensors]
+    assert cache_bytes(cache) == sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    assert cache_bytes(cache) >= sum(x.numel() * 4 for x in tensors)

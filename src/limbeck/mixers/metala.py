@@ -68,7 +68,7 @@ class MetaLA(Mixer):
     def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if not self.options.augment:
             return o
-        # In float32: half precision has few steps at σ(0) = 0.5, which is as large as o and goes again in the head norm.
+        # In float32: half precision has few steps at σ(0) = 0.5, which the head norm takes away again.
         wide = torch.promote_types(o.dtype, torch.float32)
         weight = (q * self.own * -torch.expm1(self._log_decay(k))).sum(-1, keepdim=True)
         return o.to(wide) + torch.sigmoid(weight.to(wide) * widen(v, o.shape[2]).to(wide))

@@ -75,7 +75,9 @@ class MLSTM(Mixer):
         m, previous = stabiliser(log_i.detach(), log_f.detach(), tokens, state.get("m"))
         k = widen(k, self.shape.heads) * torch.exp(log_i - m).unsqueeze(-1)
         log_decay = log_f + previous - m
-        log_decay = log_decay - log_decay.detach().clamp(min=0)  # rounding alone lifts it over zero; its slope stays one
+        log_decay = log_decay - log_decay.detach().clamp(
+            min=0
+        )  # rounding alone lifts it over zero; its slope stays one
         return Inputs(q * self.shape.scale, k, v, log_decay, floor=torch.exp(-m), carry={"m": m[:, -1].clone()})
 
     def memory_numel(self) -> int:

@@ -187,7 +187,7 @@ def tokens_of(
     begin = mask.shape[-1] - length if begin is None else begin
     # neither a compiled step nor one on an accelerator stops to look at values; it gets what may be trivial
     looks = not torch.compiler.is_compiling() and (length > 1 or mask.device.type == "cpu")
-    # One mask serves all layers of a pass, until somebody writes into it. Of what is made in inference mode nobody knows.
+    # One mask serves all layers of a pass, until it is written to, which inference mode does not count.
     read = [mask, positions] if chunk and positions is not None else [mask]
     keeps = looks and not any(x.is_inference() for x in read)
     call = (length, int(begin), chunk, *((id(x), x._version) for x in read)) if keeps else None

@@ -54,8 +54,8 @@ def convert(
         copy_projections: keep the teacher's q, k, v and output projections; False draws fresh ones.
         share: let everything outside the converted attention modules be the teacher's very tensors (saves memory while
             only the mixers are trained); False copies all.
-        length: tokens of the longest texts that the student will learn from, for mixers that depend on it (`cosformer`);
-            None for the most that the teacher was made for.
+        length: tokens of the longest sequences that the student will learn from, for mixers that depend on it
+            (`cosformer`); None for the most that the teacher was made for.
 
     Raises:
         LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, or a family without the

@@ -168,8 +168,8 @@ def decay_gradient(states: Tensor, dstates: Tensor, decay: Tensor | None) -> Ten
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an operator that is differentiated once: a second time is an error.
 
-    torch's `once_differentiable` hangs that error on what leads nowhere, so `torch.autograd.grad` with given inputs passes
-    it by and leaves terms out. Here it hangs on all that the gradient depends on.
+    torch's `once_differentiable` hangs that error on what leads nowhere, so `torch.autograd.grad` with given inputs
+    passes it by and leaves terms out. Here it hangs on all that the gradient depends on.
     """
 
     @functools.wraps(backward)

@@ -13,11 +13,12 @@ from limbeck.contract.families import LLAMA_LIKE, VOCABULARY
 from limbeck.data.packing import Batch
 from limbeck.losses import Weights
 from limbeck.model import attention_sites
+from limbeck.model.body import packs_by_position
 from limbeck.recipe import Hidden as Settings
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
 from limbeck.stages.learner import alone_in
-from limbeck.stages.optimize import Optimizer, gradient_norm
+from limbeck.stages.optimize import Optimizer, gradient_norm, learning_rate
 from limbeck.stages.teacher import Pair
 
 
@@ -137,3 +138,41 @@ def test_stage_three_learns_together():
     student = limbeck.convert(teacher, "gla")
     both = Pair(teacher, student, attention_sites(teacher), contextlib.nullcontext)
     assert alone_in(Logits(both, Weights())) == []
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 9, 40])
+def test_wsd_comes_down_however_few_the_steps(steps):
+    settings = Settings(stage="hidden", tokens=1, decay="wsd", warmup=0.0, cooldown=0.1, floor=0.05)
+    rates = [learning_rate(step, steps, settings) for step in range(steps)]
+    assert rates[0] == 1
+    assert rates[-1] == pytest.approx(0.05)
+
+
+def taught(weights: Weights, batch: Batch):
+    """Sums and gradients of a step of stage 3, and how often the teacher ran."""
+    teacher = tiny("gemma2").double().requires_grad_(False)
+    student = limbeck.convert(teacher, "gla")
+    calls = []
+    teacher.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    packs_by_position(teacher)
+    stage = Logits(Pair(teacher, student, attention_sites(teacher), contextlib.nullcontext), weights)
+    calls.clear()
+    for p in stage.parameters().values():
+        p.requires_grad_(True)
+    sums = stage.backward(batch, stage.count(batch))
+    ran = len(calls)
+    return stage, sums, {name: p.grad for name, p in stage.parameters().items()}, ran
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_teacher_that_no_objective_asks_does_not_run(temperature):
+    ids = torch.randint(3, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.arange(30).expand(2, -1), ids.roll(-1, 1))
+    stage, sums, slopes, ran = taught(Weights(ce=1.0, kl=0.0, temperature=temperature), batch)
+    _, wanted, expected, other = taught(Weights(ce=1.0, kl=1e-12), batch)
+    assert (ran, other) == (0, 1)
+    assert sums.keys() == {"ce", "loss"}
+    assert {"kl", "agree", "teacher_ce"} <= wanted.keys()
+    assert float(sums["loss"]) == float(sums["ce"]) == float(wanted["ce"])
+    assert all(torch.allclose(slopes[name], expected[name], atol=1e-9) for name in expected)
+    assert {"kl", "reverse_kl", "agree", "ce"} <= stage.evaluate(batch).keys()  # held-out text is compared all the same

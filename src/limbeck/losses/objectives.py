@@ -57,9 +57,9 @@ class Slope:
 
 
 class Rows:
-    """Logits of n tokens: the student's, the teacher's or the most likely of them, and the labels."""
+    """Logits of n tokens: the student's, the teacher's or the most likely of them or none, and the labels."""
 
-    def __init__(self, s: Tensor, teacher: Tensor | Top, labels: Tensor):
+    def __init__(self, s: Tensor, teacher: Tensor | Top | None, labels: Tensor):
         self.s, self.teacher, self.labels = s, teacher, labels[:, None]
 
     @property
@@ -90,7 +90,11 @@ class Rows:
 
     def cooled(self, temperature: float) -> "Rows":
         """Both distributions softened."""
-        return self if temperature == 1 else Rows(self.s / temperature, self.t / temperature, self.labels[:, 0])
+        return (
+            self
+            if temperature == 1 or self.teacher is None
+            else Rows(self.s / temperature, self.t / temperature, self.labels[:, 0])
+        )
 
 
 def cross_entropy(rows: Rows, weights: Weights) -> tuple[Tensor, Slope]:

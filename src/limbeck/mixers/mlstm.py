@@ -30,7 +30,7 @@ from limbeck.ops.common import widen
 @dataclass(frozen=True)
 class MLSTMOptions(Options):
     output_norm: Literal["none", "rms", "layer"] = "layer"
-    output_gate: Literal["none", "silu", "sigmoid"] = "sigmoid"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "sigmoid"
     soft_cap: float = 15.0
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
     longest: float = 512.0

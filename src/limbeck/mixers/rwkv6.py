@@ -30,7 +30,7 @@ from limbeck.ops.common import full_precision, same_document, starts, widen
 @dataclass(frozen=True)
 class RWKV6Options(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
-    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
     rank: int = 64
     complement: bool = False
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
@@ -47,7 +47,7 @@ class RWKV6(Mixer):
     operator = vector_decay
     options_class = RWKV6Options
     options: RWKV6Options
-    published = {"rope": False, "conv": 2, "output_norm": "layer"}
+    published = {"rope": False, "conv": 2, "output_norm": "layer", "norm_bias": True}
 
     def build(self) -> None:
         s = self.shape

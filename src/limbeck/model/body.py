@@ -45,7 +45,11 @@ def packs_by_position(model: PreTrainedModel) -> bool:
         device = next(model.parameters()).device
         ids = torch.tensor([[3, 4, 5, 6]], device=device)
         positions = torch.tensor([[0, 1, 0, 1]], device=device)
-        with torch.no_grad(), full_precision(ids):  # in bf16 two equal passes may differ by more than is allowed here
+        with (
+            alone_with(model),
+            torch.no_grad(),
+            full_precision(ids),
+        ):  # in bf16 two equal passes may differ by more than is allowed here
             both = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
             alone = model.get_decoder()(input_ids=ids[:, 2:], position_ids=positions[:, 2:], use_cache=False)
         known = bool(torch.allclose(both[:, 2:], alone.last_hidden_state, rtol=1e-3, atol=1e-3))

@@ -293,7 +293,14 @@ def step_by_step(
                 write = rate[:, t] * (write - keys[:, t].mT @ current)
             current = current + keys[:, t] * write
             outputs.append(queries[:, t] @ current)
-        return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
+        return joined(outputs, q, v), current
+
+
+def joined(outputs: list[Tensor], q: Tensor, v: Tensor) -> Tensor:
+    """Outputs [B, H, 1, V] of each token as [B, T, H, V] in v's dtype; there may be none."""
+    if not outputs:
+        return v.new_zeros(*q.shape[:3], v.shape[-1])
+    return torch.stack(outputs, 1).squeeze(-2).to(v.dtype)
 
 
 def _one_step(

@@ -55,7 +55,7 @@ def recurrent(
             rewritten = writes[:, t] * (reads[:, t] @ current)
             current = decay[:, t] * current + rewritten + keys[:, t] * values[:, t]
             outputs.append(queries[:, t] @ current)
-        return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
+        return common.joined(outputs, q, v), current
 
 
 @accelerated("diagonal_plus_rank_one")

@@ -48,7 +48,7 @@ def recurrent(
         for t in range(q.shape[1]):
             current = decay[:, t] * current + keys[:, t] * values[:, t]
             outputs.append(queries[:, t] @ current)
-        return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
+        return common.joined(outputs, q, v), current
 
 
 def chunked(

@@ -36,7 +36,8 @@ def learning_rate(step: int, steps: int, settings: Trained) -> float:
         return (step + 1) / (warm + 1)
     if settings.decay == "constant":
         return 1.0
-    begin = warm if settings.decay != "wsd" else max(warm, steps - 1 - round(settings.cooldown * steps))
+    cooling = max(round(settings.cooldown * steps), 1)  # of a few steps the last one at least
+    begin = warm if settings.decay != "wsd" else max(warm, steps - 1 - cooling)
     along = max(step - begin, 0) / max(steps - 1 - begin, 1)
     shape = {
         "linear": 1 - along,
@@ -170,7 +171,7 @@ def gradient_norm(
 
     Args:
         sharded: names of those of which this process holds a part only; every process takes part then.
-        alone: groups of names that learn alone: each is scaled by its own norm. The norm returned is that of all, before.
+        alone: groups of names that learn alone, each scaled by its own norm; what is returned is that of all, before.
     """
     if alone:
         groups = ([parameters[name] for name in group if parameters[name].grad is not None] for group in alone)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from limbeck import LimbeckError, job
 from limbeck.cli import main
 from limbeck.recipe import Hidden, Recipe
-from limbeck.stages.optimize import Average, Optimizer, learning_rate, steps_of
+from limbeck.stages.optimize import Average, learning_rate, steps_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -304,24 +304,6 @@ def test_the_average_is_what_a_stage_hands_on():
     assert float(parameter.detach()[0]) == 39
     average.take_over()
     assert float(parameter.detach()[0]) == lent
-
-
-def test_muon_takes_the_teachers_matrices_and_leaves_the_rest_to_adamw():
-    settings = Hidden(stage="hidden", tokens=1, optimizer="muon", weight_decay=0.1)
-    shapes = {
-        "a.q_proj.weight": (4, 4),
-        "a.q_proj.bias": (4,),
-        "a.mixer.gate.weight": (4, 4),
-        "embed_tokens.weight": (9, 4),
-    }
-    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
-    rates = {**dict.fromkeys(parameters, 0.1), "a.q_proj.bias": 0.0}
-    adamw, muon = Optimizer(parameters, rates, settings).parts
-    assert [[p is q for q in parameters.values()] for g in muon.param_groups for p in g["params"]] == [
-        [True, False, False, False]
-    ]
-    decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
-    assert decays == {id(parameters["a.mixer.gate.weight"]): 0.0, id(parameters["embed_tokens.weight"]): 0.1}
 
 
 def test_wsd_stays_at_the_peak_and_comes_down_at_the_end():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import naive_kernels
 from limbeck import LimbeckError, kernels, mixers, ops
+from limbeck.data.known import Documents
 from limbeck.kernels import adapters, catalogue, dispatch, verdicts
 from limbeck.kernels.sequences import Sequences
 from limbeck.mixers import HeadShape, Tokens
@@ -92,6 +93,19 @@ def test_rows_that_begin_in_the_middle_of_things(naive):
     assert (packed.first.tolist(), packed.last.tolist()) == ([0, 2], [1, 4])
     assert packed.goes_on.tolist() == [True, False]
     assert Sequences.of(segments) is packed  # found once for all layers
+
+
+def test_documents_that_the_host_knows_are_not_looked_for(monkeypatch):
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [3, 4, 0, 0, 1, 2]])
+    segments = Documents.of(positions).to(torch.device("cpu")).segments
+    expected = Sequences.of(segments.clone())
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("waits for the device"))
+    found = Sequences.of(segments)
+    for name in ("offsets", "first", "last", "goes_on"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
+    assert found.shape == expected.shape
+    assert Sequences.of(segments) is found
 
 
 SHAPE = HeadShape(hidden=24, heads=4, kv_heads=2, key_width=8, value_width=8, scale=8**-0.5, layers=2)

@@ -140,24 +140,20 @@ def test_kda_of_kimi_linear(monkeypatch):
     agree_with_layer(mixer, layer, weights, project, module)
 
 
-class GateAlone(nn.Module):
-    """Mamba-2 norms after its gate, Limbeck before it as everywhere: compared without either's norm."""
-
-    def forward(self, y, gate):
-        return y * F.silu(gate)
-
-
 def test_mamba2_layer_of_transformers():
-    """Convolution with silu, Δ = softplus(dt + bias), exp(−exp(A)Δ), keys Δ B, skip D x, silu(z)."""
+    """Convolution with silu, Δ = softplus(dt + bias), exp(−exp(A)Δ), keys Δ B, skip D x, silu(z), then one RMS norm."""
     module = modeling("mamba2")
     config = module.Mamba2Config(
         hidden_size=12, num_heads=4, head_dim=6, state_size=5, n_groups=4, expand=2, conv_kernel=4, chunk_size=8,
         use_conv_bias=False, use_bias=False, num_hidden_layers=1,
     )  # fmt: skip
     layer = randomised(module.Mamba2Mixer(config, 0)).eval()
-    layer.norm = GateAlone()
+    layer.norm.variance_epsilon, layer.norm.group_size = (
+        1e-6,
+        24,
+    )  # its own groups are one, as many as B and C are there
     without_projection(layer, "out_proj")
-    mixer, _ = mixer_case("mamba2", {"output_norm": "none"}, preset="published", groups=4, key=5, value=6, scale=1.0)
+    mixer, _ = mixer_case("mamba2", preset="published", groups=4, key=5, value=6, scale=1.0)
 
     def parts():
         return layer.in_proj.weight.split([24, 24, 20, 20, 4])
@@ -168,6 +164,7 @@ def test_mamba2_layer_of_transformers():
             "conv.q": heads(q), "conv.k": heads(k), "conv.v": heads(v),
             "step.weight": parts()[4], "step.bias": layer.dt_bias, "log_rate": layer.A_log, "skip": layer.D,
             "gate.weight": parts()[0], "gate.bias": torch.zeros(24).double(),
+            "norm_weight": heads(layer.norm.weight),
         }  # fmt: skip
 
     def project(x):

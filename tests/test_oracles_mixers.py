@@ -99,8 +99,7 @@ def test_rwkv7_of_fla():
     peer = fla("generalized_delta_rule/dplr/naive.py", "dplr_recurrence")
     update = fla("rwkv7/fused_k_update.py", "k_update_ref")
     correct = fla("rwkv7/gate_output_correction.py", "gate_output_correction_ref")
-    options = {"unit_keys": False, "output_norm": "layer", "output_gate": "sigmoid", "rank": 5}
-    mixer, x = mixer_case("rwkv7", options, groups=4, value=6)
+    mixer, x = mixer_case("rwkv7", {"conv": 0, "rank": 5, "gate_rank": 3}, preset="published", groups=4, value=6)
 
     def theirs(x):
         decay = -0.6065306597126334 * linear(torch.tanh(linear(x.x, mixer.decay_down)), mixer.decay_up).sigmoid()
@@ -108,12 +107,43 @@ def test_rwkv7_of_fla():
         unit = F.normalize(x.k * mixer.erase_scale, dim=-1)
         k = update(x.k, heads(rate), mixer.rate_share)
         o, _ = peer(*swapped(x.q, k, x.v, -unit, unit * heads(rate), heads(decay)))
-        o = o.transpose(1, 2)
-        o = F.layer_norm(o, (6,), eps=1e-6) * mixer.norm_weight
-        gate = linear(x.x, mixer.gate).sigmoid()
+        o = group_norm(o.transpose(1, 2), mixer)
+        gate = linear(linear(x.x, mixer.gate_down).sigmoid(), mixer.gate)  # as its LoRA class has it, without a bias
         return correct(o.flatten(2), x.q * 6**-0.5, k, mixer.bonus, x.v, gate)
 
     agree(lambda x: mixer(x.q, x.k, x.v, x.x)[0].flatten(2), theirs, x)
+
+
+def group_norm(o, mixer):
+    """RWKV's GroupNorm with a group a head."""
+    weight, bias = mixer.norm_weight.flatten(), mixer.norm_bias.flatten()
+    return heads(F.group_norm(o.flatten(2).flatten(0, 1), 4, weight, bias, eps=1e-6).unflatten(0, o.shape[:2]))
+
+
+def rms_norm(o, mixer):
+    """One norm over all heads, as fla's layers have it behind `rearrange(o, "... h d -> ... (h d)")`."""
+    return heads(F.rms_norm(o.flatten(2), (o.shape[2] * o.shape[3],), mixer.norm_weight.flatten(), eps=1e-6))
+
+
+PUBLISHED = {
+    "rwkv6": lambda o, mixer, x: group_norm(o, mixer) * F.silu(heads(linear(x.x, mixer.gate))),
+    "hgrn2": lambda o, mixer, x: rms_norm(o, mixer),
+    "gsa": lambda o, mixer, x: rms_norm(o, mixer),
+    "gla": lambda o, mixer, x: (
+        F.rms_norm(o, (6,), eps=1e-6) * mixer.norm_weight * F.silu(heads(linear(x.x, mixer.gate)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_follows_the_recurrence_is_the_authors(name):
+    """Norm and gate of the `published` preset behind the operator's output, which other tests have compared."""
+    mixer, x = mixer_case(name, {"conv": 0}, preset="published", value=6)
+    agree(
+        lambda x: mixer(x.q, x.k, x.v, x.x)[0],
+        lambda x: PUBLISHED[name](attended(mixer, x)[0], mixer, x),
+        x,
+    )
 
 
 def test_gated_slot_attention_of_fla():

@@ -20,7 +20,7 @@ from limbeck.model.compiling import compiled, wanted
 from limbeck.recipe import STAGES
 from limbeck.stages.end_to_end import Logits
 from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.learner import accumulate, fetch
+from limbeck.stages.learner import accumulate, alone_in, fetch
 from limbeck.stages.optimize import Optimizer, gradient_norm
 from limbeck.stages.teacher import Pair
 
@@ -78,7 +78,7 @@ def step_of(
         stack.callback(ahead.close)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        optimizer = Optimizer(parameters, stage.learning_rates(settings), settings)
+        optimizer = Optimizer(parameters, stage.learning_rates(settings), settings, stage.student)
         optimizer.set_rate(1e-3)
         if fuse and name == "logits":
             for model in (teacher, student):
@@ -87,7 +87,7 @@ def step_of(
 
         def step() -> None:
             sums = accumulate(stage, ahead.take(next(at)))
-            fetch(gradient_norm(parameters, settings.clip), sums)
+            fetch(gradient_norm(parameters, settings.clip, alone=alone_in(stage)), sums)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -24,7 +24,7 @@ from limbeck.model import unshare
 from limbeck.precision import arithmetic
 from limbeck.prepare import Job, new_student, prepare_job
 from limbeck.recipe import Recipe
-from limbeck.stages.learner import accumulate, total_loss
+from limbeck.stages.learner import accumulate, alone_in, total_loss
 from limbeck.stages.loss_scale import LossScale, needs_scale
 from limbeck.stages.optimize import Optimizer, gradient_norm
 from limbeck.stages.run import RunDirectory
@@ -90,7 +90,7 @@ def _sweep(job: Job, settings: Any, index: int, done: dict[int, dict[str, Any]],
     parameters = stage.parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = Optimizer(parameters, stage.learning_rates(settings), settings)
+    optimizer = Optimizer(parameters, stage.learning_rates(settings), settings, stage.student)
     scale = LossScale({}, needs_scale(stage.autocast, job.device.type))
     data = job.training(job.recipe.text_of(settings))
     micro = min(settings.micro_batch or settings.batch, settings.batch)
@@ -108,7 +108,7 @@ def _sweep(job: Job, settings: Any, index: int, done: dict[int, dict[str, Any]],
                 stage.loss_scale = scale.value
                 sums = accumulate(stage, batches)
                 scale.off(parameters.values())
-                norm = float(gradient_norm(parameters, settings.clip))
+                norm = float(gradient_norm(parameters, settings.clip, alone=alone_in(stage)))
                 loss = total_loss({name: float(value) for name, value in sums.items()}) + 0 * norm
                 if not scale.update(math.isfinite(loss)):
                     break

@@ -152,19 +152,20 @@ def identity_of(
             "tokenizer": tokenizer_in(tokenizer),
             "files": _files(folder) if folder else None,
         },
-        "student": student_of(recipe.student, layers),
+        "student": student_of(recipe.student, layers, recipe.longest),
     }
 
 
-def student_of(student: Student, layers: int) -> list[dict[str, Any]]:
+def student_of(student: Student, layers: int, length: int) -> list[dict[str, Any]]:
     """Which mixer with which options stands in which layers, of a recipe's student: groups of layers.
 
     Args:
         layers: attention layers of the teacher.
+        length: tokens of the longest sequences that it learns from.
     """
     rules = [rule.model_dump(exclude_none=True) for rule in student.rules]
     chosen = converted_layers(student.layers, student.keep, layers)
-    assigned = assign(chosen, student.mixer, student.options, student.preset, rules, layers)
+    assigned = assign(chosen, student.mixer, student.options, student.preset, rules, layers, length)
     groups: dict[str, tuple[Any, list[int]]] = {}
     for layer, one in assigned.items():
         groups.setdefault(_plain([one.mixer, one.options]).decode(), (one, []))[1].append(layer)
@@ -253,7 +254,7 @@ def looks_the_same(path: Path, recipe: Recipe) -> bool:
             except LimbeckError:
                 gone.append(f"text '{source['source']}'")
     try:
-        if student and student != json.loads(_plain(student_of(recipe.student, teacher["layers"]))):
+        if student and student != json.loads(_plain(student_of(recipe.student, teacher["layers"], recipe.longest))):
             return False
     except LimbeckError as error:
         gone.append(f"student ({error.found})")

@@ -123,8 +123,8 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
                 expected=f"{key} of at most {longest}",
                 hint=f"--set {key}={longest}",
             )
-    identity = {}
-    if world().main:
+    identity: dict[str, Any] = {}
+    if world().main and told is None:  # of a stand-in there are no files to know it by
         identity = identity_of(recipe, teacher, tokenizer, len(attention_sites(teacher)))
         check_identity(path, identity)
     if recipe.attention == "mask":
@@ -332,6 +332,7 @@ def new_student(job: Job) -> PreTrainedModel:
         rules=[rule.model_dump(exclude_none=True) for rule in student.rules],
         copy_projections=student.copy_projections,
         share=True,
+        length=job.recipe.longest,
     ).requires_grad_(False)
     if job.recipe.attention == "mask":
         use_masks(converted)

@@ -283,6 +283,11 @@ class Document(_Part):
         """The complete recipe as YAML, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequences that any stage reads."""
+        return max(text.length for text in (self.data, *map(self.text_of, self.stages)))
+
     def text_of(self, stage: _Stage) -> Data:
         """The text of a stage, with the length that it has there."""
         data = stage.data or self.data

@@ -37,6 +37,7 @@ from limbeck.prepare import Job
 from limbeck.recipe import Recipe
 from limbeck.stages.calibrate import RIDGES, NormalEquations
 from limbeck.stages.end_to_end import Logits
+from limbeck.stages.learner import alone_in
 from limbeck.stages.optimize import Optimizer, gradient_norm, steps_of
 from limbeck.stages.teacher import Pair
 from limbeck.summary import write_summary
@@ -143,7 +144,7 @@ def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -
         parameter.requires_grad_(True)
     micro = min(settings.micro_batch or settings.batch, settings.batch)
     try:
-        optimizer = Optimizer(parameters, stage.learning_rates(settings), settings)
+        optimizer = Optimizer(parameters, stage.learning_rates(settings), settings, stage.student)
         optimizer.set_rate(0.0)
 
         def backward(tokens: int, sequences: int) -> None:
@@ -153,7 +154,7 @@ def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -
             stage.backward(batch, stage.count(batch))
 
         def update() -> None:
-            gradient_norm(parameters, settings.clip)
+            gradient_norm(parameters, settings.clip, alone=alone_in(stage))
             for parameter in parameters.values():
                 if parameter.grad is not None:  # not even a NaN may reach the weights, many of them the teacher's
                     parameter.grad.zero_()

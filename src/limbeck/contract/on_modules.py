@@ -74,33 +74,42 @@ def three_forms(variant: Variant) -> None:
         same(y[:, 0], whole[:, t], f"token {t} alone beside the whole pass")
 
 
-@check("left padding changes nothing, whatever stands in it, in the pass, the matrix and the state")
+@check("padding changes nothing, ahead, inside or behind, whatever stands in it, in the pass, the matrix and the state")
 @torch.no_grad()
 def padded_module(variant: Variant) -> None:
     module = variant.module()
-    given = sample(module, 3, LONG)
-    padding = (0, 3, 70)
-    for row, count in enumerate(padding):
-        for z in given:
-            z[row, :count] = 100.0
-    valid = torch.arange(LONG) >= torch.tensor(padding)[:, None]
+    at = torch.arange(LONG)
+    draw = torch.Generator().manual_seed(7)
+    rows_of = {
+        "no padding": at >= 0,
+        "3 tokens of padding ahead": at >= 3,
+        "70 tokens of padding ahead": at >= 70,  # the first of the pieces below is nothing but padding
+        "20 tokens of padding behind": at < 130,
+        "padding between two turns": (at >= 2) & ((at < 61) | (at >= 75)),
+        "padding in every third place": torch.rand(LONG, generator=draw) > 0.3,
+    }
+    valid = torch.stack(list(rows_of.values()))
+    given = sample(module, len(valid), LONG)
+    for z in given:
+        z[~valid] = 100.0
     y, last = module(*given, tokens=Tokens(valid))
     by_matrix, matrix = module.forward_matrix(*given, tokens=Tokens(valid))
-    # the first of these pieces is nothing but padding to the third row
     pieces, state = [], None
     for begin, end in ((0, 64), (64, 65), (65, LONG)):
         piece = Tokens(valid[:, begin:end])
         part, state = module(*_cut(given, begin, end), tokens=piece, state=state)
         pieces.append(part)
     more = sample(module, 1, 9, seed=5)
-    for row, count in enumerate(padding):
-        alone, end = module(*(z[row : row + 1, count:] for z in given))
-        what = f"the row with {count} tokens of padding"
-        same(y[row, count:], alone[0], what)
-        same(torch.cat(pieces, 1)[row, count:], alone[0], f"{what}, in three pieces")
-        same(by_matrix[row, count:], alone[0], f"{what}, by the matrix")
-        assert not matrix[row, :, count:, :count].any(), f"{what}: the matrix reads padding"
-        same(module(*more, state=rows(last, row))[0], module(*more, state=end)[0], f"{what}: what follows its state")
+    for row, (what, real) in enumerate(rows_of.items()):
+        alone, end = module(*(z[row : row + 1, real] for z in given))
+        same(y[row, real], alone[0], what)
+        same(torch.cat(pieces, 1)[row, real], alone[0], f"{what}, in three pieces")
+        same(by_matrix[row, real], alone[0], f"{what}, by the matrix")
+        assert not matrix[row][:, real][:, :, ~real].any(), f"{what}: the matrix reads padding"
+        for name, after in (("", last), (" in three pieces", state)):
+            assert after is not None
+            follows = module(*more, state=rows(after, row))[0]
+            same(follows, module(*more, state=end)[0], f"{what}: what follows its state{name}")
 
 
 @check("packed documents are kept apart in the pass, the matrix and the state")

@@ -16,6 +16,7 @@ SWITCHES: tuple[dict[str, Any], ...] = (
     {"state": 0.5},
     {"state": 2.0},
     {"heads": 1, "state": 0.25, "output_norm": "rms", "output_gate": "silu"},
+    {"output_norm": "layer", "norm_over": "gated", "norm_bias": True, "output_gate": "inner", "gate_rank": 3},
     FULL,
 )
 

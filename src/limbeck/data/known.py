@@ -51,7 +51,7 @@ class Documents:
             return self
         segments: Any = self.segments.to(device, non_blocking=True)
         offsets = self.offsets.to(device, non_blocking=True)
-        segments.limbeck_offsets, segments.limbeck_offsets_host = offsets, self.host  # kernels of mixers look there
+        segments.limbeck_ends = self.host  # kernels of mixers look there
         return Documents(segments, offsets, self.host)
 
 

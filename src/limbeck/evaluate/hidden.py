@@ -37,7 +37,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) in Frobenius norms of centred columns: from 0 to 1, blind to rotations and to one scale
     for all. It is biased upwards where N is not much larger than D.
     """
-    x, y = (z.float() - z.float().mean(0) for z in (x, y))
+    # neither autocast nor TF32 reaches float64
+    x, y = (z.double() - z.double().mean(0) for z in (x, y))
     size = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
     return float(torch.linalg.matrix_norm(y.T @ x).square() / size.clamp_min(torch.finfo(size.dtype).tiny))
 

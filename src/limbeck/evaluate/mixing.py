@@ -30,6 +30,7 @@ from limbeck.evaluate.measures import Found, Measure, Settings
 from limbeck.evaluate.subject import Subject
 from limbeck.model import Site, attention_sites
 from limbeck.model.body import run_body
+from limbeck.model.switching import implemented_by
 from limbeck.stages.teacher import tap
 
 STATISTICS = (
@@ -119,13 +120,8 @@ def matrix_of(module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     """The mixing matrix [B, H, T, T] of an attention module on the arguments of its teacher's eager call."""
     if hasattr(module, "mixer"):
         return module(*args, **kwargs, output_matrix=True)[1]
-    config: Any = module.config
-    before = config._attn_implementation
-    config._attn_implementation = "eager"  # the only one that gives softmax's matrix
-    try:
+    with implemented_by(module, "eager"):  # the only one that gives softmax's matrix
         return module(*args, **kwargs)[1]
-    finally:
-        config._attn_implementation = before
 
 
 def longest_document(position: Tensor) -> slice:

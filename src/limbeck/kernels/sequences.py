@@ -32,6 +32,16 @@ class Sequences:
         known = getattr(segments, "_limbeck_sequences", None)
         if known is not None:
             return known
+        ends = getattr(segments, "limbeck_ends", None)  # on the host (limbeck.data.known): nothing is waited for
+        if ends is not None:
+            rows = torch.arange(segments.shape[0] + 1) * segments.shape[1]
+            place = torch.searchsorted(ends.long(), rows)  # every row begins a document
+            offsets, first, last = (
+                x.to(segments.device, non_blocking=True) for x in (ends.long(), place[:-1], place[1:] - 1)
+            )
+            packed = cls(offsets, first, last, segments[:, 0] == 0, (segments.shape[0], segments.shape[1]))
+            segments._limbeck_sequences = packed  # type: ignore[attr-defined]
+            return packed
         begins = torch.ones_like(segments, dtype=torch.bool)
         begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
         offsets = begins.flatten().nonzero().squeeze(1)

@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from limbeck.errors import LimbeckError
 
 BACKENDS = ("auto", "torch", "fla")
-_asked = os.environ.get("LIMBECK_BACKEND", "auto")  # of the process, not the thread: backward passes have their own
+# Of the process, not the thread: backward passes have their own. The last that asked and is still inside is heard.
+_inside: list[list[str]] = [[os.environ.get("LIMBECK_BACKEND", "auto")]]
 
 
 def asked_for() -> str:
     """The setting as it is, "auto" unless something else was asked for."""
-    return _asked
+    return _inside[-1][0]
 
 
 def check_setting() -> None:
     """Raises LimbeckError where LIMBECK_BACKEND names no backend."""
-    if _asked not in BACKENDS:
-        raise LimbeckError(f"the backend is '{_asked}'", expected=" | ".join(BACKENDS), hint="LIMBECK_BACKEND=auto")
+    if (asked := asked_for()) not in BACKENDS:
+        raise LimbeckError(f"the backend is '{asked}'", expected=" | ".join(BACKENDS), hint="LIMBECK_BACKEND=auto")
 
 
 @contextmanager
@@ -32,11 +33,10 @@ def using(backend: str) -> Iterator[None]:
     Raises:
         LimbeckError: no such backend.
     """
-    global _asked
-    before = _asked
-    _asked = backend if backend != "auto" else os.environ.get("LIMBECK_BACKEND", "auto")
+    mine = [backend if backend != "auto" else os.environ.get("LIMBECK_BACKEND", "auto")]
+    _inside.append(mine)
     try:
         check_setting()
         yield
-    finally:
-        _asked = before
+    finally:  # not the last one, where another thread came in since
+        del _inside[next(i for i, one in enumerate(_inside) if one is mine)]

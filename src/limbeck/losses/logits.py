@@ -65,7 +65,7 @@ class FromDisk:
 def logit_losses(
     student_head: Head,
     student: Tensor,
-    teacher: Signal,
+    teacher: Signal | None,
     targets: Tensor,
     weights: Weights | None = None,
     scale: float = 1.0,
@@ -81,6 +81,7 @@ def logit_losses(
 
     Args:
         student: [B, T, D] hidden states.
+        teacher: None where no objective asks it: then nothing is said of it either.
         targets: [B, T] next tokens, -100 where there is none.
         weights: None measures only.
         scale: factor on the gradient (one over the global count of valid targets).
@@ -88,7 +89,7 @@ def logit_losses(
         compiled: fuse the passes over the logits by torch.compile.
 
     Returns:
-        sums over valid targets: count, ce and agree (same most likely token); with all of the teacher's logits
+        sums over valid targets: count, ce and, with a teacher, agree (same most likely token); with all of its logits
         teacher_ce and kl, and reverse_kl where nothing is learnt; each weighed objective by name, and `loss`, their
         weighted sum. And the gradient with respect to `student` [B, T, D], None where nothing is learnt.
 
@@ -107,7 +108,7 @@ def logit_losses(
     sums: dict[str, Tensor] = {}
     for part in rows.split(chunk):
         with torch.no_grad():
-            signal = teacher.rows(part)
+            signal = None if teacher is None else teacher.rows(part)
         h = flat[part].requires_grad_(learn and weight is None)
         with torch.set_grad_enabled(learn and weight is None):
             logits = student_head(h) if product is None else F.linear(h.to(product.dtype), product)
@@ -192,7 +193,7 @@ def check_top(weights: Weights) -> None:
 
 
 def _token_losses(
-    s: Tensor, teacher: Tensor | Top, labels: Tensor, weights: Weights | None, learn: bool
+    s: Tensor, teacher: Tensor | Top | None, labels: Tensor, weights: Weights | None, learn: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """A chunk's losses in float64, and the slope of the weighted ones with respect to the student's logits s [n, V].
 
@@ -203,7 +204,7 @@ def _token_losses(
     seen: dict[str, Tensor] = {}
     if isinstance(rows.teacher, Top):
         seen["agree"] = (rows.student[0] == rows.teacher.index[:, 0]).sum()
-    else:
+    elif rows.teacher is not None:
         seen["agree"] = (rows.student[0] == rows.other[0]).sum()
         seen["teacher_ce"] = (rows.other[1] - rows.t.gather(1, rows.labels)[:, 0]).sum()
         seen["kl"] = rows.divergence().sum()

@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from limbeck.ops.common import full_precision
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -55,9 +57,9 @@ class Slope:
 
 
 class Rows:
-    """Logits of n tokens: the student's, the teacher's or the most likely of them, and the labels."""
+    """Logits of n tokens: the student's, the teacher's or the most likely of them or none, and the labels."""
 
-    def __init__(self, s: Tensor, teacher: Tensor | Top, labels: Tensor):
+    def __init__(self, s: Tensor, teacher: Tensor | Top | None, labels: Tensor):
         self.s, self.teacher, self.labels = s, teacher, labels[:, None]
 
     @property
@@ -88,7 +90,11 @@ class Rows:
 
     def cooled(self, temperature: float) -> "Rows":
         """Both distributions softened."""
-        return self if temperature == 1 else Rows(self.s / temperature, self.t / temperature, self.labels[:, 0])
+        return (
+            self
+            if temperature == 1 or self.teacher is None
+            else Rows(self.s / temperature, self.t / temperature, self.labels[:, 0])
+        )
 
 
 def cross_entropy(rows: Rows, weights: Weights) -> tuple[Tensor, Slope]:
@@ -193,8 +199,11 @@ def _joined(parts: list[tuple[float, Slope]], rows: Rows) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row products [n, V], [n, V] -> [n], without a tensor between."""
-    return (a.unsqueeze(1) @ b.unsqueeze(2)).flatten()
+    """Row by row products [n, V], [n, V] -> [n], in full precision: divergences are small differences of large ones."""
+    if a.is_cuda and torch.get_float32_matmul_precision() != "highest":  # TF32 has ten bits
+        return (a * b).sum(-1)
+    with full_precision(a):
+        return (a.unsqueeze(1) @ b.unsqueeze(2)).flatten()  # without a tensor between
 
 
 def _top_and_logsumexp(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

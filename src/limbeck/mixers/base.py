@@ -56,6 +56,8 @@ class Mixer(nn.Module):
         "conv": 0,
         "conv_activation": "none",
         "output_norm": "rms",
+        "norm_over": "head",
+        "norm_bias": False,
         "output_gate": "none",
         "heads": 0,
         "state": 1.0,
@@ -67,8 +69,16 @@ class Mixer(nn.Module):
         self.shape = shape = self._inner_shape()  # what the operator sees
         if options.output_norm != "none":
             self.norm_weight = nn.Parameter(torch.ones(shape.heads, shape.value_width))
+            if options.norm_bias:
+                self.norm_bias = nn.Parameter(torch.zeros(shape.heads, shape.value_width))
+        if options.output_gate == "inner" and not options.gate_rank:
+            raise LimbeckError(
+                f"option 'output_gate' of mixer '{self.name}' is inner, and gate_rank is 0",
+                expected="gate_rank of 1 or more",
+            )
         if options.output_gate != "none":
-            self.gate = nn.Linear(options.gate_rank or site.hidden, site.heads * site.value_width)
+            bias = options.output_gate != "inner"
+            self.gate = nn.Linear(options.gate_rank or site.hidden, site.heads * site.value_width, bias=bias)
             if options.gate_rank:
                 self.gate_down = nn.Linear(site.hidden, options.gate_rank, bias=False)
         if options.conv:
@@ -85,6 +95,11 @@ class Mixer(nn.Module):
     def build(self) -> None:
         """Make the mixer's own parameters."""
 
+    @classmethod
+    def for_length(cls, options: Any, length: int) -> Any:
+        """The options of a student that learns from texts of so many tokens, for mixers that depend on it."""
+        return options
+
     def reset_parameters(self) -> None:
         """Set every parameter to its documented start: close to linear attention over the teacher's q, k, v."""
         if self.options.conv:
@@ -99,7 +114,15 @@ class Mixer(nn.Module):
                     weight.copy_(start)
         if self.options.output_norm != "none":
             nn.init.ones_(self.norm_weight)
-        if self.options.output_gate != "none":
+            if self.options.norm_bias:
+                nn.init.zeros_(self.norm_bias)
+        if self.options.output_gate == "inner":
+            # one: halves of σ(0), weighed by different numbers so that no two channels learn alike
+            nn.init.zeros_(self.gate_down.weight)
+            nn.init.normal_(self.gate.weight, std=self.options.gate_rank**-0.5)
+            with torch.no_grad():
+                self.gate.weight.add_((2 - self.gate.weight.sum(1, keepdim=True)) / self.options.gate_rank)
+        elif self.options.output_gate != "none":
             if self.options.gate_rank:
                 nn.init.normal_(self.gate_down.weight, std=self.site.hidden**-0.5)
             nn.init.zeros_(self.gate.weight)
@@ -125,7 +148,8 @@ class Mixer(nn.Module):
         return self.shape.key_width
 
     def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """What a token adds of its own to the operator's output o [B, T, H, V], ahead of the head norm."""
+        """What a token adds of its own to the operator's output o [B, T, H, V], ahead of the head norm, which works in
+        float32: so in any precision."""
         return o
 
     def after_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
@@ -278,28 +302,40 @@ class Mixer(nn.Module):
 
     def _convolve(self, name: str, z: Tensor, tokens: Tokens, state: State, carried: State) -> Tensor:
         """q, k or v [B, T, heads, width] convolved; puts what the next call needs into `carried`."""
-        if tokens.valid is not None:
-            z = z.masked_fill(~tokens.valid[..., None, None], 0)
         key = f"conv_{name}"
-        z, carried[key] = convolution.causal(z, self.conv(name), state=state.get(key), segments=tokens.segments)
+        past = {"state": state.get(key), "segments": tokens.segments}
+        if tokens.valid is None:
+            z, carried[key] = convolution.causal(z, self.conv(name), **past)
+        else:
+            z, carried[key] = convolution.among_valid(z, self.conv(name), tokens.valid, **past)
         return z
 
     def _readout(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Head norm and output gate, and the teacher's heads again: [B, T, H, V]."""
+        dtype, gated = o.dtype, self.options.norm_over == "gated"
         o = self.before_norm(o, q, k, v, x)
+        o = self._gated(o, x) if gated else o
         if self.options.output_norm != "none":
-            wide = o.float() if o.dtype in (torch.float16, torch.bfloat16) else o
-            if self.options.output_norm == "layer":
-                wide = wide - wide.mean(-1, keepdim=True)
-            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-            o = (wide * self.norm_weight).to(o.dtype)
-        o = self.after_norm(o, q, k, v, x)
+            o = self._normed(o.float() if o.dtype in (torch.float16, torch.bfloat16) else o)
+        o = self.after_norm(o.to(dtype), q, k, v, x)
         o = o.reshape(*o.shape[:2], self.site.heads, self.site.value_width)
-        if self.options.output_gate != "none":
-            activate = F.silu if self.options.output_gate == "silu" else torch.sigmoid
-            x = self.gate_down(x) if self.options.gate_rank else x
-            o = o * activate(self.gate(x)).view(o.shape)
-        return o
+        return o if gated else self._gated(o, x)
+
+    def _normed(self, o: Tensor) -> Tensor:
+        over = -1 if self.options.norm_over == "head" else (-2, -1)
+        if self.options.output_norm == "layer":
+            o = o - o.mean(over, keepdim=True)
+        o = o * torch.rsqrt(o.square().mean(over, keepdim=True) + 1e-6) * self.norm_weight
+        return o + self.norm_bias if self.options.norm_bias else o
+
+    def _gated(self, o: Tensor, x: Tensor) -> Tensor:
+        kind = self.options.output_gate
+        if kind == "none":
+            return o
+        x = self.gate_down(x) if self.options.gate_rank else x
+        if kind == "inner":
+            return o * self.gate(torch.sigmoid(x)).view(o.shape)
+        return o * (F.silu if kind == "silu" else torch.sigmoid)(self.gate(x)).view(o.shape)
 
     def _denominator(self, total: Tensor, arguments: Inputs) -> Tensor:
         if arguments.floor is not None:

@@ -172,9 +172,14 @@ class CosFormer(FeatureMap):
 
     @staticmethod
     def at(x: Tensor, position: Tensor, horizon: int) -> Tensor:
-        """relu(x) turned by its position: products weigh as cos(π(i−j)/2L). x: [B, T, H, K], position: [B, T]."""
-        angle = (position.double() * (math.pi / (2 * horizon))).to(x.dtype)[..., None, None]
-        return torch.cat([x * angle.cos(), x * angle.sin()], -1)
+        """relu(x) turned by its position: products weigh as cos(π(i−j)/2L). x: [B, T, H, K], position: [B, T].
+
+        From the horizon on positions stand still, so no weight is ever negative: later tokens are as near to each other
+        as to themselves, and see the earlier ones as a token at the horizon does.
+        """
+        angle = position.clamp(max=horizon).double() * (math.pi / (2 * horizon))  # in bf16 it would come in steps
+        cos, sin = (f.clamp(min=0).to(x.dtype)[..., None, None] for f in (angle.cos(), angle.sin()))
+        return torch.cat([x * cos, x * sin], -1)
 
 
 def products(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from limbeck.ops import vector_decay
 @dataclass(frozen=True)
 class GLAOptions(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
-    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
     rank: int = 16
     temperature: float = 16.0
     shortest: float = 8.0  # half-lives in tokens, spread over the heads

@@ -41,7 +41,7 @@ class GSA(Mixer):
     operator = value_decay
     options_class = GSAOptions
     options: GSAOptions
-    published = {"rope": False, "swish": True, "output_norm": "rms"}
+    published = {"rope": False, "swish": True, "output_norm": "rms", "norm_over": "heads"}
 
     def build(self) -> None:
         s, rows = self.shape, self.options.state * self.shape.key_width

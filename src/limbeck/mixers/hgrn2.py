@@ -42,7 +42,7 @@ class HGRN2(Mixer):
     operator = vector_decay
     options_class = HGRN2Options
     options: HGRN2Options
-    published = {"swish": True}
+    published = {"swish": True, "norm_over": "heads"}
 
     def build(self) -> None:
         s = self.shape

@@ -54,6 +54,14 @@ class Hybrid(Mixer):
         self.switches = {name: value for name, value in common.items() if value != getattr(Options(), name)}
         super().__init__(site, replace(options, **{**vars(Options()), "rope": options.rope}))
 
+    @classmethod
+    def for_length(cls, options: HybridOptions, length: int) -> HybridOptions:
+        linear = registry.get(options.linear)
+        before = vars(registry.options(options.linear, options.linear_options))
+        after = vars(linear.for_length(registry.options(options.linear, options.linear_options), length))
+        own = {name: value for name, value in after.items() if value != before[name]}
+        return replace(options, linear_options={**options.linear_options, **own}) if own else options
+
     def build(self) -> None:
         o = self.options
         if not 0 < o.share < 1:

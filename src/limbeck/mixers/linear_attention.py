@@ -8,7 +8,7 @@ Start: the student at step 0 is linear attention over the teacher's q, k, v, mat
 Taylor and ReBased map q and k to 16 channels first, since their features number a half K².
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,9 @@ from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
 from limbeck.ops import scalar_decay
+from limbeck.ops.common import starts
+
+HORIZON = 2048  # tokens, of a cosformer that nobody told a length
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class LinearAttentionOptions(Options):
     ] = "elu1"
     normalise: bool = True
     width: int = 0  # map q and k to so many channels first; 0 to leave them
-    horizon: int = 32768  # cosformer: the length at which a token's weight has fallen to zero
+    horizon: int = 0  # cosformer: tokens in which a weight falls to zero; 0: the length that the student learns from
 
 
 @register
@@ -56,6 +59,11 @@ class LinearAttention(Mixer):
         super().__init__(site, options)
         self.normalised = options.normalise
 
+    @classmethod
+    def for_length(cls, options: LinearAttentionOptions, length: int) -> LinearAttentionOptions:
+        needed = options.feature_map == "cosformer" and not options.horizon
+        return replace(options, horizon=length) if needed else options
+
     def build(self) -> None:
         s = self.shape
         self.phi_q, self.phi_k = self.kind(s.heads, s.key_width), self.kind(s.kv_heads, s.key_width)
@@ -71,15 +79,29 @@ class LinearAttention(Mixer):
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         q, k, carry = self.phi_q(q), self.phi_k(k), {}
-        if self.kind is CosFormer:  # only differences of positions matter, so padding and documents are counted along
-            first = state.get("position", q.new_zeros(len(q), dtype=torch.long))
-            position = first[:, None] + torch.arange(q.shape[1], device=q.device)
-            q, k = (CosFormer.at(z, position, self.options.horizon) for z in (q, k))
+        if self.kind is CosFormer:
+            position = _positions(tokens, q, state.get("position"))
+            q, k = (CosFormer.at(z, position, self.options.horizon or HORIZON) for z in (q, k))
             carry = {"position": position[:, -1] + 1}
         return Inputs(q if self.options.normalise else q * self.shape.scale, k, v, carry=carry)
 
     def memory_numel(self) -> int:
         return super().memory_numel() + (self.kind is CosFormer)
+
+
+def _positions(tokens: Tokens, q: Tensor, first: Tensor | None) -> Tensor:
+    """Place of each token among the valid ones of its document, [B, T]; `first` [B] have come before in document 0."""
+    if tokens.valid is None:
+        before = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
+        place = before
+    else:
+        place = tokens.valid.cumsum(1) - 1
+        before = place + ~tokens.valid  # valid tokens ahead
+    past = 0 if first is None else first[:, None]
+    if tokens.segments is not None:
+        place = place - torch.where(starts(tokens.segments), before, 0).cummax(1).values
+        past = past * (tokens.segments == 0)
+    return place + past
 
 
 @register

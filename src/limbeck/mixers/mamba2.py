@@ -27,7 +27,7 @@ from limbeck.ops.common import widen
 @dataclass(frozen=True)
 class Mamba2Options(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
-    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
     skip: float = 0.0  # where D starts
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
     longest: float = 512.0
@@ -43,7 +43,7 @@ class Mamba2(Mixer):
     operator = scalar_decay
     options_class = Mamba2Options
     options: Mamba2Options
-    published = {"rope": False, "conv": 4, "conv_activation": "silu", "skip": 1.0}
+    published = {"rope": False, "conv": 4, "conv_activation": "silu", "norm_over": "gated", "skip": 1.0}
     steps_in_keys = True
 
     def build(self) -> None:

@@ -27,7 +27,7 @@ from limbeck.ops.common import widen
 class MetaLAOptions(Options):
     rope: bool = False
     output_norm: Literal["none", "rms", "layer"] = "layer"
-    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
     augment: bool = False
     temperature: float = 16.0
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
@@ -44,7 +44,9 @@ class MetaLA(Mixer):
     operator = vector_decay
     options_class = MetaLAOptions
     options: MetaLAOptions
-    published = {"augment": True, "conv": 4, "conv_activation": "silu", "state": 0.5}
+    # The authors' convolution goes over the block's input, with silu; over q, k and v a silu would bound the logits of
+    # the decay, and v, on one side.
+    published = {"augment": True, "conv": 4, "state": 0.5}
 
     def build(self) -> None:
         s = self.shape
@@ -68,8 +70,10 @@ class MetaLA(Mixer):
     def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if not self.options.augment:
             return o
+        # In float32: half precision has few steps at σ(0) = 0.5, which the head norm takes away again.
+        wide = torch.promote_types(o.dtype, torch.float32)
         weight = (q * self.own * -torch.expm1(self._log_decay(k))).sum(-1, keepdim=True)
-        return o + torch.sigmoid(weight.to(v.dtype) * widen(v, o.shape[2])).to(o.dtype)
+        return o.to(wide) + torch.sigmoid(weight.to(wide) * widen(v, o.shape[2]).to(wide))
 
     def _log_decay(self, k: Tensor) -> Tensor:
         gate = self.bias - widen(k, self.shape.heads)

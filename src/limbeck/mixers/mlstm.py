@@ -30,7 +30,7 @@ from limbeck.ops.common import widen
 @dataclass(frozen=True)
 class MLSTMOptions(Options):
     output_norm: Literal["none", "rms", "layer"] = "layer"
-    output_gate: Literal["none", "silu", "sigmoid"] = "sigmoid"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "sigmoid"
     soft_cap: float = 15.0
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
     longest: float = 512.0
@@ -74,7 +74,11 @@ class MLSTM(Mixer):
             log_f = log_f.masked_fill(~tokens.valid[..., None], 0)
         m, previous = stabiliser(log_i.detach(), log_f.detach(), tokens, state.get("m"))
         k = widen(k, self.shape.heads) * torch.exp(log_i - m).unsqueeze(-1)
-        return Inputs(q * self.shape.scale, k, v, log_f + previous - m, floor=torch.exp(-m), carry={"m": m[:, -1]})
+        log_decay = log_f + previous - m
+        log_decay = log_decay - log_decay.detach().clamp(
+            min=0
+        )  # rounding alone lifts it over zero; its slope stays one
+        return Inputs(q * self.shape.scale, k, v, log_decay, floor=torch.exp(-m), carry={"m": m[:, -1].clone()})
 
     def memory_numel(self) -> int:
         return super().memory_numel() + self.shape.heads  # m

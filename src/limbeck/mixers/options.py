@@ -18,8 +18,12 @@ class Options:
     rope: bool = True  # hand over q and k with the teacher's rotary position embedding
     conv: int = 0  # width of a causal convolution over q, k and v; 0 for none; starts as the identity
     conv_activation: Literal["none", "silu"] = "none"  # on q, k and v, after the convolution where there is one
-    output_norm: Literal["none", "rms", "layer"] = "none"  # per head, before the output gate
-    output_gate: Literal["none", "silu", "sigmoid"] = "none"  # from the hidden states, starts open
+    output_norm: Literal["none", "rms", "layer"] = "none"  # over what norm_over says
+    norm_over: Literal["head", "heads", "gated"] = (
+        "head"  # each head; all together; all together behind the output gate
+    )
+    norm_bias: bool = False  # a bias beside the norm's weight
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "none"  # from the hidden states; inner: W₂ σ(W₁x)
     gate_rank: int = 0  # rank of the output gate's projection; 0 for full
     heads: int = 0  # merge the teacher's heads into so many; 0 for the teacher's own number
     state: float = 0.0  # rows of the state per head, in key widths; 0 for the mixer's own number
@@ -46,7 +50,7 @@ class Options:
         return cls(**given)
 
 
-_AT_LEAST_ZERO = ("conv", "gate_rank", "heads", "state")
+_AT_LEAST_ZERO = ("conv", "gate_rank", "heads", "state", "horizon")
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -22,7 +22,7 @@ from limbeck.ops import scalar_decay
 @dataclass(frozen=True)
 class RetNetOptions(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
-    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
 
 
 @register

@@ -24,13 +24,13 @@ from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
 from limbeck.mixers.start import spread_half_lives
 from limbeck.ops import vector_decay
-from limbeck.ops.common import same_document, starts, widen
+from limbeck.ops.common import full_precision, same_document, starts, widen
 
 
 @dataclass(frozen=True)
 class RWKV6Options(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
-    output_gate: Literal["none", "silu", "sigmoid"] = "silu"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
     rank: int = 64
     complement: bool = False
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
@@ -47,7 +47,7 @@ class RWKV6(Mixer):
     operator = vector_decay
     options_class = RWKV6Options
     options: RWKV6Options
-    published = {"rope": False, "conv": 2, "output_norm": "layer"}
+    published = {"rope": False, "conv": 2, "output_norm": "layer", "norm_bias": True}
 
     def build(self) -> None:
         s = self.shape
@@ -84,7 +84,9 @@ class RWKV6(Mixer):
         if memory is None:
             first = torch.zeros_like(later[:, :1])
         else:
-            first = torch.einsum("bhk,bhkv->bhv", arguments.q[:, 0].to(memory.dtype), memory)[:, None].to(later.dtype)
+            with full_precision(q):
+                first = torch.einsum("bhk,bhkv->bhv", arguments.q[:, 0].to(memory.dtype), memory)
+            first = first[:, None].to(later.dtype)
         o = torch.cat([first, later[:, :-1]], 1)
         if segments is not None:  # a document's first token has nothing before it
             o = o.masked_fill(starts(segments)[..., None, None], 0)

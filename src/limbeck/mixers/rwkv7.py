@@ -50,7 +50,8 @@ class RWKV7(Mixer):
     published = {
         "conv": 2,
         "output_norm": "layer",
-        "output_gate": "sigmoid",
+        "norm_bias": True,
+        "output_gate": "inner",
         "gate_rank": 128,
         "unit_keys": False,
         "shortest": 2.0,

@@ -219,8 +219,11 @@ def tokens_of(
     begin = mask.shape[-1] - length if begin is None else begin
     # neither a compiled step nor one on an accelerator stops to look at values; it gets what may be trivial
     looks = not torch.compiler.is_compiling() and (length > 1 or mask.device.type == "cpu")
-    call = (length, int(begin)) if looks else None
-    known = getattr(mask, "_limbeck_tokens", None) if looks else None  # one mask serves all layers of a pass
+    # One mask serves all layers of a pass, until it is written to, which inference mode does not count.
+    read = [mask, positions] if chunk and positions is not None else [mask]
+    keeps = looks and not any(x.is_inference() for x in read)
+    call = (length, int(begin), chunk, *((id(x), x._version) for x in read)) if keeps else None
+    known = getattr(mask, "_limbeck_tokens", None) if keeps else None
     if known is not None and known[0] == call:
         return known[1]
     if mask.dim() == 2:
@@ -242,8 +245,8 @@ def tokens_of(
             )
         segments = torch.cat([torch.zeros_like(starts[:, :1]), starts], 1).cumsum(1)
     tokens = Tokens(None if looks and bool(valid.all()) else valid, segments)
-    if looks:
-        mask._limbeck_tokens = (call, tokens)  # type: ignore[attr-defined]
+    if keeps:
+        mask._limbeck_tokens = (call, tokens, positions)  # type: ignore[attr-defined]  # whose id stays its own
     return tokens
 
 

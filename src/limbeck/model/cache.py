@@ -98,7 +98,7 @@ class RecurrentLayer(CacheLayerMixin):
     def write(self, call: int, state: State) -> None:
         """Keep the state that this call ended with."""
         if not self.static:
-            self.states[call : call + 1] = [state]
+            self.states[call : call + 1] = [{name: _alone(tensor) for name, tensor in state.items()}]
             return
         old = self.read(call) or {}
         kept = {name: _kept(old.get(name), tensor.detach()) for name, tensor in state.items()}
@@ -284,10 +284,18 @@ def _cache_name(cls: Any) -> str:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes held by a cache: states, keys and values of all layers."""
+    """Bytes held by a cache: states, keys and values of all layers, and whatever memory views among them keep alive."""
     if isinstance(cache, EncoderDecoderCache):
         return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+    storages = (t.untyped_storage() for layer in cache.layers for t in _tensors(vars(layer)))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it is a view that would keep a larger one alive."""
+    if torch.compiler.is_compiling():
+        return tensor
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size() else tensor
 
 
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:

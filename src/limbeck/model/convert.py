@@ -39,6 +39,7 @@ def convert(
     rules: Sequence[dict[str, Any]] = (),
     copy_projections: bool = True,
     share: bool = False,
+    length: int | None = None,
 ) -> PreTrainedModel:
     """A student of `model` with `mixer` in place of softmax attention.
 
@@ -56,6 +57,8 @@ def convert(
         copy_projections: keep the teacher's q, k, v and output projections; False draws fresh ones.
         share: let everything outside the converted attention modules be the teacher's very tensors (saves memory while
             only the mixers are trained); False copies all.
+        length: tokens of the longest sequences that the student will learn from, for mixers that depend on it
+            (`cosformer`); None for the most that the teacher was made for.
 
     Raises:
         LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, a model that is wrapped
@@ -65,11 +68,12 @@ def convert(
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     refuse_quantised(model.config, "this model")
-    Assignment.of(mixer, options, preset)  # an unknown mixer is told before a family that cannot be converted
+    length = length or longest_of(model.config)
+    Assignment.of(mixer, options, preset, length)  # an unknown mixer is told before a family that cannot be converted
     sites = attention_sites(model)
     chosen = [sites[i] for i in converted_layers(layers, keep, len(sites))]
     _check_sharing(model, chosen)
-    assigned = assign([site.shape.layer for site in chosen], mixer, options, preset, rules, len(sites))
+    assigned = assign([site.shape.layer for site in chosen], mixer, options, preset, rules, len(sites), length)
     plan = _plan(model, assigned, chosen)
     student = _clone(model, plan, chosen, share)
     install(student, plan)
@@ -128,8 +132,8 @@ class Assignment:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, mixer: str, options: dict[str, Any] | None, preset: str) -> "Assignment":
-        chosen = mixers.options(mixer, options, preset)
+    def of(cls, mixer: str, options: dict[str, Any] | None, preset: str, length: int) -> "Assignment":
+        chosen = mixers.get(mixer).for_length(mixers.options(mixer, options, preset), length)
         return cls(mixers.get(mixer).name, asdict(chosen))
 
 
@@ -140,16 +144,22 @@ def assign(
     preset: str,
     rules: Sequence[dict[str, Any]],
     count: int,
+    length: int,
 ) -> dict[int, Assignment]:
     """Which mixer each of these layers gets, of a teacher of `count` layers; see `convert`."""
-    assigned = dict.fromkeys(layers, Assignment.of(mixer, options, preset))
+    assigned = dict.fromkeys(layers, Assignment.of(mixer, options, preset, length))
     for rule in rules:
-        assigned.update(_ruled(rule, mixer, preset, assigned, count))
+        assigned.update(_ruled(rule, mixer, preset, assigned, count, length))
     return assigned
 
 
+def longest_of(config: PreTrainedConfig) -> int:
+    """The tokens of the longest sequence that a model was made for; 0 where its config does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+
+
 def _ruled(
-    rule: dict[str, Any], mixer: str, preset: str, assigned: dict[int, Assignment], count: int
+    rule: dict[str, Any], mixer: str, preset: str, assigned: dict[int, Assignment], count: int, length: int
 ) -> dict[int, Assignment]:
     """What a rule assigns, by layer."""
     known = ("layers", "mixer", "preset", "options")
@@ -163,7 +173,7 @@ def _ruled(
     absent = [i for i in layers if i not in assigned]
     if absent:
         raise LimbeckError(f"a rule names layer {absent[0]}, which keeps softmax", expected="layers that are converted")
-    new = Assignment.of(rule.get("mixer", mixer), rule.get("options"), rule.get("preset", preset))
+    new = Assignment.of(rule.get("mixer", mixer), rule.get("options"), rule.get("preset", preset), length)
     return dict.fromkeys(layers, new)
 
 

@@ -21,18 +21,15 @@ from limbeck.data.packing import Batch
 from limbeck.errors import LimbeckError
 from limbeck.model.attention import NAME, PACKED, attention
 from limbeck.model.documents import documents_of, try_flash
+from limbeck.model.switching import implemented_by
 
 
 @contextmanager
 def documents_apart(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
     """A pass over `batch`, whose documents are kept apart by what the host knows of them; check `fits` before."""
     mark(batch)
-    before = model.config._attn_implementation
-    try:
-        model.config._attn_implementation = PACKED
+    with implemented_by(model, PACKED):
         yield
-    finally:
-        model.config._attn_implementation = before
 
 
 def mark(batch: Batch) -> None:

@@ -7,6 +7,7 @@ Knows no family; what it finds is written into the student's config, so that loa
 """
 
 import dataclasses
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,12 @@ from transformers.masking_utils import sdpa_mask
 
 from limbeck.errors import LimbeckError, sentences
 from limbeck.mixers import HeadShape
-from limbeck.model.attention import arguments, layer_input
+from limbeck.model.attention import arguments, layer_input, softmax_attention
 from limbeck.model.loading import lent_neutral
+from limbeck.model.switching import implemented_by, in_eval
 
 PROBE = "limbeck_probe"
+_own = threading.local()  # `calls`: what this thread's probe has seen
 
 
 @dataclass(frozen=True)
@@ -81,28 +84,23 @@ def _try_out(model: PreTrainedModel) -> tuple[dict[nn.Module, dict], dict[nn.Mod
     calls: dict[nn.Module, dict] = {}
     hook = _find_output(calls)
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
-    old, training = model.config._attn_implementation, model.training
-    _record.calls = calls  # type: ignore[attr-defined]
     try:
-        model.config._attn_implementation = PROBE
         ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
-        with torch.no_grad():
+        with implemented_by(model, PROBE), in_eval(model), torch.no_grad():
+            _own.calls = calls
             try:
-                model.eval()(input_ids=ids, use_cache=True)
+                model(input_ids=ids, use_cache=True)
             except Exception:
                 calls.clear()
                 model(input_ids=ids, use_cache=False)
     except LimbeckError:
         raise
     except Exception as error:
-        model.config._attn_implementation = old
         for handle in handles:
             handle.remove()
         raise (_cannot_run(model) or _no_interface(model)) from error
     finally:
-        model.config._attn_implementation = old
-        model.train(training)
-        del _record.calls  # type: ignore[attr-defined]
+        _own.calls = None
         for handle in handles:
             handle.remove()
     return calls, names
@@ -120,17 +118,18 @@ def readers(model: PreTrainedModel) -> dict[int, int]:
 def _looks_ahead(model: PreTrainedModel) -> bool:
     """Does the second token change the first one's logits?"""
     ids = torch.tensor([[0, 1], [0, 2]], device=next(model.parameters()).device)
-    training = model.training
-    try:
-        with torch.no_grad():
-            first = model.eval()(input_ids=ids, use_cache=False).logits[:, 0]
-    finally:
-        model.train(training)
+    with torch.no_grad(), in_eval(model):
+        first = model(input_ids=ids, use_cache=False).logits[:, 0]
     return not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-5)
 
 
 def _record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **kwargs):
-    """Attention function that mixes nothing: notes the shapes, returns each token its own value."""
+    """Attention function that mixes nothing: notes the shapes, returns each token its own value.
+
+    What passes through the model in another thread meanwhile gets softmax attention.
+    """
+    if getattr(_own, "calls", None) is None:
+        return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if key.shape[2] != query.shape[2]:
         return query.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2), None  # of other tokens: no mixer's
     heads, groups = query.shape[1], key.shape[1]
@@ -142,7 +141,7 @@ def _record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
         value_width=value.shape[-1],
         scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
     )
-    _record.calls[module] = {"shape": shape}  # type: ignore[attr-defined]
+    _own.calls[module] = {"shape": shape}
     return value.repeat_interleave(heads // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
@@ -151,6 +150,8 @@ def _find_output(calls: dict):
     projections: list[nn.Module] = []
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        if getattr(_own, "calls", None) is not calls:
+            return  # another thread's pass
         if _widths(module) is not None:
             projections.append(module)
         elif module in calls:

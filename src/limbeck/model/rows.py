@@ -9,6 +9,7 @@ sampled queries alone: so windows, documents, sinks and soft caps are the family
 """
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from limbeck.errors import LimbeckError
 from limbeck.model.attention import FoundRows, softmax_attention
+from limbeck.model.switching import implemented_by
 from limbeck.ops.rows import pick
 
 NAME = "limbeck_rows"
@@ -33,17 +35,15 @@ def gives_rows(model: PreTrainedModel, modules: list[str]) -> bool:
 @contextmanager
 def rows_of(model: PreTrainedModel, modules: list[str], rows: Tensor) -> Iterator[None]:
     """Let the named attention modules return rows [B, R] of their attention matrix as their second output."""
-    before = model.config._attn_implementation
     chosen = [model.get_submodule(name) for name in modules]
-    for module in chosen:
-        module.limbeck_rows = rows  # type: ignore[assignment]
-    try:
-        model.config._attn_implementation = NAME
-        yield
-    finally:
-        model.config._attn_implementation = before
+    with implemented_by(model, NAME):
         for module in chosen:
-            del module.limbeck_rows
+            module.limbeck_rows = threading.get_ident(), rows  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module in chosen:
+                del module.limbeck_rows
 
 
 def rows_in(module: nn.Module, args: tuple, kwargs: dict, rows: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
     y, _ = softmax_attention(module, query, key, value, attention_mask, **kwargs)
-    rows = getattr(module, "limbeck_rows", None)
-    if rows is None:
+    thread, rows = getattr(module, "limbeck_rows", (None, None))
+    if rows is None or thread != threading.get_ident():
         return y, None
     if attention_mask is None:
         allowed = rows[:, None, :, None] >= torch.arange(key.shape[2], device=key.device)
@@ -84,17 +84,15 @@ def _agrees(model: PreTrainedModel, name: str) -> bool:
     handle = module.register_forward_hook(lambda m, args, output: found.append(output[1]))
     device = next(model.parameters()).device
     ids, rows = torch.tensor([[3, 4, 5, 6]], device=device), torch.tensor([[1, 3]], device=device)
-    before = model.config._attn_implementation
     try:
         with rows_of(model, [name], rows):
             model.get_decoder()(input_ids=ids, use_cache=False)
-        model.config._attn_implementation = "eager"
-        model.get_decoder()(input_ids=ids, use_cache=False)
+        with implemented_by(model, "eager"):
+            model.get_decoder()(input_ids=ids, use_cache=False)
         return bool(torch.allclose(found[0], found[1][:, :, rows[0]], atol=1e-4))
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
         return False
     finally:
-        model.config._attn_implementation = before
         handle.remove()
 
 

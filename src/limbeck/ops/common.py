@@ -13,7 +13,10 @@ decayed QKᵀ (the chunkwise form of GLA, arXiv 2312.06635, and of Mamba-2, arXi
 """
 
 import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +165,41 @@ def decay_gradient(states: Tensor, dstates: Tensor, decay: Tensor | None) -> Ten
     return per_channel.sum(-2, keepdim=True) if decay.shape[-2] == 1 else per_channel
 
 
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of an operator that is differentiated once: a second time is an error.
+
+    torch's `once_differentiable` hangs that error on what leads nowhere, so `torch.autograd.grad` with given inputs
+    passes it by and leaves terms out. Here it hangs on all that the gradient depends on.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *gradients):
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        causes = [x for x in (*gradients, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        return tuple(None if x is None else _Once.apply(x, *causes) for x in found)
+
+    return wrapped
+
+
+class _Once(torch.autograd.Function):
+    """The first of some tensors, whose slope with respect to any of them is not known."""
+
+    @staticmethod
+    def forward(ctx, x, *causes):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise LimbeckError(
+            "a second derivative of a mixer's operator was asked for",
+            expected="first derivatives, which are written by hand",
+            hint="the operator's `recurrent` form is plain autograd",
+        )
+
+
 class _AcrossChunks(torch.autograd.Function):
     """The equations of the module's head; the backward runs the same recurrence from the last chunk to the first."""
 
@@ -177,6 +215,7 @@ class _AcrossChunks(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
+    @once
     def backward(ctx, do, dlast):
         reads, writes, v, pairs, decay, states = ctx.saved_tensors
         with full_precision(do):
@@ -254,7 +293,14 @@ def step_by_step(
                 write = rate[:, t] * (write - keys[:, t].mT @ current)
             current = current + keys[:, t] * write
             outputs.append(queries[:, t] @ current)
-        return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
+        return joined(outputs, q, v), current
+
+
+def joined(outputs: list[Tensor], q: Tensor, v: Tensor) -> Tensor:
+    """Outputs [B, H, 1, V] of each token as [B, T, H, V] in v's dtype; there may be none."""
+    if not outputs:
+        return v.new_zeros(*q.shape[:3], v.shape[-1])
+    return torch.stack(outputs, 1).squeeze(-2).to(v.dtype)
 
 
 def _one_step(

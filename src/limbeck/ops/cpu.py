@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from limbeck.ops import common
 from limbeck.ops.cpu_chunk import Chunk
@@ -194,7 +193,7 @@ class _Chunks(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @common.once
     def backward(ctx, do, dlast):
         q, k, v, beta, log_decay, segments, updates, *states = ctx.saved_tensors
         with common.full_precision(do):

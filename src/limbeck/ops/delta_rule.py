@@ -185,6 +185,7 @@ class _Correct(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
+    @common.once
     def backward(ctx, do, dlast):
         reads, writes, mixing, decay, inverse, erased, updates, states = ctx.saved_tensors
         with common.full_precision(do):

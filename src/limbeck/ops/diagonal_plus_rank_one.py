@@ -55,7 +55,7 @@ def recurrent(
             rewritten = writes[:, t] * (reads[:, t] @ current)
             current = decay[:, t] * current + rewritten + keys[:, t] * values[:, t]
             outputs.append(queries[:, t] @ current)
-        return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
+        return common.joined(outputs, q, v), current
 
 
 @accelerated("diagonal_plus_rank_one")
@@ -186,6 +186,7 @@ class _Rewrite(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
+    @common.once
     def backward(ctx, do, dlast):
         reads, writes, mixing, decay, inverse, read, updates, states = ctx.saved_tensors
         chunk = do.shape[-2]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.ops.common import full_precision
+from limbeck.ops.common import full_precision, once
 
 
 def pairs(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
@@ -112,6 +112,7 @@ class _Pairs(torch.autograd.Function):
         return mixing, keys, since, until
 
     @staticmethod
+    @once
     def backward(ctx, dmixing, dkeys, dsince, duntil):
         q, k, log_decay, since, until = ctx.saved_tensors
         dq, dfirst, dsecond = torch.zeros_like(q), torch.zeros_like(k), None if dkeys is None else torch.zeros_like(k)
@@ -151,6 +152,7 @@ class _Gamma(torch.autograd.Function):
         return out, since, until
 
     @staticmethod
+    @once
     def backward(ctx, dout, dsince, duntil):
         out, since, until = ctx.saved_tensors
         both = (dout * out).tril_(-1)  # tokens with themselves decay by nothing

@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.ops import common, window_state
@@ -205,7 +204,7 @@ class _Exponentials(torch.autograd.Function):
         return weights @ v
 
     @staticmethod
-    @once_differentiable
+    @common.once
     def backward(ctx, do):
         q, k, v, weights, at = ctx.saved_tensors
         with common.full_precision(do):

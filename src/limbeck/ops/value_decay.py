@@ -48,7 +48,7 @@ def recurrent(
         for t in range(q.shape[1]):
             current = decay[:, t] * current + keys[:, t] * values[:, t]
             outputs.append(queries[:, t] @ current)
-        return torch.stack(outputs, 1).squeeze(-2).to(v.dtype), current
+        return common.joined(outputs, q, v), current
 
 
 def chunked(
@@ -129,6 +129,7 @@ class _Across(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
+    @common.once
     def backward(ctx, do, dlast):
         reads, writes, v, pairs, before, after, keeps, states = ctx.saved_tensors
         with common.full_precision(do):
@@ -175,6 +176,7 @@ class _Within(torch.autograd.Function):
         return out, since, until
 
     @staticmethod
+    @common.once
     def backward(ctx, dout, dsince, duntil):
         pairs, v, log_decay, out, since, until = ctx.saved_tensors
         dpairs, dv = torch.zeros_like(pairs), torch.zeros_like(v)

@@ -2,8 +2,8 @@
 
 Given what the mixer puts out, the attention output is linear in the output projection, so the projection that comes
 closest to the teacher's attention output solves a least-squares problem. The normal equations are summed over a few
-thousand tokens of the teacher's own layer inputs (a batch's products in its own precision, their sum in float64), and
-solved in float64 with a ridge that pulls towards the weights that are there:
+thousand tokens of the teacher's own layer inputs, products included in float64 (rounded to fewer bits FᵀF need not be
+positive definite), and solved in float64 with a ridge that pulls towards the weights that are there:
 
     (FᵀF + r m I) W = FᵀY + r m W0,    m the mean diagonal of FᵀF, r the ridge
 
@@ -17,8 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from limbeck.console import console
 from limbeck.data.packing import Batch
 from limbeck.distributed import add_tensors, add_up
+from limbeck.errors import LimbeckError
 from limbeck.model import Site
 from limbeck.model.body import run_body
 from limbeck.stages.teacher import Pair, Visit, tap
@@ -58,7 +60,7 @@ class NormalEquations:
                 module(*args, **kwargs)
             finally:
                 handle.remove()
-            self._accumulate(site.module, _wide(caught[0].flatten(0, -2)), _wide(output[0].flatten(0, -2)))
+            self._accumulate(site.module, caught[0].flatten(0, -2).double(), output[0].flatten(0, -2).double())
 
         return visit
 
@@ -75,30 +77,61 @@ class NormalEquations:
     def solve(self, ridge: float) -> float:
         """Write each layer's output projection; returns the unexplained share of Y's size, mean over layers.
 
+        A layer that a ridge is too small for takes the next of `RIDGES` that is not, which is said.
+
         Args:
             ridge: share of the mean diagonal of FᵀF.
+
+        Raises:
+            LimbeckError: a layer's equations have no solution under any ridge.
         """
+        raised: dict[str, float] = {}
         for name, projection in self.projections.items():
-            ftf, fty, w0 = self.features[name], self.products[name], self.start[name]
-            strength = ridge * ftf.diagonal().mean()
-            system = ftf + strength * torch.eye(len(ftf), dtype=ftf.dtype, device=ftf.device)
-            w = torch.cholesky_solve(fty + strength * w0, torch.linalg.cholesky(system))
-            squares = float(self.squares[name])
-            residual = squares - 2 * (w * fty).sum() + (w * (ftf @ w)).sum()
+            for strength in (ridge, *(larger for larger in RIDGES if larger > ridge)):
+                w = self._solution(name, strength)
+                if w is not None:
+                    break
+            else:
+                finite = bool(self.features[name].isfinite().all() and self.products[name].isfinite().all())
+                raise LimbeckError(
+                    f"stage calibrate: the least-squares problem of {name} has no solution under any ridge"
+                    + ("" if finite else ", since its sums are not finite"),
+                    expected="finite outputs of the mixer and of the teacher's attention",
+                    hint="--set precision=fp32   (half precision overflows at 65,504)",
+                )
+            if strength != ridge:
+                raised[name] = strength
+            fty, squares = self.products[name], float(self.squares[name])
+            residual = squares - 2 * (w * fty).sum() + (w * (self.features[name] @ w)).sum()
             self.unexplained[name] = float(residual / max(squares, 1e-30))
             _write_affine(projection, w)
+        if raised:
+            layers = ", ".join(f"{name} ({strength:g})" for name, strength in raised.items())
+            console.print(f"calibrate: ridge {ridge:g} is too small for some layers, which take more: {layers}")
         return sum(self.unexplained.values()) / len(self.unexplained)
 
+    def _solution(self, name: str, ridge: float) -> Tensor | None:
+        """W [E, D] of a layer; None where the ridge is too small for a Cholesky factor."""
+        ftf, fty, w0 = self.features[name], self.products[name], self.start[name]
+        strength = ridge * ftf.diagonal().mean()
+        system = ftf + strength * torch.eye(len(ftf), dtype=ftf.dtype, device=ftf.device)
+        factor, info = torch.linalg.cholesky_ex(system)
+        if int(info):
+            return None
+        w = torch.cholesky_solve(fty + strength * w0, factor)
+        return w if bool(w.isfinite().all()) else None
+
     def _accumulate(self, name: str, f: Tensor, y: Tensor) -> None:
+        """Add a layer's inputs f [N, E] and targets y [N, D], both float64, which neither autocast nor TF32 touches."""
         if self.start[name].shape[0] > f.shape[1]:
             f = torch.cat([f, f.new_ones(len(f), 1)], 1)
         if self.weight == "inverse_norm":
             root = y.norm(dim=1, keepdim=True).clamp_min(1e-4).rsqrt()
             f, y = f * root, y * root
-        ftf, fty = (f.T @ f).double(), (f.T @ y).double()
+        ftf, fty = f.T @ f, f.T @ y
         self.features[name] = self.features[name] + ftf if name in self.features else ftf
         self.products[name] = self.products[name] + fty if name in self.products else fty
-        self.squares[name] = self.squares[name] + y.double().square().sum()
+        self.squares[name] = self.squares[name] + y.square().sum()
 
 
 @torch.no_grad()
@@ -119,10 +152,6 @@ def add_together(fits: Sequence[NormalEquations], batch: Batch) -> None:
     first = fits[0]
     with first.autocast(), tap(first.teacher, {name: all_of(visits) for name, visits in visitors.items()}):
         run_body(first.teacher, batch)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _affine(projection: nn.Module) -> Tensor:

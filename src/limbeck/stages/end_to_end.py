@@ -4,6 +4,7 @@
     sums = stage.backward(batch, {"targets": 511})
 
 The heads run on a chunk of tokens at a time and their gradient is formed there, so no tensor of all logits exists.
+Where cross-entropy is the only objective the teacher runs for held-out text alone.
 """
 
 from collections.abc import Iterator
@@ -72,8 +73,10 @@ class Logits:
 
     def backward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Add the gradients of one micro-batch; returns its share of each loss."""
-        with torch.no_grad(), self.autocast():
-            teacher = self._signal(batch)
+        teacher = None
+        if set(self.weights.used()) - {"ce"} or isinstance(batch, TaughtBatch):  # else the labels say all
+            with torch.no_grad(), self.autocast():
+                teacher = self._signal(batch)
         with self.autocast(), self._draws(batch):
             with checkpointed(self.student, self.blocks):
                 student = run_body(self.student, batch)
@@ -105,7 +108,7 @@ class Logits:
             return FromDisk(batch.index, batch.log_q)
         return FromHidden(self.teacher_head, run_body(self.teacher, batch))
 
-    def _losses(self, student: Tensor, signal: Signal, batch: Batch, scale: float, learn: bool = True):
+    def _losses(self, student: Tensor, signal: Signal | None, batch: Batch, scale: float, learn: bool = True):
         return logit_losses(
             self.student_head,
             student,

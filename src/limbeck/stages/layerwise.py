@@ -50,6 +50,13 @@ class LayerStage:
         inside = {name: self.student.get_submodule(name).named_parameters() for name in self.trained()}
         return {f"{module}.{name}": p for module, parameters in inside.items() for name, p in parameters}
 
+    def layer_by_layer(self) -> list[list[str]]:
+        """The names of these parameters, a list a layer: each layer's gradient is clipped for itself."""
+        return [
+            [f"{name}.{inner}" for inner, _ in self.student.get_submodule(name).named_parameters()]
+            for name in self.trained()
+        ]
+
     def learning_rates(self, recipe: recipes.Hidden | recipes.Matrix) -> dict[str, float]:
         """Peak learning rate by parameter name."""
         return dict.fromkeys(self.parameters(), recipe.lr)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn, no_grad
+from transformers import PreTrainedModel
 
 from limbeck.console import console
 from limbeck.data.ahead import Ahead
@@ -33,6 +34,7 @@ MOST_SKIPPED = 5  # non-finite steps in a row
 class Stage(Protocol):
     """What the loop asks of a stage."""
 
+    student: PreTrainedModel
     autocast: Callable[[], Any]
     loss_scale: float
     stopped: set[str]  # names of those of its losses that are taken no more
@@ -63,7 +65,7 @@ class Learner:
         self.first, self.rows = share(settings.batch)
         self.micro = min(settings.micro_batch or self.rows, self.rows)
         self.ahead = Ahead(self._batches_of, self.device)
-        self.optimizer = Optimizer(self.parameters, stage.learning_rates(settings), settings)
+        self.optimizer = Optimizer(self.parameters, stage.learning_rates(settings), settings, stage.student)
         self.average = Average(self.parameters, settings.ema) if settings.ema else None
         self.best: dict[str, Tensor] | None = None  # weights of the best held-out loss, where there is patience
         self.facts: dict[str, Any] = {
@@ -158,7 +160,7 @@ class Learner:
         self.optimizer.set_rate(rate)
         self.held.take_gradients()
         self.scale.off(self.parameters.values())
-        norm, mine = fetch(gradient_norm(self.parameters, settings.clip, self.held.sharded), sums)
+        norm, mine = fetch(gradient_norm(self.parameters, settings.clip, self.held.sharded, alone_in(self.stage)), sums)
         losses = add_up(mine)
         loss = total_loss({**self.layers.last, **losses})
         finite = math.isfinite(norm) and math.isfinite(loss)
@@ -282,6 +284,11 @@ def accumulate(stage: Stage, batches: Sequence[Batch]) -> dict[str, Tensor]:
     for batch in batches:
         add_to(sums, stage.backward(batch, counts))
     return sums
+
+
+def alone_in(stage: Stage) -> list[list[str]]:
+    """Names of the parameters that learn apart from all others, layer by layer; none where all learn together."""
+    return getattr(stage, "layer_by_layer", list)()
 
 
 def fetch(norm: Tensor | float, sums: dict[str, Tensor]) -> tuple[float, dict[str, float]]:

@@ -1,6 +1,6 @@
 """How a stage's parameters move: schedule, groups, AdamW or Muon, and the running average of the weights.
 
-    optimizer = Optimizer(parameters, rates, settings)
+    optimizer = Optimizer(parameters, rates, settings, student)
     optimizer.set_rate(learning_rate(step, steps, settings))
     optimizer.step()
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from limbeck.distributed import add_up
 from limbeck.recipe import Trained
@@ -35,7 +36,8 @@ def learning_rate(step: int, steps: int, settings: Trained) -> float:
         return (step + 1) / (warm + 1)
     if settings.decay == "constant":
         return 1.0
-    begin = warm if settings.decay != "wsd" else max(warm, steps - 1 - round(settings.cooldown * steps))
+    cooling = max(round(settings.cooldown * steps), 1)  # of a few steps the last one at least
+    begin = warm if settings.decay != "wsd" else max(warm, steps - 1 - cooling)
     along = max(step - begin, 0) / max(steps - 1 - begin, 1)
     shape = {
         "linear": 1 - along,
@@ -52,17 +54,24 @@ class Optimizer:
         parameters: by name.
         rates: peak learning rate by name; what has none does not move.
         settings: the stage's recipe.
+        model: what they belong to.
 
     Gates, norms, biases and whatever else belongs to a mixer do not decay, and Muon leaves them to AdamW: it equalises
-    the directions of a linear map, and they are none.
+    the directions of a linear map, and they are none. Nor are embeddings and heads, whose rows are looked up or scored
+    one by one, routers, which score experts, the two factors of an adapter, which are one map together, and matrices of
+    numbers that no linear map has for its weight (decay rates of a state-space layer, which do not decay either).
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], rates: dict[str, float], settings: Trained):
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], rates: dict[str, float], settings: Trained, model: nn.Module
+    ):
         groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+        maps = linear_maps(model) if settings.optimizer == "muon" else set()
         for name, parameter in parameters.items():
             own = ".mixer." in name
-            decay = settings.weight_decay if parameter.dim() > 1 and not own else 0.0
-            by_muon = settings.optimizer == "muon" and parameter.dim() == 2 and not own and not _is_table(name)
+            numbers = parameter.dim() == 2 and not name.endswith("weight")
+            decay = settings.weight_decay if parameter.dim() > 1 and not own and not numbers else 0.0
+            by_muon = name in maps
             if rates[name] > 0:
                 groups.setdefault((by_muon, rates[name], decay), []).append(parameter)
         self.names = {id(parameter): name for name, parameter in parameters.items()}
@@ -152,12 +161,22 @@ def copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) ->
         parameter.copy_(values[name])
 
 
-def gradient_norm(parameters: dict[str, nn.Parameter], largest: float, sharded: Collection[str] = ()) -> Tensor | float:
+def gradient_norm(
+    parameters: dict[str, nn.Parameter],
+    largest: float,
+    sharded: Collection[str] = (),
+    alone: Collection[Collection[str]] = (),
+) -> Tensor | float:
     """Norm of all gradients together, which are scaled down to `largest` where it is more; nothing is waited for.
 
     Args:
         sharded: names of those of which this process holds a part only; every process takes part then.
+        alone: groups of names that learn alone, each scaled by its own norm; what is returned is that of all, before.
     """
+    if alone:
+        groups = ([parameters[name] for name in group if parameters[name].grad is not None] for group in alone)
+        norms = [nn.utils.clip_grad_norm_(group, largest) for group in groups if group]
+        return torch.stack(norms).norm() if norms else 0.0
     if not sharded:
         return nn.utils.clip_grad_norm_(list(parameters.values()), largest)
     parts, others = (
@@ -170,6 +189,18 @@ def gradient_norm(parameters: dict[str, nn.Parameter], largest: float, sharded: 
     return norm
 
 
-def _is_table(name: str) -> bool:
-    """Embeddings and heads: their rows are looked up or scored one by one."""
-    return any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+def linear_maps(model: nn.Module) -> set[str]:
+    """Names of the weights that map one hidden vector to another; see `Optimizer`."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    experts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    tables = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    ends = {id(p) for table in tables if table is not None for p in table.parameters()}
+    found = set()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear | Conv1D) or id(weight) in ends or weight.shape[0] in experts:
+            continue
+        if ".mixer." not in f"{name}." and ".lora_" not in f"{name}.":
+            found.add(f"{name}.weight")
+    return found

@@ -6,8 +6,9 @@
 Only the body runs (`limbeck.model.body`), so the last tap sees the last block's output before the final norm.
 """
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from limbeck.errors import LimbeckError
 from limbeck.model import Site
 from limbeck.model.body import Head, packs_by_position, run_body
 from limbeck.model.opening import load_config, load_model, load_tokenizer
+from limbeck.model.switching import implemented_by
 from limbeck.quantise import refuse_quantised, teacher_settings
 
 Visit = Callable[[tuple, dict, Tensor | tuple], None]
@@ -120,19 +122,15 @@ def tap(teacher: PreTrainedModel, visits: dict[str, Visit], eager: bool = False)
         eager: let attention modules return their attention matrix as the second output.
     """
     packs_by_position(teacher)  # tries the teacher on its first call, which no visitor should see
-    before = teacher.config._attn_implementation
-    handles = []
-    for name, visit in visits.items():
+    own = threading.get_ident()
+    with ExitStack() as stack:
+        for name, visit in visits.items():
 
-        def hook(module, args, kwargs, output, visit=visit):
-            visit(args, kwargs, output)
+            def hook(module, args, kwargs, output, visit=visit):
+                if threading.get_ident() == own:  # what passes in another thread is not this batch
+                    visit(args, kwargs, output)
 
-        handles.append(teacher.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
-    try:
+            stack.callback(teacher.get_submodule(name).register_forward_hook(hook, with_kwargs=True).remove)
         if eager:
-            teacher.config._attn_implementation = "eager"
+            stack.enter_context(implemented_by(teacher, "eager"))
         yield
-    finally:
-        teacher.config._attn_implementation = before
-        for handle in handles:
-            handle.remove()

@@ -245,7 +245,7 @@ def _check_targets(job: Job) -> None:
             if not isinstance(split, Split):  # of a stream, which is not read from end to end for this
                 continue
             found, of = share_with_targets(split, data.length)
-            if of and not found and name == "train":
+            if not found and name == "train":
                 raise no_targets(f"'{part.source}' that is trained on", data.length)
             if found < FEW * of:
                 have = f"{found:,} of {of:,} {name} sequences of {data.length} tokens have a target"

@@ -283,11 +283,6 @@ class Document(_Part):
         """The complete recipe as YAML, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequences that any stage reads."""
-        return max(text.length for text in (self.data, *map(self.text_of, self.stages)))
-
     def text_of(self, stage: _Stage) -> Data:
         """The text of a stage, with the length that it has there."""
         data = stage.data or self.data
@@ -321,3 +316,8 @@ class Recipe(Document):
     # who is told of each step, beside metrics.jsonl; auto: TensorBoard where it is installed (docs/training.md)
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | Literal["auto"] = "auto"
     out: str | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequences that any stage reads."""
+        return max(text.length for text in (self.data, *map(self.text_of, self.stages)))

@@ -26,6 +26,7 @@ from limbeck.data.shards import Split
 from limbeck.errors import LimbeckError
 
 EMPTY = 1024  # sequences without a target in a row, after which it is asked whether there are any with one
+LOOKED_AT = 2**24  # tokens of a split, to tell how many sequences have targets
 IGNORE = -100  # the target of a token after which nothing is to be predicted
 
 
@@ -218,24 +219,19 @@ def count_with_targets(data: Sequences, wanted: int) -> int:
 
 
 def share_with_targets(split: Split, length: int) -> tuple[int, int]:
-    """How many sequences of a split, in stored order, have a target, and how many there are."""
-    count, lead = max(split.n_tokens - 1, 0) // length, len(split.begin)
-    if split.mask is None and not (np.diff(split.offsets) < 2 + lead).any():
-        return count, count  # every document has a token that follows another
-    found = 0
-    for at in range(0, count, step := max(1, 2**24 // length)):
-        rows = min(step, count - at)
-        begin = at * length + 1  # the first sequence's first target
-        wanted = np.ones(rows * length, bool) if split.mask is None else split.mask[begin : begin + rows * length] != 0
-        for token in range(max(lead, 1)):  # what a document begins with is no target
-            first = split.offsets[:-1] + token
-            first = first[(first >= begin) & (first < begin + rows * length)]
-            wanted[first - begin] = False
-        wanted = wanted.reshape(rows, length)
-        if lead:  # a sequence that begins inside a document leaves out its last tokens for the lead
-            wanted[~np.isin(np.arange(at, at + rows) * length, split.offsets), -lead:] = False
-        found += int(wanted.any(1).sum())
-    return found, count
+    """How many sequences of a split, in stored order, have a target, and of how many.
+
+    Looked at are the first `LOOKED_AT` tokens, and more only until one has a target.
+    """
+    data = Packed(split, length, shuffle=False)
+    if split.mask is None and not (np.diff(split.offsets) < 2 + len(split.begin)).any():
+        return data.n_sequences, data.n_sequences  # every document has a token that follows another
+    found = at = 0
+    while at < data.n_sequences and (not found or at * length < LOOKED_AT):
+        size = min(max(1, 2**18 // length), data.n_sequences - at)
+        found += int((data.batch(at, size).targets != IGNORE).any(1).sum())
+        at += size
+    return found, at
 
 
 def no_targets(what: str, length: int) -> LimbeckError:

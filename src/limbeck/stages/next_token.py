@@ -26,14 +26,14 @@ class NextToken:
     by_targets = True
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.head = model, Head(model)
+        self.student, self.head = model, Head(model)
         self.autocast: Callable[[], Any] = nullcontext
         self.loss_scale = 1.0
         self.stopped: set[str] = set()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All of the model."""
-        return dict(self.model.named_parameters())
+        return dict(self.student.named_parameters())
 
     def learning_rates(self, recipe: Trained) -> dict[str, float]:
         """One for all."""
@@ -58,5 +58,5 @@ class NextToken:
     def _loss(self, batch: Batch) -> Tensor:
         """Summed over the valid targets."""
         rows = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
-        logits = self.head(run_body(self.model, batch).flatten(0, 1)[rows])
+        logits = self.head(run_body(self.student, batch).flatten(0, 1)[rows])
         return F.cross_entropy(logits, batch.targets.flatten()[rows], reduction="sum")

@@ -76,12 +76,10 @@ def _check_filled(body: nn.Module, cache: Cache) -> None:
         if read:
             raise _partly(f"{read} tokens in some layers, and no state in others")
     lengths = {layer.length for layer in ours if isinstance(layer.length, int)}
-    for module in body.limbeck_softmax if lengths else ():  # type: ignore[union-attr]
-        own = _place(module)
-        if own is not None and own < len(cache.layers):
-            count = getattr(cache.layers[own], "get_seq_length", lambda: None)()
-            if isinstance(count, int):
-                lengths.add(count)
+    softmax: Any = body.limbeck_softmax
+    beside = [p for p in map(_place, softmax) if p is not None and p < len(cache.layers)] if lengths else []
+    counts = [getattr(cache.layers[place], "get_seq_length", lambda: None)() for place in beside]
+    lengths.update(count for count in counts if isinstance(count, int))
     if len(lengths) > 1:
         raise _partly(" and ".join(f"{n}" for n in sorted(lengths)) + " tokens in different layers")
 

@@ -212,7 +212,7 @@ def student_classes(base_model_type: str, base_architecture: str) -> tuple[Any, 
     of_config = {"config_class": config_class, "__module__": __name__}
     model_class = type(name, (StudentMixin, base_model), of_config)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    autos: Any = filter(inspect.isclass, vars(modeling_auto).values())
+    autos: list[Any] = [found for found in vars(modeling_auto).values() if inspect.isclass(found)]
     for auto in autos:
         if auto is not AutoModelForCausalLM and getattr(auto, "_model_mapping", None) is not None:
             other = {**of_config, "auto_class": auto.__name__}

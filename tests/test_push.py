@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import _http
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import limbeck
@@ -382,6 +383,23 @@ def test_a_folder_that_is_not_whole_is_refused(run):
         with pytest.raises(LimbeckError, match=r"tokenizer|modeling_limbeck\.py is missing"):
             prepare(run, "ann/tiny")
         (run / "hidden").rename(run / "student" / name)
+
+
+@pytest.mark.parametrize("change", ["renamed", "missing", "reshaped", "not finite"])
+def test_weights_that_loading_would_refuse_are_not_sent(run, change):
+    file = run / "student" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "mixer" in name)
+    tensor = weights.pop(name)
+    if change == "renamed":
+        weights[f"{name}_old"] = tensor
+    elif change == "reshaped":
+        weights[name] = tensor[None].clone()
+    elif change == "not finite":
+        weights[name] = tensor * float("nan")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(LimbeckError, match=re.escape(name)):
+        prepare(run, "ann/x", licence="mit")
 
 
 def test_a_part_that_the_index_names_must_be_there(run):

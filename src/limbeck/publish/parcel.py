@@ -16,7 +16,9 @@ from typing import Any
 
 from limbeck.data.cache import read_json, sha256_of
 from limbeck.errors import LimbeckError
+from limbeck.model.folders import check_safetensors
 from limbeck.model.foreign import file_name
+from limbeck.model.opening import load_config, load_model
 from limbeck.model_type import MODEL_TYPE
 from limbeck.publish.card import write_card
 from limbeck.publish.origin import Origin, find_origin
@@ -168,7 +170,7 @@ def find_student(path: Path) -> Path:
 
 
 def check_whole(folder: Path, plan: dict[str, Any]) -> None:
-    """Raises LimbeckError where weights are missing or cut short, or code or tokenizer are not there."""
+    """Raises LimbeckError where weights are missing, cut short or not the plan's, or code or tokenizer are missing."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -184,7 +186,9 @@ def check_whole(folder: Path, plan: dict[str, Any]) -> None:
         if not file.is_file():
             raise LimbeckError(f"{folder} is not whole: {file.name} is missing", hint="save the student again")
     for file in weights:
-        _check_length(file)
+        check_safetensors(file)
+    if not code[1:]:  # the code of somebody's own mixer is not executed for this
+        load_model(str(folder), load_config(str(folder)))
     if not (folder / "tokenizer_config.json").is_file():
         raise LimbeckError(
             f"{folder} holds no tokenizer", expected="the teacher's", hint=f"tokenizer.save_pretrained('{folder}')"
@@ -192,23 +196,6 @@ def check_whole(folder: Path, plan: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------- inside
-
-
-def _check_length(file: Path) -> None:
-    """A safetensors file says in its header how long it is."""
-    with open(file, "rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        try:
-            if size > file.stat().st_size:
-                raise ValueError
-            header = json.loads(handle.read(size))
-        except ValueError as error:
-            raise LimbeckError(f"{file} is no safetensors file, or was cut short") from error
-    end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
-    if file.stat().st_size != 8 + size + end:
-        raise LimbeckError(
-            f"{file} has {file.stat().st_size:,} bytes", expected=f"{8 + size + end:,}, as its header says"
-        )
 
 
 def _run_facts(path: Path, recipe: Recipe) -> RunFacts:

@@ -178,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         if "/tree/" in path:  # a folder in a state: all files are at the top
             return 404, {"error": "Entry not found", "code": "EntryNotFound"}
         _, _, revision = path.partition("/revision/")
-        if revision and revision not in repo.states:
+        if revision and repo.states and revision not in repo.states:
             return 404, {"error": "Revision not found", "code": "RevisionNotFound"}
         state = repo.states.get(revision or "main")
         config = json.loads(repo.files.get("config.json", b"{}"))

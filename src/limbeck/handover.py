@@ -91,6 +91,7 @@ def _export(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
         _set_aside(final, [manifest.get("exported"), manifest.get("exported_before")])
         # written before the folder is exchanged: a run that is killed in between knows both the old and the new one
         run.manifest(exported=files, exported_before=manifest.get("exported"))
+    student.name_or_path = str(final)  # not the folder beside it, which is gone
 
 
 def _set_aside(folder: Path, exports: list[dict[str, Any] | None]) -> None:

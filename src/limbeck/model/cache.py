@@ -30,6 +30,8 @@ from transformers.cache_utils import (
 from limbeck.errors import LimbeckError
 from limbeck.mixers import State
 
+FIRST_USE = "an exported step cannot make the states of its cache: a first pass puts them in their places"
+
 
 class RecurrentLayer(CacheLayerMixin):
     """Counts tokens and holds the mixer's state; hands keys and values back untouched."""
@@ -230,8 +232,10 @@ def recurrent_layer(cache: Cache, index: int, module: nn.Module) -> RecurrentLay
     layer = cache.layers[index]
     if not isinstance(layer, RecurrentLayer):
         if torch.compiler.is_exporting():
+            # where export compiles, no error can be raised, but a reason given for the stop; elsewhere it does nothing
+            torch._dynamo.graph_break(msg=f"{FIRST_USE}; see docs/generation.md, Export")
             raise LimbeckError(
-                "an exported step cannot make the states of its cache: a first pass puts them in their places",
+                FIRST_USE,
                 expected="a cache that the student has read a prompt into, its tensors buffers of the exported module",
                 hint="the step in docs/generation.md, under Export",
             )

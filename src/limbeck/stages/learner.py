@@ -32,10 +32,12 @@ MOST_SKIPPED = 5  # non-finite steps in a row
 class Stage(Protocol):
     """What the loop asks of a stage."""
 
-    student: nn.Module
     autocast: Callable[[], Any]
     loss_scale: float
     stopped: set[str]  # names of those of its losses that are taken no more
+
+    @property
+    def student(self) -> nn.Module: ...
 
     def parameters(self) -> dict[str, nn.Parameter]: ...
 

@@ -25,6 +25,7 @@ class NextToken:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.head = model, Head(model)
+        self.student = model  # what learns, as in every stage
         self.autocast: Callable[[], Any] = nullcontext
         self.loss_scale = 1.0
         self.stopped: set[str] = set()

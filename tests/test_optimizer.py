@@ -151,6 +151,7 @@ def test_wsd_comes_down_however_few_the_steps(steps):
 def taught(weights: Weights, batch: Batch):
     """Sums and gradients of a step of stage 3, and how often the teacher ran."""
     teacher = tiny("gemma2").double().requires_grad_(False)
+    torch.manual_seed(0)
     student = limbeck.convert(teacher, "gla")
     calls = []
     teacher.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
@@ -174,5 +175,5 @@ def test_a_teacher_that_no_objective_asks_does_not_run(temperature):
     assert sums.keys() == {"ce", "loss"}
     assert {"kl", "agree", "teacher_ce"} <= wanted.keys()
     assert float(sums["loss"]) == float(sums["ce"]) == float(wanted["ce"])
-    assert all(torch.allclose(slopes[name], expected[name], atol=1e-9) for name in expected)
+    assert all(torch.allclose(slopes[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
     assert {"kl", "reverse_kl", "agree", "ce"} <= stage.evaluate(batch).keys()  # held-out text is compared all the same

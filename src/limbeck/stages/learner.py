@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn, no_grad
-from transformers import PreTrainedModel
 
 from limbeck.console import console
 from limbeck.data.ahead import Ahead
@@ -34,11 +33,13 @@ MOST_SKIPPED = 5  # non-finite steps in a row
 class Stage(Protocol):
     """What the loop asks of a stage."""
 
-    student: PreTrainedModel
     autocast: Callable[[], Any]
     loss_scale: float
     stopped: set[str]  # names of those of its losses that are taken no more
     by_targets: bool  # sequences without a target are passed over
+
+    @property
+    def student(self) -> nn.Module: ...
 
     def parameters(self) -> dict[str, nn.Parameter]: ...
 

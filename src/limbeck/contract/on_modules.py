@@ -81,12 +81,12 @@ def padded_module(variant: Variant) -> None:
     at = torch.arange(LONG)
     draw = torch.Generator().manual_seed(7)
     rows_of = {
-        "no padding": at >= 0,
         "3 tokens of padding ahead": at >= 3,
         "70 tokens of padding ahead": at >= 70,  # the first of the pieces below is nothing but padding
         "20 tokens of padding behind": at < 130,
         "padding between two turns": (at >= 2) & ((at < 61) | (at >= 75)),
         "padding in every third place": torch.rand(LONG, generator=draw) > 0.3,
+        "no padding, beside others": at >= 0,
     }
     valid = torch.stack(list(rows_of.values()))
     given = sample(module, len(valid), LONG)

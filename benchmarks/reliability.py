@@ -254,12 +254,20 @@ class Breaker:
         return Process(command, self.env)
 
 
+def _hear_signals() -> None:
+    """In a child before it begins: a benchmark under nohup or a shell's `&` ignores signals, and passes that on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Process:
     """A command, its output kept."""
 
     def __init__(self, command: list[str], env: dict[str, str]):
         self.output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (it lives as long as the process)
-        self.process = subprocess.Popen(command, env=env, stdout=self.output, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, env=env, stdout=self.output, stderr=subprocess.STDOUT, preexec_fn=_hear_signals
+        )
 
     def alive(self) -> bool:
         return self.process.poll() is None

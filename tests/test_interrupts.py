@@ -155,6 +155,17 @@ def test_outside_of_training_a_signal_raises_what_no_handler_of_errors_catches()
 # ---------------------------------------------------------------------------- the command line
 
 
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """What starts the tests (nohup, a shell's `&`) may have signals ignored, and children would inherit that."""
+    ignored = [s for s in interrupt.SIGNALS if signal.getsignal(s) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def started(command: list[str], **more) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", **more

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import limbeck
 from limbeck import LimbeckError, assets, job, prepare, quantise
@@ -25,6 +25,20 @@ STAGES = [
     {"stage": "hidden", "tokens": 256, "target": "block", "train": "block"},
     {"stage": "logits", "tokens": 256, "batch": 2},
 ]
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory, tokenizer) -> Path:
+    """A tiny llama whose linear layers all have inputs and outputs in multiples of 64: 4-bit kernels of some CPUs need that."""
+    folder = tmp_path_factory.mktemp("wide") / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

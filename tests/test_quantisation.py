@@ -29,7 +29,7 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory, tokenizer) -> Path:
-    """A tiny llama whose linear layers all have inputs and outputs in multiples of 64: 4-bit kernels of some CPUs need that."""
+    """A tiny llama with all linear layers in multiples of 32 and 64, as 4-bit kernels of some CPUs need them."""
     folder = tmp_path_factory.mktemp("wide") / "tiny-llama"
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -1,6 +1,7 @@
 """The embedded teacher and text: the manifest logic on small files, and the real teacher where it is in the cache."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -164,9 +165,9 @@ def test_short_documents_are_left_out(tmp_path: Path):
     assert {source: entry["documents"] for source, entry in kept.items()} == {"vital": 0, "sotu": 1}
 
 
-def test_teachers_are_resolved(own_cache: Path, tmp_path: Path):
+def test_teachers_are_resolved(own_cache: Path, tmp_path: Path, teacher_folder: Path):
     def fill(folder: Path) -> dict:
-        (folder / "config.json").write_text("{}", encoding="utf-8")
+        shutil.copytree(teacher_folder, folder, dirs_exist_ok=True)
         return {}
 
     publish(own_cache / "assets" / assets.TEACHER, fill, what="teacher")

@@ -360,12 +360,12 @@ def test_arms_of_one_table_have_one_teacher(raw, teacher_folder, tmp_path):
     results = run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
     assert {arm["status"] for arm in results["arms"]} == {"finished"}
     # the hint: without the runs of the old teacher, everything is of the new one, its own row too
-    before = results["teachers"][str(teacher)]["values"]["agreement.perplexity"]
+    before = results["teachers"][teacher.name]["values"]["agreement.perplexity"]
     save_file({name: 1.5 * x for name, x in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
     for arm in ("gla_2_seed0", "gla_2_seed1"):
         shutil.rmtree(folder / arm)
     results = run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
-    assert results["teachers"][str(teacher)]["values"]["agreement.perplexity"] != before
+    assert results["teachers"][teacher.name]["values"]["agreement.perplexity"] != before
 
 
 def test_a_folder_of_something_else_is_refused(raw, tmp_path):

@@ -19,7 +19,7 @@ from limbeck.ops import scalar_decay
 @dataclass(frozen=True)
 class LightningOptions(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
-    output_gate: Literal["none", "silu", "sigmoid"] = "sigmoid"
+    output_gate: Literal["none", "silu", "sigmoid", "inner"] = "sigmoid"
     slower_with_depth: bool = True
 
 

@@ -55,8 +55,8 @@ REFUSALS = {
     errno.ESTALE: ("the disk of {place} is gone: {reason}", "mount it again ({again}), or use another ({elsewhere})"),
     errno.EMFILE: ("too many open files, at {place}", "ulimit -n 4096   ({again})"),
     errno.ENAMETOOLONG: ("the name {place} is too long for its disk", "a shorter one ({elsewhere})"),
-    errno.ENOTDIR: ("a part of the path {place} is a file", "use another folder ({elsewhere})"),
-    errno.ELOOP: ("the links on the path {place} lead in a circle", "use another folder ({elsewhere})"),
+    errno.ENOTDIR: ("a part of the path {place} is a file", "{elsewhere}"),
+    errno.ELOOP: ("the links on the path {place} lead in a circle", "{elsewhere}"),
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS),
         ("cannot write to {place}: {reason}", "use a folder that this user may write to ({elsewhere})"),

@@ -273,7 +273,8 @@ def with_cache(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
 
     Until transformers 5.23 that is `past_key_values`, since then `cache`.
     """
-    cls: Any = type(model)
+    # what stands in a model's place (a compiled one) has no `forward` of its own class
+    cls: Any = type(model) if hasattr(type(model), "forward") else type(model.forward.__self__)  # type: ignore[operator]
     return {_cache_name(cls): cache, "use_cache": True}
 
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from limbeck.errors import LimbeckError
+from limbeck.mixers.base import Mixer
 from limbeck.model.attention import arguments, weights_wanted
 from limbeck.model.body import packs_by_position
 from limbeck.model.cache import RecurrentLayer, refuse_filled
@@ -24,9 +25,12 @@ from limbeck.model.cache import RecurrentLayer, refuse_filled
 
 def watch(model: PreTrainedModel) -> None:
     """Look at all calls of a student's body from now on."""
-    body: Any = model.get_decoder()
+    decoder: Any = model.get_decoder()
+    # a family whose `decoder` is its head, a linear map, has another name for what runs
+    body: Any = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
     modules = list(body.modules())
-    body.limbeck_sites = [m for m in modules if hasattr(m, "mixer")]
+    # blocks of some families have a `mixer` of their own
+    body.limbeck_sites = [m for m in modules if isinstance(getattr(m, "mixer", None), Mixer)]
     kinds = tuple({type(m) for m in body.limbeck_sites})
     # layers that read the keys of others keep none of their own
     shared = [m for m in modules if getattr(m, "is_kv_shared_layer", False)]
@@ -126,7 +130,7 @@ def _documents_apart(body: nn.Module, given: dict, cache: Cache | None, length: 
         return None
     what = "a row of several packed documents (its positions begin again at 0)"
     if cache is not None or given.get("use_cache"):
-        raise LimbeckError(f"{what} is to leave a cache", expected="no past_key_values", hint="use_cache=False")
+        raise LimbeckError(f"{what} is to leave a cache", expected="no past_key_values, and use_cache=False")
     if mask is not None and not bool(valid.all()):
         raise LimbeckError(f"{what} comes with padding in its mask", expected="packed rows without attention_mask")
     if not _keeps_apart(body):

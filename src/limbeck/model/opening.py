@@ -240,7 +240,7 @@ def _own_code(what: str) -> LimbeckError:
     return LimbeckError(
         f"{what} comes with code of its own, and code that lies beside weights is not executed",
         expected="a family that is part of transformers",
-        hint="pip install --upgrade transformers   # newer ones know more families",
+        hint="pip install --upgrade transformers",
     )
 
 

@@ -170,7 +170,7 @@ class HeadlessStudent(PreTrainedModel):
             f"{cls.auto_class} {without}, and a student is saved whole",
             expected="AutoModelForCausalLM",
             hint="AutoModelForCausalLM.from_pretrained(...).base_model is the body with its mixers; a head of another "
-            "kind takes its last_hidden_state",
+            "kind takes what the body gives",
         )
 
     @classmethod

@@ -53,7 +53,7 @@ def check_bare(model: Any) -> None:
         raise LimbeckError(
             "accelerate's hooks are in this model: it was loaded in parts, with a device_map",
             expected=BARE,
-            hint="load it without device_map, or with all of it on one device",
+            hint="load it whole, on one device",
         )
     if any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise LimbeckError("this model's weights are sharded over processes", expected="whole weights in each process")

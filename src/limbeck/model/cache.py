@@ -274,7 +274,7 @@ def with_cache(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
     Until transformers 5.23 that is `past_key_values`, since then `cache`.
     """
     # what stands in a model's place (a compiled one) has no `forward` of its own class
-    cls: Any = type(model) if hasattr(type(model), "forward") else type(model.forward.__self__)  # type: ignore[operator]
+    cls: Any = type(model) if hasattr(type(model), "forward") else type(model.forward.__self__)  # type: ignore[attr-defined]
     return {_cache_name(cls): cache, "use_cache": True}
 
 

@@ -12,7 +12,6 @@ held when it was tokenised is kept as a checksum: where one was edited since, th
 """
 
 import atexit
-import functools
 import hashlib
 import json
 import os
@@ -302,12 +301,7 @@ class Stream:
 
 def content_of(files: tuple[Path, ...]) -> str:
     """Hex sha256 of files, their bytes one after another; read once as long as nobody touches them."""
-    return hashlib.sha256("".join(_sha256(path, *_touched((path,))) for path in files).encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=4096)
-def _sha256(path: Path, *touched: Any) -> str:
-    return sha256_of(path)
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def _touched(files: tuple[Path, ...]) -> list[int]:

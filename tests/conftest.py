@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from limbeck.contract import tiny
+from limbeck.mixers import registry
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"  # real English that every checkout has
 
@@ -19,6 +20,17 @@ LICENCE = Path(__file__).parent.parent / "LICENSE"  # real English that every ch
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_registry():
+    """Mixers that a test loads from a file are gone after it."""
+    names, files = set(registry._REGISTRY), set(registry._FILES)
+    yield
+    for module in set(registry._FILES) - files:
+        for cls in registry._FILES.pop(module).classes:
+            if cls.name not in names:
+                registry._REGISTRY.pop(cls.name, None)
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,18 @@ Generation itself is transformers' own.
 
 import copy
 from collections.abc import Generator
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from limbeck.data.special_tokens import prompt_ids
 
@@ -33,23 +40,29 @@ def stream(
         top_p: sample from the smallest set of tokens that has this probability.
 
     Returns:
-        How many tokens were generated, once the pieces are at their end.
+        How many tokens were generated, once the pieces are at their end. Who reads no further, or is interrupted,
+        closes the generator: the model stops at the next token.
     """
+    stop = _Stop()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
     made: list[int] = []
 
     def work() -> None:
         try:
-            made.extend(_generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer).tolist())
+            made.extend(_generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer, stop).tolist())
         except BaseException as error:  # handed to the reader below
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        # a thread that still computes while the interpreter ends takes the whole process down with an abort
+        stop.requested.set()
+        thread.join()
     if failure:
         raise failure[0]
     return len(made)
@@ -76,13 +89,30 @@ def unbiased(model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
     return lent
 
 
-def _generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer=None) -> torch.Tensor:
+class _Stop(StoppingCriteria):
+    """Ends generation at the next token once that is requested, from another thread."""
+
+    def __init__(self) -> None:
+        self.requested = Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **rest: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((input_ids.shape[0],), self.requested.is_set(), device=input_ids.device)
+
+
+def _generate(
+    model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer=None, stop=None
+) -> torch.Tensor:
     torch.manual_seed(seed)
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # not transformers' 50
     out = unbiased(model, tokenizer).generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer, **sampling
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        streamer=streamer,
+        stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+        **sampling,
     )
     return out[0, ids.shape[1] :]

@@ -3,7 +3,8 @@
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -59,11 +60,12 @@ def generate(
     console.print(text, end="", style="dim")
     began, count = time.monotonic(), 0
 
-    def said() -> Iterator[str]:
+    def said() -> Generator[str, None, None]:
         nonlocal count
         count = yield from stream(loaded, tokenizer, text, tokens, temperature, top_p, seed)
 
-    for piece in said():
-        print(piece, end="", flush=True)
+    with closing(said()) as pieces:
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()
     console.print(f"{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s", style="dim")

@@ -50,7 +50,8 @@ def stream(
 
     def work() -> None:
         try:
-            made.extend(_generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer, stop).tolist())
+            ids = _generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer, stop)
+            made.extend(ids.tolist())
         except BaseException as error:  # handed to the reader below
             failure.append(error)
             streamer.end()
@@ -99,9 +100,7 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.requested.is_set(), device=input_ids.device)
 
 
-def _generate(
-    model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer=None, stop=None
-) -> torch.Tensor:
+def _generate(model, tokenizer, prompt, new_tokens, temperature, top_p, seed, streamer=None, stop=None) -> torch.Tensor:
     torch.manual_seed(seed)
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}

@@ -1,7 +1,9 @@
-# make demo   sets everything up and runs the main job        make test   sets up and passes the tests
+# make demo          sets everything up and distills a first student (RECIPE=smoke for a short one)
+# make test          the fast tests                  make test-full     all of them
 # make test-oldest   the core tests with the oldest transformers that pyproject.toml allows
 # make test-triton   flash-linear-attention's kernels beside ours, on a CPU in Triton's interpreter
-# PYTHON=python3.12 picks another interpreter, RECIPE=smoke another recipe, PIP_ARGS=... goes to every pip install.
+# make lint          ruff, codespell, mypy           make docs          links, commands and tables of the documents
+# PYTHON=python3.12 picks another interpreter; PIP_ARGS=... goes to every pip install.
 
 PYTHON ?= python3
 RECIPE ?= quickstart
@@ -11,9 +13,10 @@ DONE := .venv/.installed
 # the oldest transformers that is supported, and what it needs older than constraints.txt has it
 OLDEST := transformers==5.5.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
 TRITON := triton==3.9.0
+DOCUMENTS := tests/test_links.py tests/test_docs.py tests/test_documents.py
 CORE := tests/test_student.py tests/test_saving.py tests/test_hybrids.py tests/test_contract.py
 
-.PHONY: setup demo test test-oldest test-triton lint assets clean
+.PHONY: setup demo test test-full test-oldest test-triton docs lint assets clean
 
 setup: $(DONE)
 
@@ -37,6 +40,12 @@ assets: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+test-full: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+docs: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(DOCUMENTS)
+
 .venv/oldest/.installed: WANTED := $(OLDEST)
 .venv/triton/.installed: WANTED := $(TRITON)
 .venv/oldest/.installed .venv/triton/.installed: .venv/%/.installed: $(DONE) Makefile
@@ -55,6 +64,7 @@ test-triton: .venv/triton/.installed
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
 	@$(BIN)/mypy
 
 clean:

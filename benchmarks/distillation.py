@@ -59,7 +59,7 @@ def main() -> None:
     stages = {
         "ce": Alone(pair, Weights(ce=1, kl=0), train=args.train),
         "kd": Logits(pair, Weights(), train=args.train),
-        "top-k": Logits(pair, Weights(kl=0, top_kl=1, top=args.top), train=args.train),
+        "top-k": Logits(pair, Weights(kl=0, top_kl=1, top_k=args.top), train=args.train),
     }
     parameters = list(stages["kd"].parameters().values())
     for parameter in parameters:

@@ -1,8 +1,8 @@
 """Finished runs side by side: perplexity, and what a passage costs that stood in the context before.
 
-    limbeck select keep.json --keep 7 --by kl
-    limbeck distill --set student.keep=keep.json --out runs/kl
-    limbeck distill --set student.keep="uniform 7" --out runs/uniform
+    limbeck select softmax_layers.json --num-softmax-layers 7 --by kl
+    limbeck distill --set student.softmax_layers=softmax_layers.json --out runs/kl
+    limbeck distill --set student.softmax_layers="uniform 7" --out runs/uniform
     python benchmarks/hybrids.py runs/kl runs/uniform
 
 Perplexity and agreement are the runs' own (eval.json). The second column of losses is measured here: held-out text as
@@ -32,12 +32,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--sequences", type=int, default=8, help="of held-out text, for the repeated passages")
     args = parser.parse_args()
-    recipe = Recipe.load(args.runs[0] / "recipe.yaml")
+    recipe = Recipe.load(args.runs[0] / "recipe.yaml", stored=True)
     data = recipe.data
     teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), torch.device("cpu"))
     limits = {"max_tokens": data.max_tokens, "held_out": data.held_out, "text_field": data.text_field}
-    store = prepare(data.source, tokenizer, length=data.length, **limits)
-    exam = repeating(Packed(store.held_out, data.length, shuffle=False).batch(0, args.sequences))
+    store = prepare(data.source, tokenizer, length=data.seq_len, **limits)
+    exam = repeating(Packed(store.held_out, data.seq_len, shuffle=False).batch(0, args.sequences))
     names = f"{'perplexity':>10} {'KL':>7} {'same top':>9} {'loss on the repeat':>19} {'bytes a token':>14}"
     print(f"{'softmax layers':32} {names}")
     print(f"{'all: the teacher':32} {'':10} {'':7} {'':9} {_loss(teacher, exam):19.3f}")

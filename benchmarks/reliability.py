@@ -231,13 +231,13 @@ class Breaker:
             self.tally.wrong.append(f"{broken.stem}: left behind: {left}")
 
     def _recipe(self, name: str) -> Path:
-        stage = {"tokens": 16_384, "batch": 4}
+        stage = {"tokens": 16_384, "batch_size": 4}
         path = self.folder / f"{name}.yaml"
         recipe = {
             "name": "tiny",
             "teacher": str(self.folder / "teacher"),
             "student": {"mixer": "gated_deltanet"},
-            "data": {"source": str(self.folder / "text.jsonl"), "length": 32, "held_out": 0.2},
+            "data": {"source": str(self.folder / "text.jsonl"), "seq_len": 32, "held_out": 0.2},
             "stages": [{"stage": "calibrate", "tokens": 4096}]
             + [{"stage": stage_name, **stage} for stage_name in ("matrix", "hidden", "logits")],
             "evaluation": {"tokens": 256, "prompt": None},

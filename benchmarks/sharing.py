@@ -30,15 +30,15 @@ from limbeck.teach import run_stages
 def recipe_of(mixer: str, out: Path, given: argparse.Namespace) -> Recipe:
     """Stages 1 and 2 of one student."""
     tokens = given.steps * given.batch * given.length
-    common = {"tokens": tokens, "batch": given.batch, "micro_batch": given.batch}
+    common = {"tokens": tokens, "batch_size": given.batch, "micro_batch_size": given.batch}
     return Recipe.parse(
         {
             "name": mixer,
             "teacher": given.teacher,
             "student": {"mixer": mixer},
-            "data": {"source": given.data, "length": given.length, "max_tokens": 200_000, "held_out": 0.1},
+            "data": {"source": given.data, "seq_len": given.length, "max_tokens": 200_000, "held_out": 0.1},
             "stages": [
-                {"stage": "matrix", "rows": given.rows or None, **common},
+                {"stage": "matrix", "sampled_queries": given.rows or None, **common},
                 {"stage": "hidden", "target": given.target, **common},
             ],
             "evaluation": {"tokens": given.length, "prompt": None, "new_tokens": 0},

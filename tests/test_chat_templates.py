@@ -424,11 +424,11 @@ def test_a_qwen_like_run_end_to_end(tmp_path, own_cache, capsys):
     recipe = {
         "teacher": str(folder),
         "student": {"mixer": "gated_deltanet"},
-        "data": {"source": str(source), "length": 64, "held_out": 0.3},
+        "data": {"source": str(source), "seq_len": 64, "held_out": 0.3},
         "stages": [
             {"stage": "calibrate", "tokens": 512},
             {"stage": "hidden", "tokens": 512},
-            {"stage": "logits", "tokens": 512, "batch": 4, "ce": 1.0},
+            {"stage": "logits", "tokens": 512, "batch_size": 4, "ce": 1.0},
         ],
         "evaluation": {
             "tokens": 1024,

@@ -118,8 +118,8 @@ def tiny_recipe(folder: Path, teacher: Path, corpus: Path, **more) -> Path:
     raw = {
         "name": "tiny",
         "teacher": str(teacher),
-        "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
-        "stages": [{"stage": "calibrate", "tokens": 256}, {"stage": "logits", "tokens": 128, "batch": 2}],
+        "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
+        "stages": [{"stage": "calibrate", "tokens": 256}, {"stage": "logits", "tokens": 128, "batch_size": 2}],
         "evaluation": {"tokens": 128, "prompt": "The licence", "new_tokens": 4},
         "trackers": [],
         **more,
@@ -156,8 +156,8 @@ def place(tmp_path, monkeypatch, teacher_folder, corpus) -> Path:
 
 
 CHANGES = [
-    ["--set", "student.keep=0"],
-    ["--set", "student.keep=every 2", "--tokens", "512"],
+    ["--set", "student.softmax_layers=0"],
+    ["--set", "student.softmax_layers=every 2", "--tokens", "512"],
     ["--student", "gla", "--set", "student.preset=controlled"],
     ["--stages", "0"],
 ]
@@ -215,7 +215,7 @@ def test_a_plan_is_never_refused_and_writes_nothing(place, capsys):
 def test_a_plan_makes_nothing_and_says_what_would_be_made(place, arguments, words, capsys):
     study = {
         "name": "mine",
-        "base": {"teacher": "tiny", "data": {"length": 64}, "stages": [{"stage": "hidden", "tokens": 512}]},
+        "base": {"teacher": "tiny", "data": {"seq_len": 64}, "stages": [{"stage": "hidden", "tokens": 512}]},
         "grid": {"students": ["gla", "retnet"], "stages": ["2"]},
     }
     (place / "mine.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
@@ -261,16 +261,20 @@ def mixers_in(folder: Path) -> dict[int, tuple[str, dict]]:
 
 
 def test_convert_takes_what_a_recipes_student_takes(place, teacher_folder, capsys):
-    code, said = limbeck("convert", str(teacher_folder), "a", "--keep", "0", "--set", "options.conv=4", capsys=capsys)
+    code, said = limbeck(
+        "convert", str(teacher_folder), "a", "--softmax-layers", "0", "--set", "options.conv=4", capsys=capsys
+    )
     assert code == 0, said
     assert [(layer, options["conv"]) for layer, (_, options) in mixers_in(place / "a").items()] == [(1, 4)]
     rules = "rules=[{layers: 0, mixer: retnet, options: {conv: 2}}]"
     code, said = limbeck("convert", str(teacher_folder), "b", "--student", "gla", "--set", rules, capsys=capsys)
     assert code == 0, said
     assert [name for name, _ in mixers_in(place / "b").values()] == ["retnet", "gla"]
-    keep = {"keep": [1]}
-    (place / "keep.json").write_text(json.dumps(keep), encoding="utf-8")
-    code, said = limbeck("convert", str(teacher_folder), "c", "--set", "student.keep=keep.json", capsys=capsys)
+    keep = {"softmax_layers": [1]}
+    (place / "softmax_layers.json").write_text(json.dumps(keep), encoding="utf-8")
+    code, said = limbeck(
+        "convert", str(teacher_folder), "c", "--set", "student.softmax_layers=softmax_layers.json", capsys=capsys
+    )
     assert code == 0, said
     assert list(mixers_in(place / "c")) == [0]
 
@@ -299,7 +303,7 @@ def test_convert_gives_a_trained_student_other_options_and_leaves_its_weights(pl
         (["--set", "options.cnov=4"], "did you mean 'conv'"),
         (["--set", "kep=0"], "did you mean 'keep'"),
         (["--set", "options"], "--set key=value"),
-        (["--keep", "every 0"], "keep"),
+        (["--softmax-layers", "every 0"], "keep"),
     ],
 )
 def test_convert_refuses_before_it_writes(place, teacher_folder, arguments, words, capsys):
@@ -310,7 +314,12 @@ def test_convert_refuses_before_it_writes(place, teacher_folder, arguments, word
 
 def test_convert_of_a_student_changes_no_layers(place, teacher_folder, capsys):
     limbeck("convert", str(teacher_folder), "a", capsys=capsys)
-    for wrong in (["--keep", "0"], ["--student", "gla"], ["--set", "options.conv=4"], ["--set", "options.convv=4"]):
+    for wrong in (
+        ["--softmax-layers", "0"],
+        ["--student", "gla"],
+        ["--set", "options.conv=4"],
+        ["--set", "options.convv=4"],
+    ):
         code, said = limbeck("convert", "a", "b", *wrong, capsys=capsys)
         assert code == 2, said
         assert "expected:" in said
@@ -323,14 +332,14 @@ def test_convert_of_a_student_changes_no_layers(place, teacher_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "prepare"),
     [
-        (["distill", "tiny.yaml", "--set", "data.length=4096"], []),
-        (["distill", "tiny.yaml", "--set", "stages.1.length=2048"], []),
+        (["distill", "tiny.yaml", "--set", "data.seq_len=4096"], []),
+        (["distill", "tiny.yaml", "--set", "stages.1.seq_len=2048"], []),
         (
             ["distill", "tiny.yaml", "--out", "runs/one", "--tokens", "128"],
             ["distill", "tiny.yaml", "--out", "runs/one"],
         ),
         (["distill", "tiny.yaml", "--out", "tiny.yaml"], []),
-        (["convert", "runs/one", "made", "--keep", "0"], ["distill", "tiny.yaml", "--out", "runs/one"]),
+        (["convert", "runs/one", "made", "--softmax-layers", "0"], ["distill", "tiny.yaml", "--out", "runs/one"]),
         (["students", "gla_"], []),
         (["eval"], []),
         (["eval", "runs/one", "--set", "agreement.tokens"], ["distill", "tiny.yaml", "--out", "runs/one"]),
@@ -351,12 +360,14 @@ def test_what_an_error_says_to_try_works_when_it_is_typed(place, arguments, prep
 
 
 def test_a_file_of_layers_that_is_broken_is_made_again_by_what_the_error_says(place, teacher_folder, corpus, capsys):
-    (place / "keep.json").write_text("{}", encoding="utf-8")
-    code, said = limbeck("distill", "tiny.yaml", "--set", "student.keep=keep.json", capsys=capsys)
+    (place / "softmax_layers.json").write_text("{}", encoding="utf-8")
+    code, said = limbeck("distill", "tiny.yaml", "--set", "student.softmax_layers=softmax_layers.json", capsys=capsys)
     assert code == 2, said
     words = shlex.split(re.search(r"^try: limbeck (.*)$", said, re.M)[1])
-    mine = ["--teacher", str(teacher_folder), "--data", str(corpus), "--length", "32", "--keep", "1"]
+    mine = ["--teacher", str(teacher_folder), "--data", str(corpus), "--seq-len", "32", "--num-softmax-layers", "1"]
     code, said = limbeck(*words, *mine, "--tokens", "64", "--judged", "64", capsys=capsys)
     assert code == 0, said
-    code, said = limbeck("distill", "tiny.yaml", "--set", "student.keep=keep.json", "--plan", capsys=capsys)
+    code, said = limbeck(
+        "distill", "tiny.yaml", "--set", "student.softmax_layers=softmax_layers.json", "--plan", capsys=capsys
+    )
     assert code == 0, said

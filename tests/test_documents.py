@@ -144,12 +144,12 @@ def deep(tmp_path_factory, tokenizer) -> Path:
 
 
 def place_for(folder: Path, teacher: Path, corpus: Path) -> None:
-    stages = [{"stage": name, "tokens": 64, "batch": 1} for name in ("calibrate", "hidden", "logits")]
-    data = {"source": str(corpus), "length": 32, "held_out": 0.2}
+    stages = [{"stage": name, "tokens": 64, "batch_size": 1} for name in ("calibrate", "hidden", "logits")]
+    data = {"source": str(corpus), "seq_len": 32, "held_out": 0.2}
     evaluation = {"tokens": 64, "new_tokens": 2}
     raw = {"name": "quickstart", "teacher": str(teacher), "data": data, "stages": stages, "evaluation": evaluation}
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**raw, "trackers": []}), encoding="utf-8")
-    (folder / "keep.json").write_text(json.dumps({"keep": [0, 9, 18]}), encoding="utf-8")
+    (folder / "softmax_layers.json").write_text(json.dumps({"softmax_layers": [0, 9, 18]}), encoding="utf-8")
 
 
 def exit_code(words: list[str]) -> int:
@@ -215,8 +215,9 @@ LINES = [
     "eval runs/retnet runs/gla --measure agreement,mixing,hidden --out comparison --tokens 64 "
     "--set agreement.prefixes=0 --set mixing.window=8",
     "eval --from comparison --from runs/retnet",
-    "select keep.json --keep 1 --by both --teacher TEACHER --data TEXT --length 32 --tokens 64 --judged 64",
-    "matrices matrices.png --teacher TEACHER --data TEXT --students paper-v3 --layer 1 --length 32 --steps 1",
+    "select softmax_layers.json --num-softmax-layers 1 --by both --teacher TEACHER --data TEXT --seq-len 32 --tokens "
+    "64 --judged 64",
+    "matrices matrices.png --teacher TEACHER --data TEXT --students paper-v3 --layer 1 --seq-len 32 --steps 1",
     "students paper-v3 --preset published",
     "students paper-v3 --preset published --options",
     "study --list",

@@ -45,8 +45,8 @@ def recipe(teacher_folder, corpus, tmp_path):
             "name": "tiny",
             "teacher": str(teacher_folder),
             "student": {"mixer": "gla"},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
-            "stages": [{"stage": "calibrate", "tokens": 128}, {"stage": "hidden", "tokens": 128, "batch": 4}],
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
+            "stages": [{"stage": "calibrate", "tokens": 128}, {"stage": "hidden", "tokens": 128, "batch_size": 4}],
             "evaluation": {"tokens": 64, "prompt": "the work", "new_tokens": 2},
             "out": str(tmp_path / "run"),
         }
@@ -161,14 +161,16 @@ def test_a_stage_that_learns_nothing_is_an_error(tokens, recipe, tmp_path, monke
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.setattr(registry, "_FILES", {})
     (tmp_path / "bad.py").write_text(BAD_MIXER, encoding="utf-8")
-    stages = [{"stage": "hidden", "tokens": tokens, "batch": 1 if tokens > 128 else 4}]
+    stages = [{"stage": "hidden", "tokens": tokens, "batch_size": 1 if tokens > 128 else 4}]
     with pytest.raises(LimbeckError, match=r"stage hidden: .*steps") as error:
         job.distill(recipe(student={"mixer": str(tmp_path / "bad.py")}, stages=stages))
     assert "lr=" not in str(error.value), "no step has been made, so no rate was too high"
 
 
 def test_a_rate_is_blamed_where_steps_were_made(recipe):
-    stages = [{"stage": "hidden", "tokens": 2048, "batch": 1, "lr": 1e30, "warmup": 0, "clip": 1e30}]
+    stages = [
+        {"stage": "hidden", "tokens": 2048, "batch_size": 1, "lr": 1e30, "warmup_ratio": 0, "max_grad_norm": 1e30}
+    ]
     with pytest.raises(LimbeckError, match=r"stages\.0\.lr="):
         job.distill(recipe(stages=stages))
 

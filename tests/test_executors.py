@@ -49,10 +49,10 @@ def raw(teacher_folder, corpus, tmp_path_factory):
             "name": "tiny",
             "base": {
                 "teacher": str(teacher_folder),
-                "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+                "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
                 "stages": [
-                    {"stage": "hidden", "tokens": 1024, "batch": 2},
-                    {"stage": "logits", "tokens": 512, "batch": 2},
+                    {"stage": "hidden", "tokens": 1024, "batch_size": 2},
+                    {"stage": "logits", "tokens": 512, "batch_size": 2},
                 ],
                 "evaluation": {"tokens": 128, "prompt": None, "new_tokens": 0},
                 "checkpoint_seconds": 0.1,

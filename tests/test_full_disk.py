@@ -151,13 +151,13 @@ def test_the_hint_names_the_setting_of_the_place(own_cache):
 
 
 def recipe(teacher: Path, corpus: Path, out: Path, **changes) -> Recipe:
-    learnt = {"tokens": 256, "batch": 2}
+    learnt = {"tokens": 256, "batch_size": 2}
     return Recipe.parse(
         {
             "name": "tiny",
             "teacher": str(teacher),
             "student": {"mixer": "linear_attention"},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": [
                 {"stage": "calibrate", "tokens": 256},
                 {"stage": "hidden", **learnt},

@@ -25,7 +25,7 @@ BASE = {
     "name": "tiny",
     "teacher": "teacher",
     "student": {"mixer": "gla", "options": {"conv": 4}, "rules": [{"layers": "0", "mixer": "mlstm"}]},
-    "data": {"source": "corpus.jsonl", "length": 32, "held_out": 0.2},
+    "data": {"source": "corpus.jsonl", "seq_len": 32, "held_out": 0.2},
     "stages": [{"stage": name, "tokens": 512} for name in STAGES],
     "evaluation": {"tokens": 256},
     "seed": 0,
@@ -136,7 +136,7 @@ def test_bad_settings_make_a_recipe_or_are_refused():
 @pytest.mark.slow
 def test_bad_command_lines_end_with_a_word_and_leave_nothing(teacher_folder, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    good = ["--teacher", str(teacher_folder), "--data", str(corpus), "--set", "data.length=32", "--plan"]
+    good = ["--teacher", str(teacher_folder), "--data", str(corpus), "--set", "data.seq_len=32", "--plan"]
 
     @settings(max_examples=150, **QUIET)
     @given(st.lists(st.one_of(st.sampled_from(OPTIONS), WORDS), max_size=5), st.booleans())

@@ -37,9 +37,10 @@ def test_impossible_keeps(text):
         parse_keep(text, 8)
 
 
-def test_a_file_of_select_is_read(tmp_path):
-    file = tmp_path / "keep.json"
-    file.write_text(json.dumps({"keep": [1, 5], "by": "kl"}), encoding="utf-8")
+@pytest.mark.parametrize("key", ["softmax_layers", "keep"])  # the second one is that of earlier versions
+def test_a_file_of_select_is_read(tmp_path, key):
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps({key: [1, 5], "by": "kl"}), encoding="utf-8")
     assert parse_keep(str(file), 8) == [1, 5]
 
 

@@ -54,11 +54,11 @@ def recipe(teacher, corpus, tmp_path):
             "name": "tiny",
             "teacher": str(teacher),
             "student": {"mixer": "gated_deltanet"},
-            "data": {"source": str(text), "length": 32, "held_out": 0.2},
+            "data": {"source": str(text), "seq_len": 32, "held_out": 0.2},
             "stages": [
                 {"stage": "calibrate", "tokens": 256, "ridge": 0.1},
-                {"stage": "hidden", "tokens": 256, "batch": 4},
-                {"stage": "logits", "tokens": 128, "batch": 2, "train": "all"},
+                {"stage": "hidden", "tokens": 256, "batch_size": 4},
+                {"stage": "logits", "tokens": 128, "batch_size": 2, "train": "all"},
             ],
             "evaluation": {"tokens": 128, "prompt": "the work", "new_tokens": 2},
             "out": str(tmp_path / "run"),
@@ -224,7 +224,7 @@ CHANGES = {
 def test_a_run_goes_on_only_with_what_it_was_begun_with(recipe, teacher, tmp_path, change, finished):
     (tmp_path / "keep.json").write_text('{"keep": [1]}', encoding="utf-8")
     write_mixer(tmp_path, "a copy")
-    student = {"mixer": str(tmp_path / "mine.py"), "keep": str(tmp_path / "keep.json")}
+    student = {"mixer": str(tmp_path / "mine.py"), "softmax_layers": str(tmp_path / "keep.json")}
     made = recipe(student=student, stages=[{"stage": "calibrate", "tokens": 256, "ridge": 0.1}])
     job.distill(made)
     run = Path(made.out)
@@ -280,7 +280,7 @@ def test_a_teacher_in_memory_is_compared_too(recipe, teacher):
 
 def test_the_manifest_names_the_layers_that_a_file_has_chosen(recipe, tmp_path):
     (tmp_path / "keep.json").write_text('{"keep": [1]}', encoding="utf-8")
-    made = recipe(student={"mixer": "gla", "keep": str(tmp_path / "keep.json")}, stages=recipe().stages[:1])
+    made = recipe(student={"mixer": "gla", "softmax_layers": str(tmp_path / "keep.json")}, stages=recipe().stages[:1])
     job.distill(made)
     manifest = json.loads((Path(made.out) / "manifest.json").read_text(encoding="utf-8"))
     assert [(one["mixer"], one["layers"]) for one in manifest["student"]] == [("gla", "0")]
@@ -421,7 +421,7 @@ def test_a_revision_is_downloaded_and_written_down(teacher_folder, corpus, tmp_p
             "HF_HUB_DISABLE_XET": "1",
         }
         command = [sys.executable, "-m", "limbeck", "distill", "--teacher", "ann/tiny@v1", "--data", str(corpus)]
-        command += ["--stages", "0", "--tokens", "256", "--set", "data.length=32", "--set", "data.held_out=0.2"]
+        command += ["--stages", "0", "--tokens", "256", "--set", "data.seq_len=32", "--set", "data.held_out=0.2"]
         command += ["--set", "evaluation.tokens=64", "--set", "evaluation.new_tokens=0", "--out", str(tmp_path / "run")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

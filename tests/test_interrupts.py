@@ -184,10 +184,10 @@ def written(teacher: Path, corpus: Path, out: Path) -> Recipe:
             "name": "tiny",
             "teacher": str(teacher),
             "student": {"mixer": "linear_attention"},
-            "data": {"source": str(corpus), "length": 16, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 16, "held_out": 0.2},
             "stages": [
-                {"stage": "hidden", "tokens": 4800, "batch": 1},
-                {"stage": "logits", "tokens": 64, "batch": 1},
+                {"stage": "hidden", "tokens": 4800, "batch_size": 1},
+                {"stage": "logits", "tokens": 64, "batch_size": 1},
             ],
             "evaluation": {"tokens": 64, "prompt": None},
             "checkpoint_seconds": 600,

@@ -34,12 +34,12 @@ def recipe(teacher_folder, corpus, tmp_path):
             "name": "tiny",
             "teacher": str(teacher_folder),
             "student": {"mixer": "gated_deltanet"},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": [
                 {"stage": "calibrate", "tokens": 512},
                 {"stage": "matrix", "tokens": 512},
-                {"stage": "hidden", "tokens": 1024, "batch": 4, "micro_batch": 3},
-                {"stage": "logits", "tokens": 512, "batch": 2, "ce": 0.5, "train": "all"},
+                {"stage": "hidden", "tokens": 1024, "batch_size": 4, "micro_batch_size": 3},
+                {"stage": "logits", "tokens": 512, "batch_size": 2, "ce": 0.5, "train": "all"},
             ],
             "evaluation": {"tokens": 256, "prompt": "the work", "new_tokens": 4},
             "checkpoint_seconds": 1e-6,
@@ -83,7 +83,9 @@ def test_a_run_leaves_everything_it_promises(recipe):
     assert {stage: len(x) for stage, x in per_stage.items()} == {"matrix": 4, "hidden": 8, "logits": 8}
     assert len(per_stage["hidden"][0]["losses"]) == 2, "one loss a layer"
     last = per_stage["hidden"][-1]
-    assert last["lr"] == pytest.approx(made.stages[2].lr * made.stages[2].floor), "the schedule ends at its floor"
+    assert last["lr"] == pytest.approx(made.stages[2].lr * made.stages[2].min_lr_ratio), (
+        "the schedule ends at its floor"
+    )
     assert Recipe.load(run / "recipe.yaml") == made
     student = AutoModelForCausalLM.from_pretrained(run / "student")
     assert type(student).__name__ == "LimbeckLlamaForCausalLM"
@@ -107,7 +109,7 @@ def test_a_student_learns(recipe):
     stages = [
         {"stage": "matrix", "tokens": 4096, "lr": 3e-3},
         {"stage": "hidden", "tokens": 4096, "lr": 3e-3},
-        {"stage": "logits", "tokens": 4096, "batch": 4, "lr": 3e-3},
+        {"stage": "logits", "tokens": 4096, "batch_size": 4, "lr": 3e-3},
     ]
     result = job.distill(recipe(stages=stages))
     for stage in result["stages"]:
@@ -124,10 +126,10 @@ def test_named_recipes_run(recipe, name, teacher_folder, corpus, tmp_path):
         str(tmp_path / name),
         {"tokens": 256, "prompt": None},
     )
-    raw["data"] = {"source": str(corpus), "length": 32, "held_out": 0.2}
-    raw["student"]["keep"] = "none" if raw["student"]["keep"] == "none" else "uniform 1"
+    raw["data"] = {"source": str(corpus), "seq_len": 32, "held_out": 0.2}
+    raw["student"]["softmax_layers"] = "none" if raw["student"]["softmax_layers"] == "none" else "uniform 1"
     for stage in raw["stages"]:
-        stage.update(tokens=256, batch=2, length=64 if stage["length"] else None)
+        stage.update(tokens=256, batch_size=2, seq_len=64 if stage["seq_len"] else None)
     result = job.distill(Recipe.parse(raw))
     assert [stage["stage"] for stage in result["stages"]] == [stage["stage"] for stage in raw["stages"]]
     assert 1 < result["held_out"]["student_perplexity"] < 1e4
@@ -160,15 +162,15 @@ def test_the_control_arm_comes_out_as_the_teacher(recipe):
         ("matrix", {}),
         ("hidden", {}),
         ("logits", {}),
-        ("hidden", {"optimizer": "muon", "decay": "wsd", "weight_decay": 0.1}),
-        ("logits", {"ema": 0.9, "evaluate_every": 2, "patience": 3}),
-        ("logits", {"kl": 0, "jsd": 0.5, "top_kl": 0.5, "ema": 0.9}),
+        ("hidden", {"optimizer": "muon", "lr_scheduler": "wsd", "weight_decay": 0.1}),
+        ("logits", {"ema_decay": 0.9, "eval_steps": 2, "patience": 3}),
+        ("logits", {"kl": 0, "jsd": 0.5, "top_kl": 0.5, "ema_decay": 0.9}),
     ],
     ids=str,
 )
 def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path, monkeypatch):
     """An interrupted run, resumed and interrupted again, ends with the very weights and log of an uninterrupted one."""
-    settings = {"stage": stage, "tokens": 1024, "batch": 4, **more}
+    settings = {"stage": stage, "tokens": 1024, "batch_size": 4, **more}
     stages = [{"stage": "calibrate", "tokens": 256}, settings]
     whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
     job.distill(whole)
@@ -203,7 +205,7 @@ def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe, monkeypatch, tmp_path):
-    stages = [{"stage": "hidden", "tokens": 1024, "batch": 4}]
+    stages = [{"stage": "hidden", "tokens": 1024, "batch_size": 4}]
     whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
     job.distill(whole)
     from limbeck.stages import learner
@@ -229,7 +231,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, monkeypatch, tmp_path):
 
 
 def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
-    made = recipe(stages=[{"stage": "hidden", "tokens": 20_000, "batch": 2}])
+    made = recipe(stages=[{"stage": "hidden", "tokens": 20_000, "batch_size": 2}])
     path = tmp_path / "recipe.yaml"
     path.write_text(made.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-c", "from limbeck.cli import main; main()", "distill", str(path)]
@@ -250,7 +252,7 @@ def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
 
 
 def test_a_finished_run_says_so_before_anything_is_loaded(recipe, monkeypatch):
-    made = recipe(stages=[{"stage": "hidden", "tokens": 64, "batch": 1}])
+    made = recipe(stages=[{"stage": "hidden", "tokens": 64, "batch_size": 1}])
     first = job.distill(made, rehearsed=False)
     monkeypatch.setattr(job, "prepare_job", lambda *_: pytest.fail("a teacher was loaded"))
     assert job.distill(made) == json.loads((Path(made.out) / "eval.json").read_text(encoding="utf-8"))
@@ -260,7 +262,7 @@ def test_a_finished_run_says_so_before_anything_is_loaded(recipe, monkeypatch):
 
 
 def test_asked_to_stop_it_keeps_its_state_and_says_so_to_the_scheduler(recipe, tmp_path):
-    made = recipe(stages=[{"stage": "hidden", "tokens": 60_000, "batch": 1}], checkpoint_seconds=1000)
+    made = recipe(stages=[{"stage": "hidden", "tokens": 60_000, "batch_size": 1}], checkpoint_seconds=1000)
     path = tmp_path / "recipe.yaml"
     path.write_text(made.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-c", "from limbeck.cli import main; main()", "distill", str(path)]
@@ -279,7 +281,7 @@ def test_asked_to_stop_it_keeps_its_state_and_says_so_to_the_scheduler(recipe, t
 
 
 def test_patience_ends_a_stage_early_and_keeps_its_best_weights(recipe):
-    settings = {"tokens": 4096, "batch": 1, "lr": 3.0, "decay": "constant", "evaluate_every": 2, "patience": 2}
+    settings = {"tokens": 4096, "batch_size": 1, "lr": 3.0, "lr_scheduler": "constant", "eval_steps": 2, "patience": 2}
     made = recipe(stages=[{"stage": "hidden", **settings}])
     stage = job.distill(made)["stages"][0]
     assert stage["steps"] < 128
@@ -307,7 +309,9 @@ def test_the_average_is_what_a_stage_hands_on():
 
 
 def test_wsd_stays_at_the_peak_and_comes_down_at_the_end():
-    settings = Hidden(stage="hidden", tokens=1, warmup=0.1, floor=0.0, decay="wsd", cooldown=0.25)
+    settings = Hidden(
+        stage="hidden", tokens=1, warmup_ratio=0.1, min_lr_ratio=0.0, lr_scheduler="wsd", decay_ratio=0.25
+    )
     rates = [learning_rate(i, 40, settings) for i in range(40)]
     assert rates[4:30] == [1.0] * 26
     assert rates[-1] == 0
@@ -330,7 +334,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(recipe, m
     monkeypatch.setattr(job, "measured_plan", lambda job, plan: plan)  # its steps would be counted
     monkeypatch.setattr(Stage, "backward", backward)
     bad = {2, 3}
-    stages = [{"stage": "hidden", "tokens": 1024, "batch": 4}]
+    stages = [{"stage": "hidden", "tokens": 1024, "batch_size": 4}]
     made = recipe(stages=stages)
     result = job.distill(made)
     assert result["stages"][0]["skipped"] == 2
@@ -345,7 +349,9 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(recipe, m
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_the_schedule_warms_up_and_ends_at_the_floor(batch, decay):
-    settings = Hidden(stage="hidden", tokens=100 * 512, batch=batch, warmup=0.2, floor=0.05, decay=decay)
+    settings = Hidden(
+        stage="hidden", tokens=100 * 512, batch_size=batch, warmup_ratio=0.2, min_lr_ratio=0.05, lr_scheduler=decay
+    )
     steps = steps_of(settings, 512)
     rates = [learning_rate(i, steps, settings) for i in range(steps)]
     assert max(rates) == pytest.approx(1, abs=0.02)
@@ -369,7 +375,7 @@ def bad(teacher_folder, corpus, tmp_path):
         before = sorted(target.rglob("*")) if target.exists() else None
         done = limbeck(
             "distill", "--teacher", teacher or str(teacher_folder), "--data", data or str(corpus), "--out", str(target),
-            "--set", "data.length=32", *arguments,
+            "--set", "data.seq_len=32", *arguments,
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
@@ -394,7 +400,7 @@ def test_unknown_stage(bad):
 
 
 def test_misspelt_key(bad, tmp_path):
-    assert "did you mean 'length'" in bad("--set", "data.lenght=3")
+    assert "did you mean 'seq_len'" in bad("--set", "data.seqlen=3")
     path = tmp_path / "wrong.yaml"
     path.write_text("teacher: embedded\nstages:\n  - {stage: hidden, tokens: 100, learning: 3}\n", encoding="utf-8")
     done = limbeck("distill", str(path), "--out", str(tmp_path / "out"))
@@ -449,7 +455,7 @@ def test_a_family_without_the_attention_interface(bad, tokenizer, tmp_path):
 
 
 def test_a_length_beyond_the_teachers_positions(bad):
-    assert "256" in bad("--set", "data.length=512")
+    assert "256" in bad("--set", "data.seq_len=512")
 
 
 def test_a_folder_that_holds_something_else(bad, tmp_path):

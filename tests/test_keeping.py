@@ -15,7 +15,7 @@ from limbeck.data.cache import STALE_S, publish, read_json, sha256_of, sound, wr
 from limbeck.recipe import Recipe
 from limbeck.stages.run import RunDirectory, check_run, open_run
 
-STAGES = [{"stage": "calibrate", "tokens": 256}, {"stage": "hidden", "tokens": 512, "batch": 4}]
+STAGES = [{"stage": "calibrate", "tokens": 256}, {"stage": "hidden", "tokens": 512, "batch_size": 4}]
 
 
 def recipe(**changes) -> Recipe:
@@ -35,7 +35,7 @@ def save(run: RunDirectory, step: int) -> None:
     ],
 )
 def test_the_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path, steps):
-    run = RunDirectory(tmp_path, recipe(keep_checkpoints=2))
+    run = RunDirectory(tmp_path, recipe(save_total_limit=2))
     for done, step in enumerate(steps, 1):
         save(run, step)
         tensors, _, facts = run.last_checkpoint(1)
@@ -45,7 +45,7 @@ def test_the_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path, step
 
 
 def test_checkpoints_leave_no_locks(tmp_path):
-    run = RunDirectory(tmp_path, recipe(keep_checkpoints=1))
+    run = RunDirectory(tmp_path, recipe(save_total_limit=1))
     for step in (1, 2, 3):
         save(run, step)
     run.finish(1, {"x": torch.zeros(1)}, {"step": 3})
@@ -179,7 +179,10 @@ def test_differences_of_recipes_are_short(tmp_path):
     with open_run(tmp_path / "run", recipe()):
         pass
     long = [{"stage": "calibrate", "tokens": 256}]
-    many = [STAGES[0], {**STAGES[1], "tokens": 1, "lr": 1.0, "warmup": 0.5, "floor": 0.5, "betas": [0.1, 0.2]}]
+    many = [
+        STAGES[0],
+        {**STAGES[1], "tokens": 1, "lr": 1.0, "warmup_ratio": 0.5, "min_lr_ratio": 0.5, "betas": [0.1, 0.2]},
+    ]
     cases = {
         "stages: 2 (calibrate, hidden) there, 1 (calibrate) asked for": {"stages": long},
         "stages: 2 (calibrate, hidden) there, 3 (calibrate, hidden, hidden) asked for": {

@@ -95,7 +95,7 @@ def learn(layers: list[int], kind: type, spike: float, steps: int = 4) -> dict[s
     parameters = stage.parameters()
     for p in parameters.values():
         p.requires_grad_(True)
-    settings = Settings(stage="hidden", tokens=1, clip=0.01)
+    settings = Settings(stage="hidden", tokens=1, max_grad_norm=0.01)
     optimizer = Optimizer(parameters, dict.fromkeys(parameters, 1e-2), settings, student)
     optimizer.set_rate(1.0)
     for step in range(steps):
@@ -107,7 +107,7 @@ def learn(layers: list[int], kind: type, spike: float, steps: int = 4) -> dict[s
                 if "layers.0." in name and p.grad is not None:
                     p.grad.mul_(spike)
         norms = [p.grad.norm() for p in parameters.values() if p.grad is not None]
-        norm = gradient_norm(parameters, settings.clip, alone=alone_in(stage))
+        norm = gradient_norm(parameters, settings.max_grad_norm, alone=alone_in(stage))
         assert float(norm) == pytest.approx(float(torch.stack(norms).norm()), rel=1e-5)  # of all, before
         optimizer.step()
         optimizer.zero_grad()
@@ -142,7 +142,9 @@ def test_stage_three_learns_together():
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 9, 40])
 def test_wsd_comes_down_however_few_the_steps(steps):
-    settings = Settings(stage="hidden", tokens=1, decay="wsd", warmup=0.0, cooldown=0.1, floor=0.05)
+    settings = Settings(
+        stage="hidden", tokens=1, lr_scheduler="wsd", warmup_ratio=0.0, decay_ratio=0.1, min_lr_ratio=0.05
+    )
     rates = [learning_rate(step, steps, settings) for step in range(steps)]
     assert rates[0] == 1
     assert rates[-1] == pytest.approx(0.05)

@@ -31,10 +31,10 @@ def recipe(teacher_folder, corpus, tmp_path):
         raw = {
             "teacher": str(teacher_folder),
             "student": {"mixer": "gla"},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": [
                 {"stage": "calibrate", "tokens": 256},
-                {"stage": "logits", "tokens": 1024, "batch": 4, "lr": 3e-3, "lora": lora, **(stage or {})},
+                {"stage": "logits", "tokens": 1024, "batch_size": 4, "lr": 3e-3, "lora": lora, **(stage or {})},
             ],
             "evaluation": {"tokens": 256, "prompt": None},
             "checkpoint_seconds": 1e-6,
@@ -100,7 +100,12 @@ def test_the_stage_learns_and_leaves_an_ordinary_student(recipe):
 
 
 @pytest.mark.parametrize(
-    "lora", [{"rank": 4}, {"rank": 2, "targets": "all-linear", "dropout": 0.2}, {"rank": 2, "targets": ["down_proj"]}]
+    "lora",
+    [
+        {"rank": 4},
+        {"rank": 2, "target_modules": "all-linear", "dropout": 0.2},
+        {"rank": 2, "target_modules": ["down_proj"]},
+    ],
 )
 def test_killed_twice_it_ends_bit_equal(recipe, lora, tmp_path, monkeypatch):
     """Dropout included; and once more after the stage, before the export."""
@@ -156,7 +161,7 @@ def test_the_teacher_keeps_its_weights(recipe):
 
 
 def test_the_plan_counts_what_the_stage_trains(recipe):
-    for lora in ({"rank": 4}, {"rank": 2, "targets": "all-linear"}, {"targets": ["v_proj", "o_proj"]}):
+    for lora in ({"rank": 4}, {"rank": 2, "target_modules": "all-linear"}, {"target_modules": ["v_proj", "o_proj"]}):
         made = recipe(lora, out=None, name="plan")
         ready = job.prepare_job(made)
         row = make_plan(made, ready.teacher, ready.sites).rows[1]
@@ -165,7 +170,7 @@ def test_the_plan_counts_what_the_stage_trains(recipe):
         trained = teach.make_stage(ready, student, settings, 1).parameters()
         assert row.trained == sum(p.numel() for p in trained.values())
         adapted = [p for name, p in trained.items() if "lora_" in name]
-        names = targets_of(ready.teacher, ready.sites, settings.lora.targets)
+        names = targets_of(ready.teacher, ready.sites, settings.lora.target_modules)
         assert sum(p.numel() for p in adapted) == adapter_numel(ready.teacher, names, settings.lora.rank)
     whole = Recipe.parse({**made.model_dump(), "stages": [{"stage": "logits", "tokens": 512, "train": "attention"}]})
     row = make_plan(whole, ready.teacher, ready.sites).rows[0]
@@ -193,7 +198,7 @@ def test_linear_layers_are_found_in_any_family(family):
 
 
 def test_attention_means_the_converted_layers(recipe):
-    ready = job.prepare_job(recipe(student={"mixer": "gla", "keep": [0]}))
+    ready = job.prepare_job(recipe(student={"mixer": "gla", "softmax_layers": [0]}))
     names = targets_of(ready.teacher, ready.sites, "attention")
     assert names
     assert not [name for name in names if ".0." in name]
@@ -201,13 +206,13 @@ def test_attention_means_the_converted_layers(recipe):
 
 
 def test_unknown_targets_are_refused_with_the_names_there_are(recipe):
-    made = recipe({"targets": ["q_prj"]})
+    made = recipe({"target_modules": ["q_prj"]})
     with pytest.raises(LimbeckError, match="did you mean 'q_proj'") as caught:
         job.distill(made)
     assert "down_proj" in str(caught.value)
     assert not Path(made.out).exists()
     with pytest.raises(LimbeckError, match="did you mean 'attention'"):
-        job.prepare_job(recipe({"targets": "atention"}))
+        job.prepare_job(recipe({"target_modules": "atention"}))
 
 
 def test_without_peft_the_extra_is_named(recipe, monkeypatch):

@@ -19,12 +19,19 @@ def recipe(teacher_folder, corpus, tmp_path) -> Recipe:
         {
             "teacher": str(teacher_folder),
             "student": {"mixer": "gla"},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": [
                 {"stage": "calibrate", "tokens": 256},
-                {"stage": "matrix", "tokens": 512, "rows": 8},
-                {"stage": "logits", "tokens": 1024, "batch": 4, "micro_batch": 2, "train": "all", "optimizer": "muon"},
-                {"stage": "logits", "tokens": 256, "kl": 0, "top_kl": 1, "top": 20, "cache_teacher": "top-k"},
+                {"stage": "matrix", "tokens": 512, "sampled_queries": 8},
+                {
+                    "stage": "logits",
+                    "tokens": 1024,
+                    "batch_size": 4,
+                    "micro_batch_size": 2,
+                    "train": "all",
+                    "optimizer": "muon",
+                },
+                {"stage": "logits", "tokens": 256, "kl": 0, "top_kl": 1, "top_k": 20, "cache_teacher": "top-k"},
             ],
             "evaluation": {"tokens": 128, "prompt": None},
             "out": str(tmp_path / "run"),

@@ -19,23 +19,25 @@ from limbeck.stages import learner
 SCENARIOS = Path(__file__).parent / "process_scenarios.py"
 pytestmark = pytest.mark.usefixtures("own_cache")
 SHARDED = {"sharding": "full"}
-HIDDEN = {"stage": "hidden", "tokens": 1024, "batch": 4}
-LOGITS = {"stage": "logits", "tokens": 1024, "batch": 4, "ce": 0.5, "train": "all"}
+HIDDEN = {"stage": "hidden", "tokens": 1024, "batch_size": 4}
+LOGITS = {"stage": "logits", "tokens": 1024, "batch_size": 4, "ce": 0.5, "train": "all"}
 ALIKE = ("calibrate", "matrix", "hidden", "logits", "sharded")
 CASES = {
-    "calibrate": [{"stage": "calibrate", "tokens": 480, "batch": 3, "ridge": 0.01}],
-    "matrix": [{"stage": "matrix", "tokens": 512, "batch": 3}],
-    "hidden": [{**HIDDEN, "batch": 5, "micro_batch": 2, "evaluate_every": 3, "evaluate_sequences": 3, "ema": 0.9}],
-    "hidden_converged": [{**HIDDEN, "tokens": 2048, "converged": {"patience": 2, "tolerance": 0.03}}],
-    "logits": [{**LOGITS, "batch": 3, "micro_batch": 1}],
-    "sharded": [{**LOGITS, **SHARDED, "micro_batch": 1, "ema": 0.9, "evaluate_every": 4, "clip": 0.01}],
+    "calibrate": [{"stage": "calibrate", "tokens": 480, "batch_size": 3, "ridge": 0.01}],
+    "matrix": [{"stage": "matrix", "tokens": 512, "batch_size": 3}],
+    "hidden": [
+        {**HIDDEN, "batch_size": 5, "micro_batch_size": 2, "eval_steps": 3, "eval_sequences": 3, "ema_decay": 0.9}
+    ],
+    "hidden_converged": [{**HIDDEN, "tokens": 2048, "layer_early_stopping": {"patience": 2, "tolerance": 0.03}}],
+    "logits": [{**LOGITS, "batch_size": 3, "micro_batch_size": 1}],
+    "sharded": [{**LOGITS, **SHARDED, "micro_batch_size": 1, "ema_decay": 0.9, "eval_steps": 4, "max_grad_norm": 0.01}],
     "sharded_attention": [{**LOGITS, **SHARDED, "train": "attention", "tokens": 512}],
     "sharded_lora": [{**LOGITS, **SHARDED, "train": "lora", "tokens": 512}],
     "sharded_experts": [{**LOGITS, **SHARDED, "tokens": 512}],
     "nan": [HIDDEN],
     "stop": [HIDDEN],
     "sharded_stop": [{**LOGITS, **SHARDED}],
-    "short": [{"stage": "calibrate", "tokens": 256}, {**HIDDEN, "batch": 1}],
+    "short": [{"stage": "calibrate", "tokens": 256}, {**HIDDEN, "batch_size": 1}],
 }
 
 
@@ -53,7 +55,7 @@ def recipe(teacher, corpus, out: Path, stages) -> Recipe:
             "name": "tiny",
             "teacher": str(teacher),
             "student": {"mixer": "gated_deltanet"},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": stages,
             "evaluation": {"tokens": 256, "prompt": None},
             "checkpoint_seconds": 1000,
@@ -189,7 +191,7 @@ def test_an_error_in_one_process_ends_both_with_the_same_words(teacher_folder, c
 def test_a_batch_smaller_than_the_processes_is_refused_before_anything_is_written(folder):
     for one in told(folder, "short"):
         assert "a batch of 1 for 2 processes" in one["error"]
-        assert "stages.1.batch=2" in one["error"]
+        assert "stages.1.batch_size=2" in one["error"]
     assert not (folder / "short").exists()
 
 
@@ -221,7 +223,7 @@ def test_a_launcher_that_does_not_say_which_process_is_refused(monkeypatch):
 def test_what_cannot_be_sharded_is_refused(teacher_folder, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    for change, words in (({"optimizer": "muon"}, "whole matrices"), ({"batch": 3}, "batch=4")):
+    for change, words in (({"optimizer": "muon"}, "whole matrices"), ({"batch_size": 3}, "batch_size=4")):
         made = recipe(teacher_folder, corpus, tmp_path / "x", [{**LOGITS, **SHARDED, **change}])
         with pytest.raises(LimbeckError, match=words):
             job.prepare_job(made)

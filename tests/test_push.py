@@ -44,7 +44,7 @@ def finished(tmp_path_factory, teacher_folder, corpus) -> Path:
             "name": "tiny",
             "teacher": str(home / "models" / "tiny-llama"),
             "student": {"mixer": "gated_deltanet", "rules": [{"layers": "1", "mixer": "gla"}]},
-            "data": {"source": str(home / "corpus.jsonl"), "length": 32, "held_out": 0.2},
+            "data": {"source": str(home / "corpus.jsonl"), "seq_len": 32, "held_out": 0.2},
             "stages": [
                 {"stage": "calibrate", "tokens": 512},
                 {"stage": "hidden", "tokens": 512},

@@ -23,7 +23,7 @@ STAGES = [
     {"stage": "calibrate", "tokens": 256},
     {"stage": "matrix", "tokens": 256},
     {"stage": "hidden", "tokens": 256, "target": "block", "train": "block"},
-    {"stage": "logits", "tokens": 256, "batch": 2},
+    {"stage": "logits", "tokens": 256, "batch_size": 2},
 ]
 
 
@@ -58,7 +58,7 @@ def recipe(teacher_folder, corpus, tmp_path):
             "teacher": str(teacher_folder),
             "teacher_bits": 8,
             "student": {"mixer": "gla"},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": STAGES,
             "evaluation": {"tokens": 256, "prompt": "the work", "new_tokens": 2},
             "checkpoint_seconds": 1e-6,
@@ -115,7 +115,7 @@ def test_a_student_that_learns_nothing_outside_attention_keeps_the_checkpoints_w
 def test_killed_it_ends_bit_equal(recipe, bitsandbytes, tmp_path, monkeypatch):
     from limbeck.stages import learner
 
-    stages = [{"stage": "logits", "tokens": 512, "batch": 2, "lora": {"rank": 2}}]
+    stages = [{"stage": "logits", "tokens": 512, "batch_size": 2, "lora": {"rank": 2}}]
     whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
     job.distill(whole)
     original = learner.Learner.take_step

@@ -38,7 +38,7 @@ def test_a_row_of_repeats_is_one_list_and_asks_only_for_what_it_has_shown():
 
 
 def opened(tokenizer, **data) -> Text:
-    return open_text(Data.model_validate({"length": 32, "held_out": 0.2, **data}), tokenizer, tiny("llama"))
+    return open_text(Data.model_validate({"seq_len": 32, "held_out": 0.2, **data}), tokenizer, tiny("llama"))
 
 
 def test_special_tokens_are_in_no_list(tokenizer):
@@ -73,9 +73,9 @@ def test_lists_beside_text(tokenizer, corpus):
 
 
 def test_a_teacher_that_reads_lists_beside_text_is_measured_on_the_text(tokenizer, corpus):
-    data = {"length": 32, "held_out": 0.2, "sources": [{"source": str(corpus)}, {"source": "repeats"}]}
+    data = {"seq_len": 32, "held_out": 0.2, "sources": [{"source": str(corpus)}, {"source": "repeats"}]}
     stages = [{"stage": "next_token", "tokens": 64}]
-    recipe = TeacherRecipe.parse({"name": "x", "model": {}, "vocabulary": 400, "data": data, "stages": stages})
+    recipe = TeacherRecipe.parse({"name": "x", "model": {}, "vocab_size": 400, "data": data, "stages": stages})
     found = held_out_perplexity(recipe, tiny("llama").float().eval(), opened(tokenizer, **data))
     assert found.keys() == {str(corpus)}
 
@@ -85,15 +85,15 @@ def test_a_run_with_a_stage_on_lists(teacher_folder, corpus, tmp_path):
     raw = {
         "name": "lists",
         "teacher": str(teacher_folder),
-        "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+        "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
         "stages": [
-            {"stage": "hidden", "tokens": 512, "length": 16, "data": {"source": "repeats"}},
+            {"stage": "hidden", "tokens": 512, "seq_len": 16, "data": {"source": "repeats"}},
             {
                 "stage": "logits",
                 "tokens": 512,
-                "data": {"source": "repeats", "length": 32},
+                "data": {"source": "repeats", "seq_len": 32},
                 "ce": 1.0,
-                "evaluate_every": 4,
+                "eval_steps": 4,
             },
             {"stage": "logits", "tokens": 256},
         ],

@@ -36,13 +36,13 @@ def real(tmp_path_factory, teacher_folder, corpus) -> Path:
     study = Study.parse(
         {
             "name": "tiny",
-            "about": "Which is better?",
+            "description": "Which is better?",
             "base": {
                 "teacher": str(teacher_folder),
-                "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+                "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
                 "stages": [
-                    {"stage": "hidden", "tokens": 256, "batch": 4},
-                    {"stage": "logits", "tokens": 128, "batch": 2},
+                    {"stage": "hidden", "tokens": 256, "batch_size": 4},
+                    {"stage": "logits", "tokens": 128, "batch_size": 2},
                 ],
                 "evaluation": {"tokens": 64, "prompt": None, "new_tokens": 0},
             },

@@ -96,7 +96,7 @@ def test_rounding_changes_the_loss_by_less_than_a_thousandth(data, tmp_path):
     index, log_q = cached.likeliest(head_t(hidden[0]).detach(), 64)
     said.fill(data, 0, 1, lambda batch: (index[None], log_q[None]))
     batch = Taught(data, said, 0, 1).batch(0, 1)
-    weights = Weights(kl=0, top_kl=1, top=64)
+    weights = Weights(kl=0, top_kl=1, top_k=64)
     found = [
         logit_losses(head_s, h, signal, batch.targets, weights)
         for signal in (FromHidden(head_t, hidden), FromDisk(batch.index, batch.log_q))
@@ -119,14 +119,14 @@ def test_the_key_knows_the_weights():
 
 def test_a_run_asks_the_teacher_once_and_other_students_never(teacher_folder, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
-    stage = {"stage": "logits", "tokens": 512, "batch": 2, "kl": 0, "top_kl": 1, "ce": 0.2, "top": 20}
-    stage |= {"evaluate_every": 4, "evaluate_sequences": 2, "lr": 1e-3}
+    stage = {"stage": "logits", "tokens": 512, "batch_size": 2, "kl": 0, "top_kl": 1, "ce": 0.2, "top_k": 20}
+    stage |= {"eval_steps": 4, "eval_sequences": 2, "lr": 1e-3}
 
     def run(name: str, **changes) -> tuple[dict, list[dict]]:
         raw = {
             "teacher": str(teacher_folder),
             "student": {"mixer": changes.pop("mixer", "gla")},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": [{**stage, **changes}],
             "evaluation": {"tokens": 64, "prompt": None},
             "out": str(tmp_path / name),

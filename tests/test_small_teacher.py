@@ -30,12 +30,12 @@ RECIPE = """
 name: mine
 model: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
         num_key_value_heads: 1, max_position_embeddings: 64, tie_word_embeddings: true}
-vocabulary: 400
-data: {length: 32, held_out: 0.05, sources: [{source: "embedded:quick"}, {source: "embedded:recall"}]}
+vocab_size: 400
+data: {seq_len: 32, held_out: 0.05, sources: [{source: "embedded:quick"}, {source: "embedded:recall"}]}
 stages:
-  - {stage: repeats, tokens: 128, length: 16, batch: 2, lr: 1.0e-2}
-  - {stage: next_token, tokens: 384, batch: 2, lr: 1.0e-2}
-  - {stage: next_token, tokens: 256, length: 64, batch: 1, lr: 1.0e-3}
+  - {stage: repeats, tokens: 128, seq_len: 16, batch_size: 2, lr: 1.0e-2}
+  - {stage: next_token, tokens: 384, batch_size: 2, lr: 1.0e-2}
+  - {stage: next_token, tokens: 256, seq_len: 64, batch_size: 1, lr: 1.0e-3}
 checkpoint_seconds: 1.0e-9
 """
 

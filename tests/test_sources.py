@@ -320,8 +320,8 @@ def recipe(teacher_folder, tmp_path):
         return {
             "teacher": str(teacher_folder),
             "student": {"mixer": "gla"},
-            "data": {"source": str(source), "length": 64, "held_out": 0.1, **changes.pop("data", {})},
-            "stages": [{"stage": "logits", "tokens": 256, "batch": 1}],
+            "data": {"source": str(source), "seq_len": 64, "held_out": 0.1, **changes.pop("data", {})},
+            "stages": [{"stage": "logits", "tokens": 256, "batch_size": 1}],
             "evaluation": {"tokens": 64, "prompt": None},
             "out": str(tmp_path / "run"),
             **changes,
@@ -339,23 +339,23 @@ HINTED = {
     "a field with a space": lambda p, make: make(rows(p / "a.jsonl", "my text")),
     "a field of one of several": lambda p, make: {
         **make(p),
-        "data": {"length": 64, "sources": [{"source": str(p / "a.jsonl")}, {"source": str(p / "b.csv")}]},
+        "data": {"seq_len": 64, "sources": [{"source": str(p / "a.jsonl")}, {"source": str(p / "b.csv")}]},
     },
     "the field of a stage's text": lambda p, make: make(
         rows(p / "a.jsonl"),
         stages=[
-            {"stage": "hidden", "tokens": 128, "batch": 1},
-            {"stage": "logits", "tokens": 128, "data": {"source": str(rows(p / "b.jsonl", "body")), "length": 64}},
+            {"stage": "hidden", "tokens": 128, "batch_size": 1},
+            {"stage": "logits", "tokens": 128, "data": {"source": str(rows(p / "b.jsonl", "body")), "seq_len": 64}},
         ],
     ),
-    "too long": lambda p, make: make(rows(p / "a.jsonl", n=12), data={"length": 512}),
-    "too long, streamed": lambda p, make: make(rows(p / "a.jsonl", n=12), data={"length": 256, "streaming": True}),
+    "too long": lambda p, make: make(rows(p / "a.jsonl", n=12), data={"seq_len": 512}),
+    "too long, streamed": lambda p, make: make(rows(p / "a.jsonl", n=12), data={"seq_len": 256, "streaming": True}),
     "a stage too long": lambda p, make: make(
-        rows(p / "a.jsonl", n=12), stages=[{"stage": "logits", "tokens": 128, "batch": 1, "length": 500}]
+        rows(p / "a.jsonl", n=12), stages=[{"stage": "logits", "tokens": 128, "batch_size": 1, "seq_len": 500}]
     ),
     "short shards": lambda p, make: make(
         next(reversed([write(p / "many" / f"{i}.txt", f"{i} {book(1, i)}") for i in range(60)])).parent,
-        data={"length": 400, "streaming": True, "held_out": 0.3},
+        data={"seq_len": 400, "streaming": True, "held_out": 0.3},
     ),
     "no end": None,
     "not UTF-8": lambda p, make: make(write(p / "a.txt", "Zoë ".encode("latin-1") + book(200).encode())),

@@ -261,11 +261,11 @@ def _run(teacher: Path, source: str, out: Path, **changes) -> dict:
     recipe = {
         "teacher": str(teacher),
         "student": {"mixer": "gated_deltanet"},
-        "data": {"source": source, "length": 32, "held_out": 0.3},
+        "data": {"source": source, "seq_len": 32, "held_out": 0.3},
         "stages": [
             {"stage": "calibrate", "tokens": 512},
             {"stage": "hidden", "tokens": 512},
-            {"stage": "logits", "tokens": 256, "batch": 2},
+            {"stage": "logits", "tokens": 256, "batch_size": 2},
         ],
         "evaluation": {"tokens": 2048, "prompt": PARAGRAPHS[0][:40], "new_tokens": 8},
         "out": str(out),

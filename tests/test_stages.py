@@ -185,11 +185,11 @@ EACH = [
     Weights(kl=0, reverse_kl=1),
     Weights(kl=0, jsd=1),
     Weights(kl=0, jsd=1, beta=0.1),
-    Weights(kl=0, top_kl=1, top=5),
+    Weights(kl=0, top_kl=1, top_k=5),
     Weights(ce=0.5, kl=2, temperature=1.7),
     Weights(ce=0.1, kl=0, reverse_kl=1, temperature=0.6),
     Weights(ce=0.9, kl=0.1),
-    Weights(ce=0.3, kl=0.2, reverse_kl=0.7, jsd=1.3, top_kl=0.4, top=7, temperature=1.3),
+    Weights(ce=0.3, kl=0.2, reverse_kl=0.7, jsd=1.3, top_kl=0.4, top_k=7, temperature=1.3),
 ]
 
 
@@ -226,7 +226,7 @@ def test_a_cached_signal_gives_what_the_teacher_gives(top):
     torch.manual_seed(0)
     head_s, head_t = torch.nn.Linear(8, 31), torch.nn.Linear(6, 31)
     h, teacher, targets = torch.randn(1, 9, 8), torch.randn(1, 9, 6), torch.randint(0, 31, (1, 9))
-    weights = Weights(ce=0.2, kl=0, top_kl=1, top=top)
+    weights = Weights(ce=0.2, kl=0, top_kl=1, top_k=top)
     cached = head_t(teacher).log_softmax(-1).detach().topk(top)
     found = [
         logit_losses(head_s, h, signal, targets, weights)

@@ -31,12 +31,12 @@ def raw(teacher_folder, corpus) -> dict:
         "name": "tiny",
         "base": {
             "teacher": str(teacher_folder),
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": [
                 {"stage": "calibrate", "tokens": 256, "ridge": 0.01},
-                {"stage": "matrix", "tokens": 256, "batch": 2},
-                {"stage": "hidden", "tokens": 512, "batch": 4, "micro_batch": 3},
-                {"stage": "logits", "tokens": 128, "batch": 2},
+                {"stage": "matrix", "tokens": 256, "batch_size": 2},
+                {"stage": "hidden", "tokens": 512, "batch_size": 4, "micro_batch_size": 3},
+                {"stage": "logits", "tokens": 128, "batch_size": 2},
             ],
             "evaluation": {"tokens": 128, "prompt": None, "new_tokens": 0},
         },
@@ -79,7 +79,12 @@ def test_a_grid_is_the_product_of_its_axes(raw, tmp_path):
 def test_names_of_arms_outlive_a_growing_grid(raw, tmp_path):
     few = {arm.name for arm in with_grid(raw).arms(tmp_path)}
     more = with_grid(
-        raw, copy_projections=[True, False], tokens=None, seeds=[0, 1], students="paper-v3", keep=["none", "0"]
+        raw,
+        copy_projections=[True, False],
+        tokens=None,
+        seeds=[0, 1],
+        students="paper-v3",
+        softmax_layers=["none", "0"],
     )
     assert few <= {arm.name for arm in more.arms(tmp_path)}
 
@@ -133,7 +138,7 @@ def test_every_built_in_study_is_one_in_three_sizes(name, size, tmp_path):
     }[size]
     assert len({arm.axes["seed"] for arm in arms}) == (3 if size == "laptop" else 1)
     assert len(arms) > 1
-    assert study.about
+    assert study.description
     assert study.claims
 
 
@@ -194,7 +199,7 @@ def test_an_arm_that_fails_among_others_stops_alone(raw, tmp_path, monkeypatch):
     raw["grid"] |= {
         "students": ["gla"],
         "stages": ["2"],
-        "settings": {"rate": {"usual": {}, "mad": {"stages.hidden.lr": 1e30, "stages.hidden.clip": 1e30}}},
+        "settings": {"rate": {"usual": {}, "mad": {"stages.hidden.lr": 1e30, "stages.hidden.max_grad_norm": 1e30}}},
     }
     monkeypatch.setattr(learner, "MOST_SKIPPED", 1)
     usual, mad = Study.parse(raw).arms(tmp_path / "both")
@@ -225,7 +230,7 @@ def test_a_study_its_tables_and_an_arm_that_is_added(raw, tmp_path):
     assert teacher["agreement.kl"] == 0
     arm = folder / "gla_2+3_seed0"
     assert (arm / "metrics.jsonl").exists()
-    assert not (arm / "student").exists(), "keep: none"
+    assert not (arm / "student").exists(), "save_artifacts: none"
     assert not (arm / "stages").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
     again = run_study(study, folder)
@@ -236,7 +241,7 @@ def test_a_study_its_tables_and_an_arm_that_is_added(raw, tmp_path):
 
 
 def test_what_is_kept_and_a_measure_that_is_added(raw, tmp_path):
-    study = with_grid({**raw, "keep": "students", "measures": {}}, students=["gla"], stages=["2"])
+    study = with_grid({**raw, "save_artifacts": "students", "measures": {}}, students=["gla"], stages=["2"])
     folder = tmp_path / "study"
     run_study(study, folder)
     arm = folder / "gla_2_seed0"
@@ -284,7 +289,7 @@ def test_a_changed_recipe_is_refused(raw, tmp_path):
 @pytest.mark.parametrize("keep", ["none", "students"])
 def test_evaluations_of_different_size_do_not_meet_in_one_mean(raw, tmp_path, keep):
     """With more held-out text asked for, an arm that kept nothing to evaluate again is refused by name."""
-    raw["keep"] = keep
+    raw["save_artifacts"] = keep
     folder = tmp_path / "study"
     run_study(with_grid(raw, students=["gla"], stages=["2"]), folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -296,7 +301,7 @@ def test_evaluations_of_different_size_do_not_meet_in_one_mean(raw, tmp_path, ke
 
 
 def test_an_arm_that_kept_its_stages_is_evaluated_again(raw, tmp_path):
-    raw["keep"] = "all"
+    raw["save_artifacts"] = "all"
     folder = tmp_path / "study"
     run_study(with_grid(raw, students=["gla"], stages=["2"]), folder)
     raw["base"]["evaluation"]["tokens"] = 256

@@ -41,7 +41,7 @@ def calibration(teacher: Path, corpus: Path, path: Path) -> Path:
         "name": "Größe 你好",
         "teacher": str(teacher),
         "student": {"mixer": "linear_attention"},
-        "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+        "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
         "stages": [{"stage": "calibrate", "tokens": 256}],
         "evaluation": {"tokens": 64, "prompt": "naïve ‖ 😀", "new_tokens": 2},
         "trackers": [],

@@ -102,12 +102,12 @@ def recipe(teacher_folder, tmp_path):
             source = source.with_suffix(".jsonl")
             rows = [json.dumps(TEXTS[text](i)) + "\n" for i in range(120)]
             source.write_text("".join(rows), encoding="utf-8")
-        stage = {"stage": "logits", "tokens": 512, "batch": 2, "ce": 1.0, "kl": 0.0, "lr": 1e-3}
-        stage |= {"evaluate_every": 1, "evaluate_sequences": 40, **changes.pop("stage", {})}
+        stage = {"stage": "logits", "tokens": 512, "batch_size": 2, "ce": 1.0, "kl": 0.0, "lr": 1e-3}
+        stage |= {"eval_steps": 1, "eval_sequences": 40, **changes.pop("stage", {})}
         raw = {
             "teacher": str(teacher),
             "student": {"mixer": "gla"},
-            "data": {"source": str(source), "length": 32, "held_out": 0.2},
+            "data": {"source": str(source), "seq_len": 32, "held_out": 0.2},
             "stages": [stage],
             "evaluation": {"tokens": 40 * 32, "prompt": None},
             "out": str(tmp_path / "run"),
@@ -148,7 +148,7 @@ def test_the_held_out_loss_is_what_the_evaluation_measures_and_no_step_is_empty(
 
 def test_the_first_held_out_sequences_may_hold_no_target(recipe):
     """Patience counts losses that are there, and an evaluation of one sequence reads on to one with a target."""
-    made = recipe("short answers", stage={"evaluate_sequences": 1, "patience": 2}, evaluation={"tokens": 32})
+    made = recipe("short answers", stage={"eval_sequences": 1, "patience": 2}, evaluation={"tokens": 32})
     result = job.distill(made)
     losses = [line["held_out_loss"] for line in lines_of(made.out)]
     assert all(loss > 1 for loss in losses)
@@ -182,7 +182,7 @@ def test_a_resumed_stage_reads_on_where_it_stopped(text, recipe, tmp_path, monke
 
 
 def test_a_cached_teacher_is_asked_of_what_is_read(recipe):
-    made = recipe("short answers", stage={"ce": 0.5, "top_kl": 0.5, "top": 8, "cache_teacher": "top-k"})
+    made = recipe("short answers", stage={"ce": 0.5, "top_kl": 0.5, "top_k": 8, "cache_teacher": "top-k"})
     job.distill(made)
     assert [line["loss"] > 1 for line in lines_of(made.out)] == [True] * 8
 

@@ -42,7 +42,7 @@ def place(teacher_folder, corpus, tmp_path_factory) -> Path:
                 "name": "tiny",
                 "teacher": "teacher",
                 "student": {"mixer": "retnet"},
-                "data": {**data, "length": 32, "held_out": 0.2},
+                "data": {**data, "seq_len": 32, "held_out": 0.2},
                 "stages": [{"stage": "calibrate", "tokens": 256, "ridge": 0.1}],
                 "evaluation": {"tokens": 128, "prompt": None},
                 "out": name,

@@ -63,17 +63,17 @@ def recipe(teacher_folder, corpus, tmp_path, tokenizer):
         raw = {
             "teacher": str(teacher),
             "student": {"mixer": "gla"},
-            "data": {"sources": mixed, "length": 32, "held_out": 0.2, "streaming": True},
+            "data": {"sources": mixed, "seq_len": 32, "held_out": 0.2, "streaming": True},
             "stages": [
                 {"stage": "calibrate", "tokens": 256, "ridge": 0.01},
-                {"stage": "hidden", "tokens": 512, "batch": 4},
-                {"stage": "logits", "tokens": 512, "batch": 2, "length": 64},
+                {"stage": "hidden", "tokens": 512, "batch_size": 4},
+                {"stage": "logits", "tokens": 512, "batch_size": 2, "seq_len": 64},
                 {
                     "stage": "logits",
                     "tokens": 256,
                     "ce": 1.0,
                     "kl": 0.0,
-                    "data": {"source": str(chats), "length": 32, "held_out": 0.2},
+                    "data": {"source": str(chats), "seq_len": 32, "held_out": 0.2},
                 },
             ],
             "evaluation": {"tokens": 128, "prompt": None, "new_tokens": 0},
@@ -149,7 +149,7 @@ def test_a_text_that_changed_since_the_run_began_is_refused_by_name(recipe, tmp_
 
 
 def test_a_stage_longer_than_the_teacher_is_refused(recipe):
-    stages = [{"stage": "hidden", "tokens": 128, "length": 10**6}]
+    stages = [{"stage": "hidden", "tokens": 128, "seq_len": 10**6}]
     with pytest.raises(LimbeckError, match=r"(?s)1000000 tokens.*stages\.0\.length of at most"):
         job.prepare_job(recipe(stages=stages))
 
@@ -178,6 +178,6 @@ def test_a_text_on_the_command_line_takes_the_place_of_several(tmp_path):
     made = build_recipe(str(path), **nothing, data="c.jsonl", settings=[])
     assert (made.data.source, made.data.sources) == ("c.jsonl", None)
     assert (
-        build_recipe(str(path), **nothing, data=None, settings=["data.length=64"]).data.sources
+        build_recipe(str(path), **nothing, data=None, settings=["data.seq_len=64"]).data.sources
         == Recipe.load(path).data.sources
     )

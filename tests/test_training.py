@@ -17,7 +17,7 @@ from limbeck import LimbeckError, cli, job
 from limbeck.contract import tiny
 from limbeck.find_rate import find_rates
 from limbeck.precision import arithmetic, autocast_of
-from limbeck.recipe import Converged, Recipe
+from limbeck.recipe import EarlyStopping, Recipe
 from limbeck.stages import learner, trackers
 from limbeck.stages.convergence import Convergence
 from limbeck.stages.layerwise import Hidden
@@ -26,7 +26,7 @@ from limbeck.stages.sweep import Sweep
 from limbeck.stages.teacher import Pair
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-HIDDEN = {"stage": "hidden", "tokens": 1024, "batch": 4}
+HIDDEN = {"stage": "hidden", "tokens": 1024, "batch_size": 4}
 CPU = torch.device("cpu")
 
 
@@ -37,7 +37,7 @@ def recipe(teacher_folder, corpus, tmp_path):
             "name": "tiny",
             "teacher": str(teacher_folder),
             "student": {"mixer": "gated_deltanet"},
-            "data": {"source": str(corpus), "length": 32, "held_out": 0.2},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
             "stages": [HIDDEN],
             "evaluation": {"tokens": 256, "prompt": None},
             "checkpoint_seconds": 1e-6,
@@ -85,9 +85,9 @@ def same_students(one: Recipe, other: Recipe) -> bool:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_what_float32_learns_and_resumes_exactly(recipe, stopped_at, precision):
     stages = [
-        {"stage": "matrix", "tokens": 512, "batch": 4},
+        {"stage": "matrix", "tokens": 512, "batch_size": 4},
         {**HIDDEN, "loss": "mse"},
-        {"stage": "logits", "tokens": 512, "batch": 2, "train": "all"},
+        {"stage": "logits", "tokens": 512, "batch_size": 2, "train": "all"},
     ]
     exact, half = (recipe(name, stages=stages, precision=name) for name in ("fp32", precision))
     broken = recipe("broken", stages=stages, precision=precision)
@@ -222,7 +222,7 @@ def test_deterministic_runs_and_explains_what_cannot_be(recipe, monkeypatch):
 
 def test_a_layer_stops_when_its_mean_has_not_fallen_for_long():
     facts = {}
-    layers = Convergence(Converged(patience=4, tolerance=0.01), facts)
+    layers = Convergence(EarlyStopping(patience=4, tolerance=0.01), facts)
     when = {}
     for step in range(1, 120):
         losses = {"falls": 0.9**step, "stays": 1.0, "late": max(0.9**step, 0.1)}
@@ -255,9 +255,11 @@ def test_a_layer_that_has_converged_is_left_out_and_the_resumed_run_agrees(recip
     assert issubclass(cls, LayerStage)
     converged = {"patience": 3, "tolerance": 1e-9}
     stages = (
-        [{"stage": kind, "tokens": 1280, "batch": 4, "rows": 8}] if kind == "matrix" else [{**HIDDEN, "tokens": 1280}]
+        [{"stage": kind, "tokens": 1280, "batch_size": 4, "sampled_queries": 8}]
+        if kind == "matrix"
+        else [{**HIDDEN, "tokens": 1280}]
     )
-    stages[0] |= {"converged": converged, "micro_batch": 4, "lr": 1e-3}
+    stages[0] |= {"layer_early_stopping": converged, "micro_batch_size": 4, "lr": 1e-3}
     whole, broken = recipe("whole", stages=stages), recipe("broken", stages=stages)
     calls.clear()
     facts = job.distill(whole)["stages"][0]
@@ -276,7 +278,7 @@ def test_a_layer_that_has_converged_is_left_out_and_the_resumed_run_agrees(recip
 
 
 def test_a_stage_ends_when_all_layers_have_converged(recipe):
-    stages = [{**HIDDEN, "tokens": 4096, "lr": 1e-9, "converged": {"patience": 5, "tolerance": 0.5}}]
+    stages = [{**HIDDEN, "tokens": 4096, "lr": 1e-9, "layer_early_stopping": {"patience": 5, "tolerance": 0.5}}]
     facts = job.distill(recipe(stages=stages))["stages"][0]
     assert facts["steps"] == 5 < 32
     assert facts["tokens"] == 5 * 4 * 32
@@ -286,7 +288,7 @@ def test_a_stage_ends_when_all_layers_have_converged(recipe):
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for_and_damaged_ones_passed_over(recipe, stopped_at):
-    whole, broken = recipe("whole"), recipe("broken", keep_checkpoints=3)
+    whole, broken = recipe("whole"), recipe("broken", save_total_limit=3)
     job.distill(whole)
     stopped_at(broken, 6)
     kept = sorted(Path(broken.out).glob("stages/0-hidden/step-*"))
@@ -310,14 +312,14 @@ def test_as_many_checkpoints_are_kept_as_asked_for_and_damaged_ones_passed_over(
 
 
 def test_what_changes_no_number_may_change_when_a_run_goes_on(recipe, stopped_at, corpus):
-    data = {"source": str(corpus), "length": 32, "held_out": 0.2}
+    data = {"source": str(corpus), "seq_len": 32, "held_out": 0.2}
     other = {**data, "cache_gb": 3.0}
     stages = [HIDDEN, {**HIDDEN, "data": data}]
     stopped_at(recipe(stages=stages), 3)
     on = recipe(
         data=other,
         stages=[HIDDEN, {**HIDDEN, "data": other}],
-        keep_checkpoints=1,
+        save_total_limit=1,
         checkpoint_seconds=60,
         trackers="auto",
     )
@@ -325,7 +327,7 @@ def test_what_changes_no_number_may_change_when_a_run_goes_on(recipe, stopped_at
     with pytest.raises(LimbeckError, match="precision: 'auto' there, 'bf16' asked for"):
         job.prepare_job(on.model_copy(update={"precision": "bf16"}))
     with pytest.raises(LimbeckError, match="length"):
-        job.prepare_job(recipe(data={**data, "length": 16}, stages=stages))
+        job.prepare_job(recipe(data={**data, "seq_len": 16}, stages=stages))
     job.distill(on)
 
 
@@ -343,7 +345,7 @@ def events(folder: Path, tag: str) -> list[tuple[int, float]]:
 def test_tensorboard_shows_every_step_once_after_a_resume(recipe, stopped_at):
     pytest.importorskip("tensorboard")
     pytest.importorskip("accelerate")
-    stages = [{"stage": "matrix", "tokens": 512, "batch": 4}, {"stage": "logits", "tokens": 512, "batch": 2}]
+    stages = [{"stage": "matrix", "tokens": 512, "batch_size": 4}, {"stage": "logits", "tokens": 512, "batch_size": 2}]
     made = recipe(stages=stages, trackers="auto", checkpoint_seconds=1e-6)
     stopped_at(made, 3)
     newest = max(Path(made.out).glob("stages/0-matrix/step-*"))
@@ -450,9 +452,9 @@ def test_the_real_one_offline(recipe, name, monkeypatch, tmp_path):
 def test_the_sweep_of_rates_touches_nothing_and_is_the_same_again(recipe):
     stages = [
         {"stage": "calibrate", "tokens": 256},
-        {"stage": "matrix", "tokens": 512, "micro_batch": 3},
+        {"stage": "matrix", "tokens": 512, "micro_batch_size": 3},
         {**HIDDEN, "train": "block", "target": "block"},
-        {"stage": "logits", "tokens": 512, "batch": 2, "lora": {"rank": 2}},
+        {"stage": "logits", "tokens": 512, "batch_size": 2, "lora": {"rank": 2}},
     ]
     made = recipe(stages=stages)
     first, again = (find_rates(made, points=16) for _ in range(2))

@@ -70,7 +70,7 @@ def step_of(
     more = {"checkpoint_activations": checkpoint, "compiled": fuse} if kind.startswith("logits") else {}
     stage = KINDS[kind](teacher, student, sites, bench.autocast(), **more)
     name = kind.split(",")[0]
-    settings = STAGES[name](stage=name, tokens=rows * micro * length, batch=rows * micro)
+    settings = STAGES[name](stage=name, tokens=rows * micro * length, batch_size=rows * micro)
     parameters = stage.parameters()
     ahead = Ahead(lambda _: [bench.batch(teacher, rows, length, document) for _ in range(micro)], bench.device)
     at = iter(range(10**9))
@@ -87,7 +87,7 @@ def step_of(
 
         def step() -> None:
             sums = accumulate(stage, ahead.take(next(at)))
-            fetch(gradient_norm(parameters, settings.clip, alone=alone_in(stage)), sums)
+            fetch(gradient_norm(parameters, settings.max_grad_norm, alone=alone_in(stage)), sums)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -55,7 +55,7 @@ def targets_of(model: PreTrainedModel, sites: Sequence[Site], targets: str | Seq
         found = [name for name in linear if name == target or name.endswith(f".{target}")]
         if not found:
             raise LimbeckError(
-                f"lora.targets: there is no linear layer '{target}'{closest(target, [*known, *GROUPS])}",
+                f"lora.target_modules: there is no linear layer '{target}'{closest(target, [*known, *GROUPS])}",
                 expected=f"{', '.join(GROUPS)}, or a list of: {', '.join(known)}",
             )
         chosen += found

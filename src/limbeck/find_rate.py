@@ -93,12 +93,12 @@ def _sweep(job: Job, settings: Any, index: int, done: dict[int, dict[str, Any]],
     optimizer = Optimizer(parameters, stage.learning_rates(settings), settings, stage.student)
     scale = LossScale({}, needs_scale(stage.autocast, job.device.type))
     data = job.training(job.recipe.text_of(settings))
-    micro = min(settings.micro_batch or settings.batch, settings.batch)
-    sizes = [min(micro, settings.batch - done) for done in range(0, settings.batch, micro)]
-    batch = with_targets(data, 0, settings.batch)[0] if stage.by_targets else data.batch(0, settings.batch)
+    micro = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
+    sizes = [min(micro, settings.batch_size - done) for done in range(0, settings.batch_size, micro)]
+    batch = with_targets(data, 0, settings.batch_size)[0] if stage.by_targets else data.batch(0, settings.batch_size)
     batches = [batch.rows(slice(i * micro, i * micro + size)).to(job.device) for i, size in enumerate(sizes)]
     before = ", ".join(job.recipe.stages[i].stage for i in done) or "conversion"
-    sweep = Sweep(index, settings.stage, before, settings.lr, settings.batch)
+    sweep = Sweep(index, settings.stage, before, settings.lr, settings.batch_size)
     with progress(f"{settings.stage}: rates", points, "steps") as advance:
         for point in range(points):
             rate = LOWEST * (HIGHEST / LOWEST) ** (point / (points - 1))
@@ -108,7 +108,7 @@ def _sweep(job: Job, settings: Any, index: int, done: dict[int, dict[str, Any]],
                 stage.loss_scale = scale.value
                 sums = accumulate(stage, batches)
                 scale.off(parameters.values())
-                norm = float(gradient_norm(parameters, settings.clip, alone=alone_in(stage)))
+                norm = float(gradient_norm(parameters, settings.max_grad_norm, alone=alone_in(stage)))
                 loss = total_loss({name: float(value) for name, value in sums.items()}) + 0 * norm
                 if not scale.update(math.isfinite(loss)):
                     break

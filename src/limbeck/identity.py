@@ -164,7 +164,7 @@ def student_of(student: Student, layers: int, length: int) -> list[dict[str, Any
         length: tokens of the longest sequences that it learns from.
     """
     rules = [rule.model_dump(exclude_none=True) for rule in student.rules]
-    chosen = converted_layers(student.layers, student.keep, layers)
+    chosen = converted_layers(student.layers, student.softmax_layers, layers)
     assigned = assign(chosen, student.mixer, student.options, student.preset, rules, layers, length)
     groups: dict[str, tuple[Any, list[int]]] = {}
     for layer, one in assigned.items():

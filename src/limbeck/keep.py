@@ -131,8 +131,8 @@ def check(keep: int, by: str, count: int) -> None:
 
 
 def plan_file(prices: list[Price], keep: list[int], **facts: Any) -> dict[str, Any]:
-    """What `limbeck select` writes and `student.keep` of a recipe reads."""
-    return {"keep": keep, **facts, "prices": [asdict(price) for price in prices]}
+    """What `limbeck select` writes and `student.softmax_layers` of a recipe reads."""
+    return {"softmax_layers": keep, **facts, "prices": [asdict(price) for price in prices]}
 
 
 def repeating(batch: Batch) -> Batch:

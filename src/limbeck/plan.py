@@ -98,7 +98,7 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
             kinds = {"attention": attention, "body": body, "all": total}
             weights = kinds.get(settings.train, 0)
             if settings.lora is not None:
-                names = targets_of(teacher, sites, settings.lora.targets)
+                names = targets_of(teacher, sites, settings.lora.target_modules)
                 weights = adapter_numel(teacher, names, settings.lora.rank)
                 merged = sum(numel(teacher.get_submodule(name)) for name in names)
                 copies = max(copies, attention + merged)
@@ -113,9 +113,9 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
             trained = (0 if alone else block if whole else attention) + added
             each = 2 * body + 4 * through + 2 * trained
         if not isinstance(settings, recipes.Calibrate):
-            length = recipe.text_of(settings).length
+            length = recipe.text_of(settings).seq_len
             steps = steps_of(settings, length)
-            tokens = steps * settings.batch * length
+            tokens = steps * settings.batch_size * length
             largest = max(largest, trained)
         own = own or getattr(settings, "train", "attention") not in ("mixer", "attention", "lora")
         kept += trained
@@ -126,7 +126,7 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
     return Plan(
         rows=rows,
         seconds=sum(row.seconds for row in rows) + evaluation,
-        disk_bytes=student + 4 * kept + recipe.keep_checkpoints * 12 * largest,
+        disk_bytes=student + 4 * kept + recipe.save_total_limit * 12 * largest,
         memory_bytes=given + 4 * (total if own else min(copies, total)) + 12 * largest + 800_000_000,
         speed=speed,
         unshared_bytes=4 * max(total - attention, 0) if own else 0,

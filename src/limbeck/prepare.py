@@ -78,11 +78,11 @@ class Job:
 
     def training(self, data: recipes.Data) -> Sequences:
         """What a stage with that text learns from."""
-        return self.texts[name_of(data)].training(data.length, self.recipe.seed)
+        return self.texts[name_of(data)].training(data.seq_len, self.recipe.seed)
 
     def held_out(self, data: recipes.Data) -> Sequences:
         """What it is measured on."""
-        return self.texts[name_of(data)].held_out(data.length)
+        return self.texts[name_of(data)].held_out(data.seq_len)
 
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]  # a teacher and its tokenizer
@@ -114,8 +114,8 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     check_trackers(recipe.trackers)
     teacher, tokenizer = loaded or teacher_of(recipe, device)
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-    lengths = {"data.length": recipe.data.length}
-    lengths |= {f"stages.{i}.length": recipe.text_of(stage).length for i, stage in enumerate(recipe.stages)}
+    lengths = {"data.seq_len": recipe.data.seq_len}
+    lengths |= {f"stages.{i}.seq_len": recipe.text_of(stage).seq_len for i, stage in enumerate(recipe.stages)}
     for key, length in lengths.items():
         if longest is not None and length > longest:
             raise LimbeckError(
@@ -130,11 +130,11 @@ def prepare_job(recipe: Recipe, loaded: Loaded | None = None) -> Job:
     if recipe.attention == "mask":
         use_masks(teacher)
     sites = attention_sites(teacher)
-    chosen = [sites[i] for i in converted_layers(recipe.student.layers, recipe.student.keep, len(sites))]
+    chosen = [sites[i] for i in converted_layers(recipe.student.layers, recipe.student.softmax_layers, len(sites))]
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
-            targets_of(teacher, chosen, stage.lora.targets)
+            targets_of(teacher, chosen, stage.lora.target_modules)
     texts = _open_texts(recipe, teacher, tokenizer) if told is None else {}
     if told is not None:
         _look_at_texts(recipe, teacher, tokenizer, told)
@@ -204,7 +204,7 @@ def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedT
     places = ["data", *(f"stages.{index}" for index in range(len(recipe.stages)))]  # whose length it is
     texts: dict[str, Text] = {}
     for name, data in {name_of(data): data for data, _ in uses}.items():
-        length, place = max((one.length, where) for (one, _), where in zip(uses, places) if name_of(one) == name)
+        length, place = max((one.seq_len, where) for (one, _), where in zip(uses, places) if name_of(one) == name)
         with hints_for(_keys(recipe, name, place)):
             text = open_text(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
         wanted = sum(tokens for one, tokens in uses if name_of(one) == name)
@@ -221,10 +221,10 @@ def _keys(recipe: Recipe, name: str, place: str) -> dict[str, str]:
         place: "data" or "stages.N", whose length of sequences is the longest.
     """
     if name_of(recipe.data) == name:
-        own = place != "data" and recipe.stages[int(place[7:])].length is not None
-        return {"data.length": f"{place}.length"} if own else {}
+        own = place != "data" and recipe.stages[int(place[7:])].seq_len is not None
+        return {"data.seq_len": f"{place}.seq_len"} if own else {}
     index = next(i for i, stage in enumerate(recipe.stages) if stage.data is not None and name_of(stage.data) == name)
-    return {"--set data.length": f"--set {place}.length", "--set data.": f"--set stages.{index}.data."}
+    return {"--set data.seq_len": f"--set {place}.seq_len", "--set data.": f"--set stages.{index}.data."}
 
 
 def _check_targets(job: Job) -> None:
@@ -233,22 +233,22 @@ def _check_targets(job: Job) -> None:
     Stages 0 to 2 compare all tokens, so this is of stage 3 and of what is measured on held-out text.
     """
     recipe = job.recipe
-    count_with_targets(job.held_out(recipe.data), recipe.evaluation.tokens // recipe.data.length)
+    count_with_targets(job.held_out(recipe.data), recipe.evaluation.tokens // recipe.data.seq_len)
     learnt = [recipe.text_of(stage) for stage in recipe.stages if isinstance(stage, recipes.Logits)]
     for stage in recipe.stages:
-        if isinstance(stage, recipes.Logits) and stage.evaluate_every:
-            count_with_targets(job.held_out(recipe.text_of(stage)), stage.evaluate_sequences)
+        if isinstance(stage, recipes.Logits) and stage.eval_steps:
+            count_with_targets(job.held_out(recipe.text_of(stage)), stage.eval_sequences)
     uses = [(recipe.data, "held_out"), *((data, "train") for data in learnt)]
-    for data, name in {(name_of(data), data.length, name): (data, name) for data, name in uses}.values():
+    for data, name in {(name_of(data), data.seq_len, name): (data, name) for data, name in uses}.values():
         for part in job.texts[name_of(data)].parts:
             split = getattr(part, name, None)
             if not isinstance(split, Split):  # of a stream, which is not read from end to end for this
                 continue
-            found, of = share_with_targets(split, data.length)
+            found, of = share_with_targets(split, data.seq_len)
             if not found and name == "train":
-                raise no_targets(f"'{part.source}' that is trained on", data.length)
+                raise no_targets(f"'{part.source}' that is trained on", data.seq_len)
             if found < FEW * of:
-                have = f"{found:,} of {of:,} {name} sequences of {data.length} tokens have a target"
+                have = f"{found:,} of {of:,} {name} sequences of {data.seq_len} tokens have a target"
                 passed = "stage logits passes over the others" if name == "train" else "the others count for nothing"
                 console.print(f"'{part.source}': {have}; {passed}", markup=False)
 
@@ -281,7 +281,7 @@ def _look_at_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any, tol
 
 def name_of(data: recipes.Data) -> str:
     """What tells one text from another: all of its settings but the length of the sequences."""
-    return json.dumps(data.model_dump(mode="json", exclude={"length", "cache_gb"}))
+    return json.dumps(data.model_dump(mode="json", exclude={"seq_len", "cache_gb"}))
 
 
 @torch.no_grad()
@@ -343,14 +343,16 @@ def _check_shares(recipe: Recipe) -> None:
     """Every process needs a row of every step."""
     size = world().size
     for index, stage in enumerate(recipe.stages):
-        at = f"stages.{index} ({stage.stage}): a batch of {stage.batch} for {size} processes"
-        whole = -(-stage.batch // size) * size
-        if stage.batch < size:
-            raise LimbeckError(at, expected="a sequence for each, or more", hint=f"--set stages.{index}.batch={size}")
+        at = f"stages.{index} ({stage.stage}): a batch of {stage.batch_size} for {size} processes"
+        whole = -(-stage.batch_size // size) * size
+        if stage.batch_size < size:
+            raise LimbeckError(
+                at, expected="a sequence for each, or more", hint=f"--set stages.{index}.batch_size={size}"
+            )
         if size > 1 and getattr(stage, "sharding", "none") == "full":
-            if stage.batch % size:
+            if stage.batch_size % size:
                 raise LimbeckError(
-                    f"{at}, sharded", expected="as many for each", hint=f"--set stages.{index}.batch={whole}"
+                    f"{at}, sharded", expected="as many for each", hint=f"--set stages.{index}.batch_size={whole}"
                 )
             if recipe.teacher_bits is not None:
                 raise LimbeckError(

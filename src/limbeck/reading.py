@@ -132,7 +132,13 @@ def readable(
     path = [str(p) for p in first["loc"] if p not in tagged]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1], root, tagged)
+        model = _model_at(first["loc"][:-1], root, tagged)
+        new = getattr(model, "renamed", {}).get(path[-1])
+        if new in model.model_fields:
+            return LimbeckError(
+                f"{origin}: unknown key '{where}': it is called '{new}' now", expected=".".join([*path[:-1], new])
+            )
+        known = list(model.model_fields)
         return LimbeckError(
             f"{origin}: unknown key '{where}'{closest(path[-1], known)}", expected=", ".join(known) or None
         )
@@ -144,14 +150,16 @@ def readable(
     return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
 
 
-def _fields_at(location: tuple[Any, ...], model: type[BaseModel], tagged: Mapping[str, type[BaseModel]]) -> list[str]:
-    """The keys that are known at a place."""
+def _model_at(
+    location: tuple[Any, ...], model: type[BaseModel], tagged: Mapping[str, type[BaseModel]]
+) -> type[BaseModel]:
+    """The model whose keys stand at a place."""
     for part in location:
         if part in tagged:
             model = tagged[part]
         elif isinstance(part, str) and part in model.model_fields:
             model = next(_models_in(model.model_fields[part].annotation), model)
-    return list(model.model_fields)
+    return model
 
 
 def _models_in(kind: Any) -> Iterator[type[BaseModel]]:

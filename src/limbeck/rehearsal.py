@@ -79,10 +79,10 @@ def rehearse(
     with torch.random.fork_rng(), progress("rehearse", len(stages), "stages") as advance:
         judge = Logits(pair, Weights())
         judge.evaluate(draw(WARM))
-        evaluation = _timed(lambda: judge.evaluate(draw(recipe.data.length))) / recipe.data.length
+        evaluation = _timed(lambda: judge.evaluate(draw(recipe.data.seq_len))) / recipe.data.seq_len
         for index in stages:
             settings = recipe.stages[index]
-            length = recipe.text_of(settings).length
+            length = recipe.text_of(settings).seq_len
             if isinstance(settings, recipes.Calibrate):
                 seconds[index] = _calibrate(settings, NormalEquations(pair, settings.weight), draw, length)
                 seconds[index] += len(RIDGES) * CHOOSING * length * evaluation if settings.ridge == "auto" else 0
@@ -142,7 +142,7 @@ def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -
     parameters = stage.parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    micro = min(settings.micro_batch or settings.batch, settings.batch)
+    micro = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
     try:
         optimizer = Optimizer(parameters, stage.learning_rates(settings), settings, stage.student)
         optimizer.set_rate(0.0)
@@ -150,11 +150,11 @@ def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -
         def backward(tokens: int, sequences: int) -> None:
             batch = draw(tokens, sequences)
             if getattr(settings, "cache_teacher", None):
-                batch = _taught(batch, settings.top)  # type: ignore[attr-defined]
+                batch = _taught(batch, settings.top_k)  # type: ignore[attr-defined]
             stage.backward(batch, stage.count(batch))
 
         def update() -> None:
-            gradient_norm(parameters, settings.clip, alone=alone_in(stage))
+            gradient_norm(parameters, settings.max_grad_norm, alone=alone_in(stage))
             for parameter in parameters.values():
                 if parameter.grad is not None:  # not even a NaN may reach the weights, many of them the teacher's
                     parameter.grad.zero_()
@@ -164,7 +164,7 @@ def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -
         backward(WARM, 1)
         update()  # the first one makes the optimiser's state
         one = _timed(lambda: backward(length, micro))
-        step = math.ceil(settings.batch / micro) * one + _timed(update)
+        step = math.ceil(settings.batch_size / micro) * one + _timed(update)
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
@@ -189,9 +189,9 @@ def _asking(settings: Any, pair: Pair, draw: Callable, length: int) -> float:
     def ask() -> None:
         with pair.autocast():
             for part in run_body(pair.teacher, draw(length)).flatten(0, 1).split(128):
-                head(part).topk(settings.top)
+                head(part).topk(settings.top_k)
 
-    return steps_of(settings, length) * settings.batch * _timed(ask)
+    return steps_of(settings, length) * settings.batch_size * _timed(ask)
 
 
 def _timed(work: Callable[[], Any]) -> float:

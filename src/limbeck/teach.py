@@ -148,21 +148,21 @@ def make_stage(
 ) -> Stage:
     pair = job.pair(student)
     if isinstance(settings, recipes.Matrix):
-        return Matrix(pair, rows=settings.rows, seed=job.recipe.seed)
+        return Matrix(pair, rows=settings.sampled_queries, seed=job.recipe.seed)
     if isinstance(settings, recipes.Hidden):
         return Hidden(pair, target=settings.target, loss=settings.loss, train=settings.train)
     weights = Weights(**{f.name: getattr(settings, f.name) for f in fields(Weights)})
     adapters = None
     if settings.lora is not None:
         lora = settings.lora
-        names = targets_of(student, job.sites, lora.targets)
+        names = targets_of(student, job.sites, lora.target_modules)
         seed = job.recipe.seed + 1000 * index
         adapters = Adapters(student, names, lora.rank, lora.alpha, lora.dropout, seed)
     return Logits(
         pair,
         weights,
         train=settings.train,
-        chunk=settings.chunk,
+        chunk=settings.chunk_size,
         adapters=adapters,
         checkpoint_activations=settings.checkpoint_activations,
         compiled=job.compiles,
@@ -178,13 +178,13 @@ def _texts(
         return data, held_out, {}
     assert isinstance(settings, recipes.Logits)
     store = job.texts[name_of(text)].key
-    ask = partial(taught, job.teacher, store=store, top=settings.top, autocast=job.autocast)
+    ask = partial(taught, job.teacher, store=store, top=settings.top_k, autocast=job.autocast)
     end = position
     for _ in range(steps_of(settings, data.length)):
-        _, end = with_targets(data, end, settings.batch)
+        _, end = with_targets(data, end, settings.batch_size)
     learn, facts = ask(data=plain(data), begin=position, end=end)
-    if settings.evaluate_every:
-        count = count_with_targets(held_out, settings.evaluate_sequences)
+    if settings.eval_steps:
+        count = count_with_targets(held_out, settings.eval_sequences)
         held_out, _ = ask(data=plain(held_out), begin=0, end=count)
     return learn, held_out, {"cached_teacher": facts}
 
@@ -206,8 +206,8 @@ def gather(
     began, length = time.monotonic(), data.length
     sequences = sequences_of(settings, length)
     with progress("calibrate", sequences, "sequences") as advance:
-        for at in range(0, sequences, settings.batch):
-            size = min(settings.batch, sequences - at)
+        for at in range(0, sequences, settings.batch_size):
+            size = min(settings.batch_size, sequences - at)
             first, mine = share(size)
             if mine:
                 add_together(fits, data.batch(position + at + first, mine).to(device))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from limbeck.data.cache import cache_root
-from limbeck.recipe import BUILT_IN, Data, Document, Recipe, Trained
+from limbeck.recipe import BUILT_IN, Data, Document, Recipe, Trained, to_old_keys
 
 FORMAT = 2  # raise when the same recipe makes another teacher: text, vocabulary, start or steps changed
 
@@ -39,20 +39,21 @@ class TeacherRecipe(Document):
 
     name: str
     model: dict[str, Any]  # fields of the family's config in transformers, `model_type` among them
-    start: Literal["random", "look_back"] = "random"  # weights before the first step, see `limbeck.teachers.lookback`
-    vocabulary: Annotated[int, Field(ge=300)]  # tokens of the byte-level BPE, special ones included
+    init: Literal["random", "look_back"] = "random"  # weights before the first step, see `limbeck.teachers.lookback`
+    vocab_size: Annotated[int, Field(ge=300)]  # tokens of the byte-level BPE, special ones included
     data: Data
     stages: Annotated[list[Annotated[NextToken | Repeats, Field(discriminator="stage")]], Field(min_length=1)]
     seed: int = Field(0, ge=0, lt=2**62)
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
-    keep_checkpoints: Annotated[int, Field(gt=0)] = 2
+    save_total_limit: Annotated[int, Field(gt=0)] = 2
     trackers: list[str] = []
 
     @property
     def key(self) -> str:
         """Hash of all that the weights depend on, machine and versions aside."""
-        settings = self.model_dump(mode="json", exclude={"name", "checkpoint_seconds", "keep_checkpoints", "trackers"})
-        return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()
+        settings = self.model_dump(mode="json", exclude={"name", "checkpoint_seconds", "save_total_limit", "trackers"})
+        # by the names that the keys had first, so that teachers in a cache stay valid
+        return hashlib.sha256(json.dumps([FORMAT, to_old_keys(settings)], sort_keys=True).encode()).hexdigest()
 
     @property
     def folder(self) -> Path:

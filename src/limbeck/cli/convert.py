@@ -29,7 +29,7 @@ def convert(
     layers: Annotated[
         str | None, typer.Option(help="'all' or layer numbers such as 0,2,5-9.", show_default="all")
     ] = None,
-    keep: Annotated[
+    softmax_layers: Annotated[
         str | None,
         typer.Option(help="Of these the layers that keep softmax: 0,9, 'every 4', 'uniform 7' or what select wrote."),
     ] = None,
@@ -42,7 +42,7 @@ def convert(
     check_writable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LimbeckError(f"{out} exists and is not empty", expected="a new folder")
-    given = {"mixer": student, "preset": preset, "layers": layers, "keep": keep}
+    given = {"mixer": student, "preset": preset, "layers": layers, "softmax_layers": softmax_layers}
     raw: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     from limbeck.reading import assign, parse_value
 
@@ -80,7 +80,7 @@ def convert(
             chosen.layers,
             chosen.options,
             preset=chosen.preset,
-            keep=chosen.keep,
+            keep=chosen.softmax_layers,
             rules=[rule.model_dump(exclude_none=True) for rule in chosen.rules],
             copy_projections=chosen.copy_projections,
         )

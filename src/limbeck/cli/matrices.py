@@ -20,7 +20,7 @@ def matrices(
     layer: Annotated[int, typer.Option(help="Which layer.")] = 12,
     head: Annotated[int, typer.Option(help="Which of its heads is drawn.")] = 0,
     data: Annotated[str, typer.Option(help="Text to align on and to show, as in a recipe's data.source.")] = "embedded",
-    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 96,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 96,
     steps: Annotated[int, typer.Option(help="Steps of alignment before the picture; 0 for none.")] = 150,
 ) -> None:
     """Align each mixer to one layer's attention matrices, and draw what comes out on held-out text."""
@@ -36,8 +36,8 @@ def matrices(
     check_writable(out.parent)
     names = mixers.selection(students)
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
-    text = open_text(Data(source=data, length=length, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
-    train, shown = text.training(length, 0), text.held_out(length)
+    text = open_text(Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
+    train, shown = text.training(seq_len, 0), text.held_out(seq_len)
     views = mixing_matrices(model, train, shown, layer, names, steps, preset)
     draw(views, head, out, f"layer {layer}, head {head}: distance ‖cM − A‖ / ‖A‖ after {steps} steps of alignment")
     table = Table(box=None, pad_edge=False)

@@ -15,14 +15,16 @@ from limbeck.data.cache import check_writable
 
 @app.command()
 def select(
-    out: Annotated[Path, typer.Argument(help="The file to write, for student.keep of a recipe.")] = Path("keep.json"),
-    keep: Annotated[int, typer.Option(help="How many layers keep softmax.")] = 4,
+    out: Annotated[Path, typer.Argument(help="The file to write, for student.softmax_layers of a recipe.")] = Path(
+        "softmax_layers.json"
+    ),
+    num_softmax_layers: Annotated[int, typer.Option(help="How many layers keep softmax.")] = 4,
     by: Annotated[str, typer.Option(help="kl, recall, both, halo or uniform.")] = "both",
     teacher: Annotated[str, typer.Option(help="'embedded', a local folder or a hub name.")] = "embedded",
     student: Annotated[str, typer.Option(help="The mixer; `limbeck students` lists them.")] = "gated_deltanet",
     preset: Annotated[str, typer.Option(help="default, published or controlled.")] = "default",
     data: Annotated[str, typer.Option(help="Text, as in a recipe's data.source.")] = "embedded",
-    length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens for the calibration of the mixers.")] = 8192,
     judged: Annotated[int, typer.Option(help="Held-out tokens that each swap is measured on.")] = 2048,
 ) -> None:
@@ -40,12 +42,12 @@ def select(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_teacher(assets.resolve_teacher(teacher), device)
     sites = attention_sites(model)
-    keeping.check(keep, by, len(sites))
-    text = open_text(Data(source=data, length=length, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
-    texts = text.training(length, 0), text.held_out(length)
+    keeping.check(num_softmax_layers, by, len(sites))
+    text = open_text(Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
+    texts = text.training(seq_len, 0), text.held_out(seq_len)
     arm = convert(model, student, preset=preset, share=True).requires_grad_(False)
     prices = keeping.price_layers(model, arm, sites, *texts, contextlib.nullcontext, tokens=tokens, judged=judged)
-    chosen = keeping.choose(prices, keep, by)  # type: ignore[arg-type]
+    chosen = keeping.choose(prices, num_softmax_layers, by)  # type: ignore[arg-type]
     facts = {"by": by, "teacher": teacher, "mixer": student, "preset": preset, "data": data, "tokens": tokens}
     out.write_text(json.dumps(keeping.plan_file(prices, chosen, **facts), indent=1) + "\n", encoding="utf-8")
     table = Table(box=None, pad_edge=False)
@@ -55,4 +57,4 @@ def select(
         numbers = (f"{x:.4f}" for x in (price.kl, price.recall, price.unexplained))
         table.add_row(str(price.layer), *numbers, "softmax" if price.layer in chosen else "")
     output.print(table)
-    console.print(f"written to {out}; use it with: limbeck distill --set student.keep={out}")
+    console.print(f"written to {out}; use it with: limbeck distill --set student.softmax_layers={out}")

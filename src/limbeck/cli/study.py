@@ -147,5 +147,5 @@ def _listing() -> Table:
         table.add_column(column, overflow="fold")
     for path in sorted(BUILT_IN.with_name("studies").glob("*.yaml")):
         raw = read_yaml(path, "study", "a mapping")
-        table.add_row(path.stem, ", ".join(raw["sizes"]), raw["about"])
+        table.add_row(path.stem, ", ".join(raw["sizes"]), raw["description"])
     return table

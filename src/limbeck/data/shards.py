@@ -397,7 +397,7 @@ def check_enough(splits: list[Split], source: str, length: int, max_tokens: int 
         return
     least = min(splits, key=lambda split: split.n_tokens)
     fits = (least.n_tokens - 1) // FEWEST_SEQUENCES
-    ways = [f"--set data.length={fits}"] if fits >= SHORTEST else []
+    ways = [f"--set data.seq_len={fits}"] if fits >= SHORTEST else []
     if max_tokens is not None and sum(split.n_tokens for split in splits) >= max_tokens:
         ways.append("--set data.max_tokens=null")
     counts = ", ".join(f"{split.n_documents:,} {split.name.replace('_', ' ')}" for split in splits)

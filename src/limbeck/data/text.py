@@ -110,7 +110,7 @@ def open_text(
     Args:
         data: what to read.
         teacher: the model whose embedding table must have a row for each token.
-        length: of the longest sequences that will be read; `data.length` by default.
+        length: of the longest sequences that will be read; `data.seq_len` by default.
         held_out: another share than `data.held_out`, for example 0.
         held_out_tokens: how many held-out tokens a stream gathers.
 
@@ -119,7 +119,7 @@ def open_text(
     """
     share = data.held_out if held_out is None else held_out
     common: dict[str, Any] = {
-        "length": length or data.length,
+        "length": length or data.seq_len,
         "held_out": share,
         "vocab_size": int(teacher.get_input_embeddings().weight.shape[0]),
     }

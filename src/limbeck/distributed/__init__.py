@@ -1,7 +1,7 @@
 """Several processes, on one machine or many, that work on one run: who is who, sums over all, and one end for all.
 
     with together():                                  # joins the processes that torchrun or accelerate started
-        first, count = share(settings.batch)          # this process's rows of a step
+        first, count = share(settings.batch_size)          # this process's rows of a step
         counts = add_up({"tokens": 2048.0})           # sums over all processes
         add_gradients(parameters)
         result = on_main(write_the_report)            # done by process 0, while the others wait for it

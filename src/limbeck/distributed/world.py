@@ -1,7 +1,7 @@
 """Who this process is among all of them, and what is its own: rows of a step, a device.
 
     me = world()
-    first, count = share(settings.batch)          # this process's rows of a step
+    first, count = share(settings.batch_size)          # this process's rows of a step
 
 The launcher says who is who by the environment (RANK, WORLD_SIZE, LOCAL_RANK); nothing is communicated here.
 """

@@ -130,7 +130,7 @@ class AgreementSettings(Settings):
 
 def measure_agreement(subject: Subject, settings: AgreementSettings) -> Found:
     """Agreement with the teacher on the subject's held-out text."""
-    length = settings.length or (subject.data.length if subject.data else 512)
+    length = settings.length or (subject.data.seq_len if subject.data else 512)
     sequences, about = subject.held_out(length, settings.tokens)
     starts = prefixes(sequences, settings.prefixes, min(settings.prefix, length)) if settings.prefixes else None
     compared = compare(subject.teacher.model, subject.model, sequences, settings.tokens)

@@ -131,7 +131,7 @@ class HiddenSettings(Settings):
 
 def measure_hidden(subject: Subject, settings: HiddenSettings) -> Found:
     """Hidden states of student and fresh student against the teacher's."""
-    length = settings.length or (subject.data.length if subject.data else 512)
+    length = settings.length or (subject.data.seq_len if subject.data else 512)
     sequences, about = subject.held_out(length, settings.tokens)
     count = min(max(1, round(settings.tokens / length)), sequences.n_sequences)
     batch = sequences.batch(0, count).to(subject.device)

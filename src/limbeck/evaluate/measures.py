@@ -187,7 +187,7 @@ def _same_texts(known: Measurement, subject: Subject, settings: dict[str, Any]) 
             return False
         if "part" not in data:  # it does not read the subject's text
             return True
-        length = settings.get("length") or (subject.data.length if subject.data else 512)
+        length = settings.get("length") or (subject.data.seq_len if subject.data else 512)
         return subject.text_key(length, settings["tokens"]) == (data["part"], data.get("key"))
     except LimbeckError as error:
         console.print(f"{subject.name}: not compared with the text of before: {error.found}", markup=False)

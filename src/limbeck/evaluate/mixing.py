@@ -187,7 +187,7 @@ class MixingSettings(Settings):
 
 def measure_mixing(subject: Subject, settings: MixingSettings) -> Found:
     """Mixing matrices of all layers, student beside teacher beside fresh student."""
-    length = settings.length or (subject.data.length if subject.data else 512)
+    length = settings.length or (subject.data.seq_len if subject.data else 512)
     sequences, about = subject.held_out(length, settings.tokens)
     teacher = subject.teacher.model
     fresh = fresh_student(teacher, subject.model, subject.seed) if subject.student else None

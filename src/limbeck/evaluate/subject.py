@@ -165,7 +165,7 @@ class Subjects:
         recipe_file = folder.parent / "recipe.yaml"
         if path.is_dir():
             check_folder(folder)
-        recipe = Recipe.load(recipe_file) if recipe_file.is_file() and folder.is_dir() else None
+        recipe = Recipe.load(recipe_file, stored=True) if recipe_file.is_file() and folder.is_dir() else None
         data = Data(source=self.data) if self.data else recipe.data if recipe else Data(source="embedded")
         learnt = learnt_text(data.source, recipe, folder.parent) if self.data and recipe is not None else None
         data = learnt or data

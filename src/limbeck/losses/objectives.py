@@ -30,7 +30,7 @@ class Weights:
     top_kl: float = 0.0  # KL over the teacher's most likely tokens and one entry for all others
     temperature: float = 1.0  # of the divergences, which are multiplied by its square
     beta: float = 0.5  # of jsd: the teacher's share of the mixture
-    top: int = 32  # of top_kl
+    top_k: int = 32  # of top_kl
 
     def used(self) -> dict[str, float]:
         """The objectives that weigh something."""
@@ -129,7 +129,7 @@ def top_kl(rows: Rows, weights: Weights) -> tuple[Tensor, Slope]:
     if isinstance(rows.teacher, Top):
         index, log_q = rows.teacher.index, rows.teacher.log_q
     else:
-        top = rows.t.topk(min(weights.top, rows.t.shape[-1]), dim=-1)
+        top = rows.t.topk(min(weights.top_k, rows.t.shape[-1]), dim=-1)
         index, log_q = top.indices, top.values - rows.other[1][:, None]
     q = log_q.exp()
     tiny = torch.finfo(q.dtype).eps

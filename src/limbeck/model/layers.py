@@ -3,7 +3,7 @@
     parse_layers("0,2,5-9", 30)                 # [0, 2, 5, 6, 7, 8, 9]
     parse_keep("every 4", 30)                   # [3, 7, 11, 15, 19, 23, 27]: the last of every four
     parse_keep("uniform 7", 30)                 # seven, evenly spread
-    parse_keep("keep.json", 30)                 # what `limbeck select` chose
+    parse_keep("softmax_layers.json", 30)       # what `limbeck select` chose
     as_ranges([0, 2, 5, 6, 7])                  # "0, 2, 5-7"
 
 Both parsers also take lists of numbers.
@@ -106,10 +106,12 @@ def _numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
 
 def _from_file(path: Path) -> list[int]:
     try:
-        return [int(i) for i in json.loads(path.read_text(encoding="utf-8"))["keep"]]
+        chosen = json.loads(path.read_text(encoding="utf-8"))
+        # files of earlier versions say "keep"
+        return [int(i) for i in chosen["softmax_layers" if "keep" not in chosen else "keep"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LimbeckError(
             f"cannot read the layers to keep from {path}: {error}",
-            expected='a JSON file with "keep": [numbers]',
-            hint="limbeck select keep.json",
+            expected='a JSON file with "softmax_layers": [numbers]',
+            hint="limbeck select softmax_layers.json",
         ) from error

@@ -97,7 +97,7 @@ def prepare(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     plan = config["limbeck"]
     recipe_file = folder.parent / "recipe.yaml"
-    recipe = Recipe.load(recipe_file) if folder.name == "student" and recipe_file.is_file() else None
+    recipe = Recipe.load(recipe_file, stored=True) if folder.name == "student" and recipe_file.is_file() else None
     run = _run_facts(folder.parent, recipe) if recipe else None
     check_whole(folder, plan)
     origin = find_origin(

@@ -33,7 +33,7 @@ def _training(run: RunFacts) -> str:
     lines = [
         "## Training",
         "",
-        f"Text: {_text(data['source'])}, in packed sequences of {data['length']} tokens. "
+        f"Text: {_text(data['source'])}, in packed sequences of {data['seq_len']} tokens. "
         f"Seed {run.result['seed']}, on {run.manifest.get('gpu') or 'CPU'}.",
         "",
         "| stage | learns | tokens | learning rate | loss at start | loss at end | time |",

@@ -24,6 +24,7 @@ from limbeck.evaluate import speed_values
 from limbeck.evaluate.measurement import Measurement
 from limbeck.publish.privacy import is_local, last_part, without_paths
 from limbeck.reading import STAGE_NAMES
+from limbeck.recipe import OLD_KEYS, from_old_keys, study_from_old_keys
 from limbeck.report.comparison import stored
 from limbeck.report.values import values_of
 from limbeck.stages.run import manifest_of
@@ -156,7 +157,11 @@ def _of_study(folder: Path) -> Collection:
     for one in known["arms"]:
         arm = Arm(
             one["name"],
-            {axis: _text(value) for axis, value in without_paths(one["axes"]).items() if value is not None},
+            {
+                OLD_KEYS["grid"].get(axis, axis): _text(value)
+                for axis, value in without_paths(one["axes"]).items()
+                if value is not None
+            },
             one["status"],
             folder / one["run"],
             one.get("values") or {},
@@ -172,9 +177,9 @@ def _of_study(folder: Path) -> Collection:
     if len(teachers) == 1 and len(known["teachers"]) == 1:  # of several none stands for all places
         values, errors = teachers[0]["values"], teachers[0]["errors"]
         arms.insert(0, Arm(TEACHER, {"student": TEACHER}, "finished", values=dict(values), errors=dict(errors)))
-    study = without_paths(known["study"])
+    study = without_paths(study_from_old_keys(known["study"]))
     title = study["name"] + (f", size {study['size']}" if study.get("size") else "")
-    collection = Collection(title, study.get("about", ""), arms, _varied(arms))
+    collection = Collection(title, study.get("description", ""), arms, _varied(arms))
     collection.claims, collection.sharing = known["claims"], known["sharing"]
     collection.environment, collection.study = known["environment"], study
     return collection
@@ -217,7 +222,7 @@ def _read(arm: Arm) -> None:
     assert arm.folder is not None
     recipe, manifest = arm.folder / "recipe.yaml", arm.folder / "manifest.json"
     if recipe.is_file():
-        arm.recipe = without_paths(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+        arm.recipe = without_paths(from_old_keys(yaml.safe_load(recipe.read_text(encoding="utf-8"))))
     if manifest.is_file():
         arm.manifest = without_paths(manifest_of(arm.folder))
     for path in sorted((arm.folder / "eval").glob("*.json")):

@@ -130,7 +130,7 @@ def _curve(arm: Arm, stage: str, log: dict[tuple[int, str], list[dict[str, Any]]
     for (index, name), steps in log.items():
         if name == stage:
             recipe = arm.recipe["stages"][index]
-            tokens = recipe["batch"] * (recipe.get("length") or arm.recipe["data"]["length"]) / 1000
+            tokens = recipe["batch_size"] * (recipe.get("seq_len") or arm.recipe["data"]["seq_len"]) / 1000
             width = -(-len(steps) // POINTS)
             parts = [steps[i : i + width] for i in range(0, len(steps), width)]
             return [part[-1]["step"] * tokens for part in parts], [fmean(one["loss"] for one in p) for p in parts]

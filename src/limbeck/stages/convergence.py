@@ -10,7 +10,7 @@ losses are sums over all processes, so all of them find the same. The state live
 
 from typing import Any
 
-from limbeck.recipe import Converged
+from limbeck.recipe import EarlyStopping
 
 KEEP = 0.9  # of the running mean
 
@@ -18,7 +18,7 @@ KEEP = 0.9  # of the running mean
 class Convergence:
     """See the module's docstring. With `settings` None no layer ever stops."""
 
-    def __init__(self, settings: Converged | None, facts: dict[str, Any]):
+    def __init__(self, settings: EarlyStopping | None, facts: dict[str, Any]):
         self.settings = settings
         self.layers: dict[str, dict[str, Any]] = facts.setdefault("layers", {}) if settings else {}
 

@@ -62,8 +62,8 @@ class Logits:
         return {n: p for n, p in self.student.named_parameters() if id(p) not in ends}
 
     def learning_rates(self, recipe: recipes.Logits) -> dict[str, float]:
-        """Peak learning rate by parameter name: lr in the converted attention, lr_rest elsewhere."""
-        rest = recipe.lr / 5 if recipe.lr_rest is None else recipe.lr_rest
+        """Peak learning rate by parameter name: lr in the converted attention, lr_other elsewhere."""
+        rest = recipe.lr / 5 if recipe.lr_other is None else recipe.lr_other
         prefixes = tuple(f"{site.module}." for site in self.sites)
         return {name: recipe.lr if name.startswith(prefixes) else rest for name in self.parameters()}
 

@@ -63,11 +63,11 @@ class Learner:
         take_from_main(p for name, p in self.parameters.items() if name not in self.held.sharded)
         self.device = next(iter(parameters.values())).device
         self.steps = steps_of(settings, data.length)
-        self.first, self.rows = share(settings.batch)
-        self.micro = min(settings.micro_batch or self.rows, self.rows)
+        self.first, self.rows = share(settings.batch_size)
+        self.micro = min(settings.micro_batch_size or self.rows, self.rows)
         self.ahead = Ahead(self._batches_of, self.device)
         self.optimizer = Optimizer(self.parameters, stage.learning_rates(settings), settings, stage.student)
-        self.average = Average(self.parameters, settings.ema) if settings.ema else None
+        self.average = Average(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self.best: dict[str, Tensor] | None = None  # weights of the best held-out loss, where there is patience
         self.facts: dict[str, Any] = {
             "step": 0,
@@ -84,7 +84,7 @@ class Learner:
         self.places: dict[int, int] = {}  # where the batches of a step begin, and those of the step after it
         self._resume()
         self.scale = LossScale(self.facts, needs_scale(stage.autocast, self.device.type))
-        self.layers = Convergence(getattr(settings, "converged", None), self.facts)
+        self.layers = Convergence(getattr(settings, "layer_early_stopping", None), self.facts)
 
     @property
     def step(self) -> int:
@@ -100,7 +100,7 @@ class Learner:
     @property
     def speed(self) -> float:
         """Tokens a second so far."""
-        return self.settings.batch * self.data.length * self.step / max(self.facts["seconds"], 1e-9)
+        return self.settings.batch_size * self.data.length * self.step / max(self.facts["seconds"], 1e-9)
 
     def finish(self) -> dict[str, Any]:
         """Leave the weights that are handed on; returns what `train` returns.
@@ -117,7 +117,7 @@ class Learner:
         return {
             **self.facts,
             "steps": self.facts["step"],
-            "tokens": self.facts["step"] * self.settings.batch * self.data.length,
+            "tokens": self.facts["step"] * self.settings.batch_size * self.data.length,
             "trained_parameters": self.held.numel,
         }
 
@@ -140,7 +140,7 @@ class Learner:
         if self.stage.by_targets:
             # which sequences have targets nobody knows before they are read, so every process reads the whole batch
             at = self.places.setdefault(step, self.facts["position"])
-            batch, self.places[step + 1] = with_targets(self.data, at, self.settings.batch)
+            batch, self.places[step + 1] = with_targets(self.data, at, self.settings.batch_size)
             begins = [self.first + i * self.micro for i in range(len(sizes))]
             return [batch.rows(slice(begin, begin + size)) for begin, size in zip(begins, sizes)]
         at = self._place(step) + self.first
@@ -148,7 +148,7 @@ class Learner:
 
     def _place(self, step: int) -> int:
         """Position of a step's first sequence, where every sequence counts."""
-        return self.start + step * self.settings.batch
+        return self.start + step * self.settings.batch_size
 
     def update(self, sums: dict[str, Tensor]) -> dict[str, Any]:
         """Move the weights by the gradients that are there; returns the step's line of metrics.
@@ -161,7 +161,9 @@ class Learner:
         self.optimizer.set_rate(rate)
         self.held.take_gradients()
         self.scale.off(self.parameters.values())
-        norm, mine = fetch(gradient_norm(self.parameters, settings.clip, self.held.sharded, alone_in(self.stage)), sums)
+        norm, mine = fetch(
+            gradient_norm(self.parameters, settings.max_grad_norm, self.held.sharded, alone_in(self.stage)), sums
+        )
         losses = add_up(mine)
         loss = total_loss({**self.layers.last, **losses})
         finite = math.isfinite(norm) and math.isfinite(loss)
@@ -192,7 +194,7 @@ class Learner:
     def note(self, line: dict[str, Any], seconds: float) -> None:
         """Log a step that took so long, with the loss on held-out text where that is due."""
         self.facts["seconds"] += seconds
-        line["tokens_per_second"] = round(self.settings.batch * self.data.length / seconds, 1)
+        line["tokens_per_second"] = round(self.settings.batch_size * self.data.length / seconds, 1)
         self._evaluate(line)
         self.run.log({"stage": self.settings.stage, "stage_index": self.index, **line})
 
@@ -218,7 +220,7 @@ class Learner:
 
     def _evaluate(self, line: dict[str, Any]) -> None:
         """Loss on held-out text, where it is due."""
-        every = self.settings.evaluate_every
+        every = self.settings.eval_steps
         if not every or self.held_out is None or self.facts["step"] % every:
             return
         count, counts = self._judged
@@ -242,7 +244,7 @@ class Learner:
     def _judged(self) -> tuple[int, dict[str, float]]:
         """How many held-out sequences are measured, and what their losses are divided by: the counts of all of them."""
         assert self.held_out is not None
-        count = min(self.settings.evaluate_sequences, self.held_out.n_sequences)
+        count = min(self.settings.eval_sequences, self.held_out.n_sequences)
         if self.stage.by_targets:
             count = count_with_targets(self.held_out, count)
         counts: dict[str, float] = {}

@@ -22,29 +22,29 @@ from limbeck.recipe import Trained
 
 def steps_of(settings: Trained, length: int) -> int:
     """Optimiser steps that the stage's token budget pays for, at least one."""
-    return max(1, round(settings.tokens / (settings.batch * length)))
+    return max(1, round(settings.tokens / (settings.batch_size * length)))
 
 
 def learning_rate(step: int, steps: int, settings: Trained) -> float:
     """Share of the peak learning rate in a step: up over the warm-up, then down to the floor in the last step.
 
-    "wsd" stays at the peak and comes down over the last `cooldown` of all steps as one minus the square root
+    "wsd" stays at the peak and comes down over the last `decay_ratio` of all steps as one minus the square root
     (arXiv 2405.18392); "cosine" and "linear" come down all the way; "constant" stays.
     """
-    warm = round(settings.warmup * steps)
+    warm = round(settings.warmup_ratio * steps)
     if step < warm:
         return (step + 1) / (warm + 1)
-    if settings.decay == "constant":
+    if settings.lr_scheduler == "constant":
         return 1.0
-    cooling = max(round(settings.cooldown * steps), 1)  # of a few steps the last one at least
-    begin = warm if settings.decay != "wsd" else max(warm, steps - 1 - cooling)
+    cooling = max(round(settings.decay_ratio * steps), 1)  # of a few steps the last one at least
+    begin = warm if settings.lr_scheduler != "wsd" else max(warm, steps - 1 - cooling)
     along = max(step - begin, 0) / max(steps - 1 - begin, 1)
     shape = {
         "linear": 1 - along,
         "cosine": 0.5 * (1 + math.cos(math.pi * along)),
         "wsd": 1 - math.sqrt(along),
-    }[settings.decay]
-    return settings.floor + (1 - settings.floor) * shape
+    }[settings.lr_scheduler]
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * shape
 
 
 class Optimizer:

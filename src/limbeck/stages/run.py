@@ -40,7 +40,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # what may change when a run goes on: it changes nothing that is finished, and no number that is to come
-FREE_TO_CHANGE = {"out", "name", "device", "evaluation", "checkpoint_seconds", "keep_checkpoints", "trackers"}
+FREE_TO_CHANGE = {"out", "name", "device", "evaluation", "checkpoint_seconds", "save_total_limit", "trackers"}
 SHOWN = 12  # differences that are named
 WIDE = 120  # characters of a value that is shown
 
@@ -94,7 +94,7 @@ class RunDirectory:
     ) -> None:
         """Keep the state after `step` optimiser steps; of older checkpoints so many as the recipe has."""
         self._publish(self.stage_folder(index) / f"step-{step:06d}", tensors, optimizer, facts)
-        for old in self._checkpoints(index)[: -self.recipe.keep_checkpoints]:
+        for old in self._checkpoints(index)[: -self.recipe.save_total_limit]:
             shutil.rmtree(old, ignore_errors=True)
 
     def last_checkpoint(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]] | None:
@@ -297,7 +297,7 @@ def check_run(path: Path, recipe: AnyRecipe) -> None:
                 hint="--out runs/another-name",
             )
         return
-    before, now = _what_counts(type(recipe).load(old)), _what_counts(recipe)
+    before, now = _what_counts(type(recipe).load(old, stored=True)), _what_counts(recipe)
     changed = [line for key in now for line in differences(key, before.get(key), now[key])]
     refuse(f"{path} holds another run", path, changed, "the same recipe, to go on with it")
 

@@ -102,7 +102,7 @@ def train_together(members: list[Member]) -> list[dict[str, Any] | Exception]:
                         continue
                     learners[i].note(lines[place], share)
                     spared[i] += teacher * (len(here) - 1) / len(here)
-                speed = len(here) * first.settings.batch * first.data.length / (time.monotonic() - began)
+                speed = len(here) * first.settings.batch_size * first.data.length / (time.monotonic() - began)
                 advance(len(here), note=f"{speed:.0f} tokens/s of all")
                 stop = asked_to_stop()
                 if stop or time.monotonic() - saved > first.run.recipe.checkpoint_seconds:

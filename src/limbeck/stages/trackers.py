@@ -51,7 +51,7 @@ def check_trackers(names: Sequence[str] | str) -> None:
 def steps_before(recipe: AnyRecipe, index: int) -> int:
     """Optimiser steps planned for the stages before this one; where one of them ends early, numbers are left out."""
     trained = [stage for stage in recipe.stages[:index] if stage.stage != "calibrate"]
-    return sum(steps_of(stage, recipe.text_of(stage).length) for stage in trained)  # type: ignore[arg-type]
+    return sum(steps_of(stage, recipe.text_of(stage).seq_len) for stage in trained)  # type: ignore[arg-type]
 
 
 class Trackers:

@@ -11,8 +11,9 @@ is when an axis gets another value, so that a study can grow.
 import copy
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,11 +27,12 @@ from limbeck.recipe import Recipe
 from limbeck.study.statements import CLAIMS
 
 BUILT_IN = Path(__file__).parent.parent / "studies"
-RESERVED = ("student", "stages", "copy_projections", "layers", "keep", "teacher", "tokens", "seed")
+RESERVED = ("student", "stages", "copy_projections", "layers", "softmax_layers", "teacher", "tokens", "seed")
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[Mapping[str, str]] = {}  # its old keys
 
 
 class Choice(_Part):
@@ -46,11 +48,12 @@ class Choice(_Part):
 class Grid(_Part):
     """The axes; an arm is a value of each."""
 
+    renamed: ClassVar[Mapping[str, str]] = recipes.OLD_KEYS["grid"]
     students: str | Annotated[list[str | Choice], Field(min_length=1)]  # mixers' names, sets, or choices
     stages: Annotated[list[str], Field(min_length=1)]  # "3", "2+3", "hidden+logits": those that `base` has settings for
     copy_projections: Annotated[list[bool], Field(min_length=1)] = [True]
     layers: Annotated[list[str | list[int]], Field(min_length=1)] = ["all"]
-    keep: Annotated[list[str | list[int]], Field(min_length=1)] = ["none"]  # layers that keep softmax
+    softmax_layers: Annotated[list[str | list[int]], Field(min_length=1)] = ["none"]
     teachers: Annotated[list[str], Field(min_length=1)] | None = None  # None: the one of `base`
     tokens: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] | None = None  # over all stages
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
@@ -61,14 +64,16 @@ class Grid(_Part):
 class Study(_Part):
     """A whole study."""
 
+    renamed: ClassVar[Mapping[str, str]] = recipes.OLD_KEYS["study"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    about: str = ""
+    description: str = ""
     size: str | None = None
     base: dict[str, Any]  # what all arms share: keys of a recipe
     grid: Grid
     measures: dict[str, dict[str, Any]] = {"agreement": {}}  # name -> settings that differ from the defaults
     claims: list[str] = []
-    keep: Literal["none", "students", "all"] = "none"  # of a finished arm: numbers and logs; its student too; all
+    # of a finished arm: numbers and logs; its student too; all
+    save_artifacts: Literal["none", "students", "all"] = "none"
 
     @classmethod
     def load(cls, source: str | Path, size: str | None = None) -> "Study":
@@ -84,6 +89,8 @@ class Study(_Part):
                 expected=f"a YAML file, or one of: {', '.join(built_in())}",
             )
         raw = read_yaml(path, "study", "keys such as name, base, grid, measures")
+        if recipes.is_stored(path):
+            raw = recipes.study_from_old_keys(raw)
         sizes = raw.pop("sizes", None) or {}
         if not isinstance(sizes, dict) or not all(isinstance(one, dict) for one in sizes.values()):
             raise LimbeckError(f"{source}: sizes", expected="by name, each with the keys that differ in it")
@@ -141,16 +148,16 @@ class Study(_Part):
             grid.stages,
             grid.copy_projections,
             grid.layers,
-            grid.keep,
+            grid.softmax_layers,
             grid.tokens or one,
             *(list(axis.items()) for axis in grid.settings.values()),
             grid.seeds,
         ]
-        for teacher, student, stages, copied, layers, keep, tokens, *chosen, seed in itertools.product(*values):
+        for teacher, student, stages, copied, layers, softmax, tokens, *chosen, seed in itertools.product(*values):
             raw = self._raw(student, stages, teacher, tokens)
-            raw["student"] |= {"copy_projections": copied, "layers": layers, "keep": keep}
+            raw["student"] |= {"copy_projections": copied, "layers": layers, "softmax_layers": softmax}
             axes = {"student": student.name, "stages": _numbers(raw["stages"]), "copy_projections": copied}
-            axes |= {"layers": layers, "keep": keep, "teacher": raw["teacher"], "tokens": tokens}
+            axes |= {"layers": layers, "softmax_layers": softmax, "teacher": raw["teacher"], "tokens": tokens}
             for axis, (label, settings) in zip(grid.settings, chosen):
                 axes[axis] = label
                 reached |= {key for key, value in settings.items() if _set(raw, key, value)}
@@ -233,10 +240,15 @@ def _name(axes: dict[str, Any], named: dict[str, bool], teacher: str | None) -> 
         parts.insert(0, Path(teacher).name)
     if not axes["copy_projections"]:
         parts.append("fresh")
-    for axis, usual in (("layers", "all"), ("keep", "none"), ("tokens", None)):
+    # names of folders that are there already, so the layers that keep softmax are called as they were first
+    for axis, called, usual in (
+        ("layers", "layers", "all"),
+        ("softmax_layers", "keep", "none"),
+        ("tokens", "tokens", None),
+    ):
         value = axes[axis]
         if value != usual:
-            parts.append(f"{axis}-{'.'.join(map(str, value)) if isinstance(value, list) else value}")
+            parts.append(f"{called}-{'.'.join(map(str, value)) if isinstance(value, list) else value}")
     parts += [str(axes[axis]) for axis, changes in named.items() if changes]
     text = "_".join([*parts, f"seed{axes['seed']}"])
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)

@@ -147,7 +147,7 @@ def _plan_arms(study: Study, arms: list[Arm], workplace: Workplace) -> tuple[lis
         evaluation = counted.seconds - sum(row.seconds for row in counted.rows)
         seconds += evaluation * paces.of(arm, counted.rows[-1].stage)
         student = 4 * numel(job.teacher)
-        kept += {"none": 0, "students": student, "all": counted.disk_bytes}[study.keep]
+        kept += {"none": 0, "students": student, "all": counted.disk_bytes}[study.save_artifacts]
         peak = max(peak, counted.disk_bytes)
         tokens = sum(row.tokens for row in counted.rows)
         plans.append(ArmPlan(arm.name, "train", tokens, seconds, saved, kept, "", shared, passes))
@@ -197,7 +197,7 @@ def _threads(count: int | None) -> Iterator[None]:
 @torch.no_grad()
 def _teacher_seconds(job: Job) -> float:
     """Seconds a token of the teacher's body, the faster of two passes."""
-    length = job.recipe.data.length
+    length = job.recipe.data.seq_len
     ids = torch.randint(0, int(job.teacher.config.get_text_config().vocab_size), (1, length), device=job.device)
     batch = Batch(ids, torch.arange(length, device=job.device)[None], ids)
     taken = []

@@ -18,6 +18,7 @@ from limbeck.data.cache import write_text
 from limbeck.evaluate.measurement import Measurement
 from limbeck.evaluate.measures import find, settings_of
 from limbeck.identity import folder_of, model_of
+from limbeck.recipe import to_old_keys
 from limbeck.report.values import values_of
 from limbeck.study.grid import Arm, Study
 
@@ -113,7 +114,8 @@ def write_teacher(arm: Arm, study: Study, found: list[Measurement]) -> None:
 def teacher_path(arm: Arm) -> Path:
     """The file of an arm's teacher as it was measured on the arm's text, in the study's folder."""
     recipe = arm.recipe
-    told = json.dumps([recipe.teacher, recipe.teacher_bits, recipe.data.model_dump(mode="json", exclude={"cache_gb"})])
+    data = to_old_keys({"data": recipe.data.model_dump(mode="json", exclude={"cache_gb"})})["data"]
+    told = json.dumps([recipe.teacher, recipe.teacher_bits, data])
     digest = hashlib.sha256(told.encode()).hexdigest()[:10]  # names that are alike once they are file names stay apart
     return arm.path.parent / "teachers" / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', recipe.teacher)}-{digest}.json"
 

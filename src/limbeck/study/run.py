@@ -140,7 +140,7 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: 
     check_teachers({arm.path: arm.recipe for arm in arms})  # one may have been exchanged meanwhile
     for arm in arms:
         if record.state(arm, study) == "finished":
-            record.drop(arm, study.keep)
+            record.drop(arm, study.save_artifacts)
             if study.measures and record.read_teacher(arm, study) is None:  # its file was deleted
                 place = Workplace()
                 place.subjects.lend(arm.recipe.teacher, *place.teacher(arm.recipe))

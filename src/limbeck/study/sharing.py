@@ -36,17 +36,17 @@ def pass_key(recipe: Recipe, index: int) -> str | None:
         "arithmetic": (recipe.precision, recipe.tf32, recipe.deterministic),
         "seed": recipe.seed,
         "text": name_of(text),
-        "length": text.length,
+        "length": text.seq_len,
         # a text is opened for the longest sequences that are read of it, and gathers what is evaluated on
-        "opened": (max(one.length for one in opened if name_of(one) == name_of(text)), recipe.evaluation.tokens),
+        "opened": (max(one.seq_len for one in opened if name_of(one) == name_of(text)), recipe.evaluation.tokens),
         "read": [_read(recipe, one) for one in before if name_of(recipe.text_of(one)) == name_of(text)],
         "stage": stage.stage,
-        "batch": (stage.batch, stage.micro_batch),
+        "batch": (stage.batch_size, stage.micro_batch_size),
     }
     if isinstance(stage, recipes.Calibrate):
-        facts["sequences"] = sequences_of(stage, text.length)
+        facts["sequences"] = sequences_of(stage, text.seq_len)
     if isinstance(stage, recipes.Matrix):
-        facts["rows"] = stage.rows
+        facts["rows"] = stage.sampled_queries
     return json.dumps(facts, sort_keys=True)
 
 
@@ -75,12 +75,12 @@ def keys(recipe: Recipe) -> list[str]:
 
 def _ends_early(stage: Any) -> bool:
     """May it stop before its tokens are read?"""
-    return bool(getattr(stage, "patience", None) or getattr(stage, "converged", None))
+    return bool(getattr(stage, "patience", None) or getattr(stage, "layer_early_stopping", None))
 
 
 def _read(recipe: Recipe, stage: Any) -> tuple[int, int]:
     """Length and number of the sequences that a stage reads."""
-    length = recipe.text_of(stage).length
+    length = recipe.text_of(stage).seq_len
     if isinstance(stage, recipes.Calibrate):
         return length, sequences_of(stage, length) + (CHOOSING if stage.ridge == "auto" else 0)
-    return length, steps_of(stage, length) * stage.batch
+    return length, steps_of(stage, length) * stage.batch_size

@@ -160,7 +160,7 @@ def finish(arm: Arm, study: Study, workplace: Workplace) -> None:
         else:
             found = []
         record.write(arm, study, summary, found)
-    record.drop(arm, study.keep)
+    record.drop(arm, study.save_artifacts)
 
 
 def measure_teacher(arm: Arm, study: Study, workplace: Workplace) -> None:

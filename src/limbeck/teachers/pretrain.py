@@ -107,7 +107,7 @@ def trained_teacher(
 
 def new_model(recipe: TeacherRecipe, tokenizer: Any = None) -> PreTrainedModel:
     """The model before its first step, drawn from the recipe's seed; float32. For a plan no tokenizer is needed."""
-    fields: dict[str, Any] = {"vocab_size": recipe.vocabulary, "pad_token_id": None}
+    fields: dict[str, Any] = {"vocab_size": recipe.vocab_size, "pad_token_id": None}
     if tokenizer is not None:
         fields |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
         fields |= {"eos_token_id": tokenizer.eos_token_id}
@@ -115,7 +115,7 @@ def new_model(recipe: TeacherRecipe, tokenizer: Any = None) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    if recipe.start == "look_back":
+    if recipe.init == "look_back":
         look_back(model, recipe.seed)
     return model
 
@@ -133,14 +133,14 @@ def plan_of(recipe: TeacherRecipe, model: PreTrainedModel) -> TeacherPlan:
         length = _length(recipe, index)
         count = steps_of(settings, length)
         drawn = Repeats(model.config.vocab_size, length, recipe.seed)
-        batch = drawn.batch(0, settings.micro_batch or settings.batch)
+        batch = drawn.batch(0, settings.micro_batch_size or settings.batch_size)
         took = []
         for _ in range(2):  # the first one warms up
             began = time.monotonic()
             stage.backward(batch, stage.count(batch))
             took.append(time.monotonic() - began)
-        tokens, steps = tokens + count * settings.batch * length, steps + count
-        seconds += count * min(took) * settings.batch / len(batch.input_ids)
+        tokens, steps = tokens + count * settings.batch_size * length, steps + count
+        seconds += count * min(took) * settings.batch_size / len(batch.input_ids)
     model.zero_grad()
     return TeacherPlan(recipe.name, model.num_parameters(), tokens, steps, seconds)
 
@@ -152,9 +152,9 @@ def held_out_perplexity(recipe: TeacherRecipe, model: PreTrainedModel, text: Tex
     for source, part in zip(recipe.data.sources or [], text.parts):
         if part.held_out is None:
             continue
-        held_out = Packed(part.held_out, recipe.data.length, shuffle=False)
+        held_out = Packed(part.held_out, recipe.data.seq_len, shuffle=False)
         stage, total, count = NextToken(model), 0.0, 0
-        for at in range(count_with_targets(held_out, max(1, EVALUATED // recipe.data.length))):
+        for at in range(count_with_targets(held_out, max(1, EVALUATED // recipe.data.seq_len))):
             batch = held_out.batch(at, 1)
             if batch.valid:
                 total += float(stage.evaluate(batch)["loss"]) * batch.valid
@@ -196,11 +196,11 @@ def _tokenizer(recipe: TeacherRecipe) -> Any:
     from limbeck.assets import texts_for_learning
 
     context = recipe.model["max_position_embeddings"]
-    folder = cache_root() / "teachers" / f"vocabulary-{recipe.vocabulary}-{context}"
+    folder = cache_root() / "teachers" / f"vocabulary-{recipe.vocab_size}-{context}"
 
     def fill(temporary: Path) -> dict[str, Any]:
-        console.print(f"learning a vocabulary of {recipe.vocabulary:,} tokens", markup=False)
-        learn_vocabulary(texts_for_learning(), recipe.vocabulary, context=context).save_pretrained(temporary)
+        console.print(f"learning a vocabulary of {recipe.vocab_size:,} tokens", markup=False)
+        learn_vocabulary(texts_for_learning(), recipe.vocab_size, context=context).save_pretrained(temporary)
         return {}
 
     publish(folder, fill, what="vocabulary", verify=True)
@@ -216,7 +216,7 @@ def _reading(recipe: TeacherRecipe, index: int, text: Text, model: PreTrainedMod
 
 
 def _length(recipe: TeacherRecipe, index: int) -> int:
-    return recipe.stages[index].length or recipe.data.length
+    return recipe.stages[index].seq_len or recipe.data.seq_len
 
 
 def _show(plan: TeacherPlan) -> None:

@@ -32,7 +32,7 @@ def test_sizes(name):
 
 
 def test_every_mixer_has_its_place_in_the_tables():
-    for title in ("Recurrences", "Where each one starts"):
+    for title in ("Recurrences", "Initialization"):
         named = {name for row in tables(title) for name in re.findall(r"`(\w+)`", row[0])}
         assert named == set(mixers.names()), title
 
@@ -56,5 +56,5 @@ def test_the_switches_are_the_codes():
     import dataclasses
 
     known = {field.name for field in dataclasses.fields(mixers.Options)}
-    named = {row[0].strip("`") for row in tables("Fair ground: switches and presets")}
+    named = {row[0].strip("`") for row in tables("Shared options and presets")}
     assert named == known | set(mixers.PRESETS)

@@ -13,8 +13,8 @@ DONE := .venv/.installed
 # the oldest transformers that is supported, and what it needs older than constraints.txt has it
 OLDEST := transformers==5.5.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
 TRITON := triton==3.9.0
-DOCUMENTS := tests/test_links.py tests/test_docs.py tests/test_documents.py
-CORE := tests/test_student.py tests/test_saving.py tests/test_hybrids.py tests/test_contract.py
+DOCUMENTS := tests/docs/test_links.py tests/docs/test_tables.py tests/docs/test_documents.py
+CORE := tests/models/test_student.py tests/models/test_saving.py tests/mixers/test_hybrids.py tests/mixers/test_contract.py
 
 .PHONY: setup demo test test-full test-oldest test-triton docs lint assets clean
 
@@ -59,7 +59,7 @@ test-oldest: .venv/oldest/.installed
 	@PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(CORE) -k 'not test_contract or gated_deltanet-full'
 
 test-triton: .venv/triton/.installed
-	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_triton.py
+	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/ops/test_triton.py
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -14,20 +14,20 @@ import time
 import torch
 
 import limbeck
-from limbeck import assets, mixers
-from limbeck.data.packing import Packed
-from limbeck.data.shards import prepare
-from limbeck.losses import Weights
-from limbeck.model import attention_sites
-from limbeck.reading import parse_value
-from limbeck.stages.calibrate import NormalEquations
-from limbeck.stages.end_to_end import Logits
-from limbeck.stages.teacher import Pair, load_teacher
+from limbeck import mixers
+from limbeck.core.config import parse_value
+from limbeck.data.packing import PackedDataset
+from limbeck.data.token_store import build_token_store
+from limbeck.models import find_attention_sites, loading
+from limbeck.models.hooks import DistillationPair, load_teacher
+from limbeck.training.calibration import NormalEquations
+from limbeck.training.logit_distillation import LogitsStage
+from limbeck.training.losses import ObjectiveWeights
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    linear = [name for name in mixers.names() if name != "softmax"]
+    linear = [name for name in mixers.list_mixers() if name != "softmax"]
     parser.add_argument("students", nargs="*", default=linear, help="mixer or mixer:option=value,option=value")
     parser.add_argument("--preset", default="default", help="default, published or controlled")
     parser.add_argument("--teacher", default="embedded")
@@ -36,21 +36,23 @@ def main() -> None:
     parser.add_argument("--ridges", default="1e-4,1e-2,1")
     args = parser.parse_args()
 
-    teacher, tokenizer = load_teacher(assets.resolve_teacher(args.teacher), torch.device("cpu"))
-    store = prepare("embedded", tokenizer, length=args.length, max_tokens=1_000_000, held_out=0.05)
-    data, held_out = Packed(store.train, args.length), Packed(store.held_out, args.length, shuffle=False)
+    teacher, tokenizer = load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
+    store = build_token_store("embedded", tokenizer, length=args.length, max_tokens=1_000_000, held_out=0.05)
+    data, held_out = PackedDataset(store.train, args.length), PackedDataset(store.held_out, args.length, shuffle=False)
     judged = held_out.batch(0, 4)
-    sites = attention_sites(teacher)
+    sites = find_attention_sites(teacher)
     print(f"{'student':44} {'copied':>9} {'solved':>9} {'ridge':>7} {'unexplained':>12} {'seconds':>8}")
     for spec in args.students:
         name, _, text = spec.partition(":")
         pairs = [part.split("=") for part in text.split(",") if part]
         options = {key: parse_value(value) for key, value in pairs}
-        student = limbeck.convert(teacher, name, options=options, preset=args.preset, share=True).requires_grad_(False)
-        judge = Logits(Pair(teacher, student, sites, contextlib.nullcontext), Weights())
+        student = limbeck.convert(
+            teacher, name, options=options, preset=args.preset, share_weights=True
+        ).requires_grad_(False)
+        judge = LogitsStage(DistillationPair(teacher, student, sites, contextlib.nullcontext), ObjectiveWeights())
         before = judge.evaluate(judged)
         began = time.monotonic()
-        fits = NormalEquations(Pair(teacher, student, sites, contextlib.nullcontext))
+        fits = NormalEquations(DistillationPair(teacher, student, sites, contextlib.nullcontext))
         for at in range(0, args.tokens // args.length, 4):
             fits.add(data.batch(at, 4))
         seconds = time.monotonic() - began
@@ -61,7 +63,7 @@ def main() -> None:
         best, ridge, unexplained = min(tried)
         copied = float(before["ce"].exp())
         print(f"{spec:44} {copied:9.4g} {best:9.4g} {ridge:7.0e} {unexplained:12.3f} {seconds:8.0f}", flush=True)
-    print(f"teacher {float(before['teacher_ce'].exp()):.4g}, perplexity on {judged.valid:,} held-out tokens")
+    print(f"teacher {float(before['teacher_ce'].exp()):.4g}, perplexity on {judged.n_targets:,} held-out tokens")
 
 
 if __name__ == "__main__":

@@ -25,17 +25,16 @@ from pathlib import Path
 import torch
 
 import limbeck
-from limbeck import assets
-from limbeck.data.packing import Batch, Packed
-from limbeck.data.shards import prepare
-from limbeck.data.signals import Signals, Taught
-from limbeck.losses import Weights
-from limbeck.model import attention_sites
-from limbeck.model.body import Head, run_body
-from limbeck.plan import matmul_speed
-from limbeck.stages.cached import likeliest
-from limbeck.stages.end_to_end import Logits
-from limbeck.stages.teacher import Pair, load_teacher
+from limbeck.data.packing import Batch, PackedDataset
+from limbeck.data.teacher_logits import TeacherLogitsCache, TeacherLogitsDataset
+from limbeck.data.token_store import build_token_store
+from limbeck.models import find_attention_sites, loading
+from limbeck.models.backbone import LMHead, run_backbone
+from limbeck.models.hooks import DistillationPair, load_teacher
+from limbeck.training.logit_distillation import LogitsStage
+from limbeck.training.losses import ObjectiveWeights
+from limbeck.training.plan import measure_matmul_flops
+from limbeck.training.teacher_cache import likeliest
 
 
 def main() -> None:
@@ -51,35 +50,35 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    teacher, tokenizer = load_teacher(assets.resolve_teacher(args.teacher), torch.device("cpu"))
-    store = prepare("embedded", tokenizer, length=args.length, max_tokens=200_000, held_out=0.05)
-    data, sites = Packed(store.train, args.length), attention_sites(teacher)
+    teacher, tokenizer = load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
+    store = build_token_store("embedded", tokenizer, length=args.length, max_tokens=200_000, held_out=0.05)
+    data, sites = PackedDataset(store.train, args.length), find_attention_sites(teacher)
     student = limbeck.convert(teacher, args.mixer).requires_grad_(False)
-    pair = Pair(teacher, student, sites, nullcontext)
+    pair = DistillationPair(teacher, student, sites, nullcontext)
     stages = {
-        "ce": Alone(pair, Weights(ce=1, kl=0), train=args.train),
-        "kd": Logits(pair, Weights(), train=args.train),
-        "top-k": Logits(pair, Weights(kl=0, top_kl=1, top_k=args.top), train=args.train),
+        "ce": Alone(pair, ObjectiveWeights(ce=1, kl=0), train=args.train),
+        "kd": LogitsStage(pair, ObjectiveWeights(), train=args.train),
+        "top-k": LogitsStage(pair, ObjectiveWeights(kl=0, top_kl=1, top_k=args.top), train=args.train),
     }
     parameters = list(stages["kd"].parameters().values())
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    teacher_head, tokens = Head(teacher), args.batch * args.length
+    teacher_head, tokens = LMHead(teacher), args.batch * args.length
 
     def ask(batch: Batch):
-        found = [likeliest(teacher_head(h), args.top) for h in run_body(teacher, batch).flatten(0, 1).split(128)]
+        found = [likeliest(teacher_head(h), args.top) for h in run_backbone(teacher, batch).flatten(0, 1).split(128)]
         return tuple(torch.cat(x).unflatten(0, batch.input_ids.shape) for x in zip(*found))
 
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = int(teacher.get_output_embeddings().weight.shape[0])
-        signals = Signals(Path(folder) / "signals", vocabulary, args.top)
+        signals = TeacherLogitsCache(Path(folder) / "signals", vocabulary, args.top)
         end = (args.steps + 1) * args.batch
         began = time.perf_counter()
         with torch.no_grad():
             signals.fill(data, 0, end, ask)
         filled = end * args.length / (time.perf_counter() - began)
-        read = Taught(data, signals, 0, end)
+        read = TeacherLogitsDataset(data, signals, 0, end)
 
         def plain(at: int) -> None:
             batch = data.batch(at, args.batch)
@@ -95,7 +94,7 @@ def main() -> None:
 
         @torch.no_grad()
         def teacher_pass(at: int) -> None:
-            for part in run_body(teacher, data.batch(at, args.batch)).flatten(0, 1).split(128):
+            for part in run_backbone(teacher, data.batch(at, args.batch)).flatten(0, 1).split(128):
                 teacher_head(part)
 
         work = {"plain": plain, "ce": staged("ce"), "kd": staged("kd"), "pass": teacher_pass, "top-k": staged("top-k")}
@@ -117,7 +116,7 @@ def main() -> None:
     learn = 4 * body + 2 * sum(p.numel() for p in parameters)
     forward = 2 * sum(p.numel() for p in teacher.parameters())
     floors = {"plain": learn, "ce": learn, "kd": learn + forward, "pass": forward, "top-k": learn}
-    speed = matmul_speed(torch.device("cpu"), sites[0].shape.hidden)
+    speed = measure_matmul_flops(torch.device("cpu"), sites[0].shape.hidden)
     print(f"{args.mixer}, batch {args.batch} x {args.length}, {args.threads} threads, {args.train} trains, ")
     print(f"matrix product {speed / 1e9:.0f} GFLOP/s")
     print(f"{'':8} {'tokens/s':>9} {'min':>6} {'max':>6} {'of plain':>9} {'floor':>7} {'of floor':>9}")
@@ -137,14 +136,14 @@ def main() -> None:
     )
 
 
-class Alone(Logits):
+class Alone(LogitsStage):
     """Stage 3 with no teacher at all: its signal is one token of no weight."""
 
     def _signal(self, batch: Batch):
-        from limbeck.losses import FromDisk
+        from limbeck.training.chunked_losses import TeacherLogitsFromCache
 
         nothing = torch.zeros(*batch.input_ids.shape, 1)
-        return FromDisk(nothing.long(), nothing)
+        return TeacherLogitsFromCache(nothing.long(), nothing)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from limbeck import assets
-from limbeck.data.packing import Packed
-from limbeck.data.shards import prepare
-from limbeck.keep import repeating
-from limbeck.losses import FromHidden, logit_losses
-from limbeck.model import as_ranges
-from limbeck.model.body import Head, run_body
-from limbeck.recipe import Recipe
-from limbeck.stages.teacher import load_teacher
+from limbeck.core.recipe import Recipe
+from limbeck.data.packing import PackedDataset
+from limbeck.data.token_store import build_token_store
+from limbeck.models import format_ranges, loading
+from limbeck.models.backbone import LMHead, run_backbone
+from limbeck.models.hooks import load_teacher
+from limbeck.training.chunked_losses import TeacherLogitsFromHidden, logit_losses
+from limbeck.training.layer_selection import make_repeated_batch
 
 
 def main() -> None:
@@ -34,10 +33,10 @@ def main() -> None:
     args = parser.parse_args()
     recipe = Recipe.load(args.runs[0] / "recipe.yaml", stored=True)
     data = recipe.data
-    teacher, tokenizer = load_teacher(assets.resolve_teacher(recipe.teacher), torch.device("cpu"))
+    teacher, tokenizer = load_teacher(loading.resolve_teacher(recipe.teacher), torch.device("cpu"))
     limits = {"max_tokens": data.max_tokens, "held_out": data.held_out, "text_field": data.text_field}
-    store = prepare(data.source, tokenizer, length=data.seq_len, **limits)
-    exam = repeating(Packed(store.held_out, data.seq_len, shuffle=False).batch(0, args.sequences))
+    store = build_token_store(data.source, tokenizer, length=data.seq_len, **limits)
+    exam = make_repeated_batch(PackedDataset(store.held_out, data.seq_len, shuffle=False).batch(0, args.sequences))
     names = f"{'perplexity':>10} {'KL':>7} {'same top':>9} {'loss on the repeat':>19} {'bytes a token':>14}"
     print(f"{'softmax layers':32} {names}")
     print(f"{'all: the teacher':32} {'':10} {'':7} {'':9} {_loss(teacher, exam):19.3f}")
@@ -47,7 +46,7 @@ def main() -> None:
         held, kept = result["held_out"], _kept(student)
         growth = result["memory"]["student_bytes_per_token"]
         print(
-            f"{as_ranges(kept) or 'none':32} {held['student_perplexity']:10.2f} {held['kl']:7.3f} "
+            f"{format_ranges(kept) or 'none':32} {held['student_perplexity']:10.2f} {held['kl']:7.3f} "
             f"{100 * held['top1_agreement']:7.1f} % {_loss(student, exam):19.3f} {growth:14,.0f}"
         )
 
@@ -59,9 +58,9 @@ def _kept(student) -> list[int]:
 
 @torch.no_grad()
 def _loss(model, exam) -> float:
-    head = Head(model)
-    hidden = run_body(model, exam)
-    sums, _ = logit_losses(head, hidden, FromHidden(head, hidden), exam.targets)
+    head = LMHead(model)
+    hidden = run_backbone(model, exam)
+    sums, _ = logit_losses(head, hidden, TeacherLogitsFromHidden(head, hidden), exam.targets)
     return float(sums["ce"] / sums["count"])
 
 

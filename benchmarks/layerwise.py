@@ -15,16 +15,15 @@ import time
 import torch
 
 import limbeck
-from limbeck import assets
-from limbeck.data.packing import Batch, Packed
-from limbeck.data.shards import prepare
-from limbeck.machine import peak_memory
-from limbeck.model import attention_sites
-from limbeck.model.body import run_body
-from limbeck.plan import matmul_speed
-from limbeck.stages.calibrate import NormalEquations
-from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.teacher import Pair, load_teacher
+from limbeck.core.system import get_peak_memory
+from limbeck.data.packing import Batch, PackedDataset
+from limbeck.data.token_store import build_token_store
+from limbeck.models import find_attention_sites, loading
+from limbeck.models.backbone import run_backbone
+from limbeck.models.hooks import DistillationPair, load_teacher
+from limbeck.training.alignment import HiddenStage, MatrixStage
+from limbeck.training.calibration import NormalEquations
+from limbeck.training.plan import measure_matmul_flops
 
 
 def main() -> None:
@@ -40,12 +39,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    teacher, tokenizer = load_teacher(assets.resolve_teacher(args.teacher), torch.device("cpu"))
-    store = prepare("embedded", tokenizer, length=args.length, max_tokens=200_000, held_out=0.05)
-    data = Packed(store.train, args.length)
-    sites = attention_sites(teacher)
-    student = limbeck.convert(teacher, args.mixer, share=True).requires_grad_(False)
-    pair = Pair(teacher, student, sites, contextlib.nullcontext)
+    teacher, tokenizer = load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
+    store = build_token_store("embedded", tokenizer, length=args.length, max_tokens=200_000, held_out=0.05)
+    data = PackedDataset(store.train, args.length)
+    sites = find_attention_sites(teacher)
+    student = limbeck.convert(teacher, args.mixer, share_weights=True).requires_grad_(False)
+    pair = DistillationPair(teacher, student, sites, contextlib.nullcontext)
 
     head = teacher.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in teacher.parameters()) - head
@@ -59,12 +58,12 @@ def main() -> None:
         "matrix": 2 * body + 6 * attention,
     }
     work = {
-        "body": lambda batch: run_body(teacher, batch),
+        "body": lambda batch: run_backbone(teacher, batch),
         "calibrate": NormalEquations(pair).add,
-        "hidden": _trained(Hidden(pair, target=args.target)),
-        "matrix": _trained(Matrix(pair), micro_batch=1),  # as the recipes have it
+        "hidden": _trained(HiddenStage(pair, target=args.target)),
+        "matrix": _trained(MatrixStage(pair), micro_batch=1),  # as the recipes have it
     }
-    speed = matmul_speed(torch.device("cpu"), sites[0].shape.hidden)
+    speed = measure_matmul_flops(torch.device("cpu"), sites[0].shape.hidden)
     tokens = args.batch * args.length
     print(f"{args.mixer} in {len(sites)} layers, batch {args.batch} x {args.length}, {args.threads} threads, ")
     print(f"matrix product {speed / 1e9:.0f} GFLOP/s")
@@ -81,10 +80,10 @@ def main() -> None:
         floor = speed / floors[name]
         median = statistics.median(rates)
         print(f"{name:10} {median:9.0f} {min(rates):6.0f} {max(rates):6.0f} {floor:7.0f} {median / floor:9.0%}")
-    print(f"peak resident memory {(peak_memory() or 0) / 1e9:.2f} GB")
+    print(f"peak resident memory {(get_peak_memory() or 0) / 1e9:.2f} GB")
 
 
-def _trained(stage: Hidden | Matrix, micro_batch: int | None = None):
+def _trained(stage: HiddenStage | MatrixStage, micro_batch: int | None = None):
     """A whole training step of a stage, optimiser included."""
     parameters = list(stage.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

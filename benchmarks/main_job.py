@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from limbeck import Recipe, distill
-from limbeck.assets import resolve_teacher
-from limbeck.stages.teacher import load_teacher
+from limbeck.models.hooks import load_teacher
+from limbeck.models.loading import resolve_teacher
 
 RECORDED = Path(__file__).with_name("main_job.json")
 
@@ -31,7 +31,7 @@ def one_run(name: str, number: int, out: Path) -> dict[str, float]:
     with torch.no_grad():
         next(p for n, p in teacher.named_parameters() if n.endswith("k_proj.weight")).mul_(1 + 1e-6 * number)
     recipe = Recipe.load(name, {"out": str(out / f"{name}-{number}")})
-    held = distill(recipe, loaded=(teacher, tokenizer), rehearsed=False, curves=False)["held_out"]
+    held = distill(recipe, loaded=(teacher, tokenizer), measure_times=False, plot_curves=False)["held_out"]
     return {key: held[key] for key in ("teacher_perplexity", "student_perplexity", "top1_agreement", "kl")}
 
 

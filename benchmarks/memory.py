@@ -113,21 +113,21 @@ def _stage(stage, length, layers, mixer, vocabulary, rows=None, checkpoint=False
 
     import limbeck
     from limbeck.data.packing import Batch
-    from limbeck.losses import Weights
-    from limbeck.model import attention_sites
-    from limbeck.stages.end_to_end import Logits
-    from limbeck.stages.layerwise import Hidden, Matrix
-    from limbeck.stages.teacher import Pair
+    from limbeck.models import find_attention_sites
+    from limbeck.models.hooks import DistillationPair
+    from limbeck.training.alignment import HiddenStage, MatrixStage
+    from limbeck.training.logit_distillation import LogitsStage
+    from limbeck.training.losses import ObjectiveWeights
 
     config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=layers, tie_word_embeddings=True, **SHAPE)
     config.max_position_embeddings = max(2048, length)
     teacher = LlamaForCausalLM(config).eval().requires_grad_(False)
-    student = limbeck.convert(teacher, mixer, share=stage != "logits").requires_grad_(False)
-    pair = Pair(teacher, student, attention_sites(teacher), nullcontext)
+    student = limbeck.convert(teacher, mixer, share_weights=stage != "logits").requires_grad_(False)
+    pair = DistillationPair(teacher, student, find_attention_sites(teacher), nullcontext)
     if stage == "logits":
-        made = Logits(pair, Weights(), checkpoint_activations=checkpoint)
+        made = LogitsStage(pair, ObjectiveWeights(), checkpoint_activations=checkpoint)
     else:
-        made = Hidden(pair) if stage == "hidden" else Matrix(pair, rows=rows)
+        made = HiddenStage(pair) if stage == "hidden" else MatrixStage(pair, sampled_queries=rows)
     for parameter in made.parameters().values():
         parameter.requires_grad_(True)
 
@@ -143,7 +143,8 @@ def _loss(length, vocabulary, naive, width=576):
     import torch
     from torch.nn import functional as F
 
-    from limbeck.losses import FromHidden, Weights, logit_losses
+    from limbeck.training.chunked_losses import TeacherLogitsFromHidden, logit_losses
+    from limbeck.training.losses import ObjectiveWeights
 
     ours, theirs = (torch.nn.Linear(width, vocabulary, bias=False) for _ in range(2))
     theirs.requires_grad_(False)
@@ -152,7 +153,9 @@ def _loss(length, vocabulary, naive, width=576):
         h, t = torch.randn(1, tokens, width, requires_grad=True), torch.randn(1, tokens, width)
         targets = torch.randint(0, vocabulary, (1, tokens))
         if not naive:
-            logit_losses(ours, h, FromHidden(theirs, t), targets, Weights(ce=0.5, kl=0.5), scale=1 / tokens)
+            logit_losses(
+                ours, h, TeacherLogitsFromHidden(theirs, t), targets, ObjectiveWeights(ce=0.5, kl=0.5), scale=1 / tokens
+            )
             return
         s, q = ours(h)[0], theirs(t)[0]
         ce = F.cross_entropy(s, targets[0])

@@ -39,8 +39,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.contract import tiny
-from limbeck.recipe import Recipe
+from limbeck.core.recipe import Recipe
+from limbeck.testing import make_tiny_model
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
 OTHERS = (
@@ -111,7 +111,7 @@ class Breaker:
         self.disk = folder / "disk"
         self.env = {**os.environ, "LIMBECK_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         tokenizer = _tokenizer()
-        tiny("llama").save_pretrained(folder / "teacher")
+        make_tiny_model("llama").save_pretrained(folder / "teacher")
         tokenizer.save_pretrained(folder / "teacher")
         (folder / "text.jsonl").write_text(
             "".join(json.dumps({"text": p}) + "\n" for p in TEXT.split("\n\n") if len(p) > 80), encoding="utf-8"

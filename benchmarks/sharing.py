@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from limbeck import mixers
-from limbeck.job import begin
-from limbeck.prepare import Loaded, new_student, prepare_job
-from limbeck.recipe import Recipe
-from limbeck.stages.run import RunDirectory, open_run
-from limbeck.study.grid import Arm
-from limbeck.study.team import learn_together
-from limbeck.teach import run_stages
+from limbeck.core.recipe import Recipe
+from limbeck.study.shared_training import train_shared_stages
+from limbeck.study.spec import Arm
+from limbeck.training.pipeline import start_run
+from limbeck.training.run_directory import RunDirectory, open_run
+from limbeck.training.setup import LoadedTeacher, build_student, prepare_job
+from limbeck.training.stages import run_stages
 
 
 def recipe_of(mixer: str, out: Path, given: argparse.Namespace) -> Recipe:
@@ -51,27 +51,27 @@ def recipe_of(mixer: str, out: Path, given: argparse.Namespace) -> Recipe:
 def seconds_of(recipe: Recipe) -> list[float]:
     """Seconds of the steps of each stage."""
     run = RunDirectory(Path(recipe.out), recipe)
-    return [run.facts(index)["seconds"] for index in range(len(recipe.stages))]
+    return [run.load_stage_metrics(index)["seconds"] for index in range(len(recipe.stages))]
 
 
 def difference(one: Recipe, other: Recipe) -> float:
     """The largest difference between what two runs of a recipe learnt."""
     largest = 0.0
     for index in range(len(one.stages)):
-        mine, theirs = (RunDirectory(Path(recipe.out), recipe).result(index) for recipe in (one, other))
+        mine, theirs = (RunDirectory(Path(recipe.out), recipe).load_stage_result(index) for recipe in (one, other))
         largest = max([largest, *(float((mine[name] - theirs[name]).abs().max()) for name in mine)])
     return largest
 
 
-def one_round(alone: dict[str, Recipe], together: dict[str, Recipe], loaded: Loaded) -> dict[str, Any]:
+def one_round(alone: dict[str, Recipe], together: dict[str, Recipe], loaded: LoadedTeacher) -> dict[str, Any]:
     """Seconds of each student's stages, both ways."""
     for recipe in alone.values():
         with ExitStack() as stack:
             mine = prepare_job(recipe, loaded)
             run = stack.enter_context(open_run(mine.path, recipe))
-            begin(mine, run)
-            run_stages(mine, run, new_student(mine))
-    failures = learn_together([Arm(name, {}, recipe) for name, recipe in together.items()], loaded)
+            start_run(mine, run)
+            run_stages(mine, run, build_student(mine))
+    failures = train_shared_stages([Arm(name, {}, recipe) for name, recipe in together.items()], loaded)
     assert not failures, failures
     return {
         "alone": {name: seconds_of(recipe) for name, recipe in alone.items()},
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    names = mixers.selection(given.students)
+    names = mixers.select_mixers(given.students)
     loaded, rounds = None, []
     for _ in range(given.rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -18,13 +18,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import limbeck  # noqa: F401  registers students
-from limbeck.assets import resolve_teacher, texts_for_learning
-from limbeck.console import output, progress
-from limbeck.data.packing import IGNORE, Packed
-from limbeck.data.recall import AGAIN, common_words
-from limbeck.data.shards import prepare
-from limbeck.generate import continuation
-from limbeck.stages.next_token import NextToken
+from limbeck.core.console import output, progress
+from limbeck.data.offline.embedded import load_training_texts
+from limbeck.data.offline.recall import REPEAT_MARKER, find_common_words
+from limbeck.data.packing import IGNORE_INDEX, PackedDataset
+from limbeck.data.token_store import build_token_store
+from limbeck.models.generation import generate_continuation
+from limbeck.models.loading import resolve_teacher
+from limbeck.training.pretraining import NextTokenStage
 
 LENGTH = 512
 PAIRS = (4, 16, 64, 128)
@@ -44,15 +45,15 @@ def main() -> None:
     torch.set_flush_denormal(True)
     folders = {name: _folder(name) for name in args.models}
     tokenizer = AutoTokenizer.from_pretrained(folders[args.models[0]])
-    store = prepare("embedded:quick", tokenizer, length=LENGTH)
-    held_out = Packed(store.held_out, LENGTH, shuffle=False)
+    store = build_token_store("embedded:quick", tokenizer, length=LENGTH)
+    held_out = PackedDataset(store.held_out, LENGTH, shuffle=False)
     batches = [held_out.batch(at, 1) for at in range(min(held_out.n_sequences, args.tokens // LENGTH))]
     tasks = recall_tasks(tokenizer, args.sequences)
     found = {"bigram": {"perplexity": bigram_perplexity(store.train, batches, len(tokenizer))}}
     for name, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         found[name] = measure(name, model, batches, tasks)
-        found[name]["sample"] = continuation(model, tokenizer, "The history of science is", 48)
+        found[name]["sample"] = generate_continuation(model, tokenizer, "The history of science is", 48)
     for name, values in found.items():
         output.print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "sample"), markup=False)
         output.print(f"  {values.get('sample', '')!r}", markup=False)
@@ -63,11 +64,11 @@ def main() -> None:
 @torch.no_grad()
 def measure(name: str, model, batches, tasks) -> dict:
     """Perplexity on the batches and accuracy in each task."""
-    stage, total, count = NextToken(model), 0.0, 0
+    stage, total, count = NextTokenStage(model), 0.0, 0
     values = {}
     with progress(name, len(batches) + len(tasks), "parts") as advance:
         for batch in batches:
-            total, count = total + float(stage.evaluate(batch)["loss"]) * batch.valid, count + batch.valid
+            total, count = total + float(stage.evaluate(batch)["loss"]) * batch.n_targets, count + batch.n_targets
             advance(1)
         values["perplexity"] = math.exp(total / count)
         for task, sequences in tasks.items():
@@ -82,9 +83,11 @@ def measure(name: str, model, batches, tasks) -> dict:
 
 def recall_tasks(tokenizer, sequences: int) -> dict[str, list]:
     """By name: token ids [T] and the places that memory alone tells, in sequences that no training text holds."""
-    words = [ids[0] for word in common_words(texts_for_learning()) if len(ids := tokenizer(f" {word}").input_ids) == 1]
-    newline, again = (tokenizer(text).input_ids for text in ("\n", AGAIN))
-    filler = tokenizer("\n\n".join(texts_for_learning()[:200])).input_ids
+    words = [
+        ids[0] for word in find_common_words(load_training_texts()) if len(ids := tokenizer(f" {word}").input_ids) == 1
+    ]
+    newline, again = (tokenizer(text).input_ids for text in ("\n", REPEAT_MARKER))
+    filler = tokenizer("\n\n".join(load_training_texts()[:200])).input_ids
     tasks: dict[str, list] = {}
     for count in PAIRS:
         for number in range(sequences):
@@ -118,7 +121,7 @@ def bigram_perplexity(train, batches, size: int) -> float:
     behind, kinds = counts.sum(1), (counts > 0).sum(1)
     total, count = 0.0, 0
     for batch in batches:
-        valid = (batch.targets != IGNORE).numpy()
+        valid = (batch.targets != IGNORE_INDEX).numpy()
         v, w = batch.input_ids.numpy()[valid], batch.targets.numpy()[valid]
         weight = np.maximum(kinds[v], 1)
         total -= np.log((counts[v, w] + weight * single[w]) / (behind[v] + weight)).sum()

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.contract import tiny
 from limbeck.mixers import registry
+from limbeck.testing import make_tiny_model
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"  # real English that every checkout has
 
@@ -62,7 +62,7 @@ def corpus(tmp_path_factory) -> Path:
 def teacher_folder(tmp_path_factory, tokenizer) -> Path:
     """A tiny random llama and the tokenizer, as save_pretrained leaves them."""
     folder = tmp_path_factory.mktemp("teacher") / "tiny-llama"
-    tiny("llama").save_pretrained(folder)
+    make_tiny_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import limbeck
 from limbeck.data.packing import Batch
-from limbeck.precision import autocast_of
+from limbeck.training.precision import resolve_autocast
 
 # the real shapes; "tiny" is what the dry mode runs
 SHAPES: dict[str, dict[str, Any]] = {
@@ -104,8 +104,8 @@ class Bench:
     # ------------------------------------------------------------------ models
 
     def autocast(self) -> Any:
-        """bf16 on a GPU, nothing on a CPU; see `limbeck.precision`."""
-        return autocast_of("auto", self.device)
+        """bf16 on a GPU, nothing on a CPU; see `limbeck.training.precision`."""
+        return resolve_autocast("auto", self.device)
 
     def teacher(self, shape: str, length: int) -> LlamaForCausalLM:
         """A frozen teacher: a real one where --teacher names a folder, else random weights of the real shape."""
@@ -130,7 +130,7 @@ class Bench:
             torch._dynamo.reset()
             self.compiled_for = (id(teacher), mixer)
         torch.manual_seed(0)
-        return limbeck.convert(teacher, mixer, share=share).requires_grad_(False)
+        return limbeck.convert(teacher, mixer, share_weights=share).requires_grad_(False)
 
     def batch(self, teacher: LlamaForCausalLM, rows: int, length: int, document: int | None = None) -> Batch:
         """Random tokens on the CPU, in packed documents of `document` tokens (one a row by default)."""

@@ -1,6 +1,6 @@
 """Are the kernels right on this GPU? Outputs and gradients against PyTorch in float32, with bounds.
 
-Each adapter of `limbeck.kernels`, attention by documents, and a whole step of stage 3 by the fast route against the
+Each adapter of `limbeck.ops.fla`, attention by documents, and a whole step of stage 3 by the fast route against the
 plain one.
 """
 
@@ -11,16 +11,16 @@ import torch
 
 from gpu_sections.bench import Bench
 from gpu_sections.steps import Alone
-from limbeck import kernels
-from limbeck.data.known import Documents
-from limbeck.losses import Weights
-from limbeck.model import attention_sites
-from limbeck.model.body import packs_by_position
-from limbeck.model.compiling import compiled
-from limbeck.model.documents import by_document, flash_serves, try_flash
-from limbeck.model.packed import use_masks
-from limbeck.stages.learner import accumulate
-from limbeck.stages.teacher import Pair
+from limbeck.data.packing import DocumentBoundaries
+from limbeck.models import find_attention_sites
+from limbeck.models.backbone import supports_packed_positions
+from limbeck.models.compilation import compile_blocks
+from limbeck.models.hooks import DistillationPair
+from limbeck.models.packed import force_attention_masks
+from limbeck.models.varlen import probe_flash_varlen, supports_flash_varlen, varlen_attention
+from limbeck.ops import fla
+from limbeck.training.losses import ObjectiveWeights
+from limbeck.training.trainer import accumulate_gradients
 
 BOUND = 2e-2  # relative Frobenius error of attention in bf16 against float32
 OF_A_STEP = 1e-1  # the same of all gradients of a model, through all of its layers
@@ -34,12 +34,12 @@ def run(bench: Bench) -> None:
 
 
 def _adapters(bench: Bench) -> None:
-    reason = kernels.missing()
+    reason = fla.unavailable_reason()
     if reason:
         bench.notes.append(f"adapters are tried, and decline: {reason}")
     sizes = [(2, 16)] if bench.dry else [(16, 64), (8, 128)]
     lengths = [32] if bench.dry else [256, 1000]
-    for adapter in kernels.ADAPTERS:
+    for adapter in fla.KERNEL_ADAPTERS:
         step = adapter.form == "recurrent"
         for heads, width in sizes:
             for time in [1] if step else lengths:
@@ -52,11 +52,11 @@ def _adapters(bench: Bench) -> None:
 
 
 def _check(bench: Bench, adapter: Any, size: dict[str, int], dtype: torch.dtype, more: dict[str, Any]) -> dict:
-    call = kernels.sample(adapter, **size, dtype=dtype, device=str(bench.device), seed=0, **more)
-    declined = kernels.missing() or kernels.declined(call)
+    call = fla.make_sample_call(adapter, **size, dtype=dtype, device=str(bench.device), seed=0, **more)
+    declined = fla.unavailable_reason() or fla.unsupported_reason(call)
     if declined:
         return {"told": f"declined: {declined}"}
-    verdict = kernels.check(call)
+    verdict = fla.verify_call(call)
     worst = max(verdict.errors, key=lambda n: verdict.errors[n] / verdict.bounds[n], default=None)
     row: dict[str, Any] = {"ok": verdict.ok}
     if worst is not None:
@@ -69,13 +69,13 @@ def _documents(bench: Bench) -> dict[str, Any]:
     length = 32 if bench.dry else 1024
     half = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     q, k, v = (torch.randn(2, h, length, 64, device=bench.device, dtype=half) for h in (6, 2, 2))
-    try_flash(q.device)
-    if not flash_serves(q, v):
+    probe_flash_varlen(q.device)
+    if not supports_flash_varlen(q, v):
         return {"told": "declined: FlashAttention over documents of varying length needs CUDA and half precision"}
     positions = (torch.arange(length) % 300).repeat(2, 1)
-    documents = Documents.of(positions).to(bench.device)
+    documents = DocumentBoundaries.from_position_ids(positions).to(bench.device)
     assert documents.segments is not None
-    assert documents.offsets is not None
+    assert documents.cu_seqlens is not None
     same = documents.segments[:, None, :, None] == documents.segments[:, None, None, :]
     upstream = torch.randn(2, length, 6, 64, device=bench.device)
     found = []
@@ -86,7 +86,7 @@ def _documents(bench: Bench) -> dict[str, Any]:
             y = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=same.tril(), enable_gqa=True)
             y = y.transpose(1, 2)
         else:
-            y = by_document(*leaves, documents.offsets, None)
+            y = varlen_attention(*leaves, documents.cu_seqlens, None)
         y.backward(upstream.to(y.dtype))
         found.append([y, *(x.grad for x in leaves)])
     return _compared(dict(zip(("o", "dq", "dk", "dv"), zip(*found))), BOUND)
@@ -101,16 +101,16 @@ def _step(bench: Bench, mixer: str) -> dict[str, Any]:
     found = []
     for fast in (True, False):
         student = bench.student(teacher, mixer)
-        use_masks(student, not fast)
+        force_attention_masks(student, not fast)
         autocast = bench.autocast() if fast else nullcontext
-        pair = Pair(teacher, student, attention_sites(teacher), autocast)
-        stage = Alone(pair, Weights(ce=1.0, kl=0.0), compiled=False)
+        pair = DistillationPair(teacher, student, find_attention_sites(teacher), autocast)
+        stage = Alone(pair, ObjectiveWeights(ce=1.0, kl=0.0), compiled=False)
         blocks = [site.block for site in stage.sites] if fast and bench.device.type == "cuda" else []
         for parameter in stage.parameters().values():
             parameter.requires_grad_(True)
-        packs_by_position(student)
-        with kernels.using("auto" if fast else "torch"), compiled(student, blocks):
-            accumulate(stage, [batch.to(bench.device)])
+        supports_packed_positions(student)
+        with fla.use_backend("auto" if fast else "torch"), compile_blocks(student, blocks):
+            accumulate_gradients(stage, [batch.to(bench.device)])
         found.append({name: p.grad for name, p in stage.parameters().items() if p.grad is not None})
     fast_flat, plain_flat = (torch.cat([g.flatten().float() for g in grads.values()]) for grads in found)
     return _compared({"all gradients": (fast_flat, plain_flat)}, OF_A_STEP)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpu_sections.bench import Bench
-from limbeck.evaluate.decoding import Contestant, break_even, measure
+from limbeck.evaluation.timing import TimedModel, find_break_even, time_decoding
 
 FAST = ", compiled"
 
@@ -37,21 +37,21 @@ def run(bench: Bench) -> None:
         models = {"teacher": teacher, **{mixer: bench.student(teacher, mixer) for mixer in bench.mixers}}
         if bench.device.type == "cuda":
             models = {name: model.to(torch.bfloat16) for name, model in models.items()}
-        racers = [Contestant(name, model, static=name == "teacher") for name, model in models.items()]
-        racers += [Contestant(name + FAST, Compiled(model, bench.dry), static=True) for name, model in models.items()]
+        racers = [TimedModel(name, model, static=name == "teacher") for name, model in models.items()]
+        racers += [TimedModel(name + FAST, Compiled(model, bench.dry), static=True) for name, model in models.items()]
         for batch in (1,) if bench.dry else (1, 16, 64):
             _race(bench, {"model": shape, "B": batch}, racers, lengths)
 
 
-def _race(bench: Bench, label: dict[str, Any], racers: list[Contestant], lengths: list[int]) -> None:
+def _race(bench: Bench, label: dict[str, Any], racers: list[TimedModel], lengths: list[int]) -> None:
     """All lengths of one batch size, and the break-even lengths."""
     steps, seen = 2 if bench.dry else 24, {racer.name: {} for racer in racers}
     for length in lengths:
         for racer in racers:
             torch._dynamo.reset()  # a compiled step is made for one length of static cache
 
-            def one(racer: Contestant = racer, length: int = length) -> dict[str, Any]:
-                [point] = measure([racer], length, steps, batch=label["B"])
+            def one(racer: TimedModel = racer, length: int = length) -> dict[str, Any]:
+                [point] = time_decoding([racer], length, steps, batch=label["B"])
                 seen[racer.name][length] = point.milliseconds
                 rate = round(1000 * point.batch / point.milliseconds)
                 return {
@@ -65,6 +65,6 @@ def _race(bench: Bench, label: dict[str, Any], racers: list[Contestant], lengths
         rival = "teacher" + (FAST if racer.name.endswith(FAST) else "")
         both = [n for n in lengths if n in seen[rival] and n in seen[racer.name]]
         if racer.name != rival and len(both) > 1:
-            where = break_even(both, [seen[rival][n] for n in both], [seen[racer.name][n] for n in both])
+            where = find_break_even(both, [seen[rival][n] for n in both], [seen[racer.name][n] for n in both])
             told = "never" if where is None else round(where)
             bench.rows.append({**label, "decoder": racer.name, "break_even": told})

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpu_sections.bench import Bench
-from limbeck.losses import FromHidden, Weights, logit_losses, tokens_at_once
+from limbeck.training.chunked_losses import TeacherLogitsFromHidden, choose_logit_chunk_size, logit_losses
+from limbeck.training.losses import ObjectiveWeights
 
-KL = Weights(ce=0.5, kl=0.5)
+KL = ObjectiveWeights(ce=0.5, kl=0.5)
 
 
 class _Head(nn.Linear):
-    """A head alone, which knows itself for `tokens_at_once`."""
+    """A head alone, which knows itself for `choose_logit_chunk_size`."""
 
     def get_output_embeddings(self) -> nn.Linear:
         return self
@@ -53,11 +54,13 @@ def _row(bench: Bench, vocabulary: int, width: int, tokens: int, make: Callable)
     return {**row, "step_gb": row["peak_gb"] and round(row["peak_gb"] - before / 1e9, 2)}
 
 
-def _ours(compiled: bool, weights: Weights) -> Callable:
+def _ours(compiled: bool, weights: ObjectiveWeights) -> Callable:
     def make(head: _Head, teacher: _Head, h, t, targets) -> Callable[[], Any]:
         rows = torch.arange(targets.numel(), device=h.device)
-        more = {"chunk": tokens_at_once(head), "rows": rows, "compiled": compiled}
-        return lambda: logit_losses(head, h, FromHidden(teacher, t), targets, weights, 1 / targets.numel(), **more)
+        more = {"chunk_size": choose_logit_chunk_size(head), "rows": rows, "compiled": compiled}
+        return lambda: logit_losses(
+            head, h, TeacherLogitsFromHidden(teacher, t), targets, weights, 1 / targets.numel(), **more
+        )
 
     return make
 
@@ -89,6 +92,6 @@ CONTESTANTS: dict[str, Callable] = {
     "CE and KL, ours": _ours(False, KL),
     "CE and KL, ours, compiled": _ours(True, KL),
     "CE and KL, PyTorch, all logits": _plain,
-    "CE and JSD, ours, compiled": _ours(True, Weights(ce=0.5, kl=0.0, jsd=0.5)),
+    "CE and JSD, ours, compiled": _ours(True, ObjectiveWeights(ce=0.5, kl=0.0, jsd=0.5)),
     "CE and JSD, liger-kernel": _liger,
 }

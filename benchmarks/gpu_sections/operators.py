@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from gpu_sections.bench import Bench
-from limbeck import kernels
+from limbeck.ops import fla
 
 TOKENS = 32768
 
 
 def run(bench: Bench) -> None:
-    adapters = [a for a in kernels.ADAPTERS if a.form == "chunked"]
+    adapters = [a for a in fla.KERNEL_ADAPTERS if a.form == "chunked"]
     lengths = [64] if bench.dry else [n for n in (2048, 8192, 32768) if n <= bench.options.longest]
     for length in lengths:
         for adapter in adapters:
@@ -30,18 +30,18 @@ def _row(bench: Bench, adapter: Any, length: int, backward: bool) -> dict[str, A
     rows, heads, width = (1, 2, 16) if bench.dry else (TOKENS // length, 16, 64)
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     size = {"batch": rows, "time": length, "heads": heads, "key": width, "value": width}
-    call = kernels.sample(adapter, **size, dtype=dtype, device=str(bench.device), seed=0)
-    call = call.leaves() if backward else call
+    call = fla.make_sample_call(adapter, **size, dtype=dtype, device=str(bench.device), seed=0)
+    call = call.as_leaves() if backward else call
     row: dict[str, Any] = {"B": rows}
-    declined = kernels.missing() or kernels.declined(call)
+    declined = fla.unavailable_reason() or fla.unsupported_reason(call)
     if declined:
         row["told"] = f"declined: {declined}"
     else:
-        row["ours_ms"] = _time(bench, call, lambda: kernels.run(call, "fla")[0], backward)
+        row["ours_ms"] = _time(bench, call, lambda: fla.run_call(call, "fla")[0], backward)
         row["fla_ms"] = _time(bench, call, _theirs(adapter, call), backward)
         row["of_fla"] = f"{row['fla_ms'] / row['ours_ms']:.0%}"
     if length <= 2048:  # PyTorch's form is only a yardstick
-        row["torch_ms"] = _time(bench, call, lambda: kernels.run(call, "torch")[0], backward, repeats=3)
+        row["torch_ms"] = _time(bench, call, lambda: fla.run_call(call, "torch")[0], backward, repeats=3)
     return row
 
 
@@ -49,7 +49,11 @@ def _theirs(adapter: Any, call: Any) -> Callable[[], torch.Tensor]:
     """fla's own function on the same tensors."""
     module, _, name = adapter.kernel.rpartition(".")
     function = getattr(importlib.import_module(module), name)
-    given = {theirs: call.tensors[ours] for ours, theirs in adapter.names.items() if call.tensors.get(ours) is not None}
+    given = {
+        theirs: call.tensors[ours]
+        for ours, theirs in adapter.argument_names.items()
+        if call.tensors.get(ours) is not None
+    }
     return lambda: function(**given, scale=1.0, **adapter.options)[0]
 
 

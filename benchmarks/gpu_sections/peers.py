@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from gpu_sections.bench import Bench
 from gpu_sections.steps import step_of
-from limbeck.model import attention_sites
+from limbeck.models import find_attention_sites
 
 OURS = {"1 matrix": "matrix", "2 hidden": "hidden, block", "3 logits": "logits, CE and KL"}
 SHARED = ("gla", "gated_deltanet", "retnet", "kda", "mamba2")  # mixers that a peer has too
@@ -72,7 +72,7 @@ def _rebuilt(bench: Bench, teacher: Any, mixer: str, stage: str, peer: str, rows
     if pure:
         student = student.to(torch.bfloat16)
         teacher = type(teacher)(teacher.config).to(bench.device, torch.bfloat16).eval().requires_grad_(False)
-    modules = [site.module if stage.startswith("1") else site.block for site in attention_sites(teacher)]
+    modules = [site.module if stage.startswith("1") else site.block for site in find_attention_sites(teacher)]
     trained = [student.get_submodule(name) for name in modules] if stage[0] in "12" else [student]
     losses = {"1": _matrices if peer == "mohawk" else _outputs, "2": _blocks}
     if stage.startswith("3"):

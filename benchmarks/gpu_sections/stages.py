@@ -10,7 +10,7 @@ import torch
 
 from gpu_sections.bench import Bench
 from gpu_sections.steps import KINDS, step_of
-from limbeck.stages.optimize import gradient_norm
+from limbeck.training.optim import clip_gradients
 
 
 def run(bench: Bench) -> None:
@@ -78,7 +78,7 @@ def _plain(bench: Bench, teacher: Any, mixer: str, rows: int, length: int) -> di
         with autocast():
             loss = student(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        gradient_norm(named, 1.0)
+        clip_gradients(named, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -11,36 +11,41 @@ from typing import Any
 import torch
 
 from gpu_sections.bench import Bench
-from limbeck.data.ahead import Ahead
+from limbeck.core.recipe import STAGES
 from limbeck.data.packing import Batch
-from limbeck.losses import FromDisk, Weights
-from limbeck.model import attention_sites
-from limbeck.model.body import packs_by_position
-from limbeck.model.compiling import compiled, wanted
-from limbeck.recipe import STAGES
-from limbeck.stages.end_to_end import Logits
-from limbeck.stages.layerwise import Hidden, Matrix
-from limbeck.stages.learner import accumulate, alone_in, fetch
-from limbeck.stages.optimize import Optimizer, gradient_norm
-from limbeck.stages.teacher import Pair
+from limbeck.data.prefetch import BatchPrefetcher
+from limbeck.models import find_attention_sites
+from limbeck.models.backbone import supports_packed_positions
+from limbeck.models.compilation import compile_blocks, should_compile
+from limbeck.models.hooks import DistillationPair
+from limbeck.training.alignment import HiddenStage, MatrixStage
+from limbeck.training.chunked_losses import TeacherLogitsFromCache
+from limbeck.training.logit_distillation import LogitsStage
+from limbeck.training.losses import ObjectiveWeights
+from limbeck.training.optim import StageOptimizer, clip_gradients
+from limbeck.training.trainer import accumulate_gradients, fetch_scalars, get_clip_groups
 
 KINDS = {
-    "matrix": lambda *common: Matrix(Pair(*common)),
-    "matrix, 64 rows": lambda *common: Matrix(Pair(*common), rows=64),
-    "hidden": lambda *common: Hidden(Pair(*common)),
-    "hidden, block": lambda *common: Hidden(Pair(*common), target="block", train="block"),
-    "logits, KL": lambda *common, **more: Logits(Pair(*common), Weights(), **more),
-    "logits, CE and KL": lambda *common, **more: Logits(Pair(*common), Weights(ce=0.5, kl=0.5), **more),
-    "logits, CE alone": lambda *common, **more: Alone(Pair(*common), Weights(ce=1.0, kl=0.0), **more),
+    "matrix": lambda *common: MatrixStage(DistillationPair(*common)),
+    "matrix, 64 rows": lambda *common: MatrixStage(DistillationPair(*common), sampled_queries=64),
+    "hidden": lambda *common: HiddenStage(DistillationPair(*common)),
+    "hidden, block": lambda *common: HiddenStage(DistillationPair(*common), target="block", train="block"),
+    "logits, KL": lambda *common, **more: LogitsStage(DistillationPair(*common), ObjectiveWeights(), **more),
+    "logits, CE and KL": lambda *common, **more: LogitsStage(
+        DistillationPair(*common), ObjectiveWeights(ce=0.5, kl=0.5), **more
+    ),
+    "logits, CE alone": lambda *common, **more: Alone(
+        DistillationPair(*common), ObjectiveWeights(ce=1.0, kl=0.0), **more
+    ),
 }
 
 
-class Alone(Logits):
+class Alone(LogitsStage):
     """Stage 3 with no teacher at all: its signal is one token of no weight."""
 
-    def _signal(self, batch: Batch) -> FromDisk:
+    def _signal(self, batch: Batch) -> TeacherLogitsFromCache:
         nothing = torch.zeros(*batch.input_ids.shape, 1, device=batch.input_ids.device)
-        return FromDisk(nothing.long(), nothing)
+        return TeacherLogitsFromCache(nothing.long(), nothing)
 
 
 @contextmanager
@@ -66,28 +71,30 @@ def step_of(
     Yields:
         The step, and how many tokens it takes.
     """
-    sites, fuse = attention_sites(teacher), wanted(compile, bench.device)
+    sites, fuse = find_attention_sites(teacher), should_compile(compile, bench.device)
     more = {"checkpoint_activations": checkpoint, "compiled": fuse} if kind.startswith("logits") else {}
     stage = KINDS[kind](teacher, student, sites, bench.autocast(), **more)
     name = kind.split(",")[0]
     settings = STAGES[name](stage=name, tokens=rows * micro * length, batch_size=rows * micro)
     parameters = stage.parameters()
-    ahead = Ahead(lambda _: [bench.batch(teacher, rows, length, document) for _ in range(micro)], bench.device)
+    ahead = BatchPrefetcher(
+        lambda _: [bench.batch(teacher, rows, length, document) for _ in range(micro)], bench.device
+    )
     at = iter(range(10**9))
     with ExitStack() as stack:
         stack.callback(ahead.close)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        optimizer = Optimizer(parameters, stage.learning_rates(settings), settings, stage.student)
-        optimizer.set_rate(1e-3)
+        optimizer = StageOptimizer(parameters, stage.learning_rates(settings), settings, stage.student)
+        optimizer.set_lr_multiplier(1e-3)
         if fuse and name == "logits":
             for model in (teacher, student):
-                packs_by_position(model)
-                stack.enter_context(compiled(model, [site.block for site in sites]))
+                supports_packed_positions(model)
+                stack.enter_context(compile_blocks(model, [site.block for site in sites]))
 
         def step() -> None:
-            sums = accumulate(stage, ahead.take(next(at)))
-            fetch(gradient_norm(parameters, settings.max_grad_norm, alone=alone_in(stage)), sums)
+            sums = accumulate_gradients(stage, ahead.get_batches(next(at)))
+            fetch_scalars(clip_gradients(parameters, settings.max_grad_norm, clip_groups=get_clip_groups(stage)), sums)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from limbeck import contract, mixers
+from limbeck import mixers, testing
 
-LIGHTNING = contract.Variant("lightning")
+LIGHTNING = testing.MixerVariant("lightning")
 
 
-@pytest.mark.parametrize(("check", "family"), contract.cases())
+@pytest.mark.parametrize(("check", "family"), testing.list_cases())
 def test_contract(check, family):
-    contract.CHECKS[check](LIGHTNING, family)
+    testing.CHECKS[check](LIGHTNING, family)
 
 
 def test_decays_are_the_papers():

@@ -13,26 +13,26 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from limbeck.registration import register_when_imported
+from limbeck.core.version import __version__
+from limbeck.models.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from limbeck.errors import LimbeckError
-    from limbeck.job import distill
-    from limbeck.model.convert import convert
-    from limbeck.recipe import Recipe
+    from limbeck.core.errors import LimbeckError
+    from limbeck.core.recipe import Recipe
+    from limbeck.models.convert import convert
+    from limbeck.training.pipeline import distill
 
-__version__ = "0.1.0"
-__all__ = ["LimbeckError", "Recipe", "convert", "distill"]
+__all__ = ["LimbeckError", "Recipe", "__version__", "convert", "distill"]
 
 register_when_imported()
 
 # where the names of `__all__` are; imported when they are first used, for torch and transformers take seconds and
 # `limbeck --help` needs neither
 _HOMES = {
-    "LimbeckError": "limbeck.errors",
-    "Recipe": "limbeck.recipe",
-    "convert": "limbeck.model.convert",
-    "distill": "limbeck.job",
+    "LimbeckError": "limbeck.core.errors",
+    "Recipe": "limbeck.core.recipe",
+    "convert": "limbeck.models.convert",
+    "distill": "limbeck.training.pipeline",
 }
 
 

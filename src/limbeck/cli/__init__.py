@@ -9,12 +9,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from limbeck.console import console, output
-from limbeck.data.cache import refusal
-from limbeck.errors import LimbeckError
-from limbeck.stages.interrupt import Ended, Stopped, end_on_signals, put_back
+from limbeck.core.console import console, output
+from limbeck.core.errors import LimbeckError
+from limbeck.core.signals import TerminatedBySignal, TrainingInterrupted, raise_on_signals, restore_handlers
+from limbeck.core.storage import explain_write_error
 
-RESUMES = {"distill", "study", "assets", "eval"}  # verbs whose work is kept as it is done
+RESUMABLE_COMMANDS = {"distill", "study", "assets", "eval"}  # verbs whose work is kept as it is done
 
 app = typer.Typer(
     name="limbeck",
@@ -28,14 +28,14 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from limbeck import __version__
+        from limbeck.core.version import __version__
 
         output.print(f"limbeck {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def everywhere(
+def global_options(
     mixer: Annotated[
         list[str] | None, typer.Option(help="Load the mixer in this file first, for students that have it.")
     ] = None,
@@ -70,7 +70,7 @@ def _quiet_transformers() -> None:
         standard.getLogger(name).setLevel(standard.ERROR)
 
 
-def _any_encoding() -> None:
+def _escape_unencodable_output() -> None:
     """A terminal or a pipe that cannot write a character gets its number: `\\u2016` for "‖" ends no run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -79,14 +79,14 @@ def _any_encoding() -> None:
 
 def _end(error: BaseException) -> NoReturn:
     """Tell how a command ended, and exit with its code. A terminal that is gone hears nothing."""
-    stopped = isinstance(error, Stopped | Ended | KeyboardInterrupt)
+    stopped = isinstance(error, TrainingInterrupted | TerminatedBySignal | KeyboardInterrupt)
     try:
         if isinstance(error, LimbeckError):
             if not stopped:
                 console.print("error: ", end="", style="bold red")
             console.print(str(error), markup=False)
         if stopped:
-            console.print("stopped" + ("; the same command resumes" if RESUMES & set(sys.argv) else ""))
+            console.print("stopped" + ("; the same command resumes" if RESUMABLE_COMMANDS & set(sys.argv) else ""))
     except OSError:
         pass
     sys.exit(getattr(error, "exit_code", 130))
@@ -94,20 +94,20 @@ def _end(error: BaseException) -> NoReturn:
 
 def main() -> None:
     """Entry point: a mistake in what was asked for is told without a traceback, with exit code 2."""
-    before = end_on_signals()
+    before = raise_on_signals()
     _in_utf8()
-    _any_encoding()
+    _escape_unencodable_output()
     try:
         _command()
-    except (LimbeckError, Ended, KeyboardInterrupt) as error:
+    except (LimbeckError, TerminatedBySignal, KeyboardInterrupt) as error:
         _end(error)
     except Exception as error:
-        told = refusal(error)
+        told = explain_write_error(error)
         if told is None:
             raise
         _end(told)
     finally:
-        put_back(before)
+        restore_handlers(before)
 
 
 def _in_utf8() -> None:
@@ -160,7 +160,7 @@ def _command() -> None:
     _quiet_transformers()
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     if any(name.endswith("_SIZE") for name in os.environ):  # one of several processes, perhaps
-        from limbeck.distributed import one_voice
+        from limbeck.core.distributed import mute_other_processes
 
-        one_voice()
+        mute_other_processes()
     app()

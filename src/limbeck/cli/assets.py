@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from limbeck.cli import app
-from limbeck.console import output
+from limbeck.core.console import output
 
 
 @app.command()
@@ -26,51 +26,51 @@ def assets(
     verify: Annotated[bool, typer.Option("--verify", help="Check every file's sha256 again.")] = False,
 ) -> None:
     """Bring the embedded teacher and text, or packs of benchmarks, to the cache; does nothing when they are there."""
-    from limbeck import assets as embedded
-    from limbeck import packs
-    from limbeck.data.corpus import check_tier
+    from limbeck.data.offline import embedded, packs
+    from limbeck.data.offline.corpus import check_tier
 
     check_tier(tier)
     if plan:
         _plan(tier, teacher, pack)
         return
     if pack:
-        for one in [packs.find(name) for name in pack]:
-            output.print(f"pack {one.name}: {packs.bring(one, verify=verify)}", soft_wrap=True)
+        for one in [packs.get_pack(name) for name in pack]:
+            output.print(f"pack {one.name}: {packs.ensure_pack(one, verify=verify)}", soft_wrap=True)
         return
     if teacher == "embedded":
-        folder = embedded.teacher_folder(verify=verify)
+        folder = embedded.ensure_embedded_teacher(verify=verify)
     else:
-        from limbeck.teachers.pretrain import trained_teacher
+        from limbeck.training.pretraining import train_or_load_teacher
 
-        folder = trained_teacher(teacher, verify=verify)
+        folder = train_or_load_teacher(teacher, verify=verify)
     output.print(f"teacher: {folder}", soft_wrap=True)
-    output.print(f"text: {embedded.corpus_file(tier, verify=verify)}", soft_wrap=True)
-    for one in map(packs.find, packs.MODULES):
-        place = packs.bring(one, verify=verify) if packs.manifest_of(one) else f"not fetched; {one.command}"
+    output.print(f"text: {embedded.ensure_embedded_corpus(tier, verify=verify)}", soft_wrap=True)
+    for one in map(packs.get_pack, packs.PACK_MODULES):
+        place = (
+            packs.ensure_pack(one, verify=verify) if packs.load_pack_manifest(one) else f"not fetched; {one.command}"
+        )
         output.print(f"pack {one.name}: {place}", soft_wrap=True)
 
 
 def _plan(tier: str, teacher: str, names: list[str] | None) -> None:
     """Say what is there, and what would be made."""
-    from limbeck import assets as embedded
-    from limbeck import packs
-    from limbeck.data.cache import NotMade, looking
+    from limbeck.core.storage import NotCachedError, cache_dry_run
+    from limbeck.data.offline import embedded, packs
 
     def trained() -> Path:
-        from limbeck.teachers.pretrain import trained_teacher
+        from limbeck.training.pretraining import train_or_load_teacher
 
-        return trained_teacher(teacher)
+        return train_or_load_teacher(teacher)
 
     wanted: dict[str, Callable[[], Path]] = {}
     if not names:
-        wanted["teacher"] = embedded.teacher_folder if teacher == "embedded" else trained
-        wanted["text"] = lambda: embedded.corpus_file(tier)
-    for pack in map(packs.find, names or ()):
-        wanted[f"pack {pack.name}"] = partial(packs.bring, pack)
-    with looking():
+        wanted["teacher"] = embedded.ensure_embedded_teacher if teacher == "embedded" else trained
+        wanted["text"] = lambda: embedded.ensure_embedded_corpus(tier)
+    for pack in map(packs.get_pack, names or ()):
+        wanted[f"pack {pack.name}"] = partial(packs.ensure_pack, pack)
+    with cache_dry_run():
         for name, find in wanted.items():
             try:
                 output.print(f"{name}: {find()}", soft_wrap=True)
-            except NotMade as missing:
+            except NotCachedError as missing:
                 output.print(f"{name}: would be made: {missing}", soft_wrap=True)

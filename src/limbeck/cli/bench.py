@@ -6,11 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli import app
-from limbeck.console import console, output
-from limbeck.data.cache import check_writable
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console, output
+from limbeck.core.errors import LimbeckError
+from limbeck.core.storage import check_writable
 
-INT8 = ("weights", "dynamic", "none")
+INT8_MODES = ("weights", "dynamic", "none")
 
 
 @app.command()
@@ -35,79 +35,80 @@ def bench(
     """Race models: prompts, the next token, caches and memory, over lengths and batch sizes."""
     if not models:
         raise LimbeckError("no model to race", expected="a run directory, a folder or a name")
-    if int8 not in INT8:
-        raise LimbeckError(f"--int8 {int8}", expected=", ".join(INT8))
-    from limbeck.evaluate.measures import find, settings_of
+    if int8 not in INT8_MODES:
+        raise LimbeckError(f"--int8 {int8}", expected=", ".join(INT8_MODES))
+    from limbeck.evaluation.measure import get_measure, parse_settings
 
     given: dict[str, Any] = {"lengths": _numbers("lengths", lengths), "batches": _numbers("batch", batch)}
-    settings: Any = settings_of(find("speed"), given | {"steps": steps, "rounds": rounds, "prefill": prefill})
+    settings: Any = parse_settings(get_measure("speed"), given | {"steps": steps, "rounds": rounds, "prefill": prefill})
     if threads is not None and threads < 1:
         raise LimbeckError(f"--threads {threads}", expected="a positive number")
     import torch
 
-    from limbeck.evaluate.speed import Race
-    from limbeck.machine import crowded
-    from limbeck.report import comparison, speed
-    from limbeck.report.figure import look, save
+    from limbeck.core.system import describe_cpu_contention
+    from limbeck.evaluation.speed import SpeedBenchmark
+    from limbeck.report import comparison
+    from limbeck.report.figures import speed
+    from limbeck.report.figures.style import save_figure, use_style
 
     if threads is not None:
         torch.set_num_threads(threads)
-    busy = crowded(torch.get_num_threads())
+    busy = describe_cpu_contention(torch.get_num_threads())
     entries = _entries(models, teacher, int8, out)
     for entry in entries:
-        check_writable(entry.home)
-    race = Race(entries, settings, again=again, notes=[busy] if busy else [])
-    estimates = race.estimate()
-    _show_plan(estimates, len(race.points))
-    race.check(estimates)
+        check_writable(entry.output_dir)
+    benchmark = SpeedBenchmark(entries, settings, ignore_cache=again, notes=[busy] if busy else [])
+    estimates = benchmark.estimate()
+    _show_plan(estimates, len(benchmark.points))
+    benchmark.check_memory(estimates)
     if plan:
         return
     if busy:
         console.print(f"busy: {busy}; trust ratios more than times")
-    found = race.run()
-    output.print(speed.table(found))
-    for sentence in speed.break_even_lines(found):
+    found = benchmark.run()
+    output.print(speed.build_speed_table(found))
+    for sentence in speed.format_break_even(found):
         output.print(sentence)
-    for note in race.notes:
+    for note in benchmark.notes:
         console.print(f"the machine was busy: {note}")
     if out:
-        paths = comparison.write(found, out)
+        paths = comparison.write_comparison(found, out)
     else:
-        paths = [entries[0].home / f"speed.{ending}" for ending in ("svg", "png")]
-        with look(one.model for one in found):
-            figure = speed.draw(found)
+        paths = [entries[0].output_dir / f"speed.{ending}" for ending in ("svg", "png")]
+        with use_style(one.model for one in found):
+            figure = speed.draw_speed(found)
             for path in paths:
-                save(figure, path)
-    console.print(f"kept in {', '.join(str(entry.home / 'speed.json') for entry in entries)}", style="dim")
+                save_figure(figure, path)
+    console.print(f"kept in {', '.join(str(entry.output_dir / 'speed.json') for entry in entries)}", style="dim")
     console.print(f"written: {', '.join(map(str, paths))}", style="dim")
 
 
 def _entries(models: list[str], teacher: str | None, int8: str, out: Path | None) -> list[Any]:
     """The models, behind them their teachers, behind each teacher its int8 twin."""
-    from limbeck.evaluate.entry import Entry
-    from limbeck.evaluate.subject import Subjects
+    from limbeck.evaluation.speed_entry import Candidate
+    from limbeck.evaluation.subject import SubjectLoader
 
-    subjects = Subjects(None if teacher == "none" else teacher, out=out)
-    opened = [subjects.open(name) for name in dict.fromkeys(models)]
-    bases = [teacher] if teacher else [s.base.name for s in opened if s.base is not None]
+    subjects = SubjectLoader(None if teacher == "none" else teacher, out=out)
+    opened = [subjects.load(name) for name in dict.fromkeys(models)]
+    bases = [teacher] if teacher else [s.teacher_or_none.name for s in opened if s.teacher_or_none is not None]
     extra = [name for name in dict.fromkeys(bases) if name not in models and name != "none"]
-    opened += [subjects.open(name) for name in extra]
+    opened += [subjects.load(name) for name in extra]
     entries = []
     for subject in opened:
-        entries.append(Entry.of(subject))
-        if int8 != "none" and not subject.student and subject.device.type == "cpu":
-            entries.append(entries[-1].in_int8(activations=int8 == "dynamic"))
+        entries.append(Candidate.from_subject(subject))
+        if int8 != "none" and not subject.is_student and subject.device.type == "cpu":
+            entries.append(entries[-1].to_int8(activations=int8 == "dynamic"))
     return entries
 
 
 def _show_plan(estimates: list[Any], done: int) -> None:
-    from limbeck.report.naming import size
+    from limbeck.report.values import format_size
 
     seconds = sum(estimate.seconds for estimate in estimates)
     for estimate in estimates:
         console.print(
             f"plan: {estimate.length:,} tokens, batch {estimate.batch}: about {estimate.seconds:.0f} s, "
-            f"{size(estimate.bytes)} on top of the models"
+            f"{format_size(estimate.bytes)} on top of the models"
         )
     already = f"; {done} measured already" if done else ""
     console.print(f"plan: about {seconds / 60:.1f} min in all{already}")

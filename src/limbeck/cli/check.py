@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from limbeck.cli import app
-from limbeck.console import output, progress
+from limbeck.core.console import output, progress
 
 
 @app.command()
@@ -20,12 +20,12 @@ def check(
     quick: Annotated[bool, typer.Option("--quick", help="Two families, without the slow checks.")] = False,
 ) -> None:
     """Check a mixer against the contract: state, masks, documents, matrix, gradients, precision, saving."""
-    from limbeck import contract, mixers
+    from limbeck import mixers, testing
 
     name = mixers.get(mixer).name
     outcomes = []
-    with progress(f"check {name}", len(contract.cases(family, quick)), "cases") as advance:
-        for outcome in contract.run(name, family, quick):
+    with progress(f"check {name}", len(testing.list_cases(family, quick)), "cases") as advance:
+        for outcome in testing.run_checks(name, family, quick):
             outcomes.append(outcome)
             advance(1, note=" ".join(filter(None, (outcome.check.name, outcome.family))))
     table = Table(box=None, pad_edge=False)

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli import app
-from limbeck.console import console
-from limbeck.data.cache import check_link, check_writable, made_aside
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
+from limbeck.core.storage import atomic_folder, check_link, check_writable
+from limbeck.models import loading
 
 
 @app.command()
@@ -44,21 +45,21 @@ def convert(
         raise LimbeckError(f"{out} exists and is not empty", expected="a new folder")
     given = {"mixer": student, "preset": preset, "layers": layers, "softmax_layers": softmax_layers}
     raw: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    from limbeck.reading import assign, parse_value
+    from limbeck.core.config import parse_value, set_by_dotted_key
 
     for text in set or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise LimbeckError(f"--set {text}", expected="--set key=value, for example --set options.window=64")
-        assign(raw, key.removeprefix("student."), parse_value(value))
+        set_by_dotted_key(raw, key.removeprefix("student."), parse_value(value))
     import torch
 
     import limbeck
-    from limbeck import assets, mixers, recipe
-    from limbeck.model.convert import parameter_report, with_options
-    from limbeck.model.exported import check_export
-    from limbeck.model.opening import is_student, open_model
-    from limbeck.stages.teacher import load_teacher
+    from limbeck import mixers
+    from limbeck.core import recipe
+    from limbeck.models.convert import count_student_parameters, set_mixer_options
+    from limbeck.models.hooks import load_teacher
+    from limbeck.models.loading import check_export, is_student, load_model_and_tokenizer
 
     chosen = recipe.Recipe.parse({"student": raw}, "convert").student
     run = Path(teacher).expanduser()
@@ -69,25 +70,25 @@ def convert(
                 f"{teacher} is a student already, and its layers are what they are",
                 expected="a softmax teacher, or other options of the student's mixers: --set options.KEY=VALUE",
             )
-        model, tokenizer = open_model(str(place))
-        made, told = with_options(model, chosen.options), "with the weights that it had"
+        model, tokenizer = load_model_and_tokenizer(str(place))
+        made, told = set_mixer_options(model, chosen.options), "with the weights that it had"
     else:
-        mixers.options(chosen.mixer, chosen.options, chosen.preset)
-        model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
+        mixers.resolve_options(chosen.mixer, chosen.options, chosen.preset)
+        model, tokenizer = load_teacher(loading.resolve_teacher(teacher), torch.device("cpu"))
         made = limbeck.convert(
             model,
             chosen.mixer,
             chosen.layers,
             chosen.options,
             preset=chosen.preset,
-            keep=chosen.softmax_layers,
+            softmax_layers=chosen.softmax_layers,
             rules=[rule.model_dump(exclude_none=True) for rule in chosen.rules],
             copy_projections=chosen.copy_projections,
         )
         told = "not trained yet"
-    with made_aside(out) as folder:
+    with atomic_folder(out) as folder:
         made.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         check_export(folder, made, tokenizer)
-    report = parameter_report(made)
+    report = count_student_parameters(made)
     console.print(f"{out}: {report.total:,} parameters, {report.added:,} of them new; {told}")

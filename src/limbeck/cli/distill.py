@@ -7,11 +7,12 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import as_time, console, output
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console, format_duration, output
+from limbeck.core.errors import LimbeckError
+from limbeck.training import setup
 
 if TYPE_CHECKING:
-    from limbeck.recipe import Recipe
+    from limbeck.core.recipe import Recipe
 
 
 @app.command()
@@ -33,41 +34,44 @@ def distill(
     if find_lr:
         _find_rates(chosen)
         return
-    from limbeck import job
+    from limbeck.training import pipeline
 
     if plan:
-        from limbeck.data.cache import looking
-        from limbeck.plan import make_plan
+        from limbeck.core.storage import cache_dry_run
+        from limbeck.training.plan import make_plan
 
-        with looking() as told:
-            chosen = job.placed(chosen)
-            ready = job.prepare_job(chosen)
-            show_plan(job.measured_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
+        with cache_dry_run() as told:
+            chosen = setup.assign_run_directory(chosen)
+            ready = setup.prepare_job(chosen)
+            print_plan(pipeline.measure_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
         for sentence in dict.fromkeys(told):
             console.print(sentence)
         return
-    result = job.distill(chosen, confirm=show_plan)
+    result = pipeline.distill(chosen, confirm=print_plan)
     from rich.markdown import Markdown
 
-    from limbeck.summary import write_summary
+    from limbeck.report.run_summary import format_summary
 
-    output.print(Markdown(write_summary(result)))
+    output.print(Markdown(format_summary(result)))
     console.print(f"written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/", style="dim")
 
 
 def _find_rates(recipe: "Recipe") -> None:
-    from limbeck.find_rate import find_rates
-    from limbeck.prepare import placed, run_path
-    from limbeck.report import rates
+    from limbeck.training import lr_finder
+    from limbeck.training.lr_finder import find_learning_rates
+    from limbeck.training.setup import assign_run_directory, run_path
 
-    recipe = placed(recipe)
-    sweeps = find_rates(recipe)
-    output.print(rates.table(sweeps))
+    recipe = assign_run_directory(recipe)
+    sweeps = find_learning_rates(recipe)
+    output.print(lr_finder.build_lr_table(sweeps))
     folder = Path(f"{run_path(recipe)}-rates")
-    console.print(f"written to {folder}/: {', '.join(path.name for path in rates.write(sweeps, folder))}", style="dim")
+    console.print(
+        f"written to {folder}/: {', '.join(path.name for path in lr_finder.write_lr_sweeps(sweeps, folder))}",
+        style="dim",
+    )
     for sweep in sweeps:
-        if sweep.suggested is not None:
-            console.print(f"--set stages.{sweep.index}.lr={sweep.suggested:.1e}")
+        if sweep.suggested_lr is not None:
+            console.print(f"--set stages.{sweep.index}.lr={sweep.suggested_lr:.1e}")
 
 
 def build_recipe(
@@ -84,8 +88,8 @@ def build_recipe(
     """The recipe that a command line asks for: the named one with the given options over it."""
     import yaml
 
-    from limbeck.reading import assign, parse_value, stages_from_text, tokens_over_stages
-    from limbeck.recipe import Recipe
+    from limbeck.core.config import parse_stages, parse_value, scale_token_budgets, set_by_dotted_key
+    from limbeck.core.recipe import Recipe
 
     given = {
         "teacher": teacher,
@@ -109,30 +113,36 @@ def build_recipe(
         if data is not None:
             raw["data"] |= {"text_field": "text", "chat": None}
     if stages is not None:
-        raw["stages"] = stages_from_text(stages, raw)
+        raw["stages"] = parse_stages(stages, raw)
     if tokens is not None:
         if tokens < 1:
             raise LimbeckError(f"--tokens {tokens}", expected="a positive number")
-        tokens_over_stages(raw["stages"], tokens)
+        scale_token_budgets(raw["stages"], tokens)
     if student is not None and student != Recipe.load(name).student.mixer:
         raw["student"]["options"] = {}  # they were another mixer's
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
             raise LimbeckError(f"--set {text}", expected="--set key=value, for example --set stages.hidden.lr=1e-3")
-        assign(raw, key, parse_value(value))
+        set_by_dotted_key(raw, key, parse_value(value))
     return Recipe.parse(raw, name)
 
 
-def show_plan(plan: Any) -> None:
+def print_plan(plan: Any) -> None:
     """Print what the run will cost."""
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "tokens", "steps", "trained parameters", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in plan.rows:
-        table.add_row(row.stage, f"{row.tokens:,}", f"{row.steps or '-'}", f"{row.trained:,}", as_time(row.seconds))
+    for row in plan.stages:
+        table.add_row(
+            row.stage,
+            f"{row.tokens:,}",
+            f"{row.steps or '-'}",
+            f"{row.trained_parameters:,}",
+            format_duration(row.seconds),
+        )
     console.print(table)
     console.print(
-        f"about {as_time(plan.seconds)} in all, {plan.memory_bytes / 1e9:.1f} GB of memory, "
-        f"{plan.disk_bytes / 1e9:.1f} GB of disk; matrix products run at {plan.speed / 1e9:.0f} GFLOP/s here"
+        f"about {format_duration(plan.seconds)} in all, {plan.memory_bytes / 1e9:.1f} GB of memory, "
+        f"{plan.disk_bytes / 1e9:.1f} GB of disk; matrix products run at {plan.flops_per_second / 1e9:.0f} GFLOP/s here"
     )

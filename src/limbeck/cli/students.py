@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import output
+from limbeck.core.console import output
 
 
 @app.command()
@@ -23,13 +23,13 @@ def students(
     columns = ("student", "options") if options else ("student", "operator", "new parameters", "state", "what it is")
     for column in columns:
         table.add_column(column, justify="right" if column in ("new parameters", "state") else "left")
-    for name in mixers.selection(which):
+    for name in mixers.select_mixers(which):
         mixer = mixers.build(name, shape, preset=preset)
         if options:
             table.add_row(name, mixer.extra_repr())
             continue
         added = sum(p.numel() for p in mixer.parameters())
-        size = f"{mixer.state_numel():,}" + (" a token" if mixer.grows else "")
+        size = f"{mixer.state_numel():,}" + (" a token" if mixer.has_growing_state else "")
         table.add_row(name, mixer.operator_name, f"{added:,}", size, mixer.summary)
     output.print(table)
     output.print(f"numbers a layer with 9 heads of 64 on width 576 (SmolLM2-135M), preset {preset}", style="dim")

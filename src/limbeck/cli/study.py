@@ -7,10 +7,10 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.console import console, output
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console, output
+from limbeck.core.errors import LimbeckError
 
-MOST_ROWS = 40  # arms that are shown one by one
+MAX_ROWS = 40  # arms that are shown one by one
 
 
 @app.command()
@@ -34,17 +34,17 @@ def study(
     if list_studies:
         output.print(_listing())
         return
-    from limbeck.study import Study, built_in, run_study
+    from limbeck.study import Study, list_builtin_studies, run_study
 
     if study is None:
-        raise LimbeckError("no study named", expected=f"a YAML file, or one of: {', '.join(built_in())}")
+        raise LimbeckError("no study named", expected=f"a YAML file, or one of: {', '.join(list_builtin_studies())}")
     if task is not None:
         _do_task(Path(study), task)
         return
     chosen = Study.load(study, size)
-    from limbeck.study.executors import make
+    from limbeck.study.executors import create_executor
 
-    place = make(
+    place = create_executor(
         executor,
         workers=workers,
         cpus=cpus,
@@ -55,32 +55,32 @@ def study(
         sbatch=sbatch or None,
     )
     if plan:
-        from limbeck.data.cache import looking
-        from limbeck.study.plan import make_study_plan
-        from limbeck.study.run import check_study
-        from limbeck.study.work import Workplace
+        from limbeck.core.storage import cache_dry_run
+        from limbeck.study.plan import plan_study
+        from limbeck.study.runner import check_study
+        from limbeck.study.tasks import TaskRunner
 
         folder = Path(out or f"runs/{chosen.title}")
         side_by_side = max(place.workers, 1) if place else 1
-        with looking() as told:
+        with cache_dry_run() as told:
             try:
                 arms = check_study(chosen, folder)
             except LimbeckError as error:
                 arms = chosen.arms(folder)
                 told.append(f"without --plan this is refused: {' '.join(error.found.split())}")
-            show_plan(make_study_plan(chosen, arms, Workplace(), side_by_side, place.threads if place else None))
+            print_study_plan(plan_study(chosen, arms, TaskRunner(), side_by_side, place.threads if place else None))
         for sentence in dict.fromkeys(told):
             console.print(sentence)
         return
-    results = run_study(chosen, out, confirm=show_plan, executor=place)
+    results = run_study(chosen, out, confirm=print_study_plan, executor=place)
     from rich.markdown import Markdown
 
-    from limbeck.study.tables import claims_markdown
+    from limbeck.study.tables import format_claims
 
     folder = Path(out or f"runs/{chosen.title}")
     output.print(Markdown((folder / "table.md").read_text(encoding="utf-8")))
     if results["claims"]:
-        output.print(Markdown(claims_markdown(results["claims"])))
+        output.print(Markdown(format_claims(results["claims"])))
     sharing = results["sharing"]
     console.print(
         f"trained for {sharing['seconds'] / 60:.1f} min; sharing the teacher's passes "
@@ -98,9 +98,9 @@ def study(
 
 def _do_task(folder: Path, number: int) -> None:
     """An array task of Slurm: its failures are told, and make the exit code 1."""
-    from limbeck.study.executors.slurm import do_array_task
+    from limbeck.study.executors.slurm import run_array_task
 
-    failures = do_array_task(folder, number)
+    failures = run_array_task(folder, number)
     for name, text in failures.items():
         console.print(f"arm {name} failed: {text}")
     if failures:
@@ -109,25 +109,25 @@ def _do_task(folder: Path, number: int) -> None:
 
 def _report(folder: Path) -> None:
     """Write the page about the study, where what it takes is installed."""
-    from limbeck.report.page import write
+    from limbeck.report.page import write_report
 
     try:
-        console.print(f"report: {write([folder])[0]}", style="dim")
+        console.print(f"report: {write_report([folder])[0]}", style="dim")
     except LimbeckError as error:
         console.print(f"no report: {error.found}" + (f"; {error.hint}" if error.hint else ""))
 
 
-def show_plan(plan: Any) -> None:
+def print_study_plan(plan: Any) -> None:
     """Print what the study will cost."""
     left = [arm for arm in plan.arms if arm.state != "finished"]
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
     for column in ("arm", "", "tokens", "time", "saved by sharing"):
         table.add_column(column, justify="right" if column in ("tokens", "time", "saved by sharing") else "left")
-    for arm in left[:MOST_ROWS]:
+    for arm in left[:MAX_ROWS]:
         times = (f"{(arm.seconds - arm.saved_seconds) / 60:.1f} min", f"{arm.saved_seconds / 60:.1f} min")
-        table.add_row(arm.name, arm.problem or arm.state, f"{arm.tokens:,}", *times)
-    if len(left) > MOST_ROWS:
-        table.add_row(f"and {len(left) - MOST_ROWS} more")
+        table.add_row(arm.name, arm.error or arm.state, f"{arm.tokens:,}", *times)
+    if len(left) > MAX_ROWS:
+        table.add_row(f"and {len(left) - MAX_ROWS} more")
     if left:
         console.print(table)
     console.print(
@@ -139,8 +139,8 @@ def show_plan(plan: Any) -> None:
 
 
 def _listing() -> Table:
-    from limbeck.reading import read_yaml
-    from limbeck.recipe import BUILT_IN
+    from limbeck.core.config import read_yaml
+    from limbeck.core.recipe import BUILT_IN
 
     table = Table(box=None, pad_edge=False)
     for column in ("study", "sizes", "what it asks"):

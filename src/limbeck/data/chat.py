@@ -22,16 +22,23 @@ from typing import Any
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from limbeck.console import console
-from limbeck.data import sources
-from limbeck.data.encode import Encoded
-from limbeck.data.hub import Rows
-from limbeck.data.sources import MESSAGES
-from limbeck.data.special_tokens import around, behind_begin, call, control_ids, control_pattern, inside
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
+from limbeck.data import documents as sources
+from limbeck.data.documents import MESSAGES_FIELD
+from limbeck.data.hub import LoadedDataset
+from limbeck.data.special_tokens import (
+    compile_control_pattern,
+    find_special_token_ids,
+    get_control_token_ids,
+    prepend_prefix,
+    run_tokenizer,
+    tokenize_inner_piece,
+)
+from limbeck.data.tokenization import Encoded
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-NOTHING: Encoded = (np.empty(0, np.int64), np.empty(0, np.uint8))
+EMPTY_CONVERSATION: Encoded = (np.empty(0, np.int64), np.empty(0, np.uint8))
 # Noncharacters of Unicode: around a control token of a message, before and behind an answer.
 OPEN, CLOSE, FROM, UPTO = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 MARKS = re.compile(f"[{OPEN}{CLOSE}{FROM}{UPTO}]")
@@ -48,15 +55,15 @@ STOPPED = f"{{%- macro strftime_now(format) -%}}{{{{- format{_CHAIN} -}}}}{{%- e
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
-class Unfit(Exception):
+class ConversationError(Exception):
     """Why a conversation is dropped."""
 
 
-Place = tuple[int, int]  # of characters in a text: begin, end
+Span = tuple[int, int]  # of characters in a text: begin, end
 
 
 @dataclass(frozen=True)
-class Shown:
+class RenderedText:
     """A rendered text without its marks, and where they stood.
 
     control: the control tokens that came with a message.
@@ -65,13 +72,13 @@ class Shown:
     """
 
     text: str
-    control: list[Place]
+    control: list[Span]
     begins: list[int]
     ends: list[int]
     at: list[int]
 
     @classmethod
-    def of(cls, rendered: str) -> "Shown":
+    def of(cls, rendered: str) -> "RenderedText":
         """Takes the marks out of a rendered text."""
         shown = cls(MARKS.sub("", rendered), [], [], [], [found.start() for found in MARKS.finditer(rendered)])
         opened = None
@@ -101,9 +108,9 @@ class ChatEncoder:
         LimbeckError: the tokenizer has no chat template.
     """
 
-    masked = True
+    has_mask = True
 
-    def __init__(self, tokenizer: Any, eos: int, field: str = MESSAGES):
+    def __init__(self, tokenizer: Any, eos: int, field: str = MESSAGES_FIELD):
         template = getattr(tokenizer, "chat_template", None)
         if not template:
             raise LimbeckError(
@@ -112,12 +119,12 @@ class ChatEncoder:
                 hint="data.chat: false and data.text_field to train on a field of plain text",
             )
         self.tokenizer, self.eos, self.field = tokenizer, eos, field
-        self.begin = around(tokenizer).begin
-        if not self.begin and tokenizer.bos_token_id is not None and "bos_token" in json.dumps(template):
-            self.begin = (tokenizer.bos_token_id,)
-        self.control, self.stops = control_pattern(tokenizer), control_ids(tokenizer) | {eos}
+        self.prefix_ids = find_special_token_ids(tokenizer).prefix_ids
+        if not self.prefix_ids and tokenizer.bos_token_id is not None and "bos_token" in json.dumps(template):
+            self.prefix_ids = (tokenizer.bos_token_id,)
+        self.control, self.stops = compile_control_pattern(tokenizer), get_control_token_ids(tokenizer) | {eos}
         tokens = tokenizer.convert_ids_to_tokens(sorted(self.stops))
-        found = call(tokenizer, tokens, split_special_tokens=True)["input_ids"]
+        found = run_tokenizer(tokenizer, tokens, split_special_tokens=True)["input_ids"]
         # Unigram vocabularies find a control token in plain text, unless it comes in two pieces.
         self.breaks = not self.stops.isdisjoint(i for ids in found for i in ids)
         shown = [STOPPED, template] if "strftime_now" in json.dumps(template) else template
@@ -125,13 +132,13 @@ class ChatEncoder:
         self._start_again()
 
     @property
-    def highest(self) -> int:
+    def max_token_id(self) -> int:
         """Largest id that can come."""
         return max(self.eos, *self.tokenizer.get_vocab().values())
 
-    def read(self, source: str | Rows, *, part: bool = False) -> Iterator[bytes]:
+    def read(self, source: str | LoadedDataset, *, allow_empty: bool = False) -> Iterator[bytes]:
         """The conversations as JSON."""
-        for text in sources.documents(source, text_field=self.field, chat=True, part=part):
+        for text in sources.iter_documents(source, text_field=self.field, chat=True, allow_empty=allow_empty):
             yield text.encode("utf-8", "replace")
 
     def encode(self, documents: list[bytes]) -> list[Encoded]:
@@ -141,9 +148,9 @@ class ChatEncoder:
             self.seen += 1
             try:
                 made.append(self._tokens(*self._rendered(json.loads(raw))))
-            except Unfit as why:
+            except ConversationError as why:
                 self.dropped[str(why)] += 1
-                made.append(NOTHING)
+                made.append(EMPTY_CONVERSATION)
         return made
 
     def report(self, source: str) -> None:
@@ -169,22 +176,22 @@ class ChatEncoder:
         self.dropped: Counter[str] = Counter()
         self.unseen: Counter[str] = Counter()
 
-    def _rendered(self, record: Any) -> tuple[Shown, list[Place]]:
+    def _rendered(self, record: Any) -> tuple[RenderedText, list[Span]]:
         """The text of a whole conversation, and its answers in it."""
-        record = record if isinstance(record, dict) else {MESSAGES: record}
-        messages = [_message(one) for one in record[MESSAGES]]
+        record = record if isinstance(record, dict) else {MESSAGES_FIELD: record}
+        messages = [_message(one) for one in record[MESSAGES_FIELD]]
         answers = [i for i, one in enumerate(messages) if one["role"] == "assistant"]
         if not answers:
-            raise Unfit("no answer of the assistant in it")
+            raise ConversationError("no answer of the assistant in it")
         tools = _without_none(_from_json(record.get("tools"))) or None
         if isinstance(tools, list):
             tools = [_from_json(one) for one in tools]
         if tools is not None and not (isinstance(tools, list) and all(isinstance(one, dict) for one in tools)):
-            raise Unfit("its tools are no list of objects")
+            raise ConversationError("its tools are no list of objects")
         try:
             template = self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:  # several templates, and none for this
-            raise Unfit(" ".join(str(error).split())[:200]) from error
+            raise ConversationError(" ".join(str(error).split())[:200]) from error
         marked = bool(MARKED.search(template))
         settings = {
             "tools": self._guarded(tools),
@@ -194,15 +201,15 @@ class ChatEncoder:
             **(_from_json(record.get("chat_template_kwargs")) or {}),
         }
 
-        def render(messages: list[dict[str, Any]], ask: bool = False) -> tuple[str, list[list[Place]]]:
+        def render(messages: list[dict[str, Any]], ask: bool = False) -> tuple[str, list[list[Span]]]:
             try:
                 made: Any = render_jinja_template([messages], add_generation_prompt=ask, **settings)
             except Exception as error:  # templates raise what they like: roles that do not alternate, unknown fields
-                raise Unfit(" ".join(str(error).split())[:200]) from error
+                raise ConversationError(" ".join(str(error).split())[:200]) from error
             return made[0][0], made[1]
 
         messages, text, places = _with_calls(self._guarded(messages), render)
-        shown = Shown.of(text)
+        shown = RenderedText.of(text)
         for what in {_turn(one["role"]) for one in messages if not _shows(text, one)}:
             self.unseen[what] += 1
         if any(
@@ -227,7 +234,7 @@ class ChatEncoder:
             return {key: one if key in ("role", "type") else self._guarded(one) for key, one in value.items()}
         return value
 
-    def _tokens(self, shown: Shown, answers: list[Place]) -> Encoded:
+    def _tokens(self, shown: RenderedText, answers: list[Span]) -> Encoded:
         """Ids of a text behind the tokenizer's beginning, with 1 for what belongs to an answer."""
         text = shown.text
         offsets = bool(getattr(self.tokenizer, "is_fast", False))
@@ -236,11 +243,11 @@ class ChatEncoder:
         borders = [*borders, *((begin, begin + 1) for begin, _ in shown.control if self.breaks)]
         plain = {begin + more for begin, _ in shown.control for more in (0, 1)}
         ids: list[int] = []
-        spans: list[Place] = []
+        spans: list[Span] = []
         for begin, end in pairwise(sorted({0, len(text), *(at for place in borders for at in place)})):
             settings = {"split_special_tokens": begin in plain}
             settings |= {"return_offsets_mapping": True} if offsets else {}
-            made, skip = inside(self.tokenizer, text[begin:end], first=begin == 0, **settings)
+            made, skip = tokenize_inner_piece(self.tokenizer, text[begin:end], first=begin == 0, **settings)
             ids += made["input_ids"][skip:]
             shift = begin - bool(skip)  # offsets count from the newline that was put before the piece
             found = made["offset_mapping"][skip:] if offsets else [(0, end - begin)] * (len(ids) - len(spans))
@@ -255,8 +262,8 @@ class ChatEncoder:
             if last is not None and not text[spans[last][1] : end].strip():
                 mask[inner[inner > last]] = 0
         if not mask.any():
-            raise Unfit("its answers are empty" if answers else "no answer of the assistant in it")
-        whole = behind_begin(ids, self.begin)
+            raise ConversationError("its answers are empty" if answers else "no answer of the assistant in it")
+        whole = prepend_prefix(ids, self.prefix_ids)
         mask = np.concatenate([np.zeros(len(whole) - len(ids), np.uint8), mask])
         return self._ended(np.array(whole, np.int64), mask)
 
@@ -278,12 +285,12 @@ def _message(given: dict[str, Any]) -> dict[str, Any]:
     calls = _without_none(_from_json(made.pop("tool_calls", None)))
     if calls:
         if not isinstance(calls, list) or not all(isinstance(one, dict) for one in calls):
-            raise Unfit("its tool calls are no list of objects")
+            raise ConversationError("its tool calls are no list of objects")
         made["tool_calls"] = [_call(one) for one in calls]
         made.setdefault("content", "")
     if "content" not in made:
         if not any(made.get(name) for name in ("reasoning_content", "thinking", "reasoning")):
-            raise Unfit(f"{_turn(role)} with neither content nor tool calls")
+            raise ConversationError(f"{_turn(role)} with neither content nor tool calls")
         made["content"] = ""
     return made
 
@@ -297,10 +304,10 @@ def _text_of(content: Any, role: str) -> str | None:
     for part in parts:
         if isinstance(part, dict):
             if part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                raise Unfit(f"{_turn(role)} with a part that is no text ({part.get('type', 'unknown')})")
+                raise ConversationError(f"{_turn(role)} with a part that is no text ({part.get('type', 'unknown')})")
             part = part["text"]
         if not isinstance(part, str):
-            raise Unfit(f"{_turn(role)} whose content is of type {type(part).__name__}")
+            raise ConversationError(f"{_turn(role)} whose content is of type {type(part).__name__}")
         texts.append(part)
     return "".join(texts) if texts else None
 
@@ -313,7 +320,7 @@ def _call(given: dict[str, Any]) -> dict[str, Any]:
     """A tool call with its arguments as an object."""
     inner = given.get("function", given)
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise Unfit("a tool call without a name")
+        raise ConversationError("a tool call without a name")
     inner = {**inner, "arguments": _from_json(inner.get("arguments", {}))}
     return {**given, "function": inner} if "function" in given else inner
 
@@ -336,22 +343,22 @@ def _from_json(value: Any) -> Any:
 
 
 def _with_calls(
-    messages: list[dict[str, Any]], render: Callable[..., tuple[str, list[list[Place]]]]
-) -> tuple[list[dict[str, Any]], str, list[list[Place]]]:
+    messages: list[dict[str, Any]], render: Callable[..., tuple[str, list[list[Span]]]]
+) -> tuple[list[dict[str, Any]], str, list[list[Span]]]:
     """The messages rendered, their calls' arguments as objects, or as JSON where the template wants them so."""
     inner = [_inner(one) for message in messages for one in message.get("tool_calls", ())]
     if not inner:
         return messages, *render(messages)
-    why = Unfit("the template writes the arguments of tool calls as Python does")
+    why = ConversationError("the template writes the arguments of tool calls as Python does")
     for form in (_as_is, _as_json):
         shaped = [_mapped(one, form) for one in messages]
         try:
             text, places = render(shaped)
-        except Unfit as error:
+        except ConversationError as error:
             why = error
             continue
         if any(one["name"] not in text for one in inner):
-            why = Unfit("the template does not show tool calls")
+            why = ConversationError("the template does not show tool calls")
         elif not any(_is_repr(one["arguments"], text) for one in inner):
             return shaped, text, places
     raise why
@@ -394,7 +401,7 @@ def _shows(text: str, message: dict[str, Any]) -> bool:
 
 def _answers(
     messages: list[dict[str, Any]], numbers: list[int], text: str, control: re.Pattern[str], render: Callable[..., str]
-) -> list[Place]:
+) -> list[Span]:
     """The answers, messages `numbers`, in the text of a template that does not mark them.
 
     An answer goes from the end of the template's own invitation to answer to the end of what the template closes an
@@ -403,15 +410,17 @@ def _answers(
     before = messages[: numbers[-1]] or messages
     asked, silent = render(before, True), render(before)
     asked = MARKS.sub("", asked[_common(asked, silent) :])
-    closing = Shown.of(render([*messages[: numbers[-1]], {"role": "assistant", "content": f"-{UPTO}"}]))
+    closing = RenderedText.of(render([*messages[: numbers[-1]], {"role": "assistant", "content": f"-{UPTO}"}]))
     closed = closing.text[closing.ends[-1] :] if closing.ends else ""
     for first in (FROM, ""):  # a mark at the front may keep a template from finding thoughts
-        shown = Shown.of(render([_with_marks(one, first) if i in numbers else one for i, one in enumerate(messages)]))
+        shown = RenderedText.of(
+            render([_with_marks(one, first) if i in numbers else one for i, one in enumerate(messages)])
+        )
         if shown.text == text and len(shown.ends) == len(numbers):
             break
     else:
-        raise Unfit("the template does not show the answers as they are")
-    places: list[Place] = []
+        raise ConversationError("the template does not show the answers as they are")
+    places: list[Span] = []
     after = 0
     for number, end in zip(numbers, shown.ends):
         message = messages[number]
@@ -428,7 +437,7 @@ def _answers(
             begin -= len(lead)
         if "tool_calls" in message:
             if core and text.find(core, end) < 0:
-                raise Unfit("where a tool call ends cannot be found in the text of the template")
+                raise ConversationError("where a tool call ends cannot be found in the text of the template")
             end = text.find(core, end)
             closes = closed[closed.find(core) :]
         else:
@@ -468,4 +477,4 @@ def _after_header(text: str, asked: str, after: int, end: int, control: re.Patte
             return at + cut
     if otherwise is not None:
         return otherwise
-    raise Unfit("where an answer begins cannot be found in the text of the template")
+    raise ConversationError("where an answer begins cannot be found in the text of the template")

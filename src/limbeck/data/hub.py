@@ -1,7 +1,7 @@
 """Datasets of the package `datasets`: a folder on disk, or a name on the Hugging Face hub.
 
-    rows = Rows(open_hub("owner/name@train", streaming=True), "owner/name@train")
-    for text in rows_of(rows.dataset, "text", check, rows.place):
+    rows = LoadedDataset(load_hub_dataset("owner/name@train", streaming=True), "owner/name@train")
+    for text in iter_dataset_texts(rows.dataset, "text", check, rows.label):
         ...
 
 Errors name the dataset as the user wrote it.
@@ -14,30 +14,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.data.cache import would_make
-from limbeck.errors import LimbeckError
+from limbeck.core.errors import LimbeckError
+from limbeck.core.storage import raise_if_dry_run
 
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
-KNOWN = (
+HUB_NAME_PATTERN = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
+SUPPORTED_SOURCES = (
     "a .txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or .parquet file (all but the last .gz too), a folder of them, "
     "a folder made by datasets.save_to_disk, a Hugging Face dataset 'owner/name', or 'embedded'"
 )
 LIKELY = ("text", "content", "body", "document", "article", "output", "response", "completion")  # fields of text
-NEEDS_DATA = "pip install 'limbeck[data]'"
+INSTALL_DATA_HINT = "pip install 'limbeck[data]'"
 
-BESIDE = ("tools", "chat_template_kwargs")  # fields beside the messages that a chat template is given
-ValueOf = Callable[[Any, str, str, dict[str, Any]], str | None]  # value, field, place, the row: the document
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")  # fields beside the messages that a chat template is given
+FieldReader = Callable[[Any, str, str, dict[str, Any]], str | None]  # value, field, place, the row: the document
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A dataset of the package `datasets` that is open already, or a part of one; `place` is for messages."""
+class LoadedDataset:
+    """A dataset of the package `datasets` that is open already, or a part of one; `label` is for messages."""
 
     dataset: Any
-    place: str
+    label: str
 
 
-def no_field(text_field: str, fields: Any, place: str) -> LimbeckError:
+def missing_field_error(text_field: str, fields: Any, place: str) -> LimbeckError:
     """The error where a record has no such field."""
     names = ", ".join(map(str, fields)) or "none"
     likely = "text" if "messages" in fields else next((name for name in LIKELY if name in fields), None)
@@ -55,11 +55,11 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise LimbeckError("this source needs the package 'datasets'", hint=NEEDS_DATA) from error
+        raise LimbeckError("this source needs the package 'datasets'", hint=INSTALL_DATA_HINT) from error
     return datasets
 
 
-def open_saved(root: Path, split: str | None) -> Any:
+def load_saved_dataset(root: Path, split: str | None) -> Any:
     """A split of a folder made by datasets.save_to_disk."""
     datasets = _datasets()
     try:
@@ -71,20 +71,20 @@ def open_saved(root: Path, split: str | None) -> Any:
     return _one_split(dataset, split, str(root))
 
 
-def open_hub(source: str, *, streaming: bool = False) -> Any:
+def load_hub_dataset(source: str, *, streaming: bool = False) -> Any:
     """A split of a dataset by its name on the hub; streamed, nothing is downloaded yet."""
-    match = HUB_NAME.fullmatch(source)
+    match = HUB_NAME_PATTERN.fullmatch(source)
     assert match is not None, source
     datasets = _datasets()
     if not streaming:
-        would_make(f"the dataset '{source}' from the hub")
+        raise_if_dry_run(f"the dataset '{source}' from the hub")
     try:
         dataset = datasets.load_dataset(match["name"], match["config"], **({"streaming": True} if streaming else {}))
     except Exception as error:  # no network, no such dataset, no access, several configs: `datasets` says which
         raise LimbeckError(
             f"there is no file or folder '{source}', and the Hugging Face dataset of that name cannot be loaded: "
             f"{type(error).__name__}: {error}",
-            expected=KNOWN,
+            expected=SUPPORTED_SOURCES,
             hint="check the name and the network, or train on the embedded text: embedded",
         ) from error
     return _one_split(dataset, match["split"], source)
@@ -103,15 +103,17 @@ def _one_split(dataset: Any, split: str | None, place: str) -> Any:
     return dataset[chosen]
 
 
-def rows_of(dataset: Any, text_field: str, value_of: ValueOf, place: str) -> Iterator[str | None]:
+def iter_dataset_texts(dataset: Any, text_field: str, value_of: FieldReader, place: str) -> Iterator[str | None]:
     """The documents of a dataset."""
     if dataset.column_names is not None:  # a streamed dataset may not know them
         if text_field not in dataset.column_names:
-            raise no_field(text_field, dataset.column_names, place)
-        dataset = dataset.select_columns([name for name in (text_field, *BESIDE) if name in dataset.column_names])
+            raise missing_field_error(text_field, dataset.column_names, place)
+        dataset = dataset.select_columns(
+            [name for name in (text_field, *TEMPLATE_FIELDS) if name in dataset.column_names]
+        )
     for batch in dataset.iter(batch_size=1000):
         if text_field not in batch:
-            raise no_field(text_field, batch, place)
+            raise missing_field_error(text_field, batch, place)
         for values in zip(*batch.values()):
             row = dict(zip(batch, values))
             yield value_of(row[text_field], text_field, place, row)

@@ -1,6 +1,6 @@
 """Several sources in given shares: which one a position takes is a pure function of the position.
 
-    mixture = Mixture([Packed(a, 512), Packed(b, 512)], weights=[0.7, 0.3], seed=1)
+    mixture = MixtureDataset([Packed(a, 512), Packed(b, 512)], weights=[0.7, 0.3], seed=1)
     batch = mixture.batch(position, size=8)
 
 The sources take turns in a fixed pattern of 10,000 sequences in which every stretch has its share: after n sequences
@@ -14,38 +14,42 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from limbeck.data.packing import Batch, Sequences, check_position, mix
-from limbeck.errors import LimbeckError
+from limbeck.core.errors import LimbeckError
+from limbeck.data.packing import Batch, SequenceDataset, check_position, splitmix64
 
 PERIOD = 10_000
 
 
-class Mixture:
+class MixtureDataset:
     """Sequences of several sources.
 
     Args:
-        parts: one `Sequences` each, all of one length.
+        datasets: one `SequenceDataset` each, all of one length.
         weights: positive; only their ratio counts. A share below 1/10,000 is taken as that.
         seed: of the place where the pattern begins.
         shuffle: False begins at the pattern's own start (for evaluation).
     """
 
-    def __init__(self, parts: Sequence[Sequences], weights: Sequence[float], seed: int = 0, *, shuffle: bool = True):
-        if not parts or len(parts) != len(weights) or min(weights) <= 0:
-            raise LimbeckError(f"weights {list(weights)} for {len(parts)} sources", expected="a positive one for each")
-        self.parts, self.length = list(parts), parts[0].length
+    def __init__(
+        self, datasets: Sequence[SequenceDataset], weights: Sequence[float], seed: int = 0, *, shuffle: bool = True
+    ):
+        if not datasets or len(datasets) != len(weights) or min(weights) <= 0:
+            raise LimbeckError(
+                f"weights {list(weights)} for {len(datasets)} sources", expected="a positive one for each"
+            )
+        self.datasets, self.length = list(datasets), datasets[0].length
         self.shares = _shares(weights)
-        begin = int(mix(np.array([0]), seed, 0)[0] % PERIOD) if shuffle else 0
+        begin = int(splitmix64(np.array([0]), seed, 0)[0] % PERIOD) if shuffle else 0
         self._order = np.roll(_pattern(self.shares), -begin)  # [PERIOD], the source of each place
-        came = self._order[None, :] == np.arange(len(self.parts))[:, None]
-        self._before = np.concatenate([np.zeros((len(self.parts), 1), np.int64), np.cumsum(came, 1)], 1)
+        came = self._order[None, :] == np.arange(len(self.datasets))[:, None]
+        self._before = np.concatenate([np.zeros((len(self.datasets), 1), np.int64), np.cumsum(came, 1)], 1)
 
     @property
     def n_sequences(self) -> int:
         """How many there are before a sequence of any source comes again."""
-        return min(self._first_with(i, part.n_sequences + 1) for i, part in enumerate(self.parts)) - 1
+        return min(self._first_with(i, part.n_sequences + 1) for i, part in enumerate(self.datasets)) - 1
 
-    def counts(self, position: int) -> list[int]:
+    def count_per_dataset(self, position: int) -> list[int]:
         """How many sequences of each source come before `position`."""
         rounds, place = divmod(position, PERIOD)
         return [rounds * share + int(n) for share, n in zip(self.shares, self._before[:, place])]
@@ -54,20 +58,20 @@ class Mixture:
         """Sequences `position` to `position + size` since the start of training."""
         check_position(position, size)
         sources = self._order[np.arange(position, position + size) % PERIOD]
-        before = self.counts(position)
+        before = self.count_per_dataset(position)
         rows: dict[int, tuple[Batch, int]] = {}
         for i in np.unique(sources).tolist():
-            of_source = self.parts[i].batch(before[i], int((sources == i).sum()))
+            of_source = self.datasets[i].batch(before[i], int((sources == i).sum()))
             rows |= {int(row): (of_source, n) for n, row in enumerate(np.flatnonzero(sources == i))}
         made = [rows[row] for row in range(size)]
         names = ("input_ids", "position_ids", "targets")
         return Batch(*(torch.stack([getattr(batch, name)[n] for batch, n in made]) for name in names))
 
-    def after(self, read: Sequences, position: int) -> int:
+    def position_after(self, read: SequenceDataset, position: int) -> int:
         """The position of what follows the `position` sequences of `read`, of another length; nothing comes twice."""
-        assert isinstance(read, Mixture)
-        counts = zip(self.parts, read.parts, read.counts(position))
-        wanted = [mine.after(theirs, count) for mine, theirs, count in counts]
+        assert isinstance(read, MixtureDataset)
+        counts = zip(self.datasets, read.datasets, read.count_per_dataset(position))
+        wanted = [mine.position_after(theirs, count) for mine, theirs, count in counts]
         return max(self._first_with(i, count) for i, count in enumerate(wanted))
 
     def _first_with(self, source: int, count: int) -> int:

@@ -1,8 +1,8 @@
 """What a tokenizer puts around a text, and which strings it keeps for that: the one place that knows.
 
-    around(tokenizer).begin                    # (128000,) where `tokenizer("x")` begins with BOS, () where it does not
-    prompt_ids(tokenizer, "Once upon a")       # as the model is prompted: behind BOS, never with an EOS at the end
-    plain_ids(tokenizer, ["2 <s> 3"])          # text alone; what looks like a control token is split as text
+    find_special_token_ids(tokenizer).prefix_ids                    # (128000,) where `tokenizer("x")` begins with BOS, () where it does not
+    encode_prompt(tokenizer, "Once upon a")       # as the model is prompted: behind BOS, never with an EOS at the end
+    encode_plain_texts(tokenizer, ["2 <s> 3"])          # text alone; what looks like a control token is split as text
 
 Training texts, prompts and measurements all ask here, so a text reaches a model in one form. A control token is an
 added token that is marked as special; other added tokens (`<think>`, `<tool_call>`) are part of what a model writes.
@@ -20,51 +20,54 @@ PROBES = ("a", "The river", "0")  # texts that the special tokens of a tokenizer
 _LOCK = threading.Lock()
 
 
-class Around(NamedTuple):
+class SpecialTokenIds(NamedTuple):
     """Ids of the special tokens before and behind a text."""
 
-    begin: tuple[int, ...]
-    end: tuple[int, ...]
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
 
 
-def around(tokenizer: Any) -> Around:
+def find_special_token_ids(tokenizer: Any) -> SpecialTokenIds:
     """The special tokens that `tokenizer(text)` puts before and behind a text."""
     for probe in PROBES:
-        whole = call(tokenizer, probe, add_special_tokens=True)["input_ids"]
-        bare = call(tokenizer, probe)["input_ids"]
+        whole = run_tokenizer(tokenizer, probe, add_special_tokens=True)["input_ids"]
+        bare = run_tokenizer(tokenizer, probe)["input_ids"]
         for at in range(len(whole) - len(bare) + 1):
             if bare and whole[at : at + len(bare)] == bare:
-                return Around(tuple(whole[:at]), tuple(whole[at + len(bare) :]))
-    return Around((), ())
+                return SpecialTokenIds(tuple(whole[:at]), tuple(whole[at + len(bare) :]))
+    return SpecialTokenIds((), ())
 
 
-def behind_begin(ids: list[int], begin: Sequence[int]) -> list[int]:
-    """Ids that begin with `begin`, put there unless they do already (a chat template may have written BOS itself)."""
-    return ids if ids[: len(begin)] == list(begin) else [*begin, *ids]
+def prepend_prefix(ids: list[int], prefix_ids: Sequence[int]) -> list[int]:
+    """Ids that begin with `prefix_ids`, put there unless they do already (a chat template may have written BOS itself)."""
+    return ids if ids[: len(prefix_ids)] == list(prefix_ids) else [*prefix_ids, *ids]
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text that a model is to continue. Control tokens in it count: it may be a rendered conversation."""
-    return behind_begin(call(tokenizer, text, split_special_tokens=False)["input_ids"], around(tokenizer).begin)
+    return prepend_prefix(
+        run_tokenizer(tokenizer, text, split_special_tokens=False)["input_ids"],
+        find_special_token_ids(tokenizer).prefix_ids,
+    )
 
 
-def plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode_plain_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids of each text without special tokens around it, control tokens in it split as plain text."""
     if not texts:
         return []
     if not getattr(tokenizer, "is_fast", True) and (stay := _added(tokenizer, special=False)):
         return [_between(tokenizer, text, stay) for text in texts]
-    found = call(tokenizer, texts, split_special_tokens=True)["input_ids"]
-    control, pattern = control_ids(tokenizer), None
+    found = run_tokenizer(tokenizer, texts, split_special_tokens=True)["input_ids"]
+    control, pattern = get_control_token_ids(tokenizer), None
     for at, ids in enumerate(found):
         # Unigram vocabularies hold their control tokens as pieces of text and find them again.
         if not control.isdisjoint(ids):
-            pattern = pattern or control_pattern(tokenizer)
+            pattern = pattern or compile_control_pattern(tokenizer)
             found[at] = _broken(tokenizer, texts[at], pattern)
     return found
 
 
-def call(tokenizer: Any, text: str | list[str], **settings: Any) -> Any:
+def run_tokenizer(tokenizer: Any, text: str | list[str], **settings: Any) -> Any:
     """What the tokenizer makes of a text, whole: nothing added, cut or padded unless `settings` say so."""
     # verbose=False: no "sequence is longer than the model's maximum" for a document that is cut up later anyway.
     common = {"add_special_tokens": False, "truncation": False, "padding": False, "return_attention_mask": False}
@@ -72,26 +75,26 @@ def call(tokenizer: Any, text: str | list[str], **settings: Any) -> Any:
         return tokenizer(text, **{**common, "verbose": False, **settings})
 
 
-def inside(tokenizer: Any, piece: str, *, first: bool = False, **settings: Any) -> tuple[Any, int]:
+def tokenize_inner_piece(tokenizer: Any, piece: str, *, first: bool = False, **settings: Any) -> tuple[Any, int]:
     """A piece from inside a text, tokenised, and how many tokens of it at the front belong to a newline put before it.
 
     Without that line SentencePiece's tokenizers would begin the piece with a space of their own. `first`: the piece is
     the beginning of the text, so none is put there.
     """
-    newline = [] if first else call(tokenizer, "\n")["input_ids"]
+    newline = [] if first else run_tokenizer(tokenizer, "\n")["input_ids"]
     if newline:
-        made = call(tokenizer, f"\n{piece}", **settings)
+        made = run_tokenizer(tokenizer, f"\n{piece}", **settings)
         if made["input_ids"][: len(newline)] == newline:
             return made, len(newline)
-    return call(tokenizer, piece, **settings), 0
+    return run_tokenizer(tokenizer, piece, **settings), 0
 
 
-def control_ids(tokenizer: Any) -> set[int]:
+def get_control_token_ids(tokenizer: Any) -> set[int]:
     """Ids of the control tokens; not of the one for what is unknown, which plain text may give."""
     return set(tokenizer.convert_tokens_to_ids(_added(tokenizer, special=True))) - {tokenizer.unk_token_id}
 
 
-def control_pattern(tokenizer: Any) -> re.Pattern[str]:
+def compile_control_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Finds the control tokens in a text, the longest first."""
     # Grouped by their first three letters: some vocabularies reserve thousands, and a text has many "<".
     groups = groupby(sorted(_added(tokenizer, special=True)), key=lambda token: token[:3])
@@ -117,7 +120,7 @@ def _between(tokenizer: Any, text: str, stay: list[str]) -> list[int]:
         if piece in stay:
             ids.append(tokenizer.convert_tokens_to_ids(piece))
         elif piece:
-            ids += call(tokenizer, piece, split_special_tokens=True)["input_ids"]
+            ids += run_tokenizer(tokenizer, piece, split_special_tokens=True)["input_ids"]
     return ids
 
 
@@ -128,6 +131,6 @@ def _broken(tokenizer: Any, text: str, pattern: re.Pattern[str]) -> list[int]:
     for begin, end in pairwise(cuts):
         piece = text[begin:end]
         if piece:
-            made, skip = inside(tokenizer, piece, first=begin == 0, split_special_tokens=True)
+            made, skip = tokenize_inner_piece(tokenizer, piece, first=begin == 0, split_special_tokens=True)
             ids += made["input_ids"][skip:]
     return ids

@@ -1,8 +1,8 @@
 """Token mixers, one file each; importing this package registers them all.
 
     from limbeck import mixers
-    mixers.names()                      # ['based', 'cosformer', 'deltanet', ...]
-    mixers.selection("paper-v3")        # ['linear_attention', 'retnet', 'gla', ...]
+    mixers.list_mixers()                      # ['based', 'cosformer', 'deltanet', ...]
+    mixers.select_mixers("paper-v3")        # ['linear_attention', 'retnet', 'gla', ...]
     mixers.get("gla").summary
 
 What a mixer is stands in base.py; docs/students.md has the formulas.
@@ -28,24 +28,32 @@ from limbeck.mixers import (  # noqa: F401
     softmax,
 )
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
 from limbeck.mixers.options import Options
-from limbeck.mixers.registry import PRESETS, build, get, names, options, register
-from limbeck.mixers.sets import selection, sets
+from limbeck.mixers.registry import (
+    PRESETS,
+    build,
+    get,
+    list_mixer_sets,
+    list_mixers,
+    register,
+    resolve_options,
+    select_mixers,
+)
+from limbeck.mixers.types import HeadShape, OperatorInputs, State, TokenMask
 
 __all__ = [
     "PRESETS",
     "HeadShape",
-    "Inputs",
     "Mixer",
+    "OperatorInputs",
     "Options",
     "State",
-    "Tokens",
+    "TokenMask",
     "build",
     "get",
-    "names",
-    "options",
+    "list_mixer_sets",
+    "list_mixers",
     "register",
-    "selection",
-    "sets",
+    "resolve_options",
+    "select_mixers",
 ]

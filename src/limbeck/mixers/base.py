@@ -2,7 +2,7 @@
 
 A mixer stands where softmax attention stood. It receives what the teacher's own attention module computed (q, k, v with
 their biases, norms and RoPE) and the hidden states, and returns what goes into the teacher's own output projection.
-A subclass writes `inputs` (how q, k, v, decay and write strength come about); masks, packed documents, the convolution,
+A subclass writes `compute_inputs` (how q, k, v, decay and write strength come about); masks, packed documents, the convolution,
 the normaliser, chunked and recurrent forms, the mixing matrix, the state, head norm and output gate live here.
 
     mixer = build("gated_deltanet", HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64))
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limbeck.errors import LimbeckError
-from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
+from limbeck.core.errors import LimbeckError
 from limbeck.mixers.options import Options
-from limbeck.ops import convolution
-from limbeck.ops.common import widen
-from limbeck.ops.rows import matrix_rows, pick
+from limbeck.mixers.types import HeadShape, OperatorInputs, State, TokenMask
+from limbeck.ops import short_conv
+from limbeck.ops.common import repeat_kv
+from limbeck.ops.matrix_rows import gather_rows, matrix_rows
 
 
 class ByInput(nn.ParameterDict):
@@ -38,15 +38,15 @@ class ByInput(nn.ParameterDict):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A subclass sets the class attributes, writes `inputs` and starts its own parameters."""
+    """Base of all mixers. A subclass sets the class attributes, writes `compute_inputs` and starts its own parameters."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str] = ""  # paper and equation
     # one of limbeck.ops; None where the mixer overrides attend and attend_matrix
     operator: ModuleType | None = None
-    grows: ClassVar[bool] = False  # its state holds more with every token
-    normalised: bool = False  # divide by the same read-out of a column of ones
+    has_growing_state: ClassVar[bool] = False  # its state holds more with every token
+    normalized: bool = False  # divide by the same read-out of a column of ones
     options_class: type[Options] = Options
     # options by preset: changes to the dataclass's defaults, what the authors have, what makes all mixers alike
     defaults: ClassVar[dict[str, Any]] = {}
@@ -63,9 +63,9 @@ class Mixer(nn.Module):
         "state": 1.0,
     }
 
-    def __init__(self, site: HeadShape, options: Options):
+    def __init__(self, teacher_shape: HeadShape, options: Options):
         super().__init__()
-        self.site, self.options = site, options
+        self.teacher_shape, self.options = teacher_shape, options
         self.shape = shape = self._inner_shape()  # what the operator sees
         if options.output_norm != "none":
             self.norm_weight = nn.Parameter(torch.ones(shape.heads, shape.value_width))
@@ -78,12 +78,17 @@ class Mixer(nn.Module):
             )
         if options.output_gate != "none":
             bias = options.output_gate != "inner"
-            self.gate = nn.Linear(options.gate_rank or site.hidden, site.heads * site.value_width, bias=bias)
+            self.gate = nn.Linear(
+                options.gate_rank or teacher_shape.hidden, teacher_shape.heads * teacher_shape.value_width, bias=bias
+            )
             if options.gate_rank:
-                self.gate_down = nn.Linear(site.hidden, options.gate_rank, bias=False)
+                self.gate_down = nn.Linear(teacher_shape.hidden, options.gate_rank, bias=False)
         if options.conv:
-            widths = {"q": (site.heads, site.key_width), "k": (site.kv_heads, site.key_width)}
-            widths["v"] = (site.kv_heads, site.value_width)
+            widths = {
+                "q": (teacher_shape.heads, teacher_shape.key_width),
+                "k": (teacher_shape.kv_heads, teacher_shape.key_width),
+            }
+            widths["v"] = (teacher_shape.kv_heads, teacher_shape.value_width)
             self.conv = ByInput({n: nn.Parameter(torch.empty(options.conv, *w)) for n, w in widths.items()})
         if shape.key_width != self._head_width("key"):
             sizes = {"q": shape.heads, "k": shape.kv_heads}
@@ -96,7 +101,7 @@ class Mixer(nn.Module):
         """Make the mixer's own parameters."""
 
     @classmethod
-    def for_length(cls, options: Any, length: int) -> Any:
+    def adapt_to_seq_len(cls, options: Any, length: int) -> Any:
         """The options of a student that learns from texts of so many tokens, for mixers that depend on it."""
         return options
 
@@ -124,12 +129,14 @@ class Mixer(nn.Module):
                 self.gate.weight.add_((2 - self.gate.weight.sum(1, keepdim=True)) / self.options.gate_rank)
         elif self.options.output_gate != "none":
             if self.options.gate_rank:
-                nn.init.normal_(self.gate_down.weight, std=self.site.hidden**-0.5)
+                nn.init.normal_(self.gate_down.weight, std=self.teacher_shape.hidden**-0.5)
             nn.init.zeros_(self.gate.weight)
             # silu(1.27846) = 1; a sigmoid gate starts at 0.98
             nn.init.constant_(self.gate.bias, 1.2784645 if self.options.output_gate == "silu" else 4.0)
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         """The operator's arguments.
 
         Args:
@@ -139,7 +146,7 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def input_width(self, rows: int) -> int:
+    def qk_width(self, rows: int) -> int:
         """Width of q and k that the mixer wants for a state of so many rows a head; 0 rows: the mixer's own choice."""
         return rows or self._head_width("key")
 
@@ -159,7 +166,7 @@ class Mixer(nn.Module):
     # ------------------------------------------------------------------ what every mixer gets
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None, state: State | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         """Mixed values and the state after the last token.
 
@@ -171,58 +178,64 @@ class Mixer(nn.Module):
         Returns:
             y [B, T, H, V] in the dtype of v, and the new state.
         """
-        tokens, state = tokens or Tokens(), state or {}
+        tokens, state = tokens or TokenMask(), state or {}
         carried: State = {}
         q, k, v = self._prepare(q, k, v, tokens, state, carried)
         o, memory = self.attend(q, k, v, x, tokens, state)
         return self._readout(o, q, k, v, x), {**memory, **carried}
 
     def forward_matrix(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None
     ) -> tuple[Tensor, Tensor]:
         """y [B, T, H, V] by way of the mixing matrix, and that matrix [B, H, T, T].
 
         What it multiplies is v after convolution and activation; head norm, output gate and what a mixer adds outside
         its recurrence come after it and are no part of it.
         """
-        tokens = tokens or Tokens()
+        tokens = tokens or TokenMask()
         q, k, v = self._prepare(q, k, v, tokens, {}, {})
         matrix = self.attend_matrix(q, k, v, x, tokens)
-        o = torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), widen(v, self.shape.heads))
-        return self._readout(o, q, k, v, x), widen(matrix, self.site.heads, 1)
+        o = torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), repeat_kv(v, self.shape.heads))
+        return self._readout(o, q, k, v, x), repeat_kv(matrix, self.teacher_shape.heads, 1)
 
     def forward_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: Tokens | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: TokenMask | None = None
     ) -> Tensor:
         """Rows [B, R] of the mixing matrix of `forward_matrix`: [B, H, R, T]."""
-        tokens = tokens or Tokens()
+        tokens = tokens or TokenMask()
         if type(self).forward_matrix is not Mixer.forward_matrix:
-            return pick(self.forward_matrix(q, k, v, x, tokens=tokens)[1], rows, 2)
+            return gather_rows(self.forward_matrix(q, k, v, x, tokens=tokens)[1], rows, 2)
         q, k, v = self._prepare(q, k, v, tokens, {}, {})
-        return widen(self.attend_rows(q, k, v, x, tokens, rows), self.site.heads, 1)
+        return repeat_kv(self.attend_rows(q, k, v, x, tokens, rows), self.teacher_shape.heads, 1)
 
-    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, rows: Tensor) -> Tensor:
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, rows: Tensor) -> Tensor:
         """Rows [B, R] of what `attend` multiplies v by: [B, H, R, T]. Mixers with a matrix of their own make all."""
         if type(self).attend_matrix is not Mixer.attend_matrix:
-            return pick(self.attend_matrix(q, k, v, x, tokens), rows, 2)
-        arguments = self.operands(q, k, v, x, tokens, {})
+            return gather_rows(self.attend_matrix(q, k, v, x, tokens), rows, 2)
+        arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
         assert self.operator is not None
         m = matrix_rows(self.operator, arguments.q, arguments.k, arguments.gates, rows, tokens.segments)
-        if self.normalised:
-            floor = arguments.floor if arguments.floor is None else pick(arguments.floor, rows, 1)
+        if self.normalized:
+            floor = (
+                arguments.denominator_floor
+                if arguments.denominator_floor is None
+                else gather_rows(arguments.denominator_floor, rows, 1)
+            )
             total = m.sum(-1).transpose(1, 2).unsqueeze(-1)
-            denominator = self._denominator(total, replace(arguments, floor=floor))
+            denominator = self._denominator(total, replace(arguments, denominator_floor=floor))
             m = m / denominator.squeeze(-1).transpose(1, 2).unsqueeze(-1)
         if arguments.diagonal is None:
             return m
-        own = pick(arguments.diagonal, rows, 1).transpose(1, 2).unsqueeze(-1).to(m.dtype)
+        own = gather_rows(arguments.diagonal, rows, 1).transpose(1, 2).unsqueeze(-1).to(m.dtype)
         return m.scatter_add(3, rows[:, None, :, None].expand_as(own), own)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
-        """The operator over `inputs`, normalised: o [B, T, H, V] and the new state."""
-        arguments = self.operands(q, k, v, x, tokens, state)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> tuple[Tensor, State]:
+        """The operator over `compute_inputs`, normalised: o [B, T, H, V] and the new state."""
+        arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
         value = arguments.v
-        if self.normalised:
+        if self.normalized:
             value = torch.cat([value, value.new_ones(*value.shape[:-1], 1)], -1)
         assert self.operator is not None
         run = self.operator.recurrent if q.shape[1] == 1 else self.operator.chunked
@@ -234,80 +247,84 @@ class Mixer(nn.Module):
             state=state.get("memory"),
             segments=tokens.segments,
         )
-        if self.normalised:
+        if self.normalized:
             o, total = o[..., :-1], o[..., -1:]
             o = o / self._denominator(total, arguments)
-        return arguments.add_own(o), {"memory": memory, **arguments.carry}
+        return arguments.add_diagonal_to_output(o), {"memory": memory, **arguments.carried_state}
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
         """What `attend` multiplies v by, [B, H, T, T]."""
-        arguments = self.operands(q, k, v, x, tokens, {})
+        arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
         assert self.operator is not None
         m = self.operator.matrix(arguments.q, arguments.k, *arguments.gates, segments=tokens.segments)
-        if self.normalised:
+        if self.normalized:
             total = m.sum(-1).transpose(1, 2).unsqueeze(-1)
             m = m / self._denominator(total, arguments).squeeze(-1).transpose(1, 2).unsqueeze(-1)
-        return arguments.add_diagonal(m)
+        return arguments.add_diagonal_to_matrix(m)
 
-    def operands(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
-        """`inputs` with padding blanked: a masked token writes nothing and nothing decays."""
-        arguments = self.inputs(q, k, v, x, tokens, state)
-        return arguments if tokens.valid is None else arguments.blanked(tokens.valid)
+    def compute_masked_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
+        """`compute_inputs` with padding blanked: a masked token writes nothing and nothing decays."""
+        arguments = self.compute_inputs(q, k, v, x, tokens, state)
+        return arguments if tokens.valid is None else arguments.mask_padding(tokens.valid)
 
     def state_numel(self) -> int:
         """Numbers that the state of one sequence holds, whatever its length."""
-        s = self.site
+        s = self.teacher_shape
         channels = s.heads * s.key_width + s.kv_heads * (s.key_width + s.value_width)
         return self.memory_numel() + max(self.options.conv - 1, 0) * channels
 
     def memory_numel(self) -> int:
         """The same without the convolution's."""
-        return self.shape.heads * self.feature_width() * (self.shape.value_width + self.normalised)
+        return self.shape.heads * self.feature_width() * (self.shape.value_width + self.normalized)
 
     def _head_width(self, of: str) -> int:
         """Key or value width of a head after merging."""
-        width = self.site.key_width if of == "key" else self.site.value_width
-        return width * self.site.heads // (self.options.heads or self.site.heads)
+        width = self.teacher_shape.key_width if of == "key" else self.teacher_shape.value_width
+        return width * self.teacher_shape.heads // (self.options.heads or self.teacher_shape.heads)
 
     def _inner_shape(self) -> HeadShape:
-        site, heads = self.site, self.options.heads or self.site.heads
-        if site.heads % heads:
+        teacher_shape, heads = self.teacher_shape, self.options.heads or self.teacher_shape.heads
+        if teacher_shape.heads % heads:
             raise LimbeckError(
-                f"option 'heads' of mixer '{self.name}' is {heads}, the teacher's attention has {site.heads}",
-                expected=f"a divisor of {site.heads}, or 0",
+                f"option 'heads' of mixer '{self.name}' is {heads}, the teacher's attention has {teacher_shape.heads}",
+                expected=f"a divisor of {teacher_shape.heads}, or 0",
             )
-        groups = site.kv_heads if heads == site.heads else heads
-        rows = round(self.options.state * site.key_width)
+        groups = teacher_shape.kv_heads if heads == teacher_shape.heads else heads
+        rows = round(self.options.state * teacher_shape.key_width)
         if self.options.state and not rows:
             raise LimbeckError(
                 f"option 'state' of mixer '{self.name}' is {self.options.state}", expected="a row or more"
             )
-        width = self.input_width(rows)
-        return replace(site, heads=heads, kv_heads=groups, key_width=width, value_width=self._head_width("value"))
+        width = self.qk_width(rows)
+        return replace(
+            teacher_shape, heads=heads, kv_heads=groups, key_width=width, value_width=self._head_width("value")
+        )
 
     def _prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: State, carried: State
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: TokenMask, state: State, carried: State
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v convolved, activated, merged into fewer heads and resized; fills `carried`."""
         if self.options.conv:
             q, k, v = (self._convolve(name, z, tokens, state, carried) for name, z in zip("qkv", (q, k, v)))
         if self.options.conv_activation == "silu":
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        if self.shape.heads != self.site.heads:
+        if self.shape.heads != self.teacher_shape.heads:
             merged = (*q.shape[:2], self.shape.heads, -1)
-            q, k, v = q.reshape(merged), *(widen(z, self.site.heads).reshape(merged) for z in (k, v))
+            q, k, v = q.reshape(merged), *(repeat_kv(z, self.teacher_shape.heads).reshape(merged) for z in (k, v))
         if hasattr(self, "resize"):
             q, k = (torch.einsum("bthk,hkj->bthj", z, self.resize(n)) for n, z in (("q", q), ("k", k)))
         return q, k, v
 
-    def _convolve(self, name: str, z: Tensor, tokens: Tokens, state: State, carried: State) -> Tensor:
+    def _convolve(self, name: str, z: Tensor, tokens: TokenMask, state: State, carried: State) -> Tensor:
         """q, k or v [B, T, heads, width] convolved; puts what the next call needs into `carried`."""
         key = f"conv_{name}"
         past = {"state": state.get(key), "segments": tokens.segments}
         if tokens.valid is None:
-            z, carried[key] = convolution.causal(z, self.conv(name), **past)
+            z, carried[key] = short_conv.causal(z, self.conv(name), **past)
         else:
-            z, carried[key] = convolution.among_valid(z, self.conv(name), tokens.valid, **past)
+            z, carried[key] = short_conv.causal_masked(z, self.conv(name), tokens.valid, **past)
         return z
 
     def _readout(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
@@ -318,7 +335,7 @@ class Mixer(nn.Module):
         if self.options.output_norm != "none":
             o = self._normed(o.float() if o.dtype in (torch.float16, torch.bfloat16) else o)
         o = self.after_norm(o.to(dtype), q, k, v, x)
-        o = o.reshape(*o.shape[:2], self.site.heads, self.site.value_width)
+        o = o.reshape(*o.shape[:2], self.teacher_shape.heads, self.teacher_shape.value_width)
         return o if gated else self._gated(o, x)
 
     def _normed(self, o: Tensor) -> Tensor:
@@ -337,9 +354,9 @@ class Mixer(nn.Module):
             return o * self.gate(torch.sigmoid(x)).view(o.shape)
         return o * (F.silu if kind == "silu" else torch.sigmoid)(self.gate(x)).view(o.shape)
 
-    def _denominator(self, total: Tensor, arguments: Inputs) -> Tensor:
-        if arguments.floor is not None:
-            return torch.maximum(total.abs(), arguments.floor.unsqueeze(-1).to(total.dtype))
+    def _denominator(self, total: Tensor, arguments: OperatorInputs) -> Tensor:
+        if arguments.denominator_floor is not None:
+            return torch.maximum(total.abs(), arguments.denominator_floor.unsqueeze(-1).to(total.dtype))
         return total.clamp_min(1e-6)
 
     @property

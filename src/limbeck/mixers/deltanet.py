@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import delta_rule
 
 
@@ -48,12 +48,14 @@ class DeltaNet(Mixer):
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.strength.bias, math.log(self.options.write / (most - self.options.write)))
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         raw = self.strength(x)
         beta = torch.sigmoid(raw.to(torch.promote_types(raw.dtype, torch.float32)))
         beta = 2 * beta if self.options.negative_eigenvalues else beta
         q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
-        return Inputs(q, k, v, self.log_decay(x), beta)
+        return OperatorInputs(q, k, v, self.log_decay(x), beta)
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """[B, T, H], [B, T, H, K], or None for no decay."""

@@ -18,14 +18,14 @@ from torch.nn import functional as F
 class FeatureMap(nn.Module):
     """A map of every head's q or k, [B, T, H, K] -> [B, T, H, features(K)]. Here: the identity."""
 
-    positive: ClassVar[bool] = False  # φ(q)·φ(k) is never negative, so that rows can be normalised
+    is_positive: ClassVar[bool] = False  # φ(q)·φ(k) is never negative, so that rows can be normalised
 
     def __init__(self, heads: int, width: int):
         super().__init__()
         self.width = width
 
     @staticmethod
-    def features(width: int) -> int:
+    def count_features(width: int) -> int:
         """Number of features of a q of that width."""
         return width
 
@@ -33,28 +33,28 @@ class FeatureMap(nn.Module):
         return x
 
 
-class ReLU(FeatureMap):
+class ReLUMap(FeatureMap):
     """relu(x)."""
 
-    positive = True
+    is_positive = True
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
 
 
-class Elu1(FeatureMap):
+class Elu1Map(FeatureMap):
     """elu(x) + 1, Katharopoulos et al. 2020 (arXiv 2006.16236), equation 7."""
 
-    positive = True
+    is_positive = True
 
     def forward(self, x: Tensor) -> Tensor:
         return F.elu(x) + 1
 
 
-class Softmax(FeatureMap):
+class SoftmaxMap(FeatureMap):
     """softmax over the channels, as Liger has it (arXiv 2503.01496)."""
 
-    positive = True
+    is_positive = True
 
     def forward(self, x: Tensor) -> Tensor:
         return x.softmax(-1)
@@ -71,10 +71,10 @@ class _PerHead(FeatureMap):
         return torch.einsum("bthk,hkj->bthj", x, self.weight)
 
 
-class T2R(_PerHead):
+class T2RMap(_PerHead):
     """relu(Wx + b), Kasai et al. 2021 (arXiv 2103.13076), equation 5."""
 
-    positive = True
+    is_positive = True
 
     def __init__(self, heads: int, width: int):
         super().__init__(heads, width)
@@ -84,7 +84,7 @@ class T2R(_PerHead):
         return F.relu(self.project(x) + self.bias)
 
 
-class Hadamard(_PerHead):
+class HadamardMap(_PerHead):
     """(Wx) ⊙ (W'x): the product of two linear maps. W' starts as zero with a bias of one, so that φ(x) = x."""
 
     def __init__(self, heads: int, width: int):
@@ -96,14 +96,14 @@ class Hadamard(_PerHead):
         return self.project(x) * (torch.einsum("bthk,hkj->bthj", x, self.second) + self.bias)
 
 
-class DPFP(FeatureMap):
+class DPFPMap(FeatureMap):
     """Deterministic parameter-free projection with ν = 1: r ⊙ roll(r) for r = [relu(x), relu(−x)]; Schlag et al. 2021
     (arXiv 2102.11174), equation 37."""
 
-    positive = True
+    is_positive = True
 
     @staticmethod
-    def features(width: int) -> int:
+    def count_features(width: int) -> int:
         return 2 * width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,13 +111,13 @@ class DPFP(FeatureMap):
         return r * r.roll(1, -1)
 
 
-class Hedgehog(_PerHead):
+class HedgehogMap(_PerHead):
     """[softmax(Wx), softmax(−Wx)], Zhang et al. 2024 (arXiv 2402.04347), section 4.2, as LoLCATs trains it."""
 
-    positive = True
+    is_positive = True
 
     @staticmethod
-    def features(width: int) -> int:
+    def count_features(width: int) -> int:
         return 2 * width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,24 +125,24 @@ class Hedgehog(_PerHead):
         return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
 
 
-class Taylor(FeatureMap):
+class TaylorMap(FeatureMap):
     """φ(q)·φ(k) = 1 + s + s²/2 with s = q·k/√K: exp(s) to second order; Based, Arora et al. 2024 (arXiv 2402.18668)."""
 
-    positive = True
+    is_positive = True
 
     @staticmethod
-    def features(width: int) -> int:
+    def count_features(width: int) -> int:
         return 1 + width + width * (width + 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.width**-0.25
-        return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5**0.5], -1)
+        return torch.cat([torch.ones_like(x[..., :1]), x, pairwise_products(x) * 0.5**0.5], -1)
 
 
-class ReBased(FeatureMap):
+class ReBasedMap(FeatureMap):
     """φ(q)·φ(k) = (q̂·k̂/K)² with q̂ = γ ⊙ layernorm(q) + β; Aksenov et al. 2024 (arXiv 2402.10644), equation 7."""
 
-    positive = True
+    is_positive = True
 
     def __init__(self, heads: int, width: int):
         super().__init__(heads, width)
@@ -150,28 +150,28 @@ class ReBased(FeatureMap):
         self.beta = nn.Parameter(torch.zeros(heads, width))
 
     @staticmethod
-    def features(width: int) -> int:
+    def count_features(width: int) -> int:
         return width * (width + 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:]) * self.gamma + self.beta
-        return products(x * self.width**-0.5)
+        return pairwise_products(x * self.width**-0.5)
 
 
-class CosFormer(FeatureMap):
+class CosFormerMap(FeatureMap):
     """relu; linear_attention adds the position: Qin et al. 2022 (arXiv 2202.08791), equation 10."""
 
-    positive = True
+    is_positive = True
 
     @staticmethod
-    def features(width: int) -> int:
+    def count_features(width: int) -> int:
         return 2 * width
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
 
     @staticmethod
-    def at(x: Tensor, position: Tensor, horizon: int) -> Tensor:
+    def reweight(x: Tensor, position: Tensor, horizon: int) -> Tensor:
         """relu(x) turned by its position: products weigh as cos(π(i−j)/2L). x: [B, T, H, K], position: [B, T].
 
         From the horizon on positions stand still, so no weight is ever negative: later tokens are as near to each other
@@ -182,8 +182,8 @@ class CosFormer(FeatureMap):
         return torch.cat([x * cos, x * sin], -1)
 
 
-def products(x: Tensor) -> Tensor:
-    """All products of two channels, [..., K] -> [..., K(K+1)/2], so that products(q)·products(k) = (q·k)²."""
+def pairwise_products(x: Tensor) -> Tensor:
+    """All products of two channels, [..., K] -> [..., K(K+1)/2], so that pairwise_products(q)·pairwise_products(k) = (q·k)²."""
     first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     weight = torch.where(first == second, 1, 2).to(x.dtype).sqrt()
     return x[..., first] * x[..., second] * weight
@@ -191,14 +191,14 @@ def products(x: Tensor) -> Tensor:
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "identity": FeatureMap,
-    "relu": ReLU,
-    "elu1": Elu1,
-    "softmax": Softmax,
-    "t2r": T2R,
-    "hadamard": Hadamard,
-    "dpfp": DPFP,
-    "hedgehog": Hedgehog,
-    "taylor": Taylor,
-    "rebased": ReBased,
-    "cosformer": CosFormer,
+    "relu": ReLUMap,
+    "elu1": Elu1Map,
+    "softmax": SoftmaxMap,
+    "t2r": T2RMap,
+    "hadamard": HadamardMap,
+    "dpfp": DPFPMap,
+    "hedgehog": HedgehogMap,
+    "taylor": TaylorMap,
+    "rebased": ReBasedMap,
+    "cosformer": CosFormerMap,
 }

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.deltanet import DeltaNet, DeltaNetOptions
+from limbeck.mixers.options import inverse_softplus, log_decays_from_half_lives
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import inverse_softplus, spread_half_lives
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GatedDeltaNet(DeltaNet):
         super().reset_parameters()
         nn.init.zeros_(self.decay.weight)
         nn.init.zeros_(self.log_rate)
-        rate = -spread_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
+        rate = -log_decays_from_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
         with torch.no_grad():
             self.decay.bias.copy_(inverse_softplus(rate))
 

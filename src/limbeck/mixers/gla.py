@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import logit, spread_half_lives
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import vector_decay
 
 
@@ -54,11 +53,13 @@ class GLA(Mixer):
         nn.init.normal_(self.decay_down.weight, std=self.shape.hidden**-0.5)
         nn.init.zeros_(self.decay_up.weight)
         o = self.options
-        log_decay = spread_half_lives(self.shape.heads, o.shortest, o.longest) * o.temperature
+        log_decay = log_decays_from_half_lives(self.shape.heads, o.shortest, o.longest) * o.temperature
         with torch.no_grad():
             self.decay_up.bias.copy_(logit(log_decay.exp()).repeat_interleave(self.shape.key_width))
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         gate = self.decay_up(self.decay_down(x)).unflatten(-1, (self.shape.heads, -1))
         gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
-        return Inputs(q * self.shape.scale, k, v, F.logsigmoid(gate) / self.options.temperature)
+        return OperatorInputs(q * self.shape.scale, k, v, F.logsigmoid(gate) / self.options.temperature)

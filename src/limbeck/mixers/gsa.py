@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import logit, spread_half_lives
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import slot_attention, value_decay
 
 
@@ -53,23 +52,27 @@ class GSA(Mixer):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         o = self.options
-        keep = (spread_half_lives(self.slots, o.shortest, o.longest) * o.temperature).exp()
+        keep = (log_decays_from_half_lives(self.slots, o.shortest, o.longest) * o.temperature).exp()
         nn.init.zeros_(self.forget.weight)
         with torch.no_grad():
             self.forget.bias.copy_(logit(keep).repeat(self.shape.heads))
 
-    def input_width(self, rows: int) -> int:
+    def qk_width(self, rows: int) -> int:
         return self._head_width("key")
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         raw = self.forget(x).unflatten(-1, (self.shape.heads, -1))
         log_decay = F.logsigmoid(raw.to(torch.promote_types(raw.dtype, torch.float32))) / self.options.temperature
         if self.options.swish:
             q, k = F.silu(q), F.silu(k)
-        return Inputs(q * self.shape.scale, k, v, log_decay)
+        return OperatorInputs(q * self.shape.scale, k, v, log_decay)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
-        arguments = self.operands(q, k, v, x, tokens, state)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> tuple[Tensor, State]:
+        arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
         run = slot_attention.recurrent if q.shape[1] == 1 else slot_attention.chunked
         o, keys, values = run(
             *self._operands(arguments),
@@ -79,15 +82,15 @@ class GSA(Mixer):
         )
         return o, {"keys": keys, "values": values}
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
-        arguments = self.operands(q, k, v, x, tokens, {})
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+        arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
         queries, keys, _, write, log_decay = self._operands(arguments)
         return slot_attention.matrix(queries, keys, write, log_decay, segments=tokens.segments)
 
     def memory_numel(self) -> int:
         return self.shape.heads * self.slots * (self.shape.key_width + self.shape.value_width)
 
-    def _operands(self, arguments: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _operands(self, arguments: OperatorInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """With the write weights, zero where a token is masked."""
         log_decay = arguments.log_decay
         assert log_decay is not None

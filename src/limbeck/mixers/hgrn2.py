@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import logit, spread_half_lives
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import vector_decay
-from limbeck.ops.common import widen
+from limbeck.ops.common import repeat_kv
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,19 @@ class HGRN2(Mixer):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         s, o = self.shape, self.options
-        keep = spread_half_lives(s.heads, o.shortest, o.longest).exp()
+        keep = log_decays_from_half_lives(s.heads, o.shortest, o.longest).exp()
         bound = keep * (s.layer + 0.5) / (s.layers + 1)
         with torch.no_grad():
             self.bound.copy_(logit(bound)[:, None].expand_as(self.bound))
             self.bias.copy_(logit((keep - bound) / (1 - bound))[:, None].expand_as(self.bias))
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
-        gate = self.bias - widen(k, self.shape.heads)
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
+        gate = self.bias - repeat_kv(k, self.shape.heads)
         wide = torch.promote_types(gate.dtype, torch.float32)
         # 1 − a = (1 − β)(1 − σ(f)) without cancellation
         forget = torch.sigmoid(-self.bound.to(wide)) * torch.sigmoid(-gate.to(wide))
         log_decay = torch.log1p(-forget.clamp(max=1 - 1e-6))
         q = F.silu(q) if self.options.swish else q
-        return Inputs(q * self.shape.scale, forget, v, log_decay)
+        return OperatorInputs(q * self.shape.scale, forget, v, log_decay)

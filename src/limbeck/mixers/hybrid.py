@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from limbeck.errors import LimbeckError
+from limbeck.core.errors import LimbeckError
 from limbeck.mixers import registry
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import HeadShape, State, Tokens
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
 from limbeck.mixers.sliding_window import SlidingWindow, SlidingWindowOptions
+from limbeck.mixers.types import HeadShape, State, TokenMask
 
 BRANCHES = ("linear", "window")
 
@@ -49,16 +49,16 @@ class Hybrid(Mixer):
     options: HybridOptions
     controlled = {"rope": True}
 
-    def __init__(self, site: HeadShape, options: HybridOptions):
+    def __init__(self, teacher_shape: HeadShape, options: HybridOptions):
         common = {f.name: getattr(options, f.name) for f in fields(Options)}
         self.switches = {name: value for name, value in common.items() if value != getattr(Options(), name)}
-        super().__init__(site, replace(options, **{**vars(Options()), "rope": options.rope}))
+        super().__init__(teacher_shape, replace(options, **{**vars(Options()), "rope": options.rope}))
 
     @classmethod
-    def for_length(cls, options: HybridOptions, length: int) -> HybridOptions:
+    def adapt_to_seq_len(cls, options: HybridOptions, length: int) -> HybridOptions:
         linear = registry.get(options.linear)
-        before = vars(registry.options(options.linear, options.linear_options))
-        after = vars(linear.for_length(registry.options(options.linear, options.linear_options), length))
+        before = vars(registry.resolve_options(options.linear, options.linear_options))
+        after = vars(linear.adapt_to_seq_len(registry.resolve_options(options.linear, options.linear_options), length))
         own = {name: value for name, value in after.items() if value != before[name]}
         return replace(options, linear_options={**options.linear_options, **own}) if own else options
 
@@ -66,12 +66,16 @@ class Hybrid(Mixer):
         o = self.options
         if not 0 < o.share < 1:
             raise LimbeckError(f"option 'share' of mixer 'hybrid' is {o.share}", expected="more than 0 and less than 1")
-        if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).grows:
+        if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).has_growing_state:
             raise LimbeckError(f"'{o.linear}' cannot be the linear branch of a hybrid", expected="a linear mixer")
-        self.linear = registry.build(o.linear, self.site, {**self.switches, **o.linear_options, "rope": o.rope})
-        self.window = SlidingWindow(self.site, SlidingWindowOptions(rope=o.rope, window=o.window, sinks=o.sinks))
+        self.linear = registry.build(
+            o.linear, self.teacher_shape, {**self.switches, **o.linear_options, "rope": o.rope}
+        )
+        self.window = SlidingWindow(
+            self.teacher_shape, SlidingWindowOptions(rope=o.rope, window=o.window, sinks=o.sinks)
+        )
         if o.combine == "gate":
-            self.choice = nn.Linear(self.site.hidden, self.site.heads)
+            self.choice = nn.Linear(self.teacher_shape.hidden, self.teacher_shape.heads)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -79,7 +83,9 @@ class Hybrid(Mixer):
             nn.init.zeros_(self.choice.weight)
             nn.init.constant_(self.choice.bias, math.log(self.options.share / (1 - self.options.share)))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> tuple[Tensor, State]:
         outputs, new = {}, {}
         for name in BRANCHES:
             own = {key.removeprefix(f"{name}."): z for key, z in state.items() if key.startswith(f"{name}.")}
@@ -87,12 +93,12 @@ class Hybrid(Mixer):
             new.update({f"{name}.{key}": z for key, z in after.items()})
         return self._join(outputs, self._share(x).unsqueeze(-1)), new
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
         found = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens)[1] for name in BRANCHES}
         return self._join(found, self._share(x).transpose(1, 2).unsqueeze(-1))
 
     def forward_matrix(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None
     ) -> tuple[Tensor, Tensor]:
         # a branch's norm and gate stand between its matrix and the sum, so outputs and matrices are summed apart
         both = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens) for name in BRANCHES}
@@ -107,7 +113,7 @@ class Hybrid(Mixer):
         """Of the linear branch, [B, T, H]."""
         if self.options.combine == "gate":
             return torch.sigmoid(self.choice(x))
-        return x.new_full((*x.shape[:2], self.site.heads), self.options.share)
+        return x.new_full((*x.shape[:2], self.teacher_shape.heads), self.options.share)
 
     def _join(self, parts: dict[str, Any], share: Tensor) -> Tensor:
         linear, window = share * parts["linear"], (1 - share) * parts["window"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.deltanet import DeltaNet, DeltaNetOptions
+from limbeck.mixers.options import inverse_softplus, log_decays_from_half_lives
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import inverse_softplus, spread_half_lives
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KDA(DeltaNet):
         nn.init.normal_(self.decay_down.weight, std=self.shape.hidden**-0.5)
         nn.init.zeros_(self.decay_up.weight)
         nn.init.zeros_(self.log_rate)
-        rate = -spread_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
+        rate = -log_decays_from_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
         with torch.no_grad():
             self.decay_up.bias.copy_(inverse_softplus(rate).repeat_interleave(self.shape.key_width))
 

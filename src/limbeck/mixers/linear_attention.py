@@ -14,14 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.errors import LimbeckError
+from limbeck.core.errors import LimbeckError
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.feature_maps import FEATURE_MAPS, CosFormer
-from limbeck.mixers.inputs import HeadShape, Inputs, State, Tokens
+from limbeck.mixers.feature_maps import FEATURE_MAPS, CosFormerMap
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
+from limbeck.mixers.types import HeadShape, OperatorInputs, State, TokenMask
 from limbeck.ops import scalar_decay
-from limbeck.ops.common import starts
+from limbeck.ops.common import find_document_starts
 
 HORIZON = 2048  # tokens, of a cosformer that nobody told a length
 
@@ -48,48 +48,53 @@ class LinearAttention(Mixer):
     options: LinearAttentionOptions
     published = {"rope": False}
 
-    def __init__(self, site: HeadShape, options: LinearAttentionOptions):
-        self.kind = FEATURE_MAPS[options.feature_map]
-        if options.normalise and not self.kind.positive:
+    def __init__(self, teacher_shape: HeadShape, options: LinearAttentionOptions):
+        self.feature_map_class = FEATURE_MAPS[options.feature_map]
+        if options.normalise and not self.feature_map_class.is_positive:
             raise LimbeckError(
                 f"linear_attention cannot normalise with feature_map={options.feature_map}: its weights change sign",
-                expected=f"feature_map={' | '.join(n for n, m in FEATURE_MAPS.items() if m.positive)}, "
+                expected=f"feature_map={' | '.join(n for n, m in FEATURE_MAPS.items() if m.is_positive)}, "
                 "or normalise=false",
             )
-        super().__init__(site, options)
-        self.normalised = options.normalise
+        super().__init__(teacher_shape, options)
+        self.normalized = options.normalise
 
     @classmethod
-    def for_length(cls, options: LinearAttentionOptions, length: int) -> LinearAttentionOptions:
+    def adapt_to_seq_len(cls, options: LinearAttentionOptions, length: int) -> LinearAttentionOptions:
         needed = options.feature_map == "cosformer" and not options.horizon
         return replace(options, horizon=length) if needed else options
 
     def build(self) -> None:
         s = self.shape
-        self.phi_q, self.phi_k = self.kind(s.heads, s.key_width), self.kind(s.kv_heads, s.key_width)
+        self.phi_q, self.phi_k = (
+            self.feature_map_class(s.heads, s.key_width),
+            self.feature_map_class(s.kv_heads, s.key_width),
+        )
 
-    def input_width(self, rows: int) -> int:
+    def qk_width(self, rows: int) -> int:
         if not rows:
-            return self.options.width or super().input_width(0)
-        fitting = [width for width in range(1, rows + 1) if self.kind.features(width) <= rows]
+            return self.options.width or super().qk_width(0)
+        fitting = [width for width in range(1, rows + 1) if self.feature_map_class.count_features(width) <= rows]
         return max(fitting, default=1)
 
     def feature_width(self) -> int:
-        return self.kind.features(self.shape.key_width)
+        return self.feature_map_class.count_features(self.shape.key_width)
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         q, k, carry = self.phi_q(q), self.phi_k(k), {}
-        if self.kind is CosFormer:
+        if self.feature_map_class is CosFormerMap:
             position = _positions(tokens, q, state.get("position"))
-            q, k = (CosFormer.at(z, position, self.options.horizon or HORIZON) for z in (q, k))
+            q, k = (CosFormerMap.reweight(z, position, self.options.horizon or HORIZON) for z in (q, k))
             carry = {"position": position[:, -1] + 1}
-        return Inputs(q if self.options.normalise else q * self.shape.scale, k, v, carry=carry)
+        return OperatorInputs(q if self.options.normalise else q * self.shape.scale, k, v, carried_state=carry)
 
     def memory_numel(self) -> int:
-        return super().memory_numel() + (self.kind is CosFormer)
+        return super().memory_numel() + (self.feature_map_class is CosFormerMap)
 
 
-def _positions(tokens: Tokens, q: Tensor, first: Tensor | None) -> Tensor:
+def _positions(tokens: TokenMask, q: Tensor, first: Tensor | None) -> Tensor:
     """Place of each token among the valid ones of its document, [B, T]; `first` [B] have come before in document 0."""
     if tokens.valid is None:
         before = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
@@ -99,7 +104,7 @@ def _positions(tokens: Tokens, q: Tensor, first: Tensor | None) -> Tensor:
         before = place + ~tokens.valid  # valid tokens ahead
     past = 0 if first is None else first[:, None]
     if tokens.segments is not None:
-        place = place - torch.where(starts(tokens.segments), before, 0).cummax(1).values
+        place = place - torch.where(find_document_starts(tokens.segments), before, 0).cummax(1).values
         past = past * (tokens.segments == 0)
     return place + past
 

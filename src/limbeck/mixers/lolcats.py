@@ -21,12 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from limbeck.errors import LimbeckError
+from limbeck.core.errors import LimbeckError
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
 from limbeck.mixers.linear_attention import LinearAttention, LinearAttentionOptions
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import common, scalar_decay, sliding_window
 
 WINDOW = ("k", "v", "count")  # of the state; the rest is the memory
@@ -58,7 +58,7 @@ class LoLCATs(Mixer):
             raise LimbeckError(f"option 'factor' of mixer 'lolcats' is {o.factor}", expected="between 0 and 1")
         self.window, share = o.window, 0.0
         if o.state:  # as many numbers as the common state of that size
-            numbers = s.heads * o.state * self.site.key_width * s.value_width
+            numbers = s.heads * o.state * self.teacher_shape.key_width * s.value_width
             token = s.kv_heads * (s.key_width + s.value_width)
             self.window = max(min(o.window, round(numbers / 2 / token) - o.sinks), 1)
             rows = round((numbers - token * (self.window + o.sinks)) / (s.heads * (s.value_width + 1)))
@@ -70,13 +70,15 @@ class LoLCATs(Mixer):
         super().reset_parameters()
         nn.init.constant_(self.factor, math.log(self.options.factor / (1 - self.options.factor)))
 
-    def input_width(self, rows: int) -> int:
+    def qk_width(self, rows: int) -> int:
         return self._head_width("key")  # the window compares the teacher's q and k
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> tuple[Tensor, State]:
         segments, valid = tokens.segments, tokens.valid
         held = {name: state[name] for name in WINDOW} if state else None
-        near, gone, held = sliding_window.unnormalised(
+        near, gone, held = sliding_window.unnormalized(
             q, k, v, **self._settings(), state=held, segments=segments, valid=valid
         )
         past = self._features(q, *gone[:2], x, left=gone[2], valid=valid)
@@ -87,11 +89,11 @@ class LoLCATs(Mixer):
         both = self._join(near, far, self._factor().unsqueeze(-1))
         return _divided(both[..., :-1], both[..., -1:]).to(v.dtype), {"memory": memory, **held}
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
         segments, valid, settings = tokens.segments, tokens.valid, self._settings()
-        near = sliding_window.matrix(q, k, **settings, segments=segments, valid=valid, normalise=False)
+        near = sliding_window.matrix(q, k, **settings, segments=segments, valid=valid, normalize=False)
         real = torch.ones_like(q[..., 0, 0], dtype=torch.bool) if valid is None else valid
-        seen = sliding_window.seen(real, window=self.window, sinks=self.options.sinks, segments=segments)
+        seen = sliding_window.build_window_mask(real, window=self.window, sinks=self.options.sinks, segments=segments)
         past = self._features(q, k, v, x, left=real, valid=valid)
         far = scalar_decay.matrix(past.q, past.k, segments=segments).masked_fill(seen.unsqueeze(1), 0)
         both = self._join(near, far, self._factor()[:, None, None])
@@ -109,17 +111,19 @@ class LoLCATs(Mixer):
     def _settings(self) -> dict[str, Any]:
         return {"window": self.window, "sinks": self.options.sinks, "scale": self.shape.scale}
 
-    def _features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, left: Tensor, valid: Tensor | None) -> Inputs:
+    def _features(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, left: Tensor, valid: Tensor | None
+    ) -> OperatorInputs:
         """φ(q), φ(k) and v for the linear part; nothing where no token has left, nothing read by a masked one."""
-        q, k, v = self.linear._prepare(q, k, v, Tokens(), {}, {})
-        past = self.linear.inputs(q, k, v, x, Tokens(), {}).blanked(left)
+        q, k, v = self.linear._prepare(q, k, v, TokenMask(), {}, {})
+        past = self.linear.compute_inputs(q, k, v, x, TokenMask(), {}).mask_padding(left)
         if valid is not None:
             past.q = past.q.masked_fill(~valid[..., None, None], 0)
         return past
 
     def _factor(self) -> Tensor:
         """g per head [H]; it ends where 1 + g is 1 to the last bit, long before it would be zero."""
-        return self.factor.to(common.work_dtype(self.factor)).clamp(min=-40).sigmoid()
+        return self.factor.to(common.compute_dtype(self.factor)).clamp(min=-40).sigmoid()
 
     def _join(self, near: Tensor, far: Tensor, factor: Tensor) -> Tensor:
         return {"both": factor * near + far, "linear": far, "window": near}[self.options.branches]

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, inverse_softplus, log_decays_from_half_lives
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import inverse_softplus, spread_half_lives
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import scalar_decay
-from limbeck.ops.common import widen
+from limbeck.ops.common import repeat_kv
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,20 @@ class Mamba2(Mixer):
         nn.init.constant_(self.skip, self.options.skip)
         if self.steps_in_keys:
             nn.init.zeros_(self.log_rate)
-        rate = -spread_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
+        rate = -log_decays_from_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
         with torch.no_grad():
             self.step.bias.copy_(inverse_softplus(rate))
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         step = self.step(x)
         step = F.softplus(step.to(torch.promote_types(step.dtype, torch.float32)))
         log_decay = -step
         if self.steps_in_keys:
             log_decay = -self.log_rate.exp() * step
-            k = widen(k, self.shape.heads) * step.unsqueeze(-1)
-        return Inputs(q * self.shape.scale, k, v, log_decay, diagonal=self.skip.expand(step.shape))
+            k = repeat_kv(k, self.shape.heads) * step.unsqueeze(-1)
+        return OperatorInputs(q * self.shape.scale, k, v, log_decay, diagonal=self.skip.expand(step.shape))
 
 
 @register

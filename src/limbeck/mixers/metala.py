@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import logit, spread_half_lives
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import vector_decay
-from limbeck.ops.common import widen
+from limbeck.ops.common import repeat_kv
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,17 @@ class MetaLA(Mixer):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         o = self.options
-        keep = (spread_half_lives(self.shape.heads, o.shortest, o.longest) * o.temperature).exp()
+        keep = (log_decays_from_half_lives(self.shape.heads, o.shortest, o.longest) * o.temperature).exp()
         with torch.no_grad():
             self.bias.copy_(logit(keep)[:, None].expand_as(self.bias))
             if o.augment:
                 self.own.zero_()
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         log_decay = self._log_decay(k)
-        return Inputs(q * self.shape.scale, -torch.expm1(log_decay), v, log_decay)
+        return OperatorInputs(q * self.shape.scale, -torch.expm1(log_decay), v, log_decay)
 
     def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if not self.options.augment:
@@ -73,8 +74,8 @@ class MetaLA(Mixer):
         # In float32: half precision has few steps at σ(0) = 0.5, which the head norm takes away again.
         wide = torch.promote_types(o.dtype, torch.float32)
         weight = (q * self.own * -torch.expm1(self._log_decay(k))).sum(-1, keepdim=True)
-        return o.to(wide) + torch.sigmoid(weight.to(wide) * widen(v, o.shape[2]).to(wide))
+        return o.to(wide) + torch.sigmoid(weight.to(wide) * repeat_kv(v, o.shape[2]).to(wide))
 
     def _log_decay(self, k: Tensor) -> Tensor:
-        gate = self.bias - widen(k, self.shape.heads)
+        gate = self.bias - repeat_kv(k, self.shape.heads)
         return F.logsigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32))) / self.options.temperature

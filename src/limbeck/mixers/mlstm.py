@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import logit, spread_half_lives
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import scalar_decay
-from limbeck.ops.common import widen
+from limbeck.ops.common import repeat_kv
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class MLSTM(Mixer):
     summary = "xLSTM's matrix memory: exponential input gate, forget gate, normaliser (Beck 2024)"
     source = "arXiv 2405.04517, eq. 19 to 27"
     operator = scalar_decay
-    normalised = True
+    normalized = True
     options_class = MLSTMOptions
     options: MLSTMOptions
     published = {"rope": False}
@@ -58,12 +57,14 @@ class MLSTM(Mixer):
         for gate in (self.input_gate, self.forget_gate):
             nn.init.zeros_(gate.weight)
         nn.init.zeros_(self.input_gate.bias)
-        keep = spread_half_lives(self.shape.heads, self.options.shortest, self.options.longest).exp()
+        keep = log_decays_from_half_lives(self.shape.heads, self.options.shortest, self.options.longest).exp()
         with torch.no_grad():
             cap = self.options.soft_cap
             self.forget_gate.bias.copy_(cap * torch.atanh((logit(keep) / cap).clamp(max=0.99)))
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         cap = self.options.soft_cap
         raw_i, raw_f = self.input_gate(x), self.forget_gate(x)
         wide = torch.promote_types(raw_i.dtype, torch.float32)
@@ -72,19 +73,26 @@ class MLSTM(Mixer):
         if tokens.valid is not None:
             log_i = log_i.masked_fill(~tokens.valid[..., None], -1e9)
             log_f = log_f.masked_fill(~tokens.valid[..., None], 0)
-        m, previous = stabiliser(log_i.detach(), log_f.detach(), tokens, state.get("m"))
-        k = widen(k, self.shape.heads) * torch.exp(log_i - m).unsqueeze(-1)
+        m, previous = compute_stabilizer(log_i.detach(), log_f.detach(), tokens, state.get("m"))
+        k = repeat_kv(k, self.shape.heads) * torch.exp(log_i - m).unsqueeze(-1)
         log_decay = log_f + previous - m
         log_decay = log_decay - log_decay.detach().clamp(
             min=0
         )  # rounding alone lifts it over zero; its slope stays one
-        return Inputs(q * self.shape.scale, k, v, log_decay, floor=torch.exp(-m), carry={"m": m[:, -1].clone()})
+        return OperatorInputs(
+            q * self.shape.scale,
+            k,
+            v,
+            log_decay,
+            denominator_floor=torch.exp(-m),
+            carried_state={"m": m[:, -1].clone()},
+        )
 
     def memory_numel(self) -> int:
         return super().memory_numel() + self.shape.heads  # m
 
 
-def stabiliser(log_i: Tensor, log_f: Tensor, tokens: Tokens, start: Tensor | None) -> tuple[Tensor, Tensor]:
+def compute_stabilizer(log_i: Tensor, log_f: Tensor, tokens: TokenMask, start: Tensor | None) -> tuple[Tensor, Tensor]:
     """m_t = max(log f_t + m_{t-1}, i_t) for all t at once, and m_{t-1}; both [B, T, H]. m starts at 0 in each document.
 
     Args:

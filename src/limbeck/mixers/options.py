@@ -1,14 +1,40 @@
-"""The switches that all mixers share, so that two of them can be compared on equal terms.
+"""Where gates start: decay rates from half-lives, and the inverses of the functions that gates go through.
+
+rate = -log_decays_from_half_lives(heads=9, shortest=8, longest=512)          # [H]
+bias = inverse_softplus(rate)
+
+The switches that all mixers share, so that two of them can be compared on equal terms.
 
     options = GLAOptions.parse({"conv": 4, "rope": False}, mixer="gla")
 
 A mixer's own dataclass inherits from `Options`, adds its own fields and sets its own defaults.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from limbeck.errors import LimbeckError, closest
+import torch
+from torch import Tensor
+
+from limbeck.core.errors import LimbeckError, suggest_closest
+
+
+def log_decays_from_half_lives(heads: int, shortest: float, longest: float) -> Tensor:
+    """Log decay per token [H] (negative) under which a write fades to one half in `shortest` tokens in the first head,
+    `longest` in the last and geometrically in between."""
+    steps = torch.linspace(0, 1, heads, dtype=torch.float64) if heads > 1 else torch.zeros(1, dtype=torch.float64)
+    return (-math.log(2.0) / (shortest * (longest / shortest) ** steps)).float()
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """y with softplus(y) = x, for x > 0."""
+    return torch.log(torch.expm1(x))
+
+
+def logit(x: Tensor) -> Tensor:
+    """y with sigmoid(y) = x, for x in (0, 1), exact near both ends."""
+    return torch.log(x) - torch.log1p(-x)
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class Options:
         for name, value in given.items():
             if name not in known:
                 raise LimbeckError(
-                    f"mixer '{mixer}' has no option '{name}'{closest(name, known)}", expected=", ".join(known)
+                    f"mixer '{mixer}' has no option '{name}'{suggest_closest(name, known)}", expected=", ".join(known)
                 )
             kind = known[name].type
             choices = getattr(kind, "__args__", None) if "Literal" in str(kind) else None

@@ -1,8 +1,16 @@
-"""Which mixers there are, by name, and presets of their common switches.
+"""Named sets of mixers, for studies.
 
-    mixers.names()                                   # every mixer: Limbeck's own and those of installed packages
+    mixers.select_mixers("paper-v3")         # ["linear_attention", "retnet", "gla", ...]
+    mixers.select_mixers("gla,kda")          # ["gla", "kda"]
+
+The paper's second version names only xLSTM, GLA, MetaLA and linear attention; the other four of its eight are a
+reconstruction. Its third version names all seven.
+
+Which mixers there are, by name, and presets of their common switches.
+
+    mixers.list_mixers()                                   # every mixer: Limbeck's own and those of installed packages
     mixers.get("gla")                                # by name, or from a file: get("path/to/mine.py:ClassName")
-    mixers.options("gla", {"conv": 4}, preset="published")
+    mixers.resolve_options("gla", {"conv": 4}, preset="published")
     mixers.build("gla", HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64))
 
 A mixer is registered by the decorator `register`. A package announces its own as an entry point of the group
@@ -21,21 +29,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from limbeck.errors import LimbeckError, closest
-from limbeck.mixers.base import HeadShape, Mixer
+from limbeck.core.errors import LimbeckError, suggest_closest
+from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options
+from limbeck.mixers.types import HeadShape
 
-GROUP = "limbeck.mixers"
+ENTRY_POINT_GROUP = "limbeck.mixers"
 PRESETS = ("default", "published", "controlled")
 
 _REGISTRY: dict[str, type[Mixer]] = {}
-_FILES: dict[str, "Source"] = {}  # by module name
+_FILES: dict[str, "MixerFile"] = {}  # by module name
 _BROKEN: dict[str, str] = {}  # entry points that could not be loaded, with the reason
 _discovered = False
 
 
 @dataclass(frozen=True)
-class Source:
+class MixerFile:
     """A file that registered mixers: where it was, what stood in it and which classes it registered."""
 
     path: Path
@@ -44,14 +53,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Origin:
+class MixerOrigin:
     """Where a mixer that is not Limbeck's own comes from; kept in the config of every student that has it."""
 
     module: str
     package: str | None = None  # the installed distribution
     file: str | None = None  # the name of a single file, which is saved beside the student's weights
 
-    def plain(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, str]:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -75,13 +84,13 @@ def register(cls: type[Mixer]) -> type[Mixer]:
     return cls
 
 
-def names() -> list[str]:
+def list_mixers() -> list[str]:
     """All mixers, in alphabetical order: Limbeck's own, those of installed packages and of files loaded so far."""
     _discover()
     return sorted(_REGISTRY)
 
 
-def known(name: str) -> bool:
+def is_registered(name: str) -> bool:
     """Is there a mixer of that name?"""
     if name not in _REGISTRY:
         _discover()
@@ -99,18 +108,18 @@ def get(name: str) -> type[Mixer]:
     """
     if is_file(name):
         return load_file(name)
-    if known(name):
+    if is_registered(name):
         return _REGISTRY[name]
     if name in _BROKEN:
         raise LimbeckError(f"mixer '{name}' could not be loaded: {_BROKEN[name]}", hint="limbeck students")
     raise LimbeckError(
-        f"unknown mixer '{name}'{closest(name, _REGISTRY)}",
-        expected=", ".join(names()) + ", or a file as path/to/mine.py",
+        f"unknown mixer '{name}'{suggest_closest(name, _REGISTRY)}",
+        expected=", ".join(list_mixers()) + ", or a file as path/to/mine.py",
         hint="limbeck students   (lists them with what each one is)",
     )
 
 
-def options(name: str, given: dict[str, Any] | None = None, preset: str = "default") -> Options:
+def resolve_options(name: str, given: dict[str, Any] | None = None, preset: str = "default") -> Options:
     """The options of a mixer: its defaults, changed by the preset, changed by what is given.
 
     Args:
@@ -119,14 +128,14 @@ def options(name: str, given: dict[str, Any] | None = None, preset: str = "defau
     """
     cls = get(name)
     if preset not in PRESETS:
-        raise LimbeckError(f"unknown preset '{preset}'{closest(preset, PRESETS)}", expected=", ".join(PRESETS))
+        raise LimbeckError(f"unknown preset '{preset}'{suggest_closest(preset, PRESETS)}", expected=", ".join(PRESETS))
     chosen = {"default": {}, "published": cls.published, "controlled": cls.controlled}[preset]
     return cls.options_class.parse({**cls.defaults, **chosen, **(given or {})}, cls.name)
 
 
 def build(name: str, shape: HeadShape, given: dict[str, Any] | None = None, preset: str = "default") -> Mixer:
     """A mixer of that name for an attention of that shape; options as plain values."""
-    return get(name)(shape, options(name, given, preset))
+    return get(name)(shape, resolve_options(name, given, preset))
 
 
 # ---------------------------------------------------------------------- mixers of others
@@ -143,10 +152,11 @@ def load_file(name: str | Path) -> type[Mixer]:
     path = Path(head).expanduser().resolve()
     if not path.is_file():
         raise LimbeckError(f"there is no file {head}", expected="a Python file that registers a mixer")
-    found = {cls.__name__: cls for cls in run_file(path)}
+    found = {cls.__name__: cls for cls in execute_file(path)}
     if wanted and wanted not in found:
         raise LimbeckError(
-            f"{head} registers no class '{wanted}'{closest(wanted, found)}", expected=", ".join(found) or "@register"
+            f"{head} registers no class '{wanted}'{suggest_closest(wanted, found)}",
+            expected=", ".join(found) or "@register",
         )
     if len(found) != 1 and not wanted:
         raise LimbeckError(
@@ -157,22 +167,22 @@ def load_file(name: str | Path) -> type[Mixer]:
     return found[wanted or next(iter(found))]
 
 
-def files() -> list[Path]:
+def list_loaded_files() -> list[Path]:
     """The files whose mixers are loaded, for processes that shall have the same."""
     return [source.path for source in _FILES.values()]
 
 
-def origin(name: str) -> Origin | None:
+def get_origin(name: str) -> MixerOrigin | None:
     """Where the mixer of that name comes from; None for Limbeck's own."""
     module = get(name).__module__
     if module.startswith("limbeck."):
         return None
     if module in _FILES:
-        return Origin(module, file=_FILES[module].path.name)
-    return Origin(module, package=_package(module))
+        return MixerOrigin(module, file=_FILES[module].path.name)
+    return MixerOrigin(module, package=_package(module))
 
 
-def source(name: str) -> str | None:
+def get_source_code(name: str) -> str | None:
     """The text of the file that registered the mixer; None where it came from a module."""
     file = _FILES.get(get(name).__module__)
     return file.text if file else None
@@ -184,7 +194,7 @@ def _discover() -> None:
     if _discovered:
         return
     _discovered = True
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             loaded: Any = point.load()
             if inspect.isclass(loaded) and loaded not in _REGISTRY.values():
@@ -201,7 +211,7 @@ def _from(point: EntryPoint) -> str:
 def _package(module: str) -> str | None:
     """The installed distribution that announced this module; None for one that was simply imported."""
     top = module.split(".")[0]
-    points = (p for p in entry_points(group=GROUP) if re.split(r"[.:\s]", p.value)[0] == top)
+    points = (p for p in entry_points(group=ENTRY_POINT_GROUP) if re.split(r"[.:\s]", p.value)[0] == top)
     return next((p.dist.name for p in points if p.dist), None)
 
 
@@ -216,7 +226,7 @@ def _split(name: str) -> tuple[str, str | None]:
     return (head, tail) if colon and head.endswith(".py") and tail.isidentifier() else (name, None)
 
 
-def run_file(path: Path) -> list[type[Mixer]]:
+def execute_file(path: Path) -> list[type[Mixer]]:
     """Execute a file as a module of its own, unless the same text was before; the classes that it registers."""
     text = path.read_text(encoding="utf-8")
     name = f"limbeck_mixer_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -224,7 +234,7 @@ def run_file(path: Path) -> list[type[Mixer]]:
         return [register(cls) for cls in _FILES[name].classes]
     module, before = ModuleType(name), dict(_REGISTRY)
     module.__file__ = str(path)
-    sys.modules[name], _FILES[name] = module, Source(path, text)  # dataclasses look their module up
+    sys.modules[name], _FILES[name] = module, MixerFile(path, text)  # dataclasses look their module up
     try:
         exec(compile(text, path, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
@@ -235,3 +245,25 @@ def run_file(path: Path) -> list[type[Mixer]]:
             raise
         raise LimbeckError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
     return _FILES[name].classes
+
+
+PAPER_V2 = ("linear_attention", "rebased", "hedgehog", "retnet", "gla", "metala", "deltanet", "mlstm")
+PAPER_V3 = ("linear_attention", "retnet", "gla", "mlstm", "deltanet", "gated_deltanet", "kda")
+
+
+def list_mixer_sets() -> dict[str, list[str]]:
+    """The named sets: paper-v2 and paper-v3 (arXiv 2504.14366), and all that are registered."""
+    return {"paper-v2": list(PAPER_V2), "paper-v3": list(PAPER_V3), "all": list_mixers()}
+
+
+def select_mixers(text: str) -> list[str]:
+    """Mixers named one by one ("gla,kda") or by a set; LimbeckError where there is no such set or mixer."""
+    known = list_mixer_sets()
+    if text in known:
+        return known[text]
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    if not chosen:
+        raise LimbeckError("no students named", expected=f"names as a,b,c, or a set: {', '.join(known)}")
+    for name in chosen:
+        get(name)
+    return list(dict.fromkeys(chosen))

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, log_decays_from_half_lives
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import spread_half_lives
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import vector_decay
-from limbeck.ops.common import full_precision, same_document, starts, widen
+from limbeck.ops.common import build_document_mask, disable_autocast, find_document_starts, repeat_kv
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,26 @@ class RWKV6(Mixer):
         nn.init.normal_(self.decay_down.weight, std=self.shape.hidden**-0.5)
         nn.init.zeros_(self.decay_up.weight)
         nn.init.ones_(self.bonus)
-        rate = -spread_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
+        rate = -log_decays_from_half_lives(self.shape.heads, self.options.shortest, self.options.longest)
         with torch.no_grad():
             self.decay_up.bias.copy_(torch.log(rate).repeat_interleave(self.shape.key_width))
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         raw = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
         # exp(6) is a reset already; more would overflow
         log_decay = -torch.exp(raw.to(torch.promote_types(raw.dtype, torch.float32)).clamp(max=6.0))
-        k = widen(k, self.shape.heads)
+        k = repeat_kv(k, self.shape.heads)
         if self.options.complement:
             k = k * -torch.expm1(log_decay)
         q = q * self.shape.scale
-        return Inputs(q, k, v, log_decay, diagonal=(q * k * self.bonus).sum(-1))
+        return OperatorInputs(q, k, v, log_decay, diagonal=(q * k * self.bonus).sum(-1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
-        arguments = self.operands(q, k, v, x, tokens, state)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> tuple[Tensor, State]:
+        arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
         run = vector_decay.recurrent if q.shape[1] == 1 else vector_decay.chunked
         memory, segments = state.get("memory"), tokens.segments
         later, last = run(
@@ -84,21 +87,21 @@ class RWKV6(Mixer):
         if memory is None:
             first = torch.zeros_like(later[:, :1])
         else:
-            with full_precision(q):
+            with disable_autocast(q):
                 first = torch.einsum("bhk,bhkv->bhv", arguments.q[:, 0].to(memory.dtype), memory)
             first = first[:, None].to(later.dtype)
         o = torch.cat([first, later[:, :-1]], 1)
         if segments is not None:  # a document's first token has nothing before it
-            o = o.masked_fill(starts(segments)[..., None, None], 0)
-        return arguments.add_own(o), {"memory": last}
+            o = o.masked_fill(find_document_starts(segments)[..., None, None], 0)
+        return arguments.add_diagonal_to_output(o), {"memory": last}
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
-        arguments = self.operands(q, k, v, x, tokens, {})
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+        arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
         later = vector_decay.matrix(_next(arguments.q), arguments.k, arguments.log_decay, segments=tokens.segments)
         m = F.pad(later[:, :, :-1], (0, 0, 1, 0))
         if tokens.segments is not None:
-            m = m * same_document(tokens.segments)
-        return arguments.add_diagonal(m)
+            m = m * build_document_mask(tokens.segments)
+        return arguments.add_diagonal_to_matrix(m)
 
 
 def _next(q: Tensor) -> Tensor:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import Inputs, State, Tokens
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
 from limbeck.mixers.registry import register
-from limbeck.mixers.start import logit, spread_half_lives
-from limbeck.ops import diagonal_plus_rank_one
-from limbeck.ops.common import widen
+from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.ops import dplr
+from limbeck.ops.common import repeat_kv
 
 FASTEST = math.exp(-0.5)  # the largest decay rate per token
 
@@ -44,7 +43,7 @@ class RWKV7(Mixer):
     name = "rwkv7"
     summary = "generalised delta rule: decay, erasure and write each per key channel (Peng 2025)"
     source = "arXiv 2503.14456, eq. 5 to 17"
-    operator = diagonal_plus_rank_one
+    operator = dplr
     options_class = RWKV7Options
     options: RWKV7Options
     published = {
@@ -76,27 +75,29 @@ class RWKV7(Mixer):
         nn.init.ones_(self.rate_share)
         nn.init.zeros_(self.bonus)
         nn.init.constant_(self.rate_up.bias, math.log(o.write / (1 - o.write)))
-        rate = -spread_half_lives(s.heads, o.shortest, o.longest)
+        rate = -log_decays_from_half_lives(s.heads, o.shortest, o.longest)
         with torch.no_grad():
             self.decay_up.bias.copy_(logit(rate / FASTEST).repeat_interleave(s.key_width))
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         decay = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
         log_decay = -FASTEST * torch.sigmoid(decay.to(torch.promote_types(decay.dtype, torch.float32)))
         k, rate = self._keys(k), self._rate(x)
         erased = F.normalize(k * self.erase_scale, dim=-1, eps=1e-6)
-        return Inputs(
+        return OperatorInputs(
             q * self.shape.scale, self._written(k, rate), v, log_decay, erase=(-erased, rate.to(erased.dtype) * erased)
         )
 
     def after_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         written = self._written(self._keys(k), self._rate(x))
         weight = (q * self.shape.scale * written * self.bonus).sum(-1, keepdim=True)
-        return o + (weight.to(v.dtype) * widen(v, o.shape[2])).to(o.dtype)
+        return o + (weight.to(v.dtype) * repeat_kv(v, o.shape[2])).to(o.dtype)
 
     def _keys(self, k: Tensor) -> Tensor:
         k = F.normalize(k, dim=-1, eps=1e-6) if self.options.unit_keys else k
-        return widen(k, self.shape.heads)
+        return repeat_kv(k, self.shape.heads)
 
     def _rate(self, x: Tensor) -> Tensor:
         raw = self.rate_up(self.rate_down(x)).unflatten(-1, (self.shape.heads, -1))

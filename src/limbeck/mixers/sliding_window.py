@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import State, Tokens
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
+from limbeck.mixers.types import State, TokenMask
 from limbeck.ops import sliding_window
 
 
@@ -42,14 +42,16 @@ class SlidingWindow(Mixer):
             numbers = s.heads * o.state * s.key_width * s.value_width
             self.window = max(round(numbers / (s.kv_heads * (s.key_width + s.value_width))) - o.sinks, 1)
 
-    def input_width(self, rows: int) -> int:
+    def qk_width(self, rows: int) -> int:
         return self._head_width("key")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> tuple[Tensor, State]:
         segments, valid = tokens.segments, tokens.valid
         return sliding_window.chunked(q, k, v, **self._settings(), state=state or None, segments=segments, valid=valid)
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
         return sliding_window.matrix(q, k, **self._settings(), segments=tokens.segments, valid=tokens.valid)
 
     def memory_numel(self) -> int:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.inputs import State, Tokens
 from limbeck.mixers.registry import register
-from limbeck.ops.common import widen
+from limbeck.mixers.types import State, TokenMask
+from limbeck.ops.common import repeat_kv
 
 
 @register
@@ -23,10 +23,12 @@ class Softmax(Mixer):
     name = "softmax"
     source = "arXiv 1706.03762, eq. 1"
     summary = "softmax attention, the control arm: must come out as the teacher, its cache grows"
-    grows = True
+    has_growing_state = True
     controlled = {}  # a head norm would make it another model than the teacher
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> tuple[Tensor, State]:
         length = q.shape[1]
         new = {"k": k, "v": v, "valid": _valid(tokens, k), "segments": _segments(tokens, k)}
         if "k" in state:
@@ -34,9 +36,9 @@ class Softmax(Mixer):
             old = {**state, "segments": state["segments"] - state["segments"][:, -1:]}
             new = {name: torch.cat([old[name], tensor], 1) for name, tensor in new.items()}
         weights = self._weights(q, new["k"], new["valid"], new["segments"], length)
-        return torch.einsum("bhij,bjhv->bihv", weights, widen(new["v"], self.shape.heads)).to(v.dtype), new
+        return torch.einsum("bhij,bjhv->bihv", weights, repeat_kv(new["v"], self.shape.heads)).to(v.dtype), new
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
         return self._weights(q, k, _valid(tokens, k), _segments(tokens, k), q.shape[1])
 
     def memory_numel(self) -> int:
@@ -46,7 +48,7 @@ class Softmax(Mixer):
     def _weights(self, q: Tensor, k: Tensor, valid: Tensor, segments: Tensor, length: int) -> Tensor:
         """[B, H, T, keys] for the last `length` of the keys' tokens as queries."""
         total = k.shape[1]
-        logits = torch.einsum("bihk,bjhk->bhij", q * self.shape.scale, widen(k, self.shape.heads))
+        logits = torch.einsum("bihk,bjhk->bhij", q * self.shape.scale, repeat_kv(k, self.shape.heads))
         causal = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
         same = segments[:, -length:, None] == segments[:, None, :]
         allowed = (causal & same & valid[:, None, :])[:, None]
@@ -54,9 +56,9 @@ class Softmax(Mixer):
         return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1) * allowed
 
 
-def _valid(tokens: Tokens, k: Tensor) -> Tensor:
+def _valid(tokens: TokenMask, k: Tensor) -> Tensor:
     return torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if tokens.valid is None else tokens.valid
 
 
-def _segments(tokens: Tokens, k: Tensor) -> Tensor:
+def _segments(tokens: TokenMask, k: Tensor) -> Tensor:
     return torch.zeros(k.shape[:2], dtype=torch.long, device=k.device) if tokens.segments is None else tokens.segments

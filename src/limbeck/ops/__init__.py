@@ -1,7 +1,7 @@
 """The linear-time recurrences, each in three forms that agree: `recurrent`, `chunked` and `matrix`.
 
 What stands here is in torch and runs everywhere; on CUDA the first two and the convolution go to a kernel where one
-takes the call (`limbeck.kernels`).
+takes the call (`limbeck.ops.fla`).
 
     from limbeck.ops import delta_rule
     o, state = delta_rule.chunked(q, k, v, beta, log_decay)
@@ -10,10 +10,10 @@ Shapes: B batch, T time, H heads, G groups of keys or values, K key width, V val
 """
 
 from limbeck.ops import (
-    convolution,
     delta_rule,
-    diagonal_plus_rank_one,
+    dplr,
     scalar_decay,
+    short_conv,
     sliding_window,
     slot_attention,
     value_decay,
@@ -21,10 +21,10 @@ from limbeck.ops import (
 )
 
 __all__ = [
-    "convolution",
     "delta_rule",
-    "diagonal_plus_rank_one",
+    "dplr",
     "scalar_decay",
+    "short_conv",
     "sliding_window",
     "slot_attention",
     "value_decay",

@@ -9,7 +9,7 @@ with Q̂ = q·exp(g), K̃ = k·exp(g_C − g), D = exp(g_C) for g the cumulative
 decayed QKᵀ (the chunkwise form of GLA, arXiv 2312.06635, and of Mamba-2, arXiv 2405.21060).
 
     x = to_chunks(q, chunk=64)          # [B, T, H, K] -> [N, B, H, C, K]
-    o, state = across_chunks(reads, writes, v, pairs, decay, state)
+    o, state = scan_chunks(reads, writes, v, pairs, decay, state)
 """
 
 import contextlib
@@ -22,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.errors import LimbeckError
+from limbeck.core.errors import LimbeckError
 
 
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+def disable_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """A context in which autocast does not touch the operator; costs nothing where autocast is off."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def work_dtype(*tensors: Tensor | None) -> torch.dtype:
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
@@ -50,18 +50,18 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor | None = None, *, segments: Ten
         raise LimbeckError(f"segments has shape {list(segments.shape)}", expected=f"[B, T] = {list(q.shape[:2])}")
 
 
-def check_chunk(chunk: int) -> None:
+def check_chunk_size(chunk: int) -> None:
     """Raises a LimbeckError unless `chunk` is a power of two: blocks are halved down to single tokens."""
     if chunk < 1 or chunk & (chunk - 1):
         raise LimbeckError(f"chunk is {chunk}", expected="a power of two", hint="chunk=64")
 
 
-def widen(x: Tensor, heads: int, dim: int = 2) -> Tensor:
+def repeat_kv(x: Tensor, heads: int, dim: int = 2) -> Tensor:
     """Grouped heads repeated to `heads`: head h of the result is head h // (heads/groups) of `x`."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim=dim)
 
 
-def per_token(log_decay: Tensor, q: Tensor, *, vector: bool, dtype: torch.dtype) -> Tensor:
+def expand_log_decay(log_decay: Tensor, q: Tensor, *, vector: bool, dtype: torch.dtype) -> Tensor:
     """Log decays as [B, T, H, 1] or [B, T, H, K] in the working precision; a [H] is spread over the tokens."""
     want = q.shape if vector else q.shape[:3]
     if not vector and log_decay.dim() == 1 and log_decay.shape[0] == q.shape[2]:
@@ -71,13 +71,13 @@ def per_token(log_decay: Tensor, q: Tensor, *, vector: bool, dtype: torch.dtype)
     return log_decay.to(dtype) if vector else log_decay.to(dtype).unsqueeze(-1)
 
 
-def is_mild(log_decay: Tensor) -> bool:
+def has_bounded_decay(log_decay: Tensor) -> bool:
     """Does no chunk of log decays [..., C, D] forget more than exp(−40)? Then it needs no halving: exp(±20) about its
     middle is far from fp32's limits. Never under torch.compile, which cannot branch on values."""
     return not torch.compiler.is_compiling() and bool(log_decay.detach().abs().sum(-2).max() <= 40.0)
 
 
-def start_state(state: Tensor | None, q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def prepare_initial_state(state: Tensor | None, q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The incoming state [B, H, K, V] in the working precision, zeros where there is none."""
     shape = (q.shape[0], q.shape[2], q.shape[3], width)
     if state is None:
@@ -87,10 +87,10 @@ def start_state(state: Tensor | None, q: Tensor, width: int, dtype: torch.dtype)
     return state.to(dtype)
 
 
-def fit_chunk(chunk: int | None, length: int) -> int:
+def resolve_chunk_size(chunk: int | None, length: int) -> int:
     """The chunk to use: not longer than the sequence, rounded up to a power of two; None stands for 64."""
     chunk = 64 if chunk is None else chunk
-    check_chunk(chunk)
+    check_chunk_size(chunk)
     return min(chunk, 1 << (length - 1).bit_length())
 
 
@@ -108,40 +108,40 @@ def from_chunks(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return x.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].to(dtype)
 
 
-def starts(segments: Tensor) -> Tensor:
+def find_document_starts(segments: Tensor) -> Tensor:
     """Where a document begins: [B, T] bool. The incoming state is document 0."""
     return segments != F.pad(segments[:, :-1], (1, 0))
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentMasks:
     """Masks that keep documents apart; shapes broadcast over heads and widths.
 
-    same: [N,B,1,C,C] the two tokens are of one document; reads: [N,B,1,C,1] the token belongs to the document of the
-    incoming state; writes: [N,B,1,C,1] to that of the outgoing one; keeps: [N,B,1,1,1] both states are of one document.
+    within_document: [N,B,1,C,C] the two tokens are of one document; reads_state: [N,B,1,C,1] the token belongs to the document of the
+    incoming state; writes_state: [N,B,1,C,1] to that of the outgoing one; carries_state: [N,B,1,1,1] both states are of one document.
     """
 
-    same: Tensor
-    reads: Tensor
-    writes: Tensor
-    keeps: Tensor
+    within_document: Tensor
+    reads_state: Tensor
+    writes_state: Tensor
+    carries_state: Tensor
 
     @classmethod
-    def of(cls, segments: Tensor, chunk: int) -> "Documents":
+    def from_segments(cls, segments: Tensor, chunk: int) -> "DocumentMasks":
         rest = -segments.shape[1] % chunk
         padded = torch.cat([segments, segments[:, -1:].expand(-1, rest)], 1) if rest else segments
         number = padded.unflatten(1, (-1, chunk)).transpose(0, 1).unsqueeze(2)  # [N, B, 1, C]
         last = number[..., -1:]
         before = torch.cat([torch.zeros_like(last[:1]), last[:-1]])
         return cls(
-            same=number.unsqueeze(-1) == number.unsqueeze(-2),
-            reads=(number == before).unsqueeze(-1),
-            writes=(number == last).unsqueeze(-1),
-            keeps=(last == before).unsqueeze(-1),
+            within_document=number.unsqueeze(-1) == number.unsqueeze(-2),
+            reads_state=(number == before).unsqueeze(-1),
+            writes_state=(number == last).unsqueeze(-1),
+            carries_state=(last == before).unsqueeze(-1),
         )
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
+def add_matmul_(out: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
     """out += sign · a b, in place and in one pass; leading dimensions agree, `out` is contiguous."""
     size = -1 if out.dim() == 3 else out.shape[:-2].numel()
     flat = (x.reshape(size, *x.shape[-2:]) for x in (a, b))
@@ -149,7 +149,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
     return out
 
 
-def fade(state: Tensor, decay: Tensor | None, n: int, *, into: Tensor) -> None:
+def apply_decay(state: Tensor, decay: Tensor | None, n: int, *, into: Tensor) -> None:
     """Writes the state as chunk n's decay leaves it."""
     if decay is None:
         into.copy_(state)
@@ -157,7 +157,7 @@ def fade(state: Tensor, decay: Tensor | None, n: int, *, into: Tensor) -> None:
         torch.mul(state, decay[n], out=into)
 
 
-def decay_gradient(states: Tensor, dstates: Tensor, decay: Tensor | None) -> Tensor | None:
+def compute_decay_grad(states: Tensor, dstates: Tensor, decay: Tensor | None) -> Tensor | None:
     """Gradient of D from the states before and the gradients after each chunk."""
     if decay is None:
         return None
@@ -165,7 +165,7 @@ def decay_gradient(states: Tensor, dstates: Tensor, decay: Tensor | None) -> Ten
     return per_channel.sum(-2, keepdim=True) if decay.shape[-2] == 1 else per_channel
 
 
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+def strict_once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an operator that is differentiated once: a second time is an error.
 
     torch's `once_differentiable` hangs that error on what leads nowhere, so `torch.autograd.grad` with given inputs
@@ -208,29 +208,29 @@ class _AcrossChunks(torch.autograd.Function):
         states = state.new_empty(reads.shape[0] + 1, *state.shape)
         states[0] = state
         for n in range(reads.shape[0]):
-            fade(states[n], decay, n, into=states[n + 1])
-            add_product(states[n + 1], writes[n].mT, v[n])
-        o = add_product(pairs @ v, reads, states[:-1])
+            apply_decay(states[n], decay, n, into=states[n + 1])
+            add_matmul_(states[n + 1], writes[n].mT, v[n])
+        o = add_matmul_(pairs @ v, reads, states[:-1])
         ctx.save_for_backward(reads, writes, v, pairs, decay, states)
         return o, states[-1].clone()
 
     @staticmethod
-    @once
+    @strict_once_differentiable
     def backward(ctx, do, dlast):
         reads, writes, v, pairs, decay, states = ctx.saved_tensors
-        with full_precision(do):
+        with disable_autocast(do):
             do = do.contiguous()
             dstates = torch.empty_like(states)
             dstates[-1] = dlast
             for n in reversed(range(reads.shape[0])):
-                fade(dstates[n + 1], decay, n, into=dstates[n])
-                add_product(dstates[n], reads[n].mT, do[n])
-            dv = add_product(pairs.mT @ do, writes, dstates[1:])
-            ddecay = decay_gradient(states, dstates, decay)
+                apply_decay(dstates[n + 1], decay, n, into=dstates[n])
+                add_matmul_(dstates[n], reads[n].mT, do[n])
+            dv = add_matmul_(pairs.mT @ do, writes, dstates[1:])
+            ddecay = compute_decay_grad(states, dstates, decay)
             return do @ states[:-1].mT, v @ dstates[1:].mT, dv, do @ v.mT, ddecay, dstates[0]
 
 
-def across_chunks(
+def scan_chunks(
     reads: Tensor, writes: Tensor, v: Tensor, pairs: Tensor, decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Outputs [N,B,H,C,V] and final state [B,H,K,V] of an additive recurrence.
@@ -242,21 +242,26 @@ def across_chunks(
     return _AcrossChunks.apply(reads, writes, v, pairs, decay, state)
 
 
-def apart(
+def mask_documents(
     segments: Tensor, chunk: int, reads: Tensor, writes: Tensor, pairs: Tensor, decay: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The arguments of `across_chunks` with documents kept apart."""
-    docs = Documents.of(segments, chunk)
-    kept = docs.keeps.to(reads.dtype)
-    return reads * docs.reads, writes * docs.writes, pairs * docs.same, kept if decay is None else decay * kept
+    """The arguments of `scan_chunks` with documents kept apart."""
+    docs = DocumentMasks.from_segments(segments, chunk)
+    kept = docs.carries_state.to(reads.dtype)
+    return (
+        reads * docs.reads_state,
+        writes * docs.writes_state,
+        pairs * docs.within_document,
+        kept if decay is None else decay * kept,
+    )
 
 
-def same_document(segments: Tensor) -> Tensor:
+def build_document_mask(segments: Tensor) -> Tensor:
     """[B, 1, T, T] bool: the two tokens are of one document."""
     return (segments.unsqueeze(-1) == segments.unsqueeze(-2)).unsqueeze(1)
 
 
-def step_by_step(
+def scan_tokens(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -269,19 +274,19 @@ def step_by_step(
 ) -> tuple[Tensor, Tensor]:
     """The recurrences as they are defined; with `beta` the delta rule, without it the additive one."""
     check_shapes(q, k, v, segments=segments)
-    heads, dtype = q.shape[2], work_dtype(q, k, v, beta, log_decay, state)
-    with full_precision(q):
-        current = start_state(state, q, v.shape[-1], dtype)
+    heads, dtype = q.shape[2], compute_dtype(q, k, v, beta, log_decay, state)
+    with disable_autocast(q):
+        current = prepare_initial_state(state, q, v.shape[-1], dtype)
         if q.shape[1] == 1:
             return _one_step(q, k, v, log_decay, current, segments, vector=vector, beta=beta)
         queries = q.to(dtype).unsqueeze(-2)  # [B, T, H, 1, K]
-        keys = widen(k.to(dtype), heads).unsqueeze(-1)  # [B, T, H, K, 1]
-        values = widen(v.to(dtype), heads).unsqueeze(-2)  # [B, T, H, 1, V]
+        keys = repeat_kv(k.to(dtype), heads).unsqueeze(-1)  # [B, T, H, K, 1]
+        values = repeat_kv(v.to(dtype), heads).unsqueeze(-2)  # [B, T, H, 1, V]
         decay = None
         if log_decay is not None:
-            decay = per_token(log_decay, q, vector=vector, dtype=dtype).exp().unsqueeze(-1)
+            decay = expand_log_decay(log_decay, q, vector=vector, dtype=dtype).exp().unsqueeze(-1)
         if segments is not None:
-            kept = (~starts(segments)).to(dtype)[:, :, None, None, None]
+            kept = (~find_document_starts(segments)).to(dtype)[:, :, None, None, None]
             decay = kept if decay is None else decay * kept
         rate = None if beta is None else beta.to(dtype)[..., None, None]
         outputs = []
@@ -293,10 +298,10 @@ def step_by_step(
                 write = rate[:, t] * (write - keys[:, t].mT @ current)
             current = current + keys[:, t] * write
             outputs.append(queries[:, t] @ current)
-        return joined(outputs, q, v), current
+        return stack_outputs(outputs, q, v), current
 
 
-def joined(outputs: list[Tensor], q: Tensor, v: Tensor) -> Tensor:
+def stack_outputs(outputs: list[Tensor], q: Tensor, v: Tensor) -> Tensor:
     """Outputs [B, H, 1, V] of each token as [B, T, H, V] in v's dtype; there may be none."""
     if not outputs:
         return v.new_zeros(*q.shape[:3], v.shape[-1])
@@ -317,9 +322,9 @@ def _one_step(
     """One token, in as few passes over the state as there are: that is all a step of decoding costs."""
     heads, dtype, own = q.shape[2], state.dtype, False
     query = q.to(dtype).transpose(1, 2)  # [B, H, 1, K]
-    key, write = (widen(x.to(dtype), heads).transpose(1, 2) for x in (k, v))
+    key, write = (repeat_kv(x.to(dtype), heads).transpose(1, 2) for x in (k, v))
     if log_decay is not None:
-        decay = per_token(log_decay, q, vector=vector, dtype=dtype).exp().view(*key.shape[:2], -1, 1)
+        decay = expand_log_decay(log_decay, q, vector=vector, dtype=dtype).exp().view(*key.shape[:2], -1, 1)
         state, own = state * decay, True
     if segments is not None:
         state, own = state * (segments == 0).to(dtype)[..., None, None], True

@@ -18,11 +18,11 @@ LimbeckError.
 import torch
 from torch import Tensor
 
-from limbeck.errors import LimbeckError
-from limbeck.kernels import accelerated
+from limbeck.core.errors import LimbeckError
 from limbeck.ops import common, cpu
-from limbeck.ops.pairs import decayed, gamma
-from limbeck.ops.rows import rows_across_chunks
+from limbeck.ops.fla import accelerated
+from limbeck.ops.intra_chunk import build_decay_matrix, compute_decayed_terms
+from limbeck.ops.matrix_rows import scan_chunk_rows
 
 
 @accelerated("delta_rule")
@@ -42,7 +42,7 @@ def recurrent(
     """
     _check_beta(beta, q)
     vector = log_decay is not None and log_decay.dim() == 4
-    return common.step_by_step(q, k, v, log_decay, state, segments, vector=vector, beta=beta)
+    return common.scan_tokens(q, k, v, log_decay, state, segments, vector=vector, beta=beta)
 
 
 @accelerated("delta_rule")
@@ -79,17 +79,17 @@ def _chunked(
     """`triangular`: v is lower triangular and takes no gradient, which may be made use of."""
     _check_beta(beta, q)
     common.check_shapes(q, k, v, segments=segments)
-    length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k, v, beta, log_decay, state)
+    length, heads, dtype = q.shape[1], q.shape[2], common.compute_dtype(q, k, v, beta, log_decay, state)
     vector, log = log_decay is not None and log_decay.dim() == 4, None
-    with common.full_precision(q):
-        first = common.start_state(state, q, v.shape[-1], dtype)
+    with common.disable_autocast(q):
+        first = common.prepare_initial_state(state, q, v.shape[-1], dtype)
         if log_decay is not None:
-            log = common.per_token(log_decay, q, vector=vector, dtype=dtype)
-        route = cpu.plan(q, log, chunk)
+            log = common.expand_log_decay(log_decay, q, vector=vector, dtype=dtype)
+        route = cpu.plan_chunks(q, log, chunk)
         if route:
-            return cpu.run(q, k, v, beta, log, first, segments, route._replace(triangular=triangular))
-        chunk = common.fit_chunk(chunk, length)
-        values = common.widen(common.to_chunks(v, chunk, dtype), heads)
+            return cpu.run_chunks(q, k, v, beta, log, first, segments, route._replace(triangular=triangular))
+        chunk = common.resolve_chunk_size(chunk, length)
+        values = common.repeat_kv(common.to_chunks(v, chunk, dtype), heads)
         reads, erases, writes, mixing, overlap, rate, decay = _terms(q, k, beta, log, segments, chunk, dtype)
         o, last = _Correct.apply(reads, rate * erases, writes, rate * values, mixing, rate * overlap, decay, first)
         return common.from_chunks(o, length, v.dtype), last
@@ -103,28 +103,30 @@ def _terms(
     heads = q.shape[2]
     reads = common.to_chunks(q, chunk, dtype)
     keys = common.to_chunks(k, chunk, dtype)
-    writes = common.widen(keys, heads)
+    writes = common.repeat_kv(keys, heads)
     rate = common.to_chunks(beta.unsqueeze(-1), chunk, dtype)
     decay, erases = None, writes
     if log is not None and log.shape[-1] > 1:
-        mixing, overlap, since, until = decayed(reads, writes, common.to_chunks(log, chunk, dtype), overlap=True)
+        mixing, overlap, since, until = compute_decayed_terms(
+            reads, writes, common.to_chunks(log, chunk, dtype), overlap=True
+        )
     else:
-        mixing, overlap = reads @ writes.mT, common.widen(keys @ keys.mT, heads)
+        mixing, overlap = reads @ writes.mT, common.repeat_kv(keys @ keys.mT, heads)
         if log is None:
             mixing = mixing.tril()
         else:
-            within, since, until = gamma(common.to_chunks(log, chunk, dtype))
+            within, since, until = build_decay_matrix(common.to_chunks(log, chunk, dtype))
             mixing, overlap = mixing * within, overlap * within
     if log is not None:
         reads, erases, writes, decay = reads * since, writes * since, writes * until, since[..., -1:, :].mT
     if segments is not None:
-        docs = common.Documents.of(segments, chunk)
-        overlap, erases = overlap * docs.same, erases * docs.reads
-        reads, writes, mixing, decay = common.apart(segments, chunk, reads, writes, mixing, decay)
+        docs = common.DocumentMasks.from_segments(segments, chunk)
+        overlap, erases = overlap * docs.within_document, erases * docs.reads_state
+        reads, writes, mixing, decay = common.mask_documents(segments, chunk, reads, writes, mixing, decay)
     return reads, erases, writes, mixing, overlap, rate, decay
 
 
-def rows(
+def compute_rows(
     q: Tensor,
     k: Tensor,
     beta: Tensor,
@@ -136,13 +138,13 @@ def rows(
     """Rows [B, R] of the mixing matrix: [B,H,R,T]."""
     _check_beta(beta, q)
     common.check_shapes(q, k, segments=segments)
-    dtype, chunk, log = common.work_dtype(q, k, beta, log_decay), common.fit_chunk(None, q.shape[1]), None
-    with common.full_precision(q):
+    dtype, chunk, log = common.compute_dtype(q, k, beta, log_decay), common.resolve_chunk_size(None, q.shape[1]), None
+    with common.disable_autocast(q):
         if log_decay is not None:
-            log = common.per_token(log_decay, q, vector=log_decay.dim() == 4, dtype=dtype)
+            log = common.expand_log_decay(log_decay, q, vector=log_decay.dim() == 4, dtype=dtype)
         reads, erases, writes, mixing, overlap, rate, decay = _terms(q, k, beta, log, segments, chunk, dtype)
         corrections = rate, rate * erases, rate * overlap
-        return rows_across_chunks(reads, writes, mixing, decay, rows, q.shape[1], corrections)
+        return scan_chunk_rows(reads, writes, mixing, decay, rows, q.shape[1], corrections)
 
 
 def matrix(
@@ -150,7 +152,7 @@ def matrix(
 ) -> Tensor:
     """The mixing matrix M [B,H,T,T], lower triangular: with a zero initial state o = M v, head by head."""
     # In chunks with v = I: the closed form has T×T factors, and with its gradient took 1.7 times as long.
-    dtype, length = common.work_dtype(q, k, beta, log_decay), q.shape[1]
+    dtype, length = common.compute_dtype(q, k, beta, log_decay), q.shape[1]
     identity = torch.eye(length, dtype=dtype, device=q.device)[None, :, None].expand(q.shape[0], -1, 1, -1)
     m, _ = _chunked(q, k, identity, beta, log_decay, None, segments, None, triangular=True)
     return m.transpose(1, 2)
@@ -177,27 +179,27 @@ class _Correct(torch.autograd.Function):
         states = state.new_empty(reads.shape[0] + 1, *state.shape)
         states[0] = state
         for n in range(reads.shape[0]):
-            common.add_product(updates[n], erased[n], states[n], sign=-1)
-            common.fade(states[n], decay, n, into=states[n + 1])
-            common.add_product(states[n + 1], writes[n].mT, updates[n])
-        o = common.add_product(mixing @ updates, reads, states[:-1])
+            common.add_matmul_(updates[n], erased[n], states[n], sign=-1)
+            common.apply_decay(states[n], decay, n, into=states[n + 1])
+            common.add_matmul_(states[n + 1], writes[n].mT, updates[n])
+        o = common.add_matmul_(mixing @ updates, reads, states[:-1])
         ctx.save_for_backward(reads, writes, mixing, decay, inverse, erased, updates, states)
         return o, states[-1].clone()
 
     @staticmethod
-    @common.once
+    @common.strict_once_differentiable
     def backward(ctx, do, dlast):
         reads, writes, mixing, decay, inverse, erased, updates, states = ctx.saved_tensors
-        with common.full_precision(do):
+        with common.disable_autocast(do):
             do = do.contiguous()
             dupdates = mixing.mT @ do
             dstates = torch.empty_like(states)
             dstates[-1] = dlast
             for n in reversed(range(reads.shape[0])):
-                common.add_product(dupdates[n], writes[n], dstates[n + 1])
-                common.fade(dstates[n + 1], decay, n, into=dstates[n])
-                common.add_product(dstates[n], reads[n].mT, do[n])
-                common.add_product(dstates[n], erased[n].mT, dupdates[n], sign=-1)
+                common.add_matmul_(dupdates[n], writes[n], dstates[n + 1])
+                common.apply_decay(dstates[n + 1], decay, n, into=dstates[n])
+                common.add_matmul_(dstates[n], reads[n].mT, do[n])
+                common.add_matmul_(dstates[n], erased[n].mT, dupdates[n], sign=-1)
             dv = inverse.mT @ dupdates
             return (
                 do @ states[:-1].mT,
@@ -206,6 +208,6 @@ class _Correct(torch.autograd.Function):
                 dv,
                 do @ updates.mT,
                 (dv @ updates.mT).tril_(-1).neg_(),
-                common.decay_gradient(states, dstates, decay),
+                common.compute_decay_grad(states, dstates, decay),
                 dstates[0],
             )

@@ -1,4 +1,12 @@
-"""Softmax attention over the last `window` tokens and the first few, the sinks: a cache that does not grow.
+"""What a sliding window keeps: the keys and values of sinks and last tokens, and where they stand among new ones.
+
+    keys, values, count = prepend_state(q, k, v, window, sinks, state)
+    packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
+    state = compute_final_state(keys, values, count, held, length, window, sinks, segments, valid)
+
+Shapes and the state's contents as in `sliding_window`; L tokens with the state's `held` ones ahead, S sinks.
+
+Softmax attention over the last `window` tokens and the first few, the sinks: a cache that does not grow.
 
 A query sees the token itself, the window − 1 before it and the first `sinks` of its document (StreamingLLM, arXiv
 2309.17453). Masked tokens take no place among either. Queries go in blocks, each against the blocks that its window
@@ -18,8 +26,111 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.errors import LimbeckError
-from limbeck.ops import common, window_state
+from limbeck.core.errors import LimbeckError
+from limbeck.ops import common
+
+
+def pack_valid_tokens(
+    q: Tensor, keys: Tensor, values: Tensor, held: int, segments: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, keys, values and document numbers with valid tokens first, so that their distances are what counts."""
+    if valid is None:
+        return q, keys, values, segments
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    behind = torch.cat([torch.arange(held, device=q.device).expand(len(q), -1), held + order], 1)
+    number = None if segments is None else segments.gather(1, order)
+    return gather_tokens(q, order), gather_tokens(keys, behind), gather_tokens(values, behind), number
+
+
+def unpack_valid_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows [B, T, ...] of packed tokens back in their places, those of masked tokens zero."""
+    if valid is None:
+        return x
+    return gather_tokens(x, (valid.cumsum(1) - 1).clamp(min=0)) * valid.view(*valid.shape, *[1] * (x.dim() - 2))
+
+
+def prepend_state(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, state: dict[str, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with the state's ahead of them, and the count of the incoming document."""
+    if state is None:
+        return k, v, torch.zeros(len(q), dtype=torch.long, device=q.device)
+    for name, x in (("k", k), ("v", v)):
+        shape = [len(q), sinks + window - 1, *x.shape[2:]]
+        if list(state[name].shape) != shape:
+            raise LimbeckError(
+                f"the state's {name} has shape {list(state[name].shape)}",
+                expected=f"{shape} with window={window} and sinks={sinks}",
+            )
+    keys, values = (torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
+    return keys, values, state["count"]
+
+
+def reset_new_documents(
+    keys: Tensor, values: Tensor, count: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same before a single token: a new document finds an empty state."""
+    if segments is None:
+        return keys, values, count
+    goes_on = segments == 0
+    kept = goes_on[..., None, None]
+    keys, values = (torch.cat([x[:, :-1] * kept, x[:, -1:]], 1) for x in (keys, values))
+    return keys, values, count * goes_on[:, 0]
+
+
+def shift_state(keys: Tensor, values: Tensor, count: Tensor, sinks: int) -> dict[str, Tensor]:
+    """The state after a single token, the last of the keys."""
+    state = {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
+    if sinks:
+        here = (count.unsqueeze(1) == torch.arange(sinks, device=count.device))[..., None, None]
+        for name, x in (("k", keys), ("v", values)):
+            state[name] = torch.cat([torch.where(here, x[:, -1:], x[:, :sinks]), x[:, sinks + 1 :]], 1)
+    return state
+
+
+def compute_final_state(
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    held: int,
+    length: int,
+    window: int,
+    sinks: int,
+    segments: Tensor | None,
+    valid: Tensor | None,
+) -> dict[str, Tensor]:
+    """The state after the last token: that of its document."""
+    total = torch.full_like(count, length) if valid is None else valid.sum(1)
+    if segments is None:
+        count = count + total
+    else:
+        last = segments == segments[:, -1:]
+        count = (last if valid is None else last & valid).sum(1) + count * (segments[:, -1] == 0)
+    token = (total - count).unsqueeze(1) + torch.arange(sinks, device=count.device)
+    where = locate_sinks(token, held, window - 1 if held else 0)
+    filled = torch.arange(sinks, device=count.device) < count.unsqueeze(1)
+    recent = torch.arange(1 - window, 0, device=count.device)  # before the next token
+    if segments is None and valid is None and keys.shape[1] - bool(held) * sinks >= window - 1:
+        after = slice(keys.shape[1] - window + 1, None)  # empty places stay empty
+    else:
+        after = slice(0, 0)
+        where = torch.cat([where, held + total.unsqueeze(1) + recent], 1)
+        filled = torch.cat([filled, -recent <= count.unsqueeze(1)], 1)
+    where = where.clamp(0, keys.shape[1] - 1)
+    kept = (torch.cat([gather_tokens(x, where) * filled[..., None, None], x[:, after]], 1) for x in (keys, values))
+    return {**dict(zip(("k", "v"), kept)), "count": count}
+
+
+def locate_sinks(token: Tensor, held: int, past: int) -> Tensor:
+    """Where sinks [..., S] stand among the keys: with the other tokens, or where the state keeps sinks."""
+    return torch.where(token >= -past, held + token, torch.arange(token.shape[-1], device=token.device))
+
+
+def gather_tokens(x: Tensor, at: Tensor) -> Tensor:
+    """x [B, L, ...] at positions [B, M] -> [B, M, ...]."""
+    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + at
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, at.shape)
+
 
 # Queries in a block: fewer are slow, more see more keys than they need. Wide windows take a quarter of their width.
 BLOCK = 64
@@ -48,20 +159,20 @@ def chunked(
     _check(q, k, v, window, sinks, segments, valid)
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
-    with common.full_precision(q):
-        keys, values, count = window_state.history(q, k, v, window, sinks, state)
+    with common.disable_autocast(q):
+        keys, values, count = prepend_state(q, k, v, window, sinks, state)
         if state is not None and q.shape[1] == 1 and valid is None:
-            keys, values, count = window_state.forget(keys, values, count, segments)
+            keys, values, count = reset_new_documents(keys, values, count, segments)
             o = _next(q, keys, values, count, window, sinks, scale, F.scaled_dot_product_attention).to(v.dtype)
-            return o, window_state.shifted(keys, values, count, sinks)
+            return o, shift_state(keys, values, count, sinks)
         held = keys.shape[1] - k.shape[1]  # S + window − 1, or none
-        packed, keys, values, number = window_state.pack(q, keys, values, held, segments, valid)
+        packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
         o = _attend(packed, keys, values, _first(number, count), held, window, sinks, scale).to(v.dtype)
-        new = window_state.outgoing(keys, values, count, held, q.shape[1], window, sinks, segments, valid)
-        return window_state.unpack(o, valid), new
+        new = compute_final_state(keys, values, count, held, q.shape[1], window, sinks, segments, valid)
+        return unpack_valid_tokens(o, valid), new
 
 
-def unnormalised(
+def unnormalized(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -85,17 +196,17 @@ def unnormalised(
     length = q.shape[1]
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
-    with common.full_precision(q):
-        keys, values, count = window_state.history(q, k, v, window + 1, sinks, state)
+    with common.disable_autocast(q):
+        keys, values, count = prepend_state(q, k, v, window + 1, sinks, state)
         if state is not None and length == 1 and valid is None:
-            keys, values, count = window_state.forget(keys, values, count, segments)
+            keys, values, count = reset_new_documents(keys, values, count, segments)
             oldest = slice(sinks, sinks + 1)
             near = [torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1) if sinks else x[:, 1:] for x in (keys, values)]
             o = _next(q, near[0], near[1], count, window, sinks, scale, _Exponentials.weigh)
             left = (count >= window + sinks).unsqueeze(1)
-            return o, (keys[:, oldest], values[:, oldest], left), window_state.shifted(keys, values, count, sinks)
+            return o, (keys[:, oldest], values[:, oldest], left), shift_state(keys, values, count, sinks)
         held = keys.shape[1] - length
-        packed, keys, values, number = window_state.pack(q, keys, values, held, segments, valid)
+        packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
         first = _first(number, count)
         o = _attend(packed, keys, values, first, held, window, sinks, scale, weigh=_Exponentials.weigh)
         behind = torch.arange(length, device=q.device) - window  # stands at [S + i] among the keys, or ahead of them
@@ -105,8 +216,8 @@ def unnormalised(
             x[:, sinks : sinks + length] if held else F.pad(x[:, : max(length - window, 0)], ahead)
             for x in (keys, values)
         ]
-        o, k, v, left = (window_state.unpack(x, valid) for x in (o, *gone, left))
-        new = window_state.outgoing(keys, values, count, held, length, window + 1, sinks, segments, valid)
+        o, k, v, left = (unpack_valid_tokens(x, valid) for x in (o, *gone, left))
+        new = compute_final_state(keys, values, count, held, length, window + 1, sinks, segments, valid)
         return o, (k, v, left), new
 
 
@@ -119,34 +230,34 @@ def matrix(
     scale: float = 1.0,
     segments: Tensor | None = None,
     valid: Tensor | None = None,
-    normalise: bool = True,
+    normalize: bool = True,
 ) -> Tensor:
     """The softmax weights [B,H,T,T]: without a state o = M v, head by head. Rows of masked tokens are zero.
 
-    Not normalised: exponentials relative to the largest of a row, as `unnormalised` has them.
+    Not normalised: exponentials relative to the largest of a row, as `unnormalized` has them.
     """
     _check(q, k, None, window, sinks, segments, valid)
-    length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k)
-    with common.full_precision(q):
+    length, heads, dtype = q.shape[1], q.shape[2], common.compute_dtype(q, k)
+    with common.disable_autocast(q):
         real = torch.ones(1, length, dtype=torch.bool, device=q.device) if valid is None else valid
-        look = seen(real, window=window, sinks=sinks, segments=segments)
-        scores = scale * (q.to(dtype).transpose(1, 2) @ common.widen(k.to(dtype).transpose(1, 2), heads, 1).mT)
+        look = build_window_mask(real, window=window, sinks=sinks, segments=segments)
+        scores = scale * (q.to(dtype).transpose(1, 2) @ common.repeat_kv(k.to(dtype).transpose(1, 2), heads, 1).mT)
         # A masked token would divide zero by zero: it looks at itself, and its row is cleared.
         itself = torch.eye(length, dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(~(look | itself).unsqueeze(1), -torch.inf)
-        weights = scores.softmax(-1) if normalise else (scores - scores.amax(-1, keepdim=True)).exp()
+        weights = scores.softmax(-1) if normalize else (scores - scores.amax(-1, keepdim=True)).exp()
         return weights if valid is None else weights * real[:, None, :, None]
 
 
-def seen(valid: Tensor, *, window: int, sinks: int, segments: Tensor | None = None) -> Tensor:
+def build_window_mask(valid: Tensor, *, window: int, sinks: int, segments: Tensor | None = None) -> Tensor:
     """Which tokens each one attends to, [B,T,T] bool, for valid [B,T]."""
     before = valid.cumsum(1) - valid.long()  # valid tokens ahead of each
     at = torch.arange(valid.shape[1], device=valid.device)
     look = (at[:, None] >= at) & valid[:, None]
     first = torch.zeros_like(before)
     if segments is not None:
-        first = torch.where(common.starts(segments), before, 0).cummax(1).values
-        look = look & common.same_document(segments).squeeze(1)
+        first = torch.where(common.find_document_starts(segments), before, 0).cummax(1).values
+        look = look & common.build_document_mask(segments).squeeze(1)
     near = before[:, :, None] - before[:, None] < window
     return look & (near | (before - first < sinks)[:, None]) & valid[:, :, None]
 
@@ -178,7 +289,11 @@ def _next(
     if sinks:
         needed = torch.cat([needed[:sinks].flip(0), needed[sinks:]])
     seen = (count.unsqueeze(1) >= needed)[:, None, None]
-    near = (keys, values) if keys.shape[2] == values.shape[2] else (common.widen(x, q.shape[2]) for x in (keys, values))
+    near = (
+        (keys, values)
+        if keys.shape[2] == values.shape[2]
+        else (common.repeat_kv(x, q.shape[2]) for x in (keys, values))
+    )
     dtype = _common_dtype(q, keys, values)
     k, v = (x.transpose(1, 2).to(dtype) for x in near)
     folded = q.squeeze(1).unflatten(1, (k.shape[1], -1)).to(dtype)  # the heads of a group as its queries
@@ -191,7 +306,7 @@ class _Exponentials(torch.autograd.Function):
 
     @staticmethod
     def weigh(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
-        dtype = common.work_dtype(q, k, v)
+        dtype = common.compute_dtype(q, k, v)
         v = F.pad(v.to(dtype), (0, 1), value=1.0)
         return _Exponentials.apply(scale * q.to(dtype), k.to(dtype), v, ~attn_mask)
 
@@ -204,10 +319,10 @@ class _Exponentials(torch.autograd.Function):
         return weights @ v
 
     @staticmethod
-    @common.once
+    @common.strict_once_differentiable
     def backward(ctx, do):
         q, k, v, weights, at = ctx.saved_tensors
-        with common.full_precision(do):
+        with common.disable_autocast(do):
             ds = (do @ v.mT).mul_(weights)
             ds.scatter_add_(-1, at, -ds.sum(-1, keepdim=True))  # c falls on the largest
             return ds @ k, ds.mT @ q, weights.mT @ do, None
@@ -226,7 +341,7 @@ def _first(number: Tensor | None, count: Tensor) -> Tensor:
     if number is None:
         return incoming
     at = torch.arange(number.shape[1], device=number.device)
-    return torch.where(number == 0, incoming, torch.where(common.starts(number), at, 0).cummax(1).values)
+    return torch.where(number == 0, incoming, torch.where(common.find_document_starts(number), at, 0).cummax(1).values)
 
 
 def _attend(
@@ -265,12 +380,12 @@ def _attend(
         sink = document + torch.arange(sinks, device=q.device)  # [B, N|1, 1, S]
         far = ((first == document) & (sink < j[..., :1].clamp(min=-past))).expand(-1, count, block, -1)
         seen = torch.cat([far, seen.expand(len(far), -1, -1, -1)], -1)
-        where = window_state.positions(sink.squeeze(2), held, past).clamp(max=keys.shape[1] - 1).expand(-1, count, -1)
+        where = locate_sinks(sink.squeeze(2), held, past).clamp(max=keys.shape[1] - 1).expand(-1, count, -1)
         for n, x in enumerate((keys, values)):
-            taken = window_state.take(x, where.flatten(1)).unflatten(1, (count, sinks))
+            taken = gather_tokens(x, where.flatten(1)).unflatten(1, (count, sinks))
             near[n] = torch.cat([taken, near[n]], 2)
     if keys.shape[2] != values.shape[2]:
-        near = [common.widen(x, heads, 3) for x in near]
+        near = [common.repeat_kv(x, heads, 3) for x in near]
     queries = F.pad(q, (0, 0, 0, 0, 0, end)) if end else q
     groups = near[0].shape[3]
     # The queries of a group stand below each other, so that keys need not be repeated.

@@ -15,8 +15,8 @@ numbers, the incoming states belonging to document 0. Shapes that do not fit rai
 
 from torch import Tensor
 
-from limbeck.kernels import accelerated
 from limbeck.ops import value_decay, vector_decay
+from limbeck.ops.fla import accelerated
 
 
 @accelerated("slot_attention")

@@ -16,9 +16,16 @@ belonging to document 0. Shapes that do not fit raise LimbeckError.
 import torch
 from torch import Tensor
 
-from limbeck.errors import LimbeckError
+from limbeck.core.errors import LimbeckError
 from limbeck.ops import common
-from limbeck.ops.pairs import _half, _halvings, _inner, _spread, _straddling, _to_log_decay
+from limbeck.ops.intra_chunk import (
+    compute_log_decay_grad,
+    iter_halvings,
+    matmul_nn,
+    matmul_nt,
+    select_half,
+    view_cross_half,
+)
 
 
 def recurrent(
@@ -36,19 +43,19 @@ def recurrent(
     """
     dtype = _check(q, k, v, log_decay, state, segments)
     heads = q.shape[2]
-    with common.full_precision(q):
-        current = common.start_state(state, q, v.shape[-1], dtype)
+    with common.disable_autocast(q):
+        current = common.prepare_initial_state(state, q, v.shape[-1], dtype)
         queries = q.to(dtype).unsqueeze(-2)  # [B, T, H, 1, K]
-        keys = common.widen(k.to(dtype), heads).unsqueeze(-1)  # [B, T, H, K, 1]
-        values = common.widen(v.to(dtype), heads).unsqueeze(-2)  # [B, T, H, 1, V]
+        keys = common.repeat_kv(k.to(dtype), heads).unsqueeze(-1)  # [B, T, H, K, 1]
+        values = common.repeat_kv(v.to(dtype), heads).unsqueeze(-2)  # [B, T, H, 1, V]
         decay = log_decay.to(dtype).exp().unsqueeze(-2)
         if segments is not None:
-            decay = decay * (~common.starts(segments)).to(dtype)[:, :, None, None, None]
+            decay = decay * (~common.find_document_starts(segments)).to(dtype)[:, :, None, None, None]
         outputs = []
         for t in range(q.shape[1]):
             current = decay[:, t] * current + keys[:, t] * values[:, t]
             outputs.append(queries[:, t] @ current)
-        return common.joined(outputs, q, v), current
+        return common.stack_outputs(outputs, q, v), current
 
 
 def chunked(
@@ -67,19 +74,19 @@ def chunked(
     """
     dtype = _check(q, k, v, log_decay, state, segments)
     length, heads = q.shape[1], q.shape[2]
-    chunk = common.fit_chunk(chunk, length)
-    with common.full_precision(q):
-        first = common.start_state(state, q, v.shape[-1], dtype)
+    chunk = common.resolve_chunk_size(chunk, length)
+    with common.disable_autocast(q):
+        first = common.prepare_initial_state(state, q, v.shape[-1], dtype)
         reads = common.to_chunks(q, chunk, dtype)
-        writes = common.widen(common.to_chunks(k, chunk, dtype), heads)
-        values = common.widen(common.to_chunks(v, chunk, dtype), heads)
+        writes = common.repeat_kv(common.to_chunks(k, chunk, dtype), heads)
+        values = common.repeat_kv(common.to_chunks(v, chunk, dtype), heads)
         log = common.to_chunks(log_decay, chunk, dtype)
         mixing, keeps = (reads @ writes.mT).tril(), None
         if segments is not None:
-            docs = common.Documents.of(segments, chunk)
-            mixing, keeps = mixing * docs.same, docs.keeps
-            reads, writes = reads * docs.reads, writes * docs.writes
-        if common.is_mild(log):
+            docs = common.DocumentMasks.from_segments(segments, chunk)
+            mixing, keeps = mixing * docs.within_document, docs.carries_state
+            reads, writes = reads * docs.reads_state, writes * docs.writes_state
+        if common.has_bounded_decay(log):
             # Decays factor about half of the chunk's, where the state is taken to as well: one product does it all.
             g = log.cumsum(-2)
             half = 0.5 * g[..., -1:, :]
@@ -103,7 +110,7 @@ def _check(
     want = [*q.shape[:3], v.shape[-1]]
     if list(log_decay.shape) != want:
         raise LimbeckError(f"log_decay has shape {list(log_decay.shape)}", expected=f"[B, T, H, V] = {want}")
-    return common.work_dtype(q, k, v, log_decay, state)
+    return common.compute_dtype(q, k, v, log_decay, state)
 
 
 class _Across(torch.autograd.Function):
@@ -120,19 +127,19 @@ class _Across(torch.autograd.Function):
         states = state.new_empty(reads.shape[0] + 1, *state.shape)
         states[0] = state
         for n in range(reads.shape[0]):
-            common.fade(states[n], keep, n, into=states[n + 1])
-            common.add_product(states[n + 1], writes[n].mT, v[n])
+            common.apply_decay(states[n], keep, n, into=states[n + 1])
+            common.add_matmul_(states[n + 1], writes[n].mT, v[n])
             if leave is not None:
                 states[n + 1].mul_(leave[n])
-        o = reads @ states[:-1] if pairs is None else common.add_product(pairs @ v, reads, states[:-1])
+        o = reads @ states[:-1] if pairs is None else common.add_matmul_(pairs @ v, reads, states[:-1])
         ctx.save_for_backward(reads, writes, v, pairs, before, after, keeps, states)
         return o, states[-1].clone()
 
     @staticmethod
-    @common.once
+    @common.strict_once_differentiable
     def backward(ctx, do, dlast):
         reads, writes, v, pairs, before, after, keeps, states = ctx.saved_tensors
-        with common.full_precision(do):
+        with common.disable_autocast(do):
             do = do.contiguous()
             keep, leave = _factors(before, after, keeps, v.dtype)
             dstates = torch.empty_like(states)
@@ -142,10 +149,10 @@ class _Across(torch.autograd.Function):
                 if leave is not None and dafter is not None:
                     torch.sum(states[n + 1] * dstates[n + 1], -2, keepdim=True, out=dafter[n])
                     dstates[n + 1].mul_(leave[n])
-                common.fade(dstates[n + 1], keep, n, into=dstates[n])
-                common.add_product(dstates[n], reads[n].mT, do[n])
+                common.apply_decay(dstates[n + 1], keep, n, into=dstates[n])
+                common.add_matmul_(dstates[n], reads[n].mT, do[n])
             dbefore = None if before is None else (states[:-1] * dstates[1:]).sum(-2, keepdim=True).mul_(keep)
-            dv = writes @ dstates[1:] if pairs is None else common.add_product(pairs.mT @ do, writes, dstates[1:])
+            dv = writes @ dstates[1:] if pairs is None else common.add_matmul_(pairs.mT @ do, writes, dstates[1:])
             dpairs = None if pairs is None else do @ v.mT
             return do @ states[:-1].mT, v @ dstates[1:].mT, dv, dpairs, dbefore, dafter, None, dstates[0]
 
@@ -161,32 +168,34 @@ def _factors(
 
 
 class _Within(torch.autograd.Function):
-    """Σ_{j≤i} pairs_ij v_j exp(Σ_{j<s≤i} log_decay_s) by halving blocks as in `pairs`, and the decays since the start
+    """Σ_{j≤i} pairs_ij v_j exp(Σ_{j<s≤i} log_decay_s) by halving blocks as in `compute_intra_chunk_scores`, and the decays since the start
     of a chunk and until its end; pairs [...,C,C] lower triangular, v and log_decay [...,C,V]."""
 
     @staticmethod
     def forward(ctx, pairs, v, log_decay):
         out = pairs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
         since, until = log_decay.clone(), torch.zeros_like(log_decay)
-        for half, late, early in _halvings(since, until):
-            _half(out, half, 1).addcmul_(_spread(_straddling(pairs, half), _half(v, half, 0) * early.exp()), late.exp())
+        for half, late, early in iter_halvings(since, until):
+            select_half(out, half, 1).addcmul_(
+                matmul_nn(view_cross_half(pairs, half), select_half(v, half, 0) * early.exp()), late.exp()
+            )
         since.exp_()
         until.exp_()
         ctx.save_for_backward(pairs, v, log_decay, out, since, until)
         return out, since, until
 
     @staticmethod
-    @common.once
+    @common.strict_once_differentiable
     def backward(ctx, dout, dsince, duntil):
         pairs, v, log_decay, out, since, until = ctx.saved_tensors
         dpairs, dv = torch.zeros_like(pairs), torch.zeros_like(v)
         diagonal = pairs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        with common.full_precision(dout):
-            for half, late, early in _halvings(log_decay.clone(), torch.zeros_like(log_decay)):
-                early, dlate = early.exp(), _half(dout, half, 1) * late.exp()
-                _straddling(dpairs, half).copy_(_inner(dlate, _half(v, half, 0) * early))
-                _half(dv, half, 0).addcmul_(_spread(_straddling(pairs, half).mT, dlate), early)
+        with common.disable_autocast(dout):
+            for half, late, early in iter_halvings(log_decay.clone(), torch.zeros_like(log_decay)):
+                early, dlate = early.exp(), select_half(dout, half, 1) * late.exp()
+                view_cross_half(dpairs, half).copy_(matmul_nt(dlate, select_half(v, half, 0) * early))
+                select_half(dv, half, 0).addcmul_(matmul_nn(view_cross_half(pairs, half).mT, dlate), early)
             # A pair (i, j) depends on g_i − g_j, g the cumulative log decay: dg = o do − v dv without the diagonal.
             dg = (dsince * since).addcmul_(dout, out - diagonal * v).addcmul_(v, dv, value=-1)
             dpairs.diagonal(dim1=-2, dim2=-1).copy_((dout * v).sum(-1))
-            return dpairs, dv.addcmul_(diagonal, dout), _to_log_decay(dg, duntil * until)
+            return dpairs, dv.addcmul_(diagonal, dout), compute_log_decay_grad(dg, duntil * until)

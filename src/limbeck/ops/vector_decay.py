@@ -16,10 +16,10 @@ incoming state belonging to document 0. Shapes that do not fit raise LimbeckErro
 import torch
 from torch import Tensor
 
-from limbeck.kernels import accelerated
 from limbeck.ops import common, cpu, scalar_decay
-from limbeck.ops.pairs import decayed, pairs
-from limbeck.ops.rows import rows_across_chunks
+from limbeck.ops.fla import accelerated
+from limbeck.ops.intra_chunk import compute_decayed_terms, compute_intra_chunk_scores
+from limbeck.ops.matrix_rows import scan_chunk_rows
 
 
 @accelerated("vector_decay")
@@ -36,7 +36,7 @@ def recurrent(
 
     Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
     """
-    return common.step_by_step(q, k, v, log_decay, state, segments, vector=True)
+    return common.scan_tokens(q, k, v, log_decay, state, segments, vector=True)
 
 
 @accelerated("vector_decay")
@@ -57,17 +57,17 @@ def chunked(
     if log_decay is None:
         return scalar_decay.chunked(q, k, v, state=state, segments=segments, chunk=chunk)
     common.check_shapes(q, k, v, segments=segments)
-    length, heads, dtype = q.shape[1], q.shape[2], common.work_dtype(q, k, v, log_decay, state)
-    with common.full_precision(q):
-        first = common.start_state(state, q, v.shape[-1], dtype)
-        log = common.per_token(log_decay, q, vector=True, dtype=dtype)
-        route = cpu.plan(q, log, chunk)
+    length, heads, dtype = q.shape[1], q.shape[2], common.compute_dtype(q, k, v, log_decay, state)
+    with common.disable_autocast(q):
+        first = common.prepare_initial_state(state, q, v.shape[-1], dtype)
+        log = common.expand_log_decay(log_decay, q, vector=True, dtype=dtype)
+        route = cpu.plan_chunks(q, log, chunk)
         if route:
-            return cpu.run(q, k, v, None, log, first, segments, route)
-        chunk = common.fit_chunk(chunk, length)
-        values = common.widen(common.to_chunks(v, chunk, dtype), heads)
+            return cpu.run_chunks(q, k, v, None, log, first, segments, route)
+        chunk = common.resolve_chunk_size(chunk, length)
+        values = common.repeat_kv(common.to_chunks(v, chunk, dtype), heads)
         reads, writes, mixing, decay = _terms(q, k, log, segments, chunk, dtype)
-        o, last = common.across_chunks(reads, writes, values, mixing, decay, first)
+        o, last = common.scan_chunks(reads, writes, values, mixing, decay, first)
         return common.from_chunks(o, length, v.dtype), last
 
 
@@ -76,27 +76,27 @@ def _terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What does not depend on v: decayed queries and keys, their products, and the decay of each chunk."""
     reads = common.to_chunks(q, chunk, dtype)
-    writes = common.widen(common.to_chunks(k, chunk, dtype), q.shape[2])
-    mixing, _, since, until = decayed(reads, writes, common.to_chunks(log, chunk, dtype))
+    writes = common.repeat_kv(common.to_chunks(k, chunk, dtype), q.shape[2])
+    mixing, _, since, until = compute_decayed_terms(reads, writes, common.to_chunks(log, chunk, dtype))
     reads, writes, decay = reads * since, writes * until, since[..., -1:, :].mT
     return (
         (reads, writes, mixing, decay)
         if segments is None
-        else common.apart(segments, chunk, reads, writes, mixing, decay)
+        else common.mask_documents(segments, chunk, reads, writes, mixing, decay)
     )
 
 
-def rows(
+def compute_rows(
     q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, rows: Tensor, segments: Tensor | None = None
 ) -> Tensor:
     """Rows [B, R] of the mixing matrix: [B,H,R,T]."""
     if log_decay is None:
-        return scalar_decay.rows(q, k, rows=rows, segments=segments)
+        return scalar_decay.compute_rows(q, k, rows=rows, segments=segments)
     common.check_shapes(q, k, segments=segments)
-    dtype, chunk = common.work_dtype(q, k, log_decay), common.fit_chunk(None, q.shape[1])
-    with common.full_precision(q):
-        log = common.per_token(log_decay, q, vector=True, dtype=dtype)
-        return rows_across_chunks(*_terms(q, k, log, segments, chunk, dtype), rows, q.shape[1])
+    dtype, chunk = common.compute_dtype(q, k, log_decay), common.resolve_chunk_size(None, q.shape[1])
+    with common.disable_autocast(q):
+        log = common.expand_log_decay(log_decay, q, vector=True, dtype=dtype)
+        return scan_chunk_rows(*_terms(q, k, log, segments, chunk, dtype), rows, q.shape[1])
 
 
 def matrix(q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, segments: Tensor | None = None) -> Tensor:
@@ -104,9 +104,9 @@ def matrix(q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, segments: T
     if log_decay is None:
         return scalar_decay.matrix(q, k, segments=segments)
     common.check_shapes(q, k, segments=segments)
-    dtype = common.work_dtype(q, k, log_decay)
-    with common.full_precision(q):
-        g = common.per_token(log_decay, q, vector=True, dtype=dtype).transpose(1, 2)
-        keys = common.widen(k.to(dtype).transpose(1, 2), q.shape[2], 1)
-        m = pairs(q.to(dtype).transpose(1, 2), keys, g)
-        return m if segments is None else m * common.same_document(segments)
+    dtype = common.compute_dtype(q, k, log_decay)
+    with common.disable_autocast(q):
+        g = common.expand_log_decay(log_decay, q, vector=True, dtype=dtype).transpose(1, 2)
+        keys = common.repeat_kv(k.to(dtype).transpose(1, 2), q.shape[2], 1)
+        m = compute_intra_chunk_scores(q.to(dtype).transpose(1, 2), keys, g)
+        return m if segments is None else m * common.build_document_mask(segments)

@@ -1,7 +1,7 @@
 """Claims as a page shows them: verdicts, numbers as text, and where on a line effect, interval and seeds lie.
 
-    claim = claims_of(study["claims"])[0]
-    claim.verdict, claim.findings[0].effect, claim.findings[0].strip.zero
+    claim = build_claim_views(study["claims"])[0]
+    claim.verdict, claim.findings[0].effect, claim.findings[0].number_line.zero
 
 A strip is a number line from 0 to 100 that holds zero, the margin, the interval and all seeds of one finding. The
 strips of a claim have one scale.
@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Strip:
+class NumberLine:
     """Positions between 0 and 100; `low` and `high` are None with too few seeds for an interval."""
 
     zero: float
@@ -24,23 +24,23 @@ class Strip:
 
 
 @dataclass(frozen=True)
-class Found:
+class FindingView:
     """One part of a claim, as text; empty where it is not known."""
 
-    says: str
+    description: str
     verdict: str
     effect: str
     interval: str
     p: str
     seeds: str
-    agree: str
-    asked: str
+    consistency: str
+    required: str
     reason: str
-    strip: Strip | None
+    number_line: NumberLine | None
 
 
 @dataclass(frozen=True)
-class Claim:
+class ClaimView:
     """A statement with its verdict: "holds", "does not hold" or "undecided"."""
 
     name: str
@@ -48,26 +48,26 @@ class Claim:
     source: str
     unit: str
     verdict: str
-    findings: list[Found]
+    findings: list[FindingView]
 
     @property
-    def kind(self) -> str:
+    def css_class(self) -> str:
         """The verdict as a word for the style."""
         return {"holds": "yes", "does not hold": "no"}.get(self.verdict, "open")
 
     @property
-    def mixed(self) -> bool:
+    def has_mixed_verdicts(self) -> bool:
         """Whether its parts have different verdicts."""
         return len({one.verdict for one in self.findings}) > 1
 
 
-def claims_of(claims: list[dict[str, Any]]) -> list[Claim]:
+def build_claim_views(claims: list[dict[str, Any]]) -> list[ClaimView]:
     """From study.json's `claims`."""
     words = ("name", "statement", "source", "unit", "verdict")
-    return [Claim(**{key: one[key] for key in words}, findings=_findings(one["findings"])) for one in claims]
+    return [ClaimView(**{key: one[key] for key in words}, findings=_findings(one["findings"])) for one in claims]
 
 
-def _findings(parts: list[dict[str, Any]]) -> list[Found]:
+def _findings(parts: list[dict[str, Any]]) -> list[FindingView]:
     marks = [mark for part in parts if part["effect"] is not None for mark in _marks(part)] or [0.0]
     return [_found(part, min(marks), max(marks)) for part in parts]
 
@@ -78,12 +78,12 @@ def _marks(part: dict[str, Any]) -> list[float]:
     return [0.0, part["margin"], *known, *part["by_seed"].values()]
 
 
-def _found(part: dict[str, Any], left: float, right: float) -> Found:
-    asked = f"{'at least' if part['kind'] == 'more' else 'less than'} {part['margin']:g}"
+def _found(part: dict[str, Any], left: float, right: float) -> FindingView:
+    required = f"{'at least' if part['kind'] == 'more' else 'less than'} {part['margin']:g}"
     if part["effect"] is None:
-        return Found(part["says"], part["verdict"], "", "", "", "", "", asked, part["reason"], None)
+        return FindingView(part["says"], part["verdict"], "", "", "", "", "", required, part["reason"], None)
     known = part["low"] is not None
-    return Found(
+    return FindingView(
         part["says"],
         part["verdict"],
         _signed(part["effect"]),
@@ -91,18 +91,18 @@ def _found(part: dict[str, Any], left: float, right: float) -> Found:
         _p(part["p"]) if known else "",
         str(len(part["by_seed"])),
         f"{100 * part['consistent']:.0f} % of {part['comparisons']}",
-        asked,
+        required,
         part["reason"],
         _strip(part, left, right),
     )
 
 
-def _strip(part: dict[str, Any], left: float, right: float) -> Strip:
+def _strip(part: dict[str, Any], left: float, right: float) -> NumberLine:
     def at(value: float | None) -> Any:
         return None if value is None else round(4 + 92 * (value - left) / ((right - left) or 1.0), 2)
 
     places = {key: at(part[key]) for key in ("margin", "effect", "low", "high")}
-    return Strip(zero=at(0.0), **places, seeds=[at(seed) for seed in part["by_seed"].values()])
+    return NumberLine(zero=at(0.0), **places, seeds=[at(seed) for seed in part["by_seed"].values()])
 
 
 def _signed(value: float) -> str:

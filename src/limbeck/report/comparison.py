@@ -1,8 +1,8 @@
 """Measurements of several models in one table: on the screen, as Markdown, as CSV, with their figures.
 
-    output.print(table(found))
-    write(found, Path("comparison"))       # table.md, values.csv, <measure>.svg and .png, tradeoff.svg and .png
-    found = stored([Path("runs")])         # what was measured before, without any model
+    output.print(build_comparison_table(measurements))
+    write_comparison(measurements, Path("comparison"))       # table.md, values.csv, <measure>.svg and .png, tradeoff.svg and .png
+    measurements = load_measurements([Path("runs")])         # what was measured before, without any model
 
 Rows are numbers, grouped by measure, and columns models; with more than six models rows are models, and each measure
 has a table of its own.
@@ -18,74 +18,78 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from limbeck.console import console
-from limbeck.data.cache import write_text
-from limbeck.errors import LimbeckError
-from limbeck.evaluate.measurement import Measurement
-from limbeck.evaluate.measures import MODULES, Measure, find
-from limbeck.publish.privacy import is_local, last_part
-from limbeck.report import tradeoff
-from limbeck.report.figure import look, save
-from limbeck.report.naming import label, shown
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
+from limbeck.core.storage import atomic_write_text
+from limbeck.evaluation.measure import MEASURE_MODULES, Measure, Measurement, get_measure
+from limbeck.report.figures import speed
+from limbeck.report.figures.style import save_figure, use_style
+from limbeck.report.privacy import get_basename, is_local_path
+from limbeck.report.values import format_name, format_value
 
-WIDE = 6  # models that fit beside each other
+MAX_MODEL_COLUMNS = 6  # models that fit beside each other
 
 
-def table(found: list[Measurement]) -> RenderableType:
+def build_comparison_table(measurements: list[Measurement]) -> RenderableType:
     """For the screen: a row a number, a column a model, or the other way round where there are many."""
-    models = _models(found)
-    groups = _groups(found)
-    if len(models) > WIDE:
+    models = _models(measurements)
+    groups = _groups(measurements)
+    if len(models) > MAX_MODEL_COLUMNS:
         parts: list[RenderableType] = []
         for measure, names in groups.items():
-            shape = [[model, *(_cell(found, measure, name, model) for name in names)] for model in models]
-            heads, shape = _with_texts(found, measure, models, ["", *map(label, names)], shape)
+            shape = [[model, *(_cell(measurements, measure, name, model) for name in names)] for model in models]
+            heads, shape = _with_texts(measurements, measure, models, ["", *map(format_name, names)], shape)
             parts += [Text(measure, style="bold"), _shown(heads, shape), Text("")]
-        return Group(*parts, *map(Text, differing_texts(found)))
+        return Group(*parts, *map(Text, find_text_mismatches(measurements)))
     rows: list[list[Any]] = []
     for measure, names in groups.items():
         rows.append([Text(measure, style="bold")])
-        if any(texts := [text_of(found, measure, model) for model in models]):
+        if any(texts := [describe_text(measurements, measure, model) for model in models]):
             rows.append(["  text", *texts])
-        rows += [[f"  {label(name)}", *(_cell(found, measure, name, model) for model in models)] for name in names]
-    return Group(_shown(["", *models], rows), *map(Text, differing_texts(found)))
+        rows += [
+            [f"  {format_name(name)}", *(_cell(measurements, measure, name, model) for model in models)]
+            for name in names
+        ]
+    return Group(_shown(["", *models], rows), *map(Text, find_text_mismatches(measurements)))
 
 
-def markdown(found: list[Measurement]) -> str:
+def format_comparison(measurements: list[Measurement]) -> str:
     """The same for documents."""
-    models = _models(found)
-    groups = _groups(found)
-    if len(models) > WIDE:
+    models = _models(measurements)
+    groups = _groups(measurements)
+    if len(models) > MAX_MODEL_COLUMNS:
         parts = []
         for measure, names in groups.items():
-            rows = [[model, *(_cell(found, measure, name, model) for name in names)] for model in models]
-            heads, rows = _with_texts(found, measure, models, ["", *map(label, names)], rows)
+            rows = [[model, *(_cell(measurements, measure, name, model) for name in names)] for model in models]
+            heads, rows = _with_texts(measurements, measure, models, ["", *map(format_name, names)], rows)
             parts.append(f"**{measure}**\n\n{_pipes(heads, rows)}")
-        return "\n".join([*parts, *(f"{line}\n" for line in differing_texts(found))])
+        return "\n".join([*parts, *(f"{line}\n" for line in find_text_mismatches(measurements))])
     rows = []
     for measure, names in groups.items():
         rows.append([f"**{measure}**", *("" for _ in models)])
-        if any(texts := [text_of(found, measure, model) for model in models]):
+        if any(texts := [describe_text(measurements, measure, model) for model in models]):
             rows.append(["text", *texts])
-        rows += [[label(name), *(_cell(found, measure, name, model) for model in models)] for name in names]
-    return _pipes(["", *models], rows) + "".join(f"\n{line}\n" for line in differing_texts(found))
+        rows += [
+            [format_name(name), *(_cell(measurements, measure, name, model) for model in models)] for name in names
+        ]
+    return _pipes(["", *models], rows) + "".join(f"\n{line}\n" for line in find_text_mismatches(measurements))
 
 
-def text_of(found: list[Measurement], measure: str, model: str) -> str:
+def describe_text(measurements: list[Measurement], measure: str, model: str) -> str:
     """What a model was measured on, "corpus.jsonl, held-out part"; nothing for measures that bring their own."""
-    for one in found:
+    for one in measurements:
         if (one.measure, one.model) == (measure, model) and "part" in one.data:
             name = one.data["text"]
-            return f"{last_part(name) if is_local(name) else name}, {one.data['part']}"
+            return f"{get_basename(name) if is_local_path(name) else name}, {one.data['part']}"
     return ""
 
 
-def differing_texts(found: list[Measurement]) -> list[str]:
+def find_text_mismatches(measurements: list[Measurement]) -> list[str]:
     """A line for each measure of models that stand side by side and were not measured on the same text."""
     lines = []
-    for measure in dict.fromkeys(one.measure for one in found):
+    for measure in dict.fromkeys(one.measure for one in measurements):
         texts: dict[Any, str] = {}
-        for one in found:
+        for one in measurements:
             if one.measure == measure and "part" in one.data:
                 texts.setdefault((one.data["key"], one.data["part"]), one.model)
         if len(texts) > 1:
@@ -97,65 +101,65 @@ def differing_texts(found: list[Measurement]) -> list[str]:
 
 
 def _with_texts(
-    found: list[Measurement], measure: str, models: list[str], heads: list[str], rows: list[list[str]]
+    measurements: list[Measurement], measure: str, models: list[str], heads: list[str], rows: list[list[str]]
 ) -> tuple[list[str], list[list[str]]]:
     """Rows of models with a column that says what each was measured on."""
-    texts = [text_of(found, measure, model) for model in models]
+    texts = [describe_text(measurements, measure, model) for model in models]
     if not any(texts):
         return heads, rows
     return [heads[0], "text", *heads[1:]], [[row[0], text, *row[1:]] for row, text in zip(rows, texts)]
 
 
-def as_csv(found: list[Measurement]) -> str:
+def measurements_to_csv(measurements: list[Measurement]) -> str:
     """One line a number: model, measure, name, value, standard error; plain numbers, as in the files."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model", "measure", "name", "value", "standard_error"])
-    for one in found:
+    for one in measurements:
         writer.writerows([one.model, one.measure, name, v, one.errors.get(name, "")] for name, v in one.values.items())
     return file.getvalue()
 
 
-def write(found: list[Measurement], folder: Path) -> list[Path]:
+def write_comparison(measurements: list[Measurement], folder: Path) -> list[Path]:
     """Table, CSV, the figures of the measures that have one, and accuracy against speed where both were measured."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "table.md", folder / "values.csv"]
-    write_text(paths[0], markdown(found))
-    write_text(paths[1], as_csv(found))
-    with look(_models(found)):
+    atomic_write_text(paths[0], format_comparison(measurements))
+    atomic_write_text(paths[1], measurements_to_csv(measurements))
+    with use_style(_models(measurements)):
         figures = {}
-        for name in dict.fromkeys(one.measure for one in found):
-            draw = find(name).draw if name in MODULES else None
+        for name in dict.fromkeys(one.measure for one in measurements):
+            draw = get_measure(name).draw if name in MEASURE_MODULES else None
             if draw is not None:
-                figures[name] = draw([one for one in found if one.measure == name])
-        if tradeoff.possible(found):
-            figures["tradeoff"] = tradeoff.draw(found)
+                figures[name] = draw([one for one in measurements if one.measure == name])
+        if speed.can_draw_tradeoff(measurements):
+            figures["tradeoff"] = speed.draw_tradeoff(measurements)
         for name, figure in figures.items():
             for ending in ("svg", "png"):
                 paths.append(folder / f"{name}.{ending}")
-                save(figure, paths[-1])
+                save_figure(figure, paths[-1])
     return paths
 
 
-def listing(measures: list[Measure]) -> Table:
+def build_measure_table(measures: list[Measure]) -> Table:
     """What can be measured, and the settings with their defaults."""
     shown = Table(box=None, pad_edge=False)
     for column in ("measure", "what", "settings"):
         shown.add_column(column, overflow="fold")
     for one in measures:
         defaults: dict[str, Any] = one.settings().model_dump(mode="json")
-        shown.add_row(one.name, one.about, ", ".join(f"{key}={value}" for key, value in defaults.items()))
+        shown.add_row(one.name, one.description, ", ".join(f"{key}={value}" for key, value in defaults.items()))
     return shown
 
 
-def stored(places: list[Path]) -> list[Measurement]:
+def load_measurements(paths: list[Path]) -> list[Measurement]:
     """Measurements from files and folders, all folders below included; of one model's measure the newest.
 
     Raises:
         LimbeckError: no such place, a file that is no measurement, or none in all the places.
     """
     kept: dict[tuple[str, str], Measurement] = {}
-    for place in places:
+    for place in paths:
         if not place.exists():
             raise LimbeckError(f"there is no {place}", expected="a folder with measurements, or a file")
         for path in sorted(place.rglob("*.json")) if place.is_dir() else [place]:
@@ -169,7 +173,7 @@ def stored(places: list[Path]) -> list[Measurement]:
             kept[one.model, one.measure] = one
     if not kept:
         raise LimbeckError(
-            f"no measurements in {', '.join(map(str, places))}",
+            f"no measurements in {', '.join(map(str, paths))}",
             expected="a run directory, or what --out named",
             hint="limbeck eval MODEL",
         )
@@ -184,22 +188,22 @@ def _looks_like_one(path: Path) -> bool:
     return isinstance(content, dict) and {"measure", "model", "values", "provenance"} <= content.keys()
 
 
-def _models(found: list[Measurement]) -> list[str]:
-    return list(dict.fromkeys(one.model for one in found))
+def _models(measurements: list[Measurement]) -> list[str]:
+    return list(dict.fromkeys(one.model for one in measurements))
 
 
-def _groups(found: list[Measurement]) -> dict[str, list[str]]:
+def _groups(measurements: list[Measurement]) -> dict[str, list[str]]:
     """The names of the numbers by measure, each in the order in which models bring them."""
     groups: dict[str, dict[str, None]] = {}
-    for one in found:
+    for one in measurements:
         groups.setdefault(one.measure, {}).update(dict.fromkeys(one.values))
     return {measure: list(names) for measure, names in groups.items()}
 
 
-def _cell(found: list[Measurement], measure: str, name: str, model: str) -> str:
-    for one in found:
+def _cell(measurements: list[Measurement], measure: str, name: str, model: str) -> str:
+    for one in measurements:
         if (one.measure, one.model) == (measure, model) and name in one.values:
-            return shown(name, one.values[name], one.errors.get(name))
+            return format_value(name, one.values[name], one.errors.get(name))
     return ""
 
 

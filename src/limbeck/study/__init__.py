@@ -4,7 +4,7 @@ study = Study.load("paper-experiment-1", size="gpu")
 run_study(study)["claims"]
 """
 
-from limbeck.study.grid import Arm, Study, built_in
-from limbeck.study.run import run_study
+from limbeck.study.runner import run_study
+from limbeck.study.spec import Arm, Study, list_builtin_studies
 
-__all__ = ["Arm", "Study", "built_in", "run_study"]
+__all__ = ["Arm", "Study", "list_builtin_studies", "run_study"]

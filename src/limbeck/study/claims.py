@@ -1,9 +1,16 @@
-"""A claim: a statement of the paper as something that a study's numbers can bear out or not.
+"""The paper's findings as claims, by name.
 
-    judge_claim("xlstm-first", CLAIMS["xlstm-first"], rows)["verdict"]      # "holds", "does not hold", "undecided"
+    evaluate_claims(["xlstm-first"], rows)[0]["findings"]
+
+Losses are compared in nats a token (the logarithm of perplexity), so an effect of 0.01 is one per cent of perplexity.
+The paper is arXiv 2504.14366, v2 of May 2025 and v3 of January 2026; a statement is our wording of its finding.
+
+A claim: a statement of the paper as something that a study's numbers can bear out or not.
+
+    evaluate_claim("xlstm-first", CLAIMS["xlstm-first"], rows)["verdict"]      # "holds", "does not hold", "undecided"
 
 A claim has one or several parts; it holds where all parts hold, and does not hold where one does not. The claims
-themselves are in `limbeck.study.statements`.
+themselves are in `limbeck.study.claims`.
 """
 
 import math
@@ -12,42 +19,52 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from limbeck.study.statistics import Finding, Metric, Row, judge
+from limbeck.study.statistics import (
+    ArmResult,
+    Contrasts,
+    Effect,
+    Finding,
+    Metric,
+    Term,
+    decide_verdict,
+    difference,
+    rank_correlation_by_seed,
+)
 
-MATTERS = 0.01  # nats a token: smaller differences are of no practical use
+MIN_EFFECT = 0.01  # nats a token: smaller differences are of no practical use
 
 
 @dataclass(frozen=True)
-class Part:
+class Hypothesis:
     """A testable half-sentence.
 
     kind: "more": the effect is above zero and matters; "little": it does not reach the margin.
     discrete: the effect is a count or a rank, of which equal seeds are to be expected and need no test.
     """
 
-    says: str
-    effect: Callable[[list[Row]], dict[str, list[float]]]
+    description: str
+    effect: Callable[[list[ArmResult]], dict[str, list[float]]]
     kind: Literal["more", "little"] = "more"
-    margin: float = MATTERS
+    margin: float = MIN_EFFECT
     discrete: bool = False
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with its source; `parts` may depend on which arms there are."""
+    """A statement with its source; `hypotheses` may depend on which arms there are."""
 
     statement: str
     source: str
     unit: str
-    parts: Callable[[list[Row]], list[Part]]
+    hypotheses: Callable[[list[ArmResult]], list[Hypothesis]]
 
 
-def value(name: str) -> Metric:
+def select_value(name: str) -> Metric:
     """A value of the record as it is."""
     return lambda row: row["values"].get(name)
 
 
-def log_perplexity(row: Row) -> float | None:
+def log_perplexity(row: ArmResult) -> float | None:
     """Loss on held-out text: of the measure `agreement`, else of the run's own evaluation."""
     found = row["values"].get("agreement.perplexity", row["values"].get("held_out.student_perplexity"))
     if found is None:
@@ -55,7 +72,7 @@ def log_perplexity(row: Row) -> float | None:
     return math.log(found) if found > 0 else math.nan  # NaN stays NaN, and is told as an arm that diverged
 
 
-def by_length(measure: str, name: str, last: bool) -> Metric:
+def select_by_length(measure: str, name: str, last: bool) -> Metric:
     """Of the values whose name has a number of tokens, the one at the shortest or longest length.
 
     Args:
@@ -63,7 +80,7 @@ def by_length(measure: str, name: str, last: bool) -> Metric:
     """
     pattern = re.compile(rf"{measure}\.{name}$")
 
-    def metric(row: Row) -> float | None:
+    def metric(row: ArmResult) -> float | None:
         found: dict[int, list[float]] = {}
         for key, number in row["values"].items():
             if match := pattern.match(key):
@@ -76,21 +93,21 @@ def by_length(measure: str, name: str, last: bool) -> Metric:
     return metric
 
 
-def mean_of(measure: str, name: str) -> Metric:
+def select_mean(measure: str, name: str) -> Metric:
     """The mean of all values whose name fits the pattern."""
     pattern = re.compile(rf"{measure}\.{name}$")
 
-    def metric(row: Row) -> float | None:
+    def metric(row: ArmResult) -> float | None:
         found = [number for key, number in row["values"].items() if pattern.match(key)]
         return sum(found) / len(found) if found else None
 
     return metric
 
 
-def judge_claim(name: str, claim: Claim, rows: list[Row]) -> dict[str, Any]:
+def evaluate_claim(name: str, claim: Claim, rows: list[ArmResult]) -> dict[str, Any]:
     """A claim with its verdict, its parts' effects and why it is undecided, ready for JSON."""
-    parts = claim.parts(rows)
-    found = [judge(part.effect(rows), part.kind, part.margin, len(parts), part.discrete) for part in parts]
+    parts = claim.hypotheses(rows)
+    found = [decide_verdict(part.effect(rows), part.kind, part.margin, len(parts), part.discrete) for part in parts]
     return {
         "name": name,
         "statement": claim.statement,
@@ -98,7 +115,7 @@ def judge_claim(name: str, claim: Claim, rows: list[Row]) -> dict[str, Any]:
         "unit": claim.unit,
         "verdict": _together(found),
         "findings": [
-            {"says": part.says, "kind": part.kind, "margin": part.margin, **one.facts()}
+            {"says": part.description, "kind": part.kind, "margin": part.margin, **one.to_dict()}
             for part, one in zip(parts, found)
         ],
     }
@@ -109,3 +126,269 @@ def _together(found: list[Finding]) -> str:
     if "does not hold" in verdicts:
         return "does not hold"
     return "holds" if verdicts and all(verdict == "holds" for verdict in verdicts) else "undecided"
+
+
+KERNEL_ONLY = ("linear_attention", "rebased", "hedgehog", "based", "cosformer", "hadamard", "t2r", "dpfp", "elu")
+FIXED_DECAY = ("retnet",)
+DYNAMIC_DECAY = ("gla", "metala", "mlstm", "mamba2", "hgrn2", "rwkv6", "gsa", "gated_deltanet", "kda", "rwkv7")
+DELTA = ("deltanet", "gated_deltanet", "kda", "rwkv7")
+ADDITIVE = (*KERNEL_ONLY, *FIXED_DECAY, "gla", "metala", "mlstm", "mamba2", "hgrn2", "rwkv6", "gsa")
+CONTROLS = ("softmax",)  # arms that are no subquadratic student
+NEGLIGIBLE_EFFECT = 0.02  # nats a token: what counts as little
+
+
+def evaluate_claims(names: list[str], rows: list[ArmResult]) -> list[dict[str, Any]]:
+    """Judge each named claim; see `limbeck.study.claims.evaluate_claim`.
+
+    Args:
+        rows: records of finished arms. Claims know a student by its `mixer`, not by what a study calls it; records of
+            students without one are known by their name.
+    """
+    rows = [{**row, "axes": {**row["axes"], "mixer": row.get("mixer") or row["axes"]["student"]}} for row in rows]
+    return [evaluate_claim(name, CLAIMS[name], rows) for name in names]
+
+
+def _part(
+    description: str, effect: Effect, kind: Literal["more", "little"] = "more", margin: float = MIN_EFFECT
+) -> Hypothesis:
+    return Hypothesis(description, effect.compute_contrasts, kind, margin)
+
+
+def _fixed(*parts: Hypothesis) -> Callable[[list[ArmResult]], list[Hypothesis]]:
+    return lambda rows: list(parts)
+
+
+def _lower(better: dict, worse: dict, within: dict | None = None) -> Effect:
+    """How much lower the loss of `better` is."""
+    return difference(log_perplexity, worse, better, within)
+
+
+def _than(better: str, worse: str) -> Effect:
+    return _lower({"mixer": (better,)}, {"mixer": (worse,)})
+
+
+def _first(name: str) -> Callable[[list[ArmResult]], list[Hypothesis]]:
+    def parts(rows: list[ArmResult]) -> list[Hypothesis]:
+        mixers = dict.fromkeys(row["axes"]["mixer"] for row in rows)
+        rivals = [one for one in mixers if one != name and one not in CONTROLS]
+        return [
+            Hypothesis(f"{name} is better than {one}", _than(name, one).compute_contrasts, margin=0.0) for one in rivals
+        ]
+
+    return parts
+
+
+def _same_order(axis: str) -> Callable[[list[ArmResult]], Contrasts]:
+    """Kendall's rank correlation of the students between neighboring values of an axis, by seed."""
+    return lambda rows: rank_correlation_by_seed(rows, axis, log_perplexity)
+
+
+def _growth(where: dict, weight: float) -> tuple[Term, Term]:
+    """How much the loss rises from the first to the last stretch of a long text, as terms of an effect."""
+    name = r"loss, tokens \d+ to (\d+)"
+    return (
+        Term(weight, select_by_length("positions", name, last=True), where),
+        Term(-weight, select_by_length("positions", name, last=False), where),
+    )
+
+
+_OTHERS = {"mixer": (*KERNEL_ONLY, *FIXED_DECAY, "deltanet")}
+_DYNAMIC, _KERNEL = {"mixer": DYNAMIC_DECAY}, {"mixer": KERNEL_ONLY}
+_3, _23, _123 = {"stages": ("3",)}, {"stages": ("2+3",)}, {"stages": ("1+2+3",)}
+_NIAH = r"niah \d, (\d+) tokens, among \d+"
+_COPIED, _FRESH = {"copy_projections": (True,)}, {"copy_projections": (False,)}
+
+
+def _time_constant(rows: list[ArmResult]) -> dict[str, list[float]]:
+    """How much a token's time grows from the shortest to the longest context, as a share of it."""
+    last, first = (select_by_length("speed", r"token_milliseconds@(\d+)x1", last=end) for end in (True, False))
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        a, b = first(row), last(row)
+        if a and b:
+            found.setdefault(str(row["axes"]["seed"]), []).append(b / a - 1)
+    return found
+
+
+def _time_gain(rows: list[ArmResult]) -> dict[str, list[float]]:
+    """Logarithm of the teacher's time for a token over the student's, behind the longest context."""
+    time = select_by_length("speed", r"token_milliseconds@(\d+)x1", last=True)
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        mine, theirs = time(row), time({"values": row.get("teacher") or {}})
+        if mine and theirs:
+            found.setdefault(str(row["axes"]["seed"]), []).append(math.log(theirs / mine))
+    return found
+
+
+def _memory_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        mine, theirs = (row["values"].get(f"memory.{who}_bytes_per_token") for who in ("student", "teacher"))
+        if mine is not None and theirs:
+            found.setdefault(str(row["axes"]["seed"]), []).append(mine / theirs)
+    return found
+
+
+CLAIMS: dict[str, Claim] = {
+    "dynamic-decay-beats-kernel-only": Claim(
+        "Students whose decay depends on the input end at a lower loss than linear attention by a feature map alone.",
+        "v2, experiment 1",
+        "nats a token",
+        _fixed(_part("lower loss on held-out text", _lower(_DYNAMIC, _KERNEL))),
+    ),
+    "xlstm-first": Claim(
+        "xLSTM (mLSTM) is the best of all students.", "v2, experiment 1; v3, table 2", "nats a token", _first("mlstm")
+    ),
+    "hidden-state-alignment-helps": Claim(
+        "Aligning hidden states is the most dependable gain: it lowers the loss, by more than aligning matrices does.",
+        "v2, experiment 1",
+        "nats a token",
+        _fixed(
+            _part("2+3 is better than 3", _lower(_23, _3)),
+            _part(
+                "what stage 2 gains is more than what stage 1 gains on top",
+                Effect(tuple(Term(w, log_perplexity, s) for w, s in ((1.0, _3), (-2.0, _23), (1.0, _123)))),
+            ),
+        ),
+    ),
+    "matrix-mixing-adds-little": Claim(
+        "Aligning mixing matrices before hidden states gains little.",
+        "v2, experiment 1",
+        "nats a token",
+        _fixed(_part("what 1+2+3 gains over 2+3", _lower(_123, _23), "little", NEGLIGIBLE_EFFECT)),
+    ),
+    "copying-starts-faster-but-is-not-enough": Claim(
+        "Copying the teacher's projections speeds up the start, but a copied student still needs alignment.",
+        "v2, experiment 1",
+        "nats a token",
+        _fixed(
+            _part(
+                "the loss in the first tenth of stage 3 is lower with copies",
+                difference(select_value("stages.logits.early_loss"), _FRESH, _COPIED, within=_3),
+            ),
+            _part("with copies, 2+3 is still better than 3", _lower(_23, _3, within=_COPIED)),
+        ),
+    ),
+    "dynamic-decay-keeps-perplexity-with-length": Claim(
+        "Past the training length the loss of students with dynamic decay rises less than that of the others.",
+        "v2, figure 2",
+        "nats a token",
+        _fixed(
+            _part("rise of the loss, others minus these", Effect((*_growth(_OTHERS, 1.0), *_growth(_DYNAMIC, -1.0))))
+        ),
+    ),
+    "delta-rule-keeps-retrieval": Claim(
+        "Students with the delta rule recall associations that additive ones lose.",
+        "v3, table 3",
+        "share of the questions",
+        _fixed(
+            _part(
+                "key-value pairs recalled, delta rule minus additive",
+                difference(select_mean("recall", r"recall, \d+ pairs"), {"mixer": DELTA}, {"mixer": ADDITIVE}),
+            ),
+        ),
+    ),
+    "delta-rule-keeps-needles": Claim(
+        "Students with the delta rule find needles in long texts that additive ones lose.",
+        "v3, table 3",
+        "share of the questions",
+        _fixed(
+            _part(
+                "needles found, delta rule minus additive",
+                difference(select_mean("needle", _NIAH), {"mixer": DELTA}, {"mixer": ADDITIVE}),
+            ),
+        ),
+    ),
+    "memory-constant-in-length": Claim(
+        "A student's cache does not grow with the text.",
+        "v2, figure 4",
+        "share of the teacher's growth",
+        _fixed(Hypothesis("growth of the cache a token", _memory_growth, "little", 0.001, discrete=True)),
+    ),
+    "time-constant-in-length": Claim(
+        "A token takes a student as long behind a long text as behind a short one.",
+        "v2, figure 4",
+        "share of the time at the shortest length",
+        _fixed(Hypothesis("growth of a token's time", _time_constant, "little", 0.1)),
+    ),
+    "faster-than-the-teacher-at-length": Claim(
+        "Behind the longest text that was measured a student's token takes less time than the teacher's.",
+        "v2, figure 4",
+        "logarithm of the teacher's time over the student's",
+        _fixed(Hypothesis("gain in a token's time", _time_gain, "more", 0.0)),
+    ),
+    "order-stable-over-teachers": Claim(
+        "Which student is better than which does not depend on the size of the teacher.",
+        "v3, table 2",
+        "Kendall's tau",
+        _fixed(
+            Hypothesis("agreement of the order between teachers", _same_order("teacher"), margin=0.5, discrete=True)
+        ),
+    ),
+    "gaps-set-early": Claim(
+        "The order of the students is set early: a larger budget keeps it.",
+        "v3, budget curves",
+        "Kendall's tau",
+        _fixed(Hypothesis("agreement of the order between budgets", _same_order("tokens"), margin=0.5, discrete=True)),
+    ),
+    "head-gates-beat-channel-gates": Claim(
+        "A decay for each head is better than one for each channel.",
+        "v3, discussion",
+        "nats a token",
+        _fixed(
+            _part(
+                "Gated DeltaNet is better than KDA, which differs by that alone",
+                _than("gated_deltanet", "kda"),
+            ),
+            _part("Mamba-2 is better than GLA", _than("mamba2", "gla")),
+        ),
+    ),
+    "delta-rule-beats-additive-at-equal-state": Claim(
+        "With heads, state, convolution, gate and norm alike the delta rule is better than the additive update.",
+        "v3, discussion; here under control",
+        "nats a token",
+        _fixed(
+            _part(
+                "Gated DeltaNet is better than Mamba-2",
+                _than("gated_deltanet", "mamba2"),
+            )
+        ),
+    ),
+    "decay-beats-none-at-equal-state": Claim(
+        "With all else alike an input-dependent decay is better than none.",
+        "v2, experiment 1; here under control",
+        "nats a token",
+        _fixed(
+            _part(
+                "Mamba-2 is better than linear attention",
+                _than("mamba2", "linear_attention"),
+            )
+        ),
+    ),
+    "outputs-beat-matrices": Claim(
+        "At equal budget, aligning outputs before stage 3 is better than aligning T x T matrices.",
+        "RADLADS (arXiv 2505.03005) against MOHAWK (arXiv 2408.10189)",
+        "nats a token",
+        _fixed(_part("2+3 is better than 1+3", _lower(_23, {"stages": ("1+3",)}, within={"target": ("attention",)}))),
+    ),
+    "block-outputs-add-little": Claim(
+        "Aligning the outputs of whole blocks gains little over those of the attention alone.",
+        "a question that the papers leave open",
+        "nats a token",
+        _fixed(
+            _part(
+                "what the block's output gains over the attention's",
+                _lower({"target": ("block",)}, {"target": ("attention",)}, within=_23),
+                "little",
+                NEGLIGIBLE_EFFECT,
+            )
+        ),
+    ),
+    "most-tokens-to-stage-3": Claim(
+        "Of a fixed budget the paper's split, nine tenths for stage 3, is better than equal parts.",
+        "v2, settings",
+        "nats a token",
+        _fixed(_part("the paper's split is better", _lower({"split": ("paper",)}, {"split": ("even",)}))),
+    ),
+}

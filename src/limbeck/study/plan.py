@@ -1,15 +1,25 @@
-"""What a study will cost, before it starts: arms, tokens, time and disk, and what sharing saves.
+"""What is left of a study as lists of tasks, and how long so many workers take for them.
 
-    plan = make_study_plan(study, arms, workplace, workers=2)
+    first, later = schedule_tasks(arms, states, workers=8)
+    estimate_wall_seconds(first, later, seconds, workers=8)      # seconds(task, in_first) -> float
+
+In the first list are the arms that learn together and those that share nothing with any other; in the second each arm
+of the former to its end. Where there are fewer tasks than workers, the largest teams are split: the teacher runs once
+for each part then, and the weights stay what they are, since an arm's do not depend on who learns beside it.
+
+What a study will cost, before it starts: arms, tokens, time and disk, and what sharing saves.
+
+    plan = plan_study(study, arms, task_runner, workers=2)
     plan.seconds, plan.saved_seconds, plan.tokens, plan.disk_bytes
     plan.wall_seconds                                    # until two workers are done
 
-The stages of one arm of each student are rehearsed (`limbeck.rehearsal`), one step each; the times of the other arms
+The stages of one arm of each student are rehearsed (`limbeck.training.rehearsal`), one step each; the times of the other arms
 are those of the rehearsed one, scaled by their steps. What sharing saves is the teacher's time, measured on a pass.
 """
 
+import heapq
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,16 +27,64 @@ from typing import Any
 import torch
 
 from limbeck.data.packing import Batch
-from limbeck.job import measured_plan
-from limbeck.model.body import run_body
-from limbeck.plan import Plan, make_plan
-from limbeck.prepare import Job, prepare_job
-from limbeck.quantise import numel
-from limbeck.study import record
-from limbeck.study.grid import Arm, Study
-from limbeck.study.schedule import lists, wall_seconds
-from limbeck.study.sharing import pass_key
-from limbeck.study.work import Task, Workplace
+from limbeck.models.backbone import run_backbone
+from limbeck.models.quantization import count_unquantized_parameters
+from limbeck.study import results
+from limbeck.study.shared_training import can_share_pass
+from limbeck.study.sharing import group_arms_by_pass, pass_key
+from limbeck.study.spec import Arm, Study
+from limbeck.study.tasks import StudyTask, TaskRunner
+from limbeck.training.pipeline import measure_plan
+from limbeck.training.plan import Plan, make_plan
+from limbeck.training.setup import Job, prepare_job
+
+
+def schedule_tasks(
+    arms: list[Arm], states: dict[str, str], workers: int = 1
+) -> tuple[list[StudyTask], list[StudyTask]]:
+    """The tasks that can be done at once, and those that come after them.
+
+    Args:
+        states: of each arm by name, see `limbeck.study.results.get_arm_state`.
+        workers: how many tasks can be done side by side.
+    """
+    left = [arm for arm in arms if states[arm.name] != "finished"]
+    groups = [
+        team
+        for team in group_arms_by_pass([arm for arm in left if states[arm.name] == "train"])
+        if can_share_pass(team)
+    ]
+    grouped = {arm.name for team in groups for arm in team}
+    lone = [arm.name for arm in left if arm.name not in grouped]
+    parts = _split([[arm.name for arm in team] for team in groups], workers - len(lone))
+    first = [StudyTask("shared" if len(part) > 1 else "alone", tuple(part)) for part in parts]
+    at_once = {name for task in first if task.kind == "alone" for name in task.arms}
+    first += [StudyTask("alone", (name,)) for name in lone]
+    later = [StudyTask("alone", (arm.name,)) for arm in left if arm.name in grouped - at_once]
+    return first, later
+
+
+def estimate_wall_seconds(
+    first: list[StudyTask], later: list[StudyTask], seconds: Callable[[StudyTask, bool], float], workers: int = 1
+) -> float:
+    """Seconds until all is done, each free worker taking the next task; the second list waits for the first."""
+    total = 0.0
+    for tasks in (first, later):
+        free = [0.0] * workers
+        for task in tasks:
+            heapq.heappush(free, heapq.heappop(free) + seconds(task, tasks is first))
+        total += max(free)
+    return total
+
+
+def _split(groups: list[list[str]], wanted: int) -> list[list[str]]:
+    """Halve the largest group until there are so many or all have one member; the largest come first."""
+    parts = sorted(groups, key=len, reverse=True)
+    while parts and len(parts) < wanted and len(parts[0]) > 1:
+        largest = parts.pop(0)
+        middle = (len(largest) + 1) // 2
+        parts = sorted([*parts, largest[:middle], largest[middle:]], key=len, reverse=True)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -39,9 +97,9 @@ class ArmPlan:
     seconds: float = 0.0
     saved_seconds: float = 0.0
     disk_bytes: int = 0
-    problem: str = ""  # why its recipe cannot be run
+    error: str = ""  # why its recipe cannot be run
     shared_seconds: float = 0.0  # of `seconds`, in stages that it shares with others
-    passes: dict[str, float] = field(default_factory=dict)  # of those the teacher's, by `pass_key`
+    teacher_pass_seconds: dict[str, float] = field(default_factory=dict)  # of those the teacher's, by `pass_key`
 
 
 @dataclass(frozen=True)
@@ -68,7 +126,7 @@ class StudyPlan:
         """That the students are trained on, all arms together."""
         return sum(arm.tokens for arm in self.arms)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For study.json."""
         return {
             "arms": len(self.arms),
@@ -80,19 +138,19 @@ class StudyPlan:
             "disk_bytes": self.disk_bytes,
         }
 
-    def task_seconds(self, task: Task, first: bool) -> float:
-        """How long a task takes, in the first or the second of a study's lists (`limbeck.study.schedule`)."""
+    def estimate_task_seconds(self, task: StudyTask, first: bool) -> float:
+        """How long a task takes, in the first or the second of a study's lists (`limbeck.study.plan`)."""
         mine = [arm for arm in self.arms if arm.name in task.arms]
         if task.kind == "alone":
             return sum(arm.seconds if first else arm.seconds - arm.shared_seconds for arm in mine)
         once: dict[str, float] = {}
         for arm in mine:
-            once |= {key: max(taken, once.get(key, 0.0)) for key, taken in arm.passes.items()}
-        return sum(arm.shared_seconds - sum(arm.passes.values()) for arm in mine) + sum(once.values())
+            once |= {key: max(taken, once.get(key, 0.0)) for key, taken in arm.teacher_pass_seconds.items()}
+        return sum(arm.shared_seconds - sum(arm.teacher_pass_seconds.values()) for arm in mine) + sum(once.values())
 
 
-def make_study_plan(
-    study: Study, arms: list[Arm], workplace: Workplace, workers: int = 1, threads: int | None = None
+def plan_study(
+    study: Study, arms: list[Arm], task_runner: TaskRunner, workers: int = 1, threads: int | None = None
 ) -> StudyPlan:
     """Plan what is left of a study; rehearses on the real models, writes nothing but the caches.
 
@@ -101,15 +159,15 @@ def make_study_plan(
         threads: CPU threads of each; those of this process by default.
     """
     with _threads(threads):
-        plans, disk_bytes, states = _plan_arms(study, arms, workplace)
+        plans, disk_bytes, states = _plan_arms(study, arms, task_runner)
     plan = StudyPlan(plans, disk_bytes, workers)
-    first, later = lists(arms, states, workers)
-    return replace(plan, wall_seconds=wall_seconds(first, later, plan.task_seconds, workers))
+    first, later = schedule_tasks(arms, states, workers)
+    return replace(plan, wall_seconds=estimate_wall_seconds(first, later, plan.estimate_task_seconds, workers))
 
 
-def _plan_arms(study: Study, arms: list[Arm], workplace: Workplace) -> tuple[list[ArmPlan], int, dict[str, str]]:
+def _plan_arms(study: Study, arms: list[Arm], task_runner: TaskRunner) -> tuple[list[ArmPlan], int, dict[str, str]]:
     """The arms' plans, bytes of disk, and where each arm stands."""
-    states = {arm.name: record.state(arm, study) for arm in arms}
+    states = {arm.name: results.get_arm_state(arm, study) for arm in arms}
     left = [arm for arm in arms if states[arm.name] == "train"]
     sharers: dict[str, int] = {}
     for arm in left:
@@ -117,23 +175,23 @@ def _plan_arms(study: Study, arms: list[Arm], workplace: Workplace) -> tuple[lis
             key = pass_key(arm.recipe, index)
             if key is not None:
                 sharers[key] = sharers.get(key, 0) + 1
-    paces = _Paces(left, workplace)
+    paces = _Paces(left, task_runner)
     plans, peak = [], 0
     for arm in arms:
         if states[arm.name] != "train":
             plans.append(ArmPlan(arm.name, states[arm.name]))
             continue
         try:
-            job = prepare_job(arm.recipe, workplace.teacher(arm.recipe))
+            job = prepare_job(arm.recipe, task_runner.load_teacher(arm.recipe))
             counted = make_plan(arm.recipe, job.teacher, job.sites)
         except Exception as error:  # the arm will fail with it, others need not
-            if len(left) == 1 or (len(plans) + 1 == len(arms) and all(plan.problem for plan in plans)):
+            if len(left) == 1 or (len(plans) + 1 == len(arms) and all(plan.error for plan in plans)):
                 raise
-            plans.append(ArmPlan(arm.name, "train", problem=str(error).splitlines()[0]))
+            plans.append(ArmPlan(arm.name, "train", error=str(error).splitlines()[0]))
             continue
         seconds, saved, kept, shared = 0.0, 0.0, 0, 0.0
         passes: dict[str, float] = {}
-        for index, row in enumerate(counted.rows):
+        for index, row in enumerate(counted.stages):
             taken = row.seconds * paces.of(arm, row.stage)
             seconds += taken
             key = pass_key(arm.recipe, index)
@@ -142,14 +200,14 @@ def _plan_arms(study: Study, arms: list[Arm], workplace: Workplace) -> tuple[lis
                 passes[key] = min(row.tokens * paces.teacher(arm, job), taken)
                 shared += taken
                 saved += (n - 1) / n * passes[key]
-                kept += 4 * row.trained  # what it taught stays until the arm is finished
+                kept += 4 * row.trained_parameters  # what it taught stays until the arm is finished
         # the run's own evaluation; what the study's measures take is not known beforehand
-        evaluation = counted.seconds - sum(row.seconds for row in counted.rows)
-        seconds += evaluation * paces.of(arm, counted.rows[-1].stage)
-        student = 4 * numel(job.teacher)
+        evaluation = counted.seconds - sum(row.seconds for row in counted.stages)
+        seconds += evaluation * paces.of(arm, counted.stages[-1].stage)
+        student = 4 * count_unquantized_parameters(job.teacher)
         kept += {"none": 0, "students": student, "all": counted.disk_bytes}[study.save_artifacts]
         peak = max(peak, counted.disk_bytes)
-        tokens = sum(row.tokens for row in counted.rows)
+        tokens = sum(row.tokens for row in counted.stages)
         plans.append(ArmPlan(arm.name, "train", tokens, seconds, saved, kept, "", shared, passes))
     return plans, peak + sum(plan.disk_bytes for plan in plans), states
 
@@ -157,8 +215,8 @@ def _plan_arms(study: Study, arms: list[Arm], workplace: Workplace) -> tuple[lis
 class _Paces:
     """Measured over counted time of each student's stages, and the teacher's seconds a token."""
 
-    def __init__(self, arms: list[Arm], workplace: Workplace):
-        self.arms, self.workplace = arms, workplace
+    def __init__(self, arms: list[Arm], task_runner: TaskRunner):
+        self.arms, self.task_runner = arms, task_runner
         self.known: dict[tuple[str, str], dict[str, float]] = {}
         self.teachers: dict[str, float] = {}
 
@@ -176,10 +234,12 @@ class _Paces:
         return self.teachers[arm.recipe.teacher]
 
     def _rehearse(self, arm: Arm) -> dict[str, float]:
-        job = prepare_job(arm.recipe, self.workplace.teacher(arm.recipe))
+        job = prepare_job(arm.recipe, self.task_runner.load_teacher(arm.recipe))
         counted: Plan = make_plan(arm.recipe, job.teacher, job.sites)
-        measured = measured_plan(job, counted)
-        return {then.stage: now.seconds / max(then.seconds, 1e-12) for then, now in zip(counted.rows, measured.rows)}
+        measured = measure_plan(job, counted)
+        return {
+            then.stage: now.seconds / max(then.seconds, 1e-12) for then, now in zip(counted.stages, measured.stages)
+        }
 
 
 @contextmanager
@@ -204,7 +264,7 @@ def _teacher_seconds(job: Job) -> float:
     for _ in range(2):
         began = time.perf_counter()
         with job.autocast():
-            run_body(job.teacher, batch)
+            run_backbone(job.teacher, batch)
         if job.device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)

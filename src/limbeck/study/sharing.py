@@ -1,7 +1,7 @@
 """Which stages of which arms can learn from the same passes of the teacher.
 
     key = pass_key(recipe, 1)             # equal keys: the same teacher reads the same text at the same positions
-    teams(arms)                           # arms that share anything with each other, directly or through others
+    group_arms_by_pass(arms)                           # arms that share anything with each other, directly or through others
 
 Stages 0 to 2 run the teacher without a gradient and nothing that they train changes what it sees. So all that has to
 agree is the teacher, the text, where in it the stage begins, how it is cut into batches and the seed, which orders the
@@ -11,13 +11,13 @@ text. Mixer, layers, loss, target and rates may differ.
 import json
 from typing import Any
 
-from limbeck import recipe as recipes
-from limbeck.prepare import name_of
-from limbeck.recipe import Recipe
-from limbeck.rehearsal import CHOOSING
-from limbeck.stages.optimize import steps_of
-from limbeck.study.grid import Arm
-from limbeck.teach import sequences_of
+from limbeck.core import recipe as recipes
+from limbeck.core.recipe import Recipe
+from limbeck.study.spec import Arm
+from limbeck.training.optim import count_training_steps
+from limbeck.training.rehearsal import RIDGE_EVAL_SEQUENCES
+from limbeck.training.setup import dataset_key
+from limbeck.training.stages import count_calibration_sequences
 
 
 def pass_key(recipe: Recipe, index: int) -> str | None:
@@ -35,27 +35,30 @@ def pass_key(recipe: Recipe, index: int) -> str | None:
         "teacher": (recipe.teacher, recipe.teacher_bits, recipe.device),
         "arithmetic": (recipe.precision, recipe.tf32, recipe.deterministic),
         "seed": recipe.seed,
-        "text": name_of(text),
+        "text": dataset_key(text),
         "length": text.seq_len,
         # a text is opened for the longest sequences that are read of it, and gathers what is evaluated on
-        "opened": (max(one.seq_len for one in opened if name_of(one) == name_of(text)), recipe.evaluation.tokens),
-        "read": [_read(recipe, one) for one in before if name_of(recipe.text_of(one)) == name_of(text)],
+        "opened": (
+            max(one.seq_len for one in opened if dataset_key(one) == dataset_key(text)),
+            recipe.evaluation.tokens,
+        ),
+        "read": [_read(recipe, one) for one in before if dataset_key(recipe.text_of(one)) == dataset_key(text)],
         "stage": stage.stage,
         "batch": (stage.batch_size, stage.micro_batch_size),
     }
     if isinstance(stage, recipes.Calibrate):
-        facts["sequences"] = sequences_of(stage, text.seq_len)
+        facts["sequences"] = count_calibration_sequences(stage, text.seq_len)
     if isinstance(stage, recipes.Matrix):
         facts["rows"] = stage.sampled_queries
     return json.dumps(facts, sort_keys=True)
 
 
-def teams(arms: list[Arm]) -> list[list[Arm]]:
+def group_arms_by_pass(arms: list[Arm]) -> list[list[Arm]]:
     """Arms in groups of which no two share a pass; an arm that shares none is in no group."""
     group = {arm.name: {arm.name} for arm in arms}
     holder: dict[str, str] = {}
     for arm in arms:
-        for key in keys(arm.recipe):
+        for key in list_pass_keys(arm.recipe):
             other = holder.setdefault(key, arm.name)
             if group[other] is not group[arm.name]:
                 group[other] |= group[arm.name]
@@ -67,7 +70,7 @@ def teams(arms: list[Arm]) -> list[list[Arm]]:
     return [members for members in seen.values() if len(members) > 1]
 
 
-def keys(recipe: Recipe) -> list[str]:
+def list_pass_keys(recipe: Recipe) -> list[str]:
     """The keys of the stages whose passes can be shared, in order."""
     found = [pass_key(recipe, index) for index in range(len(recipe.stages))]
     return [key for key in found if key is not None]
@@ -82,5 +85,7 @@ def _read(recipe: Recipe, stage: Any) -> tuple[int, int]:
     """Length and number of the sequences that a stage reads."""
     length = recipe.text_of(stage).seq_len
     if isinstance(stage, recipes.Calibrate):
-        return length, sequences_of(stage, length) + (CHOOSING if stage.ridge == "auto" else 0)
-    return length, steps_of(stage, length) * stage.batch_size
+        return length, count_calibration_sequences(stage, length) + (
+            RIDGE_EVAL_SEQUENCES if stage.ridge == "auto" else 0
+        )
+    return length, count_training_steps(stage, length) * stage.batch_size

@@ -1,9 +1,9 @@
 """Is a difference between arms there? Effects paired within a seed, a test over seeds, and a verdict.
 
     effect = Effect((Term(1.0, log_perplexity, {"student": ("retnet",)}), ...))
-    judge(effect.at_places(rows), kind="more", margin=0.01).verdict        # "holds", "does not hold", "undecided"
+    decide_verdict(effect.compute_contrasts(rows), kind="more", margin=0.01).verdict        # "holds", "does not hold", "undecided"
 
-A row is an arm's record (`limbeck.study.record`). What repeats a study is a seed, so a seed gives one number: the mean
+A row is an arm's record (`limbeck.study.results`). What repeats a study is a seed, so a seed gives one number: the mean
 over all places of the grid at which both sides were measured. The numbers of all seeds go into a two-sided one-sample
 t test of their mean (differences within a seed are paired) and its t interval, so that the verdict and the interval
 that is shown never disagree: an effect holds where its 95 % interval lies beyond the bound.
@@ -17,16 +17,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from limbeck.errors import LimbeckError
+from limbeck.core.errors import LimbeckError
 
-Row = dict[str, Any]
-Metric = Callable[[Row], float | None]
-Where = dict[str, tuple[Any, ...]]  # axis -> values
+ArmResult = dict[str, Any]
+Metric = Callable[[ArmResult], float | None]
+AxisFilter = dict[str, tuple[Any, ...]]  # axis -> values
 Verdict = Literal["holds", "does not hold", "undecided"]
 
-FEWEST_SEEDS = 3
+MIN_SEEDS = 3
 ALPHA = 0.05
-WHOLE = 0.5  # a seed with fewer than this share of the fullest seed's arms is not there yet
+MIN_SEED_COVERAGE = 0.5  # a seed with fewer than this share of the fullest seed's arms is not there yet
 
 
 class Contrasts(dict[str, list[float]]):
@@ -61,7 +61,7 @@ class Finding:
     left_out: list[str] = field(default_factory=list)
     diverged: list[str] = field(default_factory=list)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -71,7 +71,7 @@ class Term:
 
     weight: float
     metric: Metric
-    where: Where
+    where: AxisFilter
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Effect:
     """
 
     terms: tuple[Term, ...]
-    within: Where | None = None
+    within: AxisFilter | None = None
 
-    def at_places(self, rows: list[Row]) -> Contrasts:
+    def compute_contrasts(self, rows: list[ArmResult]) -> Contrasts:
         """The sum at each place, by seed."""
         # seed -> (place, term) -> member -> value
         tables: dict[str, dict[tuple[str, int], dict[str, float]]] = {}
@@ -134,12 +134,12 @@ class Effect:
         return result
 
 
-def difference(metric: Metric, plus: Where, minus: Where, within: Where | None = None) -> Effect:
+def difference(metric: Metric, plus: AxisFilter, minus: AxisFilter, within: AxisFilter | None = None) -> Effect:
     """metric(plus) - metric(minus)."""
     return Effect((Term(1.0, metric, plus), Term(-1.0, metric, minus)), within)
 
 
-def same_order(rows: list[Row], axis: str, metric: Metric) -> Contrasts:
+def rank_correlation_by_seed(rows: list[ArmResult], axis: str, metric: Metric) -> Contrasts:
     """Kendall's rank correlation of the students between neighboring values of an axis, by seed.
 
     Tables are compared at the same place of all other axes, over the students that every seed has in both.
@@ -164,12 +164,12 @@ def same_order(rows: list[Row], axis: str, metric: Metric) -> Contrasts:
                 lost = [name for name in both if not (math.isfinite(one[name]) and math.isfinite(other[name]))]
                 result.diverged += [f"{name} (seed {seed})" for name in lost]
                 if len(both) > 2:
-                    result.setdefault(seed, []).append(kendall(one, other, both))
+                    result.setdefault(seed, []).append(kendall_tau(one, other, both))
     result.diverged = sorted(set(result.diverged))
     return result
 
 
-def kendall(one: dict[str, float], other: dict[str, float], names: list[str]) -> float:
+def kendall_tau(one: dict[str, float], other: dict[str, float], names: list[str]) -> float:
     """Kendall's tau-a of two orders: a pair that is tied in either counts as neither agreement nor disagreement."""
 
     def sign(x: float) -> int:
@@ -179,8 +179,8 @@ def kendall(one: dict[str, float], other: dict[str, float], names: list[str]) ->
     return sum(sign(one[a] - one[b]) * sign(other[a] - other[b]) for a, b in pairs) / len(pairs)
 
 
-def judge(
-    found: dict[str, list[float]],
+def decide_verdict(
+    contrasts: dict[str, list[float]],
     kind: Literal["more", "little"],
     margin: float,
     tests: int = 1,
@@ -193,17 +193,17 @@ def judge(
     `margin`, and does not where it lies above.
 
     Args:
-        found: single effects by seed (`Contrasts` also say what was left out).
+        contrasts: single effects by seed (`Contrasts` also say what was left out).
         margin: the smallest effect that matters.
         tests: how many findings one rejection would overturn together; its level is divided by that.
         discrete: a count or a rank, of which equal seeds are to be expected and need no test.
     """
-    left_out, diverged = getattr(found, "left_out", []), getattr(found, "diverged", [])
-    by_seed = {seed: sum(values) / len(values) for seed, values in sorted(found.items())}
+    left_out, diverged = getattr(contrasts, "left_out", []), getattr(contrasts, "diverged", [])
+    by_seed = {seed: sum(values) / len(values) for seed, values in sorted(contrasts.items())}
     values = list(by_seed.values())
 
     def finding(verdict: Verdict, reason: str = "", low=None, high=None, p=None) -> Finding:
-        singles = [value for values in found.values() for value in values]
+        singles = [value for values in contrasts.values() for value in values]
         agreeing = [value > 0 if kind == "more" else value < margin for value in singles]
         share = sum(agreeing) / len(agreeing) if agreeing else None
         effect = statistics.fmean(values) if values and all(map(math.isfinite, values)) else None
@@ -214,16 +214,16 @@ def judge(
         return finding("undecided", "not measured")
     if diverged or not all(map(math.isfinite, values)):
         return finding("undecided", f"not finite: {', '.join(diverged) or 'an effect'}")
-    if len(values) < FEWEST_SEEDS:
-        return finding("undecided", f"{len(values)} seed{'s' * (len(values) > 1)}, {FEWEST_SEEDS} are needed")
+    if len(values) < MIN_SEEDS:
+        return finding("undecided", f"{len(values)} seed{'s' * (len(values) > 1)}, {MIN_SEEDS} are needed")
     mean = statistics.fmean(values)
     if max(values) == min(values):
         if not discrete:
             return finding("undecided", "every seed gave the same number, so the seed repeats nothing")
         yes = mean > 0 and mean >= margin if kind == "more" else mean < margin
         return finding("holds" if yes else "does not hold")
-    low, high = interval(values, ALPHA)
-    no_low, no_high = interval(values, ALPHA / tests)
+    low, high = t_interval(values, ALPHA)
+    no_low, no_high = t_interval(values, ALPHA / tests)
     if kind == "more":
         yes, no, p = low > 0 and mean >= margin, no_high < margin, _p(values, 0.0)
     else:
@@ -233,7 +233,7 @@ def judge(
     return finding("undecided", _why(kind, margin, mean, low, high), low, high, p)
 
 
-def interval(values: list[float], alpha: float = ALPHA) -> tuple[float, float]:
+def t_interval(values: list[float], alpha: float = ALPHA) -> tuple[float, float]:
     """The t interval of the mean that misses it with probability `alpha` for normal differences.
 
     A percentile bootstrap of three numbers is their minimum and maximum, and covers the mean in 76 of 100 studies.
@@ -256,12 +256,12 @@ def _why(kind: str, margin: float, mean: float, low: float, high: float) -> str:
 def _common(cells: dict[str, set], result: Contrasts) -> tuple[list[str], set]:
     """The seeds that are there, and what all of them have."""
     most = max((len(found) for found in cells.values()), default=0)
-    whole = [seed for seed, found in cells.items() if len(found) >= WHOLE * most]
+    whole = [seed for seed, found in cells.items() if len(found) >= MIN_SEED_COVERAGE * most]
     result.left_out += [f"seed {seed}, which is not complete" for seed in cells if seed not in whole]
     return whole, set.intersection(*(cells[seed] for seed in whole)) if whole else set()
 
 
-def _seed(row: Row) -> str:
+def _seed(row: ArmResult) -> str:
     return str(row["axes"]["seed"])
 
 
@@ -278,7 +278,7 @@ def _counts(axis: str, value: Any) -> bool:
     return axis not in ("seed", "mixer") and value not in (None, "all", "none")
 
 
-def _fits(row: Row, where: Where) -> bool:
+def _fits(row: ArmResult, where: AxisFilter) -> bool:
     return all(row["axes"].get(axis) in values for axis, values in where.items())
 
 

@@ -1,7 +1,7 @@
 """What a study found, on disk: study.json for programs, tables and claims for people.
 
-    results = write(study, folder, arms, failures, claims)
-    print(claims_markdown(results["claims"]))
+    results = write_study_results(study, folder, arms, failures, claims)
+    print(format_claims(results["claims"]))
 
 The tables hold no times, so that a study which was killed and resumed leaves the same ones.
 """
@@ -12,22 +12,22 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from limbeck.publish.privacy import last_part
-from limbeck.report.values import as_csv
-from limbeck.stages.run import environment
-from limbeck.study import record
-from limbeck.study.grid import Arm, Study
+from limbeck.report.privacy import get_basename
+from limbeck.report.values import values_to_csv
+from limbeck.study import results as record
+from limbeck.study.spec import Arm, Study
+from limbeck.training.run_directory import collect_environment
 
-FORMAT = 1
+STUDY_FORMAT = 1
 
 
-def write(
+def write_study_results(
     study: Study, folder: Path, arms: list[Arm], failures: dict[str, str], claims: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Write study.json, table.md, values.csv and claims.md; returns what study.json holds."""
     facts: list[dict[str, Any]] = []
     for arm in arms:
-        known = record.read(arm, study)
+        known = record.read_arm_result(arm, study)
         status = "finished" if known else "failed" if arm.name in failures else "open"
         facts.append(
             {
@@ -41,9 +41,9 @@ def write(
         )
     teachers, versions = _teachers(study, arms), _versions(arms, study)
     results = {
-        "format": FORMAT,
+        "format": STUDY_FORMAT,
         "study": study.model_dump(mode="json", exclude_none=True),
-        "environment": environment(),
+        "environment": collect_environment(),
         "arms": facts,
         "teachers": {name: one and {key: one[key] for key in ("values", "errors")} for name, one in teachers.items()},
         "sharing": {
@@ -54,15 +54,15 @@ def write(
         "versions": versions,
     }
     finished = [one for one in facts if one["status"] == "finished"]
-    record.put(folder / "study.json", json.dumps(results, indent=1) + "\n")
-    record.put(folder / "table.md", table_markdown(study, finished, teachers, versions))
-    record.put(folder / "values.csv", values_csv(finished))
+    record.write_atomically(folder / "study.json", json.dumps(results, indent=1) + "\n")
+    record.write_atomically(folder / "table.md", format_results_table(study, finished, teachers, versions))
+    record.write_atomically(folder / "values.csv", format_values_csv(finished))
     if claims:
-        record.put(folder / "claims.md", claims_markdown(claims))
+        record.write_atomically(folder / "claims.md", format_claims(claims))
     return results
 
 
-def table_markdown(
+def format_results_table(
     study: Study,
     finished: list[dict[str, Any]],
     teachers: dict[str, dict[str, Any] | None] | None = None,
@@ -97,15 +97,15 @@ def table_markdown(
     return "\n".join(lines)
 
 
-def values_csv(finished: list[dict[str, Any]]) -> str:
+def format_values_csv(finished: list[dict[str, Any]]) -> str:
     """One line a number: the arm, its axes, the value's name, the value, its standard error."""
     axes = _axes(finished)
-    return as_csv(
+    return values_to_csv(
         [(one["name"], {axis: _shown(one, axis) for axis in axes}, one["values"], one["errors"]) for one in finished]
     )
 
 
-def claims_markdown(claims: list[dict[str, Any]]) -> str:
+def format_claims(claims: list[dict[str, Any]]) -> str:
     """Each claim with its verdict, and its parts with effect, interval, p and seeds."""
     lines = ["# Claims", ""]
     for one in claims:
@@ -140,7 +140,7 @@ def _left_out(part: dict[str, Any]) -> str:
 
 def _teachers(study: Study, arms: list[Arm]) -> dict[str, dict[str, Any] | None]:
     """The teachers' records by name; where arms read several texts, by name and text."""
-    by_path = {record.teacher_path(arm): arm for arm in arms}
+    by_path = {record.get_teacher_result_path(arm): arm for arm in arms}
     names = {path: Path(arm.recipe.teacher).name for path, arm in by_path.items()}
     found: dict[str, dict[str, Any] | None] = {}
     for path, arm in by_path.items():
@@ -149,8 +149,8 @@ def _teachers(study: Study, arms: list[Arm]) -> dict[str, dict[str, Any] | None]
             others = [one for other, one in by_path.items() if names[other] == name and other != path]
             # the axes of the grid that tell this text or folder from the others'
             told = [f"{a} {v}" for a, v in arm.axes.items() if all(one.axes.get(a) != v for one in others)]
-            name = f"{name} ({', '.join(told) or last_part(arm.recipe.data.source)})"
-        found[name if name not in found else f"{name} {path.stem[-10:]}"] = record.read_teacher(arm, study)
+            name = f"{name} ({', '.join(told) or get_basename(arm.recipe.data.source)})"
+        found[name if name not in found else f"{name} {path.stem[-10:]}"] = record.read_teacher_result(arm, study)
     return found
 
 
@@ -158,7 +158,7 @@ def _versions(arms: list[Arm], study: Study) -> dict[str, int]:
     """How many finished arms were measured with which version of Limbeck."""
     found: dict[str, int] = {}
     for arm in arms:
-        if known := record.read(arm, study):
+        if known := record.read_arm_result(arm, study):
             name = known.get("limbeck", "an unknown version")
             found[name] = found.get(name, 0) + 1
     return found

@@ -1,34 +1,36 @@
 """Where a study runs: in this process, in several side by side, on a Ray cluster, or as arrays of Slurm.
 
-    run_study(study, executor=make("processes", workers=2))
-    run_study(study, executor=make("slurm", partition="gpu", gpus=1, time="4:00:00"))
+    run_study(study, executor=create_executor("processes", workers=2))
+    run_study(study, executor=create_executor("slurm", partition="gpu", gpus=1, time="4:00:00"))
 
-All of them do the same tasks on the same folder (`limbeck.study.work`), so a study may be begun with one and gone on
+All of them do the same tasks on the same folder (`limbeck.study.tasks`), so a study may be begun with one and gone on
 with by another. docs/studies.md has a command for each.
 """
 
 from dataclasses import fields
 from typing import Any
 
-from limbeck.errors import LimbeckError, closest
-from limbeck.study.executors.processes import Processes
-from limbeck.study.executors.ray import OnRay
-from limbeck.study.executors.slurm import Slurm
-from limbeck.study.work import Executor
+from limbeck.core.errors import LimbeckError, suggest_closest
+from limbeck.study.executors.processes import ProcessExecutor
+from limbeck.study.executors.ray import RayExecutor
+from limbeck.study.executors.slurm import SlurmExecutor
+from limbeck.study.tasks import Executor
 
-__all__ = ["EXECUTORS", "OnRay", "Processes", "Slurm", "make"]
+__all__ = ["EXECUTORS", "ProcessExecutor", "RayExecutor", "SlurmExecutor", "create_executor"]
 
-EXECUTORS: dict[str, Any] = {"local": None, "processes": Processes, "ray": OnRay, "slurm": Slurm}
+EXECUTORS: dict[str, Any] = {"local": None, "processes": ProcessExecutor, "ray": RayExecutor, "slurm": SlurmExecutor}
 
 
-def make(name: str, **options: Any) -> Executor | None:
+def create_executor(name: str, **options: Any) -> Executor | None:
     """The executor of that name, None for "local"; options that are None count as not given.
 
     Raises:
         LimbeckError: no such executor, or an option that it does not have.
     """
     if name not in EXECUTORS:
-        raise LimbeckError(f"unknown executor '{name}'{closest(name, EXECUTORS)}", expected=", ".join(EXECUTORS))
+        raise LimbeckError(
+            f"unknown executor '{name}'{suggest_closest(name, EXECUTORS)}", expected=", ".join(EXECUTORS)
+        )
     given = {key: value for key, value in options.items() if value is not None}
     cls = EXECUTORS[name]
     known = [field.name for field in fields(cls) if field.init] if cls else []

@@ -1,9 +1,9 @@
 """Arms side by side on this machine: one worker process for each GPU, or several that share the CPU's threads.
 
-    run_study(study, executor=Processes(workers=2))
+    run_study(study, executor=ProcessExecutor(workers=2))
 
 A worker loads the teacher once and does task after task; what it says goes to <folder>/logs/worker-<n>.log. One that
-is killed loses its task alone, which another worker takes up from the disk; a task whose workers die `TRIES` times is
+is killed loses its task alone, which another worker takes up from the disk; a task whose workers die `MAX_ATTEMPTS` times is
 reported as failed. SIGTERM is passed on: the workers keep their state, and the study ends.
 """
 
@@ -21,21 +21,21 @@ from pathlib import Path
 
 import torch
 
-from limbeck.errors import LimbeckError
-from limbeck.stages.interrupt import Stopped, watch
-from limbeck.study.executors.worker import BOOT, plain
-from limbeck.study.grid import Study
-from limbeck.study.work import Done, Task
+from limbeck.core.errors import LimbeckError
+from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
+from limbeck.study.executors.worker import BOOTSTRAP_CODE, task_to_dict
+from limbeck.study.spec import Study
+from limbeck.study.tasks import StudyTask, TaskResult
 
-TRIES = 3
-ON_A_CPU = 2  # workers, where none are asked for
-TO_END_S = 120.0  # how long a worker may take to keep its state
-WORKER = [sys.executable, "-c", BOOT]
+MAX_ATTEMPTS = 3
+DEFAULT_CPU_WORKERS = 2  # workers, where none are asked for
+SHUTDOWN_TIMEOUT_S = 120.0  # how long a worker may take to keep its state
+WORKER_COMMAND = [sys.executable, "-c", BOOTSTRAP_CODE]
 Answers = queue.Queue["tuple[_Worker, str | None]"]
 
 
 @dataclass
-class Processes:
+class ProcessExecutor:
     """See the module.
 
     workers: 0: one for each GPU, or two without GPUs. With GPUs there may be no more workers than those.
@@ -44,7 +44,7 @@ class Processes:
     workers: int = 0
     threads: int | None = field(init=False)
     gpus: list[str] = field(init=False)  # as CUDA_VISIBLE_DEVICES names them; a worker has one
-    plans: bool = field(default=True, init=False)
+    supports_planning: bool = field(default=True, init=False)
     _workers: "list[_Worker]" = field(default_factory=list, init=False)  # kept from one list of tasks to the next
     _answers: "Answers" = field(default_factory=queue.Queue, init=False)  # None when a worker's process has ended
 
@@ -56,24 +56,24 @@ class Processes:
                 expected=f"at most {len(self.gpus)}, one for each GPU" if self.gpus else "a positive number",
                 hint="CUDA_VISIBLE_DEVICES= limbeck study ...   (workers on the CPU)" if self.gpus else None,
             )
-        self.workers = self.workers or len(self.gpus) or ON_A_CPU
+        self.workers = self.workers or len(self.gpus) or DEFAULT_CPU_WORKERS
         self.threads = max(1, torch.get_num_threads() // self.workers)
 
-    def run(self, study: Study, folder: Path, tasks: list[Task]) -> Iterator[Done]:
+    def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]:
         """Do the tasks, in order as workers are free.
 
         Raises:
-            Stopped: SIGTERM came; all workers have kept their state.
+            TrainingInterrupted: SIGTERM came; all workers have kept their state.
         """
-        waiting, tries = deque(tasks), Counter[Task]()
+        waiting, tries = deque(tasks), Counter[StudyTask]()
         over = False
-        with watch() as asked:
+        with graceful_shutdown() as asked:
             try:
                 while waiting or any(worker.task for worker in self._workers):
                     if asked():
-                        raise Stopped(_stop(self._workers))
+                        raise TrainingInterrupted(_stop(self._workers))
                     while waiting and (idle := self._idle(folder)):
-                        idle.give(waiting.popleft())
+                        idle.submit(waiting.popleft())
                     try:
                         worker, line = self._answers.get(timeout=0.5)
                     except queue.Empty:
@@ -86,12 +86,12 @@ class Processes:
                         if task is None:
                             continue
                         tries[task] += 1
-                        if tries[task] < TRIES:
+                        if tries[task] < MAX_ATTEMPTS:
                             waiting.appendleft(task)
                             continue
-                        yield Done(task, dict.fromkeys(task.arms, worker.how_it_ended()))
+                        yield TaskResult(task, dict.fromkeys(task.arms, worker.describe_exit()))
                     elif task is not None:
-                        yield Done(task, json.loads(line))
+                        yield TaskResult(task, json.loads(line))
                 over = True
             finally:
                 if not over:
@@ -121,15 +121,15 @@ class Processes:
 class _Worker:
     """One process, the task that it has, and where it writes what it says."""
 
-    def __init__(self, slot: int, folder: Path, sharers: int, env: dict[str, str], answers: Answers):
+    def __init__(self, slot: int, folder: Path, local_workers: int, env: dict[str, str], answers: Answers):
         self.slot = slot
-        self.task: Task | None = None
+        self.task: StudyTask | None = None
         self.log = folder / "logs" / f"worker-{slot}.log"
         self.log.parent.mkdir(exist_ok=True)
         with open(self.log, "ab") as log:
             # a session of its own: Ctrl-C is for the study, which then ends its workers
             self.process = subprocess.Popen(
-                [*WORKER, str(folder), str(sharers)],
+                [*WORKER_COMMAND, str(folder), str(local_workers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -148,20 +148,20 @@ class _Worker:
         self.process.wait()
         answers.put((self, None))
 
-    def give(self, task: Task) -> None:
+    def submit(self, task: StudyTask) -> None:
         """Hand it a task. That its process is gone is told by `answers`."""
         self.task = task
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(plain(task)) + "\n")
+            self.process.stdin.write(json.dumps(task_to_dict(task)) + "\n")
             self.process.stdin.flush()
 
-    def how_it_ended(self) -> str:
+    def describe_exit(self) -> str:
         """For people."""
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         last = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:]
-        return "\n".join([f"its process {how}, {TRIES} times; see {self.log}", *last])
+        return "\n".join([f"its process {how}, {MAX_ATTEMPTS} times; see {self.log}", *last])
 
     def end(self) -> None:
         """End it at once: it does when its stdin is closed."""
@@ -182,7 +182,7 @@ def _stop(workers: list[_Worker]) -> str:
         worker.process.terminate()
     for worker in busy:
         try:
-            worker.process.wait(TO_END_S)
+            worker.process.wait(SHUTDOWN_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             worker.process.kill()
     return f"asked to stop; {len(busy)} arms or groups of arms were at work, their state is kept"

@@ -1,10 +1,10 @@
 """Arms as tasks of Ray: on a cluster that is there, or on one that is started on this machine for the study.
 
-    run_study(study, executor=OnRay(workers=2))                    # on this machine
-    run_study(study, executor=OnRay(address="auto", gpus=1))       # on the cluster that this machine belongs to
+    run_study(study, executor=RayExecutor(workers=2))                    # on this machine
+    run_study(study, executor=RayExecutor(address="auto", gpus=1))       # on the cluster that this machine belongs to
 
 All machines need Limbeck and see the study's folder, the text and the teacher under the same paths. What a task says
-goes to <folder>/logs/. A task whose process or machine is lost is taken up by another from the disk, `TRIES` times in
+goes to <folder>/logs/. A task whose process or machine is lost is taken up by another from the disk, `MAX_ATTEMPTS` times in
 all. SIGTERM ends the study from its arms' last checkpoints.
 """
 
@@ -20,21 +20,21 @@ from typing import Any
 
 import torch
 
-from limbeck.console import console
-from limbeck.errors import LimbeckError, sentences
-from limbeck.stages.interrupt import Stopped, watch
-from limbeck.study.executors.worker import do_task_elsewhere, plain
-from limbeck.study.grid import Study
-from limbeck.study.work import Done, Task
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError, summarize_error
+from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
+from limbeck.study.executors.worker import run_remote_task, task_to_dict
+from limbeck.study.spec import Study
+from limbeck.study.tasks import StudyTask, TaskResult
 
-TRIES = 3
-HERE = 2  # tasks side by side on this machine, where no number is asked for
+MAX_ATTEMPTS = 3
+DEFAULT_LOCAL_WORKERS = 2  # tasks side by side on this machine, where no number is asked for
 OBJECT_STORE = 80_000_000  # bytes: tasks and answers are short texts
 TEMPORARY = "limbeck-ray-"
 
 
 @dataclass
-class OnRay:
+class RayExecutor:
     """See the module.
 
     address: of a cluster, `auto` for the one that this machine belongs to; None starts one here.
@@ -48,7 +48,7 @@ class OnRay:
     cpus: int = 0
     gpus: float | None = None
     threads: int | None = field(init=False)
-    plans: bool = field(init=False)
+    supports_planning: bool = field(init=False)
     _kept: list[ExitStack] = field(default_factory=list, init=False)  # the cluster, between two lists
 
     def __post_init__(self) -> None:
@@ -56,19 +56,19 @@ class OnRay:
         for name, value in (("workers", self.workers), ("cpus", self.cpus), ("gpus", self.gpus or 0)):
             if value < 0:
                 raise LimbeckError(f"--{name} {value}", expected="a positive number")
-        self.plans = self.address is None
+        self.supports_planning = self.address is None
         if self.address is None:
-            self.workers = self.workers or HERE
+            self.workers = self.workers or DEFAULT_LOCAL_WORKERS
             self.cpus = self.cpus or max(1, torch.get_num_threads() // self.workers)
         self.cpus = self.cpus or 1
         self.threads = self.cpus
 
-    def run(self, study: Study, folder: Path, tasks: list[Task]) -> Iterator[Done]:
+    def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]:
         """Do the tasks, as many at once as there is room for.
 
         Raises:
             LimbeckError: there is no cluster at that address, or it has not what a task needs.
-            Stopped: SIGTERM came.
+            TrainingInterrupted: SIGTERM came.
         """
         if not tasks:
             return
@@ -77,20 +77,20 @@ class OnRay:
         if not self._kept:
             self._kept.append(ExitStack())
             self._kept[0].enter_context(self._cluster(ray))
-        with watch() as asked:
-            gpus, sharers = self._share(ray)
+        with graceful_shutdown() as asked:
+            gpus, local_workers = self._share(ray)
             # a task that is asked to stop where it runs is begun again elsewhere
-            remote = ray.remote(do_task_elsewhere).options(
-                num_cpus=self.cpus, num_gpus=gpus, max_retries=TRIES - 1, retry_exceptions=[Stopped]
+            remote = ray.remote(run_remote_task).options(
+                num_cpus=self.cpus, num_gpus=gpus, max_retries=MAX_ATTEMPTS - 1, retry_exceptions=[TrainingInterrupted]
             )
-            waiting, running = deque(tasks), dict[Any, Task]()
+            waiting, running = deque(tasks), dict[Any, StudyTask]()
             try:
                 while waiting or running:
                     if asked():
-                        raise Stopped("asked to stop; the arms go on from their last checkpoints")
+                        raise TrainingInterrupted("asked to stop; the arms go on from their last checkpoints")
                     while waiting and (len(running) < self.workers or not self.workers):
                         task = waiting.popleft()
-                        running[remote.remote(*self._order(folder, task), sharers)] = task
+                        running[remote.remote(*self._order(folder, task), local_workers)] = task
                     ready, _ = ray.wait(list(running), timeout=0.5)
                     for one in ready:
                         yield self._done(ray, one, running.pop(one))
@@ -103,18 +103,18 @@ class OnRay:
         while self._kept:
             self._kept.pop().close()
 
-    def _order(self, folder: Path, task: Task) -> tuple[str, str, dict[str, Any], int, str]:
+    def _order(self, folder: Path, task: StudyTask) -> tuple[str, str, dict[str, Any], int, str]:
         log = folder / "logs" / f"{task.kind}-{task.arms[0]}.log"
-        return os.getcwd(), str(folder), plain(task), self.cpus, str(log)
+        return os.getcwd(), str(folder), task_to_dict(task), self.cpus, str(log)
 
-    def _done(self, ray: Any, one: Any, task: Task) -> Done:
+    def _done(self, ray: Any, one: Any, task: StudyTask) -> TaskResult:
         try:
-            return Done(task, ray.get(one))
-        except Stopped as error:
+            return TaskResult(task, ray.get(one))
+        except TrainingInterrupted as error:
             said = str(error)
         except ray.exceptions.RayError as error:
-            said = f"Ray lost it {TRIES} times: {type(error).__name__}: {str(error).strip()}"
-        return Done(task, dict.fromkeys(task.arms, said))
+            said = f"Ray lost it {MAX_ATTEMPTS} times: {type(error).__name__}: {str(error).strip()}"
+        return TaskResult(task, dict.fromkeys(task.arms, said))
 
     def _share(self, ray: Any) -> tuple[float, int]:
         """GPUs of a task, once it is sure that some machine has what it needs, and tasks on a machine at once."""
@@ -145,7 +145,7 @@ class OnRay:
                 ray.init(address=self.address, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise LimbeckError(
-                    f"no Ray cluster at {self.address}: {sentences(error)}",
+                    f"no Ray cluster at {self.address}: {summarize_error(error)}",
                     expected="the address of a head node, or auto on a machine of a cluster",
                     hint="ray start --head   (on the first machine), or no --address for this machine alone",
                 ) from error

@@ -1,6 +1,6 @@
 """Arms as arrays of Slurm: a script for each of the study's two lists, submitted, waited for and read from the disk.
 
-    run_study(study, executor=Slurm(partition="gpu", gpus=1, time="4:00:00"))
+    run_study(study, executor=SlurmExecutor(partition="gpu", gpus=1, time="4:00:00"))
 
 <folder>/slurm/ holds tasks.json (what each number of the array stands for), array.sh (the script), <number>.json (the
 answer of a task, until it is read), <array>_<number>.log and job (the array that is under way). Each array task is
@@ -22,18 +22,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limbeck.console import console
-from limbeck.errors import LimbeckError
-from limbeck.stages.interrupt import Stopped, watch
-from limbeck.study import record
-from limbeck.study.executors.worker import do_task, plain
-from limbeck.study.grid import Study
-from limbeck.study.team import shares_a_pass
-from limbeck.study.work import Done, Task
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
+from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
+from limbeck.study import results
+from limbeck.study.executors.worker import run_study_task, task_to_dict
+from limbeck.study.shared_training import can_share_pass
+from limbeck.study.spec import Study
+from limbeck.study.tasks import StudyTask, TaskResult
 
-TASKS, JOB = "tasks.json", "job"
-SECONDS_BETWEEN_LOOKS = 2.0
-WARNING_S = 120  # before a task's time is over it is asked to keep its state
+TASKS_FILE, JOB_FILE = "tasks.json", "job"
+POLL_INTERVAL_S = 2.0
+PREEMPTION_NOTICE_S = 120  # before a task's time is over it is asked to keep its state
 SCRIPT = """\
 #!/bin/bash
 {options}
@@ -54,7 +54,7 @@ exit "$code"
 
 
 @dataclass
-class Slurm:
+class SlurmExecutor:
     """See the module.
 
     workers: array tasks side by side; 0: as Slurm sees fit.
@@ -69,7 +69,7 @@ class Slurm:
     time: str | None = None
     sbatch: list[str] = field(default_factory=list)
     threads: int | None = field(default=None, init=False)
-    plans: bool = field(default=False, init=False)  # the machine that submits is not like those that work
+    supports_planning: bool = field(default=False, init=False)  # the machine that submits is not like those that work
 
     def __post_init__(self) -> None:
         for option in self.sbatch:
@@ -77,36 +77,36 @@ class Slurm:
                 raise LimbeckError(
                     f"--sbatch {option!r}", expected="an option of sbatch, such as --sbatch=--account=abc"
                 )
-        check_one_line("--partition", self.partition)
-        check_one_line("--time", self.time)
+        check_single_line("--partition", self.partition)
+        check_single_line("--time", self.time)
         if self.gpus is not None and self.gpus != int(self.gpus):
             raise LimbeckError(f"--gpus {self.gpus}", expected="a whole number: Slurm gives whole GPUs")
         if self.workers < 0:
             raise LimbeckError(f"--workers {self.workers}", expected="a positive number, or none for no limit")
 
-    def run(self, study: Study, folder: Path, tasks: list[Task]) -> Iterator[Done]:
+    def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]:
         """Submit the tasks as an array and wait for them.
 
         Raises:
             LimbeckError: there is no sbatch here (the script is written), or it refused.
-            Stopped: SIGTERM came; the array goes on without this process.
+            TrainingInterrupted: SIGTERM came; the array goes on without this process.
         """
         place = folder / "slurm"
         arms = {arm.name: arm for arm in study.arms(folder)}
-        with watch() as asked:
+        with graceful_shutdown() as asked:
             _wait_for_another(place, asked)
             answered = _answers(place)
             left = []
             for task in tasks:
                 mine = [arms[name] for name in task.arms]
-                over = all(record.state(arm, study) == "finished" for arm in mine)
-                if answered.get(task) or over or (task.kind == "together" and not shares_a_pass(mine)):
-                    yield Done(task, answered.get(task, {}))
+                over = all(results.get_arm_state(arm, study) == "finished" for arm in mine)
+                if answered.get(task) or over or (task.kind == "shared" and not can_share_pass(mine)):
+                    yield TaskResult(task, answered.get(task, {}))
                 else:
                     left.append(task)
             if not left:
                 return
-            script = self.write(folder, left)
+            script = self.write_script(folder, left)
             if shutil.which("sbatch") is None:
                 raise LimbeckError(
                     f"there is no sbatch on this machine; the script for {len(left)} tasks is written",
@@ -117,13 +117,15 @@ class Slurm:
     def close(self) -> None:
         """Nothing is kept."""
 
-    def write(self, folder: Path, tasks: list[Task]) -> Path:
+    def write_script(self, folder: Path, tasks: list[StudyTask]) -> Path:
         """Write the script and the list of what its numbers stand for; the script."""
         place = folder / "slurm"
-        check_one_line("--out", str(folder))
-        check_one_line("the working directory", os.getcwd())
+        check_single_line("--out", str(folder))
+        check_single_line("the working directory", os.getcwd())
         place.mkdir(exist_ok=True)
-        record.put(place / TASKS, json.dumps([plain(task) for task in tasks], indent=1) + "\n")
+        results.write_atomically(
+            place / TASKS_FILE, json.dumps([task_to_dict(task) for task in tasks], indent=1) + "\n"
+        )
         most = f"%{self.workers}" if self.workers else ""
         asked = {
             "job-name": f"limbeck-{folder.name}",
@@ -131,7 +133,7 @@ class Slurm:
             "chdir": os.getcwd(),
             "output": f"{place.absolute()}/%A_%a.log",
             "open-mode": "append",
-            "signal": f"B:USR1@{WARNING_S}",
+            "signal": f"B:USR1@{PREEMPTION_NOTICE_S}",
             "partition": self.partition,
             "time": self.time,
             "cpus-per-task": self.cpus,
@@ -143,38 +145,38 @@ class Slurm:
             lines += ["", f"export OMP_NUM_THREADS={self.cpus}"]
         command = shlex.join([sys.executable, "-m", "limbeck", "study", str(folder)])
         script = place / "array.sh"
-        record.put(script, SCRIPT.format(options="\n".join(lines), command=command))
+        results.write_atomically(script, SCRIPT.format(options="\n".join(lines), command=command))
         return script
 
 
-def check_one_line(what: str, value: str | None) -> None:
+def check_single_line(what: str, value: str | None) -> None:
     """Raises LimbeckError where a value would end its `#SBATCH` line: what follows would be a command of the script."""
     if value is not None and not value.isprintable():
         raise LimbeckError(f"{what} {value!r}", expected="one line of printable characters, for Slurm's script")
 
 
-def do_array_task(folder: Path, number: int) -> dict[str, str]:
+def run_array_task(folder: Path, number: int) -> dict[str, str]:
     """Do one task of the array that is written in the study's folder; what the arms said that failed.
 
     Raises:
         LimbeckError: no array is written there, or it has no such number.
-        Stopped: SIGTERM came, the state is kept.
+        TrainingInterrupted: SIGTERM came, the state is kept.
     """
     place = folder / "slurm"
     try:
-        tasks = json.loads((place / TASKS).read_text(encoding="utf-8"))
+        tasks = json.loads((place / TASKS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LimbeckError(
             f"{folder} has no tasks", expected="a study's folder", hint="limbeck study STUDY --executor slurm"
         ) from error
     if not 0 <= number < len(tasks):
         raise LimbeckError(f"--task {number}", expected=f"0 to {len(tasks) - 1}")
-    failures = do_task(str(folder), tasks[number])
-    record.put(place / f"{number}.json", json.dumps(failures) + "\n")
+    failures = run_study_task(str(folder), tasks[number])
+    results.write_atomically(place / f"{number}.json", json.dumps(failures) + "\n")
     return failures
 
 
-def _submit(place: Path, script: Path, tasks: list[Task], asked: Callable[[], bool]) -> Iterator[Done]:
+def _submit(place: Path, script: Path, tasks: list[StudyTask], asked: Callable[[], bool]) -> Iterator[TaskResult]:
     """Submit the script; its tasks as their answers come."""
     # a session of its own: Ctrl-C ends the study, and leaves the array alone
     sbatch = subprocess.Popen(
@@ -193,7 +195,7 @@ def _submit(place: Path, script: Path, tasks: list[Task], asked: Callable[[], bo
         raise LimbeckError(
             f"sbatch refused {script}: {sbatch.stderr.read().strip()}", hint="--partition, --time, --sbatch=OPTION"
         )
-    record.put(place / JOB, job + "\n")
+    results.write_atomically(place / JOB_FILE, job + "\n")
     console.print(f"array {job} of {len(tasks)} tasks submitted; what they say is in {place}/", markup=False)
     waiting = dict(enumerate(tasks))
     try:
@@ -202,35 +204,35 @@ def _submit(place: Path, script: Path, tasks: list[Task], asked: Callable[[], bo
             for number in [number for number in waiting if (place / f"{number}.json").exists()]:
                 failures = json.loads((place / f"{number}.json").read_text(encoding="utf-8"))
                 (place / f"{number}.json").unlink()
-                yield Done(waiting.pop(number), failures)
+                yield TaskResult(waiting.pop(number), failures)
             if over:
                 break
             if asked():
-                raise Stopped(f"asked to stop; the array {job} goes on (scancel {job} ends it)")
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+                raise TrainingInterrupted(f"asked to stop; the array {job} goes on (scancel {job} ends it)")
+            time.sleep(POLL_INTERVAL_S)
     finally:
         if sbatch.poll() is None:
             sbatch.kill()
-    (place / JOB).unlink()
+    (place / JOB_FILE).unlink()
     for number, task in waiting.items():
         log = place / f"{job}_{number}.log"
         last = log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:] if log.exists() else []
         said = "\n".join([f"its array task {job}_{number} ended without an answer; see {log}", *last])
-        yield Done(task, dict.fromkeys(task.arms, said))
+        yield TaskResult(task, dict.fromkeys(task.arms, said))
 
 
 def _wait_for_another(place: Path, asked: Callable[[], bool]) -> None:
     """Wait for the array that a driver left under way when it was killed."""
-    if not (place / JOB).exists():
+    if not (place / JOB_FILE).exists():
         return
-    job = (place / JOB).read_text(encoding="utf-8").strip()
+    job = (place / JOB_FILE).read_text(encoding="utf-8").strip()
     if _alive(job):
         console.print(f"the array {job} of this study is under way; waiting for it (scancel {job} ends it)")
     while _alive(job):
         if asked():
-            raise Stopped(f"asked to stop; the array {job} goes on (scancel {job} ends it)")
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    (place / JOB).unlink()
+            raise TrainingInterrupted(f"asked to stop; the array {job} goes on (scancel {job} ends it)")
+        time.sleep(POLL_INTERVAL_S)
+    (place / JOB_FILE).unlink()
 
 
 def _alive(job: str) -> bool:
@@ -248,16 +250,16 @@ def _alive(job: str) -> bool:
     return bool(done.stdout.strip())
 
 
-def _answers(place: Path) -> dict[Task, dict[str, str]]:
+def _answers(place: Path) -> dict[StudyTask, dict[str, str]]:
     """Take what the tasks said of an array for which nobody has waited to its end."""
     try:
-        tasks = json.loads((place / TASKS).read_text(encoding="utf-8"))
+        tasks = json.loads((place / TASKS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     found = {}
     for number, task in enumerate(tasks):
         path = place / f"{number}.json"
         if path.exists():
-            found[Task(task["kind"], tuple(task["arms"]))] = json.loads(path.read_text(encoding="utf-8"))
+            found[StudyTask(task["kind"], tuple(task["arms"]))] = json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
     return found

@@ -1,7 +1,7 @@
 """A process that does tasks of a study for an executor: what it is told and what it answers are plain data.
 
-    failures = do_task("runs/mine", {"kind": "alone", "arms": ["gla_3_seed0"]})     # {} when all went well
-    [sys.executable, "-c", BOOT, "runs/mine", "2"]      # a task a line on stdin, an answer a line on stdout
+    failures = run_study_task("runs/mine", {"kind": "alone", "arms": ["gla_3_seed0"]})     # {} when all went well
+    [sys.executable, "-c", BOOTSTRAP_CODE, "runs/mine", "2"]      # a task a line on stdin, an answer a line on stdout
 
 All else is on disk: the study in <folder>/study.yaml, and each arm in its run directory. A worker of the second kind
 ends at once when its stdin is closed, and so when the process that started it is killed: an arm never has two.
@@ -17,12 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from limbeck.console import console
-from limbeck.errors import LimbeckError
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
+from limbeck.core.signals import SIGTERM_EXIT_CODE, TrainingInterrupted
 from limbeck.mixers import registry
-from limbeck.stages.interrupt import EXIT_CODE, Stopped
-from limbeck.study.grid import Arm, Study
-from limbeck.study.work import Task, Workplace, told
+from limbeck.study.spec import Arm, Study
+from limbeck.study.tasks import StudyTask, TaskRunner, format_error
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # it listens before it imports anything that takes seconds
-BOOT = """
+BOOTSTRAP_CODE = """
 import json, os, queue, sys, threading
 
 orders = queue.Queue()
@@ -44,43 +44,43 @@ threading.Thread(target=listen, daemon=True).start()
 from limbeck.study.executors.worker import main
 main(orders)
 """
-PATIENCE_S = 60.0  # how long an arm may be held by a process that is about to end
+LOCK_TIMEOUT_S = 60.0  # how long an arm may be held by a process that is about to end
 
 
-def plain(task: Task) -> dict[str, Any]:
+def task_to_dict(task: StudyTask) -> dict[str, Any]:
     """A task as plain data, with the files of the mixers that this process has loaded."""
-    return {"kind": task.kind, "arms": list(task.arms), "mixers": [str(path) for path in registry.files()]}
+    return {"kind": task.kind, "arms": list(task.arms), "mixers": [str(path) for path in registry.list_loaded_files()]}
 
 
-def do_task(folder: str, task: dict[str, Any], sharers: int = 1) -> dict[str, str]:
+def run_study_task(folder: str, task: dict[str, Any], local_workers: int = 1) -> dict[str, str]:
     """Do a task of the study in `folder`; what the arms said that failed.
 
     Args:
         folder: as the study's recipes have it, absolute or relative to this process's directory.
-        task: see `plain`.
-        sharers: how many workers share this machine's memory.
+        task: see `task_to_dict`.
+        local_workers: how many workers share this machine's memory.
 
     Raises:
-        Stopped: SIGTERM came, the state is kept.
+        TrainingInterrupted: SIGTERM came, the state is kept.
     """
     try:
         for file in task["mixers"]:
-            registry.run_file(Path(file))
+            registry.execute_file(Path(file))
         study, arms = _opened(folder, (Path(folder) / "study.yaml").stat().st_mtime_ns)
         missing = [name for name in task["arms"] if name not in arms]
         if missing:
             raise LimbeckError(f"the study in {folder} has no arm {missing[0]}", hint="start the study again")
         for name in task["arms"]:
             _wait_until_free(arms[name].path)
-        return _workplace(sharers).do(study, Task(task["kind"], tuple(task["arms"])), arms).failures
-    except Stopped:
+        return _task_runner(local_workers).run_task(study, StudyTask(task["kind"], tuple(task["arms"])), arms).failures
+    except TrainingInterrupted:
         raise
     except Exception as error:
-        return dict.fromkeys(task["arms"], told(error))
+        return dict.fromkeys(task["arms"], format_error(error))
 
 
-def do_task_elsewhere(
-    directory: str, folder: str, task: dict[str, Any], threads: int, log: str, sharers: int
+def run_remote_task(
+    directory: str, folder: str, task: dict[str, Any], threads: int, log: str, local_workers: int
 ) -> dict[str, str]:
     """The same in a process that something else started: first go to that directory; what is said goes to `log`."""
     import torch
@@ -91,7 +91,7 @@ def do_task_elsewhere(
         with open(log, "a", encoding="utf-8") as file:
             console.file = file
             console.print(f"process {os.getpid()} on {platform.node()}: {task['kind']} {', '.join(task['arms'])}")
-            return do_task(folder, task, sharers)
+            return run_study_task(folder, task, local_workers)
     except OSError as error:
         return dict.fromkeys(task["arms"], f"{error} on {platform.node()}\nexpected: the same folders on all machines")
 
@@ -103,8 +103,8 @@ def _opened(folder: str, changed: int) -> tuple[Study, dict[str, Arm]]:
 
 
 @lru_cache(maxsize=1)
-def _workplace(sharers: int) -> Workplace:
-    return Workplace(sharers)
+def _task_runner(local_workers: int) -> TaskRunner:
+    return TaskRunner(local_workers)
 
 
 def _wait_until_free(path: Path) -> None:
@@ -113,7 +113,7 @@ def _wait_until_free(path: Path) -> None:
         return
     began = time.monotonic()
     with open(path / ".lock", "w", encoding="utf-8") as lock:
-        while time.monotonic() - began < PATIENCE_S:
+        while time.monotonic() - began < LOCK_TIMEOUT_S:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
@@ -122,13 +122,13 @@ def _wait_until_free(path: Path) -> None:
 
 
 def main(orders: "queue.Queue[dict[str, Any]]") -> None:
-    """Do the tasks that come until the process ends; folder and number of sharers are its arguments."""
+    """Do the tasks that come until the process ends; folder and number of workers are its arguments."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not get among the answers
     try:
         while True:
-            failures = do_task(sys.argv[1], orders.get(), int(sys.argv[2]))
+            failures = run_study_task(sys.argv[1], orders.get(), int(sys.argv[2]))
             print(json.dumps(failures), file=answers, flush=True)
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         console.print(str(stopped), markup=False)
-        sys.exit(EXIT_CODE)
+        sys.exit(SIGTERM_EXIT_CODE)

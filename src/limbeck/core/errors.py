@@ -1,0 +1,69 @@
+"""The one exception that a user is meant to read.
+
+    raise LimbeckError("unknown mixer 'gatd_deltanet'", expected="one of: gla, ...", hint="limbeck students")
+
+The command line prints it without a traceback and exits with code 2; in Python it is an ordinary exception.
+"""
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class LimbeckError(Exception):
+    """A mistake in what was asked for: says what was found, what was expected and what to do next.
+
+    Args:
+        found: what is wrong, in one sentence.
+        expected: what would have been right.
+        hint: the next command to type or setting to change.
+    """
+
+    exit_code = 2
+
+    def __init__(self, found: str, *, expected: str | None = None, hint: str | None = None):
+        self.found, self.expected, self.hint = found, expected, hint
+        lines = [found]
+        if expected:
+            lines.append(f"expected: {expected}")
+        if hint:
+            lines.append(f"try: {hint}")
+        super().__init__("\n".join(lines))
+
+
+@contextmanager
+def rewrite_hints(names: dict[str, str]) -> Iterator[None]:
+    """Let the hints of errors inside name other keys of a recipe: {"data.text_field": "data.sources.1.text_field"}."""
+    try:
+        yield
+    except LimbeckError as error:
+        hint = error.hint or ""
+        for old, new in names.items():
+            hint = hint.replace(old, new)
+        if hint == (error.hint or ""):
+            raise
+        raise LimbeckError(error.found, expected=error.expected, hint=hint) from error
+
+
+def suggest_closest(name: str, choices: Iterable[str]) -> str:
+    """`, did you mean 'x'?` when one of the choices is near to `name`, else an empty string."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+def summarize_error(error: BaseException, most: int = 2) -> str:
+    """The first whole sentences of another library's error, on one line; its type where it says nothing.
+
+    A first line alone often ends in a colon, or in the middle of the sentence that tells the cause.
+    """
+    text = " ".join(str(error).split())
+    if not text:
+        return type(error).__name__
+    return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"(])", text)[:most])
+
+
+def format_python_command(code: str) -> str:
+    """A line for the shell that runs `code`, for hints."""
+    return f"python -c {shlex.quote(code)}" if any(c in code for c in '"$`\\') else f'python -c "{code}"'

@@ -1,0 +1,124 @@
+"""Which layers get a mixer and which keep softmax, said in a few words.
+
+    parse_layers("0,2,5-9", 30)                 # [0, 2, 5, 6, 7, 8, 9]
+    parse_softmax_layers("every 4", 30)                   # [3, 7, 11, 15, 19, 23, 27]: the last of every four
+    parse_softmax_layers("uniform 7", 30)                 # seven, evenly spread
+    parse_softmax_layers("softmax_layers.json", 30)       # what `limbeck select` chose
+    format_ranges([0, 2, 5, 6, 7])                  # "0, 2, 5-7"
+
+Both parsers also take lists of numbers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from limbeck.core.errors import LimbeckError
+
+
+def parse_layers(layers: str | list[int], count: int) -> list[int]:
+    """Layer numbers from "all", [0, 3] or "0,2,5-9"."""
+    if layers == "all":
+        return list(range(count))
+    problem = LimbeckError(
+        f"layers is {layers!r}, the teacher has {count}", expected=f"'all', or numbers from 0 to {count - 1} as 0,2,5-9"
+    )
+    chosen = _numbers(layers, problem)
+    if not chosen or min(chosen) < 0 or max(chosen) >= count:
+        raise problem
+    return sorted(chosen)
+
+
+def parse_softmax_layers(softmax_layers: str | list[int], count: int) -> list[int]:
+    """Layers that stay softmax, from "none", numbers, "every N", "uniform K" or a file that `limbeck select` wrote."""
+    if softmax_layers in ("none", "", []):
+        return []
+    problem = LimbeckError(
+        f"keep is {softmax_layers!r}, the teacher has {count} layers",
+        expected=f"none, numbers from 0 to {count - 1} as 0,2,5-9, 'every 4', 'uniform 7', or a file.json",
+    )
+    if isinstance(softmax_layers, str):
+        word, _, number = softmax_layers.partition(" ")
+        if word in ("every", "uniform"):
+            if not number.strip().isdigit() or not 0 < int(number) <= count:
+                raise problem
+            return (
+                list(range(int(number) - 1, count, int(number)))
+                if word == "every"
+                else space_evenly(count, int(number))
+            )
+        if softmax_layers.endswith(".json"):
+            softmax_layers = _from_file(Path(softmax_layers))
+    chosen = _numbers(softmax_layers, problem)
+    if chosen and (min(chosen) < 0 or max(chosen) >= count):
+        raise problem
+    return sorted(chosen)
+
+
+def select_converted_layers(layers: str | list[int], softmax_layers: str | list[int], count: int) -> list[int]:
+    """The layers that get a mixer: those named, without those kept."""
+    kept = set(parse_softmax_layers(softmax_layers, count))
+    chosen = [i for i in parse_layers(layers, count) if i not in kept]
+    if not chosen:
+        raise LimbeckError(
+            f"layers={layers!r} and softmax_layers={softmax_layers!r} leave nothing to convert",
+            expected="a layer at least",
+        )
+    return chosen
+
+
+def space_evenly(count: int, chosen: int) -> list[int]:
+    """`chosen` of `count` layers, evenly spread."""
+    return [int((i + 0.5) * count / chosen) for i in range(chosen)]
+
+
+def group_layers_by_mixer(plan: dict[str, Any], count: int) -> dict[str, list[int]]:
+    """The layers of a student by what stands in them, "softmax" included.
+
+    Args:
+        plan: `config.limbeck` of the student.
+        count: attention layers of the teacher.
+    """
+    found: dict[str, list[int]] = {}
+    for entry in plan["layers"]:
+        found.setdefault(entry["mixer"], []).append(entry["layer"])
+    converted = {layer for layers in found.values() for layer in layers}
+    kept = [i for i in range(count) if i not in converted]
+    return {**found, **({"softmax": sorted(kept + found.get("softmax", []))} if kept else {})}
+
+
+def format_ranges(layers: list[int]) -> str:
+    """Layer numbers as people write them: "0, 2, 5-7"."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
+    try:
+        if not isinstance(text, str):
+            return {int(i) for i in text}
+        chosen: set[int] = set()
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            chosen.update(range(int(first), int(last or first) + 1))
+        return chosen
+    except (TypeError, ValueError) as error:
+        raise problem from error
+
+
+def _from_file(path: Path) -> list[int]:
+    try:
+        chosen = json.loads(path.read_text(encoding="utf-8"))
+        # files of earlier versions say "keep"
+        return [int(i) for i in chosen["softmax_layers" if "keep" not in chosen else "keep"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LimbeckError(
+            f"cannot read the layers to keep from {path}: {error}",
+            expected='a JSON file with "softmax_layers": [numbers]',
+            hint="limbeck select softmax_layers.json",
+        ) from error

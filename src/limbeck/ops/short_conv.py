@@ -1,0 +1,83 @@
+"""The causal depthwise convolution that goes over q, k and v in many mixers: each channel sees its last few tokens.
+
+    y_t = Σ_j w_j ⊙ x_{t-j},    j = 0 … W-1
+
+    y, state = convolution.causal(x, weight)                         # a whole sequence
+    y, state = convolution.causal(x1, weight, state=state)           # the next token
+    y, state = convolution.causal_masked(x, weight, valid)             # padding anywhere takes no place in any window
+
+Tokens of other documents count as zeros. Legend: B batch, T time, W width of the window.
+"""
+
+import torch
+from torch import Tensor
+
+from limbeck.ops.fla import accelerated
+from limbeck.ops.sliding_window import gather_tokens
+
+
+@accelerated("convolution")
+def causal(
+    x: Tensor, weight: Tensor, *, state: Tensor | None = None, segments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Convolve the channels of every token with those of the tokens before it.
+
+    Args:
+        x: [B, T, ...].
+        weight: [W, ...] with x's channels; weight[0] meets the token itself.
+        state: [B, W-1, ...] the inputs before these, None for none.
+        segments: [B, T] non-decreasing document numbers; the state belongs to document 0.
+
+    Returns:
+        y [B, T, ...] and the last W-1 inputs of the last token's document, zeros where there are fewer.
+    """
+    width, length = weight.shape[0], x.shape[1]
+    if state is None:
+        state = x.new_zeros(x.shape[0], width - 1, *x.shape[2:])
+    history = torch.cat([state.to(x.dtype), x], 1)
+    if segments is None:
+        y = x * weight[0]
+        for j in range(1, width):
+            y = y + history[:, width - 1 - j : width - 1 - j + length] * weight[j]
+        return y, history[:, length:].clone()  # a view would keep all of the history
+    number = torch.cat([segments.new_zeros(len(segments), width - 1), segments], 1)
+    channels = (1,) * (x.dim() - 2)
+    y = x * weight[0]
+    for j in range(1, width):
+        rows = slice(width - 1 - j, width - 1 - j + length)
+        same = (number[:, rows] == segments).view(*segments.shape, *channels)
+        y = y + history[:, rows] * same * weight[j]
+    kept = (number[:, length:] == segments[:, -1:]).view(len(segments), width - 1, *channels)
+    return y, history[:, length:] * kept
+
+
+def causal_masked(
+    x: Tensor, weight: Tensor, valid: Tensor, *, state: Tensor | None = None, segments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`causal` over the valid tokens alone, zero at the others; the state holds the last W-1 valid inputs.
+
+    Args:
+        valid: [B, T] bool, False where a token is padding: ahead, behind or in between.
+    """
+    width, channels = weight.shape[0], (1,) * (x.dim() - 2)
+    if state is None:
+        state = x.new_zeros(x.shape[0], width - 1, *x.shape[2:])
+    x = x.masked_fill(~valid.view(*valid.shape, *channels), 0)
+    if x.shape[1] == 1:
+        y, new = causal(x, weight, state=state, segments=segments)
+        real = valid.view(*valid.shape, *channels)
+        old = state if segments is None else state * (segments == 0).view(*segments.shape, *channels)
+        return y * real, torch.where(real, new, old.to(x.dtype))
+    # padding goes ahead of the state, where no token's window reaches
+    real = torch.cat([valid.new_ones(len(valid), width - 1), valid], 1)
+    order = real.to(torch.uint8).argsort(dim=1, stable=True)
+    history = gather_tokens(torch.cat([state.to(x.dtype), x], 1), order)
+    number = None
+    if segments is not None:
+        known = torch.cat([segments.new_zeros(len(segments), width - 1), segments], 1)
+        number = known.masked_fill(~real, 0).gather(1, order)[:, width - 1 :]
+    y, new = causal(history[:, width - 1 :], weight, state=history[:, : width - 1], segments=number)
+    if segments is not None and number is not None:  # a document that so far is nothing but padding
+        new = new * (number[:, -1:] == segments[:, -1:]).view(-1, 1, *channels)
+    back = (~valid).sum(1, keepdim=True) + valid.cumsum(1) - 1
+    return gather_tokens(y, back) * valid.view(*valid.shape, *channels), new

@@ -1,0 +1,157 @@
+"""What is kept of a finished arm: its numbers in one file, whatever becomes of its weights.
+
+    record = write_arm_result(arm, study.measures, summary, measurements)          # <arm>/result.json
+    read_arm_result(arm)["values"]["agreement.perplexity"]
+
+`values` are flat, under the names of `limbeck.report.values`.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from limbeck.core.recipe import to_old_keys
+from limbeck.core.storage import atomic_write_text
+from limbeck.core.version import __version__
+from limbeck.evaluation.measure import Measurement, get_measure, parse_settings
+from limbeck.models.fingerprint import find_model_folder, fingerprint_checkpoint_with_tokenizer
+from limbeck.report.values import flatten_values
+from limbeck.study.spec import Arm, Study
+
+RESULT_FILE = "result.json"
+
+
+def resolve_measure_settings(study: Study) -> dict[str, Any]:
+    """The measures with all of their settings."""
+    return {
+        name: parse_settings(get_measure(name), given).model_dump(mode="json") for name, given in study.measures.items()
+    }
+
+
+def read_arm_result(arm: Arm, study: Study | None = None) -> dict[str, Any] | None:
+    """Read the record of an arm; with a study only if it has all of its measures and its held-out evaluation."""
+    known = _read(arm.path / RESULT_FILE, study)
+    return None if known is not None and study is not None and _compare_evaluation(arm, known) else known
+
+
+def find_stale_evaluation(arm: Arm) -> dict[str, Any] | None:
+    """How a finished arm was evaluated, where that is not what its recipe asks for now and its stages are gone.
+
+    With its stages still on disk the arm is evaluated again; without them its numbers and those of other arms would
+    go into one mean although they are of different texts or sizes.
+    """
+    known = read_arm_result(arm)
+    if known is None or (arm.path / "stages").is_dir():
+        return None
+    return _compare_evaluation(arm, known)
+
+
+def _compare_evaluation(arm: Arm, known: dict[str, Any]) -> dict[str, Any] | None:
+    then = known.get("evaluation")
+    if then is None:  # a record that does not say: the run's own summary does
+        try:
+            then = json.loads((arm.path / "eval.json").read_text(encoding="utf-8"))["evaluation"]
+        except (OSError, ValueError, KeyError):
+            return None
+    return then if then != arm.recipe.evaluation.model_dump(mode="json") else None
+
+
+def get_arm_state(arm: Arm, study: Study) -> str:
+    """Tell where an arm stands.
+
+    Returns:
+        "finished"; "measure" where its student is there but not all of the study's measures; else "train", which
+        takes up the run where it stands: a run that only lacks its evaluation trains nothing.
+    """
+    if read_arm_result(arm, study) is not None:
+        return "finished"
+    if (known := read_arm_result(arm)) is not None and _compare_evaluation(arm, known):
+        return "train"
+    return (
+        "measure" if read_arm_result(arm) is not None and (arm.path / "student" / "config.json").exists() else "train"
+    )
+
+
+def write_arm_result(
+    arm: Arm, study: Study, summary: dict[str, Any], measurements: list[Measurement]
+) -> dict[str, Any]:
+    """Keep what a finished arm gave; returns the record."""
+    values, errors = flatten_values(summary, measurements, arm.path / "metrics.jsonl")
+    record = {
+        "format": 1,
+        "name": arm.name,
+        "axes": arm.axes,
+        "limbeck": __version__,
+        "mixer": arm.recipe.student.mixer,
+        "measures": resolve_measure_settings(study),
+        "evaluation": arm.recipe.evaluation.model_dump(mode="json"),
+        "values": values,
+        "errors": errors,
+        "seconds": sum(stage["seconds"] for stage in summary["stages"]),
+        "saved_seconds": sum(stage.get("saved_seconds", 0.0) for stage in summary["stages"]),
+        "stages": summary["stages"],
+    }
+    write_atomically(arm.path / RESULT_FILE, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def read_teacher_result(arm: Arm, study: Study) -> dict[str, Any] | None:
+    """What is known of an arm's teacher, if it has all of the study's measures."""
+    known = _read(get_teacher_result_path(arm), study)
+    folder = find_model_folder(arm.recipe.teacher)
+    if known is None or folder is None or "weights" not in known or not study.measures:
+        return known
+    return known if known["weights"] == fingerprint_checkpoint_with_tokenizer(folder) else None
+
+
+def write_teacher_result(arm: Arm, study: Study, measurements: list[Measurement]) -> None:
+    """Keep what the measures said of an arm's teacher."""
+    values, errors = flatten_values({}, measurements, None)
+    known = {
+        "format": 1,
+        "name": arm.recipe.teacher,
+        "measures": resolve_measure_settings(study),
+        "values": values,
+        "errors": errors,
+    }
+    if measurements:
+        known["weights"] = measurements[0].provenance.weights
+    write_atomically(get_teacher_result_path(arm), json.dumps(known, indent=1) + "\n")
+
+
+def get_teacher_result_path(arm: Arm) -> Path:
+    """The file of an arm's teacher as it was measured on the arm's text, in the study's folder."""
+    recipe = arm.recipe
+    data = to_old_keys({"data": recipe.data.model_dump(mode="json", exclude={"cache_gb"})})["data"]
+    told = json.dumps([recipe.teacher, recipe.teacher_bits, data])
+    digest = hashlib.sha256(told.encode()).hexdigest()[:10]  # names that are alike once they are file names stay apart
+    return arm.path.parent / "teachers" / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', recipe.teacher)}-{digest}.json"
+
+
+def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if study is not None and any(
+        known["measures"].get(name) != one for name, one in resolve_measure_settings(study).items()
+    ):
+        return None
+    return known
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file at once, whole or not at all."""
+    atomic_write_text(path, text)
+
+
+def delete_artifacts(arm: Arm, keep: str) -> None:
+    """Delete what a finished arm need not keep: "none" leaves numbers and logs, "students" the student too."""
+    if keep == "all":
+        return
+    shutil.rmtree(arm.path / "stages", ignore_errors=True)
+    if keep == "none":
+        shutil.rmtree(arm.path / "student", ignore_errors=True)

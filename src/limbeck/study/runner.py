@@ -1,0 +1,233 @@
+"""A study from where it stands to its end; the same command starts it, resumes it, or runs what was added.
+
+results = run_study(Study.load("paper-experiment-1", "gpu"))
+results["claims"], results["arms"][0]["values"]
+
+runs/<study>-<size>/
+  study.yaml         the study as it is run
+  study.json         all arms' numbers and the claims (docs/studies.md)
+  table.md, values.csv, claims.md
+  failures.json      what the arms that failed said
+  <arm>/             an ordinary run directory, and result.json
+
+What the one who waits for a study sees: which arms are done, of how many, and about how long the rest takes.
+
+progress = ProgressReporter(first, later, workers, plan)
+progress.report(result)          # prints "3 of 48 arms done: gla_2+3_seed0; about 41 min left"
+
+A task counts as much as the plan says that it takes, without a plan all count alike. The pace is that of the tasks
+that have ended.
+"""
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from limbeck.core.console import console
+from limbeck.core.distributed import get_process_info
+from limbeck.core.errors import LimbeckError
+from limbeck.core.storage import check_disk_space, check_link, check_writable, convert_write_errors, read_json
+from limbeck.study import results, tables
+from limbeck.study.claims import evaluate_claims
+from limbeck.study.plan import StudyPlan, plan_study, schedule_tasks
+from limbeck.study.spec import Arm, Study, study_to_yaml
+from limbeck.study.tasks import Executor, SequentialExecutor, StudyTask, TaskResult, TaskRunner, measure_teacher
+from limbeck.training.identity import check_same_teacher
+from limbeck.training.run_directory import check_run, lock_folder
+
+
+class ProgressReporter:
+    """Tells of tasks that have ended.
+
+    Args:
+        first, later: the study's lists, see `limbeck.study.plan`.
+        workers: how many tasks go side by side, 0 where that is not known.
+        plan: the times of the tasks.
+    """
+
+    def __init__(self, first: list[StudyTask], later: list[StudyTask], workers: int, plan: StudyPlan | None):
+        tasks = [(task, True) for task in first] + [(task, False) for task in later]
+        self.weights = {task: plan.estimate_task_seconds(task, early) if plan else 1.0 for task, early in tasks}
+        self.arms = len({name for task in self.weights for name in task.arms})
+        self.over = 0
+        self.worked = 0.0  # weight of the tasks that have ended
+        self.began = time.monotonic()
+        if self.arms:
+            console.print(f"{self.arms} arms to run" + (f", {workers} side by side" if workers > 1 else ""))
+
+    def report(self, result: TaskResult) -> None:
+        """Tell what a task came to."""
+        for name, text in result.failures.items():
+            console.print(f"arm {name} failed: ", end="", style="bold red")
+            console.print(text.splitlines()[0], markup=False)
+        self.worked += self.weights.pop(result.task)
+        if result.task.kind == "alone":
+            self.over += 1
+            what = f"{self.over} of {self.arms} arms done: {result.task.arms[0]}"
+        else:
+            for task in [task for task in self.weights if result.failures.keys() & set(task.arms)]:
+                del self.weights[task]  # what failed among others is not tried alone
+            self.over += len(result.failures)
+            through = len(result.task.arms) - len(result.failures)
+            what = f"{self.over} of {self.arms} arms done; {through} are through the stages that they share"
+        console.print(f"{what}{self._left()}", markup=False)
+
+    def _left(self) -> str:
+        """About how long the rest takes, at the pace of what is done."""
+        left = sum(self.weights.values())
+        if not self.worked or not left:
+            return ""
+        return f"; about {(time.monotonic() - self.began) * left / self.worked / 60:.1f} min left"
+
+
+FAILURES_FILE = "failures.json"
+
+
+def run_study(
+    study: Study,
+    out: Path | None = None,
+    confirm: Callable[[StudyPlan], None] | None = None,
+    executor: Executor | None = None,
+) -> dict[str, Any]:
+    """Run what is left of a study, and write its tables.
+
+    Args:
+        out: its folder, runs/<name>-<size> by default.
+        confirm: called with the plan before work begins, where a plan is made here.
+        executor: where the arms run (`limbeck.study.executors`); one after another in this process by default.
+
+    Returns:
+        What study.json holds.
+
+    Raises:
+        LimbeckError: anything wrong with the study or its folder. An arm that fails raises nothing, it is reported.
+        TrainingInterrupted: SIGTERM came; the same command goes on.
+    """
+    folder = Path(out or f"runs/{study.title}")
+    arms = check_study(study, folder)
+    check_writable(folder)
+    task_runner = TaskRunner()
+    place = executor or SequentialExecutor(task_runner)
+    with ExitStack() as stack:
+        if known := folder.is_dir():
+            stack.enter_context(
+                lock_folder(folder)
+            )  # whoever works on it already is told before the rehearsal, not after it
+        plan = None
+        if place.supports_planning:
+            plan = plan_study(study, arms, task_runner, max(place.workers, 1), place.threads)
+            if confirm:
+                confirm(plan)
+            if executor is not None:
+                task_runner.clear()  # the memory is the workers'
+        if not known:
+            with convert_write_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(folder))
+        if plan is not None:
+            check_disk_space(folder, plan.disk_bytes, f"the study {folder}")
+        results.write_atomically(folder / "study.yaml", study_to_yaml(study))
+        stack.callback(place.close)
+        _run(study, folder, arms, place, plan)
+        failures = _failures(folder)
+        claims = evaluate_claims(study.claims, _rows(study, arms))
+        return tables.write_study_results(study, folder, arms, failures, claims)
+
+
+def check_study(study: Study, folder: Path) -> list[Arm]:
+    """The arms of a study, once nothing in its folder stands against it; writes nothing."""
+    if get_process_info().world_size > 1:
+        raise LimbeckError(
+            "a study runs in one process", expected="limbeck study without torchrun; single arms can be run with it"
+        )
+    check_link(folder)
+    if folder.exists() and not folder.is_dir():
+        raise LimbeckError(f"{folder} is a file", expected="a folder for the study", hint="--out runs/another-name")
+    if folder.is_dir() and not (folder / "study.yaml").exists() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise LimbeckError(
+            f"{folder} holds files that are not a study",
+            expected="a new or empty folder",
+            hint="--out runs/another-name",
+        )
+    arms = study.arms(folder)
+    for arm in arms:
+        try:
+            check_run(arm.path, arm.recipe)
+        except LimbeckError as error:
+            raise LimbeckError(
+                f"the study's recipes have changed: {error.found}",
+                expected="the same settings for arms that are there; new arms may be added",
+                hint="--out another folder, or delete the folders of the arms that shall be run anew",
+            ) from error
+    stale = {arm.name: then for arm in arms if (then := results.find_stale_evaluation(arm))}
+    if stale:
+        now = next(arm.recipe.evaluation.model_dump(mode="json") for arm in arms if arm.name in stale)
+        then = next(iter(stale.values()))
+        told = ", ".join(f"{key} {then.get(key)}, now {value}" for key, value in now.items() if then.get(key) != value)
+        names = ", ".join(list(stale)[:4]) + (", ..." if len(stale) > 4 else "")
+        raise LimbeckError(
+            f"{len(stale)} arms were evaluated otherwise ({told}) and have kept nothing to evaluate again: {names}",
+            expected="the evaluation that they had, so that a mean is over the same text",
+            hint="--out another folder, or delete the folders of these arms",
+        )
+    check_same_teacher({arm.path: arm.recipe for arm in arms})
+    return arms
+
+
+def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: StudyPlan | None) -> None:
+    states = {arm.name: results.get_arm_state(arm, study) for arm in arms}
+    _forget(folder, [name for name, state in states.items() if state != "finished"])
+    first, later = schedule_tasks(arms, states, executor.workers)
+    progress = ProgressReporter(first, later, executor.workers, plan)
+    failed: set[str] = set()
+    for tasks in (first, later):
+        for result in executor.run(study, folder, [task for task in tasks if not failed.intersection(task.arms)]):
+            failed |= set(result.failures)
+            _remember(folder, result.failures)
+            progress.report(result)
+            if result.task.kind == "alone":
+                tables.write_study_results(study, folder, arms, _failures(folder), claims=[])
+    check_same_teacher({arm.path: arm.recipe for arm in arms})  # one may have been exchanged meanwhile
+    for arm in arms:
+        if results.get_arm_state(arm, study) == "finished":
+            results.delete_artifacts(arm, study.save_artifacts)
+            if study.measures and results.read_teacher_result(arm, study) is None:  # its file was deleted
+                place = TaskRunner()
+                place.subjects.register_teacher(arm.recipe.teacher, *place.load_teacher(arm.recipe))
+                measure_teacher(arm, study, place)
+    if failures := _failures(folder):
+        console.print(f"{len(failures)} of {len(arms)} arms failed; the same command tries them again")
+
+
+def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
+    """What claims are judged by: the records of finished arms, each with the values of its `teacher`."""
+    known = ((results.read_arm_result(arm, study), results.read_teacher_result(arm, study)) for arm in arms)
+    rows = []
+    for arm, (row, teacher) in zip(arms, known):
+        if row:
+            rows.append({**row, "mixer": arm.recipe.student.mixer, "teacher": teacher["values"] if teacher else {}})
+    return rows
+
+
+def _failures(folder: Path) -> dict[str, str]:
+    """By arm, what those said that failed."""
+    path = folder / FAILURES_FILE
+    return (
+        read_json(path, f"rm {shlex.quote(str(path))}   (it only holds what failed arms said)") if path.exists() else {}
+    )
+
+
+def _remember(folder: Path, failures: dict[str, str]) -> None:
+    if failures:
+        results.write_atomically(folder / FAILURES_FILE, json.dumps({**_failures(folder), **failures}, indent=1) + "\n")
+
+
+def _forget(folder: Path, names: list[str]) -> None:
+    known = _failures(folder)
+    if set(known) & set(names):
+        left = {name: text for name, text in known.items() if name not in names}
+        results.write_atomically(folder / FAILURES_FILE, json.dumps(left, indent=1) + "\n")

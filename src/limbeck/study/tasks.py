@@ -1,0 +1,193 @@
+"""The work of a study in pieces that any process can do, and who does them.
+
+    for result in SequentialExecutor().run(study, folder, tasks):
+        result.task, result.failures                 # {arm's name: error as text}
+
+A task is plain data, and everything that it leads to is on disk: an executor may hand tasks to other processes or
+machines that see the same folder. Tasks of one list do not depend on each other; a study has two lists
+(`limbeck.study.plan`). Executors other than this process itself are in `limbeck.study.executors`.
+"""
+
+import gc
+import json
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from limbeck.core.console import console
+from limbeck.core.distributed import get_local_device
+from limbeck.core.errors import LimbeckError
+from limbeck.core.recipe import Recipe
+from limbeck.core.signals import TrainingInterrupted
+from limbeck.evaluation.measure import get_measure, run_measure
+from limbeck.evaluation.subject import SubjectLoader
+from limbeck.study import results
+from limbeck.study.shared_training import get_free_memory, train_shared_stages
+from limbeck.study.spec import Arm, Study
+from limbeck.training.pipeline import distill
+from limbeck.training.run_directory import lock_folder
+from limbeck.training.setup import LoadedTeacher, load_recipe_teacher
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """Arms by name: those that train on `shared` passes in the stages that they share, or `alone` one to its end."""
+
+    kind: Literal["shared", "alone"]
+    arms: tuple[str, ...]
+
+
+@dataclass
+class TaskResult:
+    """A task's end: the errors of the arms that failed in it, for people to read."""
+
+    task: StudyTask
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Where tasks run. Order is free; each task is run once, and a failing one does not stop the others.
+
+    workers: how many run side by side; 0 where that is not known.
+    threads: of each worker, for the plan's times; None: those of this process.
+    supports_planning: whether the machine that starts the study is like those that work on it, so that a rehearsal here says
+        how long they take.
+    """
+
+    workers: int
+    threads: int | None
+    supports_planning: bool
+
+    def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]: ...
+
+    def close(self) -> None:
+        """The study is over: end what `run` has kept for the next list."""
+
+
+class SequentialExecutor:
+    """One task after another in this process."""
+
+    workers = 1
+    threads: int | None = None
+    supports_planning = True
+
+    def __init__(self, task_runner: "TaskRunner | None" = None):
+        self.task_runner = task_runner or TaskRunner()
+
+    def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]:
+        arms = {arm.name: arm for arm in study.arms(folder)}
+        for task in tasks:
+            if task.kind == "alone":
+                console.print(", ".join(task.arms), style="bold")
+            yield self.task_runner.run_task(study, task, arms)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class TaskRunner:
+    """A process that does tasks: the teachers that it has loaded.
+
+    local_workers: how many such processes share this machine's memory.
+    """
+
+    def __init__(self, local_workers: int = 1) -> None:
+        self.local_workers = local_workers
+        self.teachers: dict[tuple[Any, ...], LoadedTeacher] = {}
+        self.subjects = SubjectLoader()
+
+    def run_task(self, study: Study, task: StudyTask, arms: dict[str, Arm]) -> TaskResult:
+        """Do a task; `arms` are the study's, by name.
+
+        Raises:
+            TrainingInterrupted, KeyboardInterrupt: the study is to end, not the arm alone.
+        """
+        result = TaskResult(task)
+        mine = [arms[name] for name in task.arms]
+        try:
+            if task.kind == "shared":
+                loaded = self.load_teacher(mine[0].recipe)
+                failures = train_shared_stages(mine, loaded, lambda: self.memory_budget(loaded[0].device))
+                result.failures = {name: format_error(error) for name, error in failures.items()}
+            else:
+                for arm in mine:
+                    run_arm(arm, study, self)
+        except TrainingInterrupted:
+            raise
+        except Exception as error:
+            result.failures = dict.fromkeys(task.arms, format_error(error))
+        return result
+
+    def memory_budget(self, device: torch.device) -> int:
+        """Bytes of a device's free memory that are this process's; a GPU is its own."""
+        return get_free_memory(device) // (self.local_workers if device.type == "cpu" else 1)
+
+    def clear(self) -> None:
+        """Forget what is loaded, so that others have the memory."""
+        self.teachers, self.subjects = {}, SubjectLoader()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def load_teacher(self, recipe: Recipe) -> LoadedTeacher:
+        """The recipe's teacher and its tokenizer, loaded once."""
+        key = recipe.teacher, recipe.teacher_bits, recipe.device
+        if key not in self.teachers:
+            device = get_local_device(recipe.device)
+            self.teachers[key] = load_recipe_teacher(recipe, device)
+        return self.teachers[key]
+
+
+def run_arm(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
+    """Run an arm from where it stands to its end, measure its student, write its record, drop what need not be kept."""
+    state = results.get_arm_state(arm, study)
+    if state != "finished":
+        loaded = task_runner.load_teacher(arm.recipe)
+        if state == "measure":
+            summary = json.loads((arm.path / "eval.json").read_text(encoding="utf-8"))
+        else:
+            summary = distill(arm.recipe, loaded=loaded, measure_times=False, plot_curves=False)
+        if study.measures:
+            task_runner.subjects.register_teacher(arm.recipe.teacher, *loaded)
+            measure_teacher(arm, study, task_runner)
+            subject = task_runner.subjects.load(str(arm.path))
+            found = [run_measure(get_measure(name), subject, given) for name, given in study.measures.items()]
+        else:
+            found = []
+        results.write_arm_result(arm, study, summary, found)
+    results.delete_artifacts(arm, study.save_artifacts)
+
+
+def measure_teacher(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
+    """Measure an arm's teacher as its student, on the same text, unless that is done or another worker is at it."""
+    if results.read_teacher_result(arm, study) is not None:
+        return
+    folder = results.get_teacher_result_path(arm).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(folder))
+        except LimbeckError:
+            return
+        output_dir = results.get_teacher_result_path(arm).with_suffix("")
+        subject = replace(
+            task_runner.subjects.load(arm.recipe.teacher),
+            recipe=arm.recipe,
+            data=arm.recipe.data,
+            output_dir=output_dir,
+        )
+        results.write_teacher_result(
+            arm, study, [run_measure(get_measure(name), subject, given) for name, given in study.measures.items()]
+        )
+
+
+def format_error(error: Exception) -> str:
+    """What people read: our own errors as they are, others with where they came from."""
+    if isinstance(error, LimbeckError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n" + "".join(traceback.format_exception(error))

@@ -1,0 +1,263 @@
+"""A teacher in few bits teaches a student of float weights; a finished student runs in int8."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import limbeck
+from limbeck import LimbeckError
+from limbeck.core.recipe import Recipe
+from limbeck.data.offline import embedded
+from limbeck.models import loading, quantization
+from limbeck.models.hooks import load_teacher
+from limbeck.testing import make_tiny_model
+from limbeck.training import pipeline, setup
+from limbeck.training.plan import make_plan
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 9, 23, 4, 77, 31, 8, 60, 12, 3]])
+STAGES = [
+    {"stage": "calibrate", "tokens": 256},
+    {"stage": "matrix", "tokens": 256},
+    {"stage": "hidden", "tokens": 256, "target": "block", "train": "block"},
+    {"stage": "logits", "tokens": 256, "batch_size": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory, tokenizer) -> Path:
+    """A tiny llama with all linear layers in multiples of 32 and 64, as 4-bit kernels of some CPUs need them."""
+    folder = tmp_path_factory.mktemp("wide") / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bitsandbytes():
+    return pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def torchao():
+    return pytest.importorskip("torchao")
+
+
+@pytest.fixture
+def recipe(teacher_folder, corpus, tmp_path):
+    def make(**changes) -> Recipe:
+        raw = {
+            "teacher": str(teacher_folder),
+            "teacher_bits": 8,
+            "student": {"mixer": "gla"},
+            "data": {"source": str(corpus), "seq_len": 32, "held_out": 0.2},
+            "stages": STAGES,
+            "evaluation": {"tokens": 256, "prompt": "the work", "new_tokens": 2},
+            "checkpoint_seconds": 1e-6,
+            "device": "cpu",
+            "out": str(tmp_path / "run"),
+        }
+        return Recipe.parse({**raw, **changes})
+
+    return make
+
+
+# ---------------------------------------------------------------------- the teacher
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_teacher_in_few_bits_runs_every_stage(recipe, bits, bitsandbytes):
+    made = recipe(teacher_bits=bits)
+    result = pipeline.distill(made)
+    assert [stage["stage"] for stage in result["stages"]] == ["calibrate", "matrix", "hidden", "logits"]
+    folder = Path(made.out) / "student"
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(t.dtype == torch.float32 for t in load_file(folder / "model.safetensors").values())
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert student(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_student_starts_from_the_unquantised_weights(recipe, bits, bitsandbytes, teacher_folder):
+    """All of them: what only the attention stages touch, and what is shared with the teacher otherwise."""
+    ready = setup.prepare_job(recipe(teacher_bits=bits))
+    weight = ready.teacher.model.layers[0].self_attn.q_proj.weight
+    assert weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    student, plain = setup.build_student(ready), setup.build_student(setup.prepare_job(recipe(teacher_bits=None)))
+    assert {name for name, _ in student.named_parameters()} == {name for name, _ in plain.named_parameters()}
+    assert all(torch.equal(p, plain.get_parameter(name)) for name, p in student.named_parameters())
+    theirs = {p.data_ptr() for p in ready.teacher.parameters()}
+    assert not [name for name, p in student.named_parameters() if p.data_ptr() in theirs]
+
+
+def test_a_student_that_learns_nothing_outside_attention_keeps_the_checkpoints_weights(
+    recipe, bitsandbytes, teacher_folder
+):
+    made = recipe(stages=[{"stage": "hidden", "tokens": 256}])
+    pipeline.distill(made)
+    ours, start = (load_file(Path(f) / "model.safetensors") for f in (f"{made.out}/student", teacher_folder))
+    same = [name for name in start if "self_attn" not in name and name in ours]
+    assert any("mlp" in name for name in same)
+    assert all(torch.equal(ours[name], start[name]) for name in same)
+    assert not torch.equal(
+        ours["model.layers.0.self_attn.q_proj.weight"], start["model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
+def test_killed_it_ends_bit_equal(recipe, bitsandbytes, tmp_path, monkeypatch):
+    from limbeck.training import trainer
+
+    stages = [{"stage": "logits", "tokens": 512, "batch_size": 2, "lora": {"rank": 2}}]
+    whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    pipeline.distill(whole)
+    original = trainer.Trainer.train_step
+
+    def step(self):
+        if self.state["step"] == 4:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.distill(broken)
+    monkeypatch.setattr(trainer.Trainer, "train_step", original)
+    pipeline.distill(broken)
+    ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("broken", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_plan_knows_how_much_there_is(recipe, bits, bitsandbytes):
+    """Four-bit weights are stored two in a number; counts are of the weights that they stand for."""
+    small, plain = recipe(teacher_bits=bits), recipe(teacher_bits=None)
+    ready, whole = setup.prepare_job(small), setup.prepare_job(plain)
+    assert quantization.count_unquantized_parameters(ready.teacher) == quantization.count_unquantized_parameters(
+        whole.teacher
+    )
+    ours, theirs = make_plan(small, ready.teacher, ready.sites), make_plan(plain, whole.teacher, whole.sites)
+    assert [row.trained_parameters for row in ours.stages] == [row.trained_parameters for row in theirs.stages]
+    assert ours.memory_bytes < theirs.memory_bytes  # the last stage gives both students weights of their own
+
+
+def test_quantised_weights_make_no_student(bitsandbytes, teacher_folder, tmp_path, tokenizer):
+    teacher, _ = load_teacher(str(teacher_folder), CPU, bits=8)
+    with pytest.raises(LimbeckError, match="quantised weights"):
+        limbeck.convert(teacher)
+    teacher.save_pretrained(tmp_path / "int8")
+    tokenizer.save_pretrained(tmp_path / "int8")
+    for bits in (None, 4):
+        with pytest.raises(LimbeckError, match="quantised weights"):
+            load_teacher(str(tmp_path / "int8"), CPU, bits=bits)
+
+
+def test_without_bitsandbytes_the_extra_is_named(recipe, monkeypatch):
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    made = recipe()
+    with pytest.raises(LimbeckError, match=r"limbeck\[quantised\]"):
+        pipeline.distill(made)
+    assert not Path(made.out).exists()
+
+
+def test_bits_that_there_are_not():
+    with pytest.raises(LimbeckError, match="teacher_bits"):
+        Recipe.parse({"teacher_bits": 3})
+
+
+# ---------------------------------------------------------------------- the student
+
+
+@pytest.mark.parametrize("activations", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_int8_comes_close_and_leaves_the_student_alone(family, activations, torchao):
+    student = limbeck.convert(make_tiny_model(family), mixer="gated_deltanet").eval()
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    expected = student(IDS).logits
+    small = quantization.quantize_int8(student, quantize_activations=activations)
+    with torch.no_grad():
+        logits = small(IDS).logits
+    assert not torch.equal(logits, expected)
+    assert (logits - expected).std() < (0.1 if activations else 0.03) * expected.std()
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+    assert torch.equal(student(IDS).logits, expected)
+    for name in ("model.layers.0.self_attn.mixer", "model.norm", "lm_head"):
+        ours, theirs = small.get_submodule(name), student.get_submodule(name)
+        assert all(p is q for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)), name
+    body = sum(p.numel() for p in student.model.layers[0].self_attn.q_proj.parameters())
+    assert quantization.count_weight_bytes(student.model.layers[0].self_attn.q_proj) == 4 * body
+    assert quantization.count_weight_bytes(small.model.layers[0].self_attn.q_proj) < 1.5 * body
+    assert quantization.count_weight_bytes(small) < quantization.count_weight_bytes(student)
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_int8_decodes_with_its_cache_as_without(activations, torchao):
+    """Weights alone: a pass over all tokens and one token at a time say the same."""
+    small = quantization.quantize_int8(limbeck.convert(make_tiny_model("llama"), mixer="gla").eval(), activations)
+    out = small.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert out.shape[1] == IDS.shape[1] + 5
+    if not activations:
+        again = small.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=False)
+        assert torch.equal(out, again)
+
+
+def test_int8_is_not_saved_and_not_made_of_few_bits(torchao, bitsandbytes, teacher_folder, tmp_path):
+    small = quantization.quantize_int8(limbeck.convert(make_tiny_model("llama"), mixer="gla"))
+    with pytest.raises(LimbeckError, match="could not load it again"):
+        small.save_pretrained(tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    teacher, _ = load_teacher(str(teacher_folder), CPU, bits=8)
+    with pytest.raises(LimbeckError, match="quantised weights"):
+        quantization.quantize_int8(teacher)
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LimbeckError, match=r"limbeck\[quantised\]"):
+        quantization.quantize_int8(make_tiny_model("llama"))
+
+
+@pytest.mark.parametrize("switch", ["--int8", "--int8-dynamic"])
+def test_generate_in_int8(switch, torchao, teacher_folder, tmp_path, capsys, monkeypatch, tokenizer):
+    import sys
+
+    from limbeck.cli import main
+
+    limbeck.convert(make_tiny_model("llama"), mixer="gla").save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    made = []
+    original = quantization.quantize_int8
+    monkeypatch.setattr(quantization, "quantize_int8", lambda *a, **k: made.append(k) or original(*a, **k))
+    monkeypatch.setattr(
+        sys, "argv", ["limbeck", "generate", str(tmp_path / "student"), "copyright", "--tokens", "3", switch]
+    )
+    with pytest.raises(SystemExit) as code:
+        main()
+    assert code.value.code == 0
+    assert made == [{"activations": switch == "--int8-dynamic"}]
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.1), (4, 1.0)])
+def test_the_real_teacher_in_few_bits_says_nearly_the_same(bits, most, bitsandbytes, monkeypatch):
+    monkeypatch.delenv("LIMBECK_CACHE", raising=False)
+    if not any(a.present for a in embedded.list_assets() if a.name == "teacher"):
+        pytest.skip("the embedded teacher is missing: limbeck assets")
+    folder = loading.resolve_teacher("embedded")
+    teacher, tokenizer = load_teacher(folder, CPU)
+    small, _ = load_teacher(folder, CPU, bits=bits)
+    ids = tokenizer("The history of science is the study of how people came to know the world.", return_tensors="pt")
+    with torch.no_grad():
+        p, q = (m(ids.input_ids).logits.log_softmax(-1) for m in (teacher, small))
+    assert (p.exp() * (p - q)).sum(-1).mean() < most

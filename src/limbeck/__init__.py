@@ -13,24 +13,41 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from limbeck.core.registration import redirect_old_modules, register_when_imported
 from limbeck.core.version import __version__
-from limbeck.models.registration import register_when_imported
 
 if TYPE_CHECKING:
     from limbeck.core.errors import LimbeckError
+    from limbeck.core.model_type import LimbeckConfig
     from limbeck.core.recipe import Recipe
+    from limbeck.models.cache import cache_bytes
     from limbeck.models.convert import convert
+    from limbeck.models.modeling import LimbeckForCausalLM
     from limbeck.training.pipeline import distill
 
-__all__ = ["LimbeckError", "Recipe", "__version__", "convert", "distill"]
+# what may be imported from here; saved students import from here alone, so these names stay
+__all__ = [
+    "LimbeckConfig",
+    "LimbeckError",
+    "LimbeckForCausalLM",
+    "Recipe",
+    "__version__",
+    "cache_bytes",
+    "convert",
+    "distill",
+]
 
 register_when_imported()
+redirect_old_modules()
 
 # where the names of `__all__` are; imported when they are first used, for torch and transformers take seconds and
 # `limbeck --help` needs neither
 _HOMES = {
+    "LimbeckConfig": "limbeck.core.model_type",
     "LimbeckError": "limbeck.core.errors",
+    "LimbeckForCausalLM": "limbeck.models.modeling",
     "Recipe": "limbeck.core.recipe",
+    "cache_bytes": "limbeck.models.cache",
     "convert": "limbeck.models.convert",
     "distill": "limbeck.training.pipeline",
 }
@@ -50,8 +67,8 @@ def __getattr__(name: str) -> Any:
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
-    found = globals()[name] = getattr(module, name) if name in _HOMES else module
-    return found
+    value = globals()[name] = getattr(module, name) if name in _HOMES else module
+    return value
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,6 @@ from limbeck.cli import app
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import atomic_folder, check_link, check_writable
-from limbeck.models import loading
 
 
 @app.command()
@@ -59,7 +58,7 @@ def convert(
     from limbeck.core import recipe
     from limbeck.models.convert import count_student_parameters, set_mixer_options
     from limbeck.models.hooks import load_teacher
-    from limbeck.models.loading import check_export, is_student, load_model_and_tokenizer
+    from limbeck.models.loading import check_export, is_student, load_model_and_tokenizer, resolve_teacher
 
     chosen = recipe.Recipe.parse({"student": raw}, "convert").student
     run = Path(teacher).expanduser()
@@ -74,7 +73,7 @@ def convert(
         made, told = set_mixer_options(model, chosen.options), "with the weights that it had"
     else:
         mixers.resolve_options(chosen.mixer, chosen.options, chosen.preset)
-        model, tokenizer = load_teacher(loading.resolve_teacher(teacher), torch.device("cpu"))
+        model, tokenizer = load_teacher(resolve_teacher(teacher), torch.device("cpu"))
         made = limbeck.convert(
             model,
             chosen.mixer,

@@ -9,7 +9,6 @@ from rich.table import Table
 from limbeck.cli import app
 from limbeck.core.console import console, format_duration, output
 from limbeck.core.errors import LimbeckError
-from limbeck.training import setup
 
 if TYPE_CHECKING:
     from limbeck.core.recipe import Recipe
@@ -34,7 +33,7 @@ def distill(
     if find_lr:
         _find_rates(chosen)
         return
-    from limbeck.training import pipeline
+    from limbeck.training import pipeline, setup
 
     if plan:
         from limbeck.core.storage import cache_dry_run

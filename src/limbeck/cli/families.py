@@ -9,7 +9,6 @@ from rich.text import Text
 
 from limbeck.cli import app
 from limbeck.core.console import output, progress
-from limbeck.testing import tiny_models
 
 STYLES = {"works": "green", "partly": "yellow", "no": "red"}
 
@@ -22,16 +21,16 @@ def families(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as in docs/families.md.")] = False,
 ) -> None:
     """Try families of models: each as a tiny random model that is converted and checked, the common ones by default."""
-    from limbeck.testing import survey as found
+    from limbeck.testing import survey, tiny_models
 
-    chosen = tiny_models.list_families() if all_ else which or found.COMMON_FAMILIES
+    chosen = tiny_models.list_families() if all_ else which or survey.COMMON_FAMILIES
     rows = []
     with progress("families", total=len(chosen), unit="families") as advance:
         for family in chosen:
-            rows.append(found.survey_family(family, mixer))
+            rows.append(survey.survey_family(family, mixer))
             advance(1, note=f"{family} {rows[-1].status}")
     if markdown:
-        print(found.render_markdown(rows))
+        print(survey.render_markdown(rows))
         return
     table = Table(box=None, pad_edge=False)
     for column in ("family", "status", "its attention", "what fails, or why not"):

@@ -13,7 +13,6 @@ import typer
 from limbeck.cli import app
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
-from limbeck.models import loading
 
 
 @app.command()
@@ -38,7 +37,7 @@ def generate(
     import torch
 
     from limbeck.models.generation import stream_text
-    from limbeck.models.loading import load_model_and_tokenizer
+    from limbeck.models.loading import load_model_and_tokenizer, resolve_teacher
 
     if tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
@@ -49,7 +48,7 @@ def generate(
         raise LimbeckError("the prompt is empty", expected="some text")
     folder = Path(model) / "student"
     of_a_run = folder.is_dir()
-    name = str(folder) if of_a_run else loading.resolve_teacher(model)
+    name = str(folder) if of_a_run else resolve_teacher(model)
     loaded, tokenizer = load_model_and_tokenizer(name, require_student=of_a_run)
     if int8 or int8_dynamic:
         from limbeck.models import quantization

@@ -9,7 +9,6 @@ from rich.table import Table
 from limbeck.cli import app
 from limbeck.core.console import console, output
 from limbeck.core.storage import check_writable
-from limbeck.models import loading
 
 
 @app.command()
@@ -32,11 +31,12 @@ def matrices(
     from limbeck.data.dataset import open_text_data
     from limbeck.evaluation.matrices import align_mixing_matrices
     from limbeck.models.hooks import load_teacher
+    from limbeck.models.loading import resolve_teacher
     from limbeck.report.figures.measures import draw_matrices
 
     check_writable(out.parent)
     names = mixers.select_mixers(students)
-    model, tokenizer = load_teacher(loading.resolve_teacher(teacher), torch.device("cpu"))
+    model, tokenizer = load_teacher(resolve_teacher(teacher), torch.device("cpu"))
     text = open_text_data(Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000), tokenizer, model)
     train, shown = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
     views = align_mixing_matrices(model, train, shown, layer, names, steps, preset)

@@ -11,7 +11,6 @@ from rich.table import Table
 from limbeck.cli import app
 from limbeck.core.console import console, output
 from limbeck.core.storage import check_writable
-from limbeck.models import loading
 
 
 @app.command()
@@ -36,11 +35,12 @@ def select(
     from limbeck.data.dataset import open_text_data
     from limbeck.models import convert, find_attention_sites
     from limbeck.models.hooks import load_teacher
+    from limbeck.models.loading import resolve_teacher
     from limbeck.training import layer_selection as keeping
 
     check_writable(out.parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_teacher(loading.resolve_teacher(teacher), device)
+    model, tokenizer = load_teacher(resolve_teacher(teacher), device)
     sites = find_attention_sites(model)
     keeping.check_selection(num_softmax_layers, by, len(sites))
     text = open_text_data(Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000), tokenizer, model)

@@ -1,7 +1,7 @@
 """Students as Hugging Face models: conversion, the attention function, the cache, saving and loading."""
 
+from limbeck.core.model_type import LimbeckConfig
 from limbeck.models.cache import RecurrentLayer, build_cache_kwargs, cache_bytes
-from limbeck.models.config import LimbeckConfig
 from limbeck.models.convert import convert, count_parameters, count_student_parameters, unshare_weights
 from limbeck.models.layers import (
     format_ranges,

@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from limbeck import mixers
 from limbeck.core.errors import LimbeckError, suggest_closest
+from limbeck.core.model_type import FORMAT_VERSION
 from limbeck.mixers import registry
 from limbeck.models import attention
 from limbeck.models.checkpoint import make_generation_config_savable, reset_session_entries, reset_session_settings
-from limbeck.models.config import FORMAT_VERSION
 from limbeck.models.folders import check_not_wrapped
 from limbeck.models.layers import parse_layers, select_converted_layers
 from limbeck.models.modeling import UNSAVED_NAME, get_mixers, get_student_classes, install_mixers

@@ -42,6 +42,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from limbeck import mixers
 from limbeck.core.errors import LimbeckError
+from limbeck.core.model_type import MODEL_TYPE, LimbeckConfig
 from limbeck.mixers import HeadShape
 from limbeck.models import attention, custom_mixers, entrance
 from limbeck.models.checkpoint import (
@@ -51,7 +52,6 @@ from limbeck.models.checkpoint import (
     check_plan_unchanged,
     select_hub_kwargs,
 )
-from limbeck.models.config import MODEL_TYPE, LimbeckConfig
 from limbeck.models.quantization import exclude_mixers
 
 _ARGUMENTS = inspect.signature(GenerationMixin.generate)
@@ -134,7 +134,7 @@ ONLY_MIXERS = "limbeck_only"  # an attention implementation that nobody register
 UNSAVED_NAME = "a converted student in memory: call save_pretrained(folder), then from_pretrained(folder)"
 REMOTE_CODE = '''"""Lets trust_remote_code=True load this student; the code itself is the package limbeck."""
 
-from limbeck.models.modeling import LimbeckConfig, LimbeckForCausalLM  # noqa: F401
+from limbeck import LimbeckConfig, LimbeckForCausalLM  # noqa: F401
 '''
 
 

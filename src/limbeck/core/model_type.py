@@ -1,5 +1,12 @@
-"""The model type of students, and the class by which AutoConfig opens one; imports no more than that."""
+"""Names the model type of students and holds the class by which AutoConfig opens one.
 
+    AutoConfig.from_pretrained("runs/quickstart/student")        # transformers finds LimbeckConfig by the model type
+
+It stands on the ground floor because transformers loads it while it is itself being imported: whatever of Limbeck imports
+transformers would run into a circle. The rest is imported when a student is opened.
+"""
+
+from importlib import import_module
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -17,9 +24,6 @@ class LimbeckConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        from limbeck.models.checkpoint import check_plan_schema
-        from limbeck.models.modeling import get_student_classes
-
         plan = config_dict.get("limbeck")
         if not plan:
             raise LimbeckError("config.json has model_type 'limbeck' but no entry 'limbeck' with the mixers")
@@ -29,6 +33,9 @@ class LimbeckConfig(PreTrainedConfig):
                 expected=f"at most {FORMAT_VERSION}",
                 hint="pip install --upgrade limbeck",
             )
-        check_plan_schema(plan)
-        config_class, _ = get_student_classes(plan["base_model_type"], plan["base_architecture"])
+        # by name: the room of the models stands above this one
+        import_module("limbeck.models.checkpoint").check_plan_schema(plan)
+        config_class, _ = import_module("limbeck.models.modeling").get_student_classes(
+            plan["base_model_type"], plan["base_architecture"]
+        )
         return config_class.from_dict(config_dict, **kwargs)

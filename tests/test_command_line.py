@@ -301,7 +301,7 @@ def test_convert_gives_a_trained_student_other_options_and_leaves_its_weights(pl
     ("arguments", "words"),
     [
         (["--set", "options.cnov=4"], "did you mean 'conv'"),
-        (["--set", "kep=0"], "did you mean 'keep'"),
+        (["--set", "softmax_layer=0"], "did you mean 'softmax_layers'"),
         (["--set", "options"], "--set key=value"),
         (["--softmax-layers", "every 0"], "keep"),
     ],

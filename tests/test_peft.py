@@ -137,7 +137,7 @@ def test_killed_twice_it_ends_bit_equal(recipe, lora, tmp_path, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     start = load_file(Path(whole.teacher) / "model.safetensors")
     assert any(not torch.equal(start[name], theirs[name]) for name in start if "down_proj" in name) == (
-        "targets" in lora
+        "target_modules" in lora
     )
 
 

@@ -174,7 +174,7 @@ def plain(s, t, targets, weights):
     total += weights.jsd * (weights.beta * kl(q, log_q, mixture) + (1 - weights.beta) * kl(p, log_p, mixture))
     if not weights.top_kl:
         return total
-    index = t.topk(weights.top).indices
+    index = t.topk(weights.top_k).indices
     both = [torch.cat([x.gather(1, index), 1 - x.gather(1, index).sum(1, keepdim=True)], 1) for x in (q, p)]
     return total + weights.top_kl * kl(both[0], both[0].log(), both[1].log())
 

@@ -150,7 +150,7 @@ def test_a_text_that_changed_since_the_run_began_is_refused_by_name(recipe, tmp_
 
 def test_a_stage_longer_than_the_teacher_is_refused(recipe):
     stages = [{"stage": "hidden", "tokens": 128, "seq_len": 10**6}]
-    with pytest.raises(LimbeckError, match=r"(?s)1000000 tokens.*stages\.0\.length of at most"):
+    with pytest.raises(LimbeckError, match=r"(?s)1000000 tokens.*stages\.0\.seq_len of at most"):
         job.prepare_job(recipe(stages=stages))
 
 

@@ -326,7 +326,7 @@ def test_what_changes_no_number_may_change_when_a_run_goes_on(recipe, stopped_at
     job.prepare_job(on)
     with pytest.raises(LimbeckError, match="precision: 'auto' there, 'bf16' asked for"):
         job.prepare_job(on.model_copy(update={"precision": "bf16"}))
-    with pytest.raises(LimbeckError, match="length"):
+    with pytest.raises(LimbeckError, match="seq_len"):
         job.prepare_job(recipe(data={**data, "seq_len": 16}, stages=stages))
     job.distill(on)
 

@@ -41,10 +41,10 @@ test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-full: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full
 
 docs: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(DOCUMENTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full $(DOCUMENTS)
 
 .venv/oldest/.installed: WANTED := $(OLDEST)
 .venv/triton/.installed: WANTED := $(TRITON)
@@ -56,10 +56,10 @@ docs: setup
 
 test-oldest: .venv/oldest/.installed
 	@PYTHONPATH=.venv/oldest $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	@PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(CORE) -k 'not test_contract or gated_deltanet-full'
+	@PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full $(CORE) -k 'not test_contract or gated_deltanet-full'
 
 test-triton: .venv/triton/.installed
-	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/ops/test_triton.py
+	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full tests/ops/test_triton.py
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -11,10 +11,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.tiers import select_fast
 from limbeck.mixers import registry
 from limbeck.testing import make_tiny_model
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"  # real English that every checkout has
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all tests, not only the fast tier")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full") or any("::" in argument for argument in config.args):
+        return
+    items[:], rest = select_fast(items)
+    config.hook.pytest_deselected(items=rest)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,27 +11,37 @@ The README shows the command line; docs/architecture.md how it is built.
 import logging
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.core.version import __version__
-from limbeck.models.registration import register_when_imported
+from limbeck.models.registration import register_teacher_maker, register_when_imported
 
 if TYPE_CHECKING:
     from limbeck.core.errors import LimbeckError
     from limbeck.core.recipe import Recipe
-    from limbeck.models.convert import convert
+    from limbeck.models.conversion import convert
     from limbeck.training.pipeline import distill
 
 __all__ = ["LimbeckError", "Recipe", "__version__", "convert", "distill"]
 
+
+def _train_or_load_teacher(name: str) -> Path:
+    # start-up time: training imports torch and transformers
+    from limbeck.training import pretraining
+
+    return pretraining.train_or_load_teacher(name, verify=True)
+
+
 register_when_imported()
+register_teacher_maker(_train_or_load_teacher)
 
 # where the names of `__all__` are; imported when they are first used, for torch and transformers take seconds and
 # `limbeck --help` needs neither
 _HOMES = {
     "LimbeckError": "limbeck.core.errors",
     "Recipe": "limbeck.core.recipe",
-    "convert": "limbeck.models.convert",
+    "convert": "limbeck.models.conversion",
     "distill": "limbeck.training.pipeline",
 }
 

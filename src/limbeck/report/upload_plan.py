@@ -19,7 +19,7 @@ from limbeck.core.manifest import read_manifest
 from limbeck.core.recipe import Recipe
 from limbeck.core.storage import compute_sha256, read_json
 from limbeck.models.config import MODEL_TYPE
-from limbeck.models.custom_mixers import mixer_file_name
+from limbeck.models.modeling import mixer_file_name
 from limbeck.models.folders import check_safetensors
 from limbeck.models.loading import load_config, load_model
 from limbeck.report.model_card import PublishedRun, generate_model_card

@@ -11,17 +11,18 @@ The README shows the command line; docs/architecture.md how it is built.
 import logging
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.core.registration import redirect_old_modules, register_when_imported
 from limbeck.core.version import __version__
+from limbeck.models.registration import redirect_old_modules, register_teacher_maker, register_when_imported
 
 if TYPE_CHECKING:
     from limbeck.core.errors import LimbeckError
-    from limbeck.core.model_type import LimbeckConfig
     from limbeck.core.recipe import Recipe
     from limbeck.models.cache import cache_bytes
-    from limbeck.models.convert import convert
+    from limbeck.models.config import LimbeckConfig
+    from limbeck.models.conversion import convert
     from limbeck.models.modeling import LimbeckForCausalLM
     from limbeck.training.pipeline import distill
 
@@ -37,18 +38,27 @@ __all__ = [
     "distill",
 ]
 
+
+def _train_or_load_teacher(name: str) -> Path:
+    # start-up time: training imports torch and transformers
+    from limbeck.training import pretraining
+
+    return pretraining.train_or_load_teacher(name, verify=True)
+
+
 register_when_imported()
 redirect_old_modules()
+register_teacher_maker(_train_or_load_teacher)
 
 # where the names of `__all__` are; imported when they are first used, for torch and transformers take seconds and
 # `limbeck --help` needs neither
 _HOMES = {
-    "LimbeckConfig": "limbeck.core.model_type",
+    "LimbeckConfig": "limbeck.models.config",
     "LimbeckError": "limbeck.core.errors",
     "LimbeckForCausalLM": "limbeck.models.modeling",
     "Recipe": "limbeck.core.recipe",
     "cache_bytes": "limbeck.models.cache",
-    "convert": "limbeck.models.convert",
+    "convert": "limbeck.models.conversion",
     "distill": "limbeck.training.pipeline",
 }
 
@@ -67,8 +77,8 @@ def __getattr__(name: str) -> Any:
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
-    value = globals()[name] = getattr(module, name) if name in _HOMES else module
-    return value
+    found = globals()[name] = getattr(module, name) if name in _HOMES else module
+    return found
 
 
 def __dir__() -> list[str]:

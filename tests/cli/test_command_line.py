@@ -68,7 +68,7 @@ def test_what_needs_no_model_imports_neither_torch_nor_transformers(arguments, c
 )
 def test_students_are_known_to_transformers_once_limbeck_is_imported(first):
     said = python(f"{first}\nprint(type(AutoConfig.for_model('limbeck')).__module__)")
-    assert "limbeck.core.model_type" in said
+    assert "limbeck.models.config" in said
 
 
 def test_the_public_names_and_the_modules_are_there():

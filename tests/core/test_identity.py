@@ -452,7 +452,7 @@ def test_revisions_are_read_off_names_and_not_off_folders(tmp_path, monkeypatch)
     folder.mkdir()
     assert split_revision(str(folder)) == (str(folder), None)
     for name in ("ann/tiny@", "@v1"):
-        with pytest.raises(LimbeckError, match="names no model and revision"):
+        with pytest.raises(LimbeckError, match="is not a model with a revision"):
             split_revision(name)
     with pytest.raises(LimbeckError, match="embedded@v1"):
         loading.resolve_teacher("embedded@v1")

@@ -5,8 +5,8 @@ from importlib import import_module
 
 import pytest
 
-from limbeck.core.registration import OLD_MODULES
 from limbeck.models.modeling import REMOTE_CODE
+from limbeck.models.registration import OLD_MODULES
 
 DOORS = {
     "limbeck": """

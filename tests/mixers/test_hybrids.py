@@ -34,7 +34,7 @@ def test_keep(text, kept):
 
 @pytest.mark.parametrize("text", ["8", "every 0", "every x", "uniform 9", "some", [-1], "missing.json"])
 def test_impossible_keeps(text):
-    with pytest.raises(LimbeckError, match=r"keep is|cannot read"):
+    with pytest.raises(LimbeckError, match=r"softmax_layers is|cannot read"):
         parse_softmax_layers(text, 8)
 
 

@@ -13,10 +13,11 @@ from limbeck import LimbeckError
 from limbeck.models import RecurrentLayer, cache_bytes, find_attention_sites, get_mixers
 from limbeck.models.attention import token_mask_from_attention_mask
 from limbeck.testing import survey, tiny_models
+from limbeck.testing.contract import left_pad
 from limbeck.testing.student_checks import (
     GENERATION_KWARGS,
+    PADDING,
     StudentChecks,
-    left_pad_first_row,
     make_random_ids,
     make_student,
 )
@@ -187,7 +188,7 @@ def test_states_of_the_familys_own_stay_where_they_are():
 @pytest.mark.parametrize("layers", ["all", [0], [1]])
 def test_static_caches_and_beams(family, layers):
     student = make_student(tiny_models.make_survey_model(family), "gla", layers)
-    inputs = left_pad_first_row(make_random_ids(length=17))
+    inputs = left_pad(make_random_ids(length=17), PADDING)
     inputs.pop("position_ids")
     dynamic = student.generate(**inputs, **GENERATION_KWARGS)
     assert torch.equal(student.generate(**inputs, **GENERATION_KWARGS, cache_implementation="static"), dynamic)

@@ -338,7 +338,7 @@ def test_a_mask_of_texts_that_branch_is_refused():
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     mask[..., 3, 2] = False
     for given in (mask, torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))):
-        with pytest.raises(LimbeckError, match="branch from one beginning"):
+        with pytest.raises(LimbeckError, match="branch from a shared beginning"):
             student("llama")(sample_ids(1, 4), attention_mask=given, position_ids=torch.tensor([[0, 1, 2, 2]]))
 
 

@@ -18,7 +18,7 @@ def online(monkeypatch, tmp_path):
     """As if the tests were not offline, with an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "_known", {})
+    monkeypatch.setattr(hub, "_cached_only", {})
     return tmp_path / "hub"
 
 

@@ -126,7 +126,7 @@ def test_tied_weights_are_not_missing_and_what_is_left_over_is_said(folder, caps
     assert "not used" not in capsys.readouterr().err
     weights(folder, lambda w: {**w, "score.weight": torch.zeros(2, 48)})
     load_teacher(str(folder), CPU)
-    assert "model: score.weight of the file not used" in capsys.readouterr().err
+    assert "model: unused tensors in the file: score.weight" in capsys.readouterr().err
 
 
 def test_other_shapes_are_named(folder):
@@ -275,9 +275,9 @@ SPOILT = {
     "weights in LFS": (lfs("model.safetensors"), ["pointer of Git LFS", "lfs pull"]),
     "tokenizer in LFS": (lfs("tokenizer.json"), ["tokenizer.json is a pointer of Git LFS"]),
     "config in LFS": (lfs("config.json"), ["config.json is a pointer of Git LFS"]),
-    "cut weights": (cut, ["cut or damaged", "bytes"]),
-    "damaged weights": (damaged, ["cut or damaged", "header"]),
-    "a lost shard": (a_shard_lost, ["files of weights are not in", "-00002-of-"]),
+    "cut weights": (cut, ["truncated or damaged", "bytes"]),
+    "damaged weights": (damaged, ["truncated or damaged", "header"]),
+    "a lost shard": (a_shard_lost, ["weight files are missing in", "-00002-of-"]),
     "a pickle": (a_pickle, ["pickle", "not executed"]),
     "a pickle of torch": (a_torch_pickle, ["pickle", "not executed"]),
     "no weights": (without("*.safetensors"), ["no weights in model"]),
@@ -285,7 +285,7 @@ SPOILT = {
     "no config": (without("config.json"), ["no config.json in model"]),
     "no tokenizer": (a_checkpoint_without_tokenizer, ["no tokenizer in model"]),
     "nothing": (without("*"), ["which is empty"]),
-    "config no JSON": (text_in("config.json", "{"), ["config.json is no JSON"]),
+    "config no JSON": (text_in("config.json", "{"), ["config.json is not JSON"]),
     "config a list": (text_in("config.json", "[1]"), ["config.json holds a list"]),
     "config without type": (config(model_type=None), ["has no model_type"]),
     "config of the future": (config(model_type="llama99"), ["no model_type 'llama99'", "--upgrade transformers"]),
@@ -293,15 +293,15 @@ SPOILT = {
         config(num_attention_heads="many"),
         ["cannot read the config", "num_attention_heads"],
     ),
-    "tokenizer no JSON": (text_in("tokenizer.json", '{"version'), ["tokenizer.json is no JSON"]),
+    "tokenizer no JSON": (text_in("tokenizer.json", '{"version'), ["tokenizer.json is not JSON"]),
     "tokenizer of something else": (text_in("tokenizer.json", "{}"), ["cannot load the tokenizer"]),
     "a trainer's output": (a_trainers, ["a trainer's checkpoints", "checkpoint-500"]),
     "a run without student": (a_run, ["a run without a student yet", "limbeck distill model/recipe.yaml --out model"]),
-    "the makers' checkpoint": (of_the_original_release, ["as its makers trained it"]),
+    "the makers' checkpoint": (of_the_original_release, ["in its original format"]),
     "GGUF": (gguf, ["GGUF"]),
-    "a classifier": (config(architectures=["LlamaForSequenceClassification"]), ["does not tell the next token"]),
+    "a classifier": (config(architectures=["LlamaForSequenceClassification"]), ["does not predict the next token"]),
     "sequence to sequence": (config(model_type="t5", is_encoder_decoder=True), ["sequence-to-sequence"]),
-    "an encoder": (config(model_type="bert", architectures=["BertForMaskedLM"]), ["does not tell the next token"]),
+    "an encoder": (config(model_type="bert", architectures=["BertForMaskedLM"]), ["does not predict the next token"]),
     "vision": (config(model_type="vit", architectures=["ViTModel"]), ["family vit", "no causal language model"]),
 }
 
@@ -577,12 +577,12 @@ def test_a_run_whose_student_is_none_is_refused(folder, student, monkeypatch, ca
     Path("run").mkdir()
     Path("run/recipe.yaml").write_text(f"name: x\nteacher: {folder}\ndata: {{source: x}}\n", encoding="utf-8")
     shutil.copytree(folder, "run/student")
-    with pytest.raises(LimbeckError, match="run/student is no student"):
+    with pytest.raises(LimbeckError, match="run/student is not a student"):
         SubjectLoader().load("run")
     monkeypatch.setattr(sys, "argv", ["limbeck", "generate", "run", "hello"])
     with pytest.raises(SystemExit):
         main()
-    assert "run/student is no student" in capsys.readouterr().err
+    assert "run/student is not a student" in capsys.readouterr().err
     shutil.rmtree("run/student")
     shutil.copytree(student, "run/student")
     with pytest.raises(LimbeckError, match=r"run is a run, not a model(.|\n)*run/student"):

@@ -152,12 +152,12 @@ def test_the_plan_knows_how_much_there_is(recipe, bits, bitsandbytes):
 
 def test_quantised_weights_make_no_student(bitsandbytes, teacher_folder, tmp_path, tokenizer):
     teacher, _ = load_teacher(str(teacher_folder), CPU, bits=8)
-    with pytest.raises(LimbeckError, match="quantised weights"):
+    with pytest.raises(LimbeckError, match="quantized weights"):
         limbeck.convert(teacher)
     teacher.save_pretrained(tmp_path / "int8")
     tokenizer.save_pretrained(tmp_path / "int8")
     for bits in (None, 4):
-        with pytest.raises(LimbeckError, match="quantised weights"):
+        with pytest.raises(LimbeckError, match="quantized weights"):
             load_teacher(str(tmp_path / "int8"), CPU, bits=bits)
 
 
@@ -216,7 +216,7 @@ def test_int8_is_not_saved_and_not_made_of_few_bits(torchao, bitsandbytes, teach
         small.save_pretrained(tmp_path / "small")
     assert not (tmp_path / "small").exists()
     teacher, _ = load_teacher(str(teacher_folder), CPU, bits=8)
-    with pytest.raises(LimbeckError, match="quantised weights"):
+    with pytest.raises(LimbeckError, match="quantized weights"):
         quantization.quantize_int8(teacher)
 
 

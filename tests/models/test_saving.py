@@ -316,7 +316,7 @@ def test_a_changed_plan_is_refused(folder):
         config = AutoConfig.from_pretrained(folder)
         layer = config.limbeck["layers"][1]
         layer[entry] = {**layer[entry], **value} if isinstance(value, dict) else value
-        with pytest.raises(LimbeckError, match=r"in: layers \(the first: model.layers.1.self_attn\)"):
+        with pytest.raises(LimbeckError, match=r"in: layers \(first difference: model.layers.1.self_attn\)"):
             load(folder, config=config)
     same_plan = AutoConfig.from_pretrained(folder, use_cache=False)
     assert load(folder, config=same_plan).config.use_cache is False

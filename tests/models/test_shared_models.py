@@ -14,7 +14,8 @@ from limbeck.models import find_attention_sites
 from limbeck.models.attention_rows import output_attention_rows
 from limbeck.models.backbone import LMHead, run_backbone
 from limbeck.models.hooks import hook_modules
-from limbeck.models.packed import packed_attention, use_attn_implementation
+from limbeck.models.packed import packed_attention
+from limbeck.models.temporary import use_attn_implementation
 from limbeck.ops.fla import use_backend
 from limbeck.ops.fla.call import requested_backend
 from limbeck.testing import make_tiny_model

@@ -305,7 +305,7 @@ def test_an_attention_implementation_is_honoured_or_refused(folder):
             AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)
         with pytest.raises(LimbeckError, match="would drop"):
             plain.set_attn_implementation(name)
-    with pytest.raises(LimbeckError, match="no layer of it is softmax"):
+    with pytest.raises(LimbeckError, match="none of its layers keeps softmax"):
         limbeck.convert(make_tiny_model("llama")).set_attn_implementation("eager")
 
 
@@ -428,7 +428,7 @@ def test_transformers_exporter_says_what_to_do_instead():
     model.generation_config.cache_implementation, model.generation_config.use_cache = "static", True
     module = executorch.TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=32, device="cpu")
     for strict, error in ((None, Exception), (True, Exception), (False, LimbeckError)):
-        with pytest.raises(error, match=r"a first pass puts them in their places(.|\n)*docs/generation\.md"):
+        with pytest.raises(error, match=r"run a first pass that fills the cache(.|\n)*docs/generation\.md"):
             module.export(input_ids=IDS[:, :1], cache_position=torch.tensor([0]), strict=strict)
 
 

@@ -31,7 +31,7 @@ CANNOT = {
     "test_assisted_decoding_sample": "drops tokens again: refused, see test_generation.py",
     "test_prompt_lookup_decoding_matches_greedy_search": "drops tokens again: refused, see test_generation.py",
     "test_prompt_lookup_decoding_stops_at_eos": "drops tokens again: refused, see test_generation.py",
-    "test_custom_4d_attention_mask": "texts that branch from one beginning: refused, see test_generation.py",
+    "test_custom_4d_attention_mask": "texts that branch from a shared beginning: refused, see test_generation.py",
 }
 
 

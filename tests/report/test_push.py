@@ -377,7 +377,7 @@ def test_a_folder_that_is_not_whole_is_refused(run):
     with pytest.raises(LimbeckError, match=f"has {len(raw) - 1:,} bytes"):
         plan_upload(run, "ann/tiny")
     weights.write_bytes(b"\xff" * 100)
-    with pytest.raises(LimbeckError, match="cut or damaged"):
+    with pytest.raises(LimbeckError, match="truncated or damaged"):
         plan_upload(run, "ann/tiny")
     weights.unlink()
     with pytest.raises(LimbeckError, match="holds no weights"):

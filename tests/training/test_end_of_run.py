@@ -86,7 +86,7 @@ def another_tokenizer_is_saved(tokenizer, teacher):
     ("spoil", "said"),
     [
         (no_tokenizer_is_saved, "cannot be saved and opened again: This tokenizer cannot be saved. It has no files."),
-        (another_tokenizer_is_saved, "tokenizer reads a text otherwise, or has another chat template"),
+        (another_tokenizer_is_saved, "tokenizer gives other tokens, or has another chat template"),
     ],
 )
 def test_what_would_fail_at_the_end_is_found_before_the_start(spoil, said, recipe, teacher_folder):
@@ -298,6 +298,6 @@ def test_the_student_before_stays_where_the_new_one_is_not_what_was_meant(recipe
         save(self, folder, state_dict=half)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", rounded)
-    with pytest.raises(LimbeckError, match="weights came back otherwise"):
+    with pytest.raises(LimbeckError, match="weights differ or are missing"):
         pipeline.distill(made)
     assert file.read_bytes() == before

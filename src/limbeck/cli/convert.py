@@ -56,7 +56,7 @@ def convert(
     import limbeck
     from limbeck import mixers
     from limbeck.core import recipe
-    from limbeck.models.convert import count_student_parameters, set_mixer_options
+    from limbeck.models.conversion import count_student_parameters, set_mixer_options
     from limbeck.models.hooks import load_teacher
     from limbeck.models.loading import check_export, is_student, load_model_and_tokenizer, resolve_teacher
 

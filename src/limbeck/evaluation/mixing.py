@@ -29,7 +29,7 @@ from limbeck.evaluation.subject import Subject, build_untrained_student
 from limbeck.models import Site, find_attention_sites
 from limbeck.models.backbone import run_backbone
 from limbeck.models.hooks import hook_modules
-from limbeck.models.packed import use_attn_implementation
+from limbeck.models.temporary import use_attn_implementation
 
 STATISTICS = (
     "overlap",

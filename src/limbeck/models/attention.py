@@ -1,18 +1,23 @@
 """The attention function `limbeck`: the one thing in which a student differs from its teacher's class.
 
+    attach_mixer(module, mixer)         # from now on `module` mixes with `mixer`, under any name of the table below
+
 transformers calls the attention function that the config names with q, k, v as the family computes them. A module that
-carries a `mixer` gets its mixed values, any other module the softmax attention that the teacher had. What the interface
-does not pass (hidden states, cache) a forward pre-hook on the module adds to the call's keyword arguments, so nothing
-is global and threads, nested models and gradient checkpointing need no care.
+has a `mixer` returns its mixed values, any other module the softmax attention that the teacher had. What the interface
+does not pass (hidden states, cache) a forward pre-hook on the module adds to the call's keyword arguments. Nothing is
+global, so threads, nested models and gradient checkpointing need no special care.
 
 Padding and packed documents are read from the mask that the softmax layers use: a token that may not attend to itself
 is padding, and one that may not attend to the valid token before it begins a document.
+
+Shapes: B batch, T time, H query heads, G key/value heads, K key width, V value width, D model width, R sampled queries.
 """
 
 import copy
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -29,28 +34,31 @@ from limbeck.mixers import TokenMask
 from limbeck.models.cache import RecurrentLayer, get_recurrent_layer
 from limbeck.models.varlen import get_packed_documents, varlen_softmax_attention_forward
 
-LIMBECK_ATTENTION = "limbeck"
-LIMBECK_EAGER = "limbeck_eager"  # the same for families whose softmax layers have no SDPA
-LIMBECK_PACKED = (
-    "limbeck_packed"  # the same where the ends of documents are known without a mask (limbeck.models.packed)
-)
+# All attention implementations that Limbeck registers with transformers, and what each is for:
+LIMBECK_ATTENTION = "limbeck"  # students; their softmax layers use SDPA
+LIMBECK_EAGER = "limbeck_eager"  # students whose softmax layers use the family's eager function (no SDPA, or by choice)
+LIMBECK_PACKED = "limbeck_packed"  # packed documents by their boundaries, without a mask (limbeck.models.packed)
+LIMBECK_ROWS = "limbeck_rows"  # teachers: rows of the attention matrix (limbeck.models.attention_rows)
+LIMBECK_PROBE = "limbeck_probe"  # records shapes while a family is examined (limbeck.models.probe)
+# the student's implementation by the transformers implementation that its softmax layers use
+STUDENT_IMPLEMENTATIONS = {"sdpa": LIMBECK_ATTENTION, "eager": LIMBECK_EAGER}
 
-# whether the pass that runs gives attention weights back; each begins by setting it, as not all families hand it on
+# Whether the running pass returns attention weights. Every pass sets it first, as some families do not pass it on.
 output_attentions_requested: ContextVar[bool] = ContextVar("output_attentions_requested", default=False)
 
 
 @dataclass
 class AttentionCall:
-    """What the pre-hook hands to the attention function: the layer's input [B, T, D], its cache and its masks."""
+    """Arguments that the pre-hook passes to the attention function, beyond transformers' interface."""
 
-    x: Tensor
+    x: Tensor  # the layer's input [B, T, D]
     module: nn.Module
     cache: Cache | None = None
-    layer: RecurrentLayer | None = None  # found when the module updates the cache, under whatever index
+    layer: RecurrentLayer | None = None  # set when the module updates the cache, under whatever index
     mask: Tensor | None = None
-    knows_mask: bool = False  # the module takes the mask as an argument
+    module_takes_mask: bool = False
     positions: Tensor | None = None
-    count: int = 0  # calls of the attention function so far
+    count: int = 0  # calls of the attention function so far in this pass of the module
 
 
 class MatrixRowsComputed(Exception):
@@ -58,42 +66,35 @@ class MatrixRowsComputed(Exception):
 
     def __init__(self, rows: Tensor):
         super().__init__(
-            "rows of a mixing matrix were asked for by another way than limbeck.models.attention_rows.compute_mixing_rows"
+            "rows of a mixing matrix are returned through limbeck.models.attention_rows.compute_mixing_rows only"
         )
         self.rows = rows
 
 
 def default_attn_implementation(model: type | nn.Module) -> str:
-    """Name of the attention implementation for students of that model class."""
+    """Return the name of the attention implementation for students of a model class."""
     return LIMBECK_ATTENTION if getattr(model, "_supports_sdpa", True) else LIMBECK_EAGER
 
 
 def resolve_attn_implementation(model: type | nn.Module, name: str) -> str:
-    """The attention implementation of a student whose softmax layers are to run as `name` says.
+    """Return the attention implementation of a student whose softmax layers are to run as `name` says.
 
     Args:
         model: the student or its class.
-        name: "eager", "sdpa", or one of this module's own names.
+        name: "eager", "sdpa", or the student implementation itself.
 
     Raises:
-        LimbeckError: another name.
+        LimbeckError: another name, or "sdpa" for a family without SDPA.
     """
-    own = default_attn_implementation(model)
-    choices = (
-        {
-            "sdpa": LIMBECK_ATTENTION,
-            LIMBECK_ATTENTION: LIMBECK_ATTENTION,
-            "eager": LIMBECK_EAGER,
-            LIMBECK_EAGER: LIMBECK_EAGER,
-        }
-        if own == LIMBECK_ATTENTION
-        else {"eager": LIMBECK_EAGER, LIMBECK_EAGER: LIMBECK_EAGER}
-    )
+    choices = dict(STUDENT_IMPLEMENTATIONS)
+    if default_attn_implementation(model) == LIMBECK_EAGER:
+        del choices["sdpa"]
+    if name in choices.values():
+        return name
     if name not in choices:
         raise LimbeckError(
             f"attention implementation '{name}' would drop the student's mixers",
-            expected=" or ".join(f"'{n}'" for n in choices if n not in (LIMBECK_ATTENTION, LIMBECK_EAGER))
-            + ", for the layers with softmax",
+            expected=" or ".join(f"'{choice}'" for choice in choices) + ", for the layers with softmax",
             hint="leave out attn_implementation",
         )
     return choices[name]
@@ -102,22 +103,23 @@ def resolve_attn_implementation(model: type | nn.Module, name: str) -> str:
 def attach_mixer(module: nn.Module, mixer: nn.Module) -> None:
     """Make `mixer` the attention of `module` (a transformers self-attention module)."""
     if not any(p.kind is p.VAR_KEYWORD for p in _parameters(module).values()):
-        raise LimbeckError(f"{type(module).__name__} takes no further keyword arguments, so nothing can be handed over")
+        raise LimbeckError(f"{type(module).__name__} accepts no **kwargs, so its mixer cannot get the hidden states")
     module.mixer = mixer
-    module.limbeck_argument_names = _names(module)  # type: ignore[assignment]  # looked up once: a compiler cannot
-    # index of its layer in the cache, once it was seen to update one; -1 if several
+    # inspected once and stored, because a compiled module cannot inspect signatures
+    module.limbeck_argument_names = _argument_names(module)  # type: ignore[assignment]
+    # index of its layer in the cache, known from the first update on; -1 if there are several
     module.limbeck_layer_idx = None  # type: ignore[assignment]
-    module.register_forward_pre_hook(_hand_over, with_kwargs=True)
+    module.register_forward_pre_hook(_pass_call, with_kwargs=True)
 
 
 def bind_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A call's arguments by name."""
-    return {**dict(zip(getattr(module, "limbeck_argument_names", None) or _names(module), args)), **kwargs}
+    """Return the arguments of a call of `module` by name."""
+    return {**dict(zip(getattr(module, "limbeck_argument_names", None) or _argument_names(module), args)), **kwargs}
 
 
-def get_hidden_states(given: dict[str, Any]) -> Tensor:
-    """The hidden states among an attention module's arguments: under their usual name, or the first there is."""
-    return given["hidden_states"] if "hidden_states" in given else next(iter(given.values()))
+def get_hidden_states(arguments: dict[str, Any]) -> Tensor:
+    """Return the hidden states among an attention module's arguments: under their usual name, else the first one."""
+    return arguments["hidden_states"] if "hidden_states" in arguments else next(iter(arguments.values()))
 
 
 def limbeck_attention_forward(
@@ -138,14 +140,15 @@ def limbeck_attention_forward(
         query: [B, H, T, K]; key: [B, G, T, K]; value: [B, G, T, V], as the interface lays them out.
         attention_mask: [B, 1, T, keys] bool or additive, or None for plain causal attention.
         limbeck_call: set by the pre-hook on modules with a mixer.
-        output_matrix: also return the mixing matrix [B, H, T, T] (stage 1 asks for it). Given rows [B, R] of it, those
-            alone are found, and nothing of the module runs behind them; see `limbeck.models.attention_rows.compute_mixing_rows`.
+        output_matrix: also return the mixing matrix [B, H, T, T] (for stage 1). With a tensor of rows [B, R] only those
+            are computed and the rest of the module does not run; see
+            `limbeck.models.attention_rows.compute_mixing_rows`.
 
     Returns:
         [B, T, H, V] and the mixing matrix or None.
 
     Raises:
-        MatrixRowsComputed: with the rows that `output_matrix` asks for.
+        MatrixRowsComputed: carries the rows, if `output_matrix` is a tensor.
     """
     if not hasattr(module, "mixer"):
         documents = get_packed_documents(kwargs.get("position_ids"))
@@ -160,10 +163,10 @@ def limbeck_attention_forward(
         raise LimbeckError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
     call, length = limbeck_call, query.shape[2]
     if call.cache is not None and call.layer is None:
-        # a layer that reads the keys and values of another stores none of its own
+        # This layer reads the keys and values of another one and never updates the cache itself.
         call.layer = get_recurrent_layer(call.cache, module.layer_idx, module)  # type: ignore[arg-type]
         call.layer.advance(query, query)
-        call.layer.mask_offset = None  # its mask is that of the other layer, whose last columns are this call's
+        call.layer.mask_offset = None  # the mask is the other layer's; its last columns belong to this call
         key, value = key[:, :, -length:], value[:, :, -length:]
     layer = call.layer
     documents = get_packed_documents(call.positions)
@@ -171,7 +174,7 @@ def limbeck_attention_forward(
         tokens = TokenMask(None, documents.segments)
     else:
         tokens = token_mask_from_attention_mask(
-            call.mask if call.knows_mask else attention_mask,
+            call.mask if call.module_takes_mask else attention_mask,
             length,
             mask_offset=layer.mask_offset if layer else None,
             positions=call.positions,
@@ -192,13 +195,15 @@ def limbeck_attention_forward(
 def softmax_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of a layer that keeps it: SDPA, or the family's eager function where SDPA lacks a feature.
+    """Compute the attention of a softmax layer: SDPA, or the family's eager function where SDPA lacks a feature.
 
-    The weights are among what SDPA lacks.
+    SDPA lacks soft caps, sinks and the output of attention weights.
     """
     config: Any = module.config
-    asked = kwargs.get("output_attentions") or (not torch.compiler.is_compiling() and output_attentions_requested.get())
-    eager = asked or config._attn_implementation == LIMBECK_EAGER
+    weights_requested = kwargs.get("output_attentions") or (
+        not torch.compiler.is_compiling() and output_attentions_requested.get()
+    )
+    eager = weights_requested or config._attn_implementation == LIMBECK_EAGER
     if not eager and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     function = sys.modules[type(module).__module__].eager_attention_forward
@@ -219,29 +224,31 @@ def token_mask_from_attention_mask(
     positions: Tensor | None = None,
     chunk: int | None = None,
 ) -> TokenMask:
-    """Padding and documents of `length` tokens, read from an attention mask of any layout.
+    """Read padding and document boundaries of `length` tokens from an attention mask of any layout.
 
     Args:
         mask: None, [B, keys] (1 = valid), or [B, 1, T, keys] bool or additive.
-        mask_offset: the column of the first token, for a call with a cache; None without: the tokens have the last columns.
-            A tensor [] where a static cache counts.
-        positions: [B, T] position ids, where known.
-        chunk: the mask may be one of chunked attention, whose chunks of so many tokens end as documents do. What ends
-            there is a document only if the positions say so; with a cache there is one document.
+        mask_offset: the mask's column of the first token, for a call with a cache (a tensor [] if a static cache counts
+            in one); None without a cache: the tokens have the last columns.
+        positions: [B, T] position ids, if available.
+        chunk: tokens in a chunk of chunked attention, in whose mask chunk ends look like document ends. Such an end
+            counts as a document's only if the positions restart there; with a cache there is one document.
     """
     if mask is None:
         return TokenMask()
     cached = mask_offset is not None
     mask_offset = mask.shape[-1] - length if mask_offset is None else mask_offset
-    # neither a compiled step nor one on an accelerator stops to look at values; it gets what may be trivial
-    looks = not torch.compiler.is_compiling() and (length > 1 or mask.device.type == "cpu")
-    # One mask serves all layers of a pass, until it is written to, which inference mode does not count.
-    read = [mask, positions] if chunk and positions is not None else [mask]
-    keeps = looks and not any(x.is_inference() for x in read)
-    call = (length, int(mask_offset), chunk, *((id(x), x._version) for x in read)) if keeps else None
-    known = getattr(mask, "_limbeck_tokens", None) if keeps else None
-    if known is not None and known[0] == call:
-        return known[1]
+    # Reading values would break a compiled graph and stall an accelerator in every decoding step: there the mask is
+    # returned even where it turns out to be trivial.
+    may_read = not torch.compiler.is_compiling() and (length > 1 or mask.device.type == "cpu")
+    # One mask serves all layers of a pass, so the result is cached on it until the mask is written to. Inference mode
+    # keeps no version counter that would show that.
+    sources = [mask, positions] if chunk and positions is not None else [mask]
+    may_cache = may_read and not any(x.is_inference() for x in sources)
+    key = (length, int(mask_offset), chunk, *((id(x), x._version) for x in sources)) if may_cache else None
+    cached_tokens = getattr(mask, "_limbeck_tokens", None) if may_cache else None
+    if cached_tokens is not None and cached_tokens[0] == key:
+        return cached_tokens[1]
     if mask.dim() == 2:
         valid, starts = _columns(mask, mask_offset, length).bool(), None
     else:
@@ -250,39 +257,40 @@ def token_mask_from_attention_mask(
         if length > 1:
             joined = _diagonal(allowed[:, 1:], mask_offset, length - 1)
             if chunk:
-                joined = joined | (True if cached else _goes_on(valid, positions, chunk))
+                joined = joined | (True if cached else _cannot_begin_document(valid, positions, chunk))
             starts = ~joined & valid[:, 1:] & valid[:, :-1]
     segments = None
-    if starts is not None and not (looks and not bool(starts.any())):
-        if looks and bool((allowed[:, 1:].expand(len(starts), -1, -1)[starts].sum(-1) > 1).any()):
+    if starts is not None and not (may_read and not bool(starts.any())):
+        if may_read and bool((allowed[:, 1:].expand(len(starts), -1, -1)[starts].sum(-1) > 1).any()):
             raise LimbeckError(
-                "the attention mask holds texts that branch from one beginning",
-                expected="padding, or documents one after another: a recurrent state follows one line of tokens",
+                "the attention mask describes texts that branch from a shared beginning",
+                expected="padding, or documents one after another: a recurrent state follows a single sequence",
             )
         segments = torch.cat([torch.zeros_like(starts[:, :1]), starts], 1).cumsum(1)
-    tokens = TokenMask(None if looks and bool(valid.all()) else valid, segments)
-    if keeps:
-        mask._limbeck_tokens = (call, tokens, positions)  # type: ignore[attr-defined]  # whose id stays its own
+    tokens = TokenMask(None if may_read and bool(valid.all()) else valid, segments)
+    if may_cache:
+        # the positions are stored only to keep them alive, so that their id in the key stays unique
+        mask._limbeck_tokens = (key, tokens, positions)  # type: ignore[attr-defined]
     return tokens
 
 
 def _columns(mask: Tensor, begin: int | Tensor, length: int) -> Tensor:
-    """`length` columns of mask [B, keys] from column `begin` on."""
+    """Return `length` columns of mask [B, keys] from column `begin` on."""
     if isinstance(begin, Tensor):
         return mask.index_select(1, begin + torch.arange(length, device=mask.device))
     return mask[:, begin : begin + length]
 
 
 def _diagonal(allowed: Tensor, begin: int | Tensor, length: int) -> Tensor:
-    """Whether the first `length` queries of allowed [B, T, keys] may see key `begin`, `begin` + 1, ...: [B, length]."""
+    """Return whether queries 0, 1, ... of allowed [B, T, keys] may see keys `begin`, `begin` + 1, ...: [B, length]."""
     if isinstance(begin, Tensor):
         query = torch.arange(length, device=allowed.device)
         return allowed[:, query, begin + query]
     return allowed.diagonal(offset=begin, dim1=-2, dim2=-1)[:, :length]
 
 
-def _goes_on(valid: Tensor, positions: Tensor | None, chunk: int) -> Tensor:
-    """Where no document can begin, for tokens 1 to T - 1: [B, T - 1]."""
+def _cannot_begin_document(valid: Tensor, positions: Tensor | None, chunk: int) -> Tensor:
+    """Return whether tokens 1 to T - 1 cannot begin a document, in chunked attention: bool [B, T - 1]."""
     if positions is not None:
         return positions[:, 1:] == positions[:, :-1] + 1
     padding = (valid.cumsum(1) == 0).sum(1, keepdim=True)  # chunks are counted from the first valid token
@@ -290,52 +298,55 @@ def _goes_on(valid: Tensor, positions: Tensor | None, chunk: int) -> Tensor:
     return (index - padding) % chunk == 0
 
 
-def _hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _pass_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook: add an `AttentionCall` to the arguments of an attention module with a mixer."""
     if module.config._attn_implementation not in (LIMBECK_ATTENTION, LIMBECK_EAGER, LIMBECK_PACKED):
         raise LimbeckError(
             f"attention implementation '{module.config._attn_implementation}' would drop the student's mixers",
             expected=f"'{LIMBECK_ATTENTION}'",
             hint="load the student without attn_implementation=...",
         )
-    given = bind_arguments(module, args, kwargs)
-    call = AttentionCall(get_hidden_states(given), module)
-    mask = given.get("attention_mask")
+    arguments = bind_arguments(module, args, kwargs)
+    call = AttentionCall(get_hidden_states(arguments), module)
+    mask = arguments.get("attention_mask")
     if "attention_mask" in module.limbeck_argument_names and (mask is None or isinstance(mask, Tensor)):
-        # not the attention function's: some modules close further keys there
-        call.mask, call.knows_mask = mask, True
-    if isinstance(given.get("position_ids"), Tensor) and given["position_ids"].dim() == 2:
-        call.positions = given["position_ids"]
-    given = {name: wrap_cache(value, call) if isinstance(value, Cache) else value for name, value in given.items()}
+        # the module's mask, not the one that its attention function gets: an indexer masks further keys in that one
+        call.mask, call.module_takes_mask = mask, True
+    if isinstance(arguments.get("position_ids"), Tensor) and arguments["position_ids"].dim() == 2:
+        call.positions = arguments["position_ids"]
+    arguments = {
+        name: wrap_cache(value, call) if isinstance(value, Cache) else value for name, value in arguments.items()
+    }
     if not module.mixer.options.rope:
-        given = _without_rope(given)
-    return (), {**given, "limbeck_call": call}
+        arguments = _without_rope(arguments)
+    return (), {**arguments, "limbeck_call": call}
 
 
 def wrap_cache(cache: Cache, call: AttentionCall) -> Cache:
-    """The cache as the module sees it: the same object's contents, and `update` puts a recurrent layer in its place.
+    """Return the cache as the module sees it: it shares the contents, and `update` inserts a recurrent layer.
 
-    In a compiled step the recurrent layers stand there already, and the cache goes to the module as it is.
+    In a compiled step the recurrent layers are in the cache already, and it is passed to the module as it is.
     """
-    place = call.module.limbeck_layer_idx
-    if torch.compiler.is_compiling() and isinstance(place, int) and 0 <= place < len(cache.layers):
-        layer = cache.layers[place]
+    index = call.module.limbeck_layer_idx
+    if torch.compiler.is_compiling() and isinstance(index, int) and 0 <= index < len(cache.layers):
+        layer = cache.layers[index]
         if isinstance(layer, RecurrentLayer):
             call.cache, call.layer = cache, layer
             return cache
     if isinstance(cache, EncoderDecoderCache):
-        both: Any = copy.copy(cache)
-        both.self_attention_cache = wrap_cache(cache.self_attention_cache, call)
-        return both
+        pair: Any = copy.copy(cache)
+        pair.self_attention_cache = wrap_cache(cache.self_attention_cache, call)
+        return pair
     cls: Any = type(cache)
-    seen = object.__new__(_handed_class(cls))
-    seen.__dict__ = cache.__dict__
-    seen.call = call
+    wrapper = object.__new__(_wrapped_class(cls))
+    wrapper.__dict__ = cache.__dict__
+    wrapper.call = call
     call.cache = cache
-    return seen
+    return wrapper
 
 
-class _Handed:
-    """What `wrap_cache` adds to a class of caches."""
+class _WrappedCache:
+    """Mixed into a cache class by `wrap_cache`: `update` advances the recurrent layer of the calling module."""
 
     __slots__ = ("call",)
     call: AttentionCall
@@ -349,38 +360,44 @@ class _Handed:
 
 
 @functools.cache
-def _handed_class(cls: Any) -> Any:
-    return type(f"Handed{cls.__name__}", (_Handed, cls), {})
+def _wrapped_class(cls: Any) -> Any:
+    return type(f"Wrapped{cls.__name__}", (_WrappedCache, cls), {})
 
 
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """What a module's forward pass takes by name, in order."""
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments of a module's forward pass, in order."""
     return tuple(n for n, p in _parameters(module).items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     cls: Any = type(module)
-    return _signature(cls)
+    return _forward_parameters(cls)
 
 
 @functools.cache
-def _signature(cls: Any) -> dict[str, inspect.Parameter]:
-    return dict(list(inspect.signature(cls.forward).parameters.items())[1:])
+def _forward_parameters(cls: Any) -> dict[str, inspect.Parameter]:
+    return dict(list(inspect.signature(cls.forward).parameters.items())[1:])  # without self
 
 
-def _without_rope(given: dict[str, Any]) -> dict[str, Any]:
-    """Rotate by nothing: cos = 1, sin = 0. Families with learned positions have nothing to switch off."""
-    rotary = given.get("position_embeddings")
+def _without_rope(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Replace the rotary embedding by the identity (cos = 1, sin = 0); learned positions cannot be switched off."""
+    rotary = arguments.get("position_embeddings")
     if rotary is None:
-        return given
+        return arguments
     if isinstance(rotary, Tensor) and rotary.is_complex():
-        return {**given, "position_embeddings": torch.ones_like(rotary)}
+        return {**arguments, "position_embeddings": torch.ones_like(rotary)}
     if not isinstance(rotary, tuple | list) or len(rotary) != 2:
         raise LimbeckError("this family's rotary embedding cannot be switched off", expected="a mixer option rope=true")
     cos, sin = rotary
-    return {**given, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    return {**arguments, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 
 
-for _name, _mask in ((LIMBECK_ATTENTION, sdpa_mask), (LIMBECK_EAGER, eager_mask)):
-    AttentionInterface.register(_name, limbeck_attention_forward)
-    AttentionMaskInterface.register(_name, _mask)
+def register_attention(name: str, function: Callable, mask_function: Callable | None = None) -> None:
+    """Register an attention implementation with transformers; without a mask function no mask is made for it."""
+    AttentionInterface.register(name, function)
+    if mask_function is not None:
+        AttentionMaskInterface.register(name, mask_function)
+
+
+register_attention(LIMBECK_ATTENTION, limbeck_attention_forward, sdpa_mask)
+register_attention(LIMBECK_EAGER, limbeck_attention_forward, eager_mask)

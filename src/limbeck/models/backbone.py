@@ -1,9 +1,9 @@
-"""The two halves of a causal language model, run apart: the body on packed documents, and the head on a few tokens.
+"""The two halves of a causal language model, run separately: the backbone on packed documents, the head on some tokens.
 
-    hidden = run_backbone(model, batch)                # [B, T, D], documents kept apart, no logits
-    logits = LMHead(model)(hidden[0, -4:])           # [4, vocabulary]
+    hidden = run_backbone(model, batch)             # [B, T, D], documents kept apart, no logits
+    logits = LMHead(model)(hidden[0, -4:])          # [4, vocabulary]
 
-Neither knows anything of a family.
+Neither contains code for particular families: what a family supports is found by trying.
 """
 
 import threading
@@ -18,50 +18,48 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from limbeck.data.packing import Batch
-from limbeck.models.packed import attach_documents, exclusive_access, packed_attention, supports_packed_attention
+from limbeck.models.packed import attach_documents, packed_attention, supports_packed_attention
+from limbeck.models.temporary import exclusive_access, instance_attribute
 from limbeck.ops.common import disable_autocast
 
 
 def build_model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-    """The keyword arguments under which `model` keeps the documents of a packed batch apart."""
+    """Return the keyword arguments with which `model` keeps the documents of a packed batch apart."""
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if not supports_packed_positions(model):
-        index = (batch.position_ids == 0).cumsum(1)
-        length = index.shape[1]
-        joined = index[:, :, None] == index[:, None, :]
-        allowed = (joined & torch.ones(length, length, dtype=torch.bool, device=index.device).tril())[:, None]
-        if model.config._attn_implementation == "eager":
-            closed = torch.finfo(model.dtype).min
-            allowed = torch.zeros_like(allowed, dtype=model.dtype).masked_fill(~allowed, closed)
-        inputs["attention_mask"] = allowed
+        segments = (batch.position_ids == 0).cumsum(1)
+        length = segments.shape[1]
+        same_document = segments[:, :, None] == segments[:, None, :]
+        causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+        mask = (same_document & causal)[:, None]
+        if model.config._attn_implementation == "eager":  # which adds its mask to the scores
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+        inputs["attention_mask"] = mask
     return inputs
 
 
 def supports_packed_positions(model: PreTrainedModel) -> bool:
-    """Does this family keep packed documents apart when positions restart? Found by trying, once per model."""
-    known: bool | None = getattr(model, "_limbeck_packs", None)
-    if known is None:
+    """Return whether positions that restart keep packed documents apart; found by trying, once per model."""
+    supported: bool | None = getattr(model, "_limbeck_packs", None)
+    if supported is None:
         device = next(model.parameters()).device
         ids = torch.tensor([[3, 4, 5, 6]], device=device)
         positions = torch.tensor([[0, 1, 0, 1]], device=device)
-        with (
-            exclusive_access(model),
-            torch.no_grad(),
-            disable_autocast(ids),
-        ):  # in bf16 two equal passes may differ by more than is allowed here
+        # without autocast: in bf16 two equal passes may differ by more than the tolerance
+        with exclusive_access(model), torch.no_grad(), disable_autocast(ids):
             both = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
             alone = model.get_decoder()(input_ids=ids[:, 2:], position_ids=positions[:, 2:], use_cache=False)
-        known = bool(torch.allclose(both[:, 2:], alone.last_hidden_state, rtol=1e-3, atol=1e-3))
-        model._limbeck_packs = known  # type: ignore[assignment]
-    if known and model.device.type != "cpu":
-        supports_packed_attention(model)  # tries the model as well, once, where no visitor is at work yet
-    return known
+        supported = bool(torch.allclose(both[:, 2:], alone.last_hidden_state, rtol=1e-3, atol=1e-3))
+        model._limbeck_packs = supported  # type: ignore[assignment]
+    if supported and model.device.type != "cpu":
+        supports_packed_attention(model)  # runs its trial pass now, before any hook is on the model
+    return supported
 
 
 def run_backbone(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states [B, T, D] that go into the head.
+    """Compute the hidden states [B, T, D] that go into the head, with packed documents kept apart.
 
-    Where the batch knows its documents' ends, as one on an accelerator does, no mask is made if none is needed.
+    If the batch has its document boundaries, as one on an accelerator does, no mask is made where none is needed.
     """
     if batch.metadata is not None:
         attach_documents(batch)
@@ -73,15 +71,14 @@ def run_backbone(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 @dataclass
-class _Given(BaseModelOutputWithPastAndCrossAttentions):
-    router_logits: None = None  # mixtures of experts hand them on
+class _BackboneOutput(BaseModelOutputWithPastAndCrossAttentions):
+    router_logits: None = None  # read by mixtures of experts
 
 
 class LMHead:
-    """What turns hidden states into logits, with every family's own extras (soft cap, scale, bias), on a few tokens.
+    """Turns hidden states into logits as the family does (soft cap, scale, bias).
 
-    It is the model's own forward pass with the body's place taken by the given hidden states, so nothing about a family
-    has to be known.
+    It runs the model's own forward pass with the backbone replaced by the given hidden states.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -89,34 +86,28 @@ class LMHead:
 
     @cached_property
     def weight(self) -> nn.Parameter | None:
-        """W [vocabulary, D] of a head that is hidden · Wᵀ and nothing else, found by trying; None of any other."""
+        """W [vocabulary, D] if the head computes hidden · Wᵀ and nothing else (found by trying), otherwise None."""
         last = self.model.get_output_embeddings()
         if type(last) is not nn.Linear or last.bias is not None or type(last.weight) is not nn.Parameter:
             return None
         with torch.no_grad(), torch.autocast(last.weight.device.type, enabled=False):
-            hidden = 30 * torch.linspace(-1, 1, 2 * last.in_features).cos().view(2, -1).to(
-                last.weight
-            )  # soft caps show
+            # large enough for a soft cap to make a difference
+            hidden = 30 * torch.linspace(-1, 1, 2 * last.in_features).cos().view(2, -1).to(last.weight)
             logits = self(hidden)
-            plain = F.linear(hidden, last.weight)
-        same = logits.shape == plain.shape and torch.allclose(logits, plain, rtol=1e-4, atol=1e-4)
-        return last.weight if same else None
+            linear = F.linear(hidden, last.weight)
+        is_linear = logits.shape == linear.shape and torch.allclose(logits, linear, rtol=1e-4, atol=1e-4)
+        return last.weight if is_linear else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[N, D] -> [N, vocabulary]."""
-        body: Any = self.model.get_decoder()
-        output, own = _Given(last_hidden_state=hidden[None]), threading.get_ident()
-        with exclusive_access(body):
-            usual, set_by_others = body.forward, vars(body).get("forward")  # accelerate hangs its hooks there
+        """Compute logits [N, vocabulary] of hidden states [N, D]."""
+        backbone: Any = self.model.get_decoder()
+        output, thread = _BackboneOutput(last_hidden_state=hidden[None]), threading.get_ident()
+        with exclusive_access(backbone):
+            original = backbone.forward
 
             def forward(*args, **kwargs):
-                return output if threading.get_ident() == own else usual(*args, **kwargs)
+                # passes of other threads over a shared model run as usual
+                return output if threading.get_ident() == thread else original(*args, **kwargs)
 
-            body.forward = forward
-            try:
+            with instance_attribute(backbone, "forward", forward):
                 return self.model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
-            finally:
-                if set_by_others is None:
-                    del body.forward
-                else:
-                    body.forward = set_by_others

@@ -1,14 +1,14 @@
-"""The cache layer of a converted attention module: a fixed number of floats, whatever the length.
+"""The cache layer of a converted attention module: a recurrent state of fixed size, whatever the length.
 
-transformers keeps one cache object per sequence batch with one layer each for the model's attention modules. The
-mixer's layer stands among them, so softmax layers beside it keep their own keys and values.
+    layer = get_recurrent_layer(cache, index, module)   # inserted into the cache on first use
+    layer.read_state(0)                                 # the state that the mixer returned last, None at the start
 
-    layer = get_recurrent_layer(cache, index, module)   # put in place on first use
-    layer.read_state(0)                                   # what the mixer returned last, None at the start
+transformers has one cache object per batch of sequences, with one layer for each attention module. The mixer's layer is
+one of them, so the softmax layers beside it have their own keys and values as usual.
 
-It keeps the layer in whose place it stands (its twin): for the sizes of masks, which softmax layers of the same kind
-share, and for what a module stores there beside keys and values (convolution states, an indexer's keys). In a static
-cache it is static too: states and the count of tokens keep their tensors, so that a compiled step finds them again.
+A recurrent layer keeps the layer that it replaces (`original_layer`), for the sizes of masks, which softmax layers of
+the same kind share, and for what a module stores there beside keys and values (convolution states, an indexer's keys).
+In a static cache it is static too: states and token count stay in the same tensors, where a compiled step finds them.
 """
 
 import functools
@@ -30,33 +30,33 @@ from transformers.cache_utils import (
 from limbeck.core.errors import LimbeckError
 from limbeck.mixers import State
 
-FIRST_USE = "an exported step cannot make the states of its cache: a first pass puts them in their places"
+_EXPORT_ERROR = "an exported step cannot create the states of its cache: run a first pass that fills the cache"
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """Counts tokens and holds the mixer's state; hands keys and values back untouched."""
+    """Counts tokens and holds the mixer's state; returns keys and values as they are."""
 
     is_croppable = False
 
-    def __init__(self, twin: Any = None) -> None:
+    def __init__(self, original: Any = None) -> None:
         CacheLayerMixin.__init__(self)
-        self.original_layer = twin  # first: what is not found here is looked up there
+        self.original_layer = original  # set first, because `__getattr__` looks there
         self.states: list[State | None] = []  # one for each call of the attention function in a forward pass
-        self.static = bool(getattr(twin, "is_compileable", False))
-        self.length: Any = 0  # a number, or a tensor [] beside static layers that count in one
-        self.mask_offset: Any = None  # column of the mask that belongs to the first token of the running call, likewise
-        self.owner: weakref.ref | None = None  # the attention module that fills it; lost in a pickle
+        self.static = bool(getattr(original, "is_compileable", False))
+        self.length: Any = 0  # an int, or a tensor [] beside static layers that count in one
+        self.mask_offset: Any = None  # the mask's column of the running call's first token; int or tensor likewise
+        self.owner: weakref.ref | None = None  # the attention module that fills it; not pickled
         self.mixer = ""  # name and options of its mixer
 
     def __getattr__(self, name: str) -> Any:
-        twin = self.__dict__.get("original_layer")
-        if twin is None or name.startswith("__"):
+        original = self.__dict__.get("original_layer")
+        if original is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no {name}")
-        return getattr(twin, name)
+        return getattr(original, name)
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        # transformers takes a whole cache for one kind or the other, and masks softmax layers accordingly
+        # transformers treats a whole cache as static or not by its layers, and masks the softmax layers accordingly
         return self.static
 
     @property
@@ -65,28 +65,28 @@ class RecurrentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        # some families look whether there are any; whoever puts them into another cache is known by a batch of none
+        # Some families check for keys. The empty batch shows when somebody copies them into another cache.
         self.keys = self.values = key_states.new_empty(0, 0, 0, 0)
         if self._counts_in_tensor():
-            self.length = _fixed(torch.zeros((), dtype=torch.long, device=self.device))
+            self.length = _mark_static(torch.zeros((), dtype=torch.long, device=self.device))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """What a softmax layer calls, and a converted one only in a compiled step."""
+        """Refuse the call of a softmax layer; converted ones call this in a compiled step only."""
         if not torch.compiler.is_compiling():
             raise LimbeckError(
                 "the cache holds a mixer's state where this model's softmax attention looks for keys and values",
-                expected="a new cache, or one that this very model filled",
+                expected="a new cache, or one that this model filled",
             )
         return self.advance(key_states, value_states)
 
     def advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Count the tokens of a call; keys and values go back as they are."""
+        """Count the tokens of a call; return keys [B, G, T, K] and values [B, G, T, V] as they are."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
         if isinstance(self.length, Tensor):
-            self.mask_offset = self.length.clone()  # such a layer's mask begins with the first token
+            self.mask_offset = self.length.clone()  # the mask of such a layer begins with the first token of all
             self.length.add_(new)
         else:
             self.mask_offset = self.length - self.get_mask_sizes(new)[1]
@@ -94,29 +94,29 @@ class RecurrentLayer(CacheLayerMixin):
         return key_states, value_states
 
     def read_state(self, call: int) -> State | None:
-        """State that the attention function's call of this number in a forward pass goes on from."""
+        """Return the state from which call number `call` of the attention function in a forward pass continues."""
         return self.states[call] if call < len(self.states) else None
 
     def write_state(self, call: int, state: State) -> None:
-        """Keep the state that this call ended with."""
+        """Store the state with which this call ended."""
         if not self.static:
-            self.states[call : call + 1] = [{name: _alone(tensor) for name, tensor in state.items()}]
+            self.states[call : call + 1] = [{name: _copy_view(tensor) for name, tensor in state.items()}]
             return
         old = self.read_state(call) or {}
-        kept = {name: _kept(old.get(name), tensor.detach()) for name, tensor in state.items()}
+        new = {name: _write_static(old.get(name), tensor.detach()) for name, tensor in state.items()}
         if call < len(self.states):
-            self.states[call] = kept
+            self.states[call] = new
         else:
-            self.states.append(kept)
+            self.states.append(new)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "owner": None}
 
     def claim_for(self, module: nn.Module) -> None:
-        """Note whose state this is.
+        """Record that this layer belongs to an attention module.
 
         Raises:
-            LimbeckError: it is that of another student, or of another layer.
+            LimbeckError: it holds the state of another student, or of another layer.
         """
         before = self.owner() if self.owner else None
         if before is module:
@@ -125,7 +125,7 @@ class RecurrentLayer(CacheLayerMixin):
         if self.states and (self.mixer != mixer or (before is not None and not _same_weights(before, module))):
             raise LimbeckError(
                 "the cache was filled by another student, or by this one with other weights",
-                expected="a new cache, or one that this very model filled",
+                expected="a new cache, or one that this model filled",
             )
         self.owner, self.mixer = weakref.ref(module), mixer
 
@@ -136,7 +136,8 @@ class RecurrentLayer(CacheLayerMixin):
         counters = [n for n in ("cumulative_length", "cumulative_length_int") if hasattr(self.original_layer, n)]
         if not counters:
             return self.length + query_length, 0
-        # windows and static layers have sizes of their own; the twin's count is lent to it, as it stores nothing
+        # Windowed and static layers compute sizes of their own from a count. The original layer counts nothing, as
+        # it is never updated, so it gets this layer's count for the call.
         before = {name: getattr(self.original_layer, name) for name in counters}
         try:
             for name in counters:
@@ -157,52 +158,52 @@ class RecurrentLayer(CacheLayerMixin):
             self.length.zero_()
         else:
             self.length = 0
-        self._pass_on("reset")
+        self._call_original("reset")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
-        self._pass_on("reorder_cache", beam_idx)
+        self._call_original("reorder_cache", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
-        self._pass_on("batch_select_indices", indices)
+        self._call_original("batch_select_indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.states = [s and {n: t.repeat_interleave(repeats, dim=0) for n, t in s.items()} for s in self.states]
-        self._pass_on("batch_repeat_interleave", repeats)
+        self._call_original("batch_repeat_interleave", repeats)
 
     def crop(self, *args, **kwargs) -> None:
         raise LimbeckError(
-            "a recurrent state cannot be cropped: it has no memory of its earlier self",
+            "a recurrent state cannot be cropped: it keeps no earlier states",
             expected="generation that only goes forward (greedy, sampling, beam search)",
             hint="leave out assisted or speculative decoding and contrastive search",
         )
 
     def offload(self) -> None:
-        """Nothing to gain: the state is small."""
+        """Do nothing: the state is small."""
 
     def prefetch(self) -> None:
-        """See `offload`."""
+        """Do nothing: see `offload`."""
 
     def nbytes(self) -> int:
-        """Bytes that the state takes."""
+        """Return the bytes of the states."""
         return sum(t.numel() * t.element_size() for s in self.states for t in (s or {}).values())
 
     def _counts_in_tensor(self) -> bool:
-        """Do the softmax layers beside it? Static ones do, but for those with a window."""
+        """Return whether to count in a tensor, as static softmax layers without a window do."""
         count = getattr(self.original_layer, "cumulative_length", None)
         return self.static and isinstance(count, Tensor) and not hasattr(self.original_layer, "cumulative_length_int")
 
     def _select(self, indices: Tensor) -> None:
         self.states = [s and {n: t.index_select(0, indices.to(t.device)) for n, t in s.items()} for s in self.states]
 
-    def _pass_on(self, method: str, *args: Any) -> None:
+    def _call_original(self, method: str, *args: Any) -> None:
         if hasattr(self.original_layer, method):
             getattr(self.original_layer, method)(*args)
 
 
 class RecurrentAndLinearLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
-    """The same where the family stores convolution or recurrent states of its own in that layer: its twin does."""
+    """A recurrent layer of a family that stores further states in the same cache layer: the original layer has them."""
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         if args:
@@ -217,7 +218,7 @@ class RecurrentAndLinearLayer(RecurrentLayer, LinearAttentionAndFullAttentionLay
 
 
 def get_recurrent_layer(cache: Cache, index: int, module: nn.Module) -> RecurrentLayer:
-    """The recurrent layer at `index`, put in the place of the empty one that the cache came with.
+    """Return the recurrent layer at `index`; on first use it replaces the empty layer that the cache came with.
 
     Args:
         module: the attention module whose state it holds.
@@ -227,21 +228,22 @@ def get_recurrent_layer(cache: Cache, index: int, module: nn.Module) -> Recurren
     """
     while len(cache.layers) <= index:
         if cache.layer_class_to_replicate is None:
-            raise LimbeckError(f"the cache has {len(cache.layers)} layers, the model asks for layer {index}")
+            raise LimbeckError(f"the cache has {len(cache.layers)} layers, but the model uses layer {index}")
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if not isinstance(layer, RecurrentLayer):
         if torch.compiler.is_exporting():
-            # where export compiles, no error can be raised, but a reason given for the stop; elsewhere it does nothing
-            torch._dynamo.graph_break(msg=f"{FIRST_USE}; see docs/generation.md, Export")
+            # Where export traces with dynamo no error can be raised, but a graph break takes a reason; elsewhere this
+            # call does nothing and the error below is raised.
+            torch._dynamo.graph_break(msg=f"{_EXPORT_ERROR}; see docs/generation.md, Export")
             raise LimbeckError(
-                FIRST_USE,
+                _EXPORT_ERROR,
                 expected="a cache that the student has read a prompt into, its tensors buffers of the exported module",
                 hint="the step in docs/generation.md, under Export",
             )
         check_layer_is_empty(layer, index)
         if getattr(layer, "is_compileable", False) and getattr(layer, "is_initialized", False) is True:
-            layer.keys = layer.values = None  # a static layer made ready beforehand: nothing will be kept there
+            layer.keys = layer.values = None  # memory that a static layer allocated early and will not need
             layer.is_initialized = False
         linear = isinstance(layer, LinearAttentionCacheLayerMixin)
         layer = RecurrentAndLinearLayer(layer) if linear else RecurrentLayer(layer)
@@ -252,11 +254,11 @@ def get_recurrent_layer(cache: Cache, index: int, module: nn.Module) -> Recurren
 
 
 def check_layer_is_empty(layer: Any, index: int) -> None:
-    """Raises LimbeckError where a converted layer would take a softmax layer's place in the cache that is not empty."""
+    """Raise LimbeckError if the cache layer that a converted layer would replace holds keys and values already."""
     keys = getattr(layer, "keys", None)
     if keys is None:
         return
-    if keys.dim() == 4 and not keys.shape[0]:  # what a mixer's layer shows for keys
+    if keys.dim() == 4 and not keys.shape[0]:  # the empty keys of a recurrent layer
         raise LimbeckError(
             f"cache layer {index} was made from the keys and values of a student's cache, and those hold no state",
             expected="the cache itself, or copy.deepcopy(cache)",
@@ -269,17 +271,17 @@ def check_layer_is_empty(layer: Any, index: int) -> None:
 
 
 def build_cache_kwargs(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
-    """The keyword arguments that hand a cache to a model, or to a part of one, under the name that it takes it by.
+    """Return the keyword arguments that pass a cache to a model, or to a part of one.
 
-    Until transformers 5.23 that is `past_key_values`, since then `cache`.
+    The argument's name was `past_key_values` before transformers 5.23 and is `cache` since then.
     """
-    # what stands in a model's place (a compiled one) has no `forward` of its own class
+    # the class of a compiled model has no `forward`
     cls: Any = type(model) if hasattr(type(model), "forward") else type(model.forward.__self__)  # type: ignore[attr-defined]
     return {_cache_name(cls): cache, "use_cache": True}
 
 
 def get_output_cache(output: Any) -> Cache | None:
-    """The cache that a model's output carries, under either name."""
+    """Return the cache in a model's output, under either name."""
     return output["cache"] if "cache" in output else getattr(output, "past_key_values", None)
 
 
@@ -289,37 +291,37 @@ def _cache_name(cls: Any) -> str:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes held by a cache: states, keys and values of all layers, and whatever memory views among them keep alive."""
+    """Return the bytes held by a cache: states, keys and values of all layers, and memory that views keep alive."""
     if isinstance(cache, EncoderDecoderCache):
         return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
     storages = (t.untyped_storage() for layer in cache.layers for t in _tensors(vars(layer)))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, copied where it is a view that would keep a larger one alive."""
+def _copy_view(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied if it is a view that would keep a larger one alive."""
     if torch.compiler.is_compiling():
         return tensor
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size() else tensor
 
 
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Are both modules the same layer, as copies of a model are? What lies elsewhere or in few bits is not compared."""
+    """Return whether two modules have equal weights, as copies of a model have; meta and quantized ones are skipped."""
     theirs = dict(other.named_parameters())
     pairs = [(p, theirs[name]) for name, p in one.named_parameters() if name in theirs]
     plain = [(a, b) for a, b in pairs if type(a) is type(b) is nn.Parameter and not (a.is_meta or b.is_meta)]
     return all(a.shape == b.shape and torch.equal(a.detach(), b.detach().to(a)) for a, b in plain)
 
 
-def _kept(old: Tensor | None, new: Tensor) -> Tensor:
-    """A static cache's tensor after a step: the old one with the new contents, or a first one."""
+def _write_static(old: Tensor | None, new: Tensor) -> Tensor:
+    """Write new contents into a static cache's tensor, or create it."""
     if old is None or old.shape != new.shape or old.dtype != new.dtype:
-        return _fixed(new.clone())
+        return _mark_static(new.clone())
     return old.copy_(new)
 
 
-def _fixed(tensor: Tensor) -> Tensor:
-    """The same tensor, told to the compiler as one that stays where it is."""
+def _mark_static(tensor: Tensor) -> Tensor:
+    """Tell the compiler that the tensor's address does not change, and return it."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
     return tensor
@@ -327,7 +329,7 @@ def _fixed(tensor: Tensor) -> Tensor:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        if value.dim():  # counters are no memory
+        if value.dim():  # without counters
             yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:

@@ -1,20 +1,18 @@
-"""Blocks through torch.compile: what is element-wise is fused, and fewer kernels are launched.
+"""Decoder blocks for a while through torch.compile, or with activation checkpointing.
 
-    with compile_blocks(student, list_decoder_blocks(student, "model.layers.0"), notes := CompileLog()):
+    blocks = list_decoder_blocks(student, "model.layers.0")
+    with compile_blocks(student, blocks, notes := CompileLog()):
         hidden = run_backbone(student, batch)
-    notes.reasons                     # why a block ran as it is, if one did
+    notes.reasons                     # why a block ran uncompiled, if one did
+    with activation_checkpointing(student, blocks):
+        run_backbone(student, batch).backward(gradient)
 
-All blocks of a model are one piece of code, so the first one is compiled and the others find it there. The recurrences
-are left out: on a GPU they are kernels of their own, and as PyTorch code their loops over chunks would be unrolled. A
-block that the compiler refuses runs as it is from then on, with the reason said once.
+All blocks of a model share their code, so the first one is compiled and the others reuse it. The recurrences are
+excluded: on a GPU they are kernels already, and as PyTorch code their loops over chunks would be unrolled. A block that
+the compiler refuses runs uncompiled from then on, and the reason is printed once.
 
-Activation checkpointing: a block keeps its input alone and is run again in the backward pass.
-
-    with activation_checkpointing(student, ["model.layers.0", ...]):
-        hidden = run_backbone(student, batch)
-    hidden.backward(gradient)
-
-transformers' own switch works in training mode only, which would turn on every dropout of the model as well.
+With activation checkpointing a block stores only its input and runs again in the backward pass. transformers' own
+switch works in training mode only, which would turn on every dropout of the model as well.
 """
 
 import functools
@@ -25,32 +23,33 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from limbeck.core.console import console
 from limbeck.mixers.base import Mixer
+from limbeck.models.temporary import instance_attribute
 
-MOST_VERSIONS = 32  # of one piece of code: layers of other kinds, with and without gradients, the last short batch
+# compiled versions of one function: other kinds of layers, with and without gradients, the last short batch
+RECOMPILE_LIMIT = 32
 
 
 @dataclass
 class CompileLog:
-    """What the compiler has refused in a run, for its summary."""
+    """Reasons for which the compiler refused blocks of a run, for its summary."""
 
     reasons: list[str] = field(default_factory=list)
 
     def record_fallback(self, reason: str) -> None:
-        """Say once why something runs as it is."""
+        """Print once why a block runs uncompiled."""
         if reason not in self.reasons:
             self.reasons.append(reason)
-            console.print(f"compile: {reason}; it runs as it is")
+            console.print(f"compile: {reason}; running uncompiled")
 
 
 def should_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether the recipe's `compile` means to compile on this device."""
+    """Return whether a recipe's `compile` (auto, true or false) means to compile on this device."""
     return device.type == "cuda" if choice == "auto" else bool(choice)
 
 
@@ -62,91 +61,65 @@ def compile_blocks(
 
     Args:
         blocks: names of modules; hooks on them and in them are kept.
-        notes: where to say what the compiler refuses.
+        notes: collects what the compiler refuses.
     """
     notes = CompileLog() if notes is None else notes
     with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_VERSIONS))
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT))
         for block in (model.get_submodule(name) for name in blocks):
-            stack.enter_context(_instead(block, "forward", _Attempt(block.forward, notes, backend)))
+            compiled = _CompiledWithFallback(block.forward, notes, backend)
+            stack.enter_context(instance_attribute(block, "forward", compiled))
             for mixer in (m for m in block.modules() if isinstance(m, Mixer)):
                 if type(mixer).attend is Mixer.attend and mixer.operator is not None:
-                    stack.enter_context(_instead(mixer, "operator", _left_out(mixer.operator)))
+                    stack.enter_context(instance_attribute(mixer, "operator", _excluded_operator(mixer.operator)))
                 else:
-                    stack.enter_context(_instead(mixer, "attend", torch.compiler.disable(mixer.attend)))
+                    stack.enter_context(instance_attribute(mixer, "attend", torch.compiler.disable(mixer.attend)))
         yield
-
-
-@contextmanager
-def _instead(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An attribute of a module for a while."""
-    known, before = name in module.__dict__, module.__dict__.get(name)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if known:
-            module.__dict__[name] = before
-        else:
-            del module.__dict__[name]
 
 
 @functools.cache
-def _left_out(operator: ModuleType) -> ModuleType:
-    """An operator that the compiler calls and does not look into."""
-    same = ModuleType(operator.__name__)
-    same.__dict__.update(vars(operator), chunked=torch.compiler.disable(operator.chunked))
-    return same
+def _excluded_operator(operator: ModuleType) -> ModuleType:
+    """Return a copy of an operator's module whose `chunked` the compiler calls without tracing into it."""
+    copy = ModuleType(operator.__name__)
+    copy.__dict__.update(vars(operator), chunked=torch.compiler.disable(operator.chunked))
+    return copy
 
 
-class _Attempt:
-    """A function through torch.compile, or as it is once the compiler has refused it."""
+class _CompiledWithFallback:
+    """A function through torch.compile, or uncompiled once the compiler has refused it."""
 
-    def __init__(self, plain: Callable, notes: CompileLog, backend: str):
-        self.plain, self.notes = plain, notes
-        self.fast: Callable | None = torch.compile(plain, backend=backend)
+    def __init__(self, function: Callable, notes: CompileLog, backend: str):
+        self.function, self.notes = function, notes
+        self.compiled: Callable | None = torch.compile(function, backend=backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fast is None:
-            return self.plain(*args, **kwargs)
+        if self.compiled is None:
+            return self.function(*args, **kwargs)
         try:
-            return self.fast(*args, **kwargs)
+            return self.compiled(*args, **kwargs)
         except TorchDynamoException as error:
-            self.fast = None
-            self.notes.record_fallback(_reason(error))
-            return self.plain(*args, **kwargs)
-
-
-def _reason(error: Exception) -> str:
-    """What the compiler says first; that a backend has failed is one line, and why is the next."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+            self.compiled = None
+            # the first line says that the backend failed, the second why
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self.notes.record_fallback(" ".join(lines[:2]) or type(error).__name__)
+            return self.function(*args, **kwargs)
 
 
 def list_decoder_blocks(model: PreTrainedModel, block: str) -> list[str]:
-    """Names of all decoder blocks in the list in which `block` stands."""
+    """Return the names of all decoder blocks in the list that contains `block`."""
     parent = block.rpartition(".")[0]
     return [f"{parent}.{name}" for name, _ in model.get_submodule(parent).named_children()]
 
 
 @contextmanager
 def activation_checkpointing(model: PreTrainedModel, blocks: list[str]) -> Iterator[None]:
-    """Run the named blocks so that of each only the input outlives the forward pass."""
-    before = {}
-    for name in blocks:
-        block = model.get_submodule(name)
-        before[block] = block.__dict__.get("forward")
-        block.forward = _again(block)  # type: ignore[method-assign]
-    try:
+    """Run the named blocks so that only the input of each outlives the forward pass."""
+    with ExitStack() as stack:
+        for name in blocks:
+            block = model.get_submodule(name)
+
+            def forward(*args, original=block.forward, **kwargs):
+                return checkpoint(original, *args, use_reentrant=False, **kwargs)
+
+            stack.enter_context(instance_attribute(block, "forward", forward))
         yield
-    finally:
-        for block, forward in before.items():
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-def _again(block: nn.Module):
-    forward = block.forward
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,9 +1,10 @@
-"""The teacher while it teaches: frozen, its body run once per batch, its layers tapped on the way.
+"""The frozen teacher: how it is loaded, checked, and its layers' outputs are read while it runs.
 
-    with hook_modules(teacher, {"model.layers.0.self_attn": visit}):
-        run_backbone(teacher, batch)                   # visit(args, kwargs, output) is called inside
+    teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", torch.device("cpu"))
+    with hook_modules(teacher, {"model.layers.0.self_attn": hook}):
+        run_backbone(teacher, batch)                   # calls hook(args, kwargs, output)
 
-Only the body runs (`limbeck.models.backbone`), so the last tap sees the last block's output before the final norm.
+Only the backbone runs (`limbeck.models.backbone`), so the last hook sees the last block's output before the final norm.
 """
 
 import threading
@@ -18,17 +19,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.core.errors import LimbeckError
 from limbeck.data.packing import IGNORE_INDEX, Batch
-from limbeck.models import Site
 from limbeck.models.backbone import LMHead, run_backbone, supports_packed_positions
 from limbeck.models.loading import load_config, load_model, load_tokenizer
-from limbeck.models.packed import use_attn_implementation
+from limbeck.models.probe import Site
 from limbeck.models.quantization import build_teacher_kwargs, check_not_quantized
+from limbeck.models.temporary import use_attn_implementation
 
 ModuleHook = Callable[[tuple, dict, Tensor | tuple], None]
 
 
 class DistillationPair(NamedTuple):
-    """What every stage works on: a teacher and its student, the converted layers, and what their products run in."""
+    """What every stage works on: teacher, student, converted layers, and the autocast context of their passes."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
@@ -39,14 +40,15 @@ class DistillationPair(NamedTuple):
 def load_teacher(
     name: str, device: torch.device, bits: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen teacher in float32 and its tokenizer, from a local folder or a hub name.
+    """Load a frozen teacher in float32 and its tokenizer.
 
     Args:
-        bits: 8 or 4 loads the linear layers of the body in so many bits (bitsandbytes); None leaves all in float32.
+        name: a local folder, or a name on the Hugging Face hub.
+        bits: 8 or 4 quantizes the backbone's linear layers (bitsandbytes); None keeps all weights in float32.
 
     Raises:
-        LimbeckError: see `limbeck.models.loading`; or a student already, weights that are stored in few bits, or `bits`
-            without bitsandbytes.
+        LimbeckError: see `limbeck.models.loading`; the model is a student, its weights are stored quantized, or `bits`
+            is given and bitsandbytes is not installed.
     """
     settings = build_teacher_kwargs(bits, device)
     config = load_config(name)
@@ -62,75 +64,77 @@ def load_teacher(
 
 @torch.no_grad()
 def check_finite_loss(teacher: PreTrainedModel, batch: Batch, autocast: Callable[[], AbstractContextManager]) -> None:
-    """Refuse a teacher whose answers on a batch of the text are not finite; what they are of is not asked again.
+    """Refuse a teacher whose loss on a batch is not finite; checked once per model and precision.
 
     Raises:
         LimbeckError: names the first module whose output is NaN or infinite.
     """
     with autocast():
         device = batch.input_ids.device.type
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        if kind in getattr(teacher, "_limbeck_finite", ()):
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        if dtype in getattr(teacher, "_limbeck_finite", ()):
             return
         hidden = run_backbone(teacher, batch)
         head, targets = LMHead(teacher), batch.targets.flatten()
-        parts = zip(hidden.flatten(0, 1).split(128), targets.split(128))
+        # 128 tokens at a time: logits of a whole batch may not fit into memory
+        chunks = zip(hidden.flatten(0, 1).split(128), targets.split(128))
         finite = bool(hidden.isfinite().all()) and all(
-            bool(F.cross_entropy(head(part).float(), wanted, ignore_index=IGNORE_INDEX, reduction="sum").isfinite())
-            for part, wanted in parts
+            bool(F.cross_entropy(head(chunk).float(), target, ignore_index=IGNORE_INDEX, reduction="sum").isfinite())
+            for chunk, target in chunks
         )
         if finite:
-            teacher._limbeck_finite = {*getattr(teacher, "_limbeck_finite", ()), kind}  # type: ignore[assignment]
+            teacher._limbeck_finite = {*getattr(teacher, "_limbeck_finite", ()), dtype}  # type: ignore[assignment]
             return
-        first = _first_not_finite(teacher, batch)
-    reduced = kind != torch.float32
+        module = _first_non_finite_module(teacher, batch)
     raise LimbeckError(
-        f"what the teacher says of the text is not finite: the first module whose output is NaN or infinite is {first}",
-        expected="finite logits, in the precision of the run",
-        hint="--set precision=fp32" if reduced else "another teacher, or weights whose training did not diverge",
+        f"the teacher's loss on the text is not finite; the first module whose output is NaN or infinite is {module}",
+        expected="finite logits in the precision of the run",
+        hint="--set precision=fp32"
+        if dtype != torch.float32
+        else "use another teacher, or weights whose training did not diverge",
     )
 
 
-def _first_not_finite(teacher: PreTrainedModel, batch: Batch) -> str:
-    found: list[str] = []
+def _first_non_finite_module(teacher: PreTrainedModel, batch: Batch) -> str:
+    names: list[str] = []
 
     def hook(name: str) -> Callable:
-        def look(module, args, output) -> None:
+        def check(module, args, output) -> None:
             tensor = output[0] if isinstance(output, tuple) and output else output
-            if not found and isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-                found.append(name)
+            if not names and isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+                names.append(name)
 
-        return look
+        return check
 
     handles = [module.register_forward_hook(hook(name)) for name, module in teacher.named_modules() if name]
     try:
         hidden = run_backbone(teacher, batch)
-        for part in hidden.flatten(0, 1).split(128):
-            LMHead(teacher)(part)
+        for chunk in hidden.flatten(0, 1).split(128):
+            LMHead(teacher)(chunk)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss itself"
+    return names[0] if names else "the loss itself"
 
 
 @contextmanager
 def hook_modules(teacher: PreTrainedModel, hooks: dict[str, ModuleHook], eager: bool = False) -> Iterator[None]:
-    """Call `visit(args, kwargs, output)` after each named module of the teacher.
+    """Call `hook(args, kwargs, output)` after each named module of the teacher.
 
     Args:
         hooks: by module name.
         eager: let attention modules return their attention matrix as the second output.
     """
-    supports_packed_positions(teacher)  # tries the teacher on its first call, which no visitor should see
-    own = threading.get_ident()
+    supports_packed_positions(teacher)  # its first call runs a trial pass, which no hook should see
+    thread = threading.get_ident()
     with ExitStack() as stack:
-        for name, visit in hooks.items():
+        for name, hook in hooks.items():
 
-            def hook(module, args, kwargs, output, visit=visit):
-                if threading.get_ident() == own:  # what passes in another thread is not this batch
-                    visit(args, kwargs, output)
+            def call_hook(module, args, kwargs, output, hook=hook):
+                if threading.get_ident() == thread:  # a pass of another thread is over another batch
+                    hook(args, kwargs, output)
 
-            stack.callback(teacher.get_submodule(name).register_forward_hook(hook, with_kwargs=True).remove)
+            stack.callback(teacher.get_submodule(name).register_forward_hook(call_hook, with_kwargs=True).remove)
         if eager:
             stack.enter_context(use_attn_implementation(teacher, "eager"))
         yield

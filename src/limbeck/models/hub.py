@@ -1,10 +1,10 @@
-"""A short question to the Hugging Face hub before long work with it: is there a model of that name?
+"""A quick check that the Hugging Face hub has a model, before any long work with it.
 
-    check_hub_model("Qwen/Qwen3-0.6B")
+    check_hub_model("Qwen/Qwen3-0.6B")      # raises LimbeckError if there is no such model
 
-huggingface_hub tries each file of a model several times, with pauses that double, so that a mistyped name on a machine
-without a network takes a minute to be refused. One question without a second try tells in seconds. Where the hub does
-not answer but the model is in its local cache, the cache is used and the hub is left alone.
+huggingface_hub retries each file of a model with doubling pauses, so that a mistyped name on a machine without network
+takes a minute to fail. One request without a retry fails in seconds. If the hub does not answer but its local cache has
+the model, the cache is used.
 """
 
 from pathlib import Path
@@ -12,34 +12,34 @@ from pathlib import Path
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 
-SECONDS = 5  # that the hub has for its answer
-_known: dict[str, bool] = {}  # what this process was told before
-LOGIN = "check the spelling; a private one needs `hf auth login`"
+TIMEOUT = 5  # seconds
+_cached_only: dict[str, bool] = {}  # earlier results in this process
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """("owner/name", "v1.0") of "owner/name@v1.0": a branch, a tag or a commit; of a folder's path all of it.
+    """Split "owner/name@v1.0" into ("owner/name", "v1.0"): a branch, tag or commit; a folder's path is not split.
 
     Raises:
-        LimbeckError: nothing stands on one of the sides of the @.
+        LimbeckError: one of the two sides of the @ is empty.
     """
     if "@" not in name or Path(name).expanduser().exists():
         return name, None
     repository, _, revision = name.partition("@")
     if not repository or not revision:
-        raise LimbeckError(f"'{name}' names no model and revision", expected="owner/name, or owner/name@revision")
+        raise LimbeckError(f"'{name}' is not a model with a revision", expected="owner/name, or owner/name@revision")
     return repository, revision
 
 
 def check_hub_model(name: str) -> bool:
-    """Whether the hub cannot be reached and its local cache has the model: then that is all there is to load.
+    """Return True if the hub cannot be reached and its local cache has the model, which then has to be loaded offline.
+
+    Any other problem (no access, a slow or failing hub) is left to the loading itself, whose errors say more about it.
 
     Raises:
-        LimbeckError: a name that cannot be a repository, that the hub does not know (or not with that revision), or
-            where it cannot be reached and its local cache has nothing of that name.
-
-    Any other trouble (no access, a slow or an ailing hub) is left to the loading itself, which knows more of it.
+        LimbeckError: the name cannot be a repository, the hub has no such model or revision, or the hub cannot be
+            reached and its local cache does not have the model.
     """
+    # start-up time: commands that only split a name do not need the hub's client
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -49,27 +49,29 @@ def check_hub_model(name: str) -> bool:
         RevisionNotFoundError,
     )
 
-    if name in _known:
-        return _known[name]
+    if name in _cached_only:
+        return _cached_only[name]
     if constants.HF_HUB_OFFLINE:
         return False
-    asked, (name, revision) = name, split_revision(name)
+    full_name, (name, revision) = name, split_revision(name)
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
-        HfApi().model_info(name, revision=revision, timeout=SECONDS)
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
     except GatedRepoError:
         return False
     except RevisionNotFoundError as error:
         raise LimbeckError(
             f"'{name}' has no revision '{revision}' on the hub",
-            expected="a branch, a tag or a whole commit hash of it",
-            hint=f"{name}   (its newest state)",
+            expected="a branch, a tag or a full commit hash of that model",
+            hint=f"{name}   (the newest revision)",
         ) from error
     except RepositoryNotFoundError as error:
-        if cached:  # a private one, and no login any more
+        if cached:  # a private model, and the login has expired
             return False
         raise LimbeckError(
-            f"the hub has no model '{name}'", expected="owner/name as the hub spells it, or a folder", hint=LOGIN
+            f"the hub has no model '{name}'",
+            expected="owner/name as the hub spells it, or a folder",
+            hint="check the spelling; a private model needs `hf auth login`",
         ) from error
     except HFValidationError as error:
         raise LimbeckError(f"'{name}' is neither a folder nor a name on the hub", expected="owner/name") from error
@@ -79,23 +81,23 @@ def check_hub_model(name: str) -> bool:
         if not _no_connection(error):
             return False
         if cached:
-            console.print(f"the hub cannot be reached; '{name}' comes from its local cache", markup=False)
-            _known[asked] = True
+            console.print(f"the hub cannot be reached; loading '{name}' from its local cache", markup=False)
+            _cached_only[full_name] = True
             return True
         raise LimbeckError(
             f"there is no folder '{name}', and the hub cannot be reached to look for a model of that name",
-            expected="a folder, or a network for names on the hub",
+            expected="a folder, or a network connection for names on the hub",
         ) from error
-    _known[asked] = False
+    _cached_only[full_name] = False
     return False
 
 
 def _no_connection(error: BaseException) -> bool:
-    """Whether no connection came about, by the name of what httpx or requests raised."""
-    seen: BaseException | None = error
-    while seen is not None:
-        names = {cls.__name__ for cls in type(seen).__mro__}
+    """Return whether no connection could be made, by the class names of httpx's and requests' errors."""
+    cause: BaseException | None = error
+    while cause is not None:
+        names = {cls.__name__ for cls in type(cause).__mro__}
         if names & {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}:
             return True
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return False

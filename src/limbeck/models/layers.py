@@ -1,10 +1,10 @@
-"""Which layers get a mixer and which keep softmax, said in a few words.
+"""Selection of layers by short texts: which layers get a mixer and which keep softmax.
 
-    parse_layers("0,2,5-9", 30)                 # [0, 2, 5, 6, 7, 8, 9]
-    parse_softmax_layers("every 4", 30)                   # [3, 7, 11, 15, 19, 23, 27]: the last of every four
-    parse_softmax_layers("uniform 7", 30)                 # seven, evenly spread
-    parse_softmax_layers("softmax_layers.json", 30)       # what `limbeck select` chose
-    format_ranges([0, 2, 5, 6, 7])                  # "0, 2, 5-7"
+    parse_layers("0,2,5-9", 30)                         # [0, 2, 5, 6, 7, 8, 9]
+    parse_softmax_layers("every 4", 30)                 # [3, 7, 11, 15, 19, 23, 27]: the last of every four
+    parse_softmax_layers("uniform 7", 30)               # seven, evenly spread
+    parse_softmax_layers("softmax_layers.json", 30)     # those that `limbeck select` chose
+    format_ranges([0, 2, 5, 6, 7])                      # "0, 2, 5-7"
 
 Both parsers also take lists of numbers.
 """
@@ -17,24 +17,24 @@ from limbeck.core.errors import LimbeckError
 
 
 def parse_layers(layers: str | list[int], count: int) -> list[int]:
-    """Layer numbers from "all", [0, 3] or "0,2,5-9"."""
+    """Parse layer numbers: "all", [0, 3] or "0,2,5-9", of a model with `count` layers."""
     if layers == "all":
         return list(range(count))
     problem = LimbeckError(
         f"layers is {layers!r}, the teacher has {count}", expected=f"'all', or numbers from 0 to {count - 1} as 0,2,5-9"
     )
-    chosen = _numbers(layers, problem)
+    chosen = _parse_numbers(layers, problem)
     if not chosen or min(chosen) < 0 or max(chosen) >= count:
         raise problem
     return sorted(chosen)
 
 
 def parse_softmax_layers(softmax_layers: str | list[int], count: int) -> list[int]:
-    """Layers that stay softmax, from "none", numbers, "every N", "uniform K" or a file that `limbeck select` wrote."""
+    """Parse layers that keep softmax: "none", numbers, "every N", "uniform K" or a file written by `limbeck select`."""
     if softmax_layers in ("none", "", []):
         return []
     problem = LimbeckError(
-        f"keep is {softmax_layers!r}, the teacher has {count} layers",
+        f"softmax_layers is {softmax_layers!r}, the teacher has {count} layers",
         expected=f"none, numbers from 0 to {count - 1} as 0,2,5-9, 'every 4', 'uniform 7', or a file.json",
     )
     if isinstance(softmax_layers, str):
@@ -42,53 +42,51 @@ def parse_softmax_layers(softmax_layers: str | list[int], count: int) -> list[in
         if word in ("every", "uniform"):
             if not number.strip().isdigit() or not 0 < int(number) <= count:
                 raise problem
-            return (
-                list(range(int(number) - 1, count, int(number)))
-                if word == "every"
-                else space_evenly(count, int(number))
-            )
+            n = int(number)
+            return list(range(n - 1, count, n)) if word == "every" else space_evenly(count, n)
         if softmax_layers.endswith(".json"):
-            softmax_layers = _from_file(Path(softmax_layers))
-    chosen = _numbers(softmax_layers, problem)
+            softmax_layers = _read_selection(Path(softmax_layers))
+    chosen = _parse_numbers(softmax_layers, problem)
     if chosen and (min(chosen) < 0 or max(chosen) >= count):
         raise problem
     return sorted(chosen)
 
 
 def select_converted_layers(layers: str | list[int], softmax_layers: str | list[int], count: int) -> list[int]:
-    """The layers that get a mixer: those named, without those kept."""
-    kept = set(parse_softmax_layers(softmax_layers, count))
-    chosen = [i for i in parse_layers(layers, count) if i not in kept]
-    if not chosen:
+    """Return the layers that get a mixer: those in `layers` that are not in `softmax_layers`."""
+    softmax = set(parse_softmax_layers(softmax_layers, count))
+    converted = [i for i in parse_layers(layers, count) if i not in softmax]
+    if not converted:
         raise LimbeckError(
             f"layers={layers!r} and softmax_layers={softmax_layers!r} leave nothing to convert",
-            expected="a layer at least",
+            expected="at least one layer",
         )
-    return chosen
+    return converted
 
 
 def space_evenly(count: int, chosen: int) -> list[int]:
-    """`chosen` of `count` layers, evenly spread."""
+    """Return `chosen` of `count` layers, evenly spread."""
     return [int((i + 0.5) * count / chosen) for i in range(chosen)]
 
 
 def group_layers_by_mixer(plan: dict[str, Any], count: int) -> dict[str, list[int]]:
-    """The layers of a student by what stands in them, "softmax" included.
+    """Return the layers of a student by their mixer, with "softmax" for those that keep it.
 
     Args:
         plan: `config.limbeck` of the student.
         count: attention layers of the teacher.
     """
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for entry in plan["layers"]:
-        found.setdefault(entry["mixer"], []).append(entry["layer"])
-    converted = {layer for layers in found.values() for layer in layers}
-    kept = [i for i in range(count) if i not in converted]
-    return {**found, **({"softmax": sorted(kept + found.get("softmax", []))} if kept else {})}
+        groups.setdefault(entry["mixer"], []).append(entry["layer"])
+    converted = {layer for layers in groups.values() for layer in layers}
+    if unconverted := [i for i in range(count) if i not in converted]:
+        groups["softmax"] = sorted(unconverted + groups.get("softmax", []))  # there is a mixer "softmax" too
+    return groups
 
 
 def format_ranges(layers: list[int]) -> str:
-    """Layer numbers as people write them: "0, 2, 5-7"."""
+    """Format layer numbers as ranges: "0, 2, 5-7"."""
     parts: list[list[int]] = []
     for layer in sorted(layers):
         if parts and layer == parts[-1][1] + 1:
@@ -98,7 +96,7 @@ def format_ranges(layers: list[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def _numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
+def _parse_numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
     try:
         if not isinstance(text, str):
             return {int(i) for i in text}
@@ -111,14 +109,14 @@ def _numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
         raise problem from error
 
 
-def _from_file(path: Path) -> list[int]:
+def _read_selection(path: Path) -> list[int]:
     try:
-        chosen = json.loads(path.read_text(encoding="utf-8"))
+        selection = json.loads(path.read_text(encoding="utf-8"))
         # files of earlier versions say "keep"
-        return [int(i) for i in chosen["softmax_layers" if "keep" not in chosen else "keep"]]
+        return [int(i) for i in selection["softmax_layers" if "keep" not in selection else "keep"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LimbeckError(
-            f"cannot read the layers to keep from {path}: {error}",
+            f"cannot read the softmax layers from {path}: {error}",
             expected='a JSON file with "softmax_layers": [numbers]',
             hint="limbeck select softmax_layers.json",
         ) from error

@@ -1,10 +1,10 @@
-"""Fewer bits: the teacher's weights while it teaches (bitsandbytes), and a finished student's on a CPU (int8).
+"""Quantization: of the teacher's weights during training (bitsandbytes), and of a finished student's on a CPU (int8).
 
-    teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", device, bits=8)       # what recipes call teacher_bits
-    small = quantize_int8(student)                                                      # the given student stays as it is
+    teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", device, bits=8)    # `teacher_bits` in recipes
+    small = quantize_int8(student)                                          # the given student is not changed
 
-A student is never trained in few bits: its weights are those of the unquantised checkpoint. What to expect of either is
-in docs/peft.md.
+A student is never trained with quantized weights: it starts from those of the unquantized checkpoint. docs/peft.md has
+measurements of both.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from limbeck.core.errors import LimbeckError
 
@@ -23,95 +23,96 @@ EXTRA = "pip install 'limbeck[quantised]'"
 
 
 def build_teacher_kwargs(bits: int | None, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is told for a teacher in so many bits; nothing for None.
+    """Return the arguments of `from_pretrained` that load a teacher in 8 or 4 bits; none for None.
 
     Raises:
         LimbeckError: bitsandbytes or accelerate is not installed.
     """
     if bits is None:
         return {}
-    _need("bitsandbytes", "a teacher in few bits")
-    _need("accelerate", "a teacher in few bits")
-    from transformers import BitsAndBytesConfig
-
-    # it says at every product that it rounds to float16 on the way
+    _require_library("bitsandbytes", "a quantized teacher")
+    _require_library("accelerate", "a quantized teacher")
+    # bitsandbytes warns at every product that it casts to float16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if bits == 8:
-        quantised = BitsAndBytesConfig(load_in_8bit=True)
+        config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        quantised = BitsAndBytesConfig(
+        config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         )
-    return {"quantization_config": quantised, "device_map": {"": device}}
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def check_not_quantized(config: PreTrainedConfig, what: str) -> None:
-    """Raises LimbeckError for a checkpoint or model whose weights have few bits: a student is made of float weights."""
+    """Raise LimbeckError for a checkpoint or model (`what`) with quantized weights: a student needs float weights."""
     if not is_quantized(config):
         return
     raise LimbeckError(
-        f"{what} has quantised weights, and a student is made of float weights",
-        expected="the unquantised checkpoint; a run can still load the teacher in few bits (teacher_bits: 8)",
-        hint="--set teacher_bits=8   or, where there is no other checkpoint, save model.dequantize()",
+        f"{what} has quantized weights, but a student is made from float weights",
+        expected="the unquantized checkpoint; a run can still quantize the teacher when it loads it (teacher_bits: 8)",
+        hint="--set teacher_bits=8   or, if there is no other checkpoint, save model.dequantize()",
     )
 
 
-def exclude_mixers(quantised: Any, cls: Any, config: PreTrainedConfig) -> Any:
-    """A quantisation config under which a student's mixers and head stay in float, whatever quantises the rest.
+def exclude_mixers(quantization_config: Any, cls: Any, config: PreTrainedConfig) -> Any:
+    """Return a quantization config under which a student's mixers and head stay in float, for any quantizer.
 
     Args:
-        quantised: a quantisation config of transformers, or a dict; what it leaves out already is left out still.
-        cls: the student's class; config: its config.
+        quantization_config: one of transformers, or a dict; modules that it excludes already stay excluded.
+        cls: the student's class.
+        config: the student's config.
     """
     names = [f"{layer['module']}.mixer" for layer in config.limbeck["layers"]]  # type: ignore[attr-defined]
-    known = quantised if isinstance(quantised, dict) else vars(quantised)
-    bitsandbytes = "load_in_4bit" in known or "load_in_8bit" in known or "_load_in_4bit" in known
+    settings = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
+    bitsandbytes = any(key in settings for key in ("load_in_4bit", "load_in_8bit", "_load_in_4bit"))
     fields = ("llm_int8_skip_modules",) if bitsandbytes else ("modules_to_not_convert", "skip_modules")
-    field = next((f for f in fields if f in known), fields[0])
-    left_out = known.get(field)
-    if left_out is None:  # the head is left out by itself, but not beside a list
+    field = next((f for f in fields if f in settings), fields[0])
+    excluded = settings.get(field)
+    if excluded is None:  # quantizers exclude the head by default, but not if a list is given
         with torch.device("meta"):
             model = cls(copy.deepcopy(config))
         head = model.get_output_embeddings()
-        left_out = [name for name, module in model.named_modules() if module is head]
-    changed = copy.deepcopy(quantised)
+        excluded = [name for name, module in model.named_modules() if module is head]
+    changed = copy.deepcopy(quantization_config)
     if isinstance(changed, dict):
-        changed[field] = [*left_out, *names]
+        changed[field] = [*excluded, *names]
     else:
-        setattr(changed, field, [*left_out, *names])
+        setattr(changed, field, [*excluded, *names])
     return changed
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
-    """Whether the weights that a config stands for have few bits; an entry that asks for none does not count."""
-    found = getattr(config, "quantization_config", None)
-    if not found:
+    """Return whether a config says that the weights are quantized."""
+    entry = getattr(config, "quantization_config", None)
+    if not entry:
         return False
-    plain = found if isinstance(found, dict) else found.to_dict()
-    idle = plain.get("quant_method") in (None, "bitsandbytes")
-    return not idle or any(plain.get(key) for key in ("load_in_8bit", "load_in_4bit"))
+    settings = entry if isinstance(entry, dict) else entry.to_dict()
+    if settings.get("quant_method") not in (None, "bitsandbytes"):
+        return True
+    # an entry of bitsandbytes that switches on neither width quantizes nothing
+    return any(settings.get(key) for key in ("load_in_8bit", "load_in_4bit"))
 
 
 def count_unquantized_parameters(module: nn.Module) -> int:
-    """Parameters of a module as they were before quantisation; four-bit ones are stored two in a number."""
+    """Count the parameters of a module as before quantization; four-bit ones are stored two in a number."""
     shapes = [getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in module.parameters()]
     return sum(shape.numel() for shape in shapes)
 
 
 def quantize_int8(student: PreTrainedModel, quantize_activations: bool = False) -> PreTrainedModel:
-    """A copy of a model for decoding on a CPU, the linear layers of its body in int8.
+    """Copy a model for decoding on a CPU, with the linear layers of its backbone in int8.
 
     Embeddings, norms, head and the mixers' own parameters (gates, decays, feature maps) stay in float: the mixers' are
-    few, and an error in a decay is taken to the power of the length. What stays is shared with the given model.
+    few, and an error in a decay is raised to the power of the length. Float tensors are shared with the given model.
 
     Args:
         student: in float32, on a CPU; a teacher works too.
-        quantize_activations: also round what goes into a layer, one scale a call. Faster, but rare large entries take the room
-            of all others, so the answers differ visibly. Layers whose input is wider than the model (an MLP's last)
-            stay in float then, because their inputs have most of these. False rounds weights alone, one scale an
-            output.
+        quantize_activations: also round a layer's input, with one scale per call. Faster, but rare large entries then
+            use up the range of all others, so the outputs differ visibly. Layers whose input is wider than the model
+            (an MLP's last) stay in float, because their inputs have most of these entries. False rounds only weights,
+            with one scale per output.
 
     Raises:
         LimbeckError: not on a CPU, or torchao is not installed.
@@ -124,15 +125,15 @@ def quantize_int8(student: PreTrainedModel, quantize_activations: bool = False) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if quantize_activations:
-            _round_all(small, names)
+            _quantize_dynamic(small, names)
         else:
-            _round_weights(small, names)
+            _quantize_weights(small, names)
     small.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return small.eval()
 
 
 def count_weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights in memory, shared ones counted once, packed ones by their contents."""
+    """Count the bytes of a model's weights in memory, shared ones once, packed ones by their contents."""
     sizes = {}
     for module in model.modules():
         for tensor in module._parameters.values():
@@ -146,7 +147,7 @@ def count_weight_bytes(model: nn.Module) -> int:
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> int:
-    """A tensor's bytes; those of its parts where it is a wrapper around some."""
+    """Return a tensor's bytes; for a wrapper subclass those of the tensors inside."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(_tensor_bytes(getattr(tensor, name)) for name in names)
@@ -165,31 +166,33 @@ def _linear_layers(model: PreTrainedModel, narrowing: bool) -> set[str]:
     }
 
 
-def _round_weights(model: PreTrainedModel, names: set[str]) -> None:
-    _need("torchao", "int8")
+def _quantize_weights(model: PreTrainedModel, names: set[str]) -> None:
+    _require_library("torchao", "int8")
+    # optional dependency
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in names)
 
 
-def _round_all(model: PreTrainedModel, names: set[str]) -> None:
-    # torchao has this too, but what it runs without a compiler is three times slower than float on a CPU
+def _quantize_dynamic(model: PreTrainedModel, names: set[str]) -> None:
+    # torchao has this too, but without a compiler it is three times slower than float on a CPU
     try:
+        # optional: deprecated in PyTorch, so a later version may not have it
         from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     except ImportError as error:
         raise LimbeckError(
-            f"torch {torch.__version__} has no dynamic quantisation any more", expected="int8 of the weights alone"
+            f"torch {torch.__version__} no longer has dynamic quantization", expected="int8 of the weights only"
         ) from error
     quantize_dynamic(model, dict.fromkeys(names, per_channel_dynamic_qconfig), dtype=torch.qint8, inplace=True)
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
     raise LimbeckError(
-        "a student in int8 is for running: transformers could not load it again",
+        "a student in int8 cannot be saved: transformers could not load it again",
         expected="the float student saved, and quantize_int8(student) after loading it",
     )
 
 
-def _need(library: str, what: str) -> None:
+def _require_library(library: str, what: str) -> None:
     if importlib.util.find_spec(library) is None:
         raise LimbeckError(f"{what} needs the library {library}", hint=EXTRA)

@@ -1,12 +1,12 @@
-"""Softmax attention inside each of several packed documents, whose ends the host knows.
+"""Softmax attention inside packed documents of varying length, whose boundaries are known on the CPU.
 
-    documents = get_packed_documents(position_ids)              # what `limbeck.models.packed` left there
+    documents = get_packed_documents(position_ids)              # attached by `limbeck.models.packed`
     y, _ = varlen_softmax_attention_forward(module, query, key, value, documents, scaling=scale)
 
-On a GPU in half precision PyTorch's FlashAttention runs over documents of varying length, and nothing grows with the
-square of the length. Elsewhere a mask is made, once a pass.
+On a GPU in half precision this is PyTorch's FlashAttention over sequences of varying length, whose memory does not grow
+with the square of the length. Elsewhere a mask is made, once per pass.
 
-Legend: B batch, T time, H query heads, G key/value heads, K key width.
+Shapes: B batch, T time, H query heads, G key/value heads, K key width, V value width.
 """
 
 from typing import Any
@@ -18,89 +18,90 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from limbeck.data.packing import DocumentBoundaries
 
-FLASH = (8, 0)  # compute capability from which FlashAttention runs
-WIDEST = 256  # heads that it takes
-_right: dict[
-    int, bool
-] = {}  # by device, see `probe_flash_varlen`; a compiled block may look here, and try nothing itself
+FLASH_CAPABILITY = (8, 0)  # lowest compute capability on which FlashAttention runs
+FLASH_MAX_HEAD_DIM = 256
+# By device index, filled by `probe_flash_varlen`: a compiled block can look a result up, but not try the kernel.
+_flash_works: dict[int, bool] = {}
 
 
 def get_packed_documents(positions: Tensor | None) -> DocumentBoundaries | None:
-    """Where the documents of a pass lie, if the host knows: that travels with the position ids."""
+    """Return the document boundaries attached to position ids, or None."""
     return getattr(positions, "limbeck_documents", None)
 
 
 def varlen_softmax_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, documents: DocumentBoundaries, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal softmax attention for transformers' interface, [B, T, H, V], each token seeing its own document."""
+    """Attention function for transformers' interface: causal softmax attention inside each document, [B, T, H, V]."""
     if documents.cu_seqlens is not None and supports_flash_varlen(query, value):
         return varlen_attention(query, key, value, documents.cu_seqlens, kwargs.get("scaling")), None
-    mask = None if documents.segments is None else _mask(documents.segments)
+    mask = None if documents.segments is None else _block_diagonal_mask(documents.segments)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale: float | None) -> Tensor:
-    """Causal softmax attention inside each document.
+    """Compute causal softmax attention inside each document with FlashAttention.
 
     Args:
         query: [B, H, T, K]; key, value: [B, G, T, K].
-        offsets: int32 [n + 1], ends of the documents in the B·T tokens.
+        offsets: int32 [n + 1], where the n documents begin and end in the B·T tokens.
 
     Returns:
         [B, T, H, K], in half precision.
     """
+    # optional: older versions of PyTorch do not have it, and `probe_flash_varlen` finds that out
     from torch.nn.attention.varlen import varlen_attn
 
-    dtype, length = _working(query), query.shape[2]
+    dtype, length = _compute_dtype(query), query.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
-    # no document is longer than a row; its true length would have to be a number that changes with each batch
+    # The row length as an upper bound: the longest document's own length would be another number in each batch, and a
+    # compiled block would be compiled again for each.
     o = varlen_attn(q, k, v, offsets, offsets, length, length, scale=scale, window_size=(-1, 0), enable_gqa=True)
     return o.unflatten(0, (query.shape[0], length))  # type: ignore[union-attr]
 
 
 def supports_flash_varlen(query: Tensor, value: Tensor) -> bool:
-    """Does FlashAttention over documents of varying length take these?"""
-    if query.device.type != "cuda" or _working(query) not in (torch.float16, torch.bfloat16):
+    """Return whether FlashAttention over documents of varying length takes these tensors on their device."""
+    if query.device.type != "cuda" or _compute_dtype(query) not in (torch.float16, torch.bfloat16):
         return False
-    return query.shape[-1] == value.shape[-1] <= WIDEST and _right.get(query.device.index, False)
+    return query.shape[-1] == value.shape[-1] <= FLASH_MAX_HEAD_DIM and _flash_works.get(query.device.index, False)
 
 
 def probe_flash_varlen(device: torch.device) -> None:
-    """Find out, once per device, whether that kernel is there and right; until then it is not used."""
-    if device.type == "cuda" and device.index not in _right:
-        _right[device.index] = torch.cuda.get_device_capability(device) >= FLASH and _is_right(device)
+    """Test, once per device, whether the kernel exists and computes correctly; until then it is not used."""
+    if device.type == "cuda" and device.index not in _flash_works:
+        capable = torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+        _flash_works[device.index] = capable and _matches_sdpa(device)
 
 
-def _is_right(device: torch.device) -> bool:
-    """Forward and backward on two documents, against each of them alone."""
+def _matches_sdpa(device: torch.device) -> bool:
+    """Compare forward and backward pass on two packed documents with SDPA on each of them."""
     with torch.enable_grad():
         shape: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
         q, k, v = (torch.randn(1, h, 24, 64, **shape) for h in (4, 2, 2))
-        cut = torch.tensor([0, 10, 24, 24], dtype=torch.int32, device=device)
+        offsets = torch.tensor([0, 10, 24, 24], dtype=torch.int32, device=device)
         try:
-            y = varlen_attention(q, k, v, cut, None).transpose(1, 2)
-            found = [y, *torch.autograd.grad(y.sum(), [q, k, v])]
+            y = varlen_attention(q, k, v, offsets, None).transpose(1, 2)
+            actual = [y, *torch.autograd.grad(y.sum(), [q, k, v])]
         except (ImportError, TypeError, RuntimeError):
             return False
-        want = torch.cat([_alone(q[:, :, own], k[:, :, own], v[:, :, own]) for own in (slice(10), slice(10, 24))], 2)
-        right = [want, *torch.autograd.grad(want.sum(), [q, k, v])]
-    return all(torch.allclose(a, b, rtol=5e-2, atol=5e-2) for a, b in zip(found, right))
+        parts = [[x[:, :, tokens] for x in (q, k, v)] for tokens in (slice(10), slice(10, 24))]
+        separate = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        joined = torch.cat(separate, 2)
+        expected = [joined, *torch.autograd.grad(joined.sum(), [q, k, v])]
+    return all(torch.allclose(a, b, rtol=5e-2, atol=5e-2) for a, b in zip(actual, expected))
 
 
-def _alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
-def _working(query: Tensor) -> torch.dtype:
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    """Return the dtype in which attention runs: that of autocast if it is on."""
     device = query.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
-def _mask(segments: Any) -> Tensor:
-    """Which tokens see which, bool [B, 1, T, T], from the number of each token's document [B, T]."""
-    known: Tensor | None = getattr(segments, "limbeck_mask", None)  # one mask serves all layers of a pass
-    if known is None:
-        known = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
-        segments.limbeck_mask = known
-    return known
+def _block_diagonal_mask(segments: Any) -> Tensor:
+    """Return the causal mask inside documents, bool [B, 1, T, T], from the number of each token's document [B, T]."""
+    mask: Tensor | None = getattr(segments, "limbeck_mask", None)  # one mask serves all layers of a pass
+    if mask is None:
+        mask = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
+        segments.limbeck_mask = mask
+    return mask

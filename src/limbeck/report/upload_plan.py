@@ -16,12 +16,12 @@ from typing import Any
 
 from limbeck.core.errors import LimbeckError
 from limbeck.core.manifest import read_manifest
-from limbeck.core.model_type import MODEL_TYPE
 from limbeck.core.recipe import Recipe
 from limbeck.core.storage import compute_sha256, read_json
-from limbeck.models.custom_mixers import mixer_file_name
+from limbeck.models.config import MODEL_TYPE
 from limbeck.models.folders import check_safetensors
 from limbeck.models.loading import load_config, load_model
+from limbeck.models.modeling import mixer_file_name
 from limbeck.report.model_card import PublishedRun, generate_model_card
 from limbeck.report.privacy import check_no_local_paths, find_local_folders, find_local_paths, strip_local_paths
 from limbeck.report.teacher_info import TeacherInfo, resolve_teacher_info

@@ -1,15 +1,10 @@
-"""What a mixer has to fulfil: all checks by name, and running them on a mixer.
+"""The contract of a mixer: the registry of its checks, how they are run, and what they run on.
 
-    for outcome in contract.run_checks("gla", families=["llama", "gpt2"]):
-        print(outcome.check.name, outcome.family, outcome.failure or "passed")
+    for result in run_checks("gla", families=["llama", "gpt2"]):
+        print(result.check.name, result.family, result.failure or "passed")
 
-A check is a function `(variant)` or `(variant, family)` that raises AssertionError saying what went wrong. In tests:
-
-    @pytest.mark.parametrize(("check", "family"), contract.list_cases())
-    def test_contract(check, family):
-        contract.CHECKS[check](MixerVariant("my_mixer"), family)
-
-What the contract is checked on: a mixer with its options, as a module on its own and in a tiny student.
+A check is a function `(variant)` or `(variant, family)` that raises AssertionError saying what is wrong. It runs on a
+mixer under given options, on its own or in a tiny student:
 
     variant = MixerVariant("gla", {"conv": 4})
     module = variant.build_module()                          # float64, parameters moved away from their start
@@ -35,14 +30,15 @@ from limbeck.mixers import HeadShape, Mixer, State
 from limbeck.models import convert, get_mixers
 from limbeck.testing.tiny_models import FAMILIES, MASK_POSITION_FAMILIES, VOCAB_SIZE, make_tiny_model
 
-EXACT = 1e-10  # what two ways of computing the same may differ by in float64
+EXACT = 1e-10  # difference allowed between two ways of computing the same in float64
 SEQ_LEN = 37  # tokens in a student's input
+QUICK_FAMILIES = ("llama", "opt")  # rotary and learned positions; grouped heads and all heads; tied and mask-counted
 HEAD_SHAPE = HeadShape(hidden=12, heads=4, kv_heads=2, key_width=8, value_width=4, scale=0.35, layer=0, layers=2)
 
 
 @dataclass(frozen=True)
 class MixerVariant:
-    """A mixer under given options, which change what the preset says."""
+    """A mixer with options that override those of a preset."""
 
     mixer: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -53,17 +49,17 @@ class MixerVariant:
         return mixers.get(self.mixer)
 
     def with_options(self, **options) -> "MixerVariant":
-        """The same with these options changed."""
+        """Return the variant with these options changed."""
         return MixerVariant(self.mixer, {**self.options, **options}, self.preset)
 
     def build_module(
         self, shape: HeadShape = HEAD_SHAPE, dtype: torch.dtype = torch.float64, perturbation: float = 0.3
     ) -> Mixer:
-        """The mixer on its own, parameters `perturbation` away from their start so that every gate does something."""
+        """Build the mixer on its own, its parameters moved by `perturbation` so that every gate does something."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = mixers.build(self.mixer, shape, self.options, self.preset).to(torch.float64)
-            _move(module, perturbation)
+            perturb_parameters(module, perturbation)
         return module.to(dtype)
 
     def build_student(
@@ -73,26 +69,32 @@ class MixerVariant:
         perturbation: float = 0.2,
         layers: str | list[int] = "all",
     ) -> PreTrainedModel:
-        """A tiny student of that family, its mixers' parameters moved in the same way."""
+        """Build a tiny student of a family, its mixers' parameters moved in the same way."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             teacher = make_tiny_model(family).to(dtype)  # type: ignore[arg-type]
             student = convert(teacher, self.mixer, layers, self.options, preset=self.preset)
-            for module in get_mixers(student).values():
-                _move(module, perturbation)
+            perturb_mixers(student, perturbation)
         return student
 
 
 @torch.no_grad()
-def _move(module: Mixer, by: float) -> None:
+def perturb_parameters(module: Mixer, scale: float) -> None:
+    """Add Gaussian noise of this scale to a mixer's parameters: at their start many gates have no effect."""
     for parameter in module.parameters():
-        parameter.add_(by * torch.randn_like(parameter))
+        parameter.add_(scale * torch.randn_like(parameter))
+
+
+def perturb_mixers(student: PreTrainedModel, scale: float) -> None:
+    """Apply `perturb_parameters` to all mixers of a student."""
+    for module in get_mixers(student).values():
+        perturb_parameters(module, scale)
 
 
 def sample_inputs(
     module: Mixer, batch: int, length: int, seed: int = 1, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """Random q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] and x [B, T, D] for a mixer."""
+    """Draw random q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] and x [B, T, D] for a mixer."""
     s = module.teacher_shape
     shapes = ((s.heads, s.key_width), (s.kv_heads, s.key_width), (s.kv_heads, s.value_width), (s.hidden,))
     draw = torch.Generator().manual_seed(seed)
@@ -100,40 +102,37 @@ def sample_inputs(
 
 
 def sample_ids(batch: int = 2, length: int = SEQ_LEN) -> Tensor:
-    """Random token ids [B, T] without the special ones."""
+    """Draw random token ids [B, T] without the special ones."""
     return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(2))
 
 
 def left_pad(ids: Tensor, padding: int, family: str | None = None) -> dict[str, Tensor]:
-    """A student's arguments for row 0 shortened and padded on the left, row 1 whole."""
+    """Return a model's arguments for ids [2, T], row 0 shortened by `padding` tokens and padded on the left."""
     short = torch.cat([torch.zeros(1, padding, dtype=torch.long), ids[:1, : ids.shape[1] - padding]], 1)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
-    given = {"input_ids": torch.cat([short, ids[1:]]), "attention_mask": mask}
+    inputs = {"input_ids": torch.cat([short, ids[1:]]), "attention_mask": mask}
     if family not in MASK_POSITION_FAMILIES:
-        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return given
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return inputs
 
 
 def assert_tensors_close(got: Tensor, expected: Tensor, what: str, tolerance: float = EXACT) -> None:
-    """AssertionError unless both are equal up to `tolerance` times the largest number expected (at least 1)."""
+    """Raise AssertionError unless both are equal up to `tolerance` times the largest expected entry (at least 1)."""
     assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
     if not expected.numel():
         return
     assert got.isfinite().all(), f"{what}: not finite"
     got, expected = got.detach(), expected.detach()
-    apart = (got - expected).abs()
-    largest = float(apart.max()) / max(1.0, float(expected.abs().max()))
-    where = [int(i) for i in torch.unravel_index(apart.argmax(), apart.shape)]
-    assert largest <= tolerance, f"{what}: off by {largest:.2e} (at most {tolerance:.0e}), the most at index {where}"
+    difference = (got - expected).abs()
+    error = float(difference.max()) / max(1.0, float(expected.abs().max()))
+    index = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
+    assert error <= tolerance, f"{what}: off by {error:.2e} (at most {tolerance:.0e}), the most at index {index}"
 
 
 def select_state(state: State, index: int) -> State:
-    """The state of one sequence of a batch."""
+    """Select the state of one sequence of a batch."""
     return {name: tensor[index : index + 1] for name, tensor in state.items()}
-
-
-QUICK_FAMILIES = ("llama", "opt")  # rotary and learned positions; grouped heads and all heads; tied and mask-counted
 
 
 @dataclass(frozen=True)
@@ -144,16 +143,16 @@ class Check:
     summary: str
     function: Callable[..., None]
     per_family: bool
-    slow: bool  # left to a few families, or out, where a short form is asked for
+    slow: bool  # left out of a quick run
 
     def __call__(self, variant: MixerVariant, family: str | None = None) -> None:
-        """Raises AssertionError where the mixer does not fulfil it."""
+        """Raise AssertionError if the mixer does not fulfil it."""
         self.function(variant, family) if self.per_family else self.function(variant)
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of one check: `failure` is None where it passed."""
+    """The result of one check; `failure` is None if it passed."""
 
     check: Check
     family: str | None
@@ -165,7 +164,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def register_check(summary: str, slow: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: puts a function into CHECKS under its own name."""
+    """Decorator: register a function in CHECKS under its own name."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         per_family = "family" in inspect.signature(function).parameters
@@ -176,10 +175,10 @@ def register_check(summary: str, slow: bool = False) -> Callable[[Callable[..., 
 
 
 def list_cases(families: list[str] | None = None, quick: bool = False) -> list[tuple[str, str | None]]:
-    """All pairs of check and family; the family is None for what concerns the mixer alone.
+    """List all pairs of check and family; the family is None for checks of the mixer alone.
 
     Args:
-        families: which families; by default all, or the two of FEW if `quick`.
+        families: by default all, or QUICK_FAMILIES if `quick`.
         quick: leave out the slow checks.
     """
     for family in families or []:
@@ -199,15 +198,15 @@ def list_cases(families: list[str] | None = None, quick: bool = False) -> list[t
 def run_checks(
     variant: str | MixerVariant, families: list[str] | None = None, quick: bool = False
 ) -> Iterator[CheckResult]:
-    """Run the contract on a mixer, one case after the other; a failure of any kind is an outcome, not an exception."""
+    """Run the contract on a mixer, one case after the other; a failure of any kind is a result, not an exception."""
     chosen = MixerVariant(variant) if isinstance(variant, str) else variant
     chosen.mixer_class  # noqa: B018  an unknown mixer is the caller's mistake, not a failed check
     for name, family in list_cases(families, quick):
-        began, failure = time.monotonic(), None
+        start, failure = time.monotonic(), None
         try:
             with torch.random.fork_rng(devices=[]):
                 CHECKS[name](chosen, family)
         except Exception as error:
             text = str(error) or "no message"
             failure = text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
-        yield CheckResult(CHECKS[name], family, time.monotonic() - began, failure)
+        yield CheckResult(CHECKS[name], family, time.monotonic() - start, failure)

@@ -1,12 +1,8 @@
-"""Checks on the mixer alone: its forms against each other, its state, masks and documents, all in float64.
+"""Checks of a mixer on its own: its forms against each other, state, masks and documents, presets and shared options.
 
-    split(MixerVariant("gla"))
+    split(MixerVariant("gla"))      # raises AssertionError if it fails
 
-Sequences are longer than two chunks of the operators, so that what runs from chunk to chunk is in them.
-
-Checks under other options: every preset, and the switches that all mixers have.
-
-presets(MixerVariant("mamba2"))
+All in float64. Sequences are longer than two chunks of the operators, so that the state between chunks is tested too.
 """
 
 from dataclasses import asdict
@@ -27,7 +23,16 @@ from limbeck.testing.contract import (
 
 LONG = 150  # more than two chunks of 64
 CUTS = ((1, 64, 65, 66), (63, 128), (100,), (7, 8, 9, 140, 149))
-DOCUMENTS = (40, 24, 1, 5, 60, 20)  # one ends with the first chunk, one is a single token, one covers a boundary
+DOCUMENTS = (40, 24, 1, 5, 60, 20)  # one ends with the first chunk, one is a single token, one spans a chunk boundary
+ALL_SWITCHES = {"conv": 4, "conv_activation": "silu", "output_norm": "layer", "output_gate": "sigmoid", "gate_rank": 2}
+SWITCHES: tuple[dict[str, Any], ...] = (
+    {"heads": HEAD_SHAPE.heads // 2},
+    {"state": 0.5},
+    {"state": 2.0},
+    {"heads": 1, "state": 0.25, "output_norm": "rms", "output_gate": "silu"},
+    {"output_norm": "layer", "norm_over": "gated", "norm_bias": True, "output_gate": "inner", "gate_rank": 3},
+    ALL_SWITCHES,
+)
 
 
 @register_check("the name, summary and options are in order; every parameter starts finite; no unsaved buffers")
@@ -51,7 +56,7 @@ def described(variant: MixerVariant) -> None:
 def split(variant: MixerVariant) -> None:
     module = variant.build_module()
     given = sample_inputs(module, 2, LONG)
-    kept = [z.clone() for z in given]
+    originals = [z.clone() for z in given]
     whole, last = module(*given)
     assert whole.shape == (2, LONG, module.teacher_shape.heads, module.teacher_shape.value_width), list(whole.shape)
     for cuts in CUTS:
@@ -67,7 +72,7 @@ def split(variant: MixerVariant) -> None:
         assert state.keys() == last.keys(), f"cut at {cuts}: state has {sorted(state)}, expected {sorted(last)}"
         for name in last:
             assert_tensors_close(state[name].double(), last[name].double(), f"cut at {cuts}: the last state's '{name}'")
-    assert all(torch.equal(a, b) for a, b in zip(given, kept)), "q, k, v or x was written to"
+    assert all(torch.equal(a, b) for a, b in zip(given, originals)), "q, k, v or x was written to"
 
 
 @register_check("one token at a time, a whole pass, and the mixing matrix times v are the same")
@@ -95,15 +100,15 @@ def padded_module(variant: MixerVariant) -> None:
     module = variant.build_module()
     at = torch.arange(LONG)
     draw = torch.Generator().manual_seed(7)
-    rows_of = {
+    valid_tokens = {
         "3 tokens of padding ahead": at >= 3,
-        "70 tokens of padding ahead": at >= 70,  # the first of the pieces below is nothing but padding
+        "70 tokens of padding ahead": at >= 70,  # the first of the pieces below is all padding
         "20 tokens of padding behind": at < 130,
         "padding between two turns": (at >= 2) & ((at < 61) | (at >= 75)),
         "padding in every third place": torch.rand(LONG, generator=draw) > 0.3,
         "no padding, beside others": at >= 0,
     }
-    valid = torch.stack(list(rows_of.values()))
+    valid = torch.stack(list(valid_tokens.values()))
     given = sample_inputs(module, len(valid), LONG)
     for z in given:
         z[~valid] = 100.0
@@ -115,7 +120,7 @@ def padded_module(variant: MixerVariant) -> None:
         part, state = module(*_cut(given, begin, end), tokens=piece, state=state)
         pieces.append(part)
     more = sample_inputs(module, 1, 9, seed=5)
-    for row, (what, real) in enumerate(rows_of.items()):
+    for row, (what, real) in enumerate(valid_tokens.items()):
         alone, end = module(*(z[row : row + 1, real] for z in given))
         assert_tensors_close(y[row, real], alone[0], what)
         assert_tensors_close(torch.cat(pieces, 1)[row, real], alone[0], f"{what}, in three pieces")
@@ -166,36 +171,25 @@ def state_size(variant: MixerVariant) -> None:
         _, state = module(*sample_inputs(module, 3, length))
         for name, tensor in state.items():
             assert tensor.shape[0] == 3, f"state '{name}' {list(tensor.shape)} does not have the batch first"
-            known = shapes.setdefault(name, tensor.shape)
-            assert tensor.shape == known, f"state '{name}': {list(known)}, after {length} tokens {list(tensor.shape)}"
+            first = shapes.setdefault(name, tensor.shape)
+            assert tensor.shape == first, f"state '{name}': {list(first)}, after {length} tokens {list(tensor.shape)}"
         assert state.keys() == shapes.keys(), f"state: {sorted(shapes)}, after {length} tokens {sorted(state)}"
-    held = sum(shape.numel() // 3 for shape in shapes.values())
-    said = module.state_numel()
+    actual = sum(shape.numel() // 3 for shape in shapes.values())
+    declared = module.state_numel()
     detail = ", ".join(f"{name} {list(shape[1:])}" for name, shape in shapes.items())
-    assert held == said, f"state_numel() is {said}, the state holds {held}: {detail}"
+    assert actual == declared, f"state_numel() is {declared}, the state holds {actual}: {detail}"
 
 
 def _cut(given: list[Tensor], begin: int, end: int) -> list[Tensor]:
     return [z[:, begin:end] for z in given]
 
 
-FULL = {"conv": 4, "conv_activation": "silu", "output_norm": "layer", "output_gate": "sigmoid", "gate_rank": 2}
-SWITCHES: tuple[dict[str, Any], ...] = (
-    {"heads": HEAD_SHAPE.heads // 2},
-    {"state": 0.5},
-    {"state": 2.0},
-    {"heads": 1, "state": 0.25, "output_norm": "rms", "output_gate": "silu"},
-    {"output_norm": "layer", "norm_over": "gated", "norm_bias": True, "output_gate": "inner", "gate_rank": 3},
-    FULL,
-)
-
-
 @register_check("every preset builds, and under it splits, forms and state size hold")
 def presets(variant: MixerVariant) -> None:
     for preset in PRESETS:
         chosen = MixerVariant(variant.mixer, variant.options, preset)
-        for clause in (three_forms, split, state_size):
-            _under(f"preset {preset}", clause, chosen)
+        for check in (three_forms, split, state_size):
+            _run_under(f"preset {preset}", check, chosen)
 
 
 @register_check(
@@ -204,12 +198,13 @@ def presets(variant: MixerVariant) -> None:
 def switches(variant: MixerVariant) -> None:
     for options in SWITCHES:
         chosen = variant.with_options(**options)
-        for clause in (three_forms, split, padded_module, state_size):
-            _under(" ".join(f"{name}={value}" for name, value in options.items()), clause, chosen)
+        for check in (three_forms, split, padded_module, state_size):
+            _run_under(" ".join(f"{name}={value}" for name, value in options.items()), check, chosen)
 
 
-def _under(what: str, clause: Any, variant: MixerVariant) -> None:
+def _run_under(options: str, check: Any, variant: MixerVariant) -> None:
+    """Run a check and name the options in its failure."""
     try:
-        clause(variant)
+        check(variant)
     except AssertionError as error:
-        raise AssertionError(f"{what}: {clause.__name__}: {error}") from None
+        raise AssertionError(f"{options}: {check.__name__}: {error}") from None

@@ -1,6 +1,6 @@
-"""Checks of gradients, of precision and of what happens at the ends of the range.
+"""Checks of a mixer's gradients, precision and behavior at extreme values, long inputs and under compilation.
 
-precision(MixerVariant("gla"))
+precision(MixerVariant("gla"))      # raises AssertionError if it fails
 """
 
 import torch

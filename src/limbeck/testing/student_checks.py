@@ -1,16 +1,16 @@
-"""Checks on students: tiny models of every family with the mixer in place of their attention.
+"""Checks of students: the contract's, on tiny models of every family, and those of the survey, on any model.
 
-steps(MixerVariant("gla"), "llama")
+    steps(MixerVariant("gla"), "llama")                               # a check of the contract
+    StudentChecks(make_survey_model("qwen3"), "gla").steps()          # a check of the survey of families
 
-What a student of a family has to do, on a tiny random model of it.
-
-    StudentChecks(make_survey_model("qwen3"), "gla").steps()      # raises AssertionError with one line that says what went wrong
-
-Every check compares the student with itself: by another way of computing the same it must say the same.
+Each raises AssertionError that says in one line what is wrong. A model is compared with itself: two ways of computing
+the same have to agree. Both kinds of checks share the functions that compute those ways, and differ in tolerance: the
+contract's models compute in float64 throughout, a family of the survey may compute norms in float32.
 """
 
 import inspect
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +22,64 @@ from limbeck.data.packing import Batch
 from limbeck.models import build_cache_kwargs, convert, get_mixers
 from limbeck.models.backbone import run_backbone
 from limbeck.models.cache import get_output_cache
-from limbeck.testing.contract import SEQ_LEN, MixerVariant, assert_tensors_close, left_pad, register_check, sample_ids
+from limbeck.testing.contract import (
+    SEQ_LEN,
+    MixerVariant,
+    assert_tensors_close,
+    left_pad,
+    perturb_mixers,
+    register_check,
+    sample_ids,
+)
 from limbeck.testing.tiny_models import MASK_POSITION_FAMILIES, SURVEY_VOCAB_SIZE, make_tiny_model
+
+GENERATION_KWARGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+# the survey's sequence, the part of it that is prefilled at once, and the padding of its first row, in tokens
+SURVEY_SEQ_LEN, PREFILL, PADDING = 21, 12, 5
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}  # of the survey, relative to the largest logit
+
+
+# Ways of computing that both kinds of checks compare
+
+
+def run_in_steps(
+    model: PreTrainedModel, ids: Tensor, ends: Sequence[int], cache: Any = None, positions: Tensor | None = None
+) -> list[Tensor]:
+    """Run ids [B, T] in pieces that end at `ends`, each with the cache of those before; return each piece's logits."""
+    pieces = []
+    for begin, end in zip((0, *ends[:-1]), ends):
+        kwargs = build_cache_kwargs(model, cache)
+        if positions is not None:
+            kwargs["position_ids"] = positions[:, begin:end]
+        output = model(ids[:, begin:end], **_accepted(model, **kwargs))
+        cache = get_output_cache(output)
+        assert cache is not None, "its forward pass returns no cache"
+        pieces.append(output.logits)
+    return pieces
+
+
+def generate_padded_and_alone(
+    model: PreTrainedModel, ids: Tensor, padding: int, **kwargs: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Generate from ids [2, T], row 0 left-padded; yield for both rows the tokens in the batch and those of the row alone."""
+    inputs = left_pad(ids, padding)
+    settings = {**GENERATION_KWARGS, **kwargs}
+    both = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
+    for index, row, begin in ((0, ids[:1, :-padding], padding), (1, ids[1:], 0)):
+        alone = model.generate(row, attention_mask=torch.ones_like(row), **settings)[0]
+        yield both[index, begin:], alone
+
+
+def save_and_reload(model: PreTrainedModel, folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """Save a model and load it by AutoModelForCausalLM; no tensor may be missing or left over."""
+    model.save_pretrained(folder)
+    loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(folder, output_loading_info=True, **kwargs)
+    assert not info["missing_keys"], f"not saved: {', '.join(sorted(info['missing_keys']))}"
+    assert not info["unexpected_keys"], f"saved but not loaded: {', '.join(sorted(info['unexpected_keys']))}"
+    return loaded
+
+
+# The contract's checks
 
 
 @register_check("prefill in two pieces, then token by token, gives the logits of one pass")
@@ -31,13 +87,13 @@ from limbeck.testing.tiny_models import MASK_POSITION_FAMILIES, SURVEY_VOCAB_SIZ
 def steps(variant: MixerVariant, family: str) -> None:
     student, ids = variant.build_student(family), sample_ids()
     full = student(ids).logits
-    cache = DynamicCache(config=student.config)
     ends = [20, 29, *range(30, SEQ_LEN + 1)]
-    for begin, end in zip([0, *ends[:-1]], ends):
-        part = student(ids[:, begin:end], **build_cache_kwargs(student, cache)).logits
+    begin = 0
+    for end, piece in zip(ends, run_in_steps(student, ids, ends, DynamicCache(config=student.config))):
         assert_tensors_close(
-            part, full[:, begin:end], f"logits of tokens {begin} to {end}, with the cache of those before"
+            piece, full[:, begin:end], f"logits of tokens {begin} to {end}, with the cache of those before"
         )
+        begin = end
     changed = ids.clone()
     changed[:, 0] = 5
     apart = (student(changed).logits[:, -1] - full[:, -1]).abs().max()
@@ -53,18 +109,12 @@ def padding(variant: MixerVariant, family: str) -> None:
     assert_tensors_close(logits[1], student(ids[1:]).logits[0], "logits of the row beside it")
 
 
-@register_check("left-padded generation, greedy and with 3 beams, says what it says unpadded", slow=True)
+@register_check("left-padded generation, greedy and with 3 beams, gives the tokens of unpadded generation", slow=True)
 @torch.no_grad()
 def generation(variant: MixerVariant, family: str) -> None:
     student, ids = variant.build_student(family), sample_ids(length=20)
-    inputs = left_pad(ids, 5)
-    del inputs["position_ids"]
-    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for beams in (1, 3):
-        both = student.generate(**inputs, num_beams=beams, **settings)
-        for row, begin in ((ids[:1, :15], 5), (ids[1:], 0)):
-            alone = student.generate(row, num_beams=beams, **settings)[0]
-            got = both[0 if begin else 1, begin:]
+        for got, alone in generate_padded_and_alone(student, ids, 5, num_beams=beams):
             assert torch.equal(got, alone), f"{beams} beams: {got[-6:].tolist()} padded, {alone[-6:].tolist()} alone"
 
 
@@ -106,10 +156,8 @@ def matrix_in_student(variant: MixerVariant, family: str) -> None:
 
 @register_check("gradients reach every parameter of the student, and none of the mixer's is zero")
 def gradients(variant: MixerVariant, family: str) -> None:
-    student, ids = (
-        variant.build_student(family).train(),
-        sample_ids(length=80),
-    )  # what looks behind a window of 64 learns too
+    student = variant.build_student(family).train()
+    ids = sample_ids(length=80)  # longer than a window of 64, so that what attends beyond it gets gradients too
     student(ids, labels=ids).loss.backward()
     none = [n for n, p in student.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not none, f"no finite gradient: {', '.join(none)}"
@@ -127,13 +175,8 @@ def gradients(variant: MixerVariant, family: str) -> None:
 def saving(variant: MixerVariant, family: str) -> None:
     student, ids = variant.build_student(family, torch.float32, perturbation=0.05), sample_ids(1, 9)
     with tempfile.TemporaryDirectory() as folder:
-        student.save_pretrained(folder)
-        loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(folder, output_loading_info=True)
-        again = Path(folder) / "again"
-        loaded.save_pretrained(again)
-        twice = AutoModelForCausalLM.from_pretrained(again)
-    assert not info["missing_keys"], f"not saved: {', '.join(info['missing_keys'])}"
-    assert not info["unexpected_keys"], f"saved but not known: {', '.join(info['unexpected_keys'])}"
+        loaded = save_and_reload(student, Path(folder))
+        twice = save_and_reload(loaded, Path(folder) / "again")
     assert type(loaded).__mro__[2] is type(make_tiny_model(family)), f"loaded as {type(loaded).__mro__}"
     before = student.state_dict()
     for model in (loaded, twice):
@@ -158,17 +201,16 @@ def half_precision(variant: MixerVariant) -> None:
         assert error < 0.1, f"{name}: logits are off by {100 * error:.0f} % (at most 10 %)"
 
 
-SURVEY_SEQ_LEN, PREFILL, PADDING = 21, 12, 5
-EXACT = {torch.float64: 1e-5, torch.float32: 1e-3}  # of the largest logit; families compute norms and more in float32
-GENERATION_KWARGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+# The survey's checks
 
 
 def make_random_ids(batch: int = 2, length: int = SURVEY_SEQ_LEN) -> Tensor:
+    """Return random token ids [B, T] for a model of the survey."""
     return torch.randint(7, SURVEY_VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(2))
 
 
 class ModelChecks:
-    """The checks on one model, teacher or student."""
+    """Checks of one model, teacher or student."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.dtype = model, model.dtype
@@ -185,17 +227,11 @@ class ModelChecks:
 
     def steps(self, ends: tuple[int, ...] = (PREFILL, *range(PREFILL + 1, SURVEY_SEQ_LEN + 1))) -> None:
         """Prefill and then token by token with a cache gives the logits of one pass."""
-        ids, parts = make_random_ids(), []
+        ids = make_random_ids()
         positions = torch.arange(SURVEY_SEQ_LEN)[None].expand(len(ids), -1)
-        full = self.model(ids, **_named(self.model, position_ids=positions), use_cache=False).logits
-        cache = None
-        for begin, end in zip((0, *ends[:-1]), ends):
-            given = {**build_cache_kwargs(self.model, cache), "position_ids": positions[:, begin:end]}
-            output = self.model(ids[:, begin:end], **_named(self.model, **given))
-            cache = get_output_cache(output)
-            assert cache is not None, "its forward pass returns no cache"
-            parts.append(output.logits)
-        self._same(torch.cat(parts, 1), full, "steps with a cache differ from one pass")
+        full = self.model(ids, **_accepted(self.model, position_ids=positions), use_cache=False).logits
+        pieces = run_in_steps(self.model, ids, ends, positions=positions)
+        self._same(torch.cat(pieces, 1), full, "steps with a cache differ from one pass")
 
     def pieces(self) -> None:
         """The same with a prefill in three pieces."""
@@ -205,30 +241,25 @@ class ModelChecks:
         """A left-padded row gives the logits that it gives alone."""
         ids = make_random_ids()
         alone = [self.model(row, use_cache=False).logits[0] for row in (ids[:1, :-PADDING], ids[1:])]
-        inputs = left_pad_first_row(ids)
-        problems = []
+        inputs = left_pad(ids, PADDING)
+        errors = []
         for dropped in ("", "position_ids"):  # families with learned positions count them from the mask
-            given = _named(self.model, **{k: v for k, v in inputs.items() if k != dropped})
-            logits = self.model(**given, use_cache=False).logits
-            problems.append(max(_error(logits[0, PADDING:], alone[0]), _error(logits[1], alone[1])))
-        assert min(problems) < EXACT[self.dtype], "left padding changes the logits"
+            kwargs = _accepted(self.model, **{k: v for k, v in inputs.items() if k != dropped})
+            logits = self.model(**kwargs, use_cache=False).logits
+            errors.append(max(_error(logits[0, PADDING:], alone[0]), _error(logits[1], alone[1])))
+        assert min(errors) < TOLERANCES[self.dtype], "left padding changes the logits"
 
     def generate(self) -> None:
         """Greedy generation of a left-padded batch says what each row says alone."""
-        ids = make_random_ids(length=PREFILL + PADDING)
-        inputs = left_pad_first_row(ids)
-        both = self.model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **GENERATION_KWARGS)
-        for index, row, begin in ((0, ids[:1, :-PADDING], PADDING), (1, ids[1:], 0)):
-            alone = self.model.generate(row, attention_mask=torch.ones_like(row), **GENERATION_KWARGS)[0]
-            got = both[index, begin:]
+        for got, alone in generate_padded_and_alone(self.model, make_random_ids(length=PREFILL + PADDING), PADDING):
             assert torch.equal(got, alone), "left-padded generation says something else than unpadded"
 
     def _same(self, got: Tensor, expected: Tensor, problem: str) -> None:
-        assert _error(got, expected) < EXACT[self.dtype], problem
+        assert _error(got, expected) < TOLERANCES[self.dtype], problem
 
 
 class StudentChecks(ModelChecks):
-    """The same on a student, and what only students do."""
+    """The same checks on a student of `teacher`, and that of saving it."""
 
     def __init__(self, teacher: PreTrainedModel, mixer: str, layers: str | list[int] = "all"):
         self.teacher = teacher
@@ -239,12 +270,7 @@ class StudentChecks(ModelChecks):
         student = self.model
         ids = make_random_ids(1, 9)
         with tempfile.TemporaryDirectory() as folder:
-            student.save_pretrained(folder)
-            settings: Any = {"dtype": self.dtype, "output_loading_info": True}
-            load: Any = AutoModelForCausalLM.from_pretrained
-            loaded, info = load(folder, **settings)
-        assert not info["missing_keys"], f"not saved: {sorted(info['missing_keys'])[0]}"
-        assert not info["unexpected_keys"], f"saved but not known: {sorted(info['unexpected_keys'])[0]}"
+            loaded = save_and_reload(student, Path(folder), dtype=self.dtype)
         assert get_mixers(loaded).keys() == get_mixers(student).keys(), "mixers got lost"
         assert torch.equal(student(ids).logits, loaded(ids).logits), "the reloaded student gives other logits"
         assert torch.equal(*(m.generate(ids, **GENERATION_KWARGS) for m in (student, loaded))), (
@@ -253,31 +279,19 @@ class StudentChecks(ModelChecks):
 
 
 def make_student(teacher: PreTrainedModel, mixer: str, layers: str | list[int] = "all") -> PreTrainedModel:
-    """A student with new parameters away from their start, so that every gate does something."""
+    """Convert a teacher into a student whose mixers' parameters are moved from their start, so that every gate acts."""
     student = convert(teacher, mixer, layers)
     torch.manual_seed(1)
-    with torch.no_grad():
-        for module in get_mixers(student).values():
-            for parameter in module.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    perturb_mixers(student, 0.1)
     return student
 
 
-def left_pad_first_row(ids: Tensor) -> dict[str, Tensor]:
-    """Row 0 shortened and padded on the left, row 1 whole."""
-    short = torch.cat([torch.zeros(1, PADDING, dtype=torch.long), ids[:1, :-PADDING]], 1)
-    mask = torch.ones_like(ids)
-    mask[0, :PADDING] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": torch.cat([short, ids[1:]]), "attention_mask": mask, "position_ids": positions}
-
-
-def _named(model: PreTrainedModel, **kwargs: Any) -> dict[str, Any]:
-    """Those arguments that the model's forward pass names, or all where it takes any."""
-    known = inspect.signature(type(model).forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+def _accepted(model: PreTrainedModel, **kwargs: Any) -> dict[str, Any]:
+    """Return those arguments that the model's forward pass accepts."""
+    parameters = inspect.signature(type(model).forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return kwargs
-    return {name: value for name, value in kwargs.items() if name in known}
+    return {name: value for name, value in kwargs.items() if name in parameters}
 
 
 def _error(got: Tensor, expected: Tensor) -> float:

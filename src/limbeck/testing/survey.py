@@ -1,17 +1,12 @@
-"""Which of transformers' causal language models can become students, found out by doing it.
+"""Survey of transformers' families: which can be converted into students, what fails, and what their attention has.
 
     for row in survey_families(["qwen3", "bloom"], mixer="gated_deltanet"):
         print(row.family, row.status, row.problem)      # qwen3 works; bloom no: attention code of its own
+    survey_family("deepseek_v3", "gla").features        # ['keys and values of different width', 'experts', ...]
 
-Every family is made as a tiny random model (`tiny.py`), converted and put through the checks (`checks.py`).
-
-One row a family: does it work, what does not, and what is special about its attention.
-
-    row = survey_family("deepseek_v3", "gla")
-    row.status, row.problem, row.features       # 'works', '', ['keys 16 and values 12 wide', 'experts', ...]
-
-Nothing that a family does can stop the walk: every failure becomes one line. What the family's own model cannot do
-either is said to be so.
+A tiny random model of each family (`limbeck.testing.tiny_models`) is converted and its student put through the checks
+of `limbeck.testing.student_checks`. No failure of a family ends the survey: each becomes one line, which says if the
+family's own softmax model has the same fault.
 """
 
 import re
@@ -29,77 +24,78 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from limbeck import mixers
 from limbeck.core.errors import LimbeckError
 from limbeck.models import Site, find_attention_sites
 from limbeck.models.probe import find_kv_sharing
 from limbeck.testing.student_checks import ModelChecks, StudentChecks, make_random_ids
 from limbeck.testing.tiny_models import list_families, make_survey_model
 
-SECONDS = 60.0  # a family's time; they take about one
+TIMEOUT = 60.0  # seconds for a family; most take about one
 COMMON_FAMILIES = [
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox"),
     *("mixtral", "qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3", "bloom"),
 ]
-ALL_LAYERS = ("forward", "steps", "pieces", "padding", "generate")
-MIXED = ("forward", "steps", "padding", "generate")
-CONSEQUENCES = {"steps": ("pieces", "generate"), "padding": ("generate",)}  # what fails with it is not news
+CHECKS_ALL_LAYERS = ("forward", "steps", "pieces", "padding", "generate")
+CHECKS_ONE_LAYER = ("forward", "steps", "padding", "generate")
+# checks that are skipped after a failure, which would make them fail too
+CONSEQUENCES = {"steps": ("pieces", "generate"), "padding": ("generate",)}
 
 
 @dataclass(frozen=True)
 class FamilyResult:
-    """What became of one family."""
+    """The result of one family."""
 
     family: str
     architecture: str
-    status: str = "works"  # works, partly: a student with faults, no: no student
+    status: str = "works"  # "works", "partly" (a student with faults) or "no" (no student)
     problem: str = ""
     features: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
 class SurveyTimeout(BaseException):
-    """A family took longer than it may. No `except Exception` on the way may take it for a fault of the family."""
+    """A family took too long. Not an Exception, so that no handler on the way takes it for a fault of the family."""
 
 
 def survey_families(families: list[str] | None = None, mixer: str = "gated_deltanet") -> Iterator[FamilyResult]:
-    """Rows of these families, or of all that the installed transformers has."""
+    """Yield the results of these families, or of all in the installed transformers."""
     for family in families or list_families():
         yield survey_family(family, mixer)
 
 
 @torch.no_grad()
-def survey_family(family: str, mixer: str = "gated_deltanet", seconds: float = SECONDS) -> FamilyResult:
-    """Make a tiny model, convert it with that mixer, and check the student.
+def survey_family(family: str, mixer: str = "gated_deltanet", seconds: float = TIMEOUT) -> FamilyResult:
+    """Make a tiny model of a family, convert it with a mixer, and check the student.
 
     Raises:
         LimbeckError: transformers has no such family, or Limbeck no such mixer.
     """
-    from limbeck import mixers
-
     mixers.get(mixer)
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        make_survey_model(family)  # says what is near
+        make_survey_model(family)  # raises with the closest name
     start = time.monotonic()
     status, problem = "no", ""
     features: list[str] = []
     try:
         with _time_limit(seconds):
-            status, problem, features = _examined(family, mixer)
+            status, problem, features = _examine(family, mixer)
     except SurveyTimeout:
         problem = f"takes more than {seconds:.0f} s at its tiniest"
-    names_of = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
-    architecture = names_of if isinstance(names_of, str) else names_of[0]
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    architecture = classes if isinstance(classes, str) else classes[0]
     problem = problem.removeprefix(f"the family '{family}' ({architecture}) ")
     return FamilyResult(family, architecture, status, problem, features, time.monotonic() - start)
 
 
-def _examined(family: str, mixer: str) -> tuple[str, str, list[str]]:
+def _examine(family: str, mixer: str) -> tuple[str, str, list[str]]:
+    """Return status, problems and features of a family."""
     try:
         single = make_survey_model(family)
     except Exception as error:
         return "no", f"no tiny model can be made: {_line(error)}", []
     try:
-        teacher = _widest(family, single)
+        teacher = _in_float64(family, single)
     except Exception as error:
         return "no", f"its own forward pass fails: {_line(error)}", []
     try:
@@ -109,21 +105,21 @@ def _examined(family: str, mixer: str) -> tuple[str, str, list[str]]:
         return "no", _line(error), []
     features = features_of(teacher, sites)
     problems: dict[str, str] = {}
-    for check in ALL_LAYERS:
-        _note(problems, check, student, ModelChecks(teacher))
-    _note(problems, "save", StudentChecks(single, mixer))
+    for check in CHECKS_ALL_LAYERS:
+        _record_failure(problems, check, student, ModelChecks(teacher))
+    _record_failure(problems, "save", StudentChecks(single, mixer))
     try:
-        mixed = StudentChecks(teacher, mixer, [0])
-    except LimbeckError:  # the layers after it read its keys and values
-        mixed = StudentChecks(teacher, mixer, [len(sites) - 1])
+        hybrid = StudentChecks(teacher, mixer, [0])
+    except LimbeckError:  # later layers read the keys and values of layer 0
+        hybrid = StudentChecks(teacher, mixer, [len(sites) - 1])
     if len(sites) > 1:
-        for check in MIXED:
-            _note(problems, check, mixed, ModelChecks(teacher), "one layer converted: ")
+        for check in CHECKS_ONE_LAYER:
+            _record_failure(problems, check, hybrid, ModelChecks(teacher), "one layer converted: ")
     return ("partly" if problems else "works"), "; ".join(problems.values()), features
 
 
-def _widest(family: str, single: PreTrainedModel) -> PreTrainedModel:
-    """The model in float64 where its code allows it."""
+def _in_float64(family: str, single: PreTrainedModel) -> PreTrainedModel:
+    """Return the model in float64, or `single` in float32 if the family's code does not support float64."""
     model = make_survey_model(family).double()
     try:
         model(make_random_ids(), use_cache=False)
@@ -133,16 +129,16 @@ def _widest(family: str, single: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _note(
+def _record_failure(
     problems: dict[str, str], check: str, student: ModelChecks, teacher: ModelChecks | None = None, prefix: str = ""
 ) -> None:
-    """Run a check; what fails is noted once, and with it whether the teacher fails too."""
+    """Run a check and record a failure once, with whether the teacher fails too."""
     if any(check in CONSEQUENCES.get(earlier, ()) for earlier in problems) or check in problems:
         return
     problem = _failure(student, check)
     if problem is not None:
-        too = teacher is not None and _failure(teacher, check) is not None
-        problems[check] = prefix + problem + (" (so it is in the teacher)" if too else "")
+        teacher_fails = teacher is not None and _failure(teacher, check) is not None
+        problems[check] = prefix + problem + (" (so it is in the teacher)" if teacher_fails else "")
 
 
 def _failure(model: ModelChecks, check: str) -> str | None:
@@ -154,7 +150,7 @@ def _failure(model: ModelChecks, check: str) -> str | None:
 
 
 def features_of(model: PreTrainedModel, sites: list[Site]) -> list[str]:
-    """What is special about a family's attention, read off a tiny model of it."""
+    """List the special features of a family's attention, from a tiny model of it."""
     config = model.config.get_text_config(decoder=True)
     attention = [model.get_submodule(site.module) for site in sites]
     children = [name for module in attention for name, _ in module.named_modules()]
@@ -163,7 +159,7 @@ def features_of(model: PreTrainedModel, sites: list[Site]) -> list[str]:
     shape = sites[0].shape
     head = model.get_output_embeddings()
     caches = DynamicCache(config=model.config).layers
-    found = {
+    features = {
         "grouped heads": any(site.shape.kv_heads < site.shape.heads for site in sites),
         "keys and values of different width": shape.key_width != shape.value_width,
         "q/k norms": any(re.fullmatch(r"(.*\.)?(q|k|qk|query|key)_?(layer)?_?norm", name) for name in children),
@@ -180,11 +176,11 @@ def features_of(model: PreTrainedModel, sites: list[Site]) -> list[str]:
         "tied head": head is not None and head.weight is model.get_input_embeddings().weight,
         "inside a multimodal model": config is not model.config,
     }
-    return [name for name, there in found.items() if there]
+    return [name for name, present in features.items() if present]
 
 
 def render_markdown(rows: list[FamilyResult]) -> str:
-    """The rows as a table, with their counts in front."""
+    """Render the rows as a Markdown table, after their counts."""
     counts = Counter(row.status for row in rows)
     lines = [
         f"{counts['works']} work, {counts['partly']} work partly, {counts['no']} do not.",
@@ -200,7 +196,7 @@ def render_markdown(rows: list[FamilyResult]) -> str:
 
 
 def _line(error: Exception) -> str:
-    """What went wrong in one line."""
+    """Summarize an error in one line."""
     if isinstance(error, LimbeckError):
         return error.found
     text = " ".join(str(error).split()).split(". ")[0]
@@ -210,7 +206,7 @@ def _line(error: Exception) -> str:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise SurveyTimeout after so many seconds, where the system has alarms and this is the main thread."""
+    """Raise SurveyTimeout after so many seconds, if the system has alarms and this is the main thread."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return

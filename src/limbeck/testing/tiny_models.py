@@ -1,14 +1,13 @@
-"""Tiny random models of real families: every kind of attention that a mixer has to stand in for.
+"""Tiny random models of transformers' families, in float32 and eval mode.
 
-model = make_tiny_model("gemma2")                          # two layers, 97 tokens, float32, in eval mode
-model = make_tiny_model("mistral", sliding_window=64)      # with another setting of its config
+    model = make_tiny_model("gemma2")                          # one of FAMILIES: two layers, 97 tokens
+    model = make_tiny_model("mistral", sliding_window=64)      # with another setting of its config
+    model = make_survey_model("qwen3_next")                    # any family: width 64, a layer of every kind
 
-A tiny random model of any causal language model in the installed transformers, made from its config class alone.
-
-    model = make_survey_model("qwen3")       # a layer of every kind that the family has, on width 64
-
-No family has to be known: sizes are found by the names of the config's fields, and a field that the config derives from
-others is left to it. Lists with an entry a layer keep one layer of every kind. What names do not tell is in `EXTRA`.
+FAMILIES are nine with fixed sizes, chosen to cover every kind of attention that a mixer has to replace; the contract
+runs on them. For the survey a model of any family in the installed transformers is made from its config class: sizes
+are set by the names of the config's fields, and fields that the config derives from others are left to it. Lists with
+an entry per layer keep one layer of every kind. What the names do not determine is in `EXTRA`.
 """
 
 import copy
@@ -67,7 +66,12 @@ MASK_POSITION_FAMILIES = ("opt",)
 
 
 def make_tiny_model(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A random model of that family in eval mode; weights large enough that attention is far from uniform."""
+    """Make a random model of one of FAMILIES in eval mode.
+
+    Args:
+        seed: of the weights; the global random state is not changed.
+        overrides: settings of the config.
+    """
     if family not in FAMILIES:
         raise LimbeckError(
             f"unknown family '{family}'{suggest_closest(family, FAMILIES)}", expected=", ".join(FAMILIES)
@@ -84,24 +88,29 @@ def _cached(family: str, seed: int) -> PreTrainedModel:
 
 def _make(family: str, seed: int, overrides: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **overrides})
-    config._experts_implementation = "eager"  # the others do not know float64
+    config._experts_implementation = "eager"  # the others do not support float64
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(4)
-                else:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        _enlarge_weights(model, 4)
     return model.eval()
 
 
+@torch.no_grad()
+def _enlarge_weights(model: PreTrainedModel, factor: float) -> None:
+    """Scale matrices and add noise to vectors, so that attention is far from uniform and biases are not zero."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(factor)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
 SURVEY_VOCAB_SIZE = 99
-LARGEST = 4_000_000  # parameters; more means that a field was missed
+MAX_PARAMETERS = 4_000_000  # more means that no pattern set the size of some field
 DEPTH = r"num_hidden_layers|(num_|n_)?(decoder_|encoder_)?layers?|num_blocks|num_layers_per_stack"
 
-# what a field is set to, by its whole name; the first that fits counts
+# value of a field by a pattern of its full name; the first match counts
 SIZES: list[tuple[str, Any]] = [
     (r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?", SURVEY_VOCAB_SIZE),
     (r".*vocab(_size)?(_base)?", 64),
@@ -142,8 +151,10 @@ SIZES: list[tuple[str, Any]] = [
     (r".*(intermediate|ffn|feed_forward|inner|mlp)_?.*(size|dim)|dff|dim_ff|n_inner|d_inner", 96),
 ]
 # fields that are set although the class's own default is None
-OPEN = r".*_token_id|(?!indexer).*head_dim|.*experts.*|topk_group|n_group|moe_intermediate_size|num_key_value_heads"
-DECODER = {"is_decoder": True}  # encoders that are decoders when told so
+OPTIONAL_FIELDS = (
+    r".*_token_id|(?!indexer).*head_dim|.*experts.*|topk_group|n_group|moe_intermediate_size|num_key_value_heads"
+)
+DECODER = {"is_decoder": True}  # turns encoders into decoders
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -188,16 +199,16 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 def list_families() -> list[str]:
-    """Model types of all causal language models that this transformers has."""
+    """List the model types of all causal language models in the installed transformers."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def make_survey_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of the family in eval mode, its weights large enough that attention is far from uniform.
+    """Make a random model of any family in eval mode.
 
     Raises:
-        LimbeckError: there is no such family, or its config keeps something large.
-        Exception: whatever the family's own code says to a config that it does not like.
+        LimbeckError: there is no such family, or its model remains large.
+        Exception: any error of the family's own code.
     """
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise LimbeckError(
@@ -206,34 +217,29 @@ def make_survey_model(family: str, seed: int = 0) -> PreTrainedModel:
     cls = CONFIG_MAPPING[family]
     config = cls(**shrink_config_kwargs(cls))
     with torch.device("meta"):
-        numbers = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
-    if numbers > LARGEST:
-        raise LimbeckError(f"it still has {numbers:,} parameters after every known field was made small")
+        parameters = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
+    if parameters > MAX_PARAMETERS:
+        raise LimbeckError(f"it still has {parameters:,} parameters after every known field was made small")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    _enlarge_weights(model, 3)
     return model.eval()
 
 
 def shrink_config_kwargs(cls: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Arguments under which the config class describes a tiny model."""
+    """Return the arguments with which a config class describes a tiny model."""
     try:
         default: Any = cls()
-    except Exception:  # some are valid only with arguments
+    except Exception:  # some classes require arguments
         default = cls
 
     def read(name: str) -> Any:
         try:
             return getattr(default, name, None)
-        except Exception:  # fields that differ from layer to layer
+        except Exception:  # fields that differ between layers
             return None
 
-    given: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {}
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}  # type: ignore[arg-type]
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         name = field.name
@@ -242,29 +248,31 @@ def shrink_config_kwargs(cls: type[PreTrainedConfig]) -> dict[str, Any]:
         if name in cls.sub_configs:
             kind = type(read(name)) if isinstance(read(name), PreTrainedConfig) else cls.sub_configs[name]
             if dataclasses.is_dataclass(kind):
-                given[name] = {**shrink_config_kwargs(kind), "model_type": kind.model_type}  # type: ignore
+                kwargs[name] = {**shrink_config_kwargs(kind), "model_type": kind.model_type}  # type: ignore
         elif name in DECODER:
-            given[name] = DECODER[name]
-        elif type(field.default) is int or re.fullmatch(OPEN, name):
+            kwargs[name] = DECODER[name]
+        elif type(field.default) is int or re.fullmatch(OPTIONAL_FIELDS, name):
             size = next((value for pattern, value in SIZES if re.fullmatch(pattern, name)), None)
             if size is not None:
-                given[name] = size
-    if "kv_lora_rank" in given:  # latent attention: as many key heads as query heads, rotation on a part of a head
-        given["num_key_value_heads"] = given["num_attention_heads"]
-        if "head_dim" in given:
-            given["head_dim"] = given["qk_rope_head_dim"]
-    return {**given, **_one_of_each(cls, read, given), **EXTRA.get(cls.model_type, {})}
+                kwargs[name] = size
+    if "kv_lora_rank" in kwargs:  # latent attention: as many key heads as query heads, rotation on a part of a head
+        kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]
+        if "head_dim" in kwargs:
+            kwargs["head_dim"] = kwargs["qk_rope_head_dim"]
+    return {**kwargs, **_shrink_layer_lists(cls, read, kwargs), **EXTRA.get(cls.model_type, {})}
 
 
-def _one_of_each(cls: type[PreTrainedConfig], read: Callable[[str], Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Lists with an entry a layer, cut down to one layer of every kind (two at least, four at most)."""
-    depth_name = next((name for name in given if re.fullmatch(DEPTH, name)), None)
+def _shrink_layer_lists(
+    cls: type[PreTrainedConfig], read: Callable[[str], Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Shorten lists with an entry per layer to one layer of every kind (at least two, at most four)."""
+    depth_name = next((name for name in kwargs if re.fullmatch(DEPTH, name)), None)
     if depth_name is None:
         return {}
     lists = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         value = read(field.name)
-        if field.name not in given and isinstance(value, list | tuple) and len(value) == read(depth_name) > 2:
+        if field.name not in kwargs and isinstance(value, list | tuple) and len(value) == read(depth_name) > 2:
             lists[field.name] = list(value)
     if not lists:
         return {}

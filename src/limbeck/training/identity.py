@@ -20,7 +20,7 @@ from limbeck.core.errors import LimbeckError
 from limbeck.core.manifest import read_manifest
 from limbeck.core.recipe import Recipe, Student
 from limbeck.data import documents
-from limbeck.models.convert import assign_mixers
+from limbeck.models.conversion import assign_mixers
 from limbeck.models.fingerprint import (
     _code,
     _files,

@@ -1,21 +1,23 @@
-"""Makes transformers know saved students, and old paths of modules lead to where these are now.
+"""What `import limbeck` registers: students with transformers, and who trains a small teacher when one is asked for.
 
-    register_when_imported()                        # AutoConfig knows the model type `limbeck`
-    redirect_old_modules()                          # `import limbeck.model.student` still works
+    register_when_imported()                       # AutoModelForCausalLM.from_pretrained then opens students
+    redirect_old_modules()                         # `import limbeck.model.student`, as older students have it, works
+    register_teacher_maker(train_or_load_teacher)  # `teacher: small` in a recipe then trains it on first use
 
-`import limbeck` calls both. transformers, which takes seconds, is not imported for that: where it is imported already the
+Neither torch nor transformers is imported here, for they take seconds: where transformers is imported already the
 registration happens now, else when somebody imports it. What is registered is a small config class
-(`limbeck.core.model_type`); all that a student is made of is imported when the first one is opened.
+(`limbeck.models.config`); all that a student is made of is imported when the first one is opened.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-AUTO = "transformers.models.auto.configuration_auto"
+AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 # paths that are written into files of users: the code beside a saved student's weights, the tasks of a benchmark pack
 OLD_MODULES = {
     "limbeck.model": "limbeck.models",
@@ -24,13 +26,30 @@ OLD_MODULES = {
     "limbeck.evaluate.token_f1": "limbeck.evaluation.lm_eval_tasks",
 }
 
+TeacherMaker = Callable[[str], Path]
+_teacher_maker: TeacherMaker | None = None
+
+
+def register_teacher_maker(maker: TeacherMaker) -> None:
+    """Register the function that returns the folder of one of Limbeck's own teachers, training it if need be.
+
+    Training stands above the models, so `limbeck.models.loading` cannot import it; the package's face hands it down.
+    """
+    global _teacher_maker
+    _teacher_maker = maker
+
+
+def get_teacher_maker() -> TeacherMaker | None:
+    """The function registered by `register_teacher_maker`, or None."""
+    return _teacher_maker
+
 
 def register_when_imported() -> None:
     """Register students with transformers, now or as soon as its auto classes are imported."""
-    if AUTO in sys.modules:
-        _register(import_module(AUTO))  # which waits for another thread that is at it
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    if AUTO_CONFIG_MODULE in sys.modules:
+        _register(import_module(AUTO_CONFIG_MODULE))  # which waits while another thread is still importing it
+    elif not any(isinstance(finder, _ImportWatcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportWatcher())
 
 
 def redirect_old_modules() -> None:
@@ -58,14 +77,14 @@ class _Redirect:
         module.__getattr__ = __getattr__  # type: ignore[method-assign]
 
 
-class _Watch:
-    """Sees the import of transformers' auto classes, leaves it to the other finders, and registers when it is done.
+class _ImportWatcher:
+    """Watches for the import of transformers' auto classes, leaves it to the other finders, and registers afterwards.
 
-    It stays where it is: taking it out could make another thread's import skip the finder behind it.
+    It stays in `sys.meta_path`: removing it could make another thread's import skip the finder behind it.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != AUTO:
+        if name != AUTO_CONFIG_MODULE:
             return None
         others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
@@ -82,5 +101,7 @@ class _Watch:
 
 
 def _register(auto: Any) -> None:
-    config = import_module("limbeck.core.model_type")  # which needs transformers
-    auto.AutoConfig.register(config.MODEL_TYPE, config.LimbeckConfig, exist_ok=True)
+    # start-up time: the config class imports transformers
+    from limbeck.models.config import MODEL_TYPE, LimbeckConfig
+
+    auto.AutoConfig.register(MODEL_TYPE, LimbeckConfig, exist_ok=True)

@@ -1,9 +1,10 @@
-"""Conversion: a softmax model in, a student out, with its plan in the config.
+"""Conversion of a softmax model into a student.
 
     student = limbeck.convert(model, mixer="gated_deltanet", layers="all")
 
-The student keeps the teacher's class, its projections (grouped keys and values stay grouped), norms and head; only the
-attention function of the chosen layers is another. The given model is left as it is.
+The student keeps the teacher's class, projections (grouped keys and values stay grouped), norms and head; only the
+attention function of the converted layers is replaced. Its config gets the plan (`config.limbeck`) by which it can be
+loaded again. The given model is not changed.
 """
 
 import copy
@@ -17,10 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from limbeck import mixers
 from limbeck.core.errors import LimbeckError, suggest_closest
-from limbeck.core.model_type import FORMAT_VERSION
 from limbeck.mixers import registry
 from limbeck.models import attention
 from limbeck.models.checkpoint import make_generation_config_savable, reset_session_entries, reset_session_settings
+from limbeck.models.config import FORMAT_VERSION
 from limbeck.models.folders import check_not_wrapped
 from limbeck.models.layers import parse_layers, select_converted_layers
 from limbeck.models.modeling import UNSAVED_NAME, get_mixers, get_student_classes, install_mixers
@@ -41,102 +42,104 @@ def convert(
     share_weights: bool = False,
     seq_len: int | None = None,
 ) -> PreTrainedModel:
-    """A student of `model` with `mixer` in place of softmax attention.
+    """Convert `model` into a student with `mixer` in place of softmax attention.
 
     Args:
         model: a causal language model of transformers whose family uses its attention interface.
         mixer: name of the mixer (`limbeck students` lists them), or a file with one: "mine.py", "mine.py:ClassName".
         layers: "all", a list of layer numbers, or text such as "0,2,5-9"; the others keep softmax.
-        softmax_layers: of these, layers that keep softmax all the same: numbers, "every 4", "uniform 7", or a file that
-            `limbeck select` wrote.
-        rules: other mixers for some of the layers, later ones over earlier ones: dicts with `layers` and any of
+        options: the mixer's options; those not given are the preset's.
+        preset: the options to start from: "default", "published" (as in the mixer's paper) or "controlled" (all mixers
+            alike except for the recurrence).
+        softmax_layers: of `layers`, those that keep softmax: numbers, "every 4", "uniform 7", or a file written by
+            `limbeck select`.
+        rules: other mixers for some of the layers; later rules override earlier ones: dicts with `layers` and any of
             `mixer`, `preset`, `options`.
-        options: the mixer's options; what is not given is as the preset has it.
-        preset: what the mixer's options start from: "default", "published" (as its authors have it) or "controlled"
-            (all mixers alike but for the recurrence).
-        copy_projections: keep the teacher's q, k, v and output projections; False draws fresh ones.
-        share_weights: let everything outside the converted attention modules be the teacher's very tensors (saves memory while
-            only the mixers are trained); False copies all.
-        seq_len: tokens of the longest sequences that the student will learn from, for mixers that depend on it
-            (`cosformer`); None for the most that the teacher was made for.
+        copy_projections: copy the teacher's q, k, v and output projections; False initializes them at random.
+        share_weights: use the teacher's own tensors outside the converted attention modules, which saves memory while
+            only the mixers are trained; False copies all.
+        seq_len: length in tokens of the longest training sequences, for mixers that depend on it (`cosformer`); None
+            for the teacher's maximum.
 
     Raises:
-        LimbeckError: unknown mixer, option or layer, a student already, weights in few bits, a model that is wrapped
-            (PEFT, torch.compile, DDP, accelerate's hooks), or a family without the attention interface.
+        LimbeckError: unknown mixer, option or layer; the model is a student already, quantized or wrapped (PEFT,
+            torch.compile, DDP, accelerate's hooks), or its family does not use the attention interface.
     """
     check_not_wrapped(model)
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")
     check_not_quantized(model.config, "this model")
     seq_len = seq_len or get_max_seq_len(model.config)
-    MixerAssignment.create(
-        mixer, options, preset, seq_len
-    )  # an unknown mixer is told before a family that cannot be converted
+    # before the family is probed, so that an unknown mixer or option is reported first
+    MixerAssignment.create(mixer, options, preset, seq_len)
     sites = find_attention_sites(model)
     chosen = [sites[i] for i in select_converted_layers(layers, softmax_layers, len(sites))]
     _check_sharing(model, chosen)
     assigned = assign_mixers([site.shape.layer for site in chosen], mixer, options, preset, rules, len(sites), seq_len)
-    plan = _plan(model, assigned, chosen)
-    student = _clone(model, plan, chosen, share_weights)
+    plan = _build_plan(model, assigned, chosen)
+    student = _copy_model(model, plan, chosen, share_weights)
     install_mixers(student, plan)
     dtype, device = model.dtype, model.device
     for site in chosen:
         module = student.get_submodule(site.module)
         module.mixer.to(device=device, dtype=dtype)
         if not copy_projections:
-            _draw_projections(student, module)
+            _reinitialize_projections(student, module)
     return student.train(model.training)
 
 
 def set_mixer_options(student: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
-    """The same student, its weights untouched, with other options of its mixers, such as `branches` or `window`.
+    """Change options of a student's mixers that leave their weights as they are, such as `branches` or `window`.
 
     Args:
-        student: is changed in place.
-        options: every mixer that has an option of that name gets it.
+        student: changed in place.
+        options: set in every mixer that has an option of that name.
+
+    Returns:
+        The same student, frozen.
 
     Raises:
-        LimbeckError: not a student, no mixer has such an option, or its weights would not fit.
+        LimbeckError: not a student, no mixer has such an option, or the weights would not fit.
     """
     plan = copy.deepcopy(getattr(student.config, "limbeck", None))
     if plan is None:
-        raise LimbeckError("this model is no student", expected="a student whose mixers get other options")
-    found = get_mixers(student)
-    known = {field.name for mixer in found.values() for field in fields(mixer.options)}
-    if missing := [name for name in options if name not in known]:
+        raise LimbeckError("this model is not a student", expected="a student whose mixers get other options")
+    student_mixers = get_mixers(student)
+    names = {field.name for mixer in student_mixers.values() for field in fields(mixer.options)}
+    if unknown := [name for name in options if name not in names]:
         raise LimbeckError(
-            f"no mixer of this student has an option '{missing[0]}'{suggest_closest(missing[0], known)}",
-            expected=", ".join(sorted(known)),
+            f"no mixer of this student has an option '{unknown[0]}'{suggest_closest(unknown[0], names)}",
+            expected=", ".join(sorted(names)),
         )
     for entry in plan["layers"]:
         module = student.get_submodule(entry["module"])
-        mixer = found[entry["module"]]
-        mine = {key: value for key, value in options.items() if hasattr(mixer.options, key)}
-        entry["options"] = {**entry["options"], **mine}
-        made = type(mixer)(mixer.shape, mixer.options_class.parse(entry["options"], mixer.name))
-        weights, wanted = mixer.state_dict(), made.state_dict()
-        if {k: w.shape for k, w in weights.items()} != {k: w.shape for k, w in wanted.items()}:
+        mixer = student_mixers[entry["module"]]
+        changes = {key: value for key, value in options.items() if hasattr(mixer.options, key)}
+        entry["options"] = {**entry["options"], **changes}
+        new_mixer = type(mixer)(mixer.shape, mixer.options_class.parse(entry["options"], mixer.name))
+        weights = mixer.state_dict()
+        if {k: w.shape for k, w in weights.items()} != {k: w.shape for k, w in new_mixer.state_dict().items()}:
             raise LimbeckError(
-                f"{', '.join(mine)}: the weights of {entry['mixer']} in layer {entry['layer']} do not fit it",
+                f"{', '.join(changes)}: the weights of {entry['mixer']} in layer {entry['layer']} would not fit",
                 expected="options that change no weight",
             )
-        made.load_state_dict(weights)
-        module.mixer = made.to(next(iter(weights.values()), torch.empty(0)))
+        new_mixer.load_state_dict(weights)
+        module.mixer = new_mixer.to(next(iter(weights.values()), torch.empty(0)))
     student.config.limbeck = plan
     return student.requires_grad_(False)
 
 
 @dataclass(frozen=True)
 class MixerAssignment:
-    """A mixer for a layer, with all its options."""
+    """The mixer of a layer, with all its options."""
 
     mixer: str
     options: dict[str, Any]
 
     @classmethod
     def create(cls, mixer: str, options: dict[str, Any] | None, preset: str, length: int) -> "MixerAssignment":
-        chosen = mixers.get(mixer).adapt_to_seq_len(mixers.resolve_options(mixer, options, preset), length)
-        return cls(mixers.get(mixer).name, asdict(chosen))
+        resolved = mixers.get(mixer).adapt_to_seq_len(mixers.resolve_options(mixer, options, preset), length)
+        return cls(mixers.get(mixer).name, asdict(resolved))
 
 
 def assign_mixers(
@@ -148,24 +151,23 @@ def assign_mixers(
     count: int,
     length: int,
 ) -> dict[int, MixerAssignment]:
-    """Which mixer each of these layers gets, of a teacher of `count` layers; see `convert`."""
+    """Return the mixer of each of these layers of a teacher with `count` layers; arguments as in `convert`."""
     assigned = dict.fromkeys(layers, MixerAssignment.create(mixer, options, preset, length))
     for rule in rules:
-        assigned.update(_ruled(rule, mixer, preset, assigned, count, length))
+        assigned.update(_apply_rule(rule, mixer, preset, assigned, count, length))
     return assigned
 
 
 def get_max_seq_len(config: PreTrainedConfig) -> int:
-    """The tokens of the longest sequence that a model was made for; 0 where its config does not say."""
+    """Return the length in tokens of the longest sequence that a model supports; 0 if its config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
 
 
-def _ruled(
+def _apply_rule(
     rule: dict[str, Any], mixer: str, preset: str, assigned: dict[int, MixerAssignment], count: int, length: int
 ) -> dict[int, MixerAssignment]:
-    """What a rule assigns, by layer."""
-    known = ("layers", "mixer", "preset", "options")
-    unknown = [key for key in rule if key not in known]
+    """Return the mixers that a rule assigns, by layer."""
+    unknown = [key for key in rule if key not in ("layers", "mixer", "preset", "options")]
     if unknown or "layers" not in rule:
         raise LimbeckError(
             f"a rule has {', '.join(map(repr, rule)) or 'nothing'}",
@@ -180,7 +182,7 @@ def _ruled(
 
 
 def unshare_weights(student: nn.Module) -> None:
-    """Give a student made with `share=True`, or a module of it, tensors of its own. Tied tensors stay tied."""
+    """Give a student made with `share_weights=True`, or a module of it, its own tensors. Tied tensors stay tied."""
     own: dict[int, nn.Parameter] = {}
     for module in student.modules():
         for name, parameter in module._parameters.items():
@@ -192,13 +194,13 @@ def unshare_weights(student: nn.Module) -> None:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Parameters of a module, shared ones counted once."""
+    """Count the parameters of a module, shared ones once."""
     return sum(p.numel() for p in module.parameters())
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a student by where they come from."""
+    """Numbers of parameters of a student by origin: `added` belong to the mixers, `fresh` are not from the teacher."""
 
     total: int
     added: int
@@ -207,7 +209,7 @@ class ParameterCounts:
 
 
 def count_student_parameters(student: PreTrainedModel, copy_projections: bool = True) -> ParameterCounts:
-    """How many parameters the student has, how many are new, how many came from the teacher."""
+    """Count a student's parameters: all, added, initialized at random, and copied from the teacher."""
     added = sum(count_parameters(mixer) for mixer in get_mixers(student).values())
     fresh = added
     if not copy_projections:
@@ -217,18 +219,18 @@ def count_student_parameters(student: PreTrainedModel, copy_projections: bool = 
 
 
 def _check_sharing(model: PreTrainedModel, chosen: list[Site]) -> None:
-    """A converted layer stores no keys and values, so nothing that stays softmax may read them."""
+    """Refuse layers that would keep softmax and read the keys and values of a converted layer, which has none."""
     converted = {getattr(model.get_submodule(site.module), "layer_idx", None) for site in chosen}
     for reader, source in find_kv_sharing(model).items():
         if source in converted and reader not in converted:
             raise LimbeckError(
-                f"layer {reader} would stay softmax and reads the keys and values of layer {source}, which keeps none",
-                expected="both converted, or the reading one alone",
+                f"layer {reader} would stay softmax and reads the keys and values of layer {source}, which has none",
+                expected="both converted, or only the one that reads",
                 hint="layers='all'",
             )
 
 
-def _plan(model: PreTrainedModel, assigned: dict[int, MixerAssignment], sites: list[Site]) -> dict[str, Any]:
+def _build_plan(model: PreTrainedModel, assigned: dict[int, MixerAssignment], sites: list[Site]) -> dict[str, Any]:
     shapes: list[dict[str, Any]] = []
     layers = []
     for site in sites:
@@ -251,14 +253,15 @@ def _plan(model: PreTrainedModel, assigned: dict[int, MixerAssignment], sites: l
         "shapes": shapes,
         "layers": layers,
     }
-    foreign = {a.mixer: registry.get_origin(a.mixer) for a in assigned.values()}
-    origins = {mixer: origin.to_dict() for mixer, origin in foreign.items() if origin is not None}
+    mixer_origins = {a.mixer: registry.get_origin(a.mixer) for a in assigned.values()}
+    origins = {mixer: origin.to_dict() for mixer, origin in mixer_origins.items() if origin is not None}
     if origins:
         plan["origins"] = origins
     return plan
 
 
-def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], share: bool) -> PreTrainedModel:
+def _copy_model(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], share: bool) -> PreTrainedModel:
+    """Copy a model and turn the copy into a student of its class and config, still without mixers."""
     config_class, model_class = get_student_classes(plan["base_model_type"], plan["base_architecture"])
     memo: dict[int, Any] = {}
     if share:
@@ -268,7 +271,7 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
     old = student.config
     raw = old.to_dict()
     raw.pop("quantization_config", None)
-    raw.pop("model_type")  # it would stand before the class's own
+    raw.pop("model_type")  # would override that of the student's class
     raw["architectures"] = [model_class.__name__]
     raw["auto_map"] = {
         "AutoConfig": "modeling_limbeck.LimbeckConfig",
@@ -277,27 +280,27 @@ def _clone(model: PreTrainedModel, plan: dict[str, Any], sites: list[Site], shar
     config = reset_session_settings(config_class.from_dict({**raw, **reset_session_entries(raw), "limbeck": plan}))
     config._attn_implementation = attention.default_attn_implementation(model_class)
     config._experts_implementation = getattr(old, "_experts_implementation", None)
-    config._name_or_path = UNSAVED_NAME  # whoever loads it by the teacher's name would get the teacher
-    renewed = dict(_pairs(old, config))
+    config._name_or_path = UNSAVED_NAME  # under the teacher's name other libraries would load the teacher
+    replacements = dict(_pair_configs(old, config))
     for module in student.modules():
-        if id(getattr(module, "config", None)) in renewed:
-            module.config = renewed[id(module.config)]  # type: ignore[assignment]
+        if id(getattr(module, "config", None)) in replacements:
+            module.config = replacements[id(module.config)]  # type: ignore[assignment]
     student.__class__ = model_class
     student.name_or_path = UNSAVED_NAME
     make_generation_config_savable(student)
     return student
 
 
-def _pairs(old: PreTrainedConfig, new: PreTrainedConfig) -> Iterator[tuple[int, PreTrainedConfig]]:
-    """A config and the configs inside it, each with the one that takes its place."""
+def _pair_configs(old: PreTrainedConfig, new: PreTrainedConfig) -> Iterator[tuple[int, PreTrainedConfig]]:
+    """Yield the id of a config and of the configs inside it, each with the config that replaces it."""
     yield id(old), new
     for name in old.sub_configs:
         if isinstance(getattr(old, name, None), PreTrainedConfig):
-            yield from _pairs(getattr(old, name), getattr(new, name))
+            yield from _pair_configs(getattr(old, name), getattr(new, name))
 
 
-def _draw_projections(student: PreTrainedModel, module: nn.Module) -> None:
-    """Fresh q, k, v and output projections as the family initialises them."""
+def _reinitialize_projections(student: PreTrainedModel, module: nn.Module) -> None:
+    """Initialize the q, k, v and output projections of an attention module as the family does."""
     with torch.no_grad():
         for child in module.modules():
             if isinstance(child, mixers.Mixer) or child is module:

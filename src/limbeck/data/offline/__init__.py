@@ -1,0 +1,1 @@
+"""Holds what is made here without the Hub: the embedded teacher, text and benchmark data."""

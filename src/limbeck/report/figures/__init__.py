@@ -1,0 +1,1 @@
+"""Holds all figures and the style that they share."""

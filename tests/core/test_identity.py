@@ -475,7 +475,7 @@ def test_a_damaged_embedded_teacher_is_made_again(teacher_folder, tmp_path, monk
     capsys.readouterr()
     flip(folder / "model.safetensors", -2)
     assert fingerprint_checkpoint(Path(loading.resolve_teacher("embedded"))) == fingerprint_checkpoint(teacher_folder)
-    assert "embedded teacher: damaged, made again" in capsys.readouterr().err
+    assert "embedded teacher: damaged, recreating it" in capsys.readouterr().err
     assert loading.resolve_teacher("embedded") == str(folder)
     assert "damaged" not in capsys.readouterr().err
 

@@ -11,15 +11,9 @@ import pytest
 import torch
 
 from limbeck import LimbeckError
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import (
-    STALE_SECONDS,
-    atomic_write_text,
-    compute_sha256,
-    ensure_cached_folder,
-    load_valid_manifest,
-    read_json,
-)
+from limbeck.core.storage import STALE_SECONDS, atomic_write_text, compute_sha256, read_json
 from limbeck.training.run_directory import RunDirectory, check_run, open_run
 
 STAGES = [{"stage": "calibrate", "tokens": 256}, {"stage": "hidden", "tokens": 512, "batch_size": 4}]
@@ -93,7 +87,7 @@ def test_what_is_made_again_is_told(tmp_path, capsys, damage):
     else:
         (tmp_path / "x" / "manifest.json").write_text("{", encoding="utf-8")
     make()
-    assert "tokens of mine: damaged, made again" in capsys.readouterr().err.replace("\n", " ")
+    assert "tokens of mine: damaged, recreating it" in capsys.readouterr().err.replace("\n", " ")
     assert (tmp_path / "x" / "a").read_text(encoding="utf-8") == "content"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from limbeck.core.cache import ensure_cached_folder
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import ensure_cached_folder
 from limbeck.data.offline import corpus as wikitext
 from limbeck.evaluation import associative_recall, long_text
 from limbeck.evaluation import measure as measures

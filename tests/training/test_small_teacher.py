@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from limbeck.cli import app
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import TeacherRecipe
-from limbeck.core.storage import ensure_cached_folder, load_valid_manifest
 from limbeck.data.offline import embedded
 from limbeck.data.offline.recall import (
     REPEAT_MARKER,

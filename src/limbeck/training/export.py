@@ -12,8 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck.core.console import console
-from limbeck.core.manifest import read_manifest
-from limbeck.core.storage import atomic_folder, compute_sha256
+from limbeck.core.storage import atomic_folder, compute_sha256, read_manifest
 from limbeck.core.system import get_peak_memory
 from limbeck.evaluation.agreement import evaluate_agreement
 from limbeck.evaluation.timing import measure_cache_sizes

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
-from limbeck.core.manifest import read_manifest
 from limbeck.core.recipe import Recipe, Student
+from limbeck.core.storage import read_manifest
 from limbeck.data import documents
 from limbeck.models.convert import assign_mixers
 from limbeck.models.fingerprint import (

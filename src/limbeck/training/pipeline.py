@@ -17,9 +17,8 @@ from limbeck.core import recipe as recipes
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info, main_process_first, process_group, run_on_main
 from limbeck.core.errors import LimbeckError
-from limbeck.core.manifest import read_manifest
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import check_disk_space, check_writable, read_json
+from limbeck.core.storage import check_disk_space, check_writable, read_json, read_manifest
 from limbeck.training.export import check_exported_files, export_and_evaluate, provenance
 from limbeck.training.identity import matches_run_identity
 from limbeck.training.plan import Plan, make_plan

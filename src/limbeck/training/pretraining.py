@@ -47,17 +47,12 @@ from torch import Tensor, nn, no_grad
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from limbeck.core.cache import ensure_cached_folder, get_dry_run_notes, load_valid_manifest, raise_if_dry_run
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import TeacherRecipe, Trained
-from limbeck.core.storage import (
-    cache_root,
-    ensure_cached_folder,
-    get_dry_run_notes,
-    load_valid_manifest,
-    raise_if_dry_run,
-)
+from limbeck.core.storage import cache_root
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.packing import IGNORE_INDEX, Batch, PackedDataset, SequenceDataset, count_eval_sequences
 from limbeck.data.synthetic import RepeatedSequenceDataset

@@ -25,19 +25,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info, run_on_main, run_on_main_with_tensors
 from limbeck.core.errors import LimbeckError
-from limbeck.core.manifest import read_manifest
 from limbeck.core.recipe import AnyRecipe
-from limbeck.core.storage import (
-    atomic_write_text,
-    check_link,
-    convert_write_errors,
-    ensure_cached_folder,
-    get_staging_folder,
-    load_valid_manifest,
-)
+from limbeck.core.storage import atomic_write_text, check_link, convert_write_errors, get_staging_folder, read_manifest
 from limbeck.core.version import __version__
 from limbeck.ops import fla
 from limbeck.training.trackers import Trackers, resolve_trackers, steps_before

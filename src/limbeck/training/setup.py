@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import mixers
 from limbeck.core import recipe as recipes
+from limbeck.core.cache import NotCachedError, get_dry_run_notes
 from limbeck.core.console import console, format_duration
 from limbeck.core.distributed import get_local_device, get_process_info
 from limbeck.core.errors import LimbeckError, rewrite_hints
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import NotCachedError, get_dry_run_notes
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.documents import count_stored_bytes
 from limbeck.data.packing import SequenceDataset, count_eval_sequences, count_sequences_with_targets, no_targets_error

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from helpers.paths import ROOT
 
 PACKAGE = ROOT / "src" / "limbeck"

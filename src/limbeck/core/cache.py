@@ -151,7 +151,7 @@ def _lock(folder: Path, what: str) -> Iterator[bool]:
             last_progress, since = progress, time.monotonic()
         if time.monotonic() - since > LOCK_TIMEOUT_SECONDS:
             raise LimbeckError(
-                f"another process holds the lock of the {what} but has written nothing for {LOCK_TIMEOUT_SECONDS:.0f} s",
+                f"another process holds the lock of the {what} and wrote nothing for {LOCK_TIMEOUT_SECONDS:.0f} s",
                 hint=f"stop that process (the lock is {path}) and rerun the same command",
             )
         time.sleep(0.2)

@@ -1,9 +1,9 @@
 """Measure the machine: free and peak memory, load by other programs, its speed at a reference product.
 
-    get_free_memory(device)                                  # bytes, or None if the system does not tell
-    get_peak_memory()                                        # bytes, the peak of this process
-    measure_peak_memory(lambda: model(ids), device)          # bytes on top of what was in use before
-    describe_cpu_contention(threads=2)                       # a sentence if other programs need the cores
+get_free_memory(device)                                  # bytes, or None if the system does not tell
+get_peak_memory()                                        # bytes, the peak of this process
+measure_peak_memory(lambda: model(ids), device)          # bytes on top of what was in use before
+describe_cpu_contention(threads=2)                       # a sentence if other programs need the cores
 """
 
 import ctypes

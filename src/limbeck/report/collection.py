@@ -20,7 +20,7 @@ import yaml
 
 from limbeck.core.config import STAGE_NAMES
 from limbeck.core.errors import LimbeckError
-from limbeck.core.recipe import OLD_KEYS, from_old_keys, study_from_old_keys
+from limbeck.core.old_keys import OLD_KEYS, from_old_keys, study_from_old_keys
 from limbeck.core.storage import read_json, read_manifest
 from limbeck.evaluation import speed
 from limbeck.evaluation.measure import Measurement

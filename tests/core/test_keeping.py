@@ -185,13 +185,13 @@ def test_differences_of_recipes_are_short(tmp_path):
         {**STAGES[1], "tokens": 1, "lr": 1.0, "warmup_ratio": 0.5, "min_lr_ratio": 0.5, "betas": [0.1, 0.2]},
     ]
     cases = {
-        "stages: 2 (calibrate, hidden) there, 1 (calibrate) asked for": {"stages": long},
-        "stages: 2 (calibrate, hidden) there, 3 (calibrate, hidden, hidden) asked for": {
+        "stages: was 2 (calibrate, hidden), now 1 (calibrate)": {"stages": long},
+        "stages: was 2 (calibrate, hidden), now 3 (calibrate, hidden, hidden)": {
             "stages": [*STAGES, STAGES[1]]
         },
-        "stages.1.tokens: 512 there, 1 asked for": {"stages": many},
-        "student.layers: 'all' there": {"student": {"layers": list(range(500))}},
-        "data.sources: None there": {"data": {"sources": [{"source": f"{n}.jsonl"} for n in range(100)]}},
+        "stages.1.tokens: was 512, now 1": {"stages": many},
+        "student.layers: was 'all'": {"student": {"layers": list(range(500))}},
+        "data.sources: was None": {"data": {"sources": [{"source": f"{n}.jsonl"} for n in range(100)]}},
     }
     for expected, changes in cases.items():
         with pytest.raises(LimbeckError) as error:

@@ -190,7 +190,7 @@ def test_a_run_directory_with_old_keys_opens_as_the_same_run(tmp_path):
     assert (second.lr_other, second.top_k, second.chunk_size, second.data.seq_len) == (1e-4, 20, 9, 32)
     assert second.lora.target_modules == "all-linear"
     check_run(tmp_path, recipe)
-    with pytest.raises(LimbeckError, match=r"data\.seq_len: 128 there, 64 asked for"):
+    with pytest.raises(LimbeckError, match=r"data\.seq_len: was 128, now 64"):
         check_run(tmp_path, recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": 64})}))
     with pytest.raises(LimbeckError, match="it has been renamed"):
         Recipe.load(tmp_path / "recipe.yaml")

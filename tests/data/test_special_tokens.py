@@ -284,7 +284,7 @@ def test_a_teacher_that_needs_bos_is_taught_with_it_end_to_end(kind, needs_bos, 
     source = corpus(tmp_path / "c.jsonl", [*PARAGRAPHS[:12], *(p + " " for p in PARAGRAPHS[:12])])
     held_out = _run(needs_bos[kind], source, tmp_path / "run")["held_out"]
     said = " ".join(capsys.readouterr().err.split())
-    warned = "does not put its BOS, <s>, before a text" in said
+    warned = "does not add its BOS token, <s>," in said
     assert warned == (kind == "forgets")
     if kind == "forgets":
         assert held_out["teacher_perplexity"] > 25

@@ -282,7 +282,7 @@ def get_session() -> Session:
     if _session is None:
         raise LimbeckError(
             f"process {get_process_info().rank} of {get_process_info().world_size} has not joined the others",
-            hint="with process_group(): ...",
+            expected="a call inside process_group()",
         )
     return _session
 

@@ -31,7 +31,7 @@ from limbeck.study import results
 from limbeck.study.shared_training import get_free_memory, train_shared_stages
 from limbeck.study.spec import Arm, Study
 from limbeck.training.pipeline import distill
-from limbeck.training.setup import LoadedTeacher, load_recipe_teacher
+from limbeck.training.teacher_loading import LoadedTeacher, load_recipe_teacher
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from limbeck.training.plan import Plan, make_plan
 from limbeck.training.precision import numerics_context
 from limbeck.training.rehearsal import dry_run_export, measure_stage_times
 from limbeck.training.run_directory import RunDirectory, check_run, collect_environment, open_run, remove_stale_export
-from limbeck.training.setup import Job, LoadedTeacher, assign_run_directory, build_student, prepare_job, run_path
+from limbeck.training.setup import Job, assign_run_directory, build_student, prepare_job, run_path
 from limbeck.training.stages import make_stage, run_stages
+from limbeck.training.teacher_loading import LoadedTeacher
 from limbeck.training.trainer import Stage
 
 LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed

@@ -85,7 +85,7 @@ def another_tokenizer_is_saved(tokenizer, teacher):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (no_tokenizer_is_saved, "cannot be saved and opened again: This tokenizer cannot be saved. It has no files."),
+        (no_tokenizer_is_saved, "cannot be saved and loaded again: This tokenizer cannot be saved. It has no files."),
         (another_tokenizer_is_saved, "tokenizer reads a text otherwise, or has another chat template"),
     ],
 )

@@ -225,7 +225,7 @@ class Logits(Trained):
             raise ValueError("at least one of ce, kl, reverse_kl, jsd and top_kl has to be greater than 0")
         if self.cache_teacher and (self.kl or self.reverse_kl or self.jsd or self.temperature != 1):
             raise ValueError(
-                "cache_teacher stores only the teacher's most likely tokens, so it requires top_kl or ce at temperature 1 "
+                "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1 "
                 "(--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
             )
         return self
@@ -384,7 +384,7 @@ class TeacherRecipe(Document):
 
     name: str
     model: dict[str, Any]  # fields of the transformers config, including `model_type`
-    init: Literal["random", "look_back"] = "random"  # initial weights, see `limbeck.training.pretraining`
+    init: Literal["random", "look_back"] = "random"  # initial weights, see `limbeck.training.induction_init`
     vocab_size: Annotated[int, Field(ge=300)]  # of the byte-level BPE, including special tokens
     data: Data
     stages: Annotated[

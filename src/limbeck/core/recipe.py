@@ -203,7 +203,7 @@ class Logits(Trained):
     ce: Annotated[float, Field(ge=0)] = 0.0  # weight of the cross-entropy on the labels
     kl: Annotated[float, Field(ge=0)] = 1.0  # of KL(teacher || student)
     reverse_kl: Annotated[float, Field(ge=0)] = 0.0  # of KL(student || teacher)
-    jsd: Annotated[float, Field(ge=0)] = 0.0  # of the generalised Jensen-Shannon divergence
+    jsd: Annotated[float, Field(ge=0)] = 0.0  # of the generalized Jensen-Shannon divergence
     top_kl: Annotated[float, Field(ge=0)] = (
         0.0  # of KL over the teacher's `top_k` most likely tokens and all others as one
     )
@@ -225,8 +225,8 @@ class Logits(Trained):
             raise ValueError("at least one of ce, kl, reverse_kl, jsd and top_kl has to be greater than 0")
         if self.cache_teacher and (self.kl or self.reverse_kl or self.jsd or self.temperature != 1):
             raise ValueError(
-                "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1 "
-                "(--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
+                "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1"
+                " (--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
             )
         return self
 

@@ -291,18 +291,18 @@ def check_run(path: Path, recipe: AnyRecipe) -> None:
     raise_if_changed(f"{path} contains another run", path, changed, "the same recipe, to resume the run")
 
 
-def raise_if_changed(found: str, path: Path, changed: list[str], expected: str, hint: str = "") -> None:
+def raise_if_changed(problem: str, path: Path, changed: list[str], expected: str, hint: str = "") -> None:
     """Raise LimbeckError with the first differences if there are any.
 
     Args:
-        found: what is wrong, before the list.
+        problem: what is wrong, before the list.
         changed: the differences, a line each.
         hint: what to try before another --out.
     """
     if changed:
         more = [f"and {len(changed) - MAX_DIFFERENCES} more"] if len(changed) > MAX_DIFFERENCES else []
         raise LimbeckError(
-            f"{found}:\n  " + "\n  ".join([*changed[:MAX_DIFFERENCES], *more]),
+            f"{problem}:\n  " + "\n  ".join([*changed[:MAX_DIFFERENCES], *more]),
             expected=expected,
             hint=f"{hint}--out {path}-2   (a new run), or delete the folder",
         )

@@ -132,7 +132,7 @@ def _calibrate(job: Job, settings: recipes.Calibrate, results: dict[int, dict[st
 def _sweep(
     job: Job, settings: Any, index: int, results: dict[int, dict[str, Any]], num_points: int
 ) -> LearningRateSweep:
-    """Train a new student for one step at each learning rate."""
+    """Train a new student with one step per learning rate, from the lowest to the highest."""
     student = _build_student(job, results)
     if job.recipe.teacher_bits is None and trains_beyond_attention(settings):
         unshare_weights(student)

@@ -113,6 +113,40 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     check_precision(recipe, device)
     check_trackers(recipe.trackers)
     teacher, tokenizer = loaded or load_recipe_teacher(recipe, device)
+    _check_sequence_lengths(recipe, teacher)
+    identity: dict[str, Any] = {}
+    if get_process_info().is_main and notes is None:  # a placeholder has no identity
+        identity = build_run_identity(recipe, teacher, tokenizer, len(find_attention_sites(teacher)))
+        check_run_identity(path, identity)
+    if recipe.attention == "mask":
+        force_attention_masks(teacher)
+    sites = find_attention_sites(teacher)
+    converted = [
+        sites[i] for i in select_converted_layers(recipe.student.layers, recipe.student.softmax_layers, len(sites))
+    ]
+    for stage in recipe.stages:
+        if isinstance(stage, recipes.Logits) and stage.lora is not None:
+            check_peft()
+            resolve_lora_targets(teacher, converted, stage.lora.target_modules)
+    texts = _open_texts(recipe, teacher, tokenizer) if notes is None else {}
+    if notes is not None:
+        _note_missing_texts(recipe, teacher, tokenizer, notes)
+    autocast = resolve_autocast(recipe.precision, device)
+    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), converted, path, identity)
+    if notes is not None:  # what follows reads the text, which a plan must not create
+        return job
+    for stage in recipe.stages:
+        if getattr(stage, "cache_teacher", None) is not None:
+            require_packed(job.train_dataset(recipe.text_of(stage)))
+    _check_targets(job)
+    check_finite_loss(teacher, job.held_out_dataset(recipe.data).batch(0, 1).to(device), autocast)
+    if get_process_info().is_main:
+        _advise_bos(job)
+    return job
+
+
+def _check_sequence_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
+    """Raise LimbeckError if sequences are longer than the positions that the teacher was trained on."""
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"data.seq_len": recipe.data.seq_len}
     lengths |= {f"stages.{i}.seq_len": recipe.text_of(stage).seq_len for i, stage in enumerate(recipe.stages)}
@@ -123,35 +157,6 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
                 expected=f"{key} of at most {longest}",
                 hint=f"--set {key}={longest}",
             )
-    identity: dict[str, Any] = {}
-    if get_process_info().is_main and notes is None:  # a placeholder has no identity
-        identity = build_run_identity(recipe, teacher, tokenizer, len(find_attention_sites(teacher)))
-        check_run_identity(path, identity)
-    if recipe.attention == "mask":
-        force_attention_masks(teacher)
-    sites = find_attention_sites(teacher)
-    chosen = [
-        sites[i] for i in select_converted_layers(recipe.student.layers, recipe.student.softmax_layers, len(sites))
-    ]
-    for stage in recipe.stages:
-        if isinstance(stage, recipes.Logits) and stage.lora is not None:
-            check_peft()
-            resolve_lora_targets(teacher, chosen, stage.lora.target_modules)
-    texts = _open_texts(recipe, teacher, tokenizer) if notes is None else {}
-    if notes is not None:
-        _note_missing_texts(recipe, teacher, tokenizer, notes)
-    autocast = resolve_autocast(recipe.precision, device)
-    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), chosen, path, identity)
-    if notes is not None:
-        return job
-    for stage in recipe.stages:
-        if getattr(stage, "cache_teacher", None) is not None:
-            require_packed(job.train_dataset(recipe.text_of(stage)))
-    _check_targets(job)
-    check_finite_loss(teacher, job.held_out_dataset(recipe.data).batch(0, 1).to(device), autocast)
-    if get_process_info().is_main:
-        _advise_bos(job)
-    return job
 
 
 def build_student(job: Job) -> PreTrainedModel:

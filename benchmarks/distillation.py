@@ -67,7 +67,8 @@ def main() -> None:
     teacher_head, tokens = LMHead(teacher), args.batch * args.length
 
     def ask(batch: Batch):
-        found = [top_log_probs(teacher_head(h), args.top) for h in run_backbone(teacher, batch).flatten(0, 1).split(128)]
+        hidden = run_backbone(teacher, batch).flatten(0, 1)
+        found = [top_log_probs(teacher_head(part), args.top) for part in hidden.split(128)]
         return tuple(torch.cat(x).unflatten(0, batch.input_ids.shape) for x in zip(*found))
 
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from limbeck.models.hooks import DistillationPair, load_teacher
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.plan import measure_matmul_flops
-from limbeck.training.teacher_cache import likeliest
+from limbeck.training.teacher_cache import top_log_probs
 
 
 def main() -> None:
@@ -67,7 +67,8 @@ def main() -> None:
     teacher_head, tokens = LMHead(teacher), args.batch * args.length
 
     def ask(batch: Batch):
-        found = [likeliest(teacher_head(h), args.top) for h in run_backbone(teacher, batch).flatten(0, 1).split(128)]
+        hidden = run_backbone(teacher, batch).flatten(0, 1)
+        found = [top_log_probs(teacher_head(part), args.top) for part in hidden.split(128)]
         return tuple(torch.cat(x).unflatten(0, batch.input_ids.shape) for x in zip(*found))
 
     with tempfile.TemporaryDirectory() as folder:

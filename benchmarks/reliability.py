@@ -189,7 +189,7 @@ class Breaker:
         if (
             fault == "full disk"
             and ended == 2
-            and not any(word in told for word in ("is full", "no room", "larger", "whole"))
+            and not any(word in told for word in ("is full", "not enough disk space", "size limit", "truncated"))
         ):
             self.tally.wrong.append(f"{fault}: {told[-300:]}")
         if fault == "full disk" and (run / ".student.tmp").exists():

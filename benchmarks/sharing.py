@@ -23,8 +23,9 @@ from limbeck.study.shared_training import train_shared_stages
 from limbeck.study.spec import Arm
 from limbeck.training.pipeline import start_run
 from limbeck.training.run_directory import RunDirectory, open_run
-from limbeck.training.setup import LoadedTeacher, build_student, prepare_job
+from limbeck.training.setup import build_student, prepare_job
 from limbeck.training.stages import run_stages
+from limbeck.training.teacher_loading import LoadedTeacher
 
 
 def recipe_of(mixer: str, out: Path, given: argparse.Namespace) -> Recipe:

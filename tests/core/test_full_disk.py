@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from limbeck import Recipe, cli, distill
+from limbeck.core.cache import ensure_cached_folder
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import atomic_folder, ensure_cached_folder, explain_write_error, find_write_error
+from limbeck.core.storage import atomic_folder, explain_write_error, find_write_error
 from limbeck.study import Study, run_study
 from limbeck.study.tasks import SequentialExecutor
 
@@ -102,7 +103,7 @@ def test_every_library_that_meets_a_full_disk_is_understood(disk, writer):
     with pytest.raises(LimbeckError, match="full") as told:
         ensure_cached_folder(disk.place / "folder", fills(WRITERS[writer]), what="folder")
     assert str(disk.place) in told.value.found
-    assert "free some room" in told.value.hint
+    assert "free some space" in told.value.hint
     with pytest.raises(LimbeckError, match="full"), atomic_folder(disk.place / "other") as folder:
         WRITERS[writer](folder)
     assert [path for path in disk.place.rglob("*") if not path.name.endswith(".lock")] == [], "something was left"
@@ -187,7 +188,7 @@ def test_a_run_whose_disk_fills_up_goes_on_when_there_is_room(
     """So much room is left at its beginning that it ends in the log, in checkpoints of each stage, in the export."""
     disk.mount("size=40m")
     chosen = recipe(teacher_folder, corpus, disk.place / "run")
-    with pytest.raises(LimbeckError, match=r"full|no room"):
+    with pytest.raises(LimbeckError, match=r"full|not enough disk space"):
         distill(chosen, confirm=lambda plan: disk.fill(leave), measure_times=False, plot_curves=False)
     assert not [path for path in disk.place.rglob("*.tmp") if path.is_dir()], "a half-made folder was left"
     disk.free()
@@ -213,7 +214,7 @@ def test_a_study_whose_disk_fills_up_goes_on_when_there_is_room(disk, teacher_fo
         said = json.dumps(run_study(study, folder, executor=Filling(disk)))  # the arms failed
     except LimbeckError as told:
         said = str(told)
-    assert "full" in said or "no room" in said
+    assert "full" in said or "not enough disk space" in said
     assert "Traceback" not in said + "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.json"))
     disk.free()
     found = run_study(study, folder)
@@ -271,7 +272,7 @@ def test_a_disk_without_room_for_another_file(disk, teacher_folder, corpus, own_
 def test_a_cache_on_a_full_disk(disk, teacher_folder, corpus, tmp_path, monkeypatch):
     disk.mount("size=8k")
     monkeypatch.setenv("LIMBECK_CACHE", str(disk.place))
-    with pytest.raises(LimbeckError, match=r"full|no room") as told:
+    with pytest.raises(LimbeckError, match=r"full|not enough disk space") as told:
         distill(recipe(teacher_folder, corpus, tmp_path / "run"), measure_times=False)
     assert "LIMBECK_CACHE" in told.value.hint
     assert not (tmp_path / "run").exists()

@@ -214,12 +214,12 @@ def other_text(teacher: Path, tmp_path: Path) -> None:
 
 
 CHANGES = {
-    other_weights: "has not the weights that it had then",
-    one_bit: "has not the weights that it had then",
+    other_weights: "has changed: its weights differ",
+    one_bit: "has changed: its weights differ",
     other_setting: ", rms_norm_eps: ",
-    other_merges: "has not the tokenizer that it had then",
-    other_template: "has not the tokenizer that it had then",
-    other_layers: "the student.0.layers: '0' there, '1' asked for",
+    other_merges: "has changed: its tokenizer differs",
+    other_template: "has changed: its tokenizer differs",
+    other_layers: "the student.0.layers: was '0', now '1'",
     other_code: "the student.0.code: ",
     other_text: "the text has changed",
 }
@@ -280,7 +280,7 @@ def test_a_teacher_in_memory_is_compared_too(recipe, teacher):
     (Path(made.out) / "eval.json").unlink()
     with torch.no_grad():
         loaded[0].model.layers[0].mlp.up_proj.weight.mul_(1.01)
-    with pytest.raises(LimbeckError, match="has not the weights that it had then"):
+    with pytest.raises(LimbeckError, match="has changed: its weights differ"):
         pipeline.distill(made, loaded=loaded)
 
 
@@ -313,9 +313,9 @@ def test_runs_of_one_table_have_one_teacher(recipe, teacher, tmp_path):
     ("damage", "said"),
     [
         (lambda student: shutil.rmtree(student), "not there"),
-        (lambda student: flip(student / "model.safetensors", -9), "model.safetensors is not what was written"),
-        (lambda student: (student / "tokenizer.json").unlink(), "tokenizer.json is gone"),
-        (lambda student: os.truncate(student / "config.json", 40), "config.json is not what was written"),
+        (lambda student: flip(student / "model.safetensors", -9), "model.safetensors has been changed"),
+        (lambda student: (student / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda student: os.truncate(student / "config.json", 40), "config.json has been changed"),
     ],
     ids=["no folder", "a bit", "a file", "cut"],
 )
@@ -440,7 +440,7 @@ def test_a_branch_that_moved_is_noticed(hub_cache, recipe):
     made = recipe(teacher="ann/tiny", stages=recipe().stages[:1])
     pipeline.distill(made)
     (hub_cache / "refs" / "main").write_text("1" * 40, encoding="utf-8")
-    with pytest.raises(LimbeckError, match="has not the weights that it had then"):
+    with pytest.raises(LimbeckError, match="has changed: its weights differ"):
         pipeline.distill(made)
     pipeline.distill(made.model_copy(update={"teacher": f"ann/tiny@{'2' * 40}", "out": f"{made.out}-2"}))
 
@@ -475,7 +475,7 @@ def test_a_damaged_embedded_teacher_is_made_again(teacher_folder, tmp_path, monk
     capsys.readouterr()
     flip(folder / "model.safetensors", -2)
     assert fingerprint_checkpoint(Path(loading.resolve_teacher("embedded"))) == fingerprint_checkpoint(teacher_folder)
-    assert "embedded teacher: damaged, made again" in capsys.readouterr().err
+    assert "embedded teacher: damaged, recreating it" in capsys.readouterr().err
     assert loading.resolve_teacher("embedded") == str(folder)
     assert "damaged" not in capsys.readouterr().err
 

@@ -11,15 +11,9 @@ import pytest
 import torch
 
 from limbeck import LimbeckError
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import (
-    STALE_SECONDS,
-    atomic_write_text,
-    compute_sha256,
-    ensure_cached_folder,
-    load_valid_manifest,
-    read_json,
-)
+from limbeck.core.storage import STALE_SECONDS, atomic_write_text, compute_sha256, read_json
 from limbeck.training.run_directory import RunDirectory, check_run, open_run
 
 STAGES = [{"stage": "calibrate", "tokens": 256}, {"stage": "hidden", "tokens": 512, "batch_size": 4}]
@@ -93,7 +87,7 @@ def test_what_is_made_again_is_told(tmp_path, capsys, damage):
     else:
         (tmp_path / "x" / "manifest.json").write_text("{", encoding="utf-8")
     make()
-    assert "tokens of mine: damaged, made again" in capsys.readouterr().err.replace("\n", " ")
+    assert "tokens of mine: damaged, recreating it" in capsys.readouterr().err.replace("\n", " ")
     assert (tmp_path / "x" / "a").read_text(encoding="utf-8") == "content"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
@@ -191,13 +185,11 @@ def test_differences_of_recipes_are_short(tmp_path):
         {**STAGES[1], "tokens": 1, "lr": 1.0, "warmup_ratio": 0.5, "min_lr_ratio": 0.5, "betas": [0.1, 0.2]},
     ]
     cases = {
-        "stages: 2 (calibrate, hidden) there, 1 (calibrate) asked for": {"stages": long},
-        "stages: 2 (calibrate, hidden) there, 3 (calibrate, hidden, hidden) asked for": {
-            "stages": [*STAGES, STAGES[1]]
-        },
-        "stages.1.tokens: 512 there, 1 asked for": {"stages": many},
-        "student.layers: 'all' there": {"student": {"layers": list(range(500))}},
-        "data.sources: None there": {"data": {"sources": [{"source": f"{n}.jsonl"} for n in range(100)]}},
+        "stages: was 2 (calibrate, hidden), now 1 (calibrate)": {"stages": long},
+        "stages: was 2 (calibrate, hidden), now 3 (calibrate, hidden, hidden)": {"stages": [*STAGES, STAGES[1]]},
+        "stages.1.tokens: was 512, now 1": {"stages": many},
+        "student.layers: was 'all'": {"student": {"layers": list(range(500))}},
+        "data.sources: was None": {"data": {"sources": [{"source": f"{n}.jsonl"} for n in range(100)]}},
     }
     for expected, changes in cases.items():
         with pytest.raises(LimbeckError) as error:

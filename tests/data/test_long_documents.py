@@ -13,8 +13,8 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.paths import ROOT
+from limbeck.core.cache import ensure_cached_folder
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import ensure_cached_folder
 from limbeck.data.offline import long_documents, packs
 from limbeck.evaluation import measure
 from limbeck.evaluation.lm_eval_tasks import score_answers

@@ -155,5 +155,5 @@ def test_a_run_asks_the_teacher_once_and_other_students_never(teacher_folder, co
 
 
 def test_what_cannot_be_had_from_a_cache_is_refused():
-    with pytest.raises(LimbeckError, match="likeliest tokens alone"):
+    with pytest.raises(LimbeckError, match="most likely tokens"):
         Recipe.parse({"stages": [{"stage": "logits", "tokens": 64, "cache_teacher": "top-k"}]})

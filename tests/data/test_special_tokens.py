@@ -29,9 +29,8 @@ from limbeck.data.synthetic import RepeatedSequenceSource
 from limbeck.data.token_store import Split, build_token_store
 from limbeck.data.tokenization import create_encoder
 from limbeck.evaluation.associative_recall import RecallSequence
-from limbeck.evaluation.haystacks import Haystack, build_needle_question, build_passkey_question
+from limbeck.evaluation.haystacks import Haystack, build_needle_question, build_passkey_question, count_prompt_tokens
 from limbeck.evaluation.long_text import PrefilledPrompt, load_long_text
-from limbeck.evaluation.retrieval import count_prompt_tokens
 from limbeck.models.generation import generate_continuation
 from limbeck.models.loading import load_model_and_tokenizer
 from limbeck.testing import make_tiny_model
@@ -284,7 +283,7 @@ def test_a_teacher_that_needs_bos_is_taught_with_it_end_to_end(kind, needs_bos, 
     source = corpus(tmp_path / "c.jsonl", [*PARAGRAPHS[:12], *(p + " " for p in PARAGRAPHS[:12])])
     held_out = _run(needs_bos[kind], source, tmp_path / "run")["held_out"]
     said = " ".join(capsys.readouterr().err.split())
-    warned = "does not put its BOS, <s>, before a text" in said
+    warned = "does not add its BOS token, <s>," in said
     assert warned == (kind == "forgets")
     if kind == "forgets":
         assert held_out["teacher_perplexity"] > 25

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.core import storage
+from limbeck.core import cache
 from limbeck.core.errors import LimbeckError
 from limbeck.data import source_shards, streaming, token_store
 from limbeck.data.streaming import StreamingDataset, TokenStream
@@ -130,7 +130,7 @@ def test_the_cache_stays_within_its_room_and_shards_come_back(folder, tokenizer,
     size = max(streaming._size(path) for path in free.folder.glob("shard-*"))
     shutil.rmtree(free.folder)
     tight = stream(folder, tokenizer, cache_gb=3.1 * size / 1e9)
-    most, publish = [], storage.ensure_cached_folder
+    most, publish = [], cache.ensure_cached_folder
 
     def watching(*given, **more):
         made = publish(*given, **more)

@@ -138,7 +138,7 @@ def test_the_held_out_loss_is_what_the_evaluation_measures_and_no_step_is_empty(
     assert len(lines) == 8
     assert all(line["loss"] > 1 and line["held_out_loss"] > 1 and line["grad_norm"] > 0 for line in lines)
     told = capsys.readouterr().err
-    assert "train sequences of 32 tokens have a target; stage logits passes over the others" in told
+    assert "train sequences of 32 tokens have a target; stage logits skips the others" in told
     # the same by hand, document by document and one sequence at a time
     ready = setup.prepare_job(made)
     student, _ = load_model_and_tokenizer(f"{made.out}/student")

@@ -12,14 +12,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from limbeck.core.cache import ensure_cached_folder
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import ensure_cached_folder
 from limbeck.data.offline import corpus as wikitext
 from limbeck.evaluation import associative_recall, long_text
 from limbeck.evaluation import measure as measures
-from limbeck.evaluation.haystacks import NOISE, Haystack, build_needle_question, build_passkey_question
+from limbeck.evaluation.haystacks import (
+    NOISE,
+    Haystack,
+    Question,
+    build_needle_question,
+    build_passkey_question,
+    count_prompt_tokens,
+)
 from limbeck.evaluation.long_text import PrefilledPrompt, compute_token_losses, get_context_length
-from limbeck.evaluation.retrieval import Question, answer_question, count_prompt_tokens, proportion_with_stderr
+from limbeck.evaluation.retrieval import answer_question, proportion_with_stderr
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.models import cache_bytes, convert
 from limbeck.report import comparison

@@ -163,7 +163,7 @@ def test_a_busy_machine_is_told(entries, monkeypatch):
     assert any("took 1.0 ms at first and 2.0 ms later" in note for note in benchmark.notes)
     assert found[0].details["notes"] == benchmark.notes
     monkeypatch.setattr(system.os, "getloadavg", lambda: (63.0, 0.0, 0.0))
-    assert "a load of 63.0" in system.describe_cpu_contention(1)
+    assert "load 63.0" in system.describe_cpu_contention(1)
     monkeypatch.setattr(system.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert system.describe_cpu_contention(1) is None
 

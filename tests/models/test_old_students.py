@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.paths import ROOT
 from limbeck import LimbeckError, Recipe, distill
-from limbeck.core.manifest import read_manifest
+from limbeck.core.storage import read_manifest
 
 STUDENTS = ROOT / "tests" / "fixtures" / "students_of_0.1"
 RUN = ROOT / "tests" / "fixtures" / "run_of_0.1"

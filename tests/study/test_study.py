@@ -284,7 +284,7 @@ def test_a_changed_recipe_is_refused(raw, tmp_path):
     folder = tmp_path / "study"
     run_study(with_grid(raw, students=["gla"], stages=["2"]), folder)
     raw["base"]["stages"][2]["lr"] = 0.5
-    with pytest.raises(LimbeckError, match=r"lr: 0.001 there, 0.5 asked for"):
+    with pytest.raises(LimbeckError, match=r"lr: was 0.001, now 0.5"):
         run_study(with_grid(raw, students=["gla"], stages=["2"]), folder)
 
 

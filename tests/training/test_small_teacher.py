@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from limbeck.cli import app
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import TeacherRecipe
-from limbeck.core.storage import ensure_cached_folder, load_valid_manifest
 from limbeck.data.offline import embedded
 from limbeck.data.offline.recall import (
     REPEAT_MARKER,
@@ -31,12 +31,8 @@ from limbeck.models import loading
 from limbeck.report.teacher_info import resolve_teacher_info
 from limbeck.testing import make_tiny_model
 from limbeck.training import pretraining
-from limbeck.training.pretraining import (
-    NextTokenStage,
-    init_induction_heads,
-    plan_teacher_training,
-    train_or_load_teacher,
-)
+from limbeck.training.induction_init import init_induction_heads
+from limbeck.training.pretraining import NextTokenStage, plan_teacher_training, train_or_load_teacher
 
 RECIPE = """
 name: mine
@@ -285,7 +281,7 @@ def test_several_processes_are_told_to_train_it_first(small_world, monkeypatch):
         size = 2
 
     monkeypatch.setattr(pretraining, "get_process_info", lambda: Two)
-    with pytest.raises(LimbeckError, match=r"(?s)several processes cannot train it.*limbeck assets --teacher"):
+    with pytest.raises(LimbeckError, match=r"(?s)has to be trained in a single process.*limbeck assets --teacher"):
         train_or_load_teacher(small_world)
 
 

@@ -158,12 +158,12 @@ def test_a_stage_longer_than_the_teacher_is_refused(recipe):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"source": "a", "sources": [{"source": "b"}]}, "source and sources are both given"),
+        ({"source": "a", "sources": [{"source": "b"}]}, "source and sources exclude each other"),
         ({"sources": []}, "data.sources"),
         ({"sources": [{"source": "b", "weight": 0}]}, "data.sources.0.weight is 0"),
         ({"sources": [{"source": "b", "wieght": 1}]}, r"unknown key 'data.sources.0.wieght'.*did you mean 'weight'"),
-        ({"streaming": True, "max_tokens": 5}, "max_tokens is for text that is tokenised first"),
-        ({"sources": [{"source": "b"}], "text_field": "x"}, "text_field belongs to each of the sources"),
+        ({"streaming": True, "max_tokens": 5}, "max_tokens limits text that is tokenized in advance"),
+        ({"sources": [{"source": "b"}], "text_field": "x"}, "text_field has to be set for each source"),
     ],
 )
 def test_impossible_texts_are_refused(data, message):

@@ -54,7 +54,7 @@ def assets(
 
 def _plan(tier: str, teacher: str, names: list[str] | None) -> None:
     """Say what is there, and what would be made."""
-    from limbeck.core.storage import NotCachedError, cache_dry_run
+    from limbeck.core.cache import NotCachedError, cache_dry_run
     from limbeck.data.offline import embedded, packs
 
     def trained() -> Path:

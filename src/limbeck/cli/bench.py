@@ -64,7 +64,7 @@ def bench(
     if plan:
         return
     if busy:
-        console.print(f"busy: {busy}; trust ratios more than times")
+        console.print(f"{busy} Trust ratios more than times.")
     found = benchmark.run()
     output.print(speed.build_speed_table(found))
     for sentence in speed.format_break_even(found):

@@ -36,7 +36,7 @@ def distill(
     from limbeck.training import pipeline, setup
 
     if plan:
-        from limbeck.core.storage import cache_dry_run
+        from limbeck.core.cache import cache_dry_run
         from limbeck.training.plan import make_plan
 
         with cache_dry_run() as told:

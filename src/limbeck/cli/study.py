@@ -55,7 +55,7 @@ def study(
         sbatch=sbatch or None,
     )
     if plan:
-        from limbeck.core.storage import cache_dry_run
+        from limbeck.core.cache import cache_dry_run
         from limbeck.study.plan import plan_study
         from limbeck.study.runner import check_study
         from limbeck.study.tasks import TaskRunner

@@ -1,4 +1,4 @@
-"""Plain values for typed settings: from YAML and the command line, and in plain words what is wrong with them.
+"""Read settings from YAML and the command line, and explain in plain words what is wrong with them.
 
     raw = read_yaml(path, "recipe", "keys such as teacher, student, data, stages")
     set_by_dotted_key(raw, "stages.hidden.lr", parse_value("1e-3"))
@@ -6,7 +6,7 @@
     try: ... Recipe.model_validate(raw)
     except ValidationError as error: raise format_validation_error(error, "mine.yaml", Recipe, STAGES) from error
 
-Recipes, studies and the settings of measures come this way.
+Recipes, studies and the settings of evaluations are read with it.
 """
 
 import re
@@ -23,11 +23,11 @@ STAGE_NAMES = {"0": "calibrate", "1": "matrix", "2": "hidden", "3": "logits"}
 
 
 def parse_stages(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """Stages from "0,2,3", "0+2+3" or "calibrate,hidden,logits", with the settings that the recipe has for them."""
-    given: dict[str, list[dict[str, Any]]] = {}
+    """Parse "0,2,3", "0+2+3" or "calibrate,hidden,logits"; each stage gets the settings that `recipe` has for it."""
+    settings_by_name: dict[str, list[dict[str, Any]]] = {}
     for stage in recipe.get("stages", []):
-        given.setdefault(stage.get("stage"), []).append(stage)
-    result = []
+        settings_by_name.setdefault(stage.get("stage"), []).append(stage)
+    stages = []
     for part in text.replace("+", ",").split(","):
         name = STAGE_NAMES.get(part.strip(), part.strip())
         if name not in STAGE_NAMES.values():
@@ -35,13 +35,14 @@ def parse_stages(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
                 f"unknown stage '{part.strip()}'{suggest_closest(part.strip(), STAGE_NAMES.values())}",
                 expected="0 calibrate, 1 matrix, 2 hidden, 3 logits, joined by commas",
             )
-        of_name = given.get(name) or [{"stage": name, "tokens": 16_384}]
-        result.append(dict(of_name.pop(0) if len(of_name) > 1 else of_name[0]))
-    return result
+        settings = settings_by_name.get(name) or [{"stage": name, "tokens": 16_384}]
+        # a stage that the recipe has twice is taken in order, and its last settings serve for any further ones
+        stages.append(dict(settings.pop(0) if len(settings) > 1 else settings[0]))
+    return stages
 
 
 def format_stage_name(name: str) -> str:
-    """What people read: "stage 2 (hidden)", numbered as the paper and `--stages` do, wherever it stands in a recipe."""
+    """Return "stage 2 (hidden)": numbered as in the paper and in `--stages`, wherever it is in a recipe."""
     numbers = {stage: number for number, stage in STAGE_NAMES.items()}
     return f"stage {numbers[name]} ({name})" if name in numbers else name
 
@@ -54,7 +55,7 @@ def scale_token_budgets(stages: list[dict[str, Any]], tokens: int) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+    """Read 1e-3 as a number, which YAML 1.1 takes for text."""
 
 
 _Loader.add_implicit_resolver(
@@ -65,18 +66,26 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path, what: str, expected: str) -> dict[str, Any]:
-    """The mapping that a file holds; LimbeckError, with what was expected, where it holds none."""
+    """Read a mapping from a YAML file.
+
+    Args:
+        what: what the file should be, for the error: "recipe".
+        expected: what it should contain.
+
+    Raises:
+        LimbeckError: broken YAML, or no mapping.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LimbeckError(f"{path} is not readable YAML: {error}") from error
+        raise LimbeckError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise LimbeckError(f"{path} holds no {what}", expected=expected)
+        raise LimbeckError(f"{path} does not contain a {what}", expected=expected)
     return raw
 
 
 def parse_value(text: str) -> Any:
-    """A value of the command line, read as YAML: 3, 1e-3, true, [1, 2], text."""
+    """Parse a value of the command line as YAML: 3, 1e-3, true, [1, 2], text."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -84,7 +93,7 @@ def parse_value(text: str) -> Any:
 
 
 def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
-    """raw["a"]["b"] = value for the key "a.b"; lists take an index, and stages their name: "stages.hidden.lr"."""
+    """Set raw["a"]["b"] for the key "a.b"; lists take an index, stages also their name: "stages.hidden.lr"."""
     target: Any = raw
     *path, last = key.split(".")
     try:
@@ -99,36 +108,36 @@ def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
             target[last] = value
     except (IndexError, ValueError, TypeError, AttributeError) as error:
         raise LimbeckError(
-            f"--set {key}: there is no such place in the recipe", expected="for example stages.hidden.tokens=8192"
+            f"--set {key}: the recipe has no such key", expected="for example stages.hidden.tokens=8192"
         ) from error
 
 
 def _index(items: list[Any], part: str, key: str) -> int:
-    """The place in a list that a key names: a number, or the name of a stage that is there once."""
+    """Return the list index of a key's part: a number, or the name of a stage that occurs once."""
     if part not in STAGE_NAMES.values():
         return int(part)
-    places = [at for at, item in enumerate(items) if isinstance(item, dict) and item.get("stage") == part]
-    if len(places) == 1:
-        return places[0]
-    there = ", ".join(f"{at} {item.get('stage')}" for at, item in enumerate(items) if isinstance(item, dict))
+    matches = [i for i, item in enumerate(items) if isinstance(item, dict) and item.get("stage") == part]
+    if len(matches) == 1:
+        return matches[0]
+    stages = ", ".join(f"{i} {item.get('stage')}" for i, item in enumerate(items) if isinstance(item, dict))
     raise LimbeckError(
-        f"--set {key}: the recipe has {len(places) or 'no'} stages named {part}",
-        expected=f"one of its stages by name, or by its place in the list: {there}",
+        f"--set {key}: the recipe has {len(matches) or 'no'} stages named {part}",
+        expected=f"a stage by its name, or by its index: {stages}",
     )
 
 
 def format_validation_error(
     error: ValidationError, origin: str, root: type[BaseModel], tagged: Mapping[str, type[BaseModel]] | None = None
 ) -> LimbeckError:
-    """What pydantic says of values for `root`, with a suggestion for a key that it does not know.
+    """Convert pydantic's error about values of `root`, with a suggestion for an unknown key.
 
     Args:
-        origin: what the values are called.
-        tagged: the models of the union of stages in it, by their tag.
+        origin: the name of the file or object that the values came from.
+        tagged: the models of the union of stages in `root`, by their tag.
     """
     tagged = tagged or {}
-    # a key that is not known comes before one that is missing: it is the same key, mistyped
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    # An unknown key is reported before a missing one: usually it is that same key, mistyped.
+    first = min(error.errors(), key=lambda issue: issue["type"] != "extra_forbidden")
     path = [str(p) for p in first["loc"] if p not in tagged]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
@@ -136,16 +145,17 @@ def format_validation_error(
         new = getattr(model, "renamed", {}).get(path[-1])
         if new in model.model_fields:
             return LimbeckError(
-                f"{origin}: unknown key '{where}': it is called '{new}' now", expected=".".join([*path[:-1], new])
+                f"{origin}: unknown key '{where}': it has been renamed to '{new}'",
+                expected=".".join([*path[:-1], new]),
             )
-        known = list(model.model_fields)
+        fields = list(model.model_fields)
         return LimbeckError(
-            f"{origin}: unknown key '{where}'{suggest_closest(path[-1], known)}", expected=", ".join(known) or None
+            f"{origin}: unknown key '{where}'{suggest_closest(path[-1], fields)}", expected=", ".join(fields) or None
         )
     if first["type"] == "union_tag_invalid":
-        found = str(first["ctx"]["tag"])
+        tag = str(first["ctx"]["tag"])
         return LimbeckError(
-            f"{origin}: {where}: unknown stage '{found}'{suggest_closest(found, tagged)}", expected=", ".join(tagged)
+            f"{origin}: {where}: unknown stage '{tag}'{suggest_closest(tag, tagged)}", expected=", ".join(tagged)
         )
     return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
 
@@ -153,7 +163,7 @@ def format_validation_error(
 def _model_at(
     location: tuple[Any, ...], model: type[BaseModel], tagged: Mapping[str, type[BaseModel]]
 ) -> type[BaseModel]:
-    """The model whose keys stand at a place."""
+    """Return the model that validates the values at a location."""
     for part in location:
         if part in tagged:
             model = tagged[part]
@@ -162,8 +172,9 @@ def _model_at(
     return model
 
 
-def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        yield kind
-    for one in get_args(kind):
-        yield from _models_in(one)
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Iterate over the models in a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

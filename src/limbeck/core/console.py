@@ -1,15 +1,14 @@
-"""What the terminal sees: messages and a progress bar with an ETA on stderr, results on stdout.
+"""Print to the terminal: messages and progress bars on stderr, results on stdout.
 
-    with progress("tokenise", total=n_documents, unit="documents") as advance:
+    console.print("message")                                   # stderr
+    output.print(table)                                        # stdout, and no digit is ever cut off
+    with progress("tokenize", total=n_documents, unit="documents") as advance:
         for document in documents:
             advance(1, note="9.1k tokens")
 
-Without a terminal (a log file, CI) the bar becomes a line at the start, the end and every ten percent.
-
-    output.print(table)          # results: no digit is ever cut off
-
-What is printed to a pipe has no width: tables are as wide as they are, Markdown stays Markdown. On a terminal that is
-too narrow for a table each of its rows becomes a block of lines.
+In a log file the bar becomes a line about every ten percent. Output to a pipe or file has no width limit: tables are as
+wide as they need to be and Markdown stays Markdown. On a terminal that is too narrow for a table, each of its rows
+becomes a block of lines.
 """
 
 import time
@@ -24,15 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-NO_LIMIT = 1_000_000  # columns of something that is not a terminal
+NO_LIMIT = 1_000_000  # columns where there is no terminal
 
 
 class UncroppedConsole(Console):
-    """Standard output, where results go: whole, whatever the width."""
+    """A rich console that never cuts a table or text, whatever the width."""
 
     @property
     def size(self) -> Any:
-        """The terminal's; no limit for a file or a pipe."""
+        """The size of the terminal; unlimited width for a file or a pipe."""
         size = super().size
         return size if self.is_terminal else size._replace(width=NO_LIMIT)
 
@@ -41,40 +40,37 @@ class UncroppedConsole(Console):
         self._width, self._height = new_size
 
     def print(self, *objects: Any, **settings: Any) -> None:
-        """Print as rich does, tables and Markdown so that nothing is cut."""
-        if not self.is_terminal and any(isinstance(one, Markdown) for one in objects):
-            for one in objects:
-                if isinstance(one, Markdown):
-                    super().print(one.markup.rstrip() + "\n", markup=False, soft_wrap=True)
+        """Print as rich does, but without cutting tables and Markdown."""
+        if not self.is_terminal and any(isinstance(item, Markdown) for item in objects):
+            for item in objects:
+                if isinstance(item, Markdown):
+                    super().print(item.markup.rstrip() + "\n", markup=False, soft_wrap=True)
                 else:
-                    super().print(one, **settings)
+                    super().print(item, **settings)
             return
-        super().print(*(self.fit_to_width(one) for one in objects), **settings)
+        super().print(*(self.fit_to_width(item) for item in objects), **settings)
 
-    def fit_to_width(self, one: Any) -> Any:
-        """The same, in a form that fits the terminal: tables that are too wide as blocks of lines."""
-        if isinstance(one, Group):
-            return Group(*map(self.fit_to_width, one.renderables))
-        if isinstance(one, Markdown):
-            return Group(*(self.fit_to_width(part) if isinstance(part, Table) else part for part in _parts(one.markup)))
-        if isinstance(one, Table) and self.width < _width(one, self):
-            return _blocks(one)
-        return one
+    def fit_to_width(self, item: Any) -> Any:
+        """Return `item` in a form that fits the terminal: tables that are too wide become blocks of lines."""
+        if isinstance(item, Group):
+            return Group(*map(self.fit_to_width, item.renderables))
+        if isinstance(item, Markdown):
+            parts = _split_markdown(item.markup)
+            return Group(*(self.fit_to_width(part) if isinstance(part, Table) else part for part in parts))
+        if isinstance(item, Table):
+            needed = Measurement.get(self, self.options.update(max_width=NO_LIMIT), item).maximum
+            return _table_to_blocks(item) if self.width < needed else item
+        return item
 
 
-# no markup: "[/tmp]" or ":x:" in a name is a part of the name, in messages and in tables alike; what is to stand out
-# gets a style, `console.print(text, style="dim")`, and a part of a line a `Text`
+# No markup: "[/tmp]" or ":x:" in a name is a part of the name. To emphasize, pass a style,
+# `console.print(text, style="dim")`, or a `Text` for a part of a line.
 console = UncroppedConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 output = UncroppedConsole(highlight=False, markup=False, emoji=False)
 
 
-def _width(table: Table, console: Console) -> int:
-    """Columns that a table takes without folding or cutting a cell."""
-    return Measurement.get(console, console.options.update(max_width=NO_LIMIT), table).maximum
-
-
-def _parts(markup: str) -> Iterator[RenderableType]:
-    """Markdown cut into its tables and what stands between them."""
+def _split_markdown(markup: str) -> Iterator[RenderableType]:
+    """Split Markdown into its tables and the text between them."""
     text: list[str] = []
     rows: list[str] = []
     for line in [*markup.splitlines(), ""]:
@@ -84,7 +80,7 @@ def _parts(markup: str) -> Iterator[RenderableType]:
         if len(rows) > 2:
             if any(map(str.strip, text)):
                 yield Markdown("\n".join(text))
-            yield from (Text(""), _table(rows), Text(""))
+            yield from (Text(""), _parse_table(rows), Text(""))
             text = [""]
         else:
             text += rows
@@ -94,11 +90,12 @@ def _parts(markup: str) -> Iterator[RenderableType]:
         yield Markdown("\n".join(text))
 
 
-def _table(lines: list[str]) -> Table:
-    head, sides, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
+def _parse_table(lines: list[str]) -> Table:
+    """Parse a Markdown table, given by its lines."""
+    head, alignments, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
     table = Table(box=None, pad_edge=False)
-    for name, side in zip(head, sides):
-        table.add_column(Text(name, style="bold"), justify="right" if side.endswith(":") else "left")
+    for name, alignment in zip(head, alignments):
+        table.add_column(Text(name, style="bold"), justify="right" if alignment.endswith(":") else "left")
     for row in rows:
         table.add_row(
             *(Text(cell.strip("*"), style="bold" if cell.startswith("**") else "") for cell in row[: len(head)])
@@ -106,8 +103,8 @@ def _table(lines: list[str]) -> Table:
     return table
 
 
-def _blocks(table: Table) -> Group:
-    """A table as a block of lines a row: its first cell, then the others with their column's name."""
+def _table_to_blocks(table: Table) -> Group:
+    """Turn each row of a table into a block of lines: its first cell, then the others with their column's name."""
     blocks: list[RenderableType] = [Text(str(table.title), style="bold")] if table.title else []
     heads = [_text(column.header) for column in table.columns]
     for cells in zip(*(list(column.cells) for column in table.columns)):
@@ -127,18 +124,16 @@ def _text(cell: RenderableType) -> Text:
 
 @contextmanager
 def progress(title: str, total: float | None, unit: str = "", initial: float = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; yields `advance(amount, note="")`.
-
-    On something that is not a terminal (a log file, CI) it prints a line at start and end and about every ten percent.
+    """Show a progress bar on stderr; yields `advance(amount, note="")`.
 
     Args:
         title: what is being done.
-        total: how much there is to do, in `unit`; None if unknown.
+        total: amount of work, in `unit`; None if unknown.
         unit: what is counted.
-        initial: how much was done already (a resumed run).
+        initial: amount done before, by a run that is resumed.
     """
     if not console.is_terminal:
-        yield from _plain(title, total, unit, initial)
+        yield from _log_progress(title, total, unit, initial)
         return
     columns = (
         TextColumn("{task.description}", style="bold", markup=False),
@@ -159,28 +154,29 @@ def progress(title: str, total: float | None, unit: str = "", initial: float = 0
         yield advance
 
 
-def _plain(title: str, total: float | None, unit: str, initial: float) -> Iterator[Callable[..., None]]:
-    start, now, shown, last_note = time.monotonic(), initial, initial, ""
+def _log_progress(title: str, total: float | None, unit: str, initial: float) -> Iterator[Callable[..., None]]:
+    """Print a line about every ten percent, and one at the end."""
+    start, now, printed, last_note = time.monotonic(), initial, initial, ""
 
-    def line(tail: str) -> None:
+    def print_line(tail: str) -> None:
         of = f"/{total:,.0f}" if total else ""
         console.print(f"{title}: {now:,.0f}{of} {unit} {tail} {last_note}".rstrip())
 
     def advance(amount: float = 1, note: str = "") -> None:
-        nonlocal now, shown, last_note
+        nonlocal now, printed, last_note
         now += amount
         last_note = note or last_note
-        if total and now - shown >= total / 10 and now < total:
-            shown = now
+        if total and now - printed >= total / 10 and now < total:
+            printed = now
             seconds = time.monotonic() - start
-            line(f"[{seconds:.0f}s, eta {seconds * (total - now) / (now - initial):.0f}s]")
+            print_line(f"[{seconds:.0f}s, eta {seconds * (total - now) / (now - initial):.0f}s]")
 
     yield advance
-    line(f"[{time.monotonic() - start:.0f}s]")
+    print_line(f"[{time.monotonic() - start:.0f}s]")
 
 
 def format_bytes(n: float) -> str:
-    """A size as people read it: 4.42 MB."""
+    """Format a size for people: 4.42 MB."""
     for unit in ("B", "kB", "MB"):
         if n < 1000:
             return f"{n:.3g} {unit}"
@@ -189,6 +185,6 @@ def format_bytes(n: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time as people read it: 14 min 03 s."""
+    """Format a duration for people: 14 min 03 s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

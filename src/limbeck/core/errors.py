@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read.
+"""The one exception that users are meant to read, and helpers to word it.
 
     raise LimbeckError("unknown mixer 'gatd_deltanet'", expected="one of: gla, ...", hint="limbeck students")
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class LimbeckError(Exception):
-    """A mistake in what was asked for: says what was found, what was expected and what to do next.
+    """Report a mistake of the user: what is wrong, what was expected, what to do next.
 
     Args:
         found: what is wrong, in one sentence.
@@ -35,7 +35,7 @@ class LimbeckError(Exception):
 
 @contextmanager
 def rewrite_hints(names: dict[str, str]) -> Iterator[None]:
-    """Let the hints of errors inside name other keys of a recipe: {"data.text_field": "data.sources.1.text_field"}."""
+    """Replace recipe keys in the hints of errors raised inside: {"data.text_field": "data.sources.1.text_field"}."""
     try:
         yield
     except LimbeckError as error:
@@ -48,22 +48,20 @@ def rewrite_hints(names: dict[str, str]) -> Iterator[None]:
 
 
 def suggest_closest(name: str, choices: Iterable[str]) -> str:
-    """`, did you mean 'x'?` when one of the choices is near to `name`, else an empty string."""
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f", did you mean '{near[0]}'?" if near else ""
+    """Return `, did you mean 'x'?` for the choice closest to `name`, or an empty string if none is close."""
+    closest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f", did you mean '{closest[0]}'?" if closest else ""
 
 
-def summarize_error(error: BaseException, most: int = 2) -> str:
-    """The first whole sentences of another library's error, on one line; its type where it says nothing.
-
-    A first line alone often ends in a colon, or in the middle of the sentence that tells the cause.
-    """
+def summarize_error(error: BaseException, max_sentences: int = 2) -> str:
+    """Return the first sentences of another library's error on one line, or its type if it has no message."""
     text = " ".join(str(error).split())
     if not text:
         return type(error).__name__
-    return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"(])", text)[:most])
+    # Sentences, not lines: a first line often ends in a colon, or in the middle of the sentence that names the cause.
+    return " ".join(re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"(])", text)[:max_sentences])
 
 
 def format_python_command(code: str) -> str:
-    """A line for the shell that runs `code`, for hints."""
+    """Return a shell command that runs `code`, for hints."""
     return f"python -c {shlex.quote(code)}" if any(c in code for c in '"$`\\') else f'python -c "{code}"'

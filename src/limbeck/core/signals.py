@@ -1,16 +1,15 @@
-"""What a signal to end does: in training a checkpoint is kept first, anywhere else what is half made is removed.
+"""Graceful shutdown on Ctrl-C, SIGTERM, SIGHUP and SIGUSR1.
 
-    with graceful_shutdown() as asked:                    # training, in any program
+    with graceful_shutdown() as stop_requested:          # training: save a checkpoint, then end
         while ...:
-            if asked():
+            if stop_requested():
                 save(); raise TrainingInterrupted
 
-    raise_on_signals()                          # the command line, from its first line on
+    raise_on_signals()                                   # the command line, from its first line on: clean up, then end
 
-Signals are Ctrl-C (SIGINT), a terminal that closes (SIGHUP), SIGTERM, and SIGUSR1, with which schedulers warn. The
-process ends with the code of the signal, 128 + its number, which shells and schedulers read as "stopped, may be started
-again"; after SIGUSR1 with that of SIGTERM. A second Ctrl-C ends it at once. Signals that are ignored, as `nohup` has
-it, stay so.
+Schedulers send SIGUSR1 as a warning. The process exits with 128 + the number of the signal, which shells and schedulers
+read as "stopped, may be restarted"; after SIGUSR1 with the code of SIGTERM. A second Ctrl-C ends the process at once.
+Signals that are ignored, as under `nohup`, stay ignored.
 """
 
 import os
@@ -27,24 +26,25 @@ from limbeck.core.errors import LimbeckError
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 TERMINATION_SIGNALS = [s for s in (getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "SIGHUP")) if s is not None]
 HANDLED_SIGNALS = [*TERMINATION_SIGNALS, *(s for s in (getattr(signal, "SIGUSR1", None),) if s is not None)]
-REPEAT_WINDOW_S = (
-    0.3  # what comes again within so short a time is one Ctrl-C, from the terminal and passed on by a parent
-)
+# One Ctrl-C may arrive twice within so short a time: from the terminal, and passed on by a parent process.
+REPEAT_WINDOW_S = 0.3
 Handler = Callable[[int, FrameType | None], None]
 Handlers = dict[signal.Signals, Any]
 
 
 class TrainingInterrupted(LimbeckError):
-    """The run was asked to stop and has kept its state."""
+    """Training was stopped by a signal after saving a checkpoint."""
 
     exit_code = SIGTERM_EXIT_CODE
 
 
 class TerminatedBySignal(BaseException):
-    """A signal has come, outside of training. No Exception: nothing that goes on after an error goes on after this.
+    """A signal ends the process outside of training.
+
+    Not an Exception, so that code which goes on after errors does not go on after this.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int):
@@ -53,82 +53,81 @@ class TerminatedBySignal(BaseException):
 
 
 def exit_code_of(number: int) -> int:
-    """The exit code of a process that ends because of that signal."""
+    """Return the exit code of a process that ends because of this signal."""
     return 128 + number if number in TERMINATION_SIGNALS else SIGTERM_EXIT_CODE
 
 
 @contextmanager
 def graceful_shutdown() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether a signal to stop has come. Outside the main thread none is watched for."""
-    came: list[tuple[int, float]] = []
+    """Yield a function that tells whether a signal has requested a stop; always False outside the main thread."""
+    received: list[tuple[int, float]] = []  # signal and time
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if came and number == signal.SIGINT and time.monotonic() - came[0][1] > REPEAT_WINDOW_S:
-            _leave(number)
-        if not came and number != signal.SIGUSR1:
-            say("stopping, the state is kept; Ctrl-C again ends at once")
-        came.append((number, time.monotonic()))
+    def record(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT and time.monotonic() - received[0][1] > REPEAT_WINDOW_S:
+            _exit_now(number)
+        if not received and number != signal.SIGUSR1:
+            say("Stopping after this step; a checkpoint will be saved. Press Ctrl-C again to exit at once.")
+        received.append((number, time.monotonic()))
 
-    before = _install(note)
+    before = _install(record)
     try:
-        yield lambda: bool(came)
-    except TrainingInterrupted as stopped:
-        if came:
-            stopped.exit_code = exit_code_of(came[0][0])
+        yield lambda: bool(received)
+    except TrainingInterrupted as interrupted:
+        if received:
+            interrupted.exit_code = exit_code_of(received[0][0])
         raise
     finally:
         restore_handlers(before)
-    if came:  # too late for this training: whoever hears of signals next is told
-        signal.raise_signal(came[0][0])
+    if received:  # training was over before it saw the signal, so the handler of the surrounding code gets it
+        signal.raise_signal(received[0][0])
 
 
 def raise_on_signals() -> Handlers:
-    """From here on a signal to end raises TerminatedBySignal; while modules are being imported the process ends in its place.
-
-    An exception in the midst of an import is lost, or leaves modules half made.
+    """Raise TerminatedBySignal on signals from here on; during an import, end the process instead.
 
     Returns:
-        The handlers that were there, for `restore_handlers`. Outside the main thread none is changed.
+        The previous handlers, for `restore_handlers`; empty outside the main thread, where handlers cannot be set.
     """
     since: list[float] = []
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def terminate(number: int, frame: FrameType | None) -> None:
         if since:
             if time.monotonic() - since[0] > REPEAT_WINDOW_S:
-                _leave(number)
+                _exit_now(number)
             return  # it is ending already
         since.append(time.monotonic())
-        if _importing(frame):
-            _leave(number)
+        # An exception in the middle of an import is lost, or leaves half-initialized modules behind.
+        if _is_importing(frame):
+            _exit_now(number)
         raise TerminatedBySignal(number)
 
-    return _install(end)
-
-
-def say(text: str) -> None:
-    """A line on stderr from a signal's handler; a terminal that is gone is not written to again."""
-    try:
-        os.write(2, f"{text}\n".encode())
-    except OSError:
-        with suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for gone in (1, 2):
-                os.dup2(nowhere, gone)
+    return _install(terminate)
 
 
 def exit_on_signals() -> None:
-    """From here on a signal to end does so at once: there is nobody left who would hear of an exception."""
-    _install(lambda number, frame: _leave(number))
+    """Exit at once on signals from here on: no code is left that could handle an exception."""
+    _install(lambda number, frame: _exit_now(number))
 
 
 def restore_handlers(handlers: Handlers) -> None:
-    """Set the handlers that were there before."""
+    """Set the handlers that `raise_on_signals` returned."""
     for s, handler in handlers.items():
         signal.signal(s, handler)
 
 
+def say(text: str) -> None:
+    """Write a line to stderr from a signal handler; if the terminal is gone, discard all later output."""
+    try:
+        os.write(2, f"{text}\n".encode())
+    except OSError:
+        with suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in (1, 2):
+                os.dup2(null, descriptor)
+
+
 def _install(handler: Handler) -> Handlers:
-    """Set a handler for those signals that are not ignored; returns the handlers that were there."""
+    """Set a handler for all signals that are not ignored; returns the previous handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     before = {s: signal.getsignal(s) for s in HANDLED_SIGNALS}
@@ -138,15 +137,15 @@ def _install(handler: Handler) -> Handlers:
     return before
 
 
-def _leave(number: int) -> NoReturn:
-    """End this process at once; what it had half made the next one removes."""
+def _exit_now(number: int) -> NoReturn:
+    """End this process without cleaning up; the next one removes its temporary files."""
     with suppress(OSError):
-        shown = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides the cursor
-        os.write(2, f"{shown}stopped\n".encode())
+        show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides the cursor
+        os.write(2, f"{show_cursor}stopped\n".encode())
     os._exit(exit_code_of(number))
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

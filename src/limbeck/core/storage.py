@@ -1,15 +1,14 @@
-"""The cache folder, and folders that are either whole or not there.
+"""Write to disk safely: files and folders appear whole or not at all, and a refused write says what to do.
 
-    folder = cache_root() / "tokens" / key
-    manifest = ensure_cached_folder(folder, fill, what="tokens of corpus.jsonl")      # fill(tmp) writes the files
-    load_valid_manifest(folder, verify=True)                                           # the manifest, or None if damaged
+    atomic_write_text(path, text)                        # aside, flushed to disk, renamed
+    with atomic_folder(final) as folder:                 # the same for a folder
+        model.save_pretrained(folder)
+    with convert_write_errors(folder):                   # "No space left on device" becomes a LimbeckError with a hint
+        numpy.save(folder / "tokens.npy", tokens)
+    with lock_folder(run):                               # against other processes
 
-The root is `$LIMBECK_CACHE` if that is set, else `~/.cache/limbeck`. Everything in it can be deleted at any time; it is
-made again when needed. A published folder holds `manifest.json` with the size and sha256 of each of its files. It is
-filled under a temporary name, flushed to disk and renamed, so a process that is killed leaves at most a temporary
-folder, which the next one to publish there removes. Of several processes that want the same folder one fills it and the
-rest wait as long as it makes headway; the kernel drops the lock with its holder. On systems without file locks each
-process fills its own copy and the first rename wins.
+Temporary names start with a dot and end in `.tmp`. A killed process leaves at most such a file or folder, and the next
+writer removes it. Folders that can be recreated at any time are in `limbeck.core.cache`.
 """
 
 import errno
@@ -18,17 +17,16 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 
 try:
@@ -36,70 +34,90 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MANIFEST = "manifest.json"
-STALE_SECONDS = 3600.0  # a temporary file that was not written to for so long is a killed process's
-LOCK_TIMEOUT_SECONDS = 600.0  # how long the holder of a lock may write nothing before a waiting process gives up
-CODE = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)  # what safetensors and tokenizers say it in
-CUT_SHORT = re.compile(r"\d+ requested and \d+ written|PytorchStreamWriter|inline_container.*unexpected pos")
-REFUSALS = {
-    errno.ENOSPC: ("the disk of {place} is full", "free some room ({again}), or use another disk ({elsewhere})"),
-    errno.EDQUOT: (
-        "the quota on the disk of {place} is used up",
-        "free some of it ({again}), or use another disk ({elsewhere})",
-    ),
-    errno.EFBIG: (
-        "a file in {place} would become larger than is allowed here",
-        "ulimit -f unlimited   ({again}), or use another disk ({elsewhere})",
-    ),
-    errno.EIO: ("the disk of {place} fails: input/output error", "use another disk ({elsewhere})"),
-    errno.ESTALE: ("the disk of {place} is gone: {reason}", "mount it again ({again}), or use another ({elsewhere})"),
-    errno.EMFILE: ("too many open files, at {place}", "ulimit -n 4096   ({again})"),
-    errno.ENAMETOOLONG: ("the name {place} is too long for its disk", "a shorter one ({elsewhere})"),
-    errno.ENOTDIR: ("a part of the path {place} is a file", "{elsewhere}"),
-    errno.ELOOP: ("the links on the path {place} lead in a circle", "{elsewhere}"),
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS),
-        ("cannot write to {place}: {reason}", "use a folder that this user may write to ({elsewhere})"),
-    ),
-}
-SETTLED_SECONDS = 2.0  # after so long without a change a file's times tell whether it changes again
-_digests: dict[tuple[Path, Callable[[Path], str]], tuple[tuple[int, ...], str]] = {}
+STALE_SECONDS = 3600.0  # a temporary file not written to for so long belongs to a killed process
+SETTLED_SECONDS = 2.0  # after so long without a change, a file's time stamps reveal every later change
 
 
-def cache_root() -> Path:
-    """The folder of everything that can be made again: `$LIMBECK_CACHE`, else `~/.cache/limbeck`.
+# ------------------------------------------------------------------ files
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all.
 
     Raises:
-        LimbeckError: neither is known; so it is in a container that runs under a number without a name.
+        LimbeckError: no space or no permission.
+    """
+    temporary = get_unique_sibling(path)
+    with convert_write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in find_temporary_siblings(path):
+            with suppress(OSError):  # another process may have removed it meanwhile
+                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    stale.unlink()
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            flush_to_disk(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """Read a JSON object that Limbeck wrote.
+
+    Args:
+        hint: what to do when it cannot be read.
+
+    Raises:
+        LimbeckError: the file was truncated or edited and is no JSON object any more.
     """
     try:
-        named = os.environ.get("LIMBECK_CACHE")
-        return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "limbeck"
-    except RuntimeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except ValueError as error:
         raise LimbeckError(
-            "this user has no home directory, so there is no place for the cache",
-            expected="a folder of the cache, or HOME",
-            hint="export LIMBECK_CACHE=/tmp/limbeck",
+            f"{path} is damaged: {error}", expected="a JSON object, as it was written", hint=hint
         ) from error
+    return content
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read manifest.json of the run directory `path`; an empty dict before there is one.
+
+    Raises:
+        LimbeckError: it is damaged.
+    """
+    file = path / "manifest.json"
+    if not file.exists():
+        return {}
+    hint = f"rm {shlex.quote(str(file))}   (the run then resumes without checking that teacher and data are unchanged)"
+    return read_json(file, hint)
 
 
 def compute_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes; read once in a process, as long as the file stays as it is."""
+    """Compute the hex sha256 of a file's bytes; an unchanged file is read once per process."""
     return digest_once(path, _sha256)
 
 
+_digests: dict[tuple[Path, Callable[[Path], str]], tuple[tuple[int, ...], str]] = {}
+
+
 def digest_once(path: Path, digest: Callable[[Path], str]) -> str:
-    """`digest(path)`, from before where the file has the size, inode and times that it had then."""
-    found = path.stat()
-    stamp = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+    """Return `digest(path)`, cached as long as the file's size, inode and times stay the same."""
+    stat = path.stat()
+    stamp = stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
     key = path.absolute(), digest
-    known = _digests.get(key)
-    if known is None or known[0] != stamp:
-        known = stamp, digest(path)
-        # clocks of file systems tick in milliseconds: a file that has just been written may change unseen
-        if time.time() - max(found.st_mtime, found.st_ctime) > SETTLED_SECONDS:
-            _digests[key] = known
-    return known[1]
+    cached = _digests.get(key)
+    if cached is None or cached[0] != stamp:
+        cached = stamp, digest(path)
+        # File systems count time in milliseconds: a file written just now may change again without a new time stamp.
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
+            _digests[key] = cached
+    return cached[1]
 
 
 def _sha256(path: Path) -> str:
@@ -107,167 +125,206 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_valid_manifest(folder: Path, *, verify: bool = False) -> dict[str, Any] | None:
-    """The manifest of a published folder, or None where it is missing or damaged.
-
-    Args:
-        folder: a folder that `ensure_cached_folder` made.
-        verify: compare the sha256 of each file as well as its size (reads everything).
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in manifest["files"].items():
-            path = folder / name
-            if path.stat().st_size != entry["bytes"] or (verify and compute_sha256(path) != entry["sha256"]):
-                return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest
+# ------------------------------------------------------------------ folders
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all: under a name of its own, flushed to disk, then renamed.
+def cache_root() -> Path:
+    """Return the folder of everything that can be recreated: `$LIMBECK_CACHE`, else `~/.cache/limbeck`.
 
     Raises:
-        LimbeckError: no room or no permission.
-    """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    with convert_write_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            with suppress(OSError):  # another process may have taken it away
-                if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                    old.unlink()
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-            _flush(path.parent)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-def read_json(path: Path, hint: str) -> Any:
-    """What a JSON file of ours holds.
-
-    Args:
-        hint: what to do where it cannot be read.
-
-    Raises:
-        LimbeckError: it was cut short or changed by hand, so that it is no JSON object any more.
+        LimbeckError: neither is known, as in a container that runs under a user id without a name.
     """
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(known, dict):
-            raise ValueError(f"it holds a {type(known).__name__}")
-    except ValueError as error:
+        from_environment = os.environ.get("LIMBECK_CACHE")
+        if from_environment:
+            return Path(from_environment).expanduser().absolute()
+        return Path.home() / ".cache" / "limbeck"
+    except RuntimeError as error:
         raise LimbeckError(
-            f"{path} is damaged: {error}", expected="a JSON object, as it was written", hint=hint
+            "this user has no home directory, so there is no location for the cache",
+            expected="LIMBECK_CACHE or HOME in the environment",
+            hint="export LIMBECK_CACHE=/tmp/limbeck",
         ) from error
-    return known
-
-
-_looking: ContextVar[list[str] | None] = ContextVar("looking", default=None)
-
-
-class NotCachedError(Exception):
-    """Under `cache_dry_run`: something is not in the cache, and would have to be made first."""
 
 
 @contextmanager
-def cache_dry_run() -> Iterator[list[str]]:
-    """For plans: within, nothing is brought to the cache; what would be is an exception (`NotCachedError`).
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which then replaces `final`: whole, or nothing has changed.
 
-    Yields:
-        Sentences, of whoever catches one and goes on without: what would be made first.
-    """
-    told: list[str] = []
-    before = _looking.set(told)
-    try:
-        yield told
-    finally:
-        _looking.reset(before)
-
-
-def get_dry_run_notes() -> list[str] | None:
-    """The sentences of the `cache_dry_run` that this is within, None outside of one."""
-    return _looking.get()
-
-
-def raise_if_dry_run(what: str, required_bytes: int = 0) -> None:
-    """Raise `NotCachedError` within `cache_dry_run`: the next step makes something that may take long."""
-    if _looking.get() is not None:
-        raise NotCachedError(f"{what}, {required_bytes / 1e6:,.0f} MB" if required_bytes else what)
-
-
-def ensure_cached_folder(
-    folder: Path,
-    fill: Callable[[Path], dict[str, Any]],
-    *,
-    what: str,
-    required_bytes: int = 0,
-    verify: bool = False,
-) -> dict[str, Any]:
-    """The manifest of `folder`, filled first if it is missing or damaged.
-
-    Args:
-        folder: where the files will be.
-        fill: writes the files into the temporary folder that it is given; returns what else the manifest shall record.
-        what: for messages, "tokens of corpus.jsonl".
-        required_bytes: how much room filling takes; checked beforehand.
-        verify: see `load_valid_manifest`.
+    If `final` is a link to a folder, on another disk for example, it stays one and that folder is replaced.
 
     Raises:
-        LimbeckError: no room or no permission, or another process holds the lock and stands still.
+        LimbeckError: no space, no permission, or a broken link.
     """
-    if manifest := load_valid_manifest(folder, verify=verify):
-        return manifest
-    raise_if_dry_run(f"the {what}", required_bytes)
-    with convert_write_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, what) as alone:
-            if manifest := load_valid_manifest(folder, verify=verify):
-                return manifest
-            if alone:
-                for stale in _temporary(folder):
-                    shutil.rmtree(stale, ignore_errors=True)
-            if folder.exists():
-                console.print(f"{what}: damaged, made again ({folder})", markup=False)
-            check_disk_space(folder.parent, required_bytes, what)
-            return _fill_and_rename(folder, fill, verify)
+    check_link(final)
+    temporary = get_staging_folder(final)
+    target = final.resolve()
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with convert_write_errors(target.parent):
+            temporary.mkdir(parents=True)
+            yield temporary
+            flush_folder(temporary)
+            _replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_disk_space(folder: Path, required_bytes: int, what: str) -> None:
-    """Raises LimbeckError where the disk of `folder` has less than `required_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < required_bytes:
+def get_staging_folder(final: Path) -> Path:
+    """Return where `atomic_folder` prepares `final`; a folder left there was left by a killed process."""
+    target = final.resolve()
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _replace_folder(temporary: Path, target: Path) -> None:
+    """Rename a folder over another. The old one is moved away in one step, so that nobody reads it half deleted."""
+    old = get_unique_sibling(target)
+    if target.exists():
+        target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    flush_to_disk(target.parent)
+    for stale in find_temporary_siblings(target):  # the old one, and what a killed process left of another
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def check_link(path: Path) -> None:
+    """Raise LimbeckError if `path` is a broken link."""
+    if path.is_symlink() and not path.exists():
         raise LimbeckError(
-            f"no room for {what}: {free / 1e6:,.0f} MB free in {folder}",
-            expected=f"at least {required_bytes / 1e6:,.0f} MB",
-            hint="free some room, or use another disk (LIMBECK_CACHE for the cache, --out for a run)",
+            f"{path} is a link to {os.readlink(path)}, which does not exist",
+            expected="a folder, or a link to one",
+            hint=f"mount its disk, or remove the link: rm {path}",
         )
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's files to disk and give them the permissions of the umask."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    # Some libraries write files that their owner alone can read; a fresh file shows what the umask allows.
+    sample = folder / f".{uuid.uuid4().hex}.tmp"
+    sample.touch()
+    mode = sample.stat().st_mode
+    sample.unlink()
+    for path in files:
+        path.chmod(mode)
+        flush_to_disk(path)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        flush_to_disk(path)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot flush folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def get_unique_sibling(path: Path) -> Path:
+    """Return a temporary name beside `path` that nobody else uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def find_temporary_siblings(path: Path) -> list[Path]:
+    """List the temporary files or folders of `path`, by any process."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+# ------------------------------------------------------------------ locks
+
+
+def try_lock(file: IO[str]) -> bool | None:
+    """Lock an open file until it is closed; the kernel releases it when its holder dies.
+
+    Returns:
+        False if another process holds the lock, None if the system or the disk has no file locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return None
+        raise
+    return True
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Reserve a folder for this process, on systems with file locks.
+
+    Raises:
+        LimbeckError: another process holds it.
+    """
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        if try_lock(file) is False:
+            raise LimbeckError(
+                f"another process is working on {folder}", hint="wait for it to finish, or give another --out"
+            )
+        yield
+
+
+# ------------------------------------------------------------------ space and permissions
+
+# What libraries that are written in Rust say instead of an errno, and what torch says of a truncated file.
+ERRNO_IN_MESSAGE = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)
+TRUNCATED_MESSAGE = re.compile(r"\d+ requested and \d+ written|PytorchStreamWriter|inline_container.*unexpected pos")
+RERUN = "then rerun the same command to continue"
+WRITE_ERRORS = {  # errno -> message and hint
+    errno.ENOSPC: ("the disk of {path} is full", f"free some space, {RERUN}, or use another disk ({{option}})"),
+    errno.EDQUOT: (
+        "the disk quota for {path} is exhausted",
+        f"free some of it, {RERUN}, or use another disk ({{option}})",
+    ),
+    errno.EFBIG: (
+        "a file in {path} would exceed the file size limit",
+        f"ulimit -f unlimited   ({RERUN}), or use another disk ({{option}})",
+    ),
+    errno.EIO: ("the disk of {path} fails: input/output error", "use another disk ({option})"),
+    errno.ESTALE: (
+        "the disk of {path} is gone: {reason}",
+        f"mount it again, {RERUN}, or use another disk ({{option}})",
+    ),
+    errno.EMFILE: ("too many open files, at {path}", f"ulimit -n 4096   ({RERUN})"),
+    errno.ENAMETOOLONG: ("the name {path} is too long for its disk", "use a shorter name ({option})"),
+    errno.ENOTDIR: ("a part of the path {path} is a file", "{option}"),
+    errno.ELOOP: ("the links on the path {path} form a loop", "{option}"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        ("cannot write to {path}: {reason}", "use a folder that this user may write to ({option})"),
+    ),
+}
 
 
 @contextmanager
 def convert_write_errors(folder: Path) -> Iterator[None]:
-    """Turns "disk full", "permission denied" and the like into a LimbeckError that names the folder.
+    """Turn "disk full", "permission denied" and the like into a LimbeckError that names the folder.
 
-    Whoever removes half-made files has to do so outside of it: a library that does not say why a file was cut short
-    is found out by asking the disk.
+    Remove half-written files outside of this block, not inside: when a library does not say why a file was truncated,
+    the reason is found by writing to the disk again, while it is still full.
     """
     try:
         yield
     except Exception as error:
-        told = explain_write_error(error, folder)
-        if told is None:
+        explained = explain_write_error(error, folder)
+        if explained is None:
             raise
-        raise told from error
+        raise explained from error
 
 
 def explain_write_error(error: BaseException, folder: Path | None = None) -> LimbeckError | None:
-    """The LimbeckError for what the system refused to write, or None where `error` is of another kind.
+    """Return the LimbeckError for a refused write, or None if `error` is of another kind.
 
     Args:
         error: an OSError, or what safetensors, tokenizers, torch and numpy raise in its place.
@@ -275,31 +332,33 @@ def explain_write_error(error: BaseException, folder: Path | None = None) -> Lim
     """
     if isinstance(error, LimbeckError):
         return None
-    named = getattr(error, "filename", None)
-    place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else folder
-    code, said = error.errno if isinstance(error, OSError) else None, str(error)
-    if code is None and (match := CODE.search(said)):
+    filename = getattr(error, "filename", None)
+    path = Path(os.fsdecode(filename)) if isinstance(filename, str | bytes) else folder
+    code, message = error.errno if isinstance(error, OSError) else None, str(error)
+    if code is None and (match := ERRNO_IN_MESSAGE.search(message)):
         code = int(match[1])
-    cut_short = code is None and CUT_SHORT.search(said) is not None
-    if cut_short:
-        code = _asked(folder) if folder is not None else errno.ENOSPC
-    if code not in REFUSALS and not cut_short:
+    truncated = code is None and TRUNCATED_MESSAGE.search(message) is not None
+    if truncated:
+        code = _probe_write(folder) if folder is not None else errno.ENOSPC
+    if code not in WRITE_ERRORS and not truncated:
         return None
-    elsewhere = "LIMBECK_CACHE=FOLDER" if place is not None and _in_cache(place) else "--out FOLDER"
     words = {
-        "place": place if place is not None else "what is written",
+        "path": path if path is not None else "the output",
         "reason": os.strerror(code or 0).lower(),
-        "again": "the same command then goes on",
-        "elsewhere": elsewhere,
+        "option": "LIMBECK_CACHE=FOLDER" if path is not None and _is_in_cache(path) else "--out FOLDER",
     }
-    other = ("a file in {place} could not be written whole: " + said.strip(), "quotas and limits, then the same again")
-    found, hint = REFUSALS.get(code or 0, other)
-    return LimbeckError(found.format(**words), hint=hint.format(**words))
+    if code not in WRITE_ERRORS:
+        return LimbeckError(
+            f"a file in {words['path']} was truncated while it was written: {message.strip()}",
+            hint=f"check quotas and limits, {RERUN}",
+        )
+    template, hint = WRITE_ERRORS[code]
+    return LimbeckError(template.format(**words), hint=hint.format(**words))
 
 
-def _asked(folder: Path) -> int | None:
-    """What the system says to a megabyte more in a folder: the number of its error, None where it takes it."""
-    folder = next((place for place in (folder, *folder.parents) if place.is_dir()), folder)
+def _probe_write(folder: Path) -> int | None:
+    """Write a megabyte to a folder; the errno of the failure, or None if it succeeds."""
+    folder = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), folder)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(1 << 20))
@@ -310,201 +369,38 @@ def _asked(folder: Path) -> int | None:
     return None
 
 
-def _in_cache(place: Path) -> bool:
+def _is_in_cache(path: Path) -> bool:
     try:
-        place, root = place.absolute(), cache_root()
-        return place.is_relative_to(root) or root.is_relative_to(place)  # it, or a folder that it would be made in
+        path, root = path.absolute(), cache_root()
+        return path.is_relative_to(root) or root.is_relative_to(path)  # or a parent in which the cache would be created
     except (LimbeckError, OSError):
         return False
 
 
 def check_writable(folder: Path) -> None:
-    """Raises LimbeckError where nothing can be written to a folder that is there or would be made."""
-    if refused := find_write_error(folder):
-        raise refused
+    """Raise LimbeckError if `folder`, existing or yet to be created, cannot be written to."""
+    if error := find_write_error(folder):
+        raise error
 
 
 def find_write_error(folder: Path) -> LimbeckError | None:
-    """Why nothing can be written to a folder that is there or would be made, found by trying; None where it can."""
+    """Try to write to `folder`, existing or yet to be created; return the reason why that fails, or None."""
     try:
-        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        tempfile.TemporaryFile(dir=place).close()
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        if refused := explain_write_error(OSError(error.errno, error.strerror), folder):
-            return refused
+        if explained := explain_write_error(OSError(error.errno, error.strerror), folder):
+            return explained
         raise
     return None
 
 
-@contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `final` to be filled, which then takes its place: whole, or nothing has changed.
-
-    Where `final` is a link to a folder, on another disk for example, it stays one and that folder is replaced.
-
-    Raises:
-        LimbeckError: no room, no permission, or a link that leads nowhere.
-    """
-    check_link(final)
-    temporary = get_staging_folder(final)
-    place = final.resolve()
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with convert_write_errors(place.parent):
-            temporary.mkdir(parents=True)
-            yield temporary
-            flush_folder(temporary)
-            _put_in_place(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def get_staging_folder(final: Path) -> Path:
-    """Where `atomic_folder` fills the folder; what is there while nobody is at it was left by a killed process."""
-    place = final.resolve()
-    return place.with_name(f".{place.name}.tmp")
-
-
-def check_link(path: Path) -> None:
-    """Raises LimbeckError where `path` is a link to something that is not there."""
-    if path.is_symlink() and not path.exists():
+def check_disk_space(folder: Path, required_bytes: int, what: str) -> None:
+    """Raise LimbeckError if the disk of `folder` has less than `required_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < required_bytes:
         raise LimbeckError(
-            f"{path} is a link to {os.readlink(path)}, which is not there",
-            expected="a folder, or a link to one",
-            hint=f"mount its disk, or remove the link: rm {path}",
+            f"not enough disk space for {what}: {free / 1e6:,.0f} MB free in {folder}",
+            expected=f"at least {required_bytes / 1e6:,.0f} MB",
+            hint="free some space, or use another disk (LIMBECK_CACHE for the cache, --out for a run)",
         )
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's files to disk, readable as the umask says: some writers leave them for their owner only."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    sample = folder / f".{uuid.uuid4().hex}.tmp"
-    sample.touch()
-    mode = sample.stat().st_mode
-    sample.unlink()
-    for path in files:
-        path.chmod(mode)
-        _flush(path)
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _flush(path)
-
-
-def _put_in_place(temporary: Path, place: Path) -> None:
-    """Rename a folder over another. The old one is moved away in one step, so that nobody reads it half deleted."""
-    old = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")
-    if place.exists():
-        place.rename(old)
-    try:
-        temporary.rename(place)
-    except OSError:
-        if old.exists() and not place.exists():
-            old.rename(place)
-        raise
-    _flush(place.parent)
-    for stale in _temporary(place):  # the old one, and what a killed process left of another
-        shutil.rmtree(stale, ignore_errors=True)
-
-
-def _fill_and_rename(folder: Path, fill: Callable[[Path], dict[str, Any]], verify: bool) -> dict[str, Any]:
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-    temporary.mkdir()
-    try:
-        with convert_write_errors(folder):
-            manifest = {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fill(temporary)}
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            manifest["files"] = {
-                path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
-                for path in files
-            }
-            text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-            (temporary / MANIFEST).write_text(text, encoding="utf-8")
-            flush_folder(temporary)
-            if folder.exists() and not load_valid_manifest(folder, verify=verify):
-                # A damaged folder is moved away in one step, so that nobody reads it half deleted.
-                damaged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-                folder.rename(damaged)
-                shutil.rmtree(damaged, ignore_errors=True)
-            try:
-                temporary.rename(folder)
-            except OSError:
-                winner = load_valid_manifest(folder)  # without file locks another process may have been first
-                if winner is None:
-                    raise
-                return winner
-            _flush(folder.parent)
-            return manifest
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _temporary(folder: Path) -> list[Path]:
-    return list(folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"))
-
-
-def _headway(folder: Path) -> float:
-    """Newest modification time of anything in the temporary folders beside `folder`."""
-    newest = 0.0
-    for temporary in _temporary(folder):
-        for path in (temporary, *temporary.rglob("*")):
-            try:
-                newest = max(newest, path.stat().st_mtime)
-            except FileNotFoundError:  # renamed or removed by its owner meanwhile
-                continue
-    return newest
-
-
-@contextmanager
-def _lock(folder: Path, what: str) -> Iterator[bool]:
-    """Holds the lock of `folder`, a file that is gone afterwards; yields False where the file system has no locks."""
-    path = folder.with_name(f".{folder.name}.lock")
-    seen, since, told = 0.0, time.monotonic(), False
-    while fcntl is not None:
-        with open(path, "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except BlockingIOError:
-                held = False
-            except OSError as error:
-                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    break
-                raise
-            # its last holder may have deleted the file between `open` and `flock`: such a lock holds nobody off
-            if held and _is_at(path, file.fileno()):
-                try:
-                    yield True
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        if held:
-            continue
-        if not told:
-            console.print(f"waiting for another process that is making the {what}", markup=False)
-            told = True
-        if (newest := _headway(folder)) != seen:
-            seen, since = newest, time.monotonic()
-        if time.monotonic() - since > LOCK_TIMEOUT_SECONDS:
-            raise LimbeckError(
-                f"another process holds the lock of the {what} and has written nothing for {LOCK_TIMEOUT_SECONDS:.0f} s",
-                hint=f"end that process (the lock is {path}) and run the same command again",
-            )
-        time.sleep(0.2)
-    yield False
-
-
-def _is_at(path: Path, handle: int) -> bool:
-    """Is the open file still the one of that name?"""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False

@@ -1,9 +1,9 @@
-"""The machine: how much memory is free, the most that something takes, whether others are at work while it is timed.
+"""Measure the machine: free and peak memory, load by other programs, its speed at a reference product.
 
-get_free_memory(device)                                   # bytes, or None where the system does not tell
-get_peak_memory()                                         # bytes that this process has had at most
-measure_peak_memory(lambda: model(ids), device)                # bytes at most on top of what was there before
-describe_cpu_contention(threads=2)                                    # a sentence where other programs are at work
+get_free_memory(device)                                  # bytes, or None if the system does not tell
+get_peak_memory()                                        # bytes, the peak of this process
+measure_peak_memory(lambda: model(ids), device)          # bytes on top of what was in use before
+describe_cpu_contention(threads=2)                       # a sentence if other programs need the cores
 """
 
 import ctypes
@@ -29,23 +29,22 @@ GROUP = Path("/sys/fs/cgroup")
 
 
 def get_free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had without another program losing any; on an accelerator those of its own memory."""
+    """Return the bytes that can be allocated without taking memory from other programs; on a GPU, its own memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+    free = _read_proc_bytes(Path("/proc/meminfo"), "MemAvailable")
     if free is None:
         return None
-    try:  # a container may have less than the machine
-        limit = int((GROUP / "memory.max").read_text(encoding="utf-8")) - int(
-            (GROUP / "memory.current").read_text(encoding="utf-8")
-        )
-        return min(free, max(limit, 0))
+    try:  # a container may be allowed less than the machine has
+        limit = int((GROUP / "memory.max").read_text(encoding="utf-8"))
+        in_use = int((GROUP / "memory.current").read_text(encoding="utf-8"))
+        return min(free, max(limit - in_use, 0))
     except (OSError, ValueError):  # no container, or no limit
         return free
 
 
 def get_peak_memory() -> int | None:
-    """Most resident memory that this process has had, in bytes; None where the system does not tell."""
+    """Return the peak resident memory of this process in bytes, or None if the system does not tell."""
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -53,9 +52,9 @@ def get_peak_memory() -> int | None:
 
 
 def measure_peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:
-    """The most bytes that `work` has at one time, on top of what the process had before; None where nobody counts.
+    """Run `work` and return its peak memory in bytes, on top of what was in use before.
 
-    On a CPU that is resident memory, on Linux: the system's high-water mark is set back before.
+    On a CPU that is resident memory, on Linux alone: None on other systems.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -64,74 +63,74 @@ def measure_peak_memory(work: Callable[[], Any], device: torch.device) -> int | 
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    _give_back()
+    _release_free_memory()
     try:
-        (PROCESS / "clear_refs").write_text(
-            "5", encoding="utf-8"
-        )  # "5" sets the high-water mark back to what is resident now
-        resident = _kilobytes(PROCESS / "status", "VmRSS")
+        # "5" resets the high-water mark to what is resident now
+        (PROCESS / "clear_refs").write_text("5", encoding="utf-8")
+        resident = _read_proc_bytes(PROCESS / "status", "VmRSS")
     except OSError:
         resident = None
     work()
-    peak = _kilobytes(PROCESS / "status", "VmHWM") if resident is not None else None
+    peak = _read_proc_bytes(PROCESS / "status", "VmHWM") if resident is not None else None
     return max(peak - resident, 0) if peak is not None and resident is not None else None
 
 
+def _release_free_memory() -> None:
+    """Return freed memory to the system; what the allocator holds on to would hide later allocations."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # an allocator other than glibc's
+        return
+
+
+def _read_proc_bytes(file: Path, name: str) -> int | None:
+    """Read bytes from a line such as "VmRSS:  2000 kB"."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    values = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(values[0]) if values else None
+
+
 def describe_cpu_contention(threads: int) -> str | None:
-    """A sentence where the load of other programs leaves no core for some of our threads."""
+    """Return a warning if the load of other programs leaves no core for some of our `threads`, else None."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not hasattr(os, "getloadavg"):
         return None
     load = os.getloadavg()[0]
+    # half a core of tolerance: the system itself is never quite idle
     if load + threads <= cores + 0.5:
         return None
-    return f"other programs are at work: a load of {load:.1f} on {cores} cores before {threads} threads of ours"
+    return f"The machine is busy (load {load:.1f} on {cores} cores); timings may be unreliable."
 
 
 def time_reference_matmul(device: torch.device) -> float:
-    """Milliseconds of a fixed matrix product now: what changes in it is the machine, not the models."""
+    """Time a fixed matrix product, in milliseconds: if it changes between runs, the machine does, not the models."""
     x = torch.ones(512, 1024, device=device)
     w = torch.ones(1024, 2048, device=device)
     times = []
     for _ in range(15):
         synchronize_device(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         x @ w
         synchronize_device(device)
-        times.append(1000 * (time.perf_counter() - began))
+        times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[3:])
 
 
 def synchronize_device(device: torch.device) -> None:
-    """Until an accelerator has done what it was told."""
+    """Wait until an accelerator has finished all work that was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _give_back() -> None:
-    """Hand freed memory back to the system, where the allocator can: it would hide what is taken next."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):  # another allocator than glibc's
-        return
-
-
-def _kilobytes(file: Path, name: str) -> int | None:
-    """Bytes from a line such as "VmRSS:  2000 kB"."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return 1024 * int(found[0]) if found else None
-
-
 @contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Take denormal numbers for zero on a CPU, for what is inside; afterwards as before.
+    """Treat denormal numbers as zero on a CPU inside this block.
 
-    A student that is still far off has many probabilities too small to matter, which slow products down tenfold.
+    An untrained student has many probabilities too small to matter, and denormals slow products down tenfold.
     """
     before = not (torch.full((1,), 1e-40) * 1.0).item()
     torch.set_flush_denormal(True)

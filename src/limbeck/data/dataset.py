@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.core.cache import MANIFEST
 from limbeck.core.errors import LimbeckError, rewrite_hints
 from limbeck.core.recipe import Data, Source
-from limbeck.core.storage import MANIFEST
 from limbeck.data.mixture import MixtureDataset
 from limbeck.data.packing import PackedDataset, SequenceDataset
 from limbeck.data.streaming import StreamingDataset, TokenStream

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.core.cache import raise_if_dry_run
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import raise_if_dry_run
 
 HUB_NAME_PATTERN = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
 SUPPORTED_SOURCES = (

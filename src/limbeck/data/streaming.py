@@ -30,16 +30,10 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.core.cache import MANIFEST, ensure_cached_folder, load_valid_manifest
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import (
-    MANIFEST,
-    atomic_write_text,
-    cache_root,
-    compute_sha256,
-    ensure_cached_folder,
-    load_valid_manifest,
-)
+from limbeck.core.storage import atomic_write_text, cache_root, compute_sha256
 from limbeck.data.packing import Batch, PackedDataset, SequenceDataset, check_position, concatenate_batches, splitmix64
 from limbeck.data.source_shards import list_source_shards
 from limbeck.data.token_store import (

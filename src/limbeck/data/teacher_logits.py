@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.console import console, progress
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import ensure_cached_folder, load_valid_manifest
 from limbeck.data.packing import Batch, PackedDataset
 
 PART_TOKENS = 8192  # tokens

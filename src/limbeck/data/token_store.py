@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.core.cache import ensure_cached_folder
 from limbeck.core.console import console, progress
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import cache_root, check_disk_space, ensure_cached_folder
+from limbeck.core.storage import cache_root, check_disk_space
 from limbeck.data.documents import count_stored_bytes, fingerprint_source, get_file_sizes
 from limbeck.data.pretokenized import TokenEncoder
 from limbeck.data.tokenization import Encoder, TextEncoder, collect_store_settings, create_encoder, hash_settings

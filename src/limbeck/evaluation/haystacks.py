@@ -25,8 +25,9 @@ from typing import Any
 
 from limbeck.core.errors import LimbeckError
 from limbeck.data.offline.embedded import ensure_embedded_corpus
+from limbeck.evaluation.haystacks import Question, count_prompt_tokens
 from limbeck.evaluation.long_text import check_prompt_fits
-from limbeck.evaluation.retrieval import Question, count_prompt_tokens, draw_distinct
+from limbeck.evaluation.retrieval import draw_distinct
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")

@@ -216,7 +216,7 @@ class SpeedBenchmark:
         open_cells = [cell for cell in self.workloads if cell not in self.points]
         found: list[Measurement] = []
         device, began, first = self.candidates[0].model.device, time.monotonic(), None
-        with progress("race", len(self.workloads), "lengths", done=len(self.workloads) - len(open_cells)) as advance:
+        with progress("race", len(self.workloads), "lengths", initial=len(self.workloads) - len(open_cells)) as advance:
             for length, batch in open_cells:
                 advance(0, note=f"{length:,} tokens, batch {batch}")
                 before = time_reference_matmul(device)

@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.core.errors import LimbeckError
-from limbeck.core.manifest import read_manifest
 from limbeck.core.recipe import Data, Recipe
+from limbeck.core.storage import read_manifest
 from limbeck.data import documents
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.packing import SequenceDataset

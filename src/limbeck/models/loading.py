@@ -32,10 +32,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file
 
+import limbeck.models.modeling  # noqa: F401  registers students with transformers
+from limbeck.core.cache import load_valid_manifest
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError, suggest_closest, summarize_error
 from limbeck.core.recipe import TeacherRecipe
-from limbeck.core.storage import load_valid_manifest
 from limbeck.data.offline.embedded import _teacher_path, ensure_embedded_teacher
 from limbeck.models.checkpoint import (
     check_loading_info,

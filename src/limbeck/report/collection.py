@@ -20,9 +20,8 @@ import yaml
 
 from limbeck.core.config import STAGE_NAMES
 from limbeck.core.errors import LimbeckError
-from limbeck.core.manifest import read_manifest
-from limbeck.core.recipe import OLD_KEYS, from_old_keys, study_from_old_keys
-from limbeck.core.storage import read_json
+from limbeck.core.old_keys import OLD_KEYS, from_old_keys, study_from_old_keys
+from limbeck.core.storage import read_json, read_manifest
 from limbeck.evaluation import speed
 from limbeck.evaluation.measure import Measurement
 from limbeck.report.comparison import load_measurements

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.core.errors import LimbeckError
-from limbeck.core.manifest import read_manifest
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import compute_sha256, read_json
+from limbeck.core.storage import compute_sha256, read_json, read_manifest
 from limbeck.models.config import MODEL_TYPE
 from limbeck.models.folders import check_safetensors
 from limbeck.models.loading import load_config, load_model

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from limbeck.core.recipe import to_old_keys
+from limbeck.core.old_keys import to_old_keys
 from limbeck.core.storage import atomic_write_text
 from limbeck.core.version import __version__
 from limbeck.evaluation.measure import Measurement, get_measure, parse_settings

@@ -30,14 +30,21 @@ from typing import Any
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import check_disk_space, check_link, check_writable, convert_write_errors, read_json
+from limbeck.core.storage import (
+    check_disk_space,
+    check_link,
+    check_writable,
+    convert_write_errors,
+    lock_folder,
+    read_json,
+)
 from limbeck.study import results, tables
 from limbeck.study.claims import evaluate_claims
 from limbeck.study.plan import StudyPlan, plan_study, schedule_tasks
 from limbeck.study.spec import Arm, Study, study_to_yaml
 from limbeck.study.tasks import Executor, SequentialExecutor, StudyTask, TaskResult, TaskRunner, measure_teacher
 from limbeck.training.identity import check_same_teacher
-from limbeck.training.run_directory import check_run, lock_folder
+from limbeck.training.run_directory import check_run
 
 
 class ProgressReporter:

@@ -29,7 +29,7 @@ from limbeck.training.joint_trainer import StudentTraining, train_jointly
 from limbeck.training.pipeline import start_run
 from limbeck.training.precision import numerics_context
 from limbeck.training.run_directory import RunDirectory, open_run
-from limbeck.training.setup import Job, LoadedTeacher, build_student, prepare_job
+from limbeck.training.setup import Job, build_student, prepare_job
 from limbeck.training.stages import (
     StageContext,
     StageRunner,
@@ -38,6 +38,7 @@ from limbeck.training.stages import (
     make_stage,
     solve_calibration,
 )
+from limbeck.training.teacher_loading import LoadedTeacher
 
 MAX_MEMORY_FRACTION = 0.7  # of the free memory: students of a wave beyond that wait for another pass of the teacher
 

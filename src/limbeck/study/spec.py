@@ -29,6 +29,7 @@ from limbeck.core.config import (
     set_by_dotted_key,
 )
 from limbeck.core.errors import LimbeckError, suggest_closest
+from limbeck.core.old_keys import OLD_KEYS, study_from_old_keys
 from limbeck.core.recipe import Recipe
 from limbeck.evaluation import measure
 from limbeck.study.claims import CLAIMS
@@ -55,7 +56,7 @@ class StudentSpec(_Part):
 class Grid(_Part):
     """The axes; an arm is a value of each."""
 
-    renamed: ClassVar[Mapping[str, str]] = recipes.OLD_KEYS["grid"]
+    renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["grid"]
     students: str | Annotated[list[str | StudentSpec], Field(min_length=1)]  # mixers' names, sets, or choices
     stages: Annotated[list[str], Field(min_length=1)]  # "3", "2+3", "hidden+logits": those that `base` has settings for
     copy_projections: Annotated[list[bool], Field(min_length=1)] = [True]
@@ -71,7 +72,7 @@ class Grid(_Part):
 class Study(_Part):
     """A whole study."""
 
-    renamed: ClassVar[Mapping[str, str]] = recipes.OLD_KEYS["study"]
+    renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["study"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str = ""
     size: str | None = None
@@ -97,7 +98,7 @@ class Study(_Part):
             )
         raw = read_yaml(path, "study", "keys such as name, base, grid, measures")
         if recipes.is_stored(path):
-            raw = recipes.study_from_old_keys(raw)
+            raw = study_from_old_keys(raw)
         sizes = raw.pop("sizes", None) or {}
         if not isinstance(sizes, dict) or not all(isinstance(one, dict) for one in sizes.values()):
             raise LimbeckError(f"{source}: sizes", expected="by name, each with the keys that differ in it")

@@ -24,14 +24,14 @@ from limbeck.core.distributed import get_local_device
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.core.signals import TrainingInterrupted
+from limbeck.core.storage import lock_folder
 from limbeck.evaluation.measure import get_measure, run_measure
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.study import results
 from limbeck.study.shared_training import get_free_memory, train_shared_stages
 from limbeck.study.spec import Arm, Study
 from limbeck.training.pipeline import distill
-from limbeck.training.run_directory import lock_folder
-from limbeck.training.setup import LoadedTeacher, load_recipe_teacher
+from limbeck.training.teacher_loading import LoadedTeacher, load_recipe_teacher
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
-"""Blocks of student and teacher shared out over the processes (FSDP2), for models that are too large for one device.
+"""Shard the blocks of student and teacher over the processes (FSDP2), for models that are too large for one device.
 
     with shard_blocks(teacher, student, blocks, trained):
-        train(...)                       # inside, each process keeps its part of each block's weights
+        train(...)                       # each process has a shard of every block's weights
 
-A block's weights are gathered when it runs and dropped when it has run; gradients are summed and kept
-in parts, and so is the optimiser's state. Embeddings, final norm and head are whole everywhere: a head's logits are
-formed a chunk at a time, outside the model's own forward pass. Blocks are sharded as copies, which stand in the
-model while it lasts; the originals wait on the CPU and get what was learnt. So a student that shares tensors with its
-teacher is parted from it by this, and is an ordinary student afterwards.
+A block's weights are gathered when it runs and dropped afterwards; gradients and optimizer state stay sharded.
+Embeddings, final norm and head are not sharded, because logits are computed in chunks outside of the model's forward
+pass. The sharded blocks are copies that replace the originals inside the block of code; the originals wait on the CPU
+and receive the trained weights at the end. A student that shared tensors with its teacher does not share them any more.
 """
 
 import copy
@@ -30,18 +29,19 @@ from limbeck.models.backbone import supports_packed_positions
 def shard_blocks(
     teacher: PreTrainedModel, student: PreTrainedModel, blocks: Sequence[str], trained: Collection[str]
 ) -> Iterator[None]:
-    """Every named block of both models sharded over all processes; alone, nothing happens.
+    """Shard the named blocks of both models over all processes inside this block; does nothing in a single process.
 
     Args:
         blocks: names of modules, the same in both models.
-        trained: names of the student's parameters that learn; they are gathered in the end.
+        trained: names of the student's trained parameters, which are gathered at the end.
 
     Raises:
-        LimbeckError: a block shares tensors with something outside it, or holds weights that cannot be sharded.
+        LimbeckError: a block shares tensors with other modules, or has weights that cannot be sharded.
     """
     if get_process_info().world_size == 1:
         yield
         return
+    # only runs in several processes need it, and it takes long to import
     from torch.distributed.device_mesh import init_device_mesh
 
     device = student.device
@@ -49,8 +49,8 @@ def shard_blocks(
     names = list(dict.fromkeys(blocks))
     models = [teacher, student]
     for model in models:
-        supports_packed_positions(model)  # tries the model on its first call, while it is whole
-        _check(model, names)
+        supports_packed_positions(model)  # its first call runs the model, which has to be unsharded for that
+        _check_shardable(model, names)
     originals = [{name: model.get_submodule(name) for name in names} for model in models]
     try:
         for model, blocks_of in zip(models, originals):
@@ -60,7 +60,7 @@ def shard_blocks(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         yield
-        _give_back(student, originals[1], trained)
+        _copy_to_originals(student, originals[1], trained)
     finally:
         for model, blocks_of in zip(models, originals):
             for name, block in blocks_of.items():
@@ -70,22 +70,25 @@ def shard_blocks(
 
 
 def _shard(block: nn.Module, mesh: Any) -> nn.Module:
+    # torch.distributed.fsdp takes long to import and few runs need it
     from torch.distributed.fsdp import fully_shard
 
     wrapped: Any = fully_shard(block, mesh=mesh, reshard_after_forward=True)
     if hasattr(wrapped, "set_reduce_scatter_unused_params"):
-        wrapped.set_reduce_scatter_unused_params(True)  # an expert that no token of this process went to
+        # an expert that received no token in this process has no gradient, but the other processes wait for it
+        wrapped.set_reduce_scatter_unused_params(True)
     return wrapped
 
 
-def _check(model: PreTrainedModel, names: list[str]) -> None:
+def _check_shardable(model: PreTrainedModel, names: list[str]) -> None:
+    """Raise LimbeckError if blocks have quantized weights or share weights."""
     owner: dict[int, str] = {}
     for name in names:
         for inner, parameter in model.get_submodule(name).named_parameters():
             if not parameter.is_floating_point():
                 raise LimbeckError(
                     f"{name}.{inner} is {parameter.dtype}, which cannot be sharded",
-                    expected="weights in floating point",
+                    expected="floating-point weights",
                     hint="sharding: none, or no teacher_bits",
                 )
             if owner.setdefault(id(parameter), name) != name:
@@ -101,64 +104,65 @@ def _check(model: PreTrainedModel, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def _give_back(student: PreTrainedModel, originals: dict[str, nn.Module], trained: Collection[str]) -> None:
-    """Write what was learnt into the originals; what they share with the teacher becomes theirs before."""
+def _copy_to_originals(student: PreTrainedModel, originals: dict[str, nn.Module], trained: Collection[str]) -> None:
+    """Copy the trained weights into the original blocks, as new tensors that the teacher does not share."""
     for name, block in originals.items():
         for inner, _ in list(block.named_parameters()):
             if f"{name}.{inner}" not in trained:
                 continue
-            part: Any = student.get_parameter(f"{name}.{inner}")
-            whole = part.full_tensor() if isinstance(part, DTensor) else part
-            module, _, last = inner.rpartition(".")
-            own = nn.Parameter(whole.detach().to(block.get_parameter(inner).device, copy=True), requires_grad=False)
-            block.get_submodule(module)._parameters[last] = own
+            shard: Any = student.get_parameter(f"{name}.{inner}")
+            full = shard.full_tensor() if isinstance(shard, DTensor) else shard
+            module, _, leaf = inner.rpartition(".")
+            copied = full.detach().to(block.get_parameter(inner).device, copy=True)
+            block.get_submodule(module)._parameters[leaf] = nn.Parameter(copied, requires_grad=False)
 
 
 class ShardedParameters:
-    """What this process holds of a stage's parameters: whole ones, and its part of those that are sharded.
+    """The parameters of a stage in this process: full ones, and shards of those that are sharded.
 
-    `local` is what optimiser and averages work on: plain tensors, which share their storage with the model's.
+    `local` is for optimizer and averages: plain tensors that share their storage with the model's parameters.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]):
-        self.given = parameters
+        self.parameters = parameters
         self.sharded = {name for name, p in parameters.items() if isinstance(p, DTensor)}
         self.local = {name: self._local(p) if name in self.sharded else p for name, p in parameters.items()}
         self.numel = sum(math.prod(p.shape) for p in parameters.values())
 
     def reduce_gradients(self) -> None:
-        """Sum over the processes what is not yet, and hand the sharded gradients to `local`."""
-        all_reduce_gradients(p for name, p in self.given.items() if name not in self.sharded)
+        """Sum the gradients that FSDP has not summed, and hand the sharded gradients to `local`."""
+        all_reduce_gradients(p for name, p in self.parameters.items() if name not in self.sharded)
         for name in self.sharded:
-            gradient: Any = self.given[name].grad
-            # what FSDP leaves is a mean; the losses are divided by counts over all processes already
+            gradient: Any = self.parameters[name].grad
+            # FSDP averages over the processes, but the losses are already divided by counts over all processes
             self.local[name].grad = (
                 None if gradient is None else gradient.to_local().mul_(get_process_info().world_size)
             )
 
     def clear_gradients(self) -> None:
-        """Forget the sharded gradients; the others are the optimiser's."""
+        """Drop the sharded gradients; the optimizer drops the others."""
         for name in self.sharded:
-            self.given[name].grad = None
+            self.parameters[name].grad = None
 
-    def gather(self, name: str, part: Tensor) -> Tensor:
-        """A parameter's part, or that of its average or momentum, put together; every process takes part."""
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        """Gather the full tensor from shards of a parameter, its average or its momentum; a collective call."""
         if name not in self.sharded:
-            return part
-        like: Any = self.given[name]
+            return shard
+        like: Any = self.parameters[name]
         shape, stride = like.shape, torch.empty(like.shape, device="meta").stride()
-        spread = DTensor.from_local(
-            part.detach(), like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+        distributed = DTensor.from_local(
+            shard.detach(), like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
         )
-        return spread.full_tensor()
+        return distributed.full_tensor()
 
-    def local_shard(self, name: str, whole: Tensor) -> Tensor:
-        """The other way round, without communication."""
+    def local_shard(self, name: str, full: Tensor) -> Tensor:
+        """Take this process's shard of a full tensor, without communication."""
         if name not in self.sharded:
-            return whole
+            return full
         me = get_process_info()
-        pieces = whole.chunk(me.world_size)
-        return pieces[me.rank].clone() if me.rank < len(pieces) else whole[:0].clone()
+        shards = full.chunk(me.world_size)
+        # with fewer rows than processes the last processes have an empty shard
+        return shards[me.rank].clone() if me.rank < len(shards) else full[:0].clone()
 
     @staticmethod
     def _local(parameter: Any) -> nn.Parameter:

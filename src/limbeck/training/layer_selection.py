@@ -1,11 +1,11 @@
-"""Which layers to keep as softmax: what each layer costs when it alone is swapped, measured on the user's own text.
+"""Select the layers of a hybrid that keep softmax attention, by what replacing each layer alone costs.
 
-    scores = score_layers(teacher, sites, student, data, held_out)      # one LayerScore a layer
-    select_layers(scores, 7, by="kl")                                          # [0, 1, 2, 3, 16, 17, 23]
+    scores = score_layers(teacher, student, sites, data, held_out, autocast)      # a LayerScore per layer
+    select_layers(scores, 7, by="kl")                                             # [0, 1, 2, 3, 16, 17, 23]
 
-All layers' mixers are calibrated at once on the teacher's own inputs (stage 0), so no gradient is needed. Then one
-attention module at a time takes the place of the teacher's, and two things are read: KL(teacher ‖ swapped) on held-out
-text, and by how much the loss rises where the text repeats what stood a third of the sequence before (recall).
+All mixers are calibrated at once on the teacher's inputs (stage 0), so no gradients are needed. Then one attention
+module of the teacher at a time is replaced by the student's, and two costs are measured: KL(teacher || swapped) on
+held-out text, and recall, the increase of the loss on tokens that repeat the first third of a sequence.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,17 +29,17 @@ from limbeck.training.calibration import NormalEquations
 from limbeck.training.chunked_losses import TeacherLogitsFromHidden, logit_losses
 
 SelectionCriterion = Literal["kl", "recall", "both", "halo", "uniform"]
-BATCH = 4  # sequences that calibration takes at once
+CALIBRATION_BATCH_SIZE = 4  # sequences
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What swapping one layer alone costs in nats per token, and the share of its output that the mixer leaves."""
+    """Cost of replacing one layer alone, in nats per token."""
 
     layer: int
     kl: float
-    recall: float  # rise of the loss on repeated text
-    unexplained: float
+    recall: float  # increase of the loss on repeated text
+    unexplained: float  # share of the layer's output that the calibrated mixer does not reproduce
 
 
 @flush_denormals()
@@ -54,22 +54,22 @@ def score_layers(
     eval_tokens: int = 2048,
     ridge: float = 1e-2,
 ) -> list[LayerScore]:
-    """The score of each layer.
+    """Score each layer.
 
     Args:
-        student: `convert(teacher, ..., layers="all", share=True)`; its output projections are solved here.
-        sites: of the layers to score.
-        tokens: of `data`, for the calibration.
-        eval_tokens: tokens of `held_out` that KL is measured on; recall takes as many.
-        ridge: of the calibration, a share of the mean diagonal.
+        student: `convert(teacher, ..., layers="all", share_weights=True)`; its output projections are overwritten.
+        sites: layers to score.
+        tokens: tokens of `data` for the calibration.
+        eval_tokens: tokens of `held_out` for KL, and as many for recall.
+        ridge: of the calibration, as a share of the mean diagonal.
     """
     device = teacher.device
     fits = NormalEquations(DistillationPair(teacher, student, sites, autocast))
     sequences = max(1, round(tokens / data.length))
     with progress("calibrate", sequences, "sequences") as advance:
-        for at in range(0, sequences, BATCH):
-            size = min(BATCH, sequences - at)
-            fits.add(data.batch(at, size).to(device))
+        for start in range(0, sequences, CALIBRATION_BATCH_SIZE):
+            size = min(CALIBRATION_BATCH_SIZE, sequences - start)
+            fits.add(data.batch(start, size).to(device))
             advance(size)
     fits.solve(ridge)
     text = take_sequences_with_targets(held_out, 0, max(1, round(eval_tokens / held_out.length)))[0].to(device)
@@ -77,9 +77,9 @@ def score_layers(
     head = LMHead(teacher)
     scores = []
     with torch.no_grad(), autocast():
-        known = [run_backbone(teacher, eval_batch) for eval_batch in eval_batches]
-        signals = [TeacherLogitsFromHidden(head, hidden) for hidden in known]
-        before = logit_losses(head, known[1], signals[1], eval_batches[1].targets)[0]
+        teacher_hidden = [run_backbone(teacher, eval_batch) for eval_batch in eval_batches]
+        signals = [TeacherLogitsFromHidden(head, hidden) for hidden in teacher_hidden]
+        before = logit_losses(head, teacher_hidden[1], signals[1], eval_batches[1].targets)[0]
         count = float(eval_batches[1].n_targets)
         with progress("swap one layer", len(sites), "layers") as advance:
             for site in sites:
@@ -99,53 +99,55 @@ def score_layers(
 
 
 def select_layers(scores: list[LayerScore], num_softmax_layers: int, by: SelectionCriterion = "both") -> list[int]:
-    """The layers to keep as softmax.
+    """Select the layers that keep softmax attention, in ascending order.
 
     Args:
         num_softmax_layers: how many.
-        by: "kl" the dearest by divergence, "recall" by recall, "both" by the sum of the two as shares of the dearest
-            layer's, "halo" by recall over divergence (after HALO, arXiv 2601.22156: what recall needs and the rest of
-            the model does not), "uniform" evenly spread.
+        by: "kl": the highest divergence; "recall": the highest recall cost; "both": the sum of the two, each relative
+            to its maximum; "halo": recall cost over divergence (after HALO, arXiv 2601.22156: layers that recall
+            needs and the rest of the model does not); "uniform": evenly spaced.
     """
     check_selection(num_softmax_layers, by, len(scores))
     layers = [score.layer for score in scores]
     if by == "uniform":
         return [layers[i] for i in space_evenly(len(layers), num_softmax_layers)]
-    most = max(p.kl for p in scores), max(p.recall for p in scores)
-    worth = {
-        "kl": lambda p: p.kl,
-        "recall": lambda p: p.recall,
-        "both": lambda p: p.kl / max(most[0], 1e-9) + max(p.recall, 0.0) / max(most[1], 1e-9),
-        "halo": lambda p: max(p.recall, 0.0) / (max(p.kl, 0.0) + 1e-3),
+    max_kl, max_recall = max(s.kl for s in scores), max(s.recall for s in scores)
+    importance = {
+        "kl": lambda s: s.kl,
+        "recall": lambda s: s.recall,
+        "both": lambda s: s.kl / max(max_kl, 1e-9) + max(s.recall, 0.0) / max(max_recall, 1e-9),
+        "halo": lambda s: max(s.recall, 0.0) / (max(s.kl, 0.0) + 1e-3),
     }[by]
-    dearest = sorted(scores, key=worth, reverse=True)[:num_softmax_layers]
-    return sorted(score.layer for score in dearest)
+    top = sorted(scores, key=importance, reverse=True)[:num_softmax_layers]
+    return sorted(score.layer for score in top)
 
 
 def check_selection(num_softmax_layers: int, by: str, count: int) -> None:
-    """Raises a LimbeckError unless `num_softmax_layers` of `count` layers can be chosen by that score."""
+    """Raise LimbeckError unless `num_softmax_layers` of `count` layers can be selected by that criterion."""
     if by not in get_args(SelectionCriterion):
         raise LimbeckError(
-            f"score is '{by}'{suggest_closest(by, get_args(SelectionCriterion))}",
+            f"unknown criterion '{by}'{suggest_closest(by, get_args(SelectionCriterion))}",
             expected=", ".join(get_args(SelectionCriterion)),
         )
     if not 0 < num_softmax_layers < count:
         raise LimbeckError(
-            f"{num_softmax_layers} layers to keep, the teacher has {count}", expected=f"1 to {count - 1}"
+            f"cannot keep {num_softmax_layers} of the teacher's {count} layers", expected=f"1 to {count - 1}"
         )
 
 
 def selection_to_dict(scores: list[LayerScore], softmax_layers: list[int], **facts: Any) -> dict[str, Any]:
-    """What `limbeck select` writes and `student.softmax_layers` of a recipe reads."""
+    """Return the content of the file that `limbeck select` writes and `student.softmax_layers` of a recipe reads."""
     return {"softmax_layers": softmax_layers, **facts, "prices": [asdict(score) for score in scores]}
 
 
 def make_repeated_batch(batch: Batch) -> Batch:
-    """Each row as A B A: its first third, its second, and the first again, which alone is to be predicted."""
+    """Turn each row into A B A: its first third, its second, and the first again, which alone has targets."""
     length = batch.input_ids.shape[1]
     third = length // 3
     if third < 8:
-        raise LimbeckError(f"sequences of {length} tokens", expected="at least 24, to repeat a third of them")
+        raise LimbeckError(
+            f"sequences of {length} tokens are too short to repeat a third", expected="at least 24 tokens"
+        )
     first, second = batch.input_ids[:, :third], batch.input_ids[:, third : 2 * third]
     ids = torch.cat([first, second, first], 1)
     targets = torch.full_like(ids, IGNORE_INDEX)
@@ -156,7 +158,7 @@ def make_repeated_batch(batch: Batch) -> Batch:
 
 @contextmanager
 def swap_module(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """`module` in place of the model's submodule of that name."""
+    """Replace the model's submodule of this name by `module` inside this block."""
     parent, _, leaf = name.rpartition(".")
     before = model.get_submodule(name)
     setattr(model.get_submodule(parent), leaf, module)

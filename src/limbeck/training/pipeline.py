@@ -17,17 +17,17 @@ from limbeck.core import recipe as recipes
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info, main_process_first, process_group, run_on_main
 from limbeck.core.errors import LimbeckError
-from limbeck.core.manifest import read_manifest
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import check_disk_space, check_writable, read_json
+from limbeck.core.storage import check_disk_space, check_writable, read_json, read_manifest
 from limbeck.training.export import check_exported_files, export_and_evaluate, provenance
 from limbeck.training.identity import matches_run_identity
 from limbeck.training.plan import Plan, make_plan
 from limbeck.training.precision import numerics_context
 from limbeck.training.rehearsal import dry_run_export, measure_stage_times
 from limbeck.training.run_directory import RunDirectory, check_run, collect_environment, open_run, remove_stale_export
-from limbeck.training.setup import Job, LoadedTeacher, assign_run_directory, build_student, prepare_job, run_path
+from limbeck.training.setup import Job, assign_run_directory, build_student, prepare_job, run_path
 from limbeck.training.stages import make_stage, run_stages
+from limbeck.training.teacher_loading import LoadedTeacher
 from limbeck.training.trainer import Stage
 
 LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed

@@ -1,10 +1,10 @@
-"""How a run computes: autocast over float32 weights, TF32, the same bits again, and by which kernels.
+"""Set the numerics of a run: autocast over float32 weights, TF32, determinism, kernel backend.
 
     autocast = resolve_autocast("auto", device)
     with numerics_context(recipe), autocast():
         ...
 
-States, decays, losses and optimiser state are float32 whatever is chosen here: the operators and the losses see to it.
+States, decays, losses and optimizer state are float32 in every setting; operators and losses take care of that.
 """
 
 import os
@@ -25,21 +25,21 @@ AMPERE = (8, 0)  # the first compute capability with bf16 and TF32
 
 
 def resolve_autocast(precision: str, device: torch.device) -> Callable[[], Any]:
-    """What a pass runs under: nothing for fp32, else autocast.
+    """Return the context of a forward pass: autocast, or none for fp32.
 
     Args:
-        precision: "fp32", "bf16", "fp16", or "auto" (on a GPU bf16 where it has that, else fp16; on a CPU fp32).
+        precision: "fp32", "bf16", "fp16", or "auto" (bf16 on a GPU that supports it, else fp16; fp32 on a CPU).
 
     Raises:
-        LimbeckError: the device has no bf16.
+        LimbeckError: the device does not support bf16.
     """
     modern = device.type != "cuda" or torch.cuda.get_device_capability(device) >= AMPERE
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if modern else "fp16"
     if precision == "bf16" and not modern:
         raise LimbeckError(
-            f"precision is bf16, which {torch.cuda.get_device_name(device)} has not",
-            expected="a GPU of compute capability 8.0 or more, or another precision",
+            f"{torch.cuda.get_device_name(device)} does not support bf16",
+            expected="a GPU of compute capability 8.0 or higher, or another precision",
             hint="--set precision=fp16",
         )
     if precision == "fp32":
@@ -48,20 +48,20 @@ def resolve_autocast(precision: str, device: torch.device) -> Callable[[], Any]:
 
 
 def check_precision(recipe: Recipe, device: torch.device) -> None:
-    """Raises LimbeckError where the device has not what the recipe asks for."""
+    """Raise LimbeckError if the device does not support a recipe's precision."""
     resolve_autocast(recipe.precision, device)
     if recipe.tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE):
         name = "a CPU" if device.type != "cuda" else torch.cuda.get_device_name(device)
         raise LimbeckError(
-            f"tf32 is asked for, and {name} has not got it",
-            expected="an NVIDIA GPU of compute capability 8.0 or more",
+            f"tf32=true requires an Ampere or newer GPU; this device is {name}",
+            expected="an NVIDIA GPU of compute capability 8.0 or higher",
             hint="--set tf32=false",
         )
 
 
 @contextmanager
 def numerics_context(recipe: Recipe) -> Iterator[None]:
-    """TF32, determinism and the operators' backend as the recipe has them, for what is inside; afterwards as before.
+    """Apply a recipe's TF32, determinism and backend inside this block, and restore the previous settings.
 
     Raises:
         LimbeckError: with `deterministic`, an operation that has no deterministic implementation on this device.
@@ -78,10 +78,10 @@ def numerics_context(recipe: Recipe) -> Iterator[None]:
     except RuntimeError as error:
         if not recipe.deterministic or "deterministic" not in str(error):
             raise
-        which = str(error).strip().partition(", but you set")[0].partition(". ")[0]
+        operation = str(error).strip().partition(", but you set")[0].partition(". ")[0]
         raise LimbeckError(
-            f"deterministic is asked for, and this device cannot: {which}",
-            expected="operations that give the same bits each time",
+            f"deterministic=true is not possible on this device: {operation}",
+            expected="operations with a deterministic implementation",
             hint="--set deterministic=false, another mixer, or device=cpu",
         ) from error
     finally:

@@ -1,36 +1,12 @@
-"""Teachers that Limbeck trains itself: the start that looks back, and the training.
+"""Pretrain small teachers on demand, once each: for studies on a laptop.
 
-Teachers that Limbeck trains itself, on demand and once: small ones, for studies on a laptop.
+    folder = train_or_load_teacher("small")              # an ordinary Hugging Face folder, in the cache
+    limbeck assets --teacher small                       # the same on the command line; so does any `--teacher small`
 
-    folder = train_or_load_teacher("small")              # an ordinary Hugging Face folder
-    limbeck assets --teacher small                 # the same; `--teacher small` anywhere else too
-
-A teacher's text is the embedded one mixed with recall tasks (`limbeck.data.offline.recall`), its vocabulary is learnt from that
-text, and it is trained by the loop that trains students. It can be killed at any moment: the same command goes on, on a
-CPU bit for bit. What it cost and how well it does is in the manifest of its folder. See docs/small_teacher.md.
-
-A start from which looking back is learnt at once: two layers of attention that already do so, roughly.
-
-    init_induction_heads(model)            # in place, right after the model was drawn; a Llama-like one with tied embeddings
-
-Copying from the context takes two steps in a row (an induction head, arXiv 2209.11895): a head that fetches the token
-before each place, and a later one that finds the place whose predecessor is the token at hand. Neither earns anything
-without the other, so from a random start both wait for chance: the small teacher had no trace of them after
-1.66 M tokens (docs/small_teacher.md). Here both are in the initial weights, in the manner of mimetic initialisation
-(arXiv 2305.09828), weak enough that training shapes them; all else stays random.
-
-- Embeddings get a component u that all tokens share. Heads of the first layer form their queries and keys from it
-  alone: the fastest rotations of RoPE, the query turned back by one token, so each looks at the place before it.
-- They write a projection P of that place's token into directions Q of the residual stream.
-- A head of each key-value group in the second layer compares P of its own token with what stands in Q, by the slow
-  rotations that hardly know the distance, and adds the token that it finds to the stream; the tied head reads it there.
-
-Plain language modelling: a model learns the next token of text, from labels alone.
-
-    stage = NextTokenStage(model)
-    train(stage, settings, data, run, index, position)      # limbeck.training.trainer
-
-This is how Limbeck trains a small teacher of its own (`limbeck.training.pretraining`); a student learns by the other stages.
+A teacher trains on the embedded text mixed with recall tasks (`limbeck.data.offline.recall`); its tokenizer is trained
+on that text too. Training uses the training loop of students with a stage of its own, next-token prediction. It can be
+killed at any time: the same command resumes it, on a CPU bit for bit. The manifest of the teacher's folder records
+training time and quality. See docs/small_teacher.md.
 """
 
 import math
@@ -47,148 +23,29 @@ from torch import Tensor, nn, no_grad
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from limbeck.core.cache import ensure_cached_folder, get_dry_run_notes, load_valid_manifest, raise_if_dry_run
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import TeacherRecipe, Trained
-from limbeck.core.storage import (
-    cache_root,
-    ensure_cached_folder,
-    get_dry_run_notes,
-    load_valid_manifest,
-    raise_if_dry_run,
-)
+from limbeck.core.storage import cache_root
 from limbeck.data.dataset import TextData, open_text_data
+from limbeck.data.offline.embedded import load_training_texts
 from limbeck.data.packing import IGNORE_INDEX, Batch, PackedDataset, SequenceDataset, count_eval_sequences
 from limbeck.data.synthetic import RepeatedSequenceDataset
 from limbeck.data.tokenization import train_tokenizer
 from limbeck.models.backbone import LMHead, run_backbone
+from limbeck.training.induction_init import init_induction_heads
 from limbeck.training.optim import assign_parameters, count_training_steps
 from limbeck.training.run_directory import RunDirectory, collect_environment, open_run
 from limbeck.training.trainer import train
 
-FAST = 5  # rotations that tell one token's distance from two
-BEFORE = 6.0  # size of the queries and keys that look at the place before
-WRITE = 0.1  # of what the first layer writes
-MATCH = 25.0  # score of a place whose predecessor is the same token
-COPY = 3.0  # of what the second layer writes
-
-
-@torch.no_grad()
-def init_induction_heads(model: PreTrainedModel, seed: int = 0) -> None:
-    """Set queries, keys, values and outputs of some heads in the first two layers.
-
-    Raises:
-        LimbeckError: a model without such layers, RoPE or tied embeddings.
-    """
-    try:
-        config, (first, second) = model.config, [layer.self_attn for layer in model.get_decoder().layers[:2]]
-        rotations = model.get_decoder().rotary_emb.inv_freq  # [K / 2], radians a token
-        parts = [getattr(layer, f"{name}_proj").weight for layer in (first, second) for name in "qkvo"]
-    except (AttributeError, ValueError) as error:
-        raise LimbeckError(
-            f"a {type(model).__name__} cannot start looking back", expected="model_type: llama"
-        ) from error
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        raise LimbeckError("a start that looks back needs tied embeddings", hint="tie_word_embeddings: true")
-    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    width, groups, half = table.shape[1], config.num_key_value_heads, len(rotations)
-    per_group, key = config.num_attention_heads // groups, 2 * half
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0].to(table.dtype)
-    shared, codes, places, copies = _split(basis.T, [1, key, key, groups * key])
-    size = float(table.norm(dim=1).mean())
-    table -= table @ shared.T @ shared
-    table += size * shared
-    unit = math.sqrt(width) / (size * math.sqrt(2))  # the first norm's factor
-    for module in model.get_decoder().layers.modules():  # nothing but those heads hears the shared component
-        if isinstance(module, nn.Linear) and module.in_features == width:
-            module.weight -= module.weight @ shared.T @ shared
-
-    q, k, v, o = parts[:4]  # the first layer: one head, the first group
-    k[:key], q[:key] = 0.0, 0.0
-    fast = torch.arange(min(FAST, half))
-    strength = BEFORE / (unit * size)
-    k[fast] = strength * shared
-    q[fast] = strength * rotations[fast, None].cos() * shared
-    q[fast + half] = -strength * rotations[fast, None].sin() * shared
-    v[:key] = codes
-    o[:, :key] = WRITE * places.T
-
-    q, k, v, o = parts[4:]  # the second layer: the first head of each group, with its share of the code
-    slow = torch.arange(half - half // 2, half)
-    slots = torch.cat([slow, slow + half])
-    step = key // groups
-    for group in range(groups):
-        share = slice(group * step, group * step + min(step, len(slots)))
-        head, mine = group * per_group * key, slots[: share.stop - share.start]
-        k[group * key : (group + 1) * key], q[head : head + key] = 0.0, 0.0
-        norm = math.sqrt(2) * size  # roughly, of the stream here
-        now = math.sqrt(width) / norm
-        token = len(mine) * size**2 / width  # squared length of a token's share of the code
-        gain = math.sqrt(MATCH * math.sqrt(key) / (token * now * now * WRITE * unit))
-        q[head + mine] = gain * codes[share]
-        k[group * key + mine] = gain * places[share]
-        copied = copies[group * key : (group + 1) * key]
-        v[group * key : (group + 1) * key] = copied
-        o[:, head : head + key] = COPY * size * copied.T
-
-
-def _split(rows: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Consecutive rows in stretches; LimbeckError where the width has no room for them."""
-    if sum(sizes) > len(rows):
-        raise LimbeckError(f"a width of {len(rows)}", expected=f"at least {sum(sizes)}, to start looking back")
-    return list(rows[: sum(sizes)].split(sizes))
-
-
-class NextTokenStage:
-    """A stage for the training loop: cross-entropy over the valid targets of a step."""
-
-    requires_targets = True
-
-    def __init__(self, model: PreTrainedModel):
-        self.student, self.head = model, LMHead(model)
-        self.autocast: Callable[[], Any] = nullcontext
-        self.loss_scale = 1.0
-        self.stopped: set[str] = set()
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """All of the model."""
-        return dict(self.student.named_parameters())
-
-    def learning_rates(self, recipe: Trained) -> dict[str, float]:
-        """One for all."""
-        return dict.fromkeys(self.parameters(), recipe.lr)
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """What this batch adds to the count that the loss is divided by."""
-        return {"targets": float(batch.n_targets)}
-
-    def backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
-        """Add the gradients of one micro-batch; returns its share of the loss."""
-        loss = self._loss(batch) / max(counts["targets"], 1.0)
-        (loss * self.loss_scale).backward()
-        return {"loss": loss.detach().double()}
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch, counts: dict[str, float] | None = None) -> dict[str, Tensor]:
-        """The loss on a batch, without gradients: its share, given the counts of all; none without any target."""
-        count = (counts or self.count(batch))["targets"]
-        return {"loss": self._loss(batch).double() / count} if count else {}
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """Summed over the valid targets."""
-        rows = (batch.targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        logits = self.head(run_backbone(self.student, batch).flatten(0, 1)[rows])
-        return F.cross_entropy(logits, batch.targets.flatten()[rows], reduction="sum")
-
-
-EVALUATED = 65_536  # held-out tokens of each source that a finished teacher is measured on
+EVAL_TOKENS = 65_536  # held-out tokens of each source on which a trained teacher is evaluated
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What training will cost: parameters, tokens, optimiser steps, seconds on this machine."""
+    """Cost of training a teacher: parameters, tokens, optimizer steps, seconds on this machine."""
 
     name: str
     parameters: int
@@ -206,15 +63,15 @@ class TeacherPlan:
 def train_or_load_teacher(
     name: str | Path, *, verify: bool = False, confirm: Callable[[TeacherPlan], None] | None = None
 ) -> Path:
-    """The folder of a teacher, which is trained first where it is not in the cache.
+    """Return the folder of a teacher, which is trained first if it is not in the cache.
 
     Args:
         name: a built-in teacher ("small", "tiny") or a YAML file.
         verify: compare the sha256 of each file.
-        confirm: called with the plan before training begins or goes on; prints it by default.
+        confirm: called with the plan before training starts or resumes; prints it by default.
 
     Raises:
-        LimbeckError: no such teacher, another process is training it, no room, no text.
+        LimbeckError: no such teacher, another process is training it, no disk space, no text.
     """
     recipe = TeacherRecipe.load(name)
     folder = recipe.folder
@@ -224,14 +81,17 @@ def train_or_load_teacher(
         raise_if_dry_run(str(plan_teacher_training(name)))
     if get_process_info().world_size > 1:
         raise LimbeckError(
-            f"the teacher '{recipe.name}' is not in the cache, and several processes cannot train it",
+            f"the teacher '{recipe.name}' is not in the cache, and it has to be trained in a single process",
             hint=f"limbeck assets --teacher {name}   (once, in one process)",
         )
     work = cache_root() / "teachers" / f"{recipe.name}-{recipe.key[:12]}"
     with open_run(work, recipe) as run:
-        tokenizer, model, text = _prepare(recipe)
-        (confirm or _show)(estimate_teacher_training(recipe, model))
-        stages = _train(recipe, run, model, text)
+        tokenizer = _load_or_train_tokenizer(recipe)
+        model = build_teacher_model(recipe, tokenizer)
+        longest = max(_sequence_length(recipe, index) for index in range(len(recipe.stages)))
+        text = open_text_data(recipe.data, tokenizer, model, length=longest)
+        (confirm or _print_plan)(estimate_teacher_training(recipe, model))
+        stages = _train_stages(recipe, run, model, text)
 
         def fill(temporary: Path) -> dict[str, Any]:
             model.save_pretrained(temporary)
@@ -256,7 +116,7 @@ def train_or_load_teacher(
 
 
 def build_teacher_model(recipe: TeacherRecipe, tokenizer: Any = None) -> PreTrainedModel:
-    """The model before its first step, drawn from the recipe's seed; float32. For a plan no tokenizer is needed."""
+    """Build the untrained float32 model from the recipe's seed; for a plan, no tokenizer is needed."""
     fields: dict[str, Any] = {"vocab_size": recipe.vocab_size, "pad_token_id": None}
     if tokenizer is not None:
         fields |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
@@ -271,85 +131,83 @@ def build_teacher_model(recipe: TeacherRecipe, tokenizer: Any = None) -> PreTrai
 
 
 def plan_teacher_training(name: str | Path) -> TeacherPlan:
-    """What training that teacher will cost; makes nothing of it, neither its text nor its vocabulary."""
+    """Estimate the cost of training a teacher, without creating its text or tokenizer."""
     recipe = TeacherRecipe.load(name)
     return estimate_teacher_training(recipe, build_teacher_model(recipe))
 
 
 def estimate_teacher_training(recipe: TeacherRecipe, model: PreTrainedModel) -> TeacherPlan:
-    """Cost of a teacher, from one batch of random tokens of each stage that is run forward and backward now."""
+    """Estimate the cost of training a teacher by timing one batch of random tokens for each stage."""
     stage, tokens, steps, seconds = NextTokenStage(model), 0, 0, 0.0
     for index, settings in enumerate(recipe.stages):
-        length = _length(recipe, index)
-        count = count_training_steps(settings, length)
-        drawn = RepeatedSequenceDataset(model.config.vocab_size, length, recipe.seed)
-        batch = drawn.batch(0, settings.micro_batch_size or settings.batch_size)
-        took = []
-        for _ in range(2):  # the first one warms up
-            began = time.monotonic()
+        length = _sequence_length(recipe, index)
+        stage_steps = count_training_steps(settings, length)
+        dataset = RepeatedSequenceDataset(model.config.vocab_size, length, recipe.seed)
+        batch = dataset.batch(0, settings.micro_batch_size or settings.batch_size)
+        times = []
+        for _ in range(2):  # the first pass warms up
+            start = time.monotonic()
             stage.backward(batch, stage.count(batch))
-            took.append(time.monotonic() - began)
-        tokens, steps = tokens + count * settings.batch_size * length, steps + count
-        seconds += count * min(took) * settings.batch_size / len(batch.input_ids)
+            times.append(time.monotonic() - start)
+        tokens, steps = tokens + stage_steps * settings.batch_size * length, steps + stage_steps
+        seconds += stage_steps * min(times) * settings.batch_size / len(batch.input_ids)
     model.zero_grad()
     return TeacherPlan(recipe.name, model.num_parameters(), tokens, steps, seconds)
 
 
 @no_grad()
 def held_out_perplexity(recipe: TeacherRecipe, model: PreTrainedModel, text: TextData) -> dict[str, float]:
-    """Perplexity on the held-out part of each source, in sequences of the recipe's length."""
-    found = {}
+    """Measure the perplexity on the held-out part of each source, in sequences of the recipe's length."""
+    perplexities = {}
     for source, part in zip(recipe.data.sources or [], text.sources):
         if part.held_out is None:
             continue
         held_out = PackedDataset(part.held_out, recipe.data.seq_len, shuffle=False)
         stage, total, count = NextTokenStage(model), 0.0, 0
-        for at in range(count_eval_sequences(held_out, max(1, EVALUATED // recipe.data.seq_len))):
-            batch = held_out.batch(at, 1)
+        for index in range(count_eval_sequences(held_out, max(1, EVAL_TOKENS // recipe.data.seq_len))):
+            batch = held_out.batch(index, 1)
             if batch.n_targets:
                 total += float(stage.evaluate(batch)["loss"]) * batch.n_targets
                 count += batch.n_targets
-        found[source.source] = math.exp(total / count)
-    return found
+        perplexities[source.source] = math.exp(total / count)
+    return perplexities
 
 
-def _prepare(recipe: TeacherRecipe) -> tuple[Any, PreTrainedModel, TextData]:
-    """Vocabulary, the model before its first step, and the text."""
-    tokenizer = _tokenizer(recipe)
-    model = build_teacher_model(recipe, tokenizer)
-    longest = max(_length(recipe, index) for index in range(len(recipe.stages)))
-    return tokenizer, model, open_text_data(recipe.data, tokenizer, model, length=longest)
-
-
-def _train(recipe: TeacherRecipe, run: RunDirectory, model: PreTrainedModel, text: TextData) -> list[dict[str, Any]]:
-    """All stages, from where the run stands; what each did."""
-    stage, done = NextTokenStage(model), []
-    read: tuple[SequenceDataset, int] | None = None
+def _train_stages(
+    recipe: TeacherRecipe, run: RunDirectory, model: PreTrainedModel, text: TextData
+) -> list[dict[str, Any]]:
+    """Train all stages that are not finished yet; returns the results of each stage."""
+    stage, results = NextTokenStage(model), []
+    previous: tuple[SequenceDataset, int] | None = None  # the text stage before, and where it stopped reading
     for index, settings in enumerate(recipe.stages):
-        data = _reading(recipe, index, text, model)
+        length = _sequence_length(recipe, index)
+        data: SequenceDataset
+        if settings.stage == "repeats":
+            data = RepeatedSequenceDataset(model.config.vocab_size, length, recipe.seed)
+        else:
+            data = text.train_sequences(length, recipe.seed)
         if run.is_finished(index, verify=True):
             assign_parameters(stage.parameters(), run.load_stage_result(index))
             facts = run.load_stage_metrics(index)
         else:
-            position = data.position_after(*read) if read and settings.stage == "next_token" else 0
+            # text stages read on where the previous one stopped, whatever its sequence length
+            position = data.position_after(*previous) if previous and settings.stage == "next_token" else 0
             facts = train(stage, settings, data, run, index, position, text.held_out_sequences(data.length))
             run.save_stage_result(index, dict(stage.parameters()), facts)
         if settings.stage == "next_token":
-            read = data, facts["position"]
-        kept = ("steps", "tokens", "seconds", "skipped", "first_loss", "loss", "held_out_loss")
-        done.append({name: facts[name] for name in kept})
-    return done
+            previous = data, facts["position"]
+        fields = ("steps", "tokens", "seconds", "skipped", "first_loss", "loss", "held_out_loss")
+        results.append({name: facts[name] for name in fields})
+    return results
 
 
-def _tokenizer(recipe: TeacherRecipe) -> Any:
-    """The recipe's vocabulary: learnt from the embedded text that nobody holds out, kept in the cache."""
-    from limbeck.data.offline.embedded import load_training_texts
-
+def _load_or_train_tokenizer(recipe: TeacherRecipe) -> Any:
+    """Load the recipe's tokenizer from the cache, or train it on the training split of the embedded text."""
     context = recipe.model["max_position_embeddings"]
     folder = cache_root() / "teachers" / f"vocabulary-{recipe.vocab_size}-{context}"
 
     def fill(temporary: Path) -> dict[str, Any]:
-        console.print(f"learning a vocabulary of {recipe.vocab_size:,} tokens", markup=False)
+        console.print(f"training a tokenizer with {recipe.vocab_size:,} tokens", markup=False)
         train_tokenizer(load_training_texts(), recipe.vocab_size, max_length=context).save_pretrained(temporary)
         return {}
 
@@ -357,17 +215,55 @@ def _tokenizer(recipe: TeacherRecipe) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _reading(recipe: TeacherRecipe, index: int, text: TextData, model: PreTrainedModel) -> SequenceDataset:
-    """What a stage reads."""
-    length = _length(recipe, index)
-    if recipe.stages[index].stage == "repeats":
-        return RepeatedSequenceDataset(model.config.vocab_size, length, recipe.seed)
-    return text.train_sequences(length, recipe.seed)
-
-
-def _length(recipe: TeacherRecipe, index: int) -> int:
+def _sequence_length(recipe: TeacherRecipe, index: int) -> int:
     return recipe.stages[index].seq_len or recipe.data.seq_len
 
 
-def _show(plan: TeacherPlan) -> None:
-    console.print(f"{plan}; it can be stopped at any moment, the same command goes on", markup=False)
+def _print_plan(plan: TeacherPlan) -> None:
+    console.print(f"{plan}; it can be interrupted at any time, and the same command resumes it", markup=False)
+
+
+class NextTokenStage:
+    """A stage for the training loop: cross-entropy, averaged over the valid targets of an optimizer step."""
+
+    requires_targets = True
+
+    def __init__(self, model: PreTrainedModel):
+        self.student, self.head = model, LMHead(model)
+        self.autocast: Callable[[], Any] = nullcontext
+        self.loss_scale = 1.0
+        self.stopped: set[str] = set()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return all parameters of the model."""
+        return dict(self.student.named_parameters())
+
+    def learning_rates(self, recipe: Trained) -> dict[str, float]:
+        """Return the same learning rate for all parameters."""
+        return dict.fromkeys(self.parameters(), recipe.lr)
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Count the valid targets of a batch; the loss is divided by their sum over the step."""
+        return {"targets": float(batch.n_targets)}
+
+    def backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]:
+        """Add the gradients of one micro-batch; returns its part of the step's loss.
+
+        Args:
+            counts: sums of `count` over all micro-batches of the step.
+        """
+        loss = self._loss(batch) / max(counts["targets"], 1.0)
+        (loss * self.loss_scale).backward()
+        return {"loss": loss.detach().double()}
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, counts: dict[str, float] | None = None) -> dict[str, Tensor]:
+        """Compute the loss of a batch, or its part given the counts of all batches; empty without targets."""
+        count = (counts or self.count(batch))["targets"]
+        return {"loss": self._loss(batch).double() / count} if count else {}
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Sum the cross-entropy over the valid targets."""
+        rows = (batch.targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        logits = self.head(run_backbone(self.student, batch).flatten(0, 1)[rows])
+        return F.cross_entropy(logits, batch.targets.flatten()[rows], reduction="sum")

@@ -1,13 +1,11 @@
-"""What a run's steps take on this machine, measured: one step of each stage on the real models before the run begins.
-And whether its end will work: the untouched student is saved, opened again, sampled and summed up.
+"""Rehearse a run before it starts: time one step of each stage on the real models, and try its export.
 
-    seen = measure_stage_times(recipe, job.make_pair(student), make_stage, stages=[0, 1, 2])
-    seen.seconds[1], seen.eval_seconds_per_token, seen.peak_memory_bytes          # of a stage, of a token, of this process
+    times = measure_stage_times(recipe, job.make_pair(student), make_stage, stages=[0, 1, 2])
+    plan = plan.with_measured_times(times)                             # limbeck.training.plan
+    dry_run_export(job, build_student(job))                            # LimbeckError if the end of the run would fail
 
-Tokens are drawn at random, and rates and gradients are zero in the update, so no weight moves, but for the output
-projections of `student`, which is thrown away. It takes about as long as two steps of each stage.
-
-    dry_run_export(job, build_student(job))     # LimbeckError where the hand-over would fail after all the training
+It takes about as long as two steps of each stage. Tokens are random; learning rates and gradients are zero in the
+update, so no weight changes except the output projections of `student`, which is discarded afterwards.
 """
 
 import json
@@ -42,17 +40,17 @@ from limbeck.training.optim import StageOptimizer, clip_gradients, count_trainin
 from limbeck.training.setup import Job
 from limbeck.training.trainer import get_clip_groups
 
-WARM = 64  # tokens of the step that is not counted
-RIDGE_EVAL_SEQUENCES = 2  # sequences on which the ridge is chosen
+WARMUP_TOKENS = 64  # of the first step, which is not timed
+RIDGE_EVAL_SEQUENCES = 2  # sequences on which the ridge is selected
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds by stage number, seconds for a token of the evaluation, and the peak of resident memory so far."""
+    """Measured cost of a run."""
 
-    seconds: dict[int, float]
+    seconds: dict[int, float]  # of all steps of a stage, by stage index
     eval_seconds_per_token: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int | None  # of this process so far; None if the system does not tell
 
 
 def measure_stage_times(
@@ -61,60 +59,59 @@ def measure_stage_times(
     make_stage: Callable[[int], Any],
     stages: list[int],
 ) -> StageTimes:
-    """Run a step of the given stages and tell what all of their steps will take.
+    """Run a step of each stage and extrapolate to all of its steps.
 
     Args:
-        pair: with a student that may be spoiled.
-        make_stage: the stage object of a stage number, on `student`.
-        stages: numbers of those to rehearse.
+        pair: with a student that is discarded afterwards.
+        make_stage: builds the stage of this index, for the pair's student.
+        stages: indices of the stages to rehearse.
     """
     seconds: dict[int, float] = {}
     teacher = pair.teacher
-    vocabulary = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
+    vocab_size = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, index]
 
     def draw(tokens: int, sequences: int = 1) -> Batch:
-        ids = torch.randint(0, vocabulary, (sequences, tokens))
+        ids = torch.randint(0, vocab_size, (sequences, tokens))
         return Batch(ids, torch.arange(tokens).repeat(sequences, 1), ids).to(teacher.device)
 
     with torch.random.fork_rng(), progress("rehearse", len(stages), "stages") as advance:
-        judge = LogitsStage(pair, ObjectiveWeights())
-        judge.evaluate(draw(WARM))
-        evaluation = _timed(lambda: judge.evaluate(draw(recipe.data.seq_len))) / recipe.data.seq_len
+        evaluation = LogitsStage(pair, ObjectiveWeights())
+        evaluation.evaluate(draw(WARMUP_TOKENS))
+        eval_seconds = _timed(lambda: evaluation.evaluate(draw(recipe.data.seq_len))) / recipe.data.seq_len
         for index in stages:
             settings = recipe.stages[index]
             length = recipe.text_of(settings).seq_len
             if isinstance(settings, recipes.Calibrate):
-                seconds[index] = _calibrate(settings, NormalEquations(pair, settings.weight), draw, length)
-                seconds[index] += (
-                    len(RIDGES) * RIDGE_EVAL_SEQUENCES * length * evaluation if settings.ridge == "auto" else 0
-                )
+                seconds[index] = _time_calibration(settings, NormalEquations(pair, settings.weight), draw, length)
+                if settings.ridge == "auto":  # each candidate is evaluated
+                    seconds[index] += len(RIDGES) * RIDGE_EVAL_SEQUENCES * length * eval_seconds
             else:
-                seconds[index] = _train(settings, make_stage(index), draw, length)
-                seconds[index] += _asking(settings, pair, draw, length)
+                seconds[index] = _time_training(settings, make_stage(index), draw, length)
+                seconds[index] += _time_teacher_cache(settings, pair, draw, length)
             advance(1)
-    return StageTimes(seconds, evaluation, get_peak_memory())
+    return StageTimes(seconds, eval_seconds, get_peak_memory())
 
 
 def dry_run_export(job: Job, student: PreTrainedModel) -> None:
-    """Go through the end of a run with a student that has learnt nothing, in a temporary folder.
+    """Do what `export_and_evaluate` does, with an untrained student, in a temporary folder and on a small scale.
 
-    All that `export_and_evaluate` does is done, but small: of the weights one tensor is written, one sequence is measured, one
-    token sampled. What costs at the end of a run is writing all weights, and that fails for want of room alone.
+    One tensor of the weights is written, one sequence evaluated, one token sampled. Writing all weights is skipped:
+    it takes most of the time at the end of a run, and fails only for lack of disk space, which the plan checks.
 
     Raises:
-        LimbeckError: what cannot be saved, opened again, generated from or summed up.
+        LimbeckError: the student cannot be saved, loaded again, sampled from or summarized.
     """
     student.eval()
-    name, least = min(student.named_parameters(), key=lambda pair: pair[1].numel())
+    name, smallest = min(student.named_parameters(), key=lambda pair: pair[1].numel())
     quiet, console.quiet = console.quiet, True
     try:
-        with tempfile.TemporaryDirectory() as folder, _told("the student cannot be saved and opened again"):
-            student.save_pretrained(folder, state_dict={name: least.detach()})
+        with tempfile.TemporaryDirectory() as folder, _explain_errors("the student cannot be saved and loaded again"):
+            student.save_pretrained(folder, state_dict={name: smallest.detach()})
             job.tokenizer.save_pretrained(folder)
             check_export(Path(folder), student, job.tokenizer, weights=False)
-        with _told("the student cannot be sampled and measured"):
+        with _explain_errors("the student cannot be sampled and evaluated"):
             result = evaluate_run(job, student, stages=[], plan={}, tokens=1, new_tokens=1)
-        with _told("no summary can be written"):
+        with _explain_errors("the summary cannot be written"):
             format_summary(result).encode()
             json.dumps(result)
     finally:
@@ -122,25 +119,29 @@ def dry_run_export(job: Job, student: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Errors of other libraries as ours, each with what they kept from happening."""
+def _explain_errors(what: str) -> Iterator[None]:
+    """Turn errors of other libraries into LimbeckError, prefixed with what could not be done."""
     try:
         yield
     except (LimbeckError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise LimbeckError(f"{what}: {summarize_error(error)}", expected="what the end of the run has to do") from error
+        raise LimbeckError(
+            f"{what}: {summarize_error(error)}", expected="an export that works at the end of the run"
+        ) from error
 
 
-def _calibrate(settings: recipes.Calibrate, fits: NormalEquations, draw: Callable, length: int) -> float:
-    fits.add(draw(WARM))
-    one = _timed(lambda: fits.add(draw(length)))
-    solving = _timed(lambda: fits.solve(1e-2 if settings.ridge == "auto" else settings.ridge))
-    solutions = len(RIDGES) + 1 if settings.ridge == "auto" else 1
-    return max(1, round(settings.tokens / length)) * one + solutions * solving
+def _time_calibration(settings: recipes.Calibrate, fits: NormalEquations, draw: Callable, length: int) -> float:
+    """Return the seconds that stage 0 takes."""
+    fits.add(draw(WARMUP_TOKENS))
+    sequence_seconds = _timed(lambda: fits.add(draw(length)))
+    solve_seconds = _timed(lambda: fits.solve(1e-2 if settings.ridge == "auto" else settings.ridge))
+    n_solutions = len(RIDGES) + 1 if settings.ridge == "auto" else 1
+    return max(1, round(settings.tokens / length)) * sequence_seconds + n_solutions * solve_seconds
 
 
-def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -> float:
+def _time_training(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -> float:
+    """Return the seconds that the optimizer steps of a stage take."""
     parameters = stage.parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -152,56 +153,57 @@ def _train(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -
         def backward(tokens: int, sequences: int) -> None:
             batch = draw(tokens, sequences)
             if getattr(settings, "cache_teacher", None):
-                batch = _taught(batch, settings.top_k)  # type: ignore[attr-defined]
+                batch = _add_teacher_logits(batch, settings.top_k)  # type: ignore[attr-defined]
             stage.backward(batch, stage.count(batch))
 
         def update() -> None:
             clip_gradients(parameters, settings.max_grad_norm, clip_groups=get_clip_groups(stage))
             for parameter in parameters.values():
-                if parameter.grad is not None:  # not even a NaN may reach the weights, many of them the teacher's
+                # Zero, because not even a NaN may reach the weights: many of them are the teacher's.
+                if parameter.grad is not None:
                     parameter.grad.zero_()
             optimizer.step()
             optimizer.zero_grad()
 
-        backward(WARM, 1)
-        update()  # the first one makes the optimiser's state
-        one = _timed(lambda: backward(length, micro))
-        step = math.ceil(settings.batch_size / micro) * one + _timed(update)
+        backward(WARMUP_TOKENS, 1)
+        update()  # the first one creates the optimizer state
+        micro_seconds = _timed(lambda: backward(length, micro))
+        step_seconds = math.ceil(settings.batch_size / micro) * micro_seconds + _timed(update)
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-    return count_training_steps(settings, length) * step
+    return count_training_steps(settings, length) * step_seconds
 
 
-def _taught(batch: Batch, top: int) -> TeacherLogitsBatch:
-    index = torch.arange(top, device=batch.input_ids.device).expand(*batch.input_ids.shape, top)
-    return TeacherLogitsBatch(
-        **vars(batch), index=index, log_q=torch.full_like(index, -math.log(2 * top), dtype=torch.float32)
-    )
+def _add_teacher_logits(batch: Batch, top_k: int) -> TeacherLogitsBatch:
+    """Add invented teacher logits to a batch: its first `top_k` tokens, which share half of the probability."""
+    index = torch.arange(top_k, device=batch.input_ids.device).expand(*batch.input_ids.shape, top_k)
+    log_q = torch.full_like(index, -math.log(2 * top_k), dtype=torch.float32)
+    return TeacherLogitsBatch(**vars(batch), index=index, log_q=log_q)
 
 
 @torch.no_grad()
-def _asking(settings: Any, pair: DistillationPair, draw: Callable, length: int) -> float:
-    """Seconds in which the teacher says all of it for the cache; nothing is taken to be there."""
+def _time_teacher_cache(settings: Any, pair: DistillationPair, draw: Callable, length: int) -> float:
+    """Return the seconds that filling the cache of teacher logits takes, as if nothing was cached yet."""
     if getattr(settings, "cache_teacher", None) is None:
         return 0.0
     head = LMHead(pair.teacher)
 
-    def ask() -> None:
+    def compute() -> None:
         with pair.autocast():
             for part in run_backbone(pair.teacher, draw(length)).flatten(0, 1).split(128):
                 head(part).topk(settings.top_k)
 
-    return count_training_steps(settings, length) * settings.batch_size * _timed(ask)
+    return count_training_steps(settings, length) * settings.batch_size * _timed(compute)
 
 
 def _timed(work: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Time one call, in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start

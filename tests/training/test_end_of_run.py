@@ -19,7 +19,7 @@ from limbeck.models.loading import check_export
 from limbeck.report.run_summary import format_summary
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline
-from limbeck.training.stages import _best_ridge
+from limbeck.training.calibration import _best_ridge
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 CPU = torch.device("cpu")

@@ -43,7 +43,8 @@ from limbeck.training.optim import LossScaler, StageOptimizer, clip_gradients, n
 from limbeck.training.precision import numerics_context
 from limbeck.training.run_directory import RunDirectory
 from limbeck.training.setup import Job, build_student, prepare_job
-from limbeck.training.stages import calibrate, load_stage_weights, make_stage, trains_beyond_attention
+from limbeck.training.calibration import calibrate
+from limbeck.training.stages import load_stage_weights, make_stage, trains_beyond_attention
 from limbeck.training.trainer import accumulate_gradients, get_clip_groups, total_loss
 
 SMOOTH = 0.7  # of the running mean from which slope and lowest loss are read
@@ -187,7 +188,8 @@ def _student(job: Job, done: dict[int, dict[str, Any]]) -> Any:
 
 
 def _calibrated(job: Job, settings: recipes.Calibrate, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    _, learned = calibrate(job, _student(job, done), settings, job.train_dataset(job.recipe.text_of(settings)), 0)
+    data = job.train_dataset(job.recipe.text_of(settings))
+    _, learned = calibrate(job.make_pair(_student(job, done)), settings, data, 0)
     return {name: p.detach().clone() for name, p in learned.items()}
 
 

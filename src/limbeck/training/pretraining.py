@@ -28,7 +28,7 @@ without the other, so from a random start both wait for chance: the small teache
 Plain language modelling: a model learns the next token of text, from labels alone.
 
     stage = NextTokenStage(model)
-    train(stage, settings, data, run, index, position)      # limbeck.training.trainer
+    Trainer(stage, settings, data, run, index=index, position=position).train()
 
 This is how Limbeck trains a small teacher of its own (`limbeck.training.pretraining`); a student learns by the other stages.
 """
@@ -65,7 +65,7 @@ from limbeck.data.tokenization import train_tokenizer
 from limbeck.models.backbone import LMHead, run_backbone
 from limbeck.training.optim import assign_parameters, count_training_steps
 from limbeck.training.run_directory import RunDirectory, collect_environment, open_run
-from limbeck.training.trainer import train
+from limbeck.training.trainer import Trainer
 
 FAST = 5  # rotations that tell one token's distance from two
 BEFORE = 6.0  # size of the queries and keys that look at the place before
@@ -332,7 +332,8 @@ def _train(recipe: TeacherRecipe, run: RunDirectory, model: PreTrainedModel, tex
             facts = run.load_stage_metrics(index)
         else:
             position = data.position_after(*read) if read and settings.stage == "next_token" else 0
-            facts = train(stage, settings, data, run, index, position, text.held_out_sequences(data.length))
+            held_out = text.held_out_sequences(data.length)
+            facts = Trainer(stage, settings, data, run, index=index, position=position, held_out=held_out).train()
             run.save_stage_result(index, dict(stage.parameters()), facts)
         if settings.stage == "next_token":
             read = data, facts["position"]

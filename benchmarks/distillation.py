@@ -9,7 +9,7 @@ Tokens/s of whole training steps, optimiser included, of the same parameters:
     ce         stage 3 with the cross-entropy alone
     kd         stage 3 with the teacher's pass: KL on all of its logits
     pass       the teacher's pass alone: its body, and its head on every token
-    top-k      stage 3 with the teacher's 64 likeliest tokens read from disk (the pass that wrote them is told apart)
+    top-k      stage 3 with the teacher's 64 most likely tokens read from disk (the pass that wrote them is told apart)
 
 beside the floor that the floating-point operations set at the speed of a matrix product, measured in the same run. The
 steps take turns, so that other work on the machine meets all alike. The loss alone is in benchmarks/memory.py.
@@ -34,7 +34,7 @@ from limbeck.models.hooks import DistillationPair, load_teacher
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.plan import measure_matmul_flops
-from limbeck.training.teacher_cache import likeliest
+from limbeck.training.teacher_cache import top_log_probs
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     teacher_head, tokens = LMHead(teacher), args.batch * args.length
 
     def ask(batch: Batch):
-        found = [likeliest(teacher_head(h), args.top) for h in run_backbone(teacher, batch).flatten(0, 1).split(128)]
+        found = [top_log_probs(teacher_head(h), args.top) for h in run_backbone(teacher, batch).flatten(0, 1).split(128)]
         return tuple(torch.cat(x).unflatten(0, batch.input_ids.shape) for x in zip(*found))
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Stages 1 and 2 of several students at once: the teacher runs once per batch, and every student's layers learn from it.
+"""Stages 1 and 2 of several students at once: one pass of the teacher per batch, from which all students learn.
 
     results = train_jointly([Trainer(stage, settings, data, run, index=1, position=0) for ...])
     results[0]             # the facts of the first student's stage, or the error that ended it

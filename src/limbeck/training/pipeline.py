@@ -8,7 +8,6 @@ Everything that can be wrong with a recipe is found before anything is written.
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch

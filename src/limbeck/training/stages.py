@@ -2,8 +2,9 @@
 
     run_stages(job, run, student)
 
-`StageRunner` holds how far a student is, also for students that share the teacher's passes (limbeck.study). `make_stage`
-builds the object with a stage's losses: limbeck.training.alignment (stages 1 and 2) or logit_distillation (stage 3).
+`StageRunner` holds how far a student is, also for students that share the teacher's passes (limbeck.study).
+`make_stage` builds the object with a stage's losses: those of limbeck.training.alignment (stages 1 and 2) or
+logit_distillation (stage 3).
 """
 
 import contextlib
@@ -145,7 +146,7 @@ def trains_beyond_attention(settings: Any) -> bool:
 
 
 def _open_stage_data(job: Job, context: StageContext) -> tuple[SequenceDataset, SequenceDataset, dict[str, Any]]:
-    """Open a stage's training and held-out text, with the teacher's logits if they are cached, and facts about these."""
+    """Open a stage's training and held-out text, with cached teacher logits if it has them, and facts about these."""
     settings, data = context.settings, context.data
     held_out = job.held_out_dataset(context.text)
     if getattr(settings, "cache_teacher", None) is None:
@@ -163,7 +164,7 @@ def _open_stage_data(job: Job, context: StageContext) -> tuple[SequenceDataset, 
 
 
 def _sharded(job: Job, student: PreTrainedModel, settings: Any, stage: Stage) -> contextlib.AbstractContextManager:
-    """Return the context in which the blocks of both models are sharded over the processes, if the stage asks for it."""
+    """Return the context in which the blocks of both models are sharded over the processes, if settings say so."""
     if getattr(settings, "sharding", "none") == "none":
         return contextlib.nullcontext()
     blocks = [site.block for site in find_attention_sites(job.teacher)]

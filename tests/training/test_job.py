@@ -249,7 +249,7 @@ def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
     assert "resuming at step" in again.stderr
     assert (Path(made.out) / "eval.json").exists()
     once_more = limbeck("distill", str(path))
-    assert "finished already" in once_more.stderr
+    assert "already complete" in once_more.stderr
 
 
 def test_a_finished_run_says_so_before_anything_is_loaded(recipe, monkeypatch):

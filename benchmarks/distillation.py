@@ -9,7 +9,7 @@ Tokens/s of whole training steps, optimiser included, of the same parameters:
     ce         stage 3 with the cross-entropy alone
     kd         stage 3 with the teacher's pass: KL on all of its logits
     pass       the teacher's pass alone: its body, and its head on every token
-    top-k      stage 3 with the teacher's 64 likeliest tokens read from disk (the pass that wrote them is told apart)
+    top-k      stage 3 with the teacher's 64 most likely tokens read from disk (the pass that wrote them is told apart)
 
 beside the floor that the floating-point operations set at the speed of a matrix product, measured in the same run. The
 steps take turns, so that other work on the machine meets all alike. The loss alone is in benchmarks/memory.py.

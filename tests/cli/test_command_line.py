@@ -168,7 +168,7 @@ def test_commands_that_differ_do_not_meet_in_one_run_directory_and_each_goes_on_
     for change in [[], *CHANGES, [], *CHANGES]:
         code, said = limbeck("distill", "tiny.yaml", *change, capsys=capsys)
         assert code == 0, said
-        seen.append((re.findall(r"written to (\S+)/:", said)[0], "finished already" in said))
+        seen.append((re.findall(r"written to (\S+)/:", said)[0], "already complete" in said))
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert [path for path, _ in first] == ["runs/tiny", "runs/tiny-2", "runs/tiny-3", "runs/tiny-gla", "runs/tiny-4"]
     assert [path for path, _ in second] == [path for path, _ in first]

@@ -258,7 +258,7 @@ def test_the_same_teacher_saved_again_is_no_other(recipe, teacher, capsys):
     os.remove(teacher / "model.safetensors")
     assert len(list(teacher.glob("*.safetensors"))) > 1
     assert pipeline.distill(made) == first
-    assert "is finished already" in capsys.readouterr().err
+    assert "is already complete" in capsys.readouterr().err
 
 
 def test_a_finished_run_whose_teacher_is_gone_says_so(recipe, teacher, capsys):
@@ -359,7 +359,7 @@ def test_a_damaged_result_of_a_stage_is_made_again(recipe, capsys, index):
     pipeline.distill(made)
     told = capsys.readouterr().err.replace("\n", "")
     assert f"{folder} is damaged" in told
-    assert told.count("finished before") == 2
+    assert told.count("already complete") == 2
     assert content(run / "student") == before
     again = [
         (line["stage_index"], line["step"], line["loss"])

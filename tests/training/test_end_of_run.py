@@ -19,7 +19,7 @@ from limbeck.models.loading import check_export
 from limbeck.report.run_summary import format_summary
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline
-from limbeck.training.stages import _best_ridge
+from limbeck.training.calibration import _best_ridge
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def another_tokenizer_is_saved(tokenizer, teacher):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (no_tokenizer_is_saved, "cannot be saved and opened again: This tokenizer cannot be saved. It has no files."),
+        (no_tokenizer_is_saved, "cannot be saved and loaded again: This tokenizer cannot be saved. It has no files."),
         (another_tokenizer_is_saved, "tokenizer gives other tokens, or has another chat template"),
     ],
 )

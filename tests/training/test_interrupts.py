@@ -227,7 +227,7 @@ def test_a_run_that_is_interrupted_again_and_again_loses_no_step(teacher_folder,
         code, said = struck(run, number, lambda least=reached + 20: lines_of(run) > least)
         assert code == 128 + number
         assert "Traceback" not in said
-        assert "state kept" in said
+        assert "checkpoint saved" in said
         assert RESUMES in said
         kept = max(int(path.name.removeprefix("step-")) for path in run.glob("stages/0-hidden/step-*"))
         assert kept == lines_of(run) > reached, "the last step is in the checkpoint"

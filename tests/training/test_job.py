@@ -246,10 +246,10 @@ def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
     assert not (Path(made.out) / "eval.json").exists()
     again = limbeck("distill", str(path))
     assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stderr
+    assert "resuming at step" in again.stderr
     assert (Path(made.out) / "eval.json").exists()
     once_more = limbeck("distill", str(path))
-    assert "finished already" in once_more.stderr
+    assert "already complete" in once_more.stderr
 
 
 def test_a_finished_run_says_so_before_anything_is_loaded(recipe, monkeypatch):
@@ -276,7 +276,7 @@ def test_asked_to_stop_it_keeps_its_state_and_says_so_to_the_scheduler(recipe, t
     process.terminate()
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, told
-    assert "state kept" in told
+    assert "checkpoint saved" in told
     (kept,) = Path(made.out).glob("stages/0-hidden/step-*")
     assert int(kept.name.removeprefix("step-")) == len(log.read_text(encoding="utf-8").splitlines())
 

@@ -145,7 +145,7 @@ def test_a_text_that_changed_since_the_run_began_is_refused_by_name(recipe, tmp_
     pipeline.distill(recipe(stages=stages))
     (tmp_path / "run" / "eval.json").unlink()
     (tmp_path / "shards" / "3.jsonl").unlink()
-    with pytest.raises(LimbeckError, match=r"the text has changed since the run .*3\.jsonl is gone"):
+    with pytest.raises(LimbeckError, match=r"the text has changed since the run .*3\.jsonl is missing"):
         pipeline.distill(recipe(stages=stages))
 
 

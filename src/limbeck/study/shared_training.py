@@ -1,10 +1,10 @@
-"""Arms that learn together: their shared stages, wave after wave, each arm in its own run directory.
+"""Train arms of a study together: their shared stages, one wave after the other, each arm in its own run directory.
 
     failures = train_shared_stages(arms, loaded)           # {arm's name: the error that ended it}
 
-A wave is one stage of all arms that are ready for it: their students are made, what they learnt before is loaded, as
-many as fit into memory train on the same passes of the teacher, and what they learnt is kept before the next wave. So a
-killed wave goes on from its members' checkpoints, and an arm can be finished by `limbeck distill` alone at any time.
+A wave is one stage of all arms that are ready for it. Their students are built, finished stages are loaded, as many as
+fit into memory train on the same passes of the teacher, and their weights are saved before the next wave. So a killed
+wave resumes from its members' checkpoints, and an arm can be finished by `limbeck distill` alone at any time.
 """
 
 import time
@@ -12,206 +12,207 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from limbeck.core import recipe as recipes
+from limbeck.core import system
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.signals import TrainingInterrupted
 from limbeck.study.sharing import pass_key
 from limbeck.study.spec import Arm
 from limbeck.training.alignment import LayerwiseStage
-from limbeck.training.calibration import NormalEquations
-from limbeck.training.joint_trainer import StudentTraining, train_jointly
+from limbeck.training.calibration import (
+    NormalEquations,
+    accumulate_normal_equations,
+    get_output_projections,
+    solve_calibration,
+)
+from limbeck.training.joint_trainer import train_jointly
 from limbeck.training.pipeline import start_run
 from limbeck.training.precision import numerics_context
 from limbeck.training.run_directory import RunDirectory, open_run
 from limbeck.training.setup import Job, build_student, prepare_job
-from limbeck.training.stages import (
-    StageContext,
-    StageRunner,
-    accumulate_normal_equations,
-    get_output_projections,
-    make_stage,
-    solve_calibration,
-)
+from limbeck.training.stages import StageContext, StageRunner, make_stage
 from limbeck.training.teacher_loading import LoadedTeacher
+from limbeck.training.trainer import Trainer
 
-MAX_MEMORY_FRACTION = 0.7  # of the free memory: students of a wave beyond that wait for another pass of the teacher
-
-
-@dataclass
-class _StudentRun:
-    """An arm in a wave."""
-
-    arm: Arm
-    job: Job
-    run: RunDirectory
-    stage_runner: StageRunner
-    context: StageContext
+# share of the free memory that the students of a wave may take; those beyond it wait for another pass of the teacher
+MAX_MEMORY_FRACTION = 0.7
+UNKNOWN_MEMORY_BYTES = 4 << 30  # where the system does not tell how much is free
 
 
 def train_shared_stages(
     arms: list[Arm], loaded: LoadedTeacher, memory_budget: Callable[[], int] | None = None
 ) -> dict[str, Exception]:
-    """Bring arms through the stages that they share; returns the errors of those that could not go on.
+    """Train arms through the stages that they share; returns the errors of the arms that failed, by name.
 
     Args:
         arms: with one teacher; see `limbeck.study.sharing.group_arms_by_pass`.
         loaded: that teacher and its tokenizer.
-        memory_budget: bytes that may be used for students; what is free, by default.
+        memory_budget: returns the bytes that students may take; by default the free memory.
     """
     failures: dict[str, Exception] = {}
-    free = memory_budget or partial(get_free_memory, loaded[0].device)
+    budget = memory_budget or partial(get_free_memory, loaded[0].device)
     while wave := _next_wave([arm for arm in arms if arm.name not in failures]):
         waiting = list(wave)
         while waiting:
             with numerics_context(waiting[0].recipe), ExitStack() as stack:
-                student_runs = _gather_student_runs(waiting, loaded, stack, failures, free)
+                student_runs = _build_student_runs(waiting, loaded, stack, failures, budget)
                 if student_runs:
-                    _learn(student_runs, failures)
+                    _train_wave(student_runs, failures)
     return failures
 
 
 def can_share_pass(arms: list[Arm]) -> bool:
-    """Is there a stage left that several of these arms can go through together? Reads the disk alone."""
+    """Tell whether several of these arms have an unfinished stage in common. Reads the disk only."""
     return bool(_next_wave(arms))
 
 
+def get_free_memory(device: torch.device) -> int:
+    """Return the free bytes of a device, a guess where the system does not tell."""
+    free = system.get_free_memory(device)
+    return UNKNOWN_MEMORY_BYTES if free is None else free
+
+
 def _next_wave(arms: list[Arm]) -> list[Arm]:
-    """Arms whose next stage is the same pass of the teacher, and that no other arm will be ready for later."""
+    """Return arms whose next stage is the same pass of the teacher, if no other arm becomes ready for it later."""
     ready: dict[str, list[Arm]] = {}
     later: dict[str, int] = {}
     for arm in arms:
-        left = _unfinished(arm)
-        if left:
-            ready.setdefault(left[0], []).append(arm)
-        for key in left[1:]:
+        keys = _unfinished_keys(arm)
+        if keys:
+            ready.setdefault(keys[0], []).append(arm)
+        for key in keys[1:]:
             later[key] = later.get(key, 0) + 1
-    together = {key for key, members in ready.items() if len(members) + later.get(key, 0) > 1}
     # an arm may have to go alone through a stage before one that it shares
-    useful = {key: members for key, members in ready.items() if key in together or _shared_later(members, ready, later)}
+    useful = {
+        key: members
+        for key, members in ready.items()
+        if len(members) + later.get(key, 0) > 1 or _shares_later_stage(members, ready, later)
+    }
     for key, members in useful.items():
         if key not in later:
             return members
     return next(iter(useful.values()), [])
 
 
-def _shared_later(members: list[Arm], ready: dict[str, list[Arm]], later: dict[str, int]) -> bool:
-    return any(len(ready.get(key, [])) + later[key] > 1 for arm in members for key in _unfinished(arm)[1:])
+def _shares_later_stage(members: list[Arm], ready: dict[str, list[Arm]], later: dict[str, int]) -> bool:
+    return any(len(ready.get(key, [])) + later[key] > 1 for arm in members for key in _unfinished_keys(arm)[1:])
 
 
-def _unfinished(arm: Arm) -> list[str]:
-    """Keys of the arm's stages from the first unfinished one on, as far as their passes can be shared."""
+def _unfinished_keys(arm: Arm) -> list[str]:
+    """Return the keys of the arm's stages from the first unfinished one on, as far as their passes can be shared."""
     run = RunDirectory(arm.path, arm.recipe)
-    found: list[str] = []
+    keys: list[str] = []
     for index in range(len(arm.recipe.stages)):
         key = pass_key(arm.recipe, index)
         if key is None:
             break
-        if found or not run.is_finished(index, verify=True):
-            found.append(key)
-    return found
+        if keys or not run.is_finished(index, verify=True):
+            keys.append(key)
+    return keys
 
 
-def _gather_student_runs(
+@dataclass
+class _StudentRun:
+    """An arm in a wave: its student and the stage that is next."""
+
+    arm: Arm
+    job: Job
+    run: RunDirectory
+    runner: StageRunner
+    context: StageContext
+
+
+def _build_student_runs(
     waiting: list[Arm],
     loaded: LoadedTeacher,
     stack: ExitStack,
     failures: dict[str, Exception],
     memory_budget: Callable[[], int],
 ) -> list[_StudentRun]:
-    """Take arms off the list and make their students, until no further one would fit."""
+    """Take arms off the list and build their students, until no further one fits into memory."""
     student_runs: list[_StudentRun] = []
     free, used = memory_budget(), 0
-    theirs = {id(p) for p in loaded[0].parameters()}
+    teacher_ids = {id(p) for p in loaded[0].parameters()}
     while waiting and (not student_runs or used + used / len(student_runs) < MAX_MEMORY_FRACTION * free):
         arm = waiting.pop(0)
         try:
             job = prepare_job(arm.recipe, loaded)
             run = stack.enter_context(open_run(job.path, arm.recipe))
             start_run(job, run)
-            stage_runner = StageRunner(job, run, build_student(job))
-            context = stage_runner.next_stage()
+            runner = StageRunner(job, run, build_student(job))
+            context = runner.next_stage()
         except TrainingInterrupted:
             raise
         except Exception as error:
             failures[arm.name] = error
             continue
         assert context is not None
-        student_runs.append(_StudentRun(arm, job, run, stage_runner, context))
-        own = sum(p.numel() * p.element_size() for p in stage_runner.student.parameters() if id(p) not in theirs)
-        used += own * (4 if not isinstance(context.settings, recipes.Calibrate) else 3)  # gradient, two moments; sums
+        student_runs.append(_StudentRun(arm, job, run, runner, context))
+        own_bytes = sum(p.numel() * p.element_size() for p in runner.student.parameters() if id(p) not in teacher_ids)
+        # beside the weights a gradient and the optimizer's two moments, or the sums of calibration
+        used += own_bytes * (3 if isinstance(context.settings, recipes.Calibrate) else 4)
     return student_runs
 
 
-def _learn(student_runs: list[_StudentRun], failures: dict[str, Exception]) -> None:
+def _train_wave(student_runs: list[_StudentRun], failures: dict[str, Exception]) -> None:
     first = student_runs[0]
-    name = first.context.settings.stage
-    console.print(f"{name}, seed {first.job.recipe.seed}: {len(student_runs)} arms on the same passes of the teacher")
-    if any(p.context.position != first.context.position for p in student_runs):
-        raise LimbeckError("arms that were to share the teacher's passes stand at different places of the text")
-    ends = _calibrate(student_runs) if name == "calibrate" else _train(student_runs)
-    for student_run, end in zip(student_runs, ends):
-        if isinstance(end, Exception):
-            failures[student_run.arm.name] = end
-            continue
-        learned, facts = end
-        student_run.stage_runner.finish_stage(student_run.context, learned, facts)
+    stage = first.context.settings.stage
+    console.print(f"{stage}, seed {first.job.recipe.seed}: {len(student_runs)} arms share the teacher's passes")
+    if any(one.context.position != first.context.position for one in student_runs):
+        raise LimbeckError("arms that should share the teacher's passes are at different positions in the text")
+    results = _calibrate(student_runs) if stage == "calibrate" else _train(student_runs)
+    for one, result in zip(student_runs, results):
+        if isinstance(result, Exception):
+            failures[one.arm.name] = result
+        else:
+            learned, facts = result
+            one.runner.finish_stage(one.context, learned, facts)
 
 
 def _train(student_runs: list[_StudentRun]) -> list[Any]:
-    """Of each what it learnt and its facts, or an error."""
-    stages = [
-        cast(LayerwiseStage, make_stage(p.job, p.stage_runner.student, p.context.settings, p.context.index))
-        for p in student_runs
-    ]
-    members = [
-        StudentTraining(
-            stage,
-            p.context.settings,
-            p.context.data,
-            p.run,
-            p.context.index,
-            p.context.position,
-            p.job.held_out_dataset(p.context.text),
+    """Train a stage 1 or 2 of all students; returns for each its parameters and facts, or an error."""
+    trainers = []
+    for one in student_runs:
+        context = one.context
+        stage = cast(LayerwiseStage, make_stage(one.job, one.runner.student, context.settings, context.index))
+        trainers.append(
+            Trainer(
+                stage,
+                context.settings,
+                context.data,
+                one.run,
+                index=context.index,
+                position=context.position,
+                held_out=one.job.held_out_dataset(context.text),
+            )
         )
-        for stage, p in zip(stages, student_runs)
+    results = train_jointly(trainers)
+    return [
+        result if isinstance(result, Exception) else (trainer.model_parameters, result)
+        for trainer, result in zip(trainers, results)
     ]
-    ends = train_jointly(members)
-    return [end if isinstance(end, Exception) else (stage.parameters(), end) for stage, end in zip(stages, ends)]
 
 
 def _calibrate(student_runs: list[_StudentRun]) -> list[Any]:
-    """The same for stage 0: the sums are gathered together, each arm solves for itself."""
-    first = student_runs[0]
-    ends: list[Any] = []
-    fits = [NormalEquations(p.job.make_pair(p.stage_runner.student), p.context.settings.weight) for p in student_runs]
-    context = first.context
+    """Do stage 0 of all students: sums in the same passes, then each solves its own equations. Returns as `_train`."""
+    context = student_runs[0].context
+    equations = [
+        NormalEquations(one.job.make_pair(one.runner.student), one.context.settings.weight) for one in student_runs
+    ]
     began = time.monotonic()
-    accumulate_normal_equations(fits, context.settings, context.data, context.position, first.job.device)
-    share = (time.monotonic() - began) / len(student_runs)
-    for p, fit in zip(student_runs, fits):
-        student = p.stage_runner.student
+    accumulate_normal_equations(equations, context.settings, context.data, context.position)
+    seconds = (time.monotonic() - began) / len(student_runs)
+    results: list[Any] = []
+    for one, own in zip(student_runs, equations):
         try:
-            facts = solve_calibration(
-                p.job, student, p.context.settings, p.context.data, p.context.position, fit, share
-            )
-            ends.append((get_output_projections(p.job, student), {**facts, "students_sharing_pass": len(student_runs)}))
+            facts = solve_calibration(own, one.context.settings, one.context.data, one.context.position, seconds)
+            learned = get_output_projections(own.pair)
+            results.append((learned, {**facts, "students_sharing_pass": len(student_runs)}))
         except Exception as error:
-            ends.append(error)
-    return ends
-
-
-def get_free_memory(device: torch.device) -> int:
-    """Free memory of a device; of the CPU what the system can give without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return 4 << 30
+            results.append(error)
+    return results

@@ -14,10 +14,9 @@ from typing import Any
 from limbeck.core import recipe as recipes
 from limbeck.core.recipe import Recipe
 from limbeck.study.spec import Arm
+from limbeck.training.calibration import RIDGE_EVAL_SEQUENCES, count_calibration_sequences
 from limbeck.training.optim import count_training_steps
-from limbeck.training.rehearsal import RIDGE_EVAL_SEQUENCES
 from limbeck.training.setup import dataset_key
-from limbeck.training.stages import count_calibration_sequences
 
 
 def pass_key(recipe: Recipe, index: int) -> str | None:

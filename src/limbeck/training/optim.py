@@ -1,30 +1,11 @@
-"""How a stage's parameters move: schedule, groups, AdamW or Muon, and the running average of the weights.
+"""How a stage's parameters are updated: optimizer, learning rate, clipping, averaging, loss scale, early stopping.
 
-    optimizer = StageOptimizer(parameters, rates, settings, student)
+    optimizer = StageOptimizer(parameters, learning_rates, settings, student)
     optimizer.set_lr_multiplier(get_lr_multiplier(step, steps, settings))
+    clip_gradients(parameters, settings.max_grad_norm)
     optimizer.step()
 
-Everything is sized in optimiser steps, so accumulation and several processes change nothing.
-
-Loss scaling for fp16 (arXiv 1710.03740): gradients that would be too small for it are kept by a larger loss.
-
-    scale = LossScaler(state, enabled=needs_loss_scaling(autocast, "cuda"))
-    stage.loss_scale = scale.value
-    scale.unscale_gradients(parameters)                # divides the gradients, after they were summed
-    scale.update(finite=True)
-
-The rule is that of torch.amp.GradScaler: halved where a gradient is not finite, doubled after 2,000 steps that were.
-GradScaler itself decides for each optimiser of each process. Here a step may have two optimisers and several processes,
-and the one decision is the loop's; and a power of two is held by a checkpoint's JSON exactly.
-
-Layers of stages 1 and 2 that have learnt what they will, found by the running mean of each one's loss.
-
-    layers = LayerEarlyStopping(settings.converged, state)
-    layers.update(step, {"model.layers.0.self_attn": 0.31, ...})       # losses of the layers that still learn
-    layers.stopped, layers.means
-
-A layer stops when its mean (of about ten steps) has not fallen by `tolerance` of itself for `patience` steps. The
-losses are sums over all processes, so all of them find the same. The state lives in `state`, which checkpoints keep.
+Schedules count optimizer steps, so gradient accumulation and several processes change nothing.
 """
 
 import math
@@ -39,112 +20,122 @@ from transformers.pytorch_utils import Conv1D
 from limbeck.core.distributed import all_reduce_scalars
 from limbeck.core.recipe import EarlyStopping, Trained
 
+INITIAL_SCALE = 2.0**16  # of the fp16 loss
+GROWTH_INTERVAL = 2000  # finite steps in a row after which the loss scale is doubled
+EMA_DECAY = 0.9  # of the running mean of a layer's loss
+
 
 def count_training_steps(settings: Trained, length: int) -> int:
-    """Optimiser steps that the stage's token budget pays for, at least one."""
+    """Return the number of optimizer steps in the stage's token budget, at least one."""
     return max(1, round(settings.tokens / (settings.batch_size * length)))
 
 
 def get_lr_multiplier(step: int, steps: int, settings: Trained) -> float:
-    """Share of the peak learning rate in a step: up over the warm-up, then down to the floor in the last step.
+    """Return the share of the peak learning rate in a step: linear warm-up, then decay to `min_lr_ratio` in the last.
 
-    "wsd" stays at the peak and comes down over the last `decay_ratio` of all steps as one minus the square root
-    (arXiv 2405.18392); "cosine" and "linear" come down all the way; "constant" stays.
+    "cosine" and "linear" decay from the end of the warm-up on; "wsd" stays at the peak and decays over the last
+    `decay_ratio` of all steps as one minus the square root (arXiv 2405.18392); "constant" stays.
+
+    Args:
+        step: counted from zero.
+        steps: of the whole stage.
     """
-    warm = round(settings.warmup_ratio * steps)
-    if step < warm:
-        return (step + 1) / (warm + 1)
+    warmup_steps = round(settings.warmup_ratio * steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
     if settings.lr_scheduler == "constant":
         return 1.0
-    cooling = max(round(settings.decay_ratio * steps), 1)  # of a few steps the last one at least
-    begin = warm if settings.lr_scheduler != "wsd" else max(warm, steps - 1 - cooling)
-    along = max(step - begin, 0) / max(steps - 1 - begin, 1)
-    shape = {
-        "linear": 1 - along,
-        "cosine": 0.5 * (1 + math.cos(math.pi * along)),
-        "wsd": 1 - math.sqrt(along),
+    decay_start = warmup_steps
+    if settings.lr_scheduler == "wsd":
+        decay_steps = max(round(settings.decay_ratio * steps), 1)  # a share of very few steps may round to none
+        decay_start = max(warmup_steps, steps - 1 - decay_steps)
+    progress = max(step - decay_start, 0) / max(steps - 1 - decay_start, 1)
+    decay = {
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "wsd": 1 - math.sqrt(progress),
     }[settings.lr_scheduler]
-    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * shape
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * decay
 
 
 class StageOptimizer:
-    """AdamW for all parameters, or Muon for matrices of the teacher's own and AdamW for the rest.
+    """AdamW for all parameters, or Muon for the weights of linear maps and AdamW for the rest.
+
+    Norms, biases and all that belongs to a mixer have no weight decay, nor have 2-D parameters that are not called
+    "weight", such as the decay rates of a state-space layer.
+
+    Muon (see `linear_map_weights`) is for maps from one hidden vector to another, whose directions it equalizes. Left
+    to AdamW are embeddings and heads, whose rows are looked up or scored one by one, routers, which score experts, and
+    the two factors of a LoRA adapter, which are one map together.
 
     Args:
         parameters: by name.
-        rates: peak learning rate by name; what has none does not move.
-        settings: the stage's recipe.
-        model: what they belong to.
-
-    Gates, norms, biases and whatever else belongs to a mixer do not decay, and Muon leaves them to AdamW: it equalises
-    the directions of a linear map, and they are none. Nor are embeddings and heads, whose rows are looked up or scored
-    one by one, routers, which score experts, the two factors of an adapter, which are one map together, and matrices of
-    numbers that no linear map has for its weight (decay rates of a state-space layer, which do not decay either).
+        learning_rates: peak learning rate by name; parameters with rate 0 are left out.
+        settings: the stage's part of the recipe.
+        model: to which the parameters belong.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], rates: dict[str, float], settings: Trained, model: nn.Module
+        self, parameters: dict[str, nn.Parameter], learning_rates: dict[str, float], settings: Trained, model: nn.Module
     ):
         groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
-        maps = linear_maps(model) if settings.optimizer == "muon" else set()
+        muon_names = linear_map_weights(model) if settings.optimizer == "muon" else set()
         for name, parameter in parameters.items():
-            own = ".mixer." in name
-            numbers = parameter.dim() == 2 and not name.endswith("weight")
-            decay = settings.weight_decay if parameter.dim() > 1 and not own and not numbers else 0.0
-            by_muon = name in maps
-            if rates[name] > 0:
-                groups.setdefault((by_muon, rates[name], decay), []).append(parameter)
+            is_weight = parameter.dim() > 1 and (parameter.dim() != 2 or name.endswith("weight"))
+            decay = settings.weight_decay if is_weight and ".mixer." not in name else 0.0
+            if learning_rates[name] > 0:
+                groups.setdefault((name in muon_names, learning_rates[name], decay), []).append(parameter)
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
-        for by_muon in (False, True):
-            mine = [
-                {"params": members, "peak": peak, "lr": peak, "weight_decay": decay}
-                for (muon, peak, decay), members in groups.items()
-                if muon == by_muon
+        for use_muon in (False, True):
+            param_groups = [
+                {"params": members, "peak": peak, "lr": peak, "weight_decay": decay}  # "peak" is stored in checkpoints
+                for (is_muon, peak, decay), members in groups.items()
+                if is_muon == use_muon
             ]
-            if mine and by_muon:
-                self.optimizers.append(torch.optim.Muon(mine, adjust_lr_fn="match_rms_adamw"))
-            elif mine:
-                self.optimizers.append(torch.optim.AdamW(mine, betas=settings.betas, fused=True))
+            if param_groups and use_muon:
+                self.optimizers.append(torch.optim.Muon(param_groups, adjust_lr_fn="match_rms_adamw"))
+            elif param_groups:
+                self.optimizers.append(torch.optim.AdamW(param_groups, betas=settings.betas, fused=True))
 
-    def set_lr_multiplier(self, share: float) -> None:
-        """Every group to this share of its peak."""
-        for part in self.optimizers:
-            for group in part.param_groups:
-                group["lr"] = group["peak"] * share
+    def set_lr_multiplier(self, multiplier: float) -> None:
+        """Set the learning rate of every group to this share of its peak."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * multiplier
 
     def step(self) -> None:
-        for part in self.optimizers:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def zero_grad(self) -> None:
-        for part in self.optimizers:
-            part.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.optimizers]}
+        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part, own in zip(self.optimizers, state["parts"]):
-            part.load_state_dict(own)
+        for optimizer, part in zip(self.optimizers, state["parts"]):
+            optimizer.load_state_dict(part)
 
     def map_state_tensors(self, state: dict[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
-        """The same state, each tensor of a parameter's size replaced by `change(name of the parameter, tensor)`."""
-        changed = []
-        for part, own in zip(self.optimizers, state["parts"]):
-            members = [self.names[id(p)] for group in part.param_groups for p in group["params"]]
-            of = {
-                i: {k: change(members[i], t) if torch.is_tensor(t) and t.dim() else t for k, t in held.items()}
-                for i, held in own["state"].items()
+        """Return the state with each tensor of a parameter's size replaced by `change(parameter's name, tensor)`."""
+        parts = []
+        for optimizer, part in zip(self.optimizers, state["parts"]):
+            names = [self.names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            mapped = {
+                i: {k: change(names[i], t) if torch.is_tensor(t) and t.dim() else t for k, t in tensors.items()}
+                for i, tensors in part["state"].items()
             }
-            changed.append({**own, "state": of})
-        return {"parts": changed}
+            parts.append({**part, "state": mapped})
+        return {"parts": parts}
 
 
 class ExponentialMovingAverage:
-    """The running average of parameters (exponential, over steps), which a stage may hand on instead of the last ones.
+    """Exponential moving average of parameters over steps, which may replace them at the end of a stage.
 
-    average = ExponentialMovingAverage(parameters, 0.99); average.update(1); average.copy_to_parameters()
+    ema = ExponentialMovingAverage(parameters, 0.99); ema.update(1); ema.copy_to_parameters()
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
@@ -153,30 +144,31 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimiser step `step`, counted from one: early steps weigh more, so that the start is forgotten."""
+        """Average in the parameters after optimizer step `step`, counted from one."""
+        # smaller at first, so that the untrained weights are forgotten
         decay = min(self.decay, step / (step + 9))
         for name, parameter in self.parameters.items():
             self.values[name].lerp_(parameter, 1 - decay)
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """The averages in the parameters' place for a while."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        """Put the averages into the parameters for the body of a `with` statement."""
+        original = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.copy_to_parameters()
         try:
             yield
         finally:
-            assign_parameters(self.parameters, kept)
+            assign_parameters(self.parameters, original)
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
-        """Put the averages in the parameters' place."""
+        """Overwrite the parameters by the averages."""
         assign_parameters(self.parameters, self.values)
 
 
 @torch.no_grad()
 def assign_parameters(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Write values into parameters of the same names."""
+    """Copy values into parameters of the same names."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
 
@@ -187,11 +179,13 @@ def clip_gradients(
     sharded: Collection[str] = (),
     clip_groups: Collection[Collection[str]] = (),
 ) -> Tensor | float:
-    """Norm of all gradients together, which are scaled down to `max_norm` where it is more; nothing is waited for.
+    """Scale all gradients down to a common norm of `max_norm` if it is larger; returns the norm before.
+
+    Without sharded parameters the norm stays on the device, so that nothing waits for it.
 
     Args:
-        sharded: names of those of which this process holds a part only; every process takes part then.
-        clip_groups: groups of names that learn alone, each scaled by its own norm; what is returned is that of all, before.
+        sharded: names of parameters of which this process holds a shard; then all processes have to call this.
+        clip_groups: groups of names that are scaled each by the norm of its own; returned is the norm of all.
     """
     if clip_groups:
         groups = ([parameters[name] for name in group if parameters[name].grad is not None] for group in clip_groups)
@@ -199,45 +193,56 @@ def clip_gradients(
         return torch.stack(norms).norm() if norms else 0.0
     if not sharded:
         return nn.utils.clip_grad_norm_(list(parameters.values()), max_norm)
-    parts, others = (
-        [p.grad for name, p in parameters.items() if p.grad is not None and (name in sharded) == inside]
-        for inside in (True, False)
+    shards, whole = (
+        [p.grad for name, p in parameters.items() if p.grad is not None and (name in sharded) == is_sharded]
+        for is_sharded in (True, False)
     )
-    square = all_reduce_scalars({"square": float(nn.utils.get_total_norm(parts)) ** 2})["square"]
-    norm = math.sqrt(square + float(nn.utils.get_total_norm(others)) ** 2)
+    square = all_reduce_scalars({"square": float(nn.utils.get_total_norm(shards)) ** 2})["square"]
+    norm = math.sqrt(square + float(nn.utils.get_total_norm(whole)) ** 2)
     nn.utils.clip_grads_with_norm_(list(parameters.values()), max_norm, torch.tensor(norm))
     return norm
 
 
-def linear_maps(model: nn.Module) -> set[str]:
-    """Names of the weights that map one hidden vector to another; see `StageOptimizer`."""
+def linear_map_weights(model: nn.Module) -> set[str]:
+    """Return the names of the weights that map one hidden vector to another, for Muon; see `StageOptimizer`."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    experts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    # a router is recognized by its outputs: one per expert
+    expert_counts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
     tables = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    ends = {id(p) for table in tables if table is not None for p in table.parameters()}
-    found = set()
+    table_ids = {id(p) for table in tables if table is not None for p in table.parameters()}
+    names = set()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear | Conv1D) or id(weight) in ends or weight.shape[0] in experts:
+        if not isinstance(module, nn.Linear | Conv1D) or id(weight) in table_ids or weight.shape[0] in expert_counts:
             continue
         if ".mixer." not in f"{name}." and ".lora_" not in f"{name}.":
-            found.add(f"{name}.weight")
-    return found
-
-
-INITIAL_SCALE = 2.0**16
-GROWTH_INTERVAL = 2000  # finite steps in a row
+            names.add(f"{name}.weight")
+    return names
 
 
 def needs_loss_scaling(autocast: Callable[[], Any], device: str) -> bool:
-    """Are products taken in fp16 inside?"""
+    """Tell whether products are taken in fp16 under this autocast, in which small gradients would underflow."""
     with autocast():
         return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 class LossScaler:
-    """The factor on the loss; one, always, where none is needed. Its state lives in `state`."""
+    """The factor on the loss that keeps small fp16 gradients from underflowing (arXiv 1710.03740).
+
+    scaler = LossScaler(state, enabled=needs_loss_scaling(autocast, "cuda"))
+    stage.loss_scale = scaler.value
+    scaler.unscale_gradients(parameters)               # after they were summed over processes
+    scaler.update(finite=True)
+
+    The rule is that of torch.amp.GradScaler: halved if a gradient is not finite, doubled after 2,000 finite steps.
+    GradScaler itself decides for each optimizer of each process, while here one decision has to hold for two optimizers
+    and all processes. Powers of two are exact in the JSON of a checkpoint.
+
+    Args:
+        state: where scale and count live, a dictionary that checkpoints save.
+        enabled: if not, the factor is always one.
+    """
 
     def __init__(self, state: dict[str, Any], enabled: bool):
         self.state, self.enabled = state, enabled
@@ -257,7 +262,7 @@ class LossScaler:
                     parameter.grad.mul_(1 / self.value)
 
     def update(self, finite: bool) -> bool:
-        """After a step; True where the scale came down, so that the next step has a chance that this one had not."""
+        """Adapt the scale after a step; returns whether it was lowered, so that the next step may succeed."""
         if not self.enabled:
             return False
         if finite:
@@ -272,11 +277,20 @@ class LossScaler:
         return True
 
 
-EMA_DECAY = 0.9  # of the running mean
-
-
 class LayerEarlyStopping:
-    """See the module's docstring. With `settings` None no layer ever stops."""
+    """Early stopping of each layer in stages 1 and 2, by the running mean of its loss.
+
+    early_stopping = LayerEarlyStopping(settings.layer_early_stopping, state)
+    early_stopping.update(step, {"model.layers.0.self_attn": 0.31, ...})     # losses of the layers that still learn
+    early_stopping.stopped                                                   # names of those that do not
+
+    A layer stops when its mean, over about ten steps, has not fallen by the share `tolerance` for `patience` steps.
+    Losses are sums over all processes, so all of them stop the same layers.
+
+    Args:
+        settings: None never stops a layer.
+        state: where means and counts live, a dictionary that checkpoints save.
+    """
 
     def __init__(self, settings: EarlyStopping | None, state: dict[str, Any]):
         self.settings = settings
@@ -284,24 +298,24 @@ class LayerEarlyStopping:
 
     @property
     def stopped(self) -> set[str]:
-        """Names of the layers that learn no more."""
+        """Names of the layers that have stopped."""
         return {name for name, layer in self.layers.items() if layer["stopped"] is not None}
 
     @property
     def all_stopped(self) -> bool:
-        """Is there nothing left to learn?"""
+        """Whether no layer is left that learns."""
         return bool(self.layers) and len(self.stopped) == len(self.layers)
 
     @property
     def final_losses(self) -> dict[str, float]:
-        """The mean loss of each stopped layer, when it stopped."""
+        """Running mean of the loss of each stopped layer when it stopped."""
         return {name: layer["mean"] for name, layer in self.layers.items() if layer["stopped"] is not None}
 
     def update(self, step: int, losses: dict[str, float]) -> list[str]:
-        """Take note of a step's losses, which are finite; names of the layers that stop with this step."""
+        """Update the means by a step's finite losses; returns the names of the layers that stop with this step."""
         if self.settings is None:
             return []
-        now = []
+        newly_stopped = []
         for name, loss in losses.items():
             layer = self.layers.setdefault(name, {"mean": loss, "best": loss, "waited": 0, "stopped": None})
             layer["mean"] = EMA_DECAY * layer["mean"] + (1 - EMA_DECAY) * loss
@@ -311,5 +325,5 @@ class LayerEarlyStopping:
             layer["waited"] += 1
             if layer["waited"] >= self.settings.patience:
                 layer["stopped"] = step
-                now.append(name)
-        return now
+                newly_stopped.append(name)
+        return newly_stopped

@@ -1,4 +1,4 @@
-"""The main job: teacher in, stages, evaluation, and a student that can be handed over.
+"""The main job: teacher in, stages, evaluation, and a student that can be loaded by transformers.
 
     summary = distill(Recipe.load("quickstart"))          # the same call resumes, and does nothing when all is done
 
@@ -8,7 +8,6 @@ Everything that can be wrong with a recipe is found before anything is written.
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from limbeck.training.stages import make_stage, run_stages
 from limbeck.training.teacher_loading import LoadedTeacher
 from limbeck.training.trainer import Stage
 
-LONGEST_STEP = 120.0  # seconds: stages whose steps take longer are not rehearsed
+MAX_MEASURED_STEP_SECONDS = 120.0  # stages are not rehearsed if a step is planned to take longer
 
 
 def distill(
@@ -40,99 +39,124 @@ def distill(
     measure_times: bool = True,
     plot_curves: bool = True,
 ) -> dict[str, Any]:
-    """Run a recipe from where it stands to its end.
+    """Run a recipe to its end, from where it was interrupted if it was.
 
     Args:
         recipe: what to do; `recipe.out` is the run directory, by default the first of runs/<name>, runs/<name>-2, ...
             that is free or holds this run.
         confirm: called with the plan before long work begins (the command line prints it).
-        loaded: the teacher and its tokenizer where they are in memory already.
-        measure_times: run a step of each stage first, for the plan's times; otherwise those are counted.
-        plot_curves: draw the losses into the run directory (where matplotlib is installed).
+        loaded: the teacher and its tokenizer, if they are in memory already.
+        measure_times: run a step of each stage first, for the plan's times; otherwise they are estimated from FLOPs.
+        plot_curves: draw the losses into the run directory (if matplotlib is installed).
 
     Returns:
         The summary that is also written to eval.json.
 
     Raises:
-        LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then. Of several
+        LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then. With several
             processes all raise the error of the first that failed.
     """
     with process_group(), numerics_context(recipe):
         recipe = recipe.model_copy(update={"out": run_on_main(lambda: assign_run_directory(recipe).out)})
-        known = run_on_main(lambda: _known(recipe))
-        if known is not None:
+        cached_summary = run_on_main(lambda: _load_finished_summary(recipe))
+        if cached_summary is not None:
             run_on_main(lambda: remove_stale_export(run_path(recipe)))
-            return known
+            return cached_summary
         run_on_main(lambda: check_writable(run_path(recipe)))
+
+        # set up: load the teacher, open the text, check all that the recipe asks for
         torch.manual_seed(recipe.seed)
-        with main_process_first():
+        with main_process_first():  # the other processes find what the first one has put into the caches
             job = prepare_job(recipe, loaded)
-        plan = run_on_main(lambda: _plan(job))
-        run_on_main(lambda: _dry_run_export(job))
+        plan = run_on_main(lambda: _make_plan(job))
+        run_on_main(lambda: _dry_run_export_once(job))
+
         with open_run(job.path, recipe) as run:
-            planned = run_on_main(lambda: _planned(job, run, plan, measure_times))
+            plan = run_on_main(lambda: _measure_plan_once(job, run, plan, measure_times))
             if confirm:
-                confirm(planned)
+                confirm(plan)
             start_run(job, run)
+
+            # train, then save the student and evaluate it
             student = build_student(job)
             run_stages(job, run, student)
             return run_on_main(lambda: export_and_evaluate(job, run, student, plot_curves))
 
 
-def start_run(job: Job, run: RunDirectory) -> None:
-    """Check that a run's text is what it was, and write down what it works with."""
-    check_text(job)
-    run.update_manifest(**collect_environment(), **provenance(job))
+def _load_finished_summary(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the summary of a run that is complete, without loading a model; None if there is anything left to do."""
+    path = run_path(recipe)
+    summary_path = path / "eval.json"
+    if not summary_path.is_file():
+        return None
+    check_run(path, recipe)
+    run = RunDirectory(path, recipe)
+    try:
+        summary = read_json(summary_path, "the same command evaluates again")
+    except LimbeckError as error:
+        console.print(f"{error.found}; evaluating the student again", markup=False)
+        return None
+    if summary["evaluation"] != recipe.evaluation.model_dump(mode="json"):
+        return None
+    if not all(run.is_finished(i) for i in range(len(recipe.stages))) or not matches_run_identity(path, recipe):
+        return None
+    if (problem := check_exported_files(path / "student", read_manifest(path).get("exported"))) is not None:
+        console.print(f"{path / 'student'}: {problem}; exporting it again from {path / 'stages'}", markup=False)
+        return None
+    console.print(f"Run {path} is already complete. Summary:", markup=False)
+    return {**summary, "run": str(path)}  # its present path: the folder may have been moved
 
 
-def _plan(job: Job) -> Plan:
+def _make_plan(job: Job) -> Plan:
     plan = make_plan(job.recipe, job.teacher, job.sites)
-    check_disk_space(_existing(job.path), plan.disk_bytes, f"the run {job.path}")
+    folder = job.path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    check_disk_space(folder, plan.disk_bytes, f"the run {job.path}")
     return plan
 
 
-def _dry_run_export(job: Job) -> None:
-    """Before a run begins: its end must work. Of one that goes on it was tried then."""
+def _dry_run_export_once(job: Job) -> None:
+    """Before a new run starts, try out its end; a resumed run did so when it started."""
     if not (job.path / "plan.json").exists():
         with torch.random.fork_rng():
             dry_run_export(job, build_student(job))
 
 
-def _known(recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of a run that is finished; nothing is loaded for it."""
-    path = run_path(recipe)
-    done = path / "eval.json"
-    if not done.is_file():
-        return None
-    check_run(path, recipe)
-    run = RunDirectory(path, recipe)
+def _measure_plan_once(job: Job, run: RunDirectory, plan: Plan, measure_times: bool) -> Plan:
+    """Measure the plan of a new run and save it; for a resumed run return the plan saved then."""
+    path = run.path / "plan.json"
     try:
-        known = read_json(done, "the same command evaluates again")
+        saved = read_json(path, "the same command makes the plan again") if path.exists() else None
     except LimbeckError as error:
-        console.print(f"{error.found}; the student is evaluated again", markup=False)
-        return None
-    if known["evaluation"] != recipe.evaluation.model_dump(mode="json"):
-        return None
-    if not all(run.is_finished(i) for i in range(len(recipe.stages))) or not matches_run_identity(path, recipe):
-        return None
-    if (problem := check_exported_files(path / "student", read_manifest(path).get("exported"))) is not None:
-        console.print(f"{path / 'student'}: {problem}; it is exported again from {path / 'stages'}", markup=False)
-        return None
-    console.print(f"{path} is finished already; its summary:", markup=False)
-    return {**known, "run": str(path)}  # where it is now, should it have been moved
+        console.print(f"{error.found}; making the plan again", markup=False)
+        saved = None
+    if saved is None:
+        plan = measure_plan(job, plan) if measure_times else plan
+        run.write_file(path.name, json.dumps(plan.to_dict(), indent=1) + "\n")
+        return plan
+    stages = [replace(stage, seconds=before["seconds"]) for stage, before in zip(plan.stages, saved["stages"])]
+    return replace(plan, stages=stages, seconds=saved["seconds"], memory_bytes=saved["memory_bytes"])
 
 
 def measure_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan:
-    """The plan after a step of each stage (all by default) has been run; as it is where those would cost too much."""
+    """Run one step of each stage and put the measured times into the plan.
+
+    The plan is returned as it is where a step would cost too much or cannot be run alone: with a quantized teacher,
+    LoRA, or several processes.
+
+    Args:
+        stages: numbers of the stages to measure; None for all.
+    """
     recipe = job.recipe
-    index = list(range(len(recipe.stages))) if stages is None else stages
-    step = max((row.seconds / max(row.steps, 1) for row in plan.stages if row.steps), default=0.0)
-    adapted = any(getattr(settings, "lora", None) is not None for settings in recipe.stages)
+    measured = list(range(len(recipe.stages))) if stages is None else stages
+    step_seconds = max((stage.seconds / max(stage.steps, 1) for stage in plan.stages if stage.steps), default=0.0)
+    has_lora = any(getattr(settings, "lora", None) is not None for settings in recipe.stages)
     if (
-        not index
-        or step > LONGEST_STEP
+        not measured
+        or step_seconds > MAX_MEASURED_STEP_SECONDS
         or recipe.teacher_bits is not None
-        or adapted
+        or has_lora
         or get_process_info().world_size > 1
     ):
         return plan
@@ -142,44 +166,29 @@ def measure_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan:
         assert not isinstance(settings, recipes.Calibrate)
         return make_stage(job, student, settings, number)
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # the run itself draws the same numbers with and without this
         student = build_student(job)
-        seen = measure_stage_times(recipe, job.make_pair(student), make, index)
-    return plan.with_measured_times(seen)
+        times = measure_stage_times(recipe, job.make_pair(student), make, measured)
+    return plan.with_measured_times(times)
 
 
-def _planned(job: Job, run: RunDirectory, plan: Plan, measure_times: bool) -> Plan:
-    """The measured plan of a run that begins, which is kept; of one that goes on the plan that was kept then."""
-    path = run.path / "plan.json"
-    try:
-        known = read_json(path, "the same command makes the plan again") if path.exists() else None
-    except LimbeckError as error:
-        console.print(f"{error.found}; the plan is made again", markup=False)
-        known = None
-    if known is None:
-        plan = measure_plan(job, plan) if measure_times else plan
-        run.write_file(path.name, json.dumps(plan.to_dict(), indent=1) + "\n")
-        return plan
-    rows = [replace(row, seconds=then["seconds"]) for row, then in zip(plan.stages, known["stages"])]
-    return replace(plan, stages=rows, seconds=known["seconds"], memory_bytes=known["memory_bytes"])
+def start_run(job: Job, run: RunDirectory) -> None:
+    """Check that the text is the one the run started with, and record the environment in the manifest."""
+    _check_text_unchanged(job)
+    run.update_manifest(**collect_environment(), **provenance(job))
 
 
-def check_text(job: Job) -> None:
-    """Raises LimbeckError where a text has changed since the run began: positions would mean other sequences."""
-    before = read_manifest(job.path).get("texts", {})
+def _check_text_unchanged(job: Job) -> None:
+    """Refuse to resume with another text, in which the saved positions would mean other sequences."""
+    recorded = read_manifest(job.path).get("texts", {})
     for name, text in job.texts.items():
-        if before.get(name, {}).get("key", text.key) == text.key:
+        if recorded.get(name, {}).get("key", text.key) == text.key:
             continue
-        old, now = before[name]["files"], text.files
-        changed = [file for file in {**old, **now} if old.get(file) != now.get(file)]
-        which = "; ".join(f"{file} {'is gone' if file not in now else 'is not what it was'}" for file in changed[:4])
+        before, now = recorded[name]["files"], text.files
+        changed = [file for file in {**before, **now} if before.get(file) != now.get(file)]
+        details = "; ".join(f"{file} {'is missing' if file not in now else 'has changed'}" for file in changed[:4])
         raise LimbeckError(
-            f"the text has changed since the run {job.path} began{': ' if which else ''}{which}",
-            expected=f"the same {json.loads(name)['source']} and the same tokenizer, to go on",
-            hint=f"put it back, or begin a new run: --out {job.path}-2",
+            f"the text has changed since the run {job.path} started{': ' if details else ''}{details}",
+            expected=f"the same {json.loads(name)['source']} and the same tokenizer, to resume",
+            hint=f"restore it, or start a new run: --out {job.path}-2",
         )
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)

@@ -38,7 +38,7 @@ from limbeck.models.backbone import LMHead, run_backbone
 from limbeck.training.induction_init import init_induction_heads
 from limbeck.training.optim import assign_parameters, count_training_steps
 from limbeck.training.run_directory import RunDirectory, collect_environment, open_run
-from limbeck.training.trainer import train
+from limbeck.training.trainer import Trainer
 
 EVAL_TOKENS = 65_536  # held-out tokens of each source on which a trained teacher is evaluated
 
@@ -192,7 +192,8 @@ def _train_stages(
         else:
             # text stages read on where the previous one stopped, whatever its sequence length
             position = data.position_after(*previous) if previous and settings.stage == "next_token" else 0
-            facts = train(stage, settings, data, run, index, position, text.held_out_sequences(data.length))
+            held_out = text.held_out_sequences(data.length)
+            facts = Trainer(stage, settings, data, run, index=index, position=position, held_out=held_out).train()
             run.save_stage_result(index, dict(stage.parameters()), facts)
         if settings.stage == "next_token":
             previous = data, facts["position"]

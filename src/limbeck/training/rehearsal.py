@@ -32,7 +32,7 @@ from limbeck.models.backbone import LMHead, run_backbone
 from limbeck.models.hooks import DistillationPair
 from limbeck.models.loading import check_export
 from limbeck.report.run_summary import format_summary
-from limbeck.training.calibration import RIDGES, NormalEquations
+from limbeck.training.calibration import RIDGE_EVAL_SEQUENCES, RIDGES, NormalEquations
 from limbeck.training.export import evaluate_run
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
@@ -41,7 +41,6 @@ from limbeck.training.setup import Job
 from limbeck.training.trainer import get_clip_groups
 
 WARMUP_TOKENS = 64  # of the first step, which is not timed
-RIDGE_EVAL_SEQUENCES = 2  # sequences on which the ridge is selected
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Stage 3 without the teacher: its most likely tokens are written to the cache once and read from there.
+"""Stage 3 without the teacher: its most likely tokens are computed once and read from the cache after that.
 
     data, facts = attach_teacher_logits(teacher, data, store.key, 0, 400, top_k=64, autocast=nullcontext)
 
-The teacher is asked only for what is missing. Other runs, other students and other stages on the same text read the
-same files.
+Only what is missing is computed. Other runs, students and stages on the same text read the same files.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from limbeck.data.teacher_logits import TeacherLogitsCache, TeacherLogitsDataset
 from limbeck.models.backbone import LMHead, run_backbone
 from limbeck.models.fingerprint import fingerprint_model
 
-FORMAT = 1  # raise when the files or what they mean changes
+FORMAT_VERSION = 1  # to be raised when the files or their meaning change
 
 
 def attach_teacher_logits(
@@ -36,60 +35,66 @@ def attach_teacher_logits(
     autocast: Callable,
     chunk_size: int = 128,
 ) -> tuple[TeacherLogitsDataset, dict[str, Any]]:
-    """The sequences `begin` to `end` of `data` with what the teacher says of them.
+    """Return the sequences `begin` to `end` of `data` with the teacher's most likely tokens, computing missing ones.
 
     Args:
         store: key of the token store.
-        top_k: how many of the teacher's most likely tokens to keep.
-        chunk_size: tokens whose logits exist at once.
+        top_k: number of the teacher's most likely tokens to store.
+        chunk_size: tokens whose logits exist at a time.
 
     Returns:
-        The data, and facts: bytes a token, tokens that the teacher was asked for, and the seconds that it took.
+        The data, and facts: bytes per token, tokens that the teacher computed now, and the seconds that took.
     """
     began = time.monotonic()
-    head, rows = LMHead(teacher), int(teacher.get_output_embeddings().weight.shape[0])
-    signals = TeacherLogitsCache(cache_root() / "signals" / _key(teacher, data, store, top_k, autocast), rows, top_k)
+    head, vocab_size = LMHead(teacher), int(teacher.get_output_embeddings().weight.shape[0])
+    folder = cache_root() / "signals" / _cache_key(teacher, data, store, top_k, autocast)
+    cache = TeacherLogitsCache(folder, vocab_size, top_k)
 
     @torch.no_grad()
-    def ask(batch: Batch) -> tuple[Tensor, Tensor]:
+    def compute(batch: Batch) -> tuple[Tensor, Tensor]:
         with autocast():
             hidden = run_backbone(teacher, batch.to(teacher.device))
-            found = [top_log_probs(head(part), signals.top_k) for part in hidden.flatten(0, 1).split(chunk_size)]
-        return tuple(torch.cat(x).unflatten(0, batch.input_ids.shape) for x in zip(*found))  # type: ignore[return-value]
+            chunks = [top_log_probs(head(chunk), cache.top_k) for chunk in hidden.flatten(0, 1).split(chunk_size)]
+        index, log_q = (torch.cat(x).unflatten(0, batch.input_ids.shape) for x in zip(*chunks))
+        return index, log_q
 
-    asked = signals.fill(data, begin, end, ask)
+    computed = cache.fill(data, begin, end, compute)
     seconds = time.monotonic() - began
-    report_teacher_cache(signals, (end - begin) * data.length, asked, seconds)
-    facts = {"bytes_per_token": signals.bytes_per_token, "asked_tokens": asked, "seconds": seconds}
-    return TeacherLogitsDataset(data, signals, begin, end), facts
+    report_teacher_cache(cache, (end - begin) * data.length, computed, seconds)
+    facts = {"bytes_per_token": cache.bytes_per_token, "asked_tokens": computed, "seconds": seconds}
+    return TeacherLogitsDataset(data, cache, begin, end), facts
 
 
 def require_packed(data: SequenceDataset) -> PackedDataset:
-    """The text itself, if its sequences can be named by a position for good."""
+    """Return the data itself if a position always names the same sequence, as cached logits need.
+
+    Raises:
+        LimbeckError: it is a mixture or a stream.
+    """
     if isinstance(data, PackedDataset):
         return data
     raise LimbeckError(
-        "cache_teacher with a mixture or a stream",
-        expected="one source that is tokenised first",
-        hint="leave out cache_teacher, or data.streaming and data.sources",
+        "cache_teacher does not work with a mixture of sources or with streaming",
+        expected="one source that is tokenized before training",
+        hint="remove cache_teacher, or data.streaming and data.sources",
     )
 
 
 def top_log_probs(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Index and log probability of the most likely tokens, in order: [n, V] -> [n, top_k] each."""
+    """Return index and log probability of the most likely tokens in descending order, [n, V] -> [n, top_k] each."""
     logits = logits.float()
     values, index = logits.topk(top_k, dim=-1)
     return index, values - logits.logsumexp(-1, keepdim=True)
 
 
-def _key(teacher: PreTrainedModel, data: PackedDataset, store: str, top_k: int, autocast: Callable) -> str:
-    """What the signals depend on; the positions are in the names of the parts."""
+def _cache_key(teacher: PreTrainedModel, data: PackedDataset, store: str, top_k: int, autocast: Callable) -> str:
+    """Hash all that the logits depend on but the positions, which are in the names of the parts."""
     with autocast():
         mixed: bool | str = torch.is_autocast_enabled(teacher.device.type)
         if mixed and torch.get_autocast_dtype(teacher.device.type) != torch.bfloat16:
             mixed = str(torch.get_autocast_dtype(teacher.device.type))
     facts = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "teacher": fingerprint_model(teacher),
         "tokens": store,
         "split": data.split.name,

@@ -1,28 +1,22 @@
-"""The one training loop of all stages that learn by gradient; it knows no stage.
+"""The training loop of stages 1, 2 and 3 and of small teachers. It knows no stage: a `Stage` brings the loss.
 
-    train(stage, settings, data, run, index, position, held_out)
+    facts = Trainer(stage, settings, data, run, index=2, position=0, held_out=held_out).train()
 
-Gradient accumulation with counts taken over the whole step first (so a split changes nothing), clipping, non-finite
-steps skipped and counted, a line of metrics a step, checkpoints by the clock and on a signal to stop. A resumed run
-continues bit for bit on a CPU: weights, optimiser, averages and data position are all its state.
+`train` is the loop, `train_step` one step of it: batches, forward, loss and backward of each micro-batch, then gradient
+clipping and the optimizer (`apply_gradients`). `limbeck.training.joint_trainer` drives several trainers on the same
+passes of the teacher.
 
-Of several processes each takes its rows of a step. Counts are summed over them before the first gradient, gradients
-after the last one, so a step is that of one process with all rows (docs/scaling.md).
+Losses are divided by counts taken over the whole step before its first backward pass, so micro-batches change nothing.
+With several processes each takes its rows of a step; counts are summed over processes before the first backward pass
+and gradients after the last, so a step equals that of one process with all rows (docs/scaling.md).
 
-One student in one stage: what moves its weights, how far it is, and what it keeps.
-
-    trainer = Trainer(stage, settings, data, run, index, position, parameters)
-    line = trainer.train_step()           # prepare_stage(), gradients of next_batches(), apply_gradients()
-    trainer.log_step(line, seconds)
-    trainer.finish()
-
-The loop trains one (`limbeck.training.trainer`), or several on the same passes of the teacher (`limbeck.training.joint_trainer`).
+A resumed stage continues bit for bit on a CPU: weights, optimizer, averages and data position are its whole state.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -54,12 +48,12 @@ MAX_SKIPPED_STEPS = 5  # non-finite steps in a row
 
 
 class Stage(Protocol):
-    """What the loop asks of a stage."""
+    """What the trainer needs of a stage: its parameters and their losses."""
 
     autocast: Callable[[], Any]
-    loss_scale: float
-    stopped: set[str]  # names of those of its losses that are taken no more
-    requires_targets: bool  # sequences without a target are passed over
+    loss_scale: float  # factor on the loss in `backward`; set by the trainer
+    stopped: set[str]  # names of the losses that are skipped, of layers that have converged; set by the trainer
+    requires_targets: bool  # sequences without a target are skipped
 
     @property
     def student(self) -> nn.Module: ...
@@ -76,25 +70,47 @@ class Stage(Protocol):
 
 
 class Trainer:
-    """One student in one stage: its parameters, optimiser and averages, and how far it is. See `train`."""
+    """Trains one student in one stage, from its last checkpoint if there is one.
 
-    def __init__(self, stage, settings, data, run, index, position, parameters, held_out):
+    Args:
+        stage: what to minimize, and by which parameters.
+        settings: the stage's part of the recipe.
+        data: training text, as sequences.
+        run: where metrics and checkpoints go.
+        index: number of the stage in the recipe.
+        position: of the stage's first sequence in `data`.
+        held_out: text for the held-out loss every `settings.eval_steps` steps.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        settings: Trained,
+        data: SequenceDataset,
+        run: RunDirectory,
+        *,
+        index: int,
+        position: int,
+        held_out: SequenceDataset | None = None,
+    ):
         self.stage, self.settings, self.data, self.run, self.index = stage, settings, data, run, index
+        self.name: str = settings.stage  # type: ignore[attr-defined]
         self.start, self.held_out = position, held_out
-        self.sharded_parameters = ShardedParameters(parameters)
-        self.parameters = (
-            self.sharded_parameters.local
-        )  # what is kept and moved here: all, or a part of each that is sharded
+        self.model_parameters = stage.parameters()
+        self.sharded_parameters = ShardedParameters(self.model_parameters)
+        # what this process updates and saves: whole parameters, or its shard of those that are sharded
+        self.parameters = self.sharded_parameters.local
         broadcast_from_main(p for name, p in self.parameters.items() if name not in self.sharded_parameters.sharded)
-        self.device = next(iter(parameters.values())).device
+        self.device = next(iter(self.model_parameters.values())).device
         self.steps = count_training_steps(settings, data.length)
-        self.first, self.rows = get_local_rows(settings.batch_size)
-        self.micro = min(settings.micro_batch_size or self.rows, self.rows)
-        self.prefetcher = BatchPrefetcher(self._batches_of, self.device)
+        self.tokens_per_step = settings.batch_size * data.length
+        self.first_row, self.rows = get_local_rows(settings.batch_size)
+        self.micro_batch_size = min(settings.micro_batch_size or self.rows, self.rows)
+        self.prefetcher = BatchPrefetcher(self._read_batches, self.device)
         self.optimizer = StageOptimizer(self.parameters, stage.learning_rates(settings), settings, stage.student)
         self.ema = ExponentialMovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
-        self.best: dict[str, Tensor] | None = None  # weights of the best held-out loss, where there is patience
-        self.state: dict[str, Any] = {
+        self.best: dict[str, Tensor] | None = None  # weights of the best held-out loss, where `patience` is set
+        self.state: dict[str, Any] = {  # saved with each checkpoint, so these names are stored
             "step": 0,
             "seconds": 0.0,
             "skipped": 0,
@@ -106,96 +122,106 @@ class Trainer:
             "waited": 0,
             "position": position,
         }
-        self.places: dict[int, int] = {}  # where the batches of a step begin, and those of the step after it
+        self.positions: dict[int, int] = {}  # where the sequences of a step begin, of those that have been read
         self._resume()
-        self.scale = LossScaler(self.state, needs_loss_scaling(stage.autocast, self.device.type))
+        self.scaler = LossScaler(self.state, needs_loss_scaling(stage.autocast, self.device.type))
         self.early_stopping = LayerEarlyStopping(getattr(settings, "layer_early_stopping", None), self.state)
 
     @property
     def step(self) -> int:
-        """Steps that are done."""
+        """Number of steps done."""
         return self.state["step"]
 
     @property
     def is_done(self) -> bool:
-        """Whether no step is left, or nothing to learn: no better loss for long, or no layer that still learns."""
+        """Whether the steps are used up, the patience is over, or every layer has converged."""
         out_of_patience = bool(self.settings.patience and self.state["waited"] >= self.settings.patience)
         return self.step >= self.steps or out_of_patience or self.early_stopping.all_stopped
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens a second so far."""
-        return self.settings.batch_size * self.data.length * self.step / max(self.state["seconds"], 1e-9)
+    def train(self) -> dict[str, Any]:
+        """Train to the end of the stage's token budget.
 
-    def finish(self) -> dict[str, Any]:
-        """Leave the weights that are handed on; returns what `train` returns.
+        Returns:
+            steps, tokens, seconds, skipped steps, the data position after the stage, first and last loss.
 
         Raises:
-            LimbeckError: all steps were skipped, so that nothing was learnt.
+            LimbeckError: the loss was not finite for `MAX_SKIPPED_STEPS` steps in a row.
+            TrainingInterrupted: the process was signaled to stop; a checkpoint was saved.
         """
-        if self.state["loss"] is None and self.state["skipped"]:
-            raise self._not_finite(f"all of its {self.state['skipped']} steps were skipped")
-        if self.best is not None:
-            assign_parameters(self.parameters, self.best)
-        elif self.ema is not None:
-            self.ema.copy_to_parameters()
-        return {
-            **self.state,
-            "steps": self.state["step"],
-            "tokens": self.state["step"] * self.settings.batch_size * self.data.length,
-            "trained_parameters": self.sharded_parameters.numel,
-        }
+        saved_at = time.monotonic()
+        with (
+            self.training_mode(),
+            graceful_shutdown() as stop_requested,
+            progress(self.name, self.steps, "steps", initial=self.step) as advance,
+        ):
+            while not self.is_done:
+                step_began = time.monotonic()
+                metrics = self.train_step()
+                self.log_step(metrics, time.monotonic() - step_began)
+                speed = self.tokens_per_step * self.step / max(self.state["seconds"], 1e-9)
+                advance(1, note=f"loss {metrics['loss']:.4g}, {speed:.0f} tokens/s")
+                checkpoint_due = time.monotonic() - saved_at > self.run.recipe.checkpoint_seconds
+                stop, save = sync_stop_and_save(stop_requested(), checkpoint_due)
+                if stop or (save and self.step < self.steps):  # after the last step the result itself is saved
+                    self.save_checkpoint()
+                    saved_at = time.monotonic()
+                if stop:
+                    raise TrainingInterrupted(f"Interrupted at step {self.step}/{self.steps}; checkpoint saved.")
+        return self.finish()
+
+    @contextmanager
+    def training_mode(self) -> Iterator[None]:
+        """Let the stage's parameters take gradients; at the end, free these and stop reading batches."""
+        parameters = self.model_parameters.values()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            self.prefetcher.close()
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
     def train_step(self) -> dict[str, Any]:
-        """A whole step of this student alone; returns its line of metrics."""
+        """Do one optimizer step; returns its metrics."""
         self.prepare_stage()
-        return self.apply_gradients(accumulate_gradients(self.stage, self.next_batches()))
+        batches = self.next_batches()
+        counts = reduce_counts(self.stage, batches)
+        losses: dict[str, Tensor] = {}
+        for batch in batches:
+            # forward, loss and backward, one micro-batch at a time; gradients add up in the parameters
+            add_losses(losses, self.stage.backward(batch, counts))
+        return self.apply_gradients(losses)
 
     def prepare_stage(self) -> None:
-        """Tell the stage what it has to know of the next step."""
-        self.stage.loss_scale = self.scale.value
+        """Set the loss scale and the converged layers for the next step."""
+        self.stage.loss_scale = self.scaler.value
         self.stage.stopped = self.early_stopping.stopped
 
     def next_batches(self) -> list[Batch]:
-        """The next step's micro-batches."""
+        """Return the micro-batches of the next step that are this process's, on the device."""
         return self.prefetcher.get_batches(self.step, last=self.step + 1 >= self.steps)
 
-    def _batches_of(self, step: int) -> list[Batch]:
-        sizes = [min(self.micro, self.rows - done) for done in range(0, self.rows, self.micro)]
-        if self.stage.requires_targets:
-            # which sequences have targets nobody knows before they are read, so every process reads the whole batch
-            at = self.places.setdefault(step, self.state["position"])
-            batch, self.places[step + 1] = take_sequences_with_targets(self.data, at, self.settings.batch_size)
-            begins = [self.first + i * self.micro for i in range(len(sizes))]
-            return [batch.select_rows(slice(begin, begin + size)) for begin, size in zip(begins, sizes)]
-        at = self._place(step) + self.first
-        return [self.data.batch(at + i * self.micro, size) for i, size in enumerate(sizes)]
-
-    def _place(self, step: int) -> int:
-        """Position of a step's first sequence, where every sequence counts."""
-        return self.start + step * self.settings.batch_size
-
-    def apply_gradients(self, sums: dict[str, Tensor]) -> dict[str, Any]:
-        """Move the weights by the gradients that are there; returns the step's line of metrics.
+    def apply_gradients(self, losses: dict[str, Tensor]) -> dict[str, Any]:
+        """Clip the accumulated gradients and do the optimizer step; returns the step's metrics.
 
         Args:
-            sums: each loss, summed over the step's micro-batches.
+            losses: each loss, summed over this process's micro-batches.
         """
-        step, settings = self.state["step"], self.settings
-        rate = get_lr_multiplier(step, self.steps, settings)
-        self.optimizer.set_lr_multiplier(rate)
+        step, settings = self.step, self.settings
+        lr_multiplier = get_lr_multiplier(step, self.steps, settings)
+        self.optimizer.set_lr_multiplier(lr_multiplier)
         self.sharded_parameters.reduce_gradients()
-        self.scale.unscale_gradients(self.parameters.values())
-        norm, mine = fetch_scalars(
-            clip_gradients(
-                self.parameters, settings.max_grad_norm, self.sharded_parameters.sharded, get_clip_groups(self.stage)
-            ),
-            sums,
+        self.scaler.unscale_gradients(self.parameters.values())
+        grad_norm = clip_gradients(
+            self.parameters, settings.max_grad_norm, self.sharded_parameters.sharded, get_clip_groups(self.stage)
         )
-        losses = all_reduce_scalars(mine)
-        loss = total_loss({**self.early_stopping.final_losses, **losses})
+        norm, local_losses = fetch_scalars(grad_norm, losses)
+        reduced = all_reduce_scalars(local_losses)
+        loss = total_loss({**self.early_stopping.final_losses, **reduced})
         finite = math.isfinite(norm) and math.isfinite(loss)
-        lowered = self.scale.update(finite)
+        scale_lowered = self.scaler.update(finite)
         if finite:
             self.optimizer.step()
             if self.ema is not None:
@@ -204,214 +230,199 @@ class Trainer:
             self.state["loss"] = loss
             if self.state["first_loss"] is None:
                 self.state["first_loss"] = loss
-            for name in self.early_stopping.update(step + 1, losses):
-                console.print(f"{settings.stage}: {name} has converged in step {step + 1}")
+            for layer in self.early_stopping.update(step + 1, reduced):
+                console.print(f"{self.name}: {layer} converged at step {step + 1}")
         else:
-            self._skip(loss, norm, lowered)
+            self._skip_step(loss, norm, scale_lowered)
         self.optimizer.zero_grad()
         self.sharded_parameters.clear_gradients()
         self.state["step"] += 1
-        self.state["position"] = self.places.get(step + 1, self._place(step + 1))
-        self.places.pop(step, None)
-        line = {"step": self.state["step"], "loss": loss, "losses": parts_of(losses), "grad_norm": norm}
-        line |= {"lr": settings.lr * rate, "skipped": self.state["skipped"]}
-        if self.scale.enabled:
-            line["loss_scale"] = self.stage.loss_scale
-        return line
+        self.state["position"] = self.positions.get(step + 1, self._position_of(step + 1))
+        self.positions.pop(step, None)
+        metrics = {
+            "step": self.step,
+            "loss": loss,
+            "losses": {name: value for name, value in reduced.items() if name != "loss"},
+            "grad_norm": norm,
+            "lr": settings.lr * lr_multiplier,
+            "skipped": self.state["skipped"],
+        }
+        if self.scaler.enabled:
+            metrics["loss_scale"] = self.stage.loss_scale
+        return metrics
 
-    def log_step(self, line: dict[str, Any], seconds: float) -> None:
-        """Log a step that took so long, with the loss on held-out text where that is due."""
+    def log_step(self, metrics: dict[str, Any], seconds: float) -> None:
+        """Log a step that took `seconds`, with the held-out loss every `eval_steps` steps."""
         self.state["seconds"] += seconds
-        line["tokens_per_second"] = round(self.settings.batch_size * self.data.length / seconds, 1)
-        self._evaluate(line)
-        self.run.log({"stage": self.settings.stage, "stage_index": self.index, **line})
+        metrics["tokens_per_second"] = round(self.tokens_per_step / seconds, 1)
+        if self.settings.eval_steps and self.held_out is not None and self.step % self.settings.eval_steps == 0:
+            metrics["held_out_loss"] = self._evaluate()
+        self.run.log({"stage": self.name, "stage_index": self.index, **metrics})
 
-    def _skip(self, loss: float, norm: float, lowered: bool) -> None:
+    def save_checkpoint(self) -> None:
+        """Write weights, averages, optimizer and state to the run directory; every process takes part."""
+        weights = {"last": self.parameters, "average": self.ema and self.ema.values, "best": self.best}
+        gather = self.sharded_parameters.gather
+        tensors = {
+            f"{kind}|{name}": gather(name, tensor)
+            for kind, by_name in weights.items()
+            for name, tensor in (by_name or {}).items()
+        }
+        optimizer = self.optimizer.map_state_tensors(self.optimizer.state_dict(), gather)
+        self.run.save_checkpoint(self.index, self.step, tensors, optimizer, self.state)
+
+    def finish(self) -> dict[str, Any]:
+        """Put the best or averaged weights, if any, into the parameters; returns what `train` returns.
+
+        Raises:
+            LimbeckError: every step was skipped.
+        """
+        if self.state["loss"] is None and self.state["skipped"]:
+            raise self._not_finite_error(f"all {self.state['skipped']} steps were skipped")
+        if self.best is not None:
+            assign_parameters(self.parameters, self.best)
+        elif self.ema is not None:
+            self.ema.copy_to_parameters()
+        return {
+            **self.state,
+            "steps": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "trained_parameters": self.sharded_parameters.numel,
+        }
+
+    def _read_batches(self, step: int) -> list[Batch]:
+        """Read this process's micro-batches of a step, on the CPU."""
+        offsets = range(0, self.rows, self.micro_batch_size)
+        sizes = [min(self.micro_batch_size, self.rows - offset) for offset in offsets]
+        if not self.stage.requires_targets:
+            first = self._position_of(step) + self.first_row
+            return [self.data.batch(first + offset, size) for offset, size in zip(offsets, sizes)]
+        # which sequences have targets is unknown before they are read, so every process reads the whole batch
+        position = self.positions.setdefault(step, self.state["position"])
+        batch, self.positions[step + 1] = take_sequences_with_targets(self.data, position, self.settings.batch_size)
+        starts = [self.first_row + offset for offset in offsets]
+        return [batch.select_rows(slice(start, start + size)) for start, size in zip(starts, sizes)]
+
+    def _position_of(self, step: int) -> int:
+        """Return the position of a step's first sequence if no sequence was skipped."""
+        return self.start + step * self.settings.batch_size
+
+    def _skip_step(self, loss: float, norm: float, scale_lowered: bool) -> None:
+        """Count a step whose loss or gradient is not finite; raises when too many follow each other."""
         self.state["skipped"] += 1
-        if lowered:  # fp16 begins with a scale that is too large for most
+        if scale_lowered:  # the first loss scales of fp16 are too large for most models
             return
         self.state["in_a_row"] += 1
-        console.print(f"step {self.state['step'] + 1} skipped: loss {loss:g}, gradient norm {norm:g}")
+        console.print(f"step {self.step + 1} skipped: loss {loss:g}, gradient norm {norm:g}")
         if self.state["in_a_row"] >= MAX_SKIPPED_STEPS:
-            raise self._not_finite(f"{MAX_SKIPPED_STEPS} steps in a row were not finite")
+            raise self._not_finite_error(f"{MAX_SKIPPED_STEPS} steps in a row were not finite")
 
-    def _not_finite(self, what: str) -> LimbeckError:
-        """What is said where steps are skipped; before the first good one, no rate can be what was wrong."""
-        lower = f"--set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder"
+    def _not_finite_error(self, problem: str) -> LimbeckError:
+        lower_lr = f"--set stages.{self.index}.lr={self.settings.lr / 3:.1e} --out another-folder"
+        precision = "--set precision=fp32; the learning rate is not the cause, no step has changed a weight yet"
         return LimbeckError(
-            f"stage {self.settings.stage}: {what}",
+            f"stage {self.name}: {problem}",
             expected="a finite loss and gradient",
-            hint=lower
-            if self.state["loss"] is not None
-            else "--set precision=fp32; the rate is not the cause, no step has moved a weight yet",
+            hint=precision if self.state["loss"] is None else lower_lr,
         )
 
-    def _evaluate(self, line: dict[str, Any]) -> None:
-        """Loss on held-out text, where it is due."""
-        every = self.settings.eval_steps
-        if not every or self.held_out is None or self.state["step"] % every:
-            return
-        count, counts = self._judged
+    def _evaluate(self) -> float:
+        """Compute the held-out loss, with averaged weights if there are any, and note whether it is the best."""
+        assert self.held_out is not None
+        n_sequences, counts = self._held_out_counts
+        is_sharded = bool(self.sharded_parameters.sharded)
         with self.ema.average_parameters() if self.ema else nullcontext(), no_grad():
-            # blocks that are sharded run in all processes or in none, so all of them see all of the text
-            first, mine = (0, count) if self.sharded_parameters.sharded else get_local_rows(count)
-            batches = (self.held_out.batch(at, 1).to(self.device) for at in range(first, first + mine))
-            found = [losses for batch in batches if (losses := self.stage.evaluate(batch, counts))]
-        total = sum(total_loss(fetch_scalars(0.0, losses)[1]) for losses in found)
-        loss = total if self.sharded_parameters.sharded else all_reduce_scalars({"loss": total})["loss"]
-        line["held_out_loss"] = self.state["held_out_loss"] = loss
+            # sharded blocks run in all processes or in none, so every process evaluates all sequences
+            first, n_local = (0, n_sequences) if is_sharded else get_local_rows(n_sequences)
+            batches = (self.held_out.batch(at, 1).to(self.device) for at in range(first, first + n_local))
+            evaluated = [losses for batch in batches if (losses := self.stage.evaluate(batch, counts))]
+        local = sum(total_loss(fetch_scalars(0.0, losses)[1]) for losses in evaluated)
+        loss = local if is_sharded else all_reduce_scalars({"loss": local})["loss"]
+        self.state["held_out_loss"] = loss
         if self.state["best_loss"] is None or loss < self.state["best_loss"]:
             self.state["best_loss"], self.state["waited"] = loss, 0
             if self.settings.patience:
-                source = self.ema.values if self.ema else self.parameters
-                self.best = {name: t.detach().clone() for name, t in source.items()}
+                weights = self.ema.values if self.ema else self.parameters
+                self.best = {name: t.detach().clone() for name, t in weights.items()}
         else:
             self.state["waited"] += 1
+        return loss
 
     @cached_property
-    def _judged(self) -> tuple[int, dict[str, float]]:
-        """How many held-out sequences are measured, and what their losses are divided by: the counts of all of them."""
+    def _held_out_counts(self) -> tuple[int, dict[str, float]]:
+        """Number of held-out sequences that are evaluated, and the counts of all of them for `Stage.evaluate`."""
         assert self.held_out is not None
-        count = min(self.settings.eval_sequences, self.held_out.n_sequences)
+        n_sequences = min(self.settings.eval_sequences, self.held_out.n_sequences)
         if self.stage.requires_targets:
-            count = count_eval_sequences(self.held_out, count)
-        counts: dict[str, float] = {}
-        for at in range(count):  # every process counts all of them itself
-            for name, value in self.stage.count(self.held_out.batch(at, 1)).items():
-                counts[name] = counts.get(name, 0.0) + value
-        return count, counts
+            n_sequences = count_eval_sequences(self.held_out, n_sequences)
+        # every process counts all of them itself, so nothing is communicated
+        return n_sequences, _sum_counts(self.stage, (self.held_out.batch(at, 1) for at in range(n_sequences)))
 
     def _resume(self) -> None:
-        found = self.run.load_last_checkpoint(self.index)
-        self.run.truncate_log(self.index, found[2]["step"] if found else 0)
-        if found is None:
+        """Load the last checkpoint, if there is one, and cut the log after its step."""
+        checkpoint = self.run.load_last_checkpoint(self.index)
+        self.run.truncate_log(self.index, checkpoint[2]["step"] if checkpoint else 0)
+        if checkpoint is None:
             return
-        tensors, optimizer, state = found
-        self.state |= {"position": self._place(state["step"]), **state}
-        kinds: dict[str, dict[str, Tensor]] = {}
+        tensors, optimizer, state = checkpoint
+        self.state |= {"position": self._position_of(state["step"]), **state}
+        weights: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("|")
-            kinds.setdefault(kind, {})[name] = self.sharded_parameters.local_shard(name, tensor).to(self.device)
-        assign_parameters(self.parameters, kinds["last"])
+            weights.setdefault(kind, {})[name] = self.sharded_parameters.local_shard(name, tensor).to(self.device)
+        assign_parameters(self.parameters, weights["last"])
         if self.ema is not None:
-            self.ema.values = kinds["average"]
-        self.best = kinds.get("best")
+            self.ema.values = weights["average"]
+        self.best = weights.get("best")
         self.optimizer.load_state_dict(self.optimizer.map_state_tensors(optimizer, self.sharded_parameters.local_shard))
-        console.print(f"{self.settings.stage}: going on from step {self.state['step']} of {self.steps}")
-
-    def save_checkpoint(self) -> None:
-        """Keep a checkpoint."""
-        kinds = {"last": self.parameters, "average": self.ema and self.ema.values, "best": self.best}
-        whole = self.sharded_parameters.gather
-        tensors = {f"{kind}|{name}": whole(name, t) for kind, held in kinds.items() for name, t in (held or {}).items()}
-        optimizer = self.optimizer.map_state_tensors(self.optimizer.state_dict(), whole)
-        self.run.save_checkpoint(self.index, self.state["step"], tensors, optimizer, self.state)
+        console.print(f"{self.name}: resuming at step {self.step}/{self.steps}")
 
 
 def accumulate_gradients(stage: Stage, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Gradients of a step, by counts taken over all of its micro-batches and processes first; this process's losses."""
+    """Add the gradients of a step's micro-batches without a trainer, as the learning rate sweep does.
+
+    Returns:
+        Each loss, summed over this process's micro-batches.
+    """
     counts = reduce_counts(stage, batches)
-    sums: dict[str, Tensor] = {}
+    losses: dict[str, Tensor] = {}
     for batch in batches:
-        add_losses(sums, stage.backward(batch, counts))
-    return sums
-
-
-def get_clip_groups(stage: Stage) -> list[list[str]]:
-    """Names of the parameters that learn apart from all others, layer by layer; none where all learn together."""
-    return getattr(stage, "clip_groups", list)()
-
-
-def fetch_scalars(norm: Tensor | float, sums: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
-    """The norm of the gradient and the losses as numbers: the one time in a step that a device is waited for."""
-    values = [torch.as_tensor(value, dtype=torch.float64) for value in (norm, *sums.values())]
-    where = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
-    found = torch.stack([v.to(where, non_blocking=True) for v in values]).tolist()
-    return found[0], dict(zip(sums, found[1:]))
+        add_losses(losses, stage.backward(batch, counts))
+    return losses
 
 
 def reduce_counts(stage: Stage, batches: Sequence[Batch]) -> dict[str, float]:
-    """What the losses of a step are divided by, over all of its micro-batches and processes."""
+    """Sum what the losses are divided by over all micro-batches and processes of a step."""
+    return all_reduce_scalars(_sum_counts(stage, batches))
+
+
+def _sum_counts(stage: Stage, batches: Iterable[Batch]) -> dict[str, float]:
     counts: dict[str, float] = {}
     for batch in batches:
         for name, value in stage.count(batch).items():
             counts[name] = counts.get(name, 0.0) + value
-    return all_reduce_scalars(counts)
+    return counts
 
 
-def add_losses(sums: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
-    """sums += losses, by name."""
+def add_losses(totals: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
+    """Add losses to totals of the same names, in place."""
     for name, value in losses.items():
-        sums[name] = sums[name] + value if name in sums else value
+        totals[name] = totals[name] + value if name in totals else value
 
 
 def total_loss(losses: dict[str, float]) -> float:
-    """The loss; that of stages of many layers is the mean over them."""
+    """Return the total, "loss"; in layerwise stages, which have none, the mean over layers."""
     return losses["loss"] if "loss" in losses else sum(losses.values()) / len(losses)
 
 
-def parts_of(losses: dict[str, float]) -> dict[str, float]:
-    """The losses without their total."""
-    return {name: value for name, value in losses.items() if name != "loss"}
+def get_clip_groups(stage: Stage) -> list[list[str]]:
+    """Return the parameter names of each layer whose gradient is clipped alone; empty if all are clipped together."""
+    return getattr(stage, "clip_groups", list)()
 
 
-def train(
-    stage: Stage,
-    settings: Trained,
-    data: SequenceDataset,
-    run: RunDirectory,
-    index: int,
-    position: int,
-    held_out: SequenceDataset | None = None,
-) -> dict[str, Any]:
-    """Train to the end of the stage's budget, from its last checkpoint if there is one.
-
-    Args:
-        stage: what to minimise, and by which parameters.
-        position: of the stage's first sequence in `data`.
-        held_out: text for `settings.evaluate_every`.
-
-    Returns:
-        facts: steps, tokens, seconds, skipped steps, the data position after the stage, first and last loss.
-
-    Raises:
-        LimbeckError: the loss was not finite several steps in a row.
-        TrainingInterrupted: a signal to stop came; the state is kept.
-    """
-    with enable_gradients(stage) as parameters, graceful_shutdown() as stop_requested:
-        trainer = Trainer(stage, settings, data, run, index, position, parameters, held_out)
-        with closing(trainer.prefetcher):
-            return _go(trainer, stop_requested)
-
-
-@contextmanager
-def enable_gradients(stage: Stage) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters of a stage, which take gradients meanwhile."""
-    parameters = stage.parameters()
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    try:
-        yield parameters
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
-
-def _go(trainer: Trainer, stop_requested: Callable[[], bool]) -> dict[str, Any]:
-    settings, saved = trainer.settings, time.monotonic()
-    with progress(f"{settings.stage}", trainer.steps, "steps", initial=trainer.step) as advance:
-        while not trainer.is_done:
-            began = time.monotonic()
-            line = trainer.train_step()
-            trainer.log_step(line, time.monotonic() - began)
-            advance(1, note=f"loss {line['loss']:.4g}, {trainer.tokens_per_second:.0f} tokens/s")
-            stop, save = sync_stop_and_save(
-                stop_requested(), time.monotonic() - saved > trainer.run.recipe.checkpoint_seconds
-            )
-            if stop or (save and trainer.step < trainer.steps):
-                trainer.save_checkpoint()
-                saved = time.monotonic()
-            if stop:
-                raise TrainingInterrupted(f"asked to stop in step {trainer.step} of {trainer.steps}, state kept")
-    return trainer.finish()
+def fetch_scalars(norm: Tensor | float, losses: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """Copy gradient norm and losses to the CPU: the one device synchronization of a step."""
+    values = [torch.as_tensor(value, dtype=torch.float64) for value in (norm, *losses.values())]
+    device = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
+    numbers = torch.stack([v.to(device, non_blocking=True) for v in values]).tolist()
+    return numbers[0], dict(zip(losses, numbers[1:]))

@@ -118,7 +118,7 @@ def test_only_what_is_needed_is_tokenised_and_to_resume_reads_nothing_of_before(
         shutil.rmtree(one._of(int(streamed._order(0)[place])))
     position = streamed._epoch_end(2)
     read.clear()
-    monkeypatch.setattr(TokenStream, "ahead", lambda self, index: None)
+    monkeypatch.setattr(TokenStream, "prefetch", lambda self, index: None)
     StreamingDataset(stream(folder, tokenizer, held_out=0), 32, seed=1).batch(position, 1)
     assert set(read) <= {order[2]}
 
@@ -202,7 +202,7 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(folder, tokenizer, tmp_path, m
     two = StreamingDataset(one, 32, seed=1)
     assert torch.equal(two.batch(0, 9).input_ids, StreamingDataset(one, 32, seed=1).batch(0, 9).input_ids)
     found = {
-        tokenizer.decode(s.tokens[a : b - 1].tolist()) for s in map(one.train, range(3)) for a, b in pairwise(s.offsets)
+        tokenizer.decode(s.tokens[a : b - 1].tolist()) for s in map(one.load_train_split, range(3)) for a, b in pairwise(s.offsets)
     }
     assert found <= {text for i in range(3) for text in texts(i)}
     assert len(found) > 70
@@ -242,7 +242,7 @@ def test_ready_tokens_are_a_source_whole_or_streamed(ready, tokenizer):
     assert store.train.n_documents + store.held_out.n_documents == 80
     one = stream(ready, tokenizer, length=8, vocab_size=97)
     assert [shard.name for shard in one.shards] == ["a.bin", "b.npy"]
-    documents = {tuple(s.tokens[a:b].tolist()) for s in map(one.train, (0, 1)) for a, b in pairwise(s.offsets)}
+    documents = {tuple(s.tokens[a:b].tolist()) for s in map(one.load_train_split, (0, 1)) for a, b in pairwise(s.offsets)}
     stored = {tuple(store.train.tokens[a:b].tolist()) for a, b in pairwise(store.train.offsets)}
     assert documents == stored
     with pytest.raises(LimbeckError, match="does not match the teacher"):

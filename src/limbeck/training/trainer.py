@@ -158,7 +158,7 @@ class Trainer:
 
     def next_batches(self) -> list[Batch]:
         """The next step's micro-batches."""
-        return self.prefetcher.take(self.step, last=self.step + 1 >= self.steps)
+        return self.prefetcher.get_batches(self.step, last=self.step + 1 >= self.steps)
 
     def _batches_of(self, step: int) -> list[Batch]:
         sizes = [min(self.micro, self.rows - done) for done in range(0, self.rows, self.micro)]

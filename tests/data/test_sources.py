@@ -132,7 +132,7 @@ def test_a_link_that_leads_nowhere_is_named(target, tmp_path):
         ("a.ndjson", "5\n", "line 1: a JSON int"),
         ("a.ndjson", '{"text": ["x"]}\n', "line 1: the field 'text' holds a list"),
         ("a.csv", "id,text\n1,x\n2,y,z\n", "line 3: 3 cells\nexpected: 2"),
-        ("a.csv", 'text\nx\n"y" z\n', "line 3: no table"),
+        ("a.csv", 'text\nx\n"y" z\n', "line 3: not a valid table"),
         ("a.tsv", "id\tbody\n1\tx\n", "line 2: no field 'text', only: id, body"),
         ("a.csv", "", "no text in"),
         ("a.json", '{"text": 1e5}', "holds a float"),

@@ -143,23 +143,23 @@ def open_text_data(
     }
     parts: list[OpenedSource] = []
     sources = data.sources or [Source(source=data.source, text_field=data.text_field, chat=data.chat)]
-    for number, one in enumerate(sources):
+    for number, source in enumerate(sources):
         key = "data" if data.sources is None else f"data.sources.{number}"
-        common |= {"text_field": one.text_field, "chat": one.chat}
+        common |= {"text_field": source.text_field, "chat": source.chat}
         with rewrite_hints({"data.text_field": f"{key}.text_field", "data.chat": f"{key}.chat"}):
-            if one.source == REPEATS_SOURCE:
+            if source.source == REPEATS_SOURCE:
                 parts.append(RepeatedSequenceSource.from_tokenizer(tokenizer, common["vocab_size"]))
             elif data.streaming:
                 if share == 0:
                     raise LimbeckError("a streamed source has no end", expected="held-out text to evaluate on")
                 cache_gb = data.cache_gb / len(sources)
                 stream = TokenStream(
-                    one.source, tokenizer, held_out_tokens=held_out_tokens, cache_gb=cache_gb, **common
+                    source.source, tokenizer, held_out_tokens=held_out_tokens, cache_gb=cache_gb, **common
                 )
                 parts.append(stream)
             else:
-                parts.append(build_token_store(one.source, tokenizer, max_tokens=data.max_tokens, **common))
-    return TextData(parts, [one.weight for one in sources])
+                parts.append(build_token_store(source.source, tokenizer, max_tokens=data.max_tokens, **common))
+    return TextData(parts, [source.weight for source in sources])
 
 
 _reading = threading.Lock()  # students that train together read one text, whose caches are not thread-safe

@@ -71,9 +71,9 @@ class MixtureDataset:
     def position_after(self, read: SequenceDataset, position: int) -> int:
         """Return the position of what follows the `position` sequences of `read`, which have another length."""
         assert isinstance(read, MixtureDataset)
-        counts = zip(self.datasets, read.datasets, read.count_per_dataset(position))
-        targets = [mine.position_after(theirs, count) for mine, theirs, count in counts]
-        return max(self._first_with(i, count) for i, count in enumerate(targets))
+        pairs = zip(self.datasets, read.datasets, read.count_per_dataset(position))
+        counts = [dataset.position_after(read_dataset, count) for dataset, read_dataset, count in pairs]
+        return max(self._first_with(i, count) for i, count in enumerate(counts))
 
     def _first_with(self, source: int, count: int) -> int:
         """Return the smallest position before which `count` sequences of a source come."""
@@ -89,7 +89,7 @@ def _shares(weights: Sequence[float]) -> list[int]:
     """Round the weights to integers of at least 1 that add up to PERIOD (largest remainders)."""
     total = sum(weights)
     exact = [weight / total * PERIOD for weight in weights]
-    shares = [max(1, int(one)) for one in exact]
+    shares = [max(1, int(share)) for share in exact]
     while sum(shares) != PERIOD:
         step = 1 if sum(shares) < PERIOD else -1
         eligible = [i for i, share in enumerate(shares) if share + step >= 1]

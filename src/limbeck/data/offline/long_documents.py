@@ -139,7 +139,7 @@ def iter_qasper(archive: zipfile.ZipFile) -> Iterator[dict[str, Any]]:
     for line in gzip.decompress(packed).decode("utf-8").splitlines():
         paper = json.loads(line)["doc"]
         # A question has several requests, one for each answer and again without the question.
-        if paper["question_id"] in seen or all(one.startswith("FLOAT SELECTED") for one in paper["evidence"]):
+        if paper["question_id"] in seen or all(text.startswith("FLOAT SELECTED") for text in paper["evidence"]):
             continue
         seen.add(paper["question_id"])
         sections = zip(paper["full_text"]["section_name"], paper["full_text"]["paragraphs"], strict=True)

@@ -141,7 +141,7 @@ def test_unknown_tiers_are_refused():
 def test_tiers_name_sources_and_wheels_that_exist():
     assert set(corpus.TIERS) == set(corpus.WHEELS) == set(embedded.CORPUS_BYTES)
     for tier in corpus.TIERS:
-        assert set(corpus.TIERS[tier]) <= set(corpus.READERS)
+        assert set(corpus.TIERS[tier]) <= set(corpus.SOURCE_READERS)
         assert all(len(wheel.sha256) == 64 for wheel in corpus.WHEELS[tier])
 
 

@@ -291,9 +291,9 @@ PICTURE = {"type": "image_url", "image_url": {"url": "x.png"}}
     [
         (
             [{"role": "user", "content": [{"type": "text", "text": "Look"}, PICTURE]}, say("", "b")[1]],
-            "no text (image_url)",
+            "non-text part (image_url)",
         ),
-        ([{"role": "user", "content": [{"type": "image"}]}, say("", "b")[1]], "a part that is no text (image)"),
+        ([{"role": "user", "content": [{"type": "image"}]}, say("", "b")[1]], "a non-text part (image)"),
         ([{"role": "user"}, say("", "b")[1]], "a user turn with neither content nor tool calls"),
         ([USER, {"role": "assistant", "content": None}], "an assistant turn with neither"),
         ([USER, {"role": "assistant", "content": []}], "an assistant turn with neither"),

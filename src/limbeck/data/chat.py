@@ -73,7 +73,7 @@ class ChatEncoder:
 
     def _reset_counts(self) -> None:
         self._conversations = 0
-        self._dropped: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
         self.template.unseen.clear()
 
     @property
@@ -94,7 +94,7 @@ class ChatEncoder:
             try:
                 encoded.append(self._tokenize(*self.template.render(json.loads(raw))))
             except ConversationError as reason:
-                self._dropped[str(reason)] += 1
+                self.dropped[str(reason)] += 1
                 encoded.append(DROPPED)
         return encoded
 
@@ -103,10 +103,10 @@ class ChatEncoder:
 
     def report(self, source: str) -> None:
         """Print how many conversations were dropped, and why; LimbeckError where none is left."""
-        dropped, total = sum(self._dropped.values()), self._conversations
+        dropped, total = sum(self.dropped.values()), self._conversations
         if dropped:
-            reasons = [f"{reason} ({n:,})" if n < dropped else reason for reason, n in self._dropped.most_common(4)]
-            reasons += [f"{len(self._dropped) - 4} other reasons"] if len(self._dropped) > 4 else []
+            reasons = [f"{reason} ({n:,})" if n < dropped else reason for reason, n in self.dropped.most_common(4)]
+            reasons += [f"{len(self.dropped) - 4} other reasons"] if len(self.dropped) > 4 else []
             message = f"{dropped:,} of {total:,} conversations of '{source}' were dropped: {'; '.join(reasons)}"
             if dropped == total:
                 raise LimbeckError(message, expected="conversations that the tokenizer's chat template can render")

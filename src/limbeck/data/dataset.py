@@ -66,8 +66,11 @@ class TextData:
     @property
     def content_fingerprints(self) -> list[str | None]:
         """The fingerprint of each source's content; None for one that is streamed or generated."""
-        manifests = [part.folder / MANIFEST if isinstance(part, TokenStore) else None for part in self.sources]
-        return [path and json.loads(path.read_text(encoding="utf-8"))["content"] for path in manifests]
+        fingerprints: list[str | None] = []
+        for part in self.sources:
+            manifest = part.folder / MANIFEST if isinstance(part, TokenStore) else None
+            fingerprints.append(json.loads(manifest.read_text(encoding="utf-8"))["content"] if manifest else None)
+        return fingerprints
 
     def train_sequences(self, length: int, seed: int) -> SequenceDataset:
         """Open the training text in sequences of `length` tokens."""

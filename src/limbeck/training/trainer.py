@@ -400,7 +400,7 @@ def enable_gradients(stage: Stage) -> Iterator[dict[str, nn.Parameter]]:
 
 def _go(trainer: Trainer, stop_requested: Callable[[], bool]) -> dict[str, Any]:
     settings, saved = trainer.settings, time.monotonic()
-    with progress(f"{settings.stage}", trainer.steps, "steps", done=trainer.step) as advance:
+    with progress(f"{settings.stage}", trainer.steps, "steps", initial=trainer.step) as advance:
         while not trainer.is_done:
             began = time.monotonic()
             line = trainer.train_step()

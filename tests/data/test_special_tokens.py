@@ -308,7 +308,7 @@ def _same_in_generation(folder: Path, tmp_path: Path) -> None:
 
 def test_the_advice_about_bos_works(needs_bos, tmp_path, own_cache, capsys, monkeypatch):
     source = corpus(tmp_path / "c.jsonl", [*PARAGRAPHS[:12], *(p + " " for p in PARAGRAPHS[:12])])
-    monkeypatch.setattr("limbeck.training.stages.run_stages", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("limbeck.training.pipeline.run_stages", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         _run(needs_bos["forgets"], source, tmp_path / "run")
     command = re.search(r'python -c "(.*)"', capsys.readouterr().err, re.DOTALL)[1].replace("\n", "")

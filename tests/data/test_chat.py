@@ -105,7 +105,7 @@ def test_conversations_that_cannot_be_rendered_are_dropped_and_counted(capsys):
     assert [len(ids) > 0 for ids, _ in made] == [False, True, False]
     one.report("chats")
     said = capsys.readouterr().err
-    assert "2 of 3 conversations of 'chats' were dropped: no system (1); no answer of the assistant in it (1)" in said
+    assert "2 of 3 conversations of 'chats' were dropped: no system (1); no assistant turn (1)" in said
     one.encode([json.dumps(CHAT).encode()])
     with pytest.raises(LimbeckError, match="1 of 1 conversations of 'chats' were dropped: no system"):
         one.report("chats")

@@ -261,7 +261,7 @@ def test_tools_and_turns_that_a_template_does_not_show_are_told(capsys):
     encoder.encode([json.dumps(one).encode() for one in (whole, whole, say("a", "b"))])
     encoder.report("x")
     said = " ".join(capsys.readouterr().err.split())
-    assert "2 of 3 conversations of 'x' have tools that the chat template does not show: learnt without" in said
+    assert "2 of 3 conversations of 'x' have tools that the chat template does not show: trained without" in said
     assert "2 of 3 conversations of 'x' have a system turn that the chat template does not show" in said
 
 
@@ -291,16 +291,16 @@ PICTURE = {"type": "image_url", "image_url": {"url": "x.png"}}
     [
         (
             [{"role": "user", "content": [{"type": "text", "text": "Look"}, PICTURE]}, say("", "b")[1]],
-            "no text (image_url)",
+            "non-text part (image_url)",
         ),
-        ([{"role": "user", "content": [{"type": "image"}]}, say("", "b")[1]], "a part that is no text (image)"),
+        ([{"role": "user", "content": [{"type": "image"}]}, say("", "b")[1]], "a non-text part (image)"),
         ([{"role": "user"}, say("", "b")[1]], "a user turn with neither content nor tool calls"),
         ([USER, {"role": "assistant", "content": None}], "an assistant turn with neither"),
         ([USER, {"role": "assistant", "content": []}], "an assistant turn with neither"),
         ([USER, {"role": "assistant", "content": 7}], "whose content is of type int"),
         ([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "does not show tool calls"),
         ([USER, {"role": "assistant", "content": "b", "function_call": CALL["function"]}], "does not show tool calls"),
-        ([USER], "no answer of the assistant in it"),
+        ([USER], "no assistant turn"),
     ],
 )
 def test_what_cannot_be_rendered_is_dropped_and_counted(messages, why, capsys):
@@ -445,7 +445,7 @@ def test_a_qwen_like_run_end_to_end(tmp_path, own_cache, capsys):
     said = " ".join(capsys.readouterr().err.split())
     pictures = sum(1 for i in range(len(rows)) if i % 10 == 9)
     assert f"{pictures} of {len(rows)} conversations of" in said
-    assert "a user turn with a part that is no text (image_url)" in said
+    assert "a user turn with a non-text part (image_url)" in said
     assert result["held_out"]["targets"] > 0
     model, loaded = load_model_and_tokenizer(str(tmp_path / "run" / "student"))
     assert loaded.apply_chat_template(say("a"), tokenize=False) == tok.apply_chat_template(say("a"), tokenize=False)

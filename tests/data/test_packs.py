@@ -107,7 +107,7 @@ def test_rows_are_put_back_from_requests(tmp_path):
     lambada = {"query": "went to the", "choices": ["sea"]}
     buffer, root = io.BytesIO(), benchmarks.ROOT
     with zipfile.ZipFile(buffer, "w") as archive:
-        places = [place for splits in benchmarks.RAW.values() for place in splits.values()]
+        places = [place for splits in benchmarks.ARROW_SPLITS.values() for place in splits.values()]
         places += [validation for _, validation, _ in benchmarks.MULTIPLE_CHOICE.values()]
         places += [
             f"hails/mmlu_no_train/{s}/{split}" for s in ("law", "art") for split in ("test", "validation", "dev")

@@ -83,7 +83,7 @@ def test_a_damaged_part_is_made_again(data, tmp_path):
     assert again.fill(data, 0, 8, Teacher(97, 5)) == 4 * LENGTH
     assert again.missing_parts(LENGTH, 0, 8) == []
     shutil.rmtree(file.parent)
-    with pytest.raises(LimbeckError, match="are gone"):
+    with pytest.raises(LimbeckError, match="are missing"):
         TeacherLogitsDataset(data, TeacherLogitsCache(tmp_path, 97, 5), 0, 8).batch(5, 1)
 
 

@@ -173,7 +173,7 @@ def test_control_tokens_in_raw_text_are_split_and_told(text, example, unigram, c
     assert tok.decode(ids[1:-1].tolist()).replace(" ", "") == text.replace(" ", "")
     assert other.tolist() == [1, *tok("plain", add_special_tokens=False).input_ids, 2]
     encoder.report("x.txt")
-    assert f"in 1 of 2 documents of 'x.txt' stand strings of the tokenizer's control tokens, such as {example}" in (
+    assert f"1 of 2 documents of 'x.txt' contain control tokens such as {example}" in (
         " ".join(capsys.readouterr().err.split())
     )
     encoder.report("x.txt")

@@ -12,7 +12,8 @@ import torch
 
 from limbeck.core import cache
 from limbeck.core.errors import LimbeckError
-from limbeck.data import source_shards, streaming, token_store
+from limbeck.data import documents as document_sources
+from limbeck.data import streaming, token_store
 from limbeck.data.streaming import StreamingDataset, TokenStream
 from limbeck.data.token_store import build_token_store
 
@@ -115,10 +116,10 @@ def test_only_what_is_needed_is_tokenised_and_to_resume_reads_nothing_of_before(
     one.wait_for_prefetch()
     assert read[:2] == order[:2]
     for place in (0, 1):  # the tokens of what came before are gone, their counts are known
-        shutil.rmtree(one._of(int(streamed._order(0)[place])))
+        shutil.rmtree(one._shard_folder(int(streamed._order(0)[place])))
     position = streamed._epoch_end(2)
     read.clear()
-    monkeypatch.setattr(TokenStream, "ahead", lambda self, index: None)
+    monkeypatch.setattr(TokenStream, "prefetch", lambda self, index: None)
     StreamingDataset(stream(folder, tokenizer, held_out=0), 32, seed=1).batch(position, 1)
     assert set(read) <= {order[2]}
 
@@ -127,14 +128,14 @@ def test_the_cache_stays_within_its_room_and_shards_come_back(folder, tokenizer,
     free = stream(folder, tokenizer)
     n = StreamingDataset(free, 32).n_sequences
     expected = batches(StreamingDataset(free, 32), [1] * (2 * n))
-    size = max(streaming._size(path) for path in free.folder.glob("shard-*"))
+    size = max(streaming._folder_size(path) for path in free.folder.glob("shard-*"))
     shutil.rmtree(free.folder)
     tight = stream(folder, tokenizer, cache_gb=3.1 * size / 1e9)
     most, publish = [], cache.ensure_cached_folder
 
     def watching(*given, **more):
         made = publish(*given, **more)
-        most.append(sum(streaming._size(path) for path in tight.folder.glob("shard-*")))
+        most.append(sum(streaming._folder_size(path) for path in tight.folder.glob("shard-*")))
         return made
 
     monkeypatch.setattr(streaming, "ensure_cached_folder", watching)
@@ -147,17 +148,17 @@ def test_the_cache_stays_within_its_room_and_shards_come_back(folder, tokenizer,
 def test_a_damaged_shard_is_made_again_and_one_that_changed_or_went_is_named(folder, tokenizer):
     one = stream(folder, tokenizer)
     expected = one.load_train_split(1).tokens.tolist()
-    path = one._of(1) / "train.tokens"
+    path = one._shard_folder(1) / "train.tokens"
     content = path.read_bytes()
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     assert stream(folder, tokenizer).load_train_split(1).tokens.tolist() == expected
-    shutil.rmtree(one._of(1))
+    shutil.rmtree(one._shard_folder(1))
     lines = (folder / "1.jsonl").read_text(encoding="utf-8")
     name = one.shards[1].name
     (folder / name).write_text(lines.replace("still", "stale"), encoding="utf-8")  # as long as before
     with pytest.raises(LimbeckError, match=rf"the shard '{name}' .* is not what it was"):
         one.load_train_split(1)
-    shutil.rmtree(one._of(1))
+    shutil.rmtree(one._shard_folder(1))
     (folder / name).unlink()
     with pytest.raises(LimbeckError, match=rf"there is no file or folder '.*{name}'"):
         one.load_train_split(1)
@@ -202,7 +203,9 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(folder, tokenizer, tmp_path, m
     two = StreamingDataset(one, 32, seed=1)
     assert torch.equal(two.batch(0, 9).input_ids, StreamingDataset(one, 32, seed=1).batch(0, 9).input_ids)
     found = {
-        tokenizer.decode(s.tokens[a : b - 1].tolist()) for s in map(one.train, range(3)) for a, b in pairwise(s.offsets)
+        tokenizer.decode(s.tokens[a : b - 1].tolist())
+        for s in map(one.load_train_split, range(3))
+        for a, b in pairwise(s.offsets)
     }
     assert found <= {text for i in range(3) for text in texts(i)}
     assert len(found) > 70
@@ -211,7 +214,7 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(folder, tokenizer, tmp_path, m
 def test_a_saved_dataset_is_cut_into_shards(tokenizer, tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(source_shards, "ROWS_PER_SHARD", 20)
+    monkeypatch.setattr(document_sources, "ROWS_PER_SHARD", 20)
     datasets.Dataset.from_dict({"text": texts(0, 50)}).save_to_disk(tmp_path / "saved")
     one = stream(tmp_path / "saved", tokenizer)
     assert [shard.size for shard in one.shards] == [20, 20, 10]
@@ -242,7 +245,9 @@ def test_ready_tokens_are_a_source_whole_or_streamed(ready, tokenizer):
     assert store.train.n_documents + store.held_out.n_documents == 80
     one = stream(ready, tokenizer, length=8, vocab_size=97)
     assert [shard.name for shard in one.shards] == ["a.bin", "b.npy"]
-    documents = {tuple(s.tokens[a:b].tolist()) for s in map(one.train, (0, 1)) for a, b in pairwise(s.offsets)}
+    documents = {
+        tuple(s.tokens[a:b].tolist()) for s in map(one.load_train_split, (0, 1)) for a, b in pairwise(s.offsets)
+    }
     stored = {tuple(store.train.tokens[a:b].tolist()) for a, b in pairwise(store.train.offsets)}
     assert documents == stored
     with pytest.raises(LimbeckError, match="does not match the teacher"):
@@ -253,7 +258,7 @@ def test_ready_tokens_are_a_source_whole_or_streamed(ready, tokenizer):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda r: (r / "a.bin").unlink(), r"the shard '.*a\.bin' is not there"),
+        (lambda r: (r / "a.bin").unlink(), r"the shard '.*a\.bin' is missing"),
         (lambda r: (r / "a.bin").write_bytes((r / "a.bin").read_bytes()[:-20]), r"a\.bin' is damaged: 630 tokens"),
         (lambda r: (r / "b.npy").write_bytes(b"nothing"), r"b\.npy' is damaged"),
         (lambda r: (r / "index.json").write_text("{", encoding="utf-8"), r"index\.json' cannot be read"),

@@ -9,8 +9,8 @@ import torch
 
 import limbeck
 from limbeck import mixers
+from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import MIN_BOUNDARIES, Batch, DocumentBoundaries
-from limbeck.data.prefetch import BatchPrefetcher
 from limbeck.models import find_attention_sites
 from limbeck.models import varlen as documents
 from limbeck.models.backbone import build_model_inputs, run_backbone, supports_packed_positions

@@ -14,6 +14,7 @@ from limbeck.cli import app
 from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import TeacherRecipe
+from limbeck.data.held_out import hash_document
 from limbeck.data.offline import embedded
 from limbeck.data.offline.recall import (
     REPEAT_MARKER,
@@ -25,7 +26,6 @@ from limbeck.data.offline.recall import (
     write_recall_documents,
 )
 from limbeck.data.packing import IGNORE_INDEX, Batch
-from limbeck.data.token_store import hash_document
 from limbeck.data.tokenization import END_OF_TEXT, train_tokenizer
 from limbeck.models import loading
 from limbeck.report.teacher_info import resolve_teacher_info

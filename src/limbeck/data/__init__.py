@@ -1,17 +1,25 @@
-"""Text in, batches out.
+"""From text to batches. `open_text_data` in `dataset` is the way in; each module uses those below it.
 
-text      the text of a recipe, opened: what the rest of the package calls
-sources   documents of a file, a folder, a dataset or the embedded corpus
-hub       those of a dataset of the package datasets
-tokens    tokens that were made before, as a source
-corpus    where the embedded corpus comes from, and its licences
-encode    documents to token ids
-chat      conversations to token ids, with a mask of the answers
-shards    tokenise once into memory-mapped files, split by document
-parts     the shards of a large source
-streaming tokenise shard by shard, in bounded room
-packing   batches as a pure function of one integer position
-streamed  the same of a stream
-mixture   the same of several sources in given shares
-cache     the cache folder, and folders that are either whole or not there
+dataset         data loading: the sources of a recipe opened, batches made one step ahead (the data loader)
+mixture         several sources by their weights
+streaming       a large source, tokenized shard by shard during training
+packing         documents to batches of full sequences, as a pure function of one integer position
+synthetic       repeated random sequences, a source without a text
+teacher_logits  the teacher's most likely tokens for every position, on disk
+token_store     a source tokenized once into memory-mapped files: the splits train and held-out
+held_out        which documents are held out from training
+tokenization    documents to token ids: the encoders, the cache key, and a tokenizer of one's own
+chat            conversations to token ids, with a mask of the answers
+chat_template   conversations to text, and where the answers are in it
+documents       the documents of any source: file, folder, dataset, Hub, embedded text
+hub             those of a dataset of the package `datasets`
+records         those of a text file: its format, and the text or messages of a record
+pretokenized    token ids as a source
+special_tokens  BOS, EOS and control tokens
+offline/        text, teacher and benchmarks from wheels of a package registry, for machines without the Hub:
+  embedded      the embedded teacher and texts
+  corpus        the sources of those texts, and their licenses
+  recall        recall tasks made from them
+  packs         benchmark datasets for lm-evaluation-harness (benchmarks, long_documents)
+  wheels        downloading and reading wheels
 """

@@ -1,45 +1,56 @@
-"""The text of a recipe, opened: one source or several, tokenised first, streamed, or made as it is read.
+"""Data loading: the sources of a recipe opened, and batches made from them, one step ahead of a GPU.
 
     text = open_text_data(recipe.data, tokenizer, teacher)
-    text.train_sequences(512, seed=0).batch(0, 4)
-    text.held_out_sequences(512).n_sequences
+    dataset = text.train_sequences(512, seed=0)
+    loader = BatchPrefetcher(lambda step: [dataset.batch(4 * step, 4)], torch.device("cuda"))
+    batches = loader.get_batches(0)                        # on the device; those of step 1 are being made
 
-A text is opened once, for the longest sequences that are read of it.
+A source is tokenized first (`limbeck.data.token_store`), streamed (`limbeck.data.streaming`), or generated
+(`limbeck.data.synthetic`). There is no torch DataLoader: a batch is a function of its position
+(`limbeck.data.packing`), so one thread that makes the next is enough, and resuming needs no state but the position. A
+text is opened once, for the longest sequences that are read of it.
 """
 
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from limbeck.core.cache import MANIFEST
 from limbeck.core.errors import LimbeckError, rewrite_hints
 from limbeck.core.recipe import Data, Source
 from limbeck.data.mixture import MixtureDataset
-from limbeck.data.packing import PackedDataset, SequenceDataset
+from limbeck.data.packing import Batch, PackedDataset, SequenceDataset
 from limbeck.data.streaming import StreamingDataset, TokenStream
 from limbeck.data.synthetic import REPEATS_SOURCE, RepeatedSequenceSource
 from limbeck.data.token_store import Split, TokenStore, build_token_store
 from limbeck.data.tokenization import hash_settings
+
+OpenedSource = TokenStore | TokenStream | RepeatedSequenceSource
 
 
 @dataclass(frozen=True)
 class TextData:
     """Opened sources and their weights. `key` says which tokens they are, for the run's manifest."""
 
-    sources: list[TokenStore | TokenStream | RepeatedSequenceSource]
+    sources: list[OpenedSource]
     weights: list[float]
 
     @property
     def key(self) -> str:
-        """Of one source its own key, of several one of all keys and weights."""
+        """The key of a single source; of several a key of all keys and weights."""
         keys = [part.key for part in self.sources]
         return keys[0] if len(keys) == 1 else hash_settings({"parts": keys, "weights": self.weights})
 
     @property
     def train_tokens(self) -> int | None:
-        """Training tokens of all sources; None where one is streamed, so that nobody knows, or has no end."""
-        known = [part.train.n_tokens for part in self.sources if isinstance(part, TokenStore)]
-        return sum(known) if len(known) == len(self.sources) else None
+        """Training tokens of all sources; None where one is streamed or has no end."""
+        counts = [part.train.n_tokens for part in self.sources if isinstance(part, TokenStore)]
+        return sum(counts) if len(counts) == len(self.sources) else None
 
     @property
     def held_out_tokens(self) -> int:
@@ -48,42 +59,51 @@ class TextData:
 
     @property
     def files(self) -> dict[str, int]:
-        """Files of the sources, the shards of those that are streamed, and their sizes."""
-        read = [part for part in self.sources if not isinstance(part, RepeatedSequenceSource)]
-        return {f"{part.source}: {name}": size for part in read for name, size in part.files.items()}
+        """Files of the sources, or the shards of those that are streamed, and their sizes."""
+        stored = [part for part in self.sources if not isinstance(part, RepeatedSequenceSource)]
+        return {f"{part.source}: {name}": size for part in stored for name, size in part.files.items()}
 
     @property
     def content_fingerprints(self) -> list[str | None]:
-        """Of each source the fingerprint of its content; None for one that is streamed, or made as it is read."""
-        stores = [part if isinstance(part, TokenStore) else None for part in self.sources]
-        return [None if store is None else _content(store) for store in stores]
+        """The fingerprint of each source's content; None for one that is streamed or generated."""
+        fingerprints: list[str | None] = []
+        for part in self.sources:
+            manifest = part.folder / MANIFEST if isinstance(part, TokenStore) else None
+            fingerprints.append(json.loads(manifest.read_text(encoding="utf-8"))["content"] if manifest else None)
+        return fingerprints
 
     def train_sequences(self, length: int, seed: int) -> SequenceDataset:
-        """The training text in sequences of `length` tokens."""
-        made = [_training(part, length, seed) for part in self.sources]
-        return made[0] if len(made) == 1 else MixtureDataset(made, self.weights, seed)
+        """Open the training text in sequences of `length` tokens."""
+        datasets: list[SequenceDataset] = []
+        for part in self.sources:
+            if isinstance(part, RepeatedSequenceSource):
+                datasets.append(part.train_sequences(length, seed))
+            elif isinstance(part, TokenStream):
+                datasets.append(StreamingDataset(part, length, seed))
+            else:
+                datasets.append(PackedDataset(part.train, length, seed))
+        return datasets[0] if len(datasets) == 1 else MixtureDataset(datasets, self.weights, seed)
 
     def held_out_sequences(self, length: int) -> SequenceDataset:
-        """The held-out text in sequences of `length` tokens, in a fixed order; of several sources in their shares.
+        """Open the held-out text in sequences of `length` tokens, in a fixed order; several sources by their weights.
 
-        Repeated lists are no text, and are measured on only where there is nothing else.
+        Repeated lists are no text, and are evaluated on only where there is nothing else.
         """
-        made = [PackedDataset(split, length, shuffle=False) for split, _ in self._held_out]
-        lists = [part for part in self.sources if isinstance(part, RepeatedSequenceSource)]
-        if lists and not made:
-            return lists[0].held_out_sequences(length)
-        return (
-            made[0] if len(made) == 1 else MixtureDataset(made, [weight for _, weight in self._held_out], shuffle=False)
-        )
+        datasets = [PackedDataset(split, length, shuffle=False) for split, _ in self._held_out]
+        generated = [part for part in self.sources if isinstance(part, RepeatedSequenceSource)]
+        if generated and not datasets:
+            return generated[0].held_out_sequences(length)
+        if len(datasets) == 1:
+            return datasets[0]
+        return MixtureDataset(datasets, [weight for _, weight in self._held_out], shuffle=False)
 
     @property
     def _held_out(self) -> list[tuple[Split, float]]:
-        """What each source holds out, and its weight."""
         pairs = zip(self.sources, self.weights)
         return [(part.held_out, weight) for part, weight in pairs if part.held_out is not None]
 
     def all_sequences(self, length: int) -> SequenceDataset:
-        """A single source's training text, which is all of it where nothing is held out, in stored order."""
+        """Open a single source's training text, which is all of it where nothing is held out, in stored order."""
         (part,) = self.sources
         if isinstance(part, RepeatedSequenceSource):
             return part.held_out_sequences(length)
@@ -91,7 +111,7 @@ class TextData:
         return PackedDataset(part.train, length, shuffle=False)
 
     def close(self) -> None:
-        """End what reads ahead."""
+        """End the threads of streams."""
         for part in self.sources:
             if isinstance(part, TokenStream):
                 part.close()
@@ -106,17 +126,17 @@ def open_text_data(
     held_out: float | None = None,
     held_out_tokens: int = 8192,
 ) -> TextData:
-    """Tokens of a recipe's text, for a teacher; made if they are not in the cache.
+    """Open the sources of a recipe for a teacher; what is not in the cache is tokenized first, unless it is streamed.
 
     Args:
         data: what to read.
         teacher: the model whose embedding table must have a row for each token.
         length: of the longest sequences that will be read; `data.seq_len` by default.
-        held_out: another share than `data.held_out`, for example 0.
+        held_out: overrides the share `data.held_out`, for example by 0.
         held_out_tokens: how many held-out tokens a stream gathers.
 
     Raises:
-        LimbeckError: see `shards.build_token_store` and `streaming.TokenStream`.
+        LimbeckError: see `token_store.build_token_store` and `streaming.TokenStream`.
     """
     share = data.held_out if held_out is None else held_out
     common: dict[str, Any] = {
@@ -124,34 +144,69 @@ def open_text_data(
         "held_out": share,
         "vocab_size": int(teacher.get_input_embeddings().weight.shape[0]),
     }
-    parts: list[TokenStore | TokenStream | RepeatedSequenceSource] = []
+    parts: list[OpenedSource] = []
     sources = data.sources or [Source(source=data.source, text_field=data.text_field, chat=data.chat)]
-    for number, one in enumerate(sources):
-        place = "data" if data.sources is None else f"data.sources.{number}"
-        common |= {"text_field": one.text_field, "chat": one.chat}
-        with rewrite_hints({"data.text_field": f"{place}.text_field", "data.chat": f"{place}.chat"}):
-            if one.source == REPEATS_SOURCE:
+    for number, source in enumerate(sources):
+        key = "data" if data.sources is None else f"data.sources.{number}"
+        common |= {"text_field": source.text_field, "chat": source.chat}
+        with rewrite_hints({"data.text_field": f"{key}.text_field", "data.chat": f"{key}.chat"}):
+            if source.source == REPEATS_SOURCE:
                 parts.append(RepeatedSequenceSource.from_tokenizer(tokenizer, common["vocab_size"]))
             elif data.streaming:
                 if share == 0:
-                    raise LimbeckError("a streamed text has no end", expected="held-out text to evaluate on")
-                room = data.cache_gb / len(sources)
-                stream = TokenStream(one.source, tokenizer, held_out_tokens=held_out_tokens, cache_gb=room, **common)
+                    raise LimbeckError("a streamed source has no end", expected="held-out text to evaluate on")
+                cache_gb = data.cache_gb / len(sources)
+                stream = TokenStream(
+                    source.source, tokenizer, held_out_tokens=held_out_tokens, cache_gb=cache_gb, **common
+                )
                 parts.append(stream)
             else:
-                parts.append(build_token_store(one.source, tokenizer, max_tokens=data.max_tokens, **common))
-    return TextData(parts, [one.weight for one in sources])
+                parts.append(build_token_store(source.source, tokenizer, max_tokens=data.max_tokens, **common))
+    return TextData(parts, [source.weight for source in sources])
 
 
-def _content(store: TokenStore) -> str:
-    return json.loads((store.folder / MANIFEST).read_text(encoding="utf-8"))["content"]
+_reading = threading.Lock()  # students that train together read one text, whose caches are not thread-safe
 
 
-def _training(part: TokenStore | TokenStream | RepeatedSequenceSource, length: int, seed: int) -> SequenceDataset:
-    if isinstance(part, RepeatedSequenceSource):
-        return part.train_sequences(length, seed)
-    return (
-        StreamingDataset(part, length, seed)
-        if isinstance(part, TokenStream)
-        else PackedDataset(part.train, length, seed)
-    )
+class BatchPrefetcher:
+    """Makes the batches of the next step while the current one runs.
+
+    A thread reads and packs the tokens and puts them into pinned memory, from which a GPU copies asynchronously.
+    Batches are a function of the step alone, so steps may come in any order. On a CPU nothing is made ahead: its cores
+    are busy with the step.
+
+    Args:
+        make: returns the batches of a step, on the CPU.
+        device: where they go.
+        enabled: make batches ahead; None: where the device is not a CPU.
+    """
+
+    def __init__(self, make: Callable[[int], list[Batch]], device: torch.device, enabled: bool | None = None):
+        self.make, self.device = make, device
+        self.enabled = device.type != "cpu" if enabled is None else enabled
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if self.enabled else None
+        self._next_step = -1
+        self._next_batches: Future[list[Batch]] | None = None  # of `_next_step`
+
+    def get_batches(self, step: int, last: bool = False) -> list[Batch]:
+        """Return the batches of a step on the device; unless it is the last one, begin to make the next step's."""
+        if self._pool is None:
+            return [batch.to(self.device) for batch in self._make(step)]
+        future = self._next_batches
+        if future is None or self._next_step != step:
+            future = self._pool.submit(self._make, step)
+        self._next_batches = None
+        batches = [batch.to(self.device) for batch in future.result()]
+        if not last:
+            self._next_step, self._next_batches = step + 1, self._pool.submit(self._make, step + 1)
+        return batches
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, step: int) -> list[Batch]:
+        with _reading:
+            batches = self.make(step)
+        return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches

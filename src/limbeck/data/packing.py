@@ -1,24 +1,20 @@
-"""What the host knows of a batch before it goes to an accelerator, so that nothing has to be asked of it there.
-
-    batch = packed.batch(0, 8).to("cuda")
-    batch.metadata.target_indices                      # which tokens have a target
-    batch.metadata.documents.segments        # which document each token belongs to
-
-Asking a GPU for a number ("how many targets?", "does a document end here?") waits until all that was queued is done,
-and leaves it idle meanwhile. All of this follows from what is on the host anyway.
-
-Batches as a pure function of one integer position.
+"""Packing: batches of documents without padding, as a pure function of one integer position.
 
     packed = PackedDataset(store.train, length=512, seed=1)
     batch = packed.batch(position, size=8).to("cuda")       # then: position += 8
+    batch.metadata.documents.segments                       # which document each token belongs to
 
 The documents of a split are laid one after another in an order drawn from (seed, epoch), and cut into sequences of
 exactly `length` tokens: no padding, and no token is lost but a tail shorter than one sequence. A position counts
-sequences since the start of training and runs on into the next epoch, which has another order. To resume, keep the
+sequences since the start of training and runs on into the next epoch, which has another order. To resume, store the
 integer; for several processes, give each its own share of the positions. Nothing crosses a document's end: position ids
 start again at 0, and the last token of a document (EOS) has no target; of a conversation only the answers are targets.
 Where the tokenizer begins a text with BOS, a sequence that begins inside a document begins with BOS as well: in use
 there is always one, and many models know nothing without. BOS is no target, and neither is what follows a second BOS.
+
+A batch on an accelerator carries CPU-side metadata: asking a GPU for a number ("how many targets?", "does a document
+end here?") waits until all that was queued is done, and leaves it idle meanwhile.
+
 Legend: B batch, T time.
 """
 
@@ -34,6 +30,9 @@ from limbeck.core.errors import LimbeckError
 from limbeck.data.token_store import Split
 
 MIN_BOUNDARIES = 16  # documents for which there is room in `cu_seqlens`; kernels are compiled for a number of them
+MAX_EMPTY_RUN = 1024  # sequences in a row without a target, after which it is checked whether any has one
+MAX_SAMPLED_TOKENS = 2**24  # tokens of a split that are read to count the sequences with targets
+IGNORE_INDEX = -100  # the target of a token after which nothing is to be predicted
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class DocumentBoundaries:
 
     Args:
         segments: int64 [B, T], number of a token's document in its row.
-        cu_seqlens: int32 [n + 1], the documents' ends in the B·T tokens one row after the other, from 0 to B·T; repeats of
-            B·T fill it up, so that its length is one of few.
-        cu_seqlens_cpu: the same on the CPU, without the repeats.
+        cu_seqlens: int32 [n + 1], the documents' ends in the B·T tokens one row after the other, from 0 to B·T, padded
+            with B·T so that its length is one of few.
+        cu_seqlens_cpu: the same on the CPU, without the padding.
     """
 
     segments: Tensor | None = None
@@ -53,7 +52,7 @@ class DocumentBoundaries:
 
     @classmethod
     def from_position_ids(cls, positions: Tensor) -> "DocumentBoundaries":
-        """From position ids [B, T] on the CPU: a document begins where they do not go on by one."""
+        """Find the documents in position ids [B, T] on the CPU: one begins where they do not increase by one."""
         begins = positions[:, 1:] != positions[:, :-1] + 1
         if not begins.any():
             return cls()
@@ -65,7 +64,7 @@ class DocumentBoundaries:
         return cls(starts.long().cumsum(1) - 1, cu_seqlens, host)
 
     def to(self, device: torch.device) -> "DocumentBoundaries":
-        """The same for tensors on another device; what is for the host stays there."""
+        """Move to another device; `cu_seqlens_cpu` stays on the CPU."""
         if self.segments is None or self.cu_seqlens is None:
             return self
         segments: Any = self.segments.to(device, non_blocking=True)
@@ -76,12 +75,12 @@ class DocumentBoundaries:
 
 @dataclass(frozen=True)
 class BatchMetadata:
-    """Facts of a batch.
+    """CPU-side metadata of a batch that avoids device synchronization.
 
     Args:
         cpu_input_ids: int64 [B, T], the tokens, on the CPU.
         target_indices: int64 [n], numbers in B·T of the tokens that have a target.
-        documents: see there.
+        documents: where its documents lie.
     """
 
     cpu_input_ids: Tensor
@@ -90,17 +89,17 @@ class BatchMetadata:
 
     @classmethod
     def from_tensors(cls, ids: Tensor, positions: Tensor, has_target: Tensor) -> "BatchMetadata":
-        """From tensors [B, T] on the CPU."""
+        """Collect the metadata from tensors [B, T] on the CPU."""
         return cls(ids, has_target.flatten().nonzero().squeeze(1), DocumentBoundaries.from_position_ids(positions))
 
     def to(self, device: torch.device) -> "BatchMetadata":
-        """The same for a batch on that device."""
+        """Return the metadata for the batch on another device."""
         return replace(
             self, target_indices=self.target_indices.to(device, non_blocking=True), documents=self.documents.to(device)
         )
 
     def pin_memory(self) -> "BatchMetadata":
-        """The same in memory that a GPU can copy from without waiting."""
+        """Return a copy in pinned memory, from which a GPU copies asynchronously."""
         return replace(
             self,
             target_indices=self.target_indices.pin_memory(),
@@ -108,15 +107,10 @@ class BatchMetadata:
         )
 
 
-def pin_tensors(facts: Any, *but: str) -> Any:
-    """A dataclass of tensors, in pinned memory but for the named ones."""
-    tensors = {f.name: getattr(facts, f.name) for f in fields(facts) if f.name not in but}
-    return replace(facts, **{name: t.pin_memory() for name, t in tensors.items() if isinstance(t, Tensor)})
-
-
-EMPTY = 1024  # sequences without a target in a row, after which it is asked whether there are any with one
-LOOKED_AT = 2**24  # tokens of a split, to tell how many sequences have targets
-IGNORE_INDEX = -100  # the target of a token after which nothing is to be predicted
+def pin_tensors(value: Any, *except_fields: str) -> Any:
+    """Copy a dataclass with its tensors, but for the named fields, in pinned memory."""
+    tensors = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in except_fields}
+    return replace(value, **{name: t.pin_memory() for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
 @dataclass(frozen=True)
@@ -126,54 +120,52 @@ class Batch:
     Args:
         input_ids: int64 [B, T].
         position_ids: int64 [B, T], 0 at each document's start and at the start of a row.
-        targets: int64 [B, T], the next token; -100 where that belongs to another document or is not to be learnt.
+        targets: int64 [B, T], the next token; -100 where that belongs to another document or is not a target.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
-    metadata: BatchMetadata | None = field(
-        default=None, kw_only=True
-    )  # of one on an accelerator: what the host knows of it
+    metadata: BatchMetadata | None = field(default=None, kw_only=True)  # of a batch on an accelerator
 
     @property
     def n_targets(self) -> int:
         """How many tokens have a target."""
-        return (
-            int((self.targets != IGNORE_INDEX).sum()) if self.metadata is None else self.metadata.target_indices.numel()
-        )
+        if self.metadata is not None:
+            return self.metadata.target_indices.numel()
+        return int((self.targets != IGNORE_INDEX).sum())
 
     @property
     def cpu_input_ids(self) -> Tensor:
-        """The tokens where they can be looked at without waiting for a device."""
+        """The tokens on the CPU, which can be read without waiting for a device."""
         return self.input_ids if self.metadata is None else self.metadata.cpu_input_ids
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device."""
+        """Move the batch to another device."""
         device = torch.device(device)
         moved = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if isinstance(t, Tensor)}
         metadata = None if device.type == "cpu" else self.get_metadata()
         return replace(self, **moved, metadata=metadata and metadata.to(device))
 
     def pin_memory(self) -> Self:
-        """The same in pinned memory, with what is known of it: it goes to a GPU without waiting."""
+        """Return a copy in pinned memory with its metadata: it goes to a GPU asynchronously."""
         return replace(pin_tensors(self), metadata=self.get_metadata().pin_memory())
 
     def select_rows(self, chosen: Tensor | slice) -> Self:
-        """Some of the sequences, of a batch on the CPU: a mask [B], or a slice of B."""
+        """Select sequences of a batch on the CPU by a mask [B], or a slice of B."""
         return replace(
             self, **{name: t[chosen] for name, t in vars(self).items() if isinstance(t, Tensor)}, metadata=None
         )
 
     def get_metadata(self) -> BatchMetadata:
-        """What the host can know of the batch."""
+        """Return the metadata of the batch, collecting it first where it has none."""
         return self.metadata or BatchMetadata.from_tensors(
             self.input_ids.cpu(), self.position_ids.cpu(), self.targets.cpu() != IGNORE_INDEX
         )
 
 
 class SequenceDataset(Protocol):
-    """Batches by position, whatever they are made of: `PackedDataset`, `mixture.MixtureDataset`, `streamed.StreamingDataset`."""
+    """Batches by position: `PackedDataset`, `MixtureDataset`, `StreamingDataset`, `RepeatedSequenceDataset`."""
 
     @property
     def length(self) -> int:
@@ -181,13 +173,13 @@ class SequenceDataset(Protocol):
 
     @property
     def n_sequences(self) -> int:
-        """How many there are before one comes again."""
+        """How many there are before one repeats."""
 
     def batch(self, position: int, size: int) -> Batch:
-        """Sequences `position` to `position + size` since the start of training."""
+        """Return sequences `position` to `position + size` since the start of training."""
 
     def position_after(self, read: "SequenceDataset", position: int) -> int:
-        """The position here, in sequences of another length, of what follows all that was read there."""
+        """Return the position here of what follows the `position` sequences of `read`, which have another length."""
 
 
 class PackedDataset:
@@ -215,7 +207,7 @@ class PackedDataset:
         self._layouts: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def batch(self, position: int, size: int) -> Batch:
-        """Sequences `position` to `position + size` since the start of training, wherever that is in which epoch.
+        """Return sequences `position` to `position + size` since the start of training, in whatever epoch.
 
         Args:
             position: at least 0.
@@ -230,7 +222,7 @@ class PackedDataset:
         return Batch(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts)))
 
     def position_after(self, read: SequenceDataset, position: int) -> int:
-        """The position, in sequences of this length, of what follows the `position` sequences of `read`.
+        """Return the position, in sequences of this length, of what follows the `position` sequences of `read`.
 
         No token is read twice in an epoch; up to a sequence is left out.
         """
@@ -241,26 +233,27 @@ class PackedDataset:
     def _rows(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         order, starts = self._layout(epoch)
         begin, columns = rows[:, None] * self.length, np.arange(self.length + 1)
-        lead = np.array(self.split.prefix_ids, np.int64)
+        prefix = np.array(self.split.prefix_ids, np.int64)
         first = starts[np.searchsorted(starts, begin, side="right") - 1]
-        shift = np.where(first < begin, len(lead), 0)  # [B, 1]: such a row leaves out its last tokens for the lead
-        where = np.maximum(begin + columns - shift, begin)  # [B, T + 1], in the stream of this epoch
-        document = np.searchsorted(starts, where, side="right") - 1
-        inside = where - starts[document]  # the token's place in its document
+        # [B, 1]: a row that begins inside a document leaves out its last tokens for the prefix
+        shift = np.where(first < begin, len(prefix), 0)
+        at = np.maximum(begin + columns - shift, begin)  # [B, T + 1], in the stream of this epoch
+        document = np.searchsorted(starts, at, side="right") - 1
+        inside = at - starts[document]  # the token's place in its document
         place = self.split.offsets[order[document]] + inside
         tokens = self.split.tokens[place].astype(np.int64)
         begins = np.where(starts[document] < begin, 0, starts[document] - begin + shift)  # the document's column
-        # What a document begins with is no target; of a row with a lead neither is the lead nor what follows it.
-        wanted = (document[:, 1:] == document[:, :-1]) & (columns[1:] > shift) & (inside[:, 1:] >= len(lead))
+        # A document's own prefix is no target; of a row with one put there neither is that nor what follows it.
+        is_target = (document[:, 1:] == document[:, :-1]) & (columns[1:] > shift) & (inside[:, 1:] >= len(prefix))
         if self.split.mask is not None:
-            wanted &= self.split.mask[place[:, 1:]] != 0
-        if len(lead):
-            tokens[:, : len(lead)] = np.where(shift > 0, lead, tokens[:, : len(lead)])
-        targets = np.where(wanted, tokens[:, 1:], IGNORE_INDEX)
+            is_target &= self.split.mask[place[:, 1:]] != 0
+        if len(prefix):
+            tokens[:, : len(prefix)] = np.where(shift > 0, prefix, tokens[:, : len(prefix)])
+        targets = np.where(is_target, tokens[:, 1:], IGNORE_INDEX)
         return tokens[:, :-1], (columns - begins)[:, :-1], targets
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the documents in an epoch [n], and where each begins in the stream, with the end [n + 1]."""
+        """Return the order of the documents in an epoch [n], and where each begins in it, with the end [n + 1]."""
         if not self.shuffle:
             epoch = 0
         if epoch not in self._layouts:
@@ -275,14 +268,14 @@ class PackedDataset:
 
 
 def take_sequences_with_targets(data: SequenceDataset, position: int, size: int) -> tuple[Batch, int]:
-    """The next `size` sequences that have a target: what is learnt from targets reads on over those that have none.
+    """Return the next `size` sequences that have a target, passing over those that have none.
 
     Args:
-        position: where to begin to look.
+        position: of the first sequence that is read.
         size: B, at least 1.
 
     Returns:
-        The batch, and the position behind the last sequence that was looked at; both follow from `position` alone.
+        The batch, and the position behind the last sequence that was read; both follow from `position` alone.
 
     Raises:
         LimbeckError: no sequence of a whole epoch has a target.
@@ -298,49 +291,49 @@ def take_sequences_with_targets(data: SequenceDataset, position: int, size: int)
             missing, empty = missing - int(has.sum()), 0
         else:
             empty += missing
-            if empty >= EMPTY and empty >= data.n_sequences:
+            if empty >= MAX_EMPTY_RUN and empty >= data.n_sequences:
                 raise no_targets_error("the text", data.length)
     return concatenate_batches(parts), position
 
 
-def count_eval_sequences(data: SequenceDataset, wanted: int) -> int:
-    """How many sequences from the first on to measure: `wanted` or all there are, or more until one has a target.
+def count_eval_sequences(data: SequenceDataset, requested: int) -> int:
+    """Count the sequences to evaluate from the first on: `requested` or all there are, or more until one has a target.
 
     Raises:
         LimbeckError: none has.
     """
     for at in range(data.n_sequences):
         if data.batch(at, 1).n_targets:
-            return max(at + 1, min(wanted, data.n_sequences))
+            return max(at + 1, min(requested, data.n_sequences))
     raise no_targets_error("the held-out text", data.length)
 
 
 def count_sequences_with_targets(split: Split, length: int) -> tuple[int, int]:
-    """How many sequences of a split, in stored order, have a target, and of how many.
+    """Count the sequences of a split, in stored order, that have a target; return (with a target, read).
 
-    Looked at are the first `LOOKED_AT` tokens, and more only until one has a target.
+    Read are the first `MAX_SAMPLED_TOKENS` tokens, and more only until one has a target.
     """
     data = PackedDataset(split, length, shuffle=False)
     if split.mask is None and not (np.diff(split.offsets) < 2 + len(split.prefix_ids)).any():
         return data.n_sequences, data.n_sequences  # every document has a token that follows another
-    found = at = 0
-    while at < data.n_sequences and (not found or at * length < LOOKED_AT):
+    with_target = at = 0
+    while at < data.n_sequences and (not with_target or at * length < MAX_SAMPLED_TOKENS):
         size = min(max(1, 2**18 // length), data.n_sequences - at)
-        found += int((data.batch(at, size).targets != IGNORE_INDEX).any(1).sum())
+        with_target += int((data.batch(at, size).targets != IGNORE_INDEX).any(1).sum())
         at += size
-    return found, at
+    return with_target, at
 
 
 def no_targets_error(what: str, length: int) -> LimbeckError:
-    """The error where there is nothing to learn or to measure."""
+    """Return the error where there is nothing to train or evaluate on."""
     return LimbeckError(
-        f"no token of {what} is to be learnt, in no sequence of {length} tokens",
+        f"no token of {what} is a training target in any sequence of {length} tokens",
         expected="answers of the assistant in conversations, documents of two tokens or more in other text",
     )
 
 
 def concatenate_batches(parts: list[Batch]) -> Batch:
-    """The sequences of several batches of one kind, one after another."""
+    """Concatenate batches of one kind."""
     if len(parts) == 1:
         return parts[0]
     names = [name for name, t in vars(parts[0]).items() if isinstance(t, Tensor)]
@@ -350,13 +343,16 @@ def concatenate_batches(parts: list[Batch]) -> Batch:
 
 
 def check_position(position: int, size: int) -> None:
-    """Raises LimbeckError where no batch can be there."""
+    """Raise LimbeckError where no batch can be there."""
     if position < 0 or size < 1:
         raise LimbeckError(f"position {position}, size {size}", expected="position >= 0 and size >= 1")
 
 
 def splitmix64(index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A pseudo-random uint64 for each index (SplitMix64); numpy's own streams may differ between its versions."""
+    """Return a pseudo-random uint64 for each index; numpy's own streams may differ between its versions.
+
+    Source: SplitMix64, Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
+    """
     mask = 2**64 - 1
     with np.errstate(over="ignore"):
         x = index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

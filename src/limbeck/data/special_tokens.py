@@ -1,11 +1,12 @@
-"""What a tokenizer puts around a text, and which strings it keeps for that: the one place that knows.
+"""Special tokens: what a tokenizer puts around a text (BOS, EOS), and control tokens that stand inside one.
 
-    find_special_token_ids(tokenizer).prefix_ids                    # (128000,) where `tokenizer("x")` begins with BOS, () where it does not
+    find_special_token_ids(tokenizer).prefix_ids  # (128000,) where `tokenizer("x")` begins with BOS, else ()
     encode_prompt(tokenizer, "Once upon a")       # as the model is prompted: behind BOS, never with an EOS at the end
-    encode_plain_texts(tokenizer, ["2 <s> 3"])          # text alone; what looks like a control token is split as text
+    encode_plain_texts(tokenizer, ["2 <s> 3"])    # text alone; what looks like a control token is split as text
 
-Training texts, prompts and measurements all ask here, so a text reaches a model in one form. A control token is an
-added token that is marked as special; other added tokens (`<think>`, `<tool_call>`) are part of what a model writes.
+Training texts, prompts and evaluations are all tokenized by these functions, so a text reaches a model in one form. A
+control token is an added token that is marked as special; other added tokens (`<think>`, `<tool_call>`) are part of
+what a model writes.
 """
 
 import re
@@ -14,9 +15,15 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
-PROBES = ("a", "The river", "0")  # texts that the special tokens of a tokenizer are found around
+import numpy as np
 
-# A tokenizer of transformers keeps the arguments of a call in itself, and streams tokenise in threads.
+Encoded = tuple[np.ndarray, np.ndarray | None]  # ids [n], and 1 where a token is a target; None: all of them are
+
+# Texts between whose tokens and their special ones a tokenizer's prefix and suffix are told apart. Several, because
+# one that changes beside BOS is not found again in the whole.
+PROBES = ("a", "The river", "0")
+
+# A tokenizer of transformers stores the arguments of a call in itself, and streams tokenize in threads.
 _LOCK = threading.Lock()
 
 
@@ -28,7 +35,7 @@ class SpecialTokenIds(NamedTuple):
 
 
 def find_special_token_ids(tokenizer: Any) -> SpecialTokenIds:
-    """The special tokens that `tokenizer(text)` puts before and behind a text."""
+    """Find the special tokens that `tokenizer(text)` puts before and behind a text."""
     for probe in PROBES:
         whole = run_tokenizer(tokenizer, probe, add_special_tokens=True)["input_ids"]
         bare = run_tokenizer(tokenizer, probe)["input_ids"]
@@ -39,12 +46,12 @@ def find_special_token_ids(tokenizer: Any) -> SpecialTokenIds:
 
 
 def prepend_prefix(ids: list[int], prefix_ids: Sequence[int]) -> list[int]:
-    """Ids that begin with `prefix_ids`, put there unless they do already (a chat template may have written BOS itself)."""
+    """Put `prefix_ids` before ids that do not begin with them (a chat template may have written BOS itself)."""
     return ids if ids[: len(prefix_ids)] == list(prefix_ids) else [*prefix_ids, *ids]
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text that a model is to continue. Control tokens in it count: it may be a rendered conversation."""
+    """Encode a text that a model is to continue. Control tokens in it count: it may be a rendered conversation."""
     return prepend_prefix(
         run_tokenizer(tokenizer, text, split_special_tokens=False)["input_ids"],
         find_special_token_ids(tokenizer).prefix_ids,
@@ -52,23 +59,46 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_plain_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of each text without special tokens around it, control tokens in it split as plain text."""
+    """Encode each text without special tokens around it, and control tokens in it split as plain text."""
     if not texts:
         return []
-    if not getattr(tokenizer, "is_fast", True) and (stay := _added(tokenizer, special=False)):
-        return [_between(tokenizer, text, stay) for text in texts]
-    found = run_tokenizer(tokenizer, texts, split_special_tokens=True)["input_ids"]
-    control, pattern = get_control_token_ids(tokenizer), None
-    for at, ids in enumerate(found):
+    # A tokenizer in Python splits all added tokens or none.
+    if not getattr(tokenizer, "is_fast", True) and (unsplit := _added_tokens(tokenizer, special=False)):
+        return [_encode_around(tokenizer, text, unsplit) for text in texts]
+    encoded = run_tokenizer(tokenizer, texts, split_special_tokens=True)["input_ids"]
+    control_ids, pattern = get_control_token_ids(tokenizer), None
+    for at, ids in enumerate(encoded):
         # Unigram vocabularies hold their control tokens as pieces of text and find them again.
-        if not control.isdisjoint(ids):
+        if not control_ids.isdisjoint(ids):
             pattern = pattern or compile_control_pattern(tokenizer)
-            found[at] = _broken(tokenizer, texts[at], pattern)
-    return found
+            encoded[at] = _encode_broken(tokenizer, texts[at], pattern)
+    return encoded
+
+
+def _encode_around(tokenizer: Any, text: str, unsplit: list[str]) -> list[int]:
+    ids: list[int] = []
+    for piece in re.split(f"({'|'.join(map(re.escape, unsplit))})", text):
+        if piece in unsplit:
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+        elif piece:
+            ids += run_tokenizer(tokenizer, piece, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+def _encode_broken(tokenizer: Any, text: str, pattern: re.Pattern[str]) -> list[int]:
+    """Cut behind the first letter of each control token, so that no vocabulary finds it whole."""
+    cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
+    ids: list[int] = []
+    for begin, end in pairwise(cuts):
+        piece = text[begin:end]
+        if piece:
+            output, skip = tokenize_inner_piece(tokenizer, piece, first=begin == 0, split_special_tokens=True)
+            ids += output["input_ids"][skip:]
+    return ids
 
 
 def run_tokenizer(tokenizer: Any, text: str | list[str], **settings: Any) -> Any:
-    """What the tokenizer makes of a text, whole: nothing added, cut or padded unless `settings` say so."""
+    """Call the tokenizer on a whole text: nothing is added, truncated or padded unless `settings` say so."""
     # verbose=False: no "sequence is longer than the model's maximum" for a document that is cut up later anyway.
     common = {"add_special_tokens": False, "truncation": False, "padding": False, "return_attention_mask": False}
     with _LOCK:
@@ -76,28 +106,30 @@ def run_tokenizer(tokenizer: Any, text: str | list[str], **settings: Any) -> Any
 
 
 def tokenize_inner_piece(tokenizer: Any, piece: str, *, first: bool = False, **settings: Any) -> tuple[Any, int]:
-    """A piece from inside a text, tokenised, and how many tokens of it at the front belong to a newline put before it.
+    """Tokenize a piece from inside a text; also return how many tokens at its front belong to a newline put before it.
 
-    Without that line SentencePiece's tokenizers would begin the piece with a space of their own. `first`: the piece is
-    the beginning of the text, so none is put there.
+    Without that newline SentencePiece's tokenizers would begin the piece with a space of their own.
+
+    Args:
+        first: the piece is the beginning of the text, so no newline is put there.
     """
     newline = [] if first else run_tokenizer(tokenizer, "\n")["input_ids"]
     if newline:
-        made = run_tokenizer(tokenizer, f"\n{piece}", **settings)
-        if made["input_ids"][: len(newline)] == newline:
-            return made, len(newline)
+        output = run_tokenizer(tokenizer, f"\n{piece}", **settings)
+        if output["input_ids"][: len(newline)] == newline:
+            return output, len(newline)
     return run_tokenizer(tokenizer, piece, **settings), 0
 
 
 def get_control_token_ids(tokenizer: Any) -> set[int]:
-    """Ids of the control tokens; not of the one for what is unknown, which plain text may give."""
-    return set(tokenizer.convert_tokens_to_ids(_added(tokenizer, special=True))) - {tokenizer.unk_token_id}
+    """Return the ids of the control tokens; not of the one for unknown text, which plain text may give."""
+    return set(tokenizer.convert_tokens_to_ids(_added_tokens(tokenizer, special=True))) - {tokenizer.unk_token_id}
 
 
 def compile_control_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Finds the control tokens in a text, the longest first."""
+    """Return a pattern that finds the control tokens in a text, the longest first."""
     # Grouped by their first three letters: some vocabularies reserve thousands, and a text has many "<".
-    groups = groupby(sorted(_added(tokenizer, special=True)), key=lambda token: token[:3])
+    groups = groupby(sorted(_added_tokens(tokenizer, special=True)), key=lambda token: token[:3])
     parts = []
     for begin, tokens in groups:
         rest = sorted((re.escape(token[3:]) for token in tokens), key=len, reverse=True)
@@ -106,31 +138,8 @@ def compile_control_pattern(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(part for _, part in parts) or "(?!)")
 
 
-def _added(tokenizer: Any, *, special: bool) -> list[str]:
+def _added_tokens(tokenizer: Any, *, special: bool) -> list[str]:
     """Strings of the added tokens that are marked as special, or of the others."""
-    known = {str(token.content): bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
-    known |= dict.fromkeys(tokenizer.all_special_tokens, True)
-    return [token for token, marked in known.items() if marked == special and token]
-
-
-def _between(tokenizer: Any, text: str, stay: list[str]) -> list[int]:
-    """Ids of a text, the added tokens `stay` in it kept: a tokenizer in Python would split them with the others."""
-    ids: list[int] = []
-    for piece in re.split(f"({'|'.join(map(re.escape, stay))})", text):
-        if piece in stay:
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
-        elif piece:
-            ids += run_tokenizer(tokenizer, piece, split_special_tokens=True)["input_ids"]
-    return ids
-
-
-def _broken(tokenizer: Any, text: str, pattern: re.Pattern[str]) -> list[int]:
-    """Ids of a text that is cut behind the first letter of each control token in it."""
-    cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
-    ids: list[int] = []
-    for begin, end in pairwise(cuts):
-        piece = text[begin:end]
-        if piece:
-            made, skip = tokenize_inner_piece(tokenizer, piece, first=begin == 0, split_special_tokens=True)
-            ids += made["input_ids"][skip:]
-    return ids
+    is_special = {str(token.content): bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
+    is_special |= dict.fromkeys(tokenizer.all_special_tokens, True)
+    return [token for token, marked in is_special.items() if marked == special and token]

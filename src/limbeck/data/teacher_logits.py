@@ -1,11 +1,11 @@
-"""What a teacher says of every token, kept on disk: its most likely tokens and their log probabilities.
+"""Cached teacher logits: the teacher's most likely tokens at every position, and their log probabilities, on disk.
 
-    teaching = TeacherLogitsCache(folder, vocab_size=49152, top_k=64)
-    teaching.fill(packed, 0, 400, ask)                    # ask(batch) -> index and log probability [B, T, 64] each
-    batch = TeacherLogitsDataset(packed, teaching, 0, 400).batch(7, 1)  # a batch with `index` and `log_q`
+    cache = TeacherLogitsCache(folder, vocab_size=49152, top_k=64)
+    cache.fill(packed, 0, 400, compute)               # compute(batch) -> index and log probability [B, T, 64] each
+    batch = TeacherLogitsDataset(packed, cache, 0, 400).batch(7, 1)  # a batch with `index` and `log_q`
 
 Parts of about 8,192 tokens lie in folders of their own, whole and with checksums or not there: a pass that is killed
-goes on at the part that is missing. Token ids take 2 bytes (2.5 where the vocabulary is larger than 65,536), a log
+resumes at the part that is missing. Token ids take 2 bytes (2.5 where the vocabulary is larger than 65,536), a log
 probability 2 (float16): 64 of them are 256 or 288 bytes a token. The remaining mass follows from the rest.
 """
 
@@ -24,10 +24,10 @@ from limbeck.core.console import console, progress
 from limbeck.core.errors import LimbeckError
 from limbeck.data.packing import Batch, PackedDataset
 
-PART_TOKENS = 8192  # tokens
-MAX_VOCAB_SIZE = 1 << 20  # vocab_size: 16 bits and a nibble
+PART_TOKENS = 8192
+MAX_VOCAB_SIZE = 1 << 20  # an id is stored in 16 bits and a nibble
 
-Ask = Callable[[Batch], tuple[Tensor, Tensor]]
+TopLogProbs = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TeacherLogitsCache:
     Args:
         folder: of this teacher, text, length, seed and number of tokens.
         vocab_size: of the teacher, at most 2²⁰.
-        top_k: k, tokens that are kept.
+        top_k: k, tokens that are stored.
     """
 
     def __init__(self, folder: Path, vocab_size: int, top_k: int):
@@ -57,19 +57,19 @@ class TeacherLogitsCache:
         self.folder, self.top_k = folder, min(top_k, vocab_size)
         self.wide = vocab_size > 1 << 16
         self._open: tuple[Path, tuple[np.ndarray, np.ndarray]] | None = None
-        self._sound: set[Path] = set()
+        self._verified: set[Path] = set()
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes on disk."""
+        """Bytes on disk of one token's index and log probabilities."""
         return 4 * self.top_k + (self.wide * (self.top_k + 1)) // 2
 
     def missing_parts(self, length: int, begin: int, end: int) -> list[tuple[int, int]]:
-        """The parts of sequences `begin` to `end` that are not there, or damaged."""
+        """List the parts of sequences `begin` to `end` that are missing or damaged."""
         return [part for part in _parts(length, begin, end) if self._part(length, *part) is None]
 
-    def fill(self, data: PackedDataset, begin: int, end: int, ask: Ask, name: str = "teacher") -> int:
-        """Let the teacher say what is missing of sequences `begin` to `end`; returns how many tokens it was asked."""
+    def fill(self, data: PackedDataset, begin: int, end: int, compute: TopLogProbs, name: str = "teacher") -> int:
+        """Compute what is missing of sequences `begin` to `end`; return the number of tokens computed."""
         missing = self.missing_parts(data.length, begin, end)
         if not missing:
             return 0
@@ -77,47 +77,46 @@ class TeacherLogitsCache:
             for first, last in missing:
 
                 def fill(temporary: Path, first: int = first, last: int = last) -> dict[str, Any]:
-                    found = []
+                    outputs = []
                     for at in range(first, last):
-                        found.append([x.cpu() for x in ask(data.batch(at, 1))])
+                        outputs.append([x.cpu() for x in compute(data.batch(at, 1))])
                         advance(1)
-                    self._write(temporary, *(torch.cat(tensors) for tensors in zip(*found)))
+                    self._write(temporary, *(torch.cat(tensors) for tensors in zip(*outputs)))
                     return {"sequences": [first, last], "length": data.length, "top": self.top_k}
 
-                need = (last - first) * data.length * self.bytes_per_token
+                size = (last - first) * data.length * self.bytes_per_token
                 ensure_cached_folder(
-                    self._path(first, last), fill, what="teacher's signals", required_bytes=need, verify=True
+                    self._path(first, last), fill, what="teacher's logits", required_bytes=size, verify=True
                 )
         return sum(b - a for a, b in missing) * data.length
 
     def read(self, length: int, begin: int, end: int, position: int) -> tuple[Tensor, Tensor]:
-        """Index [T, k] int64 and log probability [T, k] float16 of one sequence of the range `begin` to `end`."""
+        """Read index [T, k] int64 and log probability [T, k] float16 of one sequence of the range `begin` to `end`."""
         part = next(p for p in _parts(length, begin, end) if p[0] <= position < p[1])
         path = self._part(length, *part)
         if path is None:
-            raise LimbeckError(f"the teacher's signals of sequence {position} are gone from {self.folder}")
+            raise LimbeckError(f"the teacher's logits of sequence {position} are missing from {self.folder}")
         if self._open is None or self._open[0] != path:
             self._open = path, (np.load(path / "index.npy", mmap_mode="r"), np.load(path / "log_q.npy", mmap_mode="r"))
         index, log_q = (x[position - int(path.name.partition("-")[0])] for x in self._open[1])
-        return self._unpacked(index), torch.from_numpy(np.array(log_q))
-
-    # ------------------------------------------------------------------ inside
+        return self._unpack(index), torch.from_numpy(np.array(log_q))
 
     def _path(self, first: int, last: int) -> Path:
         return self.folder / f"{first:09d}-{last:09d}"
 
     def _part(self, length: int, first: int, last: int) -> Path | None:
-        """The folder that holds a part: its own, or the whole one around it."""
-        size = _sequences(length)
+        """Return the folder that holds a part: its own, or that of the full-size part around it; None for neither."""
+        size = _sequences_per_part(length)
         whole = first - first % size
         for path in dict.fromkeys((self._path(whole, whole + size), self._path(first, last))):
-            if path in self._sound or load_valid_manifest(path, verify=True):  # checksums are compared once
-                self._sound.add(path)
+            # Checksums are compared once in a process.
+            if path in self._verified or load_valid_manifest(path, verify=True):
+                self._verified.add(path)
                 return path
         return None
 
     def _write(self, folder: Path, index: Tensor, log_q: Tensor) -> None:
-        """index, log_q: [n, T, k]."""
+        """Pack and save index and log_q, both [n, T, k]."""
         low = (index & 0xFFFF).to(torch.int32).numpy().astype("<u2").view(np.uint8)
         if self.wide:
             high = (index >> 16).to(torch.uint8)
@@ -126,7 +125,7 @@ class TeacherLogitsCache:
         np.save(folder / "index.npy", low)
         np.save(folder / "log_q.npy", log_q.to(torch.float16).numpy())
 
-    def _unpacked(self, packed: np.ndarray) -> Tensor:
+    def _unpack(self, packed: np.ndarray) -> Tensor:
         low = torch.from_numpy(np.ascontiguousarray(packed[:, : 2 * self.top_k]).view("<u2").astype(np.int64))
         if not self.wide:
             return low
@@ -136,37 +135,37 @@ class TeacherLogitsCache:
 
 
 class TeacherLogitsDataset(PackedDataset):
-    """Sequences `begin` to `end` of a split, each with what the teacher said of it."""
+    """Sequences `begin` to `end` of a split, each with the teacher's cached logits."""
 
-    def __init__(self, data: PackedDataset, signals: TeacherLogitsCache, begin: int, end: int):
+    def __init__(self, data: PackedDataset, cache: TeacherLogitsCache, begin: int, end: int):
         self.__dict__.update(vars(data))
-        self.signals, self.begin, self.end = signals, begin, end
+        self.cache, self.begin, self.end = cache, begin, end
 
     def batch(self, position: int, size: int) -> Batch:
-        """As `Packed.batch`, with `index` and `log_q` [size, length, k]."""
-        said = [self.signals.read(self.length, self.begin, self.end, position + i) for i in range(size)]
+        """Return what `PackedDataset.batch` does, with `index` and `log_q` [size, length, k]."""
+        cached = [self.cache.read(self.length, self.begin, self.end, position + i) for i in range(size)]
         plain = super().batch(position, size)
-        index, log_q = (torch.stack(x) for x in zip(*said))
+        index, log_q = (torch.stack(x) for x in zip(*cached))
         return TeacherLogitsBatch(**vars(plain), index=index, log_q=log_q)
 
 
-def _sequences(length: int) -> int:
+def _sequences_per_part(length: int) -> int:
     return max(1, PART_TOKENS // length)
 
 
 def _parts(length: int, begin: int, end: int) -> list[tuple[int, int]]:
-    """The range cut at multiples of the part size, so that overlapping ranges share what they can."""
-    size = _sequences(length)
+    """Cut a range at multiples of the part size, so that overlapping ranges share what they can."""
+    size = _sequences_per_part(length)
     cuts = [begin, *range(begin - begin % size + size, end, size), end]
     return list(pairwise(cuts))
 
 
-def report_teacher_cache(signals: TeacherLogitsCache, tokens: int, asked: int, seconds: float) -> None:
-    """Say what a pass over the teacher brought."""
-    if asked:
+def report_teacher_cache(cache: TeacherLogitsCache, tokens: int, computed: int, seconds: float) -> None:
+    """Print how many of the tokens were computed, and how many were in the cache already."""
+    if computed:
         console.print(
-            f"the teacher's {signals.top_k} likeliest of {asked:,} tokens kept on disk in {seconds:.0f} s, "
-            f"{signals.bytes_per_token} bytes a token"
+            f"cached the teacher's top {cache.top_k} logits of {computed:,} tokens in {seconds:.0f} s, "
+            f"{cache.bytes_per_token} bytes a token"
         )
-    if asked < tokens:
-        console.print(f"what the teacher says of {tokens - asked:,} tokens is read from the cache")
+    if computed < tokens:
+        console.print(f"the teacher's logits of {tokens - computed:,} tokens are read from the cache")

@@ -1,19 +1,17 @@
-"""Tokenise once into memory-mapped files, split into train and held-out by document.
+"""Token store: a source tokenized once into memory-mapped files, split into train and held-out by document.
 
     store = build_token_store("corpus.jsonl", tokenizer, length=512, vocab_size=model.config.vocab_size)
     store.train.tokens          # uint16 or uint32 [n_tokens], a memory map
     store.held_out.offsets      # int64 [n_documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
 
 Every document begins as the tokenizer begins a text and ends with EOS. A hash of its text decides on which side of the
-split it falls and where in the order it stands, so more data never moves a document across the split, duplicates stay
-together, and a limit on tokens takes a fair mix of all sources. Where the hash leaves one side without any document,
-the first ones in that order are held out instead, or, of a single text, its end (`_part`). The files lie in the cache
+split it falls (`limbeck.data.held_out`) and where in the order it stands, so more data never moves a document across
+the split, duplicates stay together, and a limit on tokens takes a fair mix of all sources. The files lie in the cache
 under a key of content, tokenizer and settings. The sequence length is not part of that key, because nothing stored
 depends on it (`limbeck.data.packing` cuts the sequences): two lengths share one store. Checksums are compared at each
 opening; a damaged store is made again.
 """
 
-import hashlib
 import mmap
 import shlex
 from array import array
@@ -26,19 +24,18 @@ from typing import Any
 import numpy as np
 
 from limbeck.core.cache import ensure_cached_folder
-from limbeck.core.console import console, progress
+from limbeck.core.console import progress
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import cache_root, check_disk_space
 from limbeck.data.documents import count_stored_bytes, fingerprint_source, get_file_sizes
-from limbeck.data.pretokenized import TokenEncoder
-from limbeck.data.tokenization import Encoder, TextEncoder, collect_store_settings, create_encoder, hash_settings
+from limbeck.data.held_out import force_held_out, hash_document, report_forced_split, select_held_out
+from limbeck.data.tokenization import Encoder, collect_store_settings, create_encoder, hash_settings
 
 SPLITS = ("train", "held_out")
 BATCH_CHARACTERS = 1_000_000  # of text that is handed to the tokenizer at once
-FEWEST_SEQUENCES = 2
+MIN_SEQUENCES = 2  # that each split must have room for
 MIN_SEQ_LEN = 16  # tokens in a sequence, as in recipes
-PARTED_BYTES = 16_384  # least to hold out of a text that has to be parted, if that is no more than a tenth of it
-ENDS = ("</s>", "<|endoftext|>", "<eos>", "<|im_end|>", "<|end_of_text|>", "[EOS]", "[SEP]")
+LIKELY_EOS_TOKENS = ("</s>", "<|endoftext|>", "<eos>", "<|im_end|>", "<|end_of_text|>", "[EOS]", "[SEP]")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Split:
         name: "train" or "held_out".
         tokens: uint16 or uint32 [n_tokens], a read-only memory map.
         offsets: int64 [n_documents + 1], the first token of each document and the end of the last.
-        mask: uint8 [n_tokens], 1 for a token that is to be learnt; None: all of them.
+        mask: uint8 [n_tokens], 1 for a token that is a target; None: all of them are.
         prefix_ids: ids that every document begins with, and a sequence too that begins inside a document.
     """
 
@@ -70,7 +67,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """A tokenised source: two splits, the EOS id and, for the run's manifest, the cache key and `sources.get_file_sizes`."""
+    """A tokenized source: two splits, the EOS id and, for the run's manifest, the cache key and `get_file_sizes`."""
 
     source: str
     folder: Path
@@ -94,7 +91,7 @@ def build_token_store(
     vocab_size: int | None = None,
     chat: bool | None = False,
 ) -> TokenStore:
-    """The tokens of `source`; made if they are not in the cache.
+    """Open the tokens of `source`; tokenize it first if they are not in the cache.
 
     Args:
         source: see `limbeck.data.documents`.
@@ -106,10 +103,10 @@ def build_token_store(
         text_field: field or column of the text.
         eos_id: token that ends a document; the tokenizer's by default.
         vocab_size: rows of the teacher's embedding table; a token id beyond it is an error.
-        chat: the records are conversations, of which the answers are learnt; None: where they have `messages`.
+        chat: the records are conversations, whose answers are the targets; None: where they have `messages`.
 
     Raises:
-        LimbeckError: as `documents`; also too few tokens, no EOS, ids beyond `vocab_size`, a disk without room.
+        LimbeckError: as `iter_documents`; also too few tokens, no EOS, ids beyond `vocab_size`, a disk without room.
     """
     if length < 1 or not 0 <= held_out < 1 or (max_tokens is not None and max_tokens < 1):
         raise LimbeckError(
@@ -128,8 +125,8 @@ def build_token_store(
     folder = (cache or cache_root() / "tokens") / key
 
     def fill(temporary: Path) -> dict[str, Any]:
-        made = tokenize_documents(temporary, encoder.read(source), encoder, settings, source, vocab_size=vocab_size)
-        return {"source": source, **settings, **made}
+        counts = tokenize_documents(temporary, encoder.read(source), encoder, settings, source, vocab_size=vocab_size)
+        return {"source": source, **settings, **counts}
 
     # Reading spools the text beside the tokens, so that it can be tokenised in the order of the hashes.
     manifest = ensure_cached_folder(
@@ -142,11 +139,6 @@ def build_token_store(
     return TokenStore(source, folder, key, eos, splits[0], splits[1], get_file_sizes(source))
 
 
-@contextmanager
-def _quiet(*_: Any, **__: Any) -> Iterator[Any]:
-    yield lambda amount=1, note="": None
-
-
 def tokenize_documents(
     folder: Path,
     documents: Iterator[bytes],
@@ -157,9 +149,9 @@ def tokenize_documents(
     vocab_size: int | None = None,
     quiet: bool = False,
     check_cancelled: Callable[[], None] = lambda: None,
-    force_held_out: bool = True,
+    allow_forced_split: bool = True,
 ) -> dict[str, Any]:
-    """Writes tokens, offsets and, of conversations, masks of both splits into `folder`.
+    """Write tokens, offsets and, for conversations, masks of both splits into `folder`.
 
     Args:
         documents: as `encoder.read` gives them.
@@ -167,21 +159,24 @@ def tokenize_documents(
         source: for messages.
         quiet: no progress bar (there is another one, or a thread in the background does this).
         check_cancelled: called between the parts of the work; may raise to end it.
-        force_held_out: hold something out even where the hash leaves one side of the split without a document.
+        allow_forced_split: hold something out even where the hash leaves one side of the split without a document.
 
     Returns:
-        What the manifest shall say of them.
+        What the manifest records of them.
     """
     limit = settings.get("max_tokens")
-    show = _quiet if quiet else progress
+    show = _no_progress if quiet else progress
     dtype = np.dtype("<u2" if encoder.max_token_id < 65536 else "<u4")
     spool = folder / "text"
     starts, order, sides = _spool(spool, documents, settings["held_out"], show, check_cancelled)
-    parted = None
-    if force_held_out and settings["held_out"] and len(order) and not 0 < sides.sum() < len(order):
-        starts, order, sides, parted = _part(spool, starts, order, settings["held_out"], encoder, limit)
-    expected = min(limit or starts[-1], starts[-1] // 2) * dtype.itemsize + 8 * len(order)
-    check_disk_space(folder, int(expected), f"tokens of {source}")
+    forced = None
+    if allow_forced_split and settings["held_out"] and len(order) and not 0 < sides.sum() < len(order):
+        starts, order, sides, forced = force_held_out(
+            spool, starts, order, settings["held_out"], encoder.find_cut, limit
+        )
+    # An upper bound for the check, as a token of ordinary text is more than two bytes of it.
+    expected_bytes = min(limit or starts[-1], starts[-1] // 2) * dtype.itemsize + 8 * len(order)
+    check_disk_space(folder, int(expected_bytes), f"tokens of {source}")
 
     offsets = {name: array("q", [0]) for name in SPLITS}
     written = read = shown = max_id = 0
@@ -193,8 +188,8 @@ def tokenize_documents(
             text = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         files = {name: stack.enter_context(open(folder / f"{name}.tokens", "wb")) for name in SPLITS}
         masks = {name: stack.enter_context(open(folder / f"{name}.mask", "wb")) for name in SPLITS if encoder.has_mask}
-        advance = stack.enter_context(show("tokenise", total=total, unit=unit))
-        for batch in _batches(starts, order):
+        advance = stack.enter_context(show("tokenize", total=total, unit=unit))
+        for batch in _batch_documents(starts, order):
             check_cancelled()
             for i, (ids, mask) in zip(batch, encoder.encode([text[starts[i] : starts[i + 1]] for i in batch])):
                 if limit is not None:
@@ -221,11 +216,16 @@ def tokenize_documents(
     encoder.report(source)
     return {
         "dtype": dtype.str,
-        "parted": parted,
+        "parted": forced,
         "max_id": max_id,
         "documents": {name: len(offsets[name]) - 1 for name in SPLITS},
         "tokens": {name: offsets[name][-1] for name in SPLITS},
     }
+
+
+@contextmanager
+def _no_progress(*_: Any, **__: Any) -> Iterator[Any]:
+    yield lambda amount=1, note="": None
 
 
 def _spool(
@@ -235,16 +235,16 @@ def _spool(
     show: Callable[..., Any],
     check_cancelled: Callable[[], None],
 ) -> tuple[array, np.ndarray, np.ndarray]:
-    """Writes all documents one after another.
+    """Write all documents one after another, so that they can be tokenized in the order of their hashes.
 
     Returns:
         Byte offsets [n + 1] of the documents, their order by hash [n], and 1 where a document is held out, else 0 [n].
     """
-    starts, sides, ranks = array("q", [0]), array("Q"), array("Q")
+    starts, split_hashes, ranks = array("q", [0]), array("Q"), array("Q")
     with open(path, "wb") as file, show("read", total=None, unit="documents") as advance:
         for raw in documents:
-            side, rank = hash_document(raw)
-            sides.append(side)
+            split_hash, rank = hash_document(raw)
+            split_hashes.append(split_hash)
             ranks.append(rank)
             file.write(raw)
             starts.append(starts[-1] + len(raw))
@@ -253,114 +253,10 @@ def _spool(
                 advance(1000)
         advance(len(ranks) % 1000)
     order = np.argsort(np.frombuffer(ranks, np.uint64), kind="stable")
-    held = np.frombuffer(sides, np.uint64) < np.uint64(int(held_out * 2**64))
-    return starts, order, held.astype(np.int8)
+    return starts, order, select_held_out(split_hashes, held_out)
 
 
-def _part(
-    spool: Path, starts: array, order: np.ndarray, share: float, encoder: Encoder, limit: int | None
-) -> tuple[array, np.ndarray, np.ndarray, str | None]:
-    """Holds something out where the hash of so few documents has put all on one side.
-
-    The first documents in the order by hash while they fit, those that are the same together; where too few do, the
-    end of the longest, cut at a blank line, a line or a space where there is one. All that comes first in the order, so
-    that no limit on tokens cuts it off.
-
-    Returns:
-        As `_spool`, and what was held out in words; None where a single document cannot be cut.
-    """
-    sides = np.zeros(len(order), np.int8)
-    sizes, total = np.diff(np.frombuffer(starts, np.int64)), starts[-1]
-    usable = min(total, 3 * limit) if limit else total
-    wanted = max(round(share * usable), min(PARTED_BYTES, usable // 10))
-    held = documents = begin = 0
-    with open(spool, "rb") as file:
-
-        def read(i: int) -> bytes:
-            file.seek(starts[i])
-            return file.read(int(sizes[i]))
-
-        while begin < len(order) and held < wanted:
-            end = begin + 1  # documents of one hash are neighbours
-            while end < len(order) and read(order[end]) == read(order[begin]):
-                end += 1
-            size = int(sizes[order[begin:end]].sum())
-            if held + size <= 2 * wanted:
-                sides[order[begin:end]] = 1
-                held, documents = held + size, documents + end - begin
-            begin = end
-        whole = f"the first {documents:,} of {len(order):,} documents by their hash" if documents else None
-        if held >= wanted // 2:
-            return starts, order, sides, whole
-        longest = int(np.argmax(np.where(sides, 0, sizes)))
-        size = int(sizes[longest])
-        cut = _cut(read(longest), max(size - (wanted - held), size // 2), encoder)
-    if cut is None:
-        return starts, order, sides, whole
-    parted = array("q", starts)
-    parted.insert(longest + 1, starts[longest] + cut)
-    order = np.insert(np.where(order > longest, order + 1, order), 0, longest + 1)
-    words = f"the last {sizes[longest] - cut:,} of the {sizes[longest]:,} bytes of the longest document"
-    return parted, order, np.insert(sides, longest + 1, 1), f"{words}, and {whole}" if whole else words
-
-
-def _cut(raw: bytes, near: int, encoder: Encoder) -> int | None:
-    """Where to cut a document near a byte; None where that cannot be done."""
-    if isinstance(encoder, TokenEncoder):
-        return near // 4 * 4 or None
-    if not isinstance(encoder, TextEncoder):  # a conversation stays whole
-        return None
-    window = min(near, (len(raw) - near) // 2)
-    for mark in (b"\n\n", b"\n", b" "):
-        found = raw.rfind(mark, near - window, near)
-        if found > 0 and raw[: found + len(mark)].strip() and raw[found + len(mark) :].strip():
-            return found + len(mark)
-    while near and raw[near] & 0xC0 == 0x80:  # inside a character
-        near -= 1
-    return near or None
-
-
-def report_forced_split(manifest: dict[str, Any], source: str) -> None:
-    """Say what is held out where no document was by its hash."""
-    if manifest.get("parted"):
-        words = f"the hash leaves one side of the split empty, so held out: {manifest['parted']}"
-        console.print(f"'{source}': {words}", markup=False)
-
-
-def resolve_eos_id(tokenizer: Any, eos_id: int | None = None) -> int:
-    """The token that ends a document: the given one, or the tokenizer's EOS.
-
-    Raises:
-        LimbeckError: it has none.
-    """
-    eos = tokenizer.eos_token_id if eos_id is None else eos_id
-    if eos is not None:
-        return int(eos)
-    known = tokenizer.get_vocab()
-    names = [*ENDS, *tokenizer.all_special_tokens, *known]
-    end = next(name for name in names if name in known)
-    place = str(getattr(tokenizer, "name_or_path", "")) or "the teacher's folder"
-    code = (
-        f"from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained({place!r}); "
-        f"t.eos_token = {end!r}; t.save_pretrained({place!r})"
-    )
-    raise LimbeckError(
-        "the tokenizer has no end-of-sequence token (EOS), so nothing can end a document",
-        expected="eos_token in tokenizer_config.json",
-        hint=f"python -c {shlex.quote(code)}",
-    )
-
-
-def hash_document(raw: bytes) -> tuple[int, int]:
-    """Two independent numbers below 2**64 from a document's hash: its side of the split, and its rank in the order.
-
-    A document is held out where the first is below `held_out * 2**64`.
-    """
-    digest = hashlib.blake2b(raw, digest_size=16).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
-
-
-def _batches(starts: array, order: np.ndarray) -> Iterator[list[int]]:
+def _batch_documents(starts: array, order: np.ndarray) -> Iterator[list[int]]:
     batch, size = [], 0
     for i in order.tolist():
         batch.append(i)
@@ -372,24 +268,47 @@ def _batches(starts: array, order: np.ndarray) -> Iterator[list[int]]:
         yield batch
 
 
-def open_split(folder: Path, name: str, dtype: str, prefix_ids: tuple[int, ...] = ()) -> Split:
-    """A split of a published folder."""
+def resolve_eos_id(tokenizer: Any, eos_id: int | None = None) -> int:
+    """Return the token that ends a document: the given one, or the tokenizer's EOS.
 
-    def mapped(path: Path, dtype: str) -> np.ndarray:
+    Raises:
+        LimbeckError: it has none.
+    """
+    eos = tokenizer.eos_token_id if eos_id is None else eos_id
+    if eos is not None:
+        return int(eos)
+    vocab = tokenizer.get_vocab()
+    likely = next(name for name in [*LIKELY_EOS_TOKENS, *tokenizer.all_special_tokens, *vocab] if name in vocab)
+    folder = str(getattr(tokenizer, "name_or_path", "")) or "the teacher's folder"
+    code = (
+        f"from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained({folder!r}); "
+        f"t.eos_token = {likely!r}; t.save_pretrained({folder!r})"
+    )
+    raise LimbeckError(
+        "the tokenizer has no end-of-sequence token (EOS), so nothing can end a document",
+        expected="eos_token in tokenizer_config.json",
+        hint=f"python -c {shlex.quote(code)}",
+    )
+
+
+def open_split(folder: Path, name: str, dtype: str, prefix_ids: tuple[int, ...] = ()) -> Split:
+    """Open a split of a published folder."""
+
+    def map_file(path: Path, dtype: str) -> np.ndarray:  # an empty file cannot be mapped
         return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
     mask = folder / f"{name}.mask"
     return Split(
         name,
-        mapped(folder / f"{name}.tokens", dtype),
+        map_file(folder / f"{name}.tokens", dtype),
         np.fromfile(folder / f"{name}.offsets", "<i8"),
-        mapped(mask, "u1") if mask.exists() else None,
+        map_file(mask, "u1") if mask.exists() else None,
         prefix_ids,
     )
 
 
 def check_token_ids(max_id: int, vocab_size: int | None) -> None:
-    """Raises LimbeckError where the teacher has no row for a token."""
+    """Raise LimbeckError where the teacher has no embedding for a token."""
     if vocab_size is not None and max_id >= vocab_size:
         raise LimbeckError(
             f"the tokenizer does not match the teacher: token id {max_id}, embedding table of {vocab_size} rows",
@@ -398,19 +317,19 @@ def check_token_ids(max_id: int, vocab_size: int | None) -> None:
 
 
 def check_token_count(splits: list[Split], source: str, length: int, max_tokens: int | None = None) -> None:
-    """Raises LimbeckError where a split has no room for two sequences."""
-    needed = FEWEST_SEQUENCES * length + 1
+    """Raise LimbeckError where a split has no room for `MIN_SEQUENCES`."""
+    needed = MIN_SEQUENCES * length + 1
     if all(split.n_tokens >= needed for split in splits):
         return
-    least = min(splits, key=lambda split: split.n_tokens)
-    fits = (least.n_tokens - 1) // FEWEST_SEQUENCES
-    ways = [f"--set data.seq_len={fits}"] if fits >= MIN_SEQ_LEN else []
+    smallest = min(splits, key=lambda split: split.n_tokens)
+    fitting_length = (smallest.n_tokens - 1) // MIN_SEQUENCES
+    hints = [f"--set data.seq_len={fitting_length}"] if fitting_length >= MIN_SEQ_LEN else []
     if max_tokens is not None and sum(split.n_tokens for split in splits) >= max_tokens:
-        ways.append("--set data.max_tokens=null")
+        hints.append("--set data.max_tokens=null")
     counts = ", ".join(f"{split.n_documents:,} {split.name.replace('_', ' ')}" for split in splits)
     raise LimbeckError(
-        f"'{source}' gives {least.n_tokens:,} {least.name} tokens in {least.n_documents:,} documents "
+        f"'{source}' gives {smallest.n_tokens:,} {smallest.name} tokens in {smallest.n_documents:,} documents "
         f"(split by document: {counts})",
-        expected=f"at least {needed:,} tokens: {FEWEST_SEQUENCES} sequences of {length}; more text",
-        hint="   or   ".join(ways) or None,
+        expected=f"at least {needed:,} tokens: {MIN_SEQUENCES} sequences of {length}; more text",
+        hint="   or   ".join(hints) or None,
     )

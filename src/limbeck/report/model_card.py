@@ -22,8 +22,8 @@ import yaml
 from limbeck.core.console import format_bytes, format_duration
 from limbeck.core.errors import LimbeckError
 from limbeck.core.version import __version__
-from limbeck.data.documents import SUPPORTED_EXTENSIONS
 from limbeck.data.hub import HUB_NAME_PATTERN
+from limbeck.data.records import SUPPORTED_EXTENSIONS
 from limbeck.mixers import registry
 from limbeck.models import format_ranges
 from limbeck.report.teacher_info import TeacherInfo

@@ -28,8 +28,8 @@ from limbeck.core.distributed import all_reduce_scalars, broadcast_from_main, ge
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Trained
 from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
+from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import Batch, SequenceDataset, count_eval_sequences, take_sequences_with_targets
-from limbeck.data.prefetch import BatchPrefetcher
 from limbeck.training.fsdp import ShardedParameters
 from limbeck.training.optim import (
     ExponentialMovingAverage,

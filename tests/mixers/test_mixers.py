@@ -62,7 +62,7 @@ def test_sets_and_selections():
     assert len(mixers.select_mixers("paper-v3")) == 7
     with pytest.raises(LimbeckError, match="unknown mixer 'paper-v4'"):
         mixers.select_mixers("paper-v4")
-    with pytest.raises(LimbeckError, match="no students named"):
+    with pytest.raises(LimbeckError, match="no mixer given"):
         mixers.select_mixers(",")
 
 
@@ -89,7 +89,7 @@ def test_matrices_are_drawn_beside_the_teachers(tmp_path, teacher_folder, corpus
 
     picture = tmp_path / "sub" / "m.png"
     command = ["matrices", str(picture), "--teacher", str(teacher_folder), "--data", str(corpus), "--layer", "1"]
-    command += ["--students", "retnet,softmax", "--length", "32", "--steps", "3"]
+    command += ["--students", "retnet,softmax", "--seq-len", "32", "--steps", "3"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -108,12 +108,12 @@ def test_a_broken_package_is_told_and_leaves_the_others_alone(tmp_path, monkeypa
     points = {"broken": "broken_mixer", "clashing": "clashing_mixer:Plain", "absent": "absent", "fine": "fine_mixer"}
     installed(tmp_path, "several", points)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.warns(UserWarning, match="of package several is left out") as told:
+    with pytest.warns(UserWarning, match="of package several is skipped") as skipped:
         names = mixers.list_mixers()
     assert "fine" in names
     assert not {"broken", "clashing", "absent"} & set(names)
     assert mixers.get("gla").__module__ == "limbeck.mixers.gla"
-    assert len(told) == 3
+    assert len(skipped) == 3
     with pytest.raises(
         LimbeckError, match=r"'broken' could not be loaded: ModuleNotFoundError: .*nothing_of_that_name"
     ):
@@ -138,7 +138,7 @@ def test_a_file_is_a_mixer_wherever_one_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "ending", "message"),
     [
-        (OWN.replace("NAME", "gla"), "", "the mixer name 'gla' of .*mine.py:Plain is Limbeck's own"),
+        (OWN.replace("NAME", "gla"), "", "the mixer name 'gla' of .*mine.py:Plain is already used by Limbeck"),
         (OWN.replace("@register", ""), "", "registers 0 mixers"),
         (
             OWN + OWN.replace("Plain", "Other").replace("NAME", "o"),
@@ -148,7 +148,7 @@ def test_a_file_is_a_mixer_wherever_one_is_named(tmp_path):
         (OWN, ":Plan", "registers no class 'Plan', did you mean 'Plain'"),
         (OWN.replace("def", "dfe"), "", "could not be loaded: SyntaxError"),
         (OWN.replace("NAME", "no name"), "", "has name 'no name'"),
-        ("from limbeck.mixers import register\nregister(int)", "", "is no mixer"),
+        ("from limbeck.mixers import register\nregister(int)", "", "is not a mixer"),
     ],
 )
 def test_what_is_wrong_with_a_file(text, ending, message, tmp_path):
@@ -163,9 +163,11 @@ def test_two_files_cannot_share_a_name(tmp_path):
     mixers.get(str(own_file(tmp_path)))
     other = tmp_path / "other.py"
     other.write_text(OWN.replace("NAME", "plain") + "# another file", encoding="utf-8")
-    with pytest.raises(LimbeckError, match=r"the mixer name 'plain' of .*other.py:Plain is in .*mine.py:Plain already"):
+    with pytest.raises(
+        LimbeckError, match=r"the mixer name 'plain' of .*other.py:Plain is already used by .*mine.py:Plain"
+    ):
         mixers.get(str(other))
-    with pytest.raises(LimbeckError, match="there is no file"):
+    with pytest.raises(LimbeckError, match="no such file"):
         mixers.get(str(tmp_path / "absent.py"))
 
 

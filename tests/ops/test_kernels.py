@@ -52,7 +52,7 @@ def another_process(monkeypatch) -> None:
 def test_a_kernel_is_given_what_the_operator_means(naive, name, state, documents):
     """Outputs, states and gradients of all arguments, to the last digits of float64."""
     if documents > 1 and not BY_NAME[name].supports_varlen:
-        assert fla.unsupported_reason(small(name, documents=3)) == "packed documents"
+        assert "packed documents" in fla.unsupported_reason(small(name, documents=3))
         return
     verdict = verify.verify_kernel(BY_NAME[name], small(name, state=state, documents=documents))
     assert verdict.ok, verdict.reason
@@ -160,10 +160,10 @@ def test_reasons_without_a_gpu():
     ("name", "changes", "reason"),
     [
         ("scalar_decay", {"dtype": torch.float32}, "float32 without TF32"),
-        ("delta_rule", {"dtype": torch.float32}, "float32 is not among its dtypes"),
-        ("kda", {"dtype": torch.bfloat16, "key": 272}, "K = 272 is wider than 256"),
-        ("slot_attention", {"dtype": torch.bfloat16, "slots": 24}, "M = 24 is no multiple of 16"),
-        ("vector_decay", {"dtype": torch.bfloat16, "time": 0}, "no tokens"),
+        ("delta_rule", {"dtype": torch.float32}, "does not support float32"),
+        ("kda", {"dtype": torch.bfloat16, "key": 272}, "K = 272 is more than the kernel's limit of 256"),
+        ("slot_attention", {"dtype": torch.bfloat16, "slots": 24}, "M = 24 is not a multiple of 16"),
+        ("vector_decay", {"dtype": torch.bfloat16, "time": 0}, "the sequence is empty"),
         ("convolution", {"time": 1}, "one token"),
         ("delta_rule_step", {"dtype": torch.bfloat16, "documents": 2, "time": 4}, "packed documents"),
     ],
@@ -194,7 +194,7 @@ def test_float32_goes_to_tf32_kernels_where_that_is_allowed(naive):
 def test_the_same_bits_are_torchs(naive):
     torch.use_deterministic_algorithms(True)
     try:
-        assert "same bits" in fla.unsupported_reason(small("scalar_decay"))
+        assert "deterministic" in fla.unsupported_reason(small("scalar_decay"))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -252,11 +252,11 @@ def test_a_kernel_that_is_wrong_here_is_not_used(naive, monkeypatch, caplog, fau
     assert torch.equal(o, call.run_torch()[0])
     [note] = fla.list_dispatched_calls()
     assert note["backend"] == "torch"
-    assert "chunk_simple_gla is wrong here: " in note["reason"]
+    assert "chunk_simple_gla gives wrong results on this machine: " in note["reason"]
     assert ("no such instruction" if fault == "raises" else "is off by") in note["reason"]
     assert "\n" not in note["reason"]
     assert [r.levelname for r in caplog.records if r.name == "limbeck.ops.fla"] == ["WARNING"]
-    with fla.use_backend("fla"), pytest.raises(LimbeckError, match="is wrong here"):
+    with fla.use_backend("fla"), pytest.raises(LimbeckError, match="gives wrong results"):
         ops.scalar_decay.chunked(**call.tensors)
 
 
@@ -335,7 +335,8 @@ def test_shapes_that_do_not_fit_are_told_by_torch(naive, name, argument, shape):
     wrong = dataclasses.replace(call, tensors={**call.tensors, argument: torch.zeros(shape, dtype=WIDE)})
     assert fla.unsupported_reason(wrong) == "its shapes do not fit together"
     with pytest.raises((LimbeckError, RuntimeError)):
-        getattr(getattr(ops, call.operator), call.form)(**wrong.tensors)
+        module = {"diagonal_plus_rank_one": "dplr", "convolution": "short_conv"}.get(call.operator, call.operator)
+        getattr(getattr(ops, module), call.form)(**wrong.tensors)
     [note] = fla.list_dispatched_calls()
     assert note["backend"] == "torch"
     assert not verify._KERNEL_CHECKS
@@ -354,7 +355,7 @@ def test_settings(monkeypatch):
     fla.clear_dispatch_log()
     monkeypatch.setenv("LIMBECK_BACKEND", "torch")
     with fla.use_backend("auto"):
-        assert fla.summarize_dispatch() == [{"operator": "all", "backend": "torch", "reason": "asked for"}]
+        assert fla.summarize_dispatch() == [{"operator": "all", "backend": "torch", "reason": "requested"}]
     monkeypatch.setenv("LIMBECK_BACKEND", "triton")
     with pytest.raises(LimbeckError, match="'triton'"), fla.use_backend("auto"):
         pass

@@ -2,10 +2,13 @@
 
     from limbeck import mixers
     mixers.list_mixers()                      # ['based', 'cosformer', 'deltanet', ...]
-    mixers.select_mixers("paper-v3")        # ['linear_attention', 'retnet', 'gla', ...]
+    mixers.select_mixers("paper-v3")          # ['linear_attention', 'retnet', 'gla', ...]
     mixers.get("gla").summary
+    mixers.build("gla", HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64))
 
-What a mixer is stands in base.py; docs/students.md has the formulas.
+base.py says what a mixer is; each file opens with its mixer's equations, which docs/students.md has side by side.
+Legend: B batch, T time, H heads, K key width, V value width, D model width; S_t the state [K, V] of one head, k_t, v_t
+and q_t the teacher's key, value and query, x_t [D] the layer's input.
 """
 
 from limbeck.mixers import (  # noqa: F401

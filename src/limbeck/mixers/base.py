@@ -1,13 +1,14 @@
-"""What a mixer is: the contract that every student architecture fills in, and all that they share.
-
-A mixer stands where softmax attention stood. It receives what the teacher's own attention module computed (q, k, v with
-their biases, norms and RoPE) and the hidden states, and returns what goes into the teacher's own output projection.
-A subclass writes `compute_inputs` (how q, k, v, decay and write strength come about); masks, packed documents, the convolution,
-the normaliser, chunked and recurrent forms, the mixing matrix, the state, head norm and output gate live here.
+"""Base class of all mixers: what a student architecture defines, and everything that architectures share.
 
     mixer = build("gated_deltanet", HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64))
     y, state = mixer(q, k, v, x)                       # [B, T, H, V] and a dict of state tensors
     y, state = mixer(q1, k1, v1, x1, state=state)      # one more token
+
+A mixer replaces softmax attention. It receives what the teacher's own attention module computed (q, k, v with their
+biases, norms and RoPE) and the hidden states, and returns what goes into the teacher's own output projection.
+A subclass writes `compute_inputs`: how q, k, v, decay and write strength come about. Masks, packed documents, the short
+convolution, the normalizer, chunked and recurrent forms, the mixing matrix, the state, head norm and output gate are
+here.
 
 Shapes: B batch, T time, H query heads, G key/value heads, K key width, V value width, D model width.
 """
@@ -29,8 +30,9 @@ from limbeck.ops.matrix_rows import gather_rows, matrix_rows
 
 
 class ByInput(nn.ParameterDict):
-    """Parameters of q, k and v, got by calling: weights that accelerate keeps elsewhere are there during calls only."""
+    """Parameters for q, k and v, read by calling the module."""
 
+    # By calling, because accelerate's hooks load offloaded weights for the duration of a call only.
     __call__ = nn.Module.__call__
 
     def forward(self, name: str) -> Tensor:
@@ -38,17 +40,17 @@ class ByInput(nn.ParameterDict):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A subclass sets the class attributes, writes `compute_inputs` and starts its own parameters."""
+    """Base of all mixers. A subclass sets the attributes, writes `compute_inputs` and initializes its parameters."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str] = ""  # paper and equation
-    # one of limbeck.ops; None where the mixer overrides attend and attend_matrix
+    # a module of limbeck.ops; None where the mixer overrides attend and attend_matrix
     operator: ModuleType | None = None
-    has_growing_state: ClassVar[bool] = False  # its state holds more with every token
-    normalized: bool = False  # divide by the same read-out of a column of ones
+    has_growing_state: ClassVar[bool] = False  # the state grows with every token
+    normalized: bool = False  # divide the output by the operator's output for a column of ones
     options_class: type[Options] = Options
-    # options by preset: changes to the dataclass's defaults, what the authors have, what makes all mixers alike
+    # Options by preset: changes to the dataclass's defaults; those of the authors; those that make all mixers alike.
     defaults: ClassVar[dict[str, Any]] = {}
     published: ClassVar[dict[str, Any]] = {}
     controlled: ClassVar[dict[str, Any]] = {
@@ -73,7 +75,7 @@ class Mixer(nn.Module):
                 self.norm_bias = nn.Parameter(torch.zeros(shape.heads, shape.value_width))
         if options.output_gate == "inner" and not options.gate_rank:
             raise LimbeckError(
-                f"option 'output_gate' of mixer '{self.name}' is inner, and gate_rank is 0",
+                f"option 'output_gate' of mixer '{self.name}' is inner, but gate_rank is 0",
                 expected="gate_rank of 1 or more",
             )
         if options.output_gate != "none":
@@ -87,8 +89,8 @@ class Mixer(nn.Module):
             widths = {
                 "q": (teacher_shape.heads, teacher_shape.key_width),
                 "k": (teacher_shape.kv_heads, teacher_shape.key_width),
+                "v": (teacher_shape.kv_heads, teacher_shape.value_width),
             }
-            widths["v"] = (teacher_shape.kv_heads, teacher_shape.value_width)
             self.conv = ByInput({n: nn.Parameter(torch.empty(options.conv, *w)) for n, w in widths.items()})
         if shape.key_width != self._head_width("key"):
             sizes = {"q": shape.heads, "k": shape.kv_heads}
@@ -98,21 +100,21 @@ class Mixer(nn.Module):
         self.reset_parameters()
 
     def build(self) -> None:
-        """Make the mixer's own parameters."""
+        """Create the mixer's own parameters."""
 
     @classmethod
     def adapt_to_seq_len(cls, options: Any, length: int) -> Any:
-        """The options of a student that learns from texts of so many tokens, for mixers that depend on it."""
+        """Return the options for training on sequences of `length` tokens, for mixers that depend on it."""
         return options
 
     def reset_parameters(self) -> None:
-        """Set every parameter to its documented start: close to linear attention over the teacher's q, k, v."""
+        """Initialize every parameter as documented: close to linear attention over the teacher's q, k, v."""
         if self.options.conv:
             for weight in self.conv.values():
                 nn.init.zeros_(weight)
                 nn.init.ones_(weight[0])
         if hasattr(self, "resize"):
-            # one map with orthonormal rows (or columns) for q and k of all heads: it keeps their products as they are
+            # One map with orthonormal rows (or columns) for q and k of all heads, which preserves their products.
             start = nn.init.orthogonal_(torch.empty_like(self.resize["q"][0], dtype=torch.float32))
             with torch.no_grad():
                 for weight in self.resize.values():
@@ -122,7 +124,7 @@ class Mixer(nn.Module):
             if self.options.norm_bias:
                 nn.init.zeros_(self.norm_bias)
         if self.options.output_gate == "inner":
-            # one: halves of σ(0), weighed by different numbers so that no two channels learn alike
+            # The gate is 1: weights sum to 2 over σ(0) = 1/2; they differ so that channels learn differently.
             nn.init.zeros_(self.gate_down.weight)
             nn.init.normal_(self.gate.weight, std=self.options.gate_rank**-0.5)
             with torch.no_grad():
@@ -131,36 +133,38 @@ class Mixer(nn.Module):
             if self.options.gate_rank:
                 nn.init.normal_(self.gate_down.weight, std=self.teacher_shape.hidden**-0.5)
             nn.init.zeros_(self.gate.weight)
-            # silu(1.27846) = 1; a sigmoid gate starts at 0.98
+            # silu(1.27846) = 1; a sigmoid gate starts at σ(4) = 0.98.
             nn.init.constant_(self.gate.bias, 1.2784645 if self.options.output_gate == "silu" else 4.0)
 
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
-        """The operator's arguments.
+        """Compute the operator's arguments.
 
         Args:
-            q: [B, T, H, K], not yet scaled (`shape.scale`); k: [B, T, G, K]; v: [B, T, G, V]; x: [B, T, D].
-            tokens: padding and documents. Padded keys, decays and write strengths are blanked by the caller.
-            state: what this mixer put into `Inputs.carry` last time, empty at the start.
+            q: [B, T, H, K], not yet scaled by `shape.scale`.
+            k: [B, T, G, K].
+            v: [B, T, G, V].
+            x: [B, T, D] the layer's input.
+            tokens: padding and documents; the caller masks padded keys, decays and write strengths.
+            state: with the `OperatorInputs.carried_state` of the call before; empty at the start.
         """
         raise NotImplementedError
 
     def qk_width(self, rows: int) -> int:
-        """Width of q and k that the mixer wants for a state of so many rows a head; 0 rows: the mixer's own choice."""
+        """Return the width of q and k for a state of that many rows per head; 0 rows leave it to the mixer."""
         return rows or self._head_width("key")
 
     def feature_width(self) -> int:
-        """Rows of the state, for q and k of width `shape.key_width`."""
+        """Return the rows of the state per head, for q and k of width `shape.key_width`."""
         return self.shape.key_width
 
     def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """What a token adds of its own to the operator's output o [B, T, H, V], ahead of the head norm, which works in
-        float32: so in any precision."""
+        """Change the operator's output o [B, T, H, V] before the head norm; the result may have any precision."""
         return o
 
     def after_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """The same between head norm and output gate."""
+        """Change the output o [B, T, H, V] between head norm and output gate."""
         return o
 
     # ------------------------------------------------------------------ what every mixer gets
@@ -168,12 +172,15 @@ class Mixer(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """Mixed values and the state after the last token.
+        """Mix the values; return them and the state after the last token.
 
         Args:
-            q: [B, T, H, K]; k: [B, T, G, K]; v: [B, T, G, V]; x: [B, T, D] the layer's input.
+            q: [B, T, H, K].
+            k: [B, T, G, K].
+            v: [B, T, G, V].
+            x: [B, T, D] the layer's input.
             tokens: padding and document numbers; None when there is neither.
-            state: what an earlier call returned, to go on from there; None at the start of a sequence.
+            state: as the call for the tokens before returned it; None at the start of a sequence.
 
         Returns:
             y [B, T, H, V] in the dtype of v, and the new state.
@@ -187,10 +194,10 @@ class Mixer(nn.Module):
     def forward_matrix(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """y [B, T, H, V] by way of the mixing matrix, and that matrix [B, H, T, T].
+        """Compute y [B, T, H, V] by the mixing matrix, and return that matrix [B, H, T, T] too.
 
-        What it multiplies is v after convolution and activation; head norm, output gate and what a mixer adds outside
-        its recurrence come after it and are no part of it.
+        The matrix multiplies v after convolution and activation. Head norm, output gate and what a mixer adds outside
+        its recurrence come after it and are not part of it.
         """
         tokens = tokens or TokenMask()
         q, k, v = self._prepare(q, k, v, tokens, {}, {})
@@ -201,7 +208,7 @@ class Mixer(nn.Module):
     def forward_rows(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: TokenMask | None = None
     ) -> Tensor:
-        """Rows [B, R] of the mixing matrix of `forward_matrix`: [B, H, R, T]."""
+        """Compute rows [B, R] of the mixing matrix of `forward_matrix`: [B, H, R, T]."""
         tokens = tokens or TokenMask()
         if type(self).forward_matrix is not Mixer.forward_matrix:
             return gather_rows(self.forward_matrix(q, k, v, x, tokens=tokens)[1], rows, 2)
@@ -209,7 +216,7 @@ class Mixer(nn.Module):
         return repeat_kv(self.attend_rows(q, k, v, x, tokens, rows), self.teacher_shape.heads, 1)
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, rows: Tensor) -> Tensor:
-        """Rows [B, R] of what `attend` multiplies v by: [B, H, R, T]. Mixers with a matrix of their own make all."""
+        """Compute rows [B, R] of `attend_matrix`: [B, H, R, T]; all of it in mixers that override that."""
         if type(self).attend_matrix is not Mixer.attend_matrix:
             return gather_rows(self.attend_matrix(q, k, v, x, tokens), rows, 2)
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
@@ -232,7 +239,7 @@ class Mixer(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> tuple[Tensor, State]:
-        """The operator over `compute_inputs`, normalised: o [B, T, H, V] and the new state."""
+        """Run the operator on `compute_inputs` and normalize: o [B, T, H, V] and the new state."""
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
         value = arguments.v
         if self.normalized:
@@ -253,7 +260,7 @@ class Mixer(nn.Module):
         return arguments.add_diagonal_to_output(o), {"memory": memory, **arguments.carried_state}
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
-        """What `attend` multiplies v by, [B, H, T, T]."""
+        """Build the matrix [B, H, T, T] that `attend` multiplies v by."""
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
         assert self.operator is not None
         m = self.operator.matrix(arguments.q, arguments.k, *arguments.gates, segments=tokens.segments)
@@ -265,37 +272,39 @@ class Mixer(nn.Module):
     def compute_masked_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
-        """`compute_inputs` with padding blanked: a masked token writes nothing and nothing decays."""
+        """Run `compute_inputs` and turn padding into no-ops: it writes nothing, and nothing decays."""
         arguments = self.compute_inputs(q, k, v, x, tokens, state)
         return arguments if tokens.valid is None else arguments.mask_padding(tokens.valid)
 
     def state_numel(self) -> int:
-        """Numbers that the state of one sequence holds, whatever its length."""
+        """Count the numbers in the state of one sequence, whatever its length."""
         s = self.teacher_shape
         channels = s.heads * s.key_width + s.kv_heads * (s.key_width + s.value_width)
         return self.memory_numel() + max(self.options.conv - 1, 0) * channels
 
     def memory_numel(self) -> int:
-        """The same without the convolution's."""
+        """Count the numbers in the state without the convolution's."""
         return self.shape.heads * self.feature_width() * (self.shape.value_width + self.normalized)
 
     def _head_width(self, of: str) -> int:
-        """Key or value width of a head after merging."""
+        """Return the key or value width of a head after merging heads."""
         width = self.teacher_shape.key_width if of == "key" else self.teacher_shape.value_width
         return width * self.teacher_shape.heads // (self.options.heads or self.teacher_shape.heads)
 
     def _inner_shape(self) -> HeadShape:
+        """Return the shape of the operator's inputs: the teacher's after merging heads and resizing q and k."""
         teacher_shape, heads = self.teacher_shape, self.options.heads or self.teacher_shape.heads
         if teacher_shape.heads % heads:
             raise LimbeckError(
-                f"option 'heads' of mixer '{self.name}' is {heads}, the teacher's attention has {teacher_shape.heads}",
+                f"option 'heads' of mixer '{self.name}' is {heads}, but the teacher has {teacher_shape.heads} heads",
                 expected=f"a divisor of {teacher_shape.heads}, or 0",
             )
         groups = teacher_shape.kv_heads if heads == teacher_shape.heads else heads
         rows = round(self.options.state * teacher_shape.key_width)
         if self.options.state and not rows:
             raise LimbeckError(
-                f"option 'state' of mixer '{self.name}' is {self.options.state}", expected="a row or more"
+                f"option 'state' of mixer '{self.name}' is {self.options.state}, less than one row",
+                expected=f"{1 / teacher_shape.key_width:.3g} or more, or 0",
             )
         width = self.qk_width(rows)
         return replace(
@@ -305,7 +314,7 @@ class Mixer(nn.Module):
     def _prepare(
         self, q: Tensor, k: Tensor, v: Tensor, tokens: TokenMask, state: State, carried: State
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v convolved, activated, merged into fewer heads and resized; fills `carried`."""
+        """Convolve, activate, merge into fewer heads and resize q, k, v; put the convolutions' state into `carried`."""
         if self.options.conv:
             q, k, v = (self._convolve(name, z, tokens, state, carried) for name, z in zip("qkv", (q, k, v)))
         if self.options.conv_activation == "silu":
@@ -318,7 +327,7 @@ class Mixer(nn.Module):
         return q, k, v
 
     def _convolve(self, name: str, z: Tensor, tokens: TokenMask, state: State, carried: State) -> Tensor:
-        """q, k or v [B, T, heads, width] convolved; puts what the next call needs into `carried`."""
+        """Convolve q, k or v [B, T, heads, width]; put the state for the next call into `carried`."""
         key = f"conv_{name}"
         past = {"state": state.get(key), "segments": tokens.segments}
         if tokens.valid is None:
@@ -328,24 +337,24 @@ class Mixer(nn.Module):
         return z
 
     def _readout(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """Head norm and output gate, and the teacher's heads again: [B, T, H, V]."""
-        dtype, gated = o.dtype, self.options.norm_over == "gated"
+        """Apply head norm and output gate, and return to the teacher's heads: [B, T, H, V]."""
+        dtype, gate_first = o.dtype, self.options.norm_over == "gated"
         o = self.before_norm(o, q, k, v, x)
-        o = self._gated(o, x) if gated else o
+        o = self._apply_gate(o, x) if gate_first else o
         if self.options.output_norm != "none":
-            o = self._normed(o.float() if o.dtype in (torch.float16, torch.bfloat16) else o)
+            o = self._apply_norm(o.float() if o.dtype in (torch.float16, torch.bfloat16) else o)
         o = self.after_norm(o.to(dtype), q, k, v, x)
         o = o.reshape(*o.shape[:2], self.teacher_shape.heads, self.teacher_shape.value_width)
-        return o if gated else self._gated(o, x)
+        return o if gate_first else self._apply_gate(o, x)
 
-    def _normed(self, o: Tensor) -> Tensor:
+    def _apply_norm(self, o: Tensor) -> Tensor:
         over = -1 if self.options.norm_over == "head" else (-2, -1)
         if self.options.output_norm == "layer":
             o = o - o.mean(over, keepdim=True)
         o = o * torch.rsqrt(o.square().mean(over, keepdim=True) + 1e-6) * self.norm_weight
         return o + self.norm_bias if self.options.norm_bias else o
 
-    def _gated(self, o: Tensor, x: Tensor) -> Tensor:
+    def _apply_gate(self, o: Tensor, x: Tensor) -> Tensor:
         kind = self.options.output_gate
         if kind == "none":
             return o
@@ -361,7 +370,7 @@ class Mixer(nn.Module):
 
     @property
     def operator_name(self) -> str:
-        """Name of the operator that it runs on."""
+        """Return the name of the operator, for tables."""
         return self.operator.__name__.rsplit(".", 1)[1].replace("_", " ") if self.operator else "softmax"
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """DeltaNet: S_t = (I − b_t k_t k_tᵀ) S_{t-1} + b_t k_t v_tᵀ, no decay, a write strength per head.
 
-Yang et al. 2024 (arXiv 2406.06484), equations 4 to 6: b_t = σ(w·x_t), unit-length q and k. The state replaces what it
-holds at a key instead of adding to it.
+Yang et al. 2024 (arXiv 2406.06484), equations 4 to 6: b_t = σ(w·x_t), unit-length q and k. A write replaces what the
+state holds for its key instead of adding to it.
 
 Start: w = 0 and the bias such that the write strength is `write`: delta-rule attention over the teacher's q, k, v.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import delta_rule
@@ -23,7 +23,7 @@ from limbeck.ops import delta_rule
 @dataclass(frozen=True)
 class DeltaNetOptions(Options):
     rope: bool = False
-    write: float = 0.25
+    write: float = 0.25  # write strength at the start
     negative_eigenvalues: bool = False  # write strengths up to 2 instead of 1
 
 
@@ -51,12 +51,11 @@ class DeltaNet(Mixer):
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
-        raw = self.strength(x)
-        beta = torch.sigmoid(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        beta = torch.sigmoid(upcast(self.strength(x)))
         beta = 2 * beta if self.options.negative_eigenvalues else beta
         q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
         return OperatorInputs(q, k, v, self.log_decay(x), beta)
 
     def log_decay(self, x: Tensor) -> Tensor | None:
-        """[B, T, H], [B, T, H, K], or None for no decay."""
+        """Compute log a_t, [B, T, H] or [B, T, H, K]; None for no decay."""
         return None

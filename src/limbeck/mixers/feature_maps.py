@@ -1,9 +1,9 @@
-"""Feature maps φ of linear attention: what stands in for exp(q·k) as φ(q)·φ(k).
+"""Feature maps φ of linear attention, which replaces exp(q·k) by φ(q)·φ(k).
 
     phi = FEATURE_MAPS["hedgehog"](heads=9, width=64)
-    phi(q).shape                                 # [B, T, 9, phi.features(64)]
+    phi(q).shape                                 # [B, T, 9, phi.count_features(64)]
 
-Each one is made twice, for q and for k. Those with a matrix have one per head, which starts as the identity.
+A mixer has one for q and one for k. Those with a matrix have one per head, which starts as the identity.
 Shapes: B batch, T time, H heads, K width of q or k.
 """
 
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 
 class FeatureMap(nn.Module):
-    """A map of every head's q or k, [B, T, H, K] -> [B, T, H, features(K)]. Here: the identity."""
+    """Map every head's q or k, [B, T, H, K] -> [B, T, H, count_features(K)]. The base class is the identity."""
 
-    is_positive: ClassVar[bool] = False  # φ(q)·φ(k) is never negative, so that rows can be normalised
+    is_positive: ClassVar[bool] = False  # whether φ(q)·φ(k) is never negative, so that rows can be normalized
 
     def __init__(self, heads: int, width: int):
         super().__init__()
@@ -26,7 +26,7 @@ class FeatureMap(nn.Module):
 
     @staticmethod
     def count_features(width: int) -> int:
-        """Number of features of a q of that width."""
+        """Return the number of features of a q of that width."""
         return width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,8 +97,10 @@ class HadamardMap(_PerHead):
 
 
 class DPFPMap(FeatureMap):
-    """Deterministic parameter-free projection with ν = 1: r ⊙ roll(r) for r = [relu(x), relu(−x)]; Schlag et al. 2021
-    (arXiv 2102.11174), equation 37."""
+    """r ⊙ roll(r) with r = [relu(x), relu(−x)], the deterministic parameter-free projection with ν = 1.
+
+    Schlag et al. 2021 (arXiv 2102.11174), equation 37.
+    """
 
     is_positive = True
 
@@ -159,7 +161,7 @@ class ReBasedMap(FeatureMap):
 
 
 class CosFormerMap(FeatureMap):
-    """relu; linear_attention adds the position: Qin et al. 2022 (arXiv 2202.08791), equation 10."""
+    """relu(x), to which linear_attention adds the position; Qin et al. 2022 (arXiv 2202.08791), equation 10."""
 
     is_positive = True
 
@@ -172,18 +174,22 @@ class CosFormerMap(FeatureMap):
 
     @staticmethod
     def reweight(x: Tensor, position: Tensor, horizon: int) -> Tensor:
-        """relu(x) turned by its position: products weigh as cos(π(i−j)/2L). x: [B, T, H, K], position: [B, T].
+        """Turn features x [B, T, H, K] by their position [B, T]: products get the weight cos(π(i−j)/2L), L the horizon.
 
-        From the horizon on positions stand still, so no weight is ever negative: later tokens are as near to each other
-        as to themselves, and see the earlier ones as a token at the horizon does.
+        Positions do not grow beyond the horizon, so no weight is ever negative: tokens after it have weight 1 for each
+        other, and see the earlier ones as a token at the horizon does.
         """
-        angle = position.clamp(max=horizon).double() * (math.pi / (2 * horizon))  # in bf16 it would come in steps
+        # In float64, because bfloat16 has few steps.
+        angle = position.clamp(max=horizon).double() * (math.pi / (2 * horizon))
         cos, sin = (f.clamp(min=0).to(x.dtype)[..., None, None] for f in (angle.cos(), angle.sin()))
         return torch.cat([x * cos, x * sin], -1)
 
 
 def pairwise_products(x: Tensor) -> Tensor:
-    """All products of two channels, [..., K] -> [..., K(K+1)/2], so that pairwise_products(q)·pairwise_products(k) = (q·k)²."""
+    """Compute all products of two channels, [..., K] -> [..., K(K+1)/2].
+
+    They are weighted such that pairwise_products(q)·pairwise_products(k) = (q·k)².
+    """
     first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     weight = torch.where(first == second, 1, 2).to(x.dtype).sqrt()
     return x[..., first] * x[..., second] * weight

@@ -1,7 +1,7 @@
-"""Gated DeltaNet: S_t = a_t (I - b_t k_t k_tᵀ) S_{t-1} + b_t k_t v_tᵀ, one decay and one write strength per head.
+"""Gated DeltaNet: S_t = a_t (I − b_t k_t k_tᵀ) S_{t-1} + b_t k_t v_tᵀ, one decay and one write strength per head.
 
-Yang et al. 2024 (arXiv 2412.06464), equation 10: log a_t = -exp(A) softplus(w_a·x_t + dt), b_t = sigmoid(w_b·x_t),
-unit-length q and k. DeltaNet with a decay.
+Yang et al. 2024 (arXiv 2412.06464), equation 10: log a_t = −exp(A) softplus(w_a·x_t + dt), b_t = σ(w_b·x_t),
+unit-length q and k. This is DeltaNet (deltanet.py) with a decay.
 
 Start: w_a = w_b = 0, so decay and write strength are constants: half-lives spread from `shortest` to `longest` tokens
 over the heads (geometric) and strength `write`; delta-rule attention over the teacher's q, k, v.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.deltanet import DeltaNet, DeltaNetOptions
-from limbeck.mixers.options import inverse_softplus, log_decays_from_half_lives
+from limbeck.mixers.options import inverse_softplus, log_decays_from_half_lives, upcast
 from limbeck.mixers.registry import register
 
 
@@ -50,5 +50,5 @@ class GatedDeltaNet(DeltaNet):
             self.decay.bias.copy_(inverse_softplus(rate))
 
     def log_decay(self, x: Tensor) -> Tensor:
-        raw = self.decay(x)
-        return -self.log_rate.exp() * F.softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        """Compute log a_t = −exp(A) softplus(w_a·x_t + dt), [B, T, H]."""
+        return -self.log_rate.exp() * F.softplus(upcast(self.decay(x)))

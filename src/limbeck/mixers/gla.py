@@ -1,9 +1,9 @@
 """Gated linear attention: S_t = Diag(a_t) S_{t-1} + k_t v_tᵀ with one data-dependent decay per key channel.
 
-Yang et al. 2023 (arXiv 2312.06635), equation 3 and section 4.4: a_t = sigmoid(W2 W1 x_t + b)^(1/16), low rank 16,
+Yang et al. 2023 (arXiv 2312.06635), equation 3 and section 4.4: a_t = σ(W₂ W₁ x_t + b)^(1/16), low rank 16,
 per-head norm, silu gate.
 
-Start: W2 = 0 and b such that half-lives are spread from `shortest` to `longest` tokens over the heads (geometric), gate
+Start: W₂ = 0 and b such that half-lives are spread from `shortest` to `longest` tokens over the heads (geometric), gate
 open: linear attention with a fixed, gentle decay.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import vector_decay
@@ -25,8 +25,8 @@ from limbeck.ops import vector_decay
 class GLAOptions(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
     output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
-    rank: int = 16
-    temperature: float = 16.0
+    rank: int = 16  # rank of the decay's projection
+    temperature: float = 16.0  # a_t is the 16th root of a sigmoid
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
     longest: float = 512.0
 
@@ -60,6 +60,5 @@ class GLA(Mixer):
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
-        gate = self.decay_up(self.decay_down(x)).unflatten(-1, (self.shape.heads, -1))
-        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        gate = upcast(self.decay_up(self.decay_down(x)).unflatten(-1, (self.shape.heads, -1)))
         return OperatorInputs(q * self.shape.scale, k, v, F.logsigmoid(gate) / self.options.temperature)

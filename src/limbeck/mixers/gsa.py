@@ -5,7 +5,7 @@ slot keys K_t = K_{t-1} Diag(a_t) + k_t s_tᵀ, slot values V_t = Diag(a_t) V_{t
 o_t = V_tᵀ p_t. Rows of its mixing matrix are positive and sum to at most one.
 
 Start: W = 0 and its bias such that half-lives are spread from `shortest` to `longest` tokens over a head's slots
-(geometric): each slot remembers another span.
+(geometric), so that slots remember spans of different lengths.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import slot_attention, value_decay
@@ -24,7 +24,7 @@ from limbeck.ops import slot_attention, value_decay
 @dataclass(frozen=True)
 class GSAOptions(Options):
     slots: int = 64
-    temperature: float = 16.0
+    temperature: float = 16.0  # a_t is the 16th root of a sigmoid
     swish: bool = False  # on q and k, as published
     shortest: float = 1.0  # half-lives in tokens, spread over the slots
     longest: float = 512.0
@@ -44,7 +44,7 @@ class GSA(Mixer):
 
     def build(self) -> None:
         s, rows = self.shape, self.options.state * self.shape.key_width
-        # a slot holds a key and a value, so as many numbers as `rows` of a common state make fewer slots
+        # A slot holds a key and a value, so the numbers in `rows` rows of a common state make fewer slots.
         slots = round(rows * s.value_width / (s.key_width + s.value_width)) if rows else self.options.slots
         self.slots = max(slots, 1)
         self.forget = nn.Linear(s.hidden, s.heads * self.slots)
@@ -52,10 +52,10 @@ class GSA(Mixer):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         o = self.options
-        keep = (log_decays_from_half_lives(self.slots, o.shortest, o.longest) * o.temperature).exp()
+        gate = (log_decays_from_half_lives(self.slots, o.shortest, o.longest) * o.temperature).exp()
         nn.init.zeros_(self.forget.weight)
         with torch.no_grad():
-            self.forget.bias.copy_(logit(keep).repeat(self.shape.heads))
+            self.forget.bias.copy_(logit(gate).repeat(self.shape.heads))
 
     def qk_width(self, rows: int) -> int:
         return self._head_width("key")
@@ -63,8 +63,8 @@ class GSA(Mixer):
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
-        raw = self.forget(x).unflatten(-1, (self.shape.heads, -1))
-        log_decay = F.logsigmoid(raw.to(torch.promote_types(raw.dtype, torch.float32))) / self.options.temperature
+        gate = upcast(self.forget(x).unflatten(-1, (self.shape.heads, -1)))
+        log_decay = F.logsigmoid(gate) / self.options.temperature
         if self.options.swish:
             q, k = F.silu(q), F.silu(k)
         return OperatorInputs(q * self.shape.scale, k, v, log_decay)
@@ -73,8 +73,8 @@ class GSA(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> tuple[Tensor, State]:
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
-        run = slot_attention.recurrent if q.shape[1] == 1 else slot_attention.chunked
-        o, keys, values = run(
+        operator = slot_attention.recurrent if q.shape[1] == 1 else slot_attention.chunked
+        o, keys, values = operator(
             *self._operands(arguments),
             keys=state.get("keys"),
             values=state.get("values"),
@@ -91,7 +91,7 @@ class GSA(Mixer):
         return self.shape.heads * self.slots * (self.shape.key_width + self.shape.value_width)
 
     def _operands(self, arguments: OperatorInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """With the write weights, zero where a token is masked."""
+        """Return the operator's arguments; the write weights 1 − a_t are zero where a token is masked."""
         log_decay = arguments.log_decay
         assert log_decay is not None
         return arguments.q, arguments.k, arguments.v, -torch.expm1(log_decay), log_decay

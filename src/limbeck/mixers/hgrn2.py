@@ -3,8 +3,8 @@
 Qin et al. 2024 (arXiv 2404.07904), equations 10 and 11: a_t = β + (1 − β) σ(f_t), q = swish(q). The forget gate's
 projection is the teacher's key projection, f_t = b − k_t, so that 1 − a_t rises with the teacher's k.
 
-Start: β the layer's share of the depth times the decay that b asks for; b such that half-lives are spread from
-`shortest` to `longest` tokens over the heads (geometric) where k is 0.
+Start: b such that half-lives are spread from `shortest` to `longest` tokens over the heads (geometric) where k is 0;
+β such that the bound is the layer's relative depth times that decay.
 """
 
 from dataclasses import dataclass
@@ -51,19 +51,19 @@ class HGRN2(Mixer):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         s, o = self.shape, self.options
-        keep = log_decays_from_half_lives(s.heads, o.shortest, o.longest).exp()
-        bound = keep * (s.layer + 0.5) / (s.layers + 1)
+        decay = log_decays_from_half_lives(s.heads, o.shortest, o.longest).exp()
+        bound = decay * (s.layer + 0.5) / (s.layers + 1)
         with torch.no_grad():
             self.bound.copy_(logit(bound)[:, None].expand_as(self.bound))
-            self.bias.copy_(logit((keep - bound) / (1 - bound))[:, None].expand_as(self.bias))
+            self.bias.copy_(logit((decay - bound) / (1 - bound))[:, None].expand_as(self.bias))
 
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
         gate = self.bias - repeat_kv(k, self.shape.heads)
-        wide = torch.promote_types(gate.dtype, torch.float32)
-        # 1 − a = (1 − β)(1 − σ(f)) without cancellation
-        forget = torch.sigmoid(-self.bound.to(wide)) * torch.sigmoid(-gate.to(wide))
+        dtype = torch.promote_types(gate.dtype, torch.float32)
+        # 1 − a = (1 − β)(1 − σ(f)), written without cancellation.
+        forget = torch.sigmoid(-self.bound.to(dtype)) * torch.sigmoid(-gate.to(dtype))
         log_decay = torch.log1p(-forget.clamp(max=1 - 1e-6))
         q = F.silu(q) if self.options.swish else q
         return OperatorInputs(q * self.shape.scale, forget, v, log_decay)

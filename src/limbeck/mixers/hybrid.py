@@ -2,9 +2,9 @@
 
     y = g ⊙ linear(q, k, v) + (1 − g) ⊙ window(q, k, v),   g = σ(w·x) per head and token
 
-as the xLSTM hybrids have it (arXiv 2603.15590). `combine="fixed"` takes g = `share` everywhere, as Liger does with a
-half (arXiv 2503.01496). `branches` switches one of the two off without changing what was learnt, to see who does the
-work.
+as in the xLSTM hybrids (arXiv 2603.15590). `combine="fixed"` takes g = `share` everywhere, as Liger does with a half
+(arXiv 2503.01496). `branches` switches one of the two off without changing what was learned, to measure what each one
+contributes.
 
 Start: w = 0 and the bias such that g = `share`.
 """
@@ -30,17 +30,17 @@ BRANCHES = ("linear", "window")
 @dataclass(frozen=True)
 class HybridOptions(Options):
     linear: str = "gated_deltanet"  # name of the linear branch's mixer
-    linear_options: dict = field(default_factory=dict)  # and its options
+    linear_options: dict = field(default_factory=dict)  # options of that mixer
     window: int = 64
     sinks: int = 4
     combine: Literal["gate", "fixed"] = "gate"
-    share: float = 0.5  # of the linear branch, at the start or for good
+    share: float = 0.5  # weight of the linear branch: at the start, or always where combine is fixed
     branches: Literal["both", "linear", "window"] = "both"
 
 
 @register
 class Hybrid(Mixer):
-    """See the module's docstring. Common switches other than `rope` are the linear branch's."""
+    """See the module's docstring. Common options other than `rope` are those of the linear branch."""
 
     name = "hybrid"
     summary = "a linear mixer beside a sliding window with sinks, joined by a gate per head and token"
@@ -57,17 +57,19 @@ class Hybrid(Mixer):
     @classmethod
     def adapt_to_seq_len(cls, options: HybridOptions, length: int) -> HybridOptions:
         linear = registry.get(options.linear)
-        before = vars(registry.resolve_options(options.linear, options.linear_options))
-        after = vars(linear.adapt_to_seq_len(registry.resolve_options(options.linear, options.linear_options), length))
-        own = {name: value for name, value in after.items() if value != before[name]}
-        return replace(options, linear_options={**options.linear_options, **own}) if own else options
+        linear_options = registry.resolve_options(options.linear, options.linear_options)
+        before, after = vars(linear_options), vars(linear.adapt_to_seq_len(linear_options, length))
+        changed = {name: value for name, value in after.items() if value != before[name]}
+        return replace(options, linear_options={**options.linear_options, **changed}) if changed else options
 
     def build(self) -> None:
         o = self.options
         if not 0 < o.share < 1:
             raise LimbeckError(f"option 'share' of mixer 'hybrid' is {o.share}", expected="more than 0 and less than 1")
         if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).has_growing_state:
-            raise LimbeckError(f"'{o.linear}' cannot be the linear branch of a hybrid", expected="a linear mixer")
+            raise LimbeckError(
+                f"'{o.linear}' cannot be the linear branch of a hybrid", expected="a mixer with a fixed-size state"
+            )
         self.linear = registry.build(
             o.linear, self.teacher_shape, {**self.switches, **o.linear_options, "rope": o.rope}
         )
@@ -88,19 +90,19 @@ class Hybrid(Mixer):
     ) -> tuple[Tensor, State]:
         outputs, new = {}, {}
         for name in BRANCHES:
-            own = {key.removeprefix(f"{name}."): z for key, z in state.items() if key.startswith(f"{name}.")}
-            outputs[name], after = getattr(self, name)(q, k, v, x, tokens=tokens, state=own)
+            branch_state = {key.removeprefix(f"{name}."): z for key, z in state.items() if key.startswith(f"{name}.")}
+            outputs[name], after = getattr(self, name)(q, k, v, x, tokens=tokens, state=branch_state)
             new.update({f"{name}.{key}": z for key, z in after.items()})
         return self._join(outputs, self._share(x).unsqueeze(-1)), new
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
-        found = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens)[1] for name in BRANCHES}
-        return self._join(found, self._share(x).transpose(1, 2).unsqueeze(-1))
+        matrices = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens)[1] for name in BRANCHES}
+        return self._join(matrices, self._share(x).transpose(1, 2).unsqueeze(-1))
 
     def forward_matrix(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None
     ) -> tuple[Tensor, Tensor]:
-        # a branch's norm and gate stand between its matrix and the sum, so outputs and matrices are summed apart
+        # A branch's norm and gate lie between its matrix and the sum, so outputs and matrices are summed separately.
         both = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens) for name in BRANCHES}
         share = self._share(x)
         y = self._join({name: pair[0] for name, pair in both.items()}, share.unsqueeze(-1))
@@ -110,12 +112,12 @@ class Hybrid(Mixer):
         return self.linear.state_numel() + self.window.state_numel()
 
     def _share(self, x: Tensor) -> Tensor:
-        """Of the linear branch, [B, T, H]."""
+        """Compute the weight g of the linear branch, [B, T, H]."""
         if self.options.combine == "gate":
             return torch.sigmoid(self.choice(x))
         return x.new_full((*x.shape[:2], self.teacher_shape.heads), self.options.share)
 
-    def _join(self, parts: dict[str, Any], share: Tensor) -> Tensor:
-        linear, window = share * parts["linear"], (1 - share) * parts["window"]
+    def _join(self, branches: dict[str, Any], share: Tensor) -> Tensor:
+        linear, window = share * branches["linear"], (1 - share) * branches["window"]
         joined = {"both": linear + window, "linear": linear, "window": window}[self.options.branches]
-        return joined.to(parts["linear"].dtype)
+        return joined.to(branches["linear"].dtype)

@@ -1,7 +1,7 @@
-"""Kimi Delta Attention: S_t = (I - b_t k_t k_tᵀ) Diag(a_t) S_{t-1} + b_t k_t v_tᵀ, one decay per key channel.
+"""Kimi Delta Attention: S_t = (I − b_t k_t k_tᵀ) Diag(a_t) S_{t-1} + b_t k_t v_tᵀ, one decay per key channel.
 
-Kimi Team 2025 (arXiv 2510.26692), equations 1 and 2: log a_t = -exp(A) softplus(W₂W₁x_t + dt) with a low rank of the
-head width, b_t = sigmoid(w_b·x_t), unit-length q and k, head norm times a low-rank sigmoid gate.
+Kimi Team 2025 (arXiv 2510.26692), equations 1 and 2: log a_t = −exp(A) softplus(W₂W₁x_t + dt) with a low rank of the
+head width, b_t = σ(w_b·x_t), unit-length q and k, head norm times a low-rank sigmoid gate.
 
 Start: W₂ = w_b = 0, so decay and write strength are constants: half-lives spread from `shortest` to `longest` tokens
 over the heads (geometric) and strength `write`.
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.deltanet import DeltaNet, DeltaNetOptions
-from limbeck.mixers.options import inverse_softplus, log_decays_from_half_lives
+from limbeck.mixers.options import inverse_softplus, log_decays_from_half_lives, upcast
 from limbeck.mixers.registry import register
 
 
 @dataclass(frozen=True)
 class KDAOptions(DeltaNetOptions):
-    rank: int = 0  # of the decay's projection; 0 for the value width
+    rank: int = 0  # rank of the decay's projection; 0 for the value width
     shortest: float = 14.0  # half-lives in tokens, spread over the heads
     longest: float = 14.0
 
@@ -60,6 +60,7 @@ class KDA(DeltaNet):
             self.decay_up.bias.copy_(inverse_softplus(rate).repeat_interleave(self.shape.key_width))
 
     def log_decay(self, x: Tensor) -> Tensor:
+        """Compute log a_t = −exp(A) softplus(W₂W₁x_t + dt), [B, T, H, K]."""
         raw = self.decay_up(self.decay_down(x)).unflatten(-1, (self.shape.heads, -1))
         rate = self.log_rate.exp().unsqueeze(-1)
-        return -rate * F.softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        return -rate * F.softplus(upcast(raw))

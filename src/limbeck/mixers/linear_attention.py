@@ -1,11 +1,13 @@
-"""Linear attention: o_t = sum_j phi(q_t)·phi(k_j) v_j, optionally divided by the sum of the weights.
+"""Linear attention: o_t = Σ_{j≤t} φ(q_t)·φ(k_j) v_j, optionally divided by the sum of the weights.
 
 Katharopoulos et al. 2020 (arXiv 2006.16236), equations 8 to 12. State [K', V] per head with K' the number of features.
-Every feature map is an option here (`feature_map`, see feature_maps.py); those with a name in the field are registered
-as mixers of their own.
+Every feature map φ is an option here (`feature_map`, see feature_maps.py); those with a name of their own in the
+literature are registered as mixers too.
 
-Start: the student at step 0 is linear attention over the teacher's q, k, v, matrices in feature maps being identities.
-Taylor and ReBased map q and k to 16 channels first, since their features number a half K².
+    mixers.build("linear_attention", shape, {"feature_map": "relu"})
+
+Start: linear attention over the teacher's q, k, v; the matrices of feature maps are identities. Taylor and ReBased map
+q and k to 16 channels first, because they have about K²/2 features.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from limbeck.mixers.types import HeadShape, OperatorInputs, State, TokenMask
 from limbeck.ops import scalar_decay
 from limbeck.ops.common import find_document_starts
 
-HORIZON = 2048  # tokens, of a cosformer that nobody told a length
+HORIZON = 2048  # tokens, of a cosformer that was not given a length
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class LinearAttentionOptions(Options):
         "identity", "relu", "elu1", "softmax", "t2r", "hadamard", "dpfp", "hedgehog", "taylor", "rebased", "cosformer"
     ] = "elu1"
     normalise: bool = True
-    width: int = 0  # map q and k to so many channels first; 0 to leave them
-    horizon: int = 0  # cosformer: tokens in which a weight falls to zero; 0: the length that the student learns from
+    width: int = 0  # map q and k to this number of channels first; 0 to leave them
+    horizon: int = 0  # cosformer: tokens within which a weight falls to zero; 0 for the training sequences' length
 
 
 @register
@@ -52,7 +54,7 @@ class LinearAttention(Mixer):
         self.feature_map_class = FEATURE_MAPS[options.feature_map]
         if options.normalise and not self.feature_map_class.is_positive:
             raise LimbeckError(
-                f"linear_attention cannot normalise with feature_map={options.feature_map}: its weights change sign",
+                f"linear_attention cannot normalize with feature_map={options.feature_map}, whose weights change sign",
                 expected=f"feature_map={' | '.join(n for n, m in FEATURE_MAPS.items() if m.is_positive)}, "
                 "or normalise=false",
             )
@@ -61,15 +63,12 @@ class LinearAttention(Mixer):
 
     @classmethod
     def adapt_to_seq_len(cls, options: LinearAttentionOptions, length: int) -> LinearAttentionOptions:
-        needed = options.feature_map == "cosformer" and not options.horizon
-        return replace(options, horizon=length) if needed else options
+        has_no_horizon = options.feature_map == "cosformer" and not options.horizon
+        return replace(options, horizon=length) if has_no_horizon else options
 
     def build(self) -> None:
-        s = self.shape
-        self.phi_q, self.phi_k = (
-            self.feature_map_class(s.heads, s.key_width),
-            self.feature_map_class(s.kv_heads, s.key_width),
-        )
+        self.phi_q = self.feature_map_class(self.shape.heads, self.shape.key_width)
+        self.phi_k = self.feature_map_class(self.shape.kv_heads, self.shape.key_width)
 
     def qk_width(self, rows: int) -> int:
         if not rows:
@@ -95,24 +94,25 @@ class LinearAttention(Mixer):
 
 
 def _positions(tokens: TokenMask, q: Tensor, first: Tensor | None) -> Tensor:
-    """Place of each token among the valid ones of its document, [B, T]; `first` [B] have come before in document 0."""
+    """Count the valid tokens of its document before each token, [B, T]; `first` [B] of document 0 are in the state."""
     if tokens.valid is None:
         before = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
-        place = before
+        position = before
     else:
-        place = tokens.valid.cumsum(1) - 1
-        before = place + ~tokens.valid  # valid tokens ahead
+        position = tokens.valid.cumsum(1) - 1
+        before = position + ~tokens.valid  # the number of valid tokens before each
     past = 0 if first is None else first[:, None]
     if tokens.segments is not None:
-        place = place - torch.where(find_document_starts(tokens.segments), before, 0).cummax(1).values
+        position = position - torch.where(find_document_starts(tokens.segments), before, 0).cummax(1).values
         past = past * (tokens.segments == 0)
-    return place + past
+    return position + past
+
+
+# Feature maps with a name of their own in the literature
 
 
 @register
 class T2R(LinearAttention):
-    """Linear attention with feature map relu(Wx + b)."""
-
     name = "t2r"
     summary = "linear attention with a learned relu(Wx + b) (Kasai 2021)"
     source = "arXiv 2103.13076, eq. 5"
@@ -121,8 +121,6 @@ class T2R(LinearAttention):
 
 @register
 class Hadamard(LinearAttention):
-    """Linear attention with the product of two linear maps, without a normaliser."""
-
     name = "hadamard"
     summary = "linear attention with (W₁x)⊙(W₂x), not normalised"
     source = "flash-linear-attention"
@@ -131,8 +129,6 @@ class Hadamard(LinearAttention):
 
 @register
 class DPFP(LinearAttention):
-    """Linear attention with deterministic parameter-free projection."""
-
     name = "dpfp"
     summary = "linear attention with products of rolled relu(±x) (Schlag 2021)"
     source = "arXiv 2102.11174, eq. 37"
@@ -141,8 +137,6 @@ class DPFP(LinearAttention):
 
 @register
 class Hedgehog(LinearAttention):
-    """Linear attention with a softmax over a learned map of q and k."""
-
     name = "hedgehog"
     summary = "linear attention with [softmax(Wx), softmax(−Wx)] per head (Zhang 2024)"
     source = "arXiv 2402.04347, sec. 4.2"
@@ -152,8 +146,6 @@ class Hedgehog(LinearAttention):
 
 @register
 class Based(LinearAttention):
-    """Linear attention with the Taylor series of the exponential."""
-
     name = "based"
     summary = "linear attention with 1 + s + s²/2, s = q·k (Arora 2024)"
     source = "arXiv 2402.18668, sec. 4.1"
@@ -162,8 +154,6 @@ class Based(LinearAttention):
 
 @register
 class ReBased(LinearAttention):
-    """Linear attention with the square of a learned product."""
-
     name = "rebased"
     summary = "linear attention with (q̂·k̂)² of layer-normed q and k (Aksenov 2024)"
     source = "arXiv 2402.10644, eq. 7"
@@ -172,8 +162,6 @@ class ReBased(LinearAttention):
 
 @register
 class CosFormerAttention(LinearAttention):
-    """Linear attention with relu and a cosine of the distance."""
-
     name = "cosformer"
     summary = "linear attention with relu and a cosine weight over the distance (Qin 2022)"
     source = "arXiv 2202.08791, eq. 10"

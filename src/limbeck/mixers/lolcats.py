@@ -1,15 +1,16 @@
-"""Softmax over a window and linear attention over all that is older, in one normaliser, as LoLCATs has it.
+"""LoLCATs: softmax over a window and linear attention over all older tokens, under one normalizer.
 
     y_n = (g Σ_near exp(s_ni − c_n) v_i + Σ_far φ(q_n)·φ(k_j) v_j) / (g Σ_near exp(s_ni − c_n) + Σ_far φ(q_n)·φ(k_j))
 
 Zhang et al. 2024 (arXiv 2410.10254), equation 6: s = scale · q·k, near the last `window` tokens up to the query itself,
 far all before them, c_n the largest score of the window, g one learned factor per head. Every query has exactly that
-window, as in equation 6: not the terraced one of the paper's faster kernel, whose length changes from query to query. φ
-is a positive feature map of linear_attention. With `sinks`, the first tokens of a document stay with the softmax.
+window, as in equation 6, and not the terraced one of the paper's faster kernel, whose length changes from query to
+query. φ is a positive feature map of linear_attention. With `sinks`, the softmax sees the first tokens of a document
+too.
 
-The linear part is scalar decay over the tokens that leave the window: the state is its memory and the window's keys and
-values. `branches` leaves one of the two sums out above and below the line, without changing what was learnt; with the
-linear one alone, tokens with nothing behind their window put out zero.
+The linear part is scalar decay over the tokens that leave the window; the state is its memory and the window's keys and
+values. `branches` leaves one of the two sums out of numerator and denominator, without changing what was learned; with
+the linear one alone, tokens with nothing behind their window have output zero.
 
 Start: g = σ(p) = `factor`, φ as in linear_attention.
 """
@@ -29,13 +30,13 @@ from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import common, scalar_decay, sliding_window
 
-WINDOW = ("k", "v", "count")  # of the state; the rest is the memory
+WINDOW = ("k", "v", "count")  # the part of the state that is the window's
 
 
 @dataclass(frozen=True)
 class LoLCATsOptions(Options):
     feature_map: Literal["relu", "elu1", "softmax", "t2r", "dpfp", "hedgehog", "taylor", "rebased"] = "hedgehog"
-    width: int = 0  # map q and k to so many channels before the features; 0 to leave them
+    width: int = 0  # map q and k to this number of channels before the features; 0 to leave them
     window: int = 64
     sinks: int = 0
     factor: float = 0.1  # g at the start
@@ -44,7 +45,7 @@ class LoLCATsOptions(Options):
 
 @register
 class LoLCATs(Mixer):
-    """See the module's docstring. Under `state` the window takes half of the numbers at most."""
+    """See the module's docstring. With option `state`, the window takes at most half of the state's numbers."""
 
     name = "lolcats"
     summary = "softmax over a window and Hedgehog features for all that is older, in one normaliser (Zhang 2024)"
@@ -57,7 +58,7 @@ class LoLCATs(Mixer):
         if not 0 < o.factor < 1:
             raise LimbeckError(f"option 'factor' of mixer 'lolcats' is {o.factor}", expected="between 0 and 1")
         self.window, share = o.window, 0.0
-        if o.state:  # as many numbers as the common state of that size
+        if o.state:  # window and memory together take as many numbers as the common state of that size
             numbers = s.heads * o.state * self.teacher_shape.key_width * s.value_width
             token = s.kv_heads * (s.key_width + s.value_width)
             self.window = max(min(o.window, round(numbers / 2 / token) - o.sinks), 1)
@@ -77,17 +78,17 @@ class LoLCATs(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> tuple[Tensor, State]:
         segments, valid = tokens.segments, tokens.valid
-        held = {name: state[name] for name in WINDOW} if state else None
-        near, gone, held = sliding_window.unnormalized(
-            q, k, v, **self._settings(), state=held, segments=segments, valid=valid
+        window_state = {name: state[name] for name in WINDOW} if state else None
+        near, (old_k, old_v, left), window_state = sliding_window.unnormalized(
+            q, k, v, **self._settings(), state=window_state, segments=segments, valid=valid
         )
-        past = self._features(q, *gone[:2], x, left=gone[2], valid=valid)
+        past = self._features(q, old_k, old_v, x, left=left, valid=valid)
         ones = past.v.new_ones(*past.v.shape[:-1], 1)
         value = torch.cat([past.v, ones], -1).to(near.dtype)
-        run = scalar_decay.recurrent if q.shape[1] == 1 else scalar_decay.chunked
-        far, memory = run(past.q, past.k, value, state=state.get("memory"), segments=segments)
+        operator = scalar_decay.recurrent if q.shape[1] == 1 else scalar_decay.chunked
+        far, memory = operator(past.q, past.k, value, state=state.get("memory"), segments=segments)
         both = self._join(near, far, self._factor().unsqueeze(-1))
-        return _divided(both[..., :-1], both[..., -1:]).to(v.dtype), {"memory": memory, **held}
+        return _divide(both[..., :-1], both[..., -1:]).to(v.dtype), {"memory": memory, **window_state}
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
         segments, valid, settings = tokens.segments, tokens.valid, self._settings()
@@ -97,7 +98,7 @@ class LoLCATs(Mixer):
         past = self._features(q, k, v, x, left=real, valid=valid)
         far = scalar_decay.matrix(past.q, past.k, segments=segments).masked_fill(seen.unsqueeze(1), 0)
         both = self._join(near, far, self._factor()[:, None, None])
-        return _divided(both, both.sum(-1, keepdim=True))
+        return _divide(both, both.sum(-1, keepdim=True))
 
     def memory_numel(self) -> int:
         s, sinks = self.shape, self.options.sinks
@@ -114,7 +115,7 @@ class LoLCATs(Mixer):
     def _features(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, left: Tensor, valid: Tensor | None
     ) -> OperatorInputs:
-        """φ(q), φ(k) and v for the linear part; nothing where no token has left, nothing read by a masked one."""
+        """Compute φ(q), φ(k) and v of the linear part; zero where no token has left the window, and for masked q."""
         q, k, v = self.linear._prepare(q, k, v, TokenMask(), {}, {})
         past = self.linear.compute_inputs(q, k, v, x, TokenMask(), {}).mask_padding(left)
         if valid is not None:
@@ -122,13 +123,14 @@ class LoLCATs(Mixer):
         return past
 
     def _factor(self) -> Tensor:
-        """g per head [H]; it ends where 1 + g is 1 to the last bit, long before it would be zero."""
+        """Compute g per head [H]."""
+        # The clamp keeps g above zero; below it, 1 + g is 1 to the last bit anyway.
         return self.factor.to(common.compute_dtype(self.factor)).clamp(min=-40).sigmoid()
 
     def _join(self, near: Tensor, far: Tensor, factor: Tensor) -> Tensor:
         return {"both": factor * near + far, "linear": far, "window": near}[self.options.branches]
 
 
-def _divided(x: Tensor, total: Tensor) -> Tensor:
-    """x / total; zero where both are: masked tokens and, without the window, those with an empty memory."""
+def _divide(x: Tensor, total: Tensor) -> Tensor:
+    """Divide x by total; 0/0 is 0, for masked tokens and, without the window, for those with an empty memory."""
     return x / total.masked_fill(total == 0, 1)

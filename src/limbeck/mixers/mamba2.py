@@ -1,11 +1,11 @@
 """Mamba-2: S_t = a_t S_{t-1} + B_t x_tᵀ with a data-dependent decay per head, plus a skip D x_t.
 
-Dao and Gu 2024 (arXiv 2405.21060), with C, B, x the teacher's q, k, v. `mamba2` is the standard discretisation: step
+Dao and Gu 2024 (arXiv 2405.21060), with C, B, x the teacher's q, k, v. `mamba2` is the standard discretization: step
 Δ_t = softplus(w·x_t + d), a_t = exp(−exp(A) Δ_t), keys Δ_t B_t. `discrete_mamba2` is that of Phi-Mamba and Llamba
 (arXiv 2408.10189, section 4.1): a_t = exp(−softplus(w·x_t + d)), keys B_t.
 
-Start: w = 0, A = 0, d such that half-lives are spread from `shortest` to `longest` tokens over the heads (geometric), D
-as `skip` says.
+Start: w = 0, A = 0, d such that half-lives are spread from `shortest` to `longest` tokens over the heads (geometric),
+and D = `skip`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, inverse_softplus, log_decays_from_half_lives
+from limbeck.mixers.options import Options, inverse_softplus, log_decays_from_half_lives, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import scalar_decay
@@ -27,7 +27,7 @@ from limbeck.ops.common import repeat_kv
 class Mamba2Options(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
     output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
-    skip: float = 0.0  # where D starts
+    skip: float = 0.0  # D at the start
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
     longest: float = 512.0
 
@@ -43,7 +43,7 @@ class Mamba2(Mixer):
     options_class = Mamba2Options
     options: Mamba2Options
     published = {"rope": False, "conv": 4, "conv_activation": "silu", "norm_over": "gated", "skip": 1.0}
-    steps_in_keys = True
+    steps_in_keys = True  # whether keys are scaled by Δ_t, and a_t has a rate A
 
     def build(self) -> None:
         s = self.shape
@@ -65,8 +65,7 @@ class Mamba2(Mixer):
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
-        step = self.step(x)
-        step = F.softplus(step.to(torch.promote_types(step.dtype, torch.float32)))
+        step = F.softplus(upcast(self.step(x)))
         log_decay = -step
         if self.steps_in_keys:
             log_decay = -self.log_rate.exp() * step

@@ -1,8 +1,8 @@
 """MetaLA: gated linear attention without keys, S_t = Diag(a_t) S_{t-1} + (1 − a_t) v_tᵀ, plus self-augmentation.
 
-Chou et al. 2024 (arXiv 2411.10741), equation 13: the key is what the decay lets go, so one projection makes both. Here
-it is the teacher's key projection: a_t = σ(b − k_t)^(1/16), so that 1 − a_t rises with the teacher's k. With `augment`
-a token adds σ((q·(w⊙(1−a))) v) of its own, which is not linear in v and so no part of the mixing matrix.
+Chou et al. 2024 (arXiv 2411.10741), equation 13: the key is 1 − a_t, so one projection yields key and decay. Here it is
+the teacher's key projection: a_t = σ(b − k_t)^(1/16), so that 1 − a_t rises with the teacher's k. With `augment` a
+token adds σ((q·(w⊙(1−a))) v) of its own, which is not linear in v and so not part of the mixing matrix.
 
 Start: b such that half-lives are spread from `shortest` to `longest` tokens over the heads where k is 0; w = 0.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import vector_decay
@@ -27,8 +27,8 @@ class MetaLAOptions(Options):
     rope: bool = False
     output_norm: Literal["none", "rms", "layer"] = "layer"
     output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
-    augment: bool = False
-    temperature: float = 16.0
+    augment: bool = False  # add each token's self-augmentation
+    temperature: float = 16.0  # a_t is the 16th root of a sigmoid
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
     longest: float = 512.0
 
@@ -43,8 +43,8 @@ class MetaLA(Mixer):
     operator = vector_decay
     options_class = MetaLAOptions
     options: MetaLAOptions
-    # The authors' convolution goes over the block's input, with silu; over q, k and v a silu would bound the logits of
-    # the decay, and v, on one side.
+    # No silu: the authors' convolution goes over the block's input, but over q, k and v a silu would bound v and the
+    # logits of the decay on one side.
     published = {"augment": True, "conv": 4, "state": 0.5}
 
     def build(self) -> None:
@@ -56,9 +56,9 @@ class MetaLA(Mixer):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         o = self.options
-        keep = (log_decays_from_half_lives(self.shape.heads, o.shortest, o.longest) * o.temperature).exp()
+        gate = (log_decays_from_half_lives(self.shape.heads, o.shortest, o.longest) * o.temperature).exp()
         with torch.no_grad():
-            self.bias.copy_(logit(keep)[:, None].expand_as(self.bias))
+            self.bias.copy_(logit(gate)[:, None].expand_as(self.bias))
             if o.augment:
                 self.own.zero_()
 
@@ -71,11 +71,11 @@ class MetaLA(Mixer):
     def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if not self.options.augment:
             return o
-        # In float32: half precision has few steps at σ(0) = 0.5, which the head norm takes away again.
-        wide = torch.promote_types(o.dtype, torch.float32)
+        # In float32, because half precision has few steps around σ(0) = 0.5, which the head norm then subtracts.
+        dtype = torch.promote_types(o.dtype, torch.float32)
         weight = (q * self.own * -torch.expm1(self._log_decay(k))).sum(-1, keepdim=True)
-        return o.to(wide) + torch.sigmoid(weight.to(wide) * repeat_kv(v, o.shape[2]).to(wide))
+        return o.to(dtype) + torch.sigmoid(weight.to(dtype) * repeat_kv(v, o.shape[2]).to(dtype))
 
     def _log_decay(self, k: Tensor) -> Tensor:
         gate = self.bias - repeat_kv(k, self.shape.heads)
-        return F.logsigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32))) / self.options.temperature
+        return F.logsigmoid(upcast(gate)) / self.options.temperature

@@ -1,12 +1,12 @@
-"""mLSTM, the matrix memory of xLSTM: exponential input gate, sigmoid forget gate, normaliser with a floor.
+"""mLSTM, the matrix memory of xLSTM: exponential input gate, sigmoid forget gate, normalizer with a floor.
 
-Beck et al. 2024 (arXiv 2405.04517), equations 19 to 27: C_t = f_t C_{t-1} + exp(i_t) k_t v_tᵀ, n_t = f_t n_{t-1} +
-exp(i_t) k_t, h_t = C_tᵀ q_t / max(|n_tᵀ q_t|, 1), gates from the hidden states with a soft cap of 15 (arXiv
+Beck et al. 2024 (arXiv 2405.04517), equations 19 to 27: S_t = f_t S_{t-1} + exp(i_t) k_t v_tᵀ, n_t = f_t n_{t-1} +
+exp(i_t) k_t, o_t = S_tᵀ q_t / max(|n_tᵀ q_t|, 1), gates from the hidden states with a soft cap of 15 (arXiv
 2503.13427).
 
 It runs on the scalar-decay operator. With F the running sum of log f, the stabiliser is m = F + running max(i - F); the
 stabilised state obeys a scalar decay of log f + m_{t-1} - m_t (never positive) with keys scaled by exp(i - m), n is a
-column of ones beside v, and the floor 1 becomes exp(-m). m cancels from the result, so it takes no gradient.
+column of ones appended to v, and the floor 1 becomes exp(-m). m cancels from the result, so it takes no gradient.
 
 Start: gate weights 0, input gate exp(0) = 1, half-lives spread from `shortest` to `longest` tokens over the heads.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import scalar_decay
@@ -57,28 +57,26 @@ class MLSTM(Mixer):
         for gate in (self.input_gate, self.forget_gate):
             nn.init.zeros_(gate.weight)
         nn.init.zeros_(self.input_gate.bias)
-        keep = log_decays_from_half_lives(self.shape.heads, self.options.shortest, self.options.longest).exp()
+        decay = log_decays_from_half_lives(self.shape.heads, self.options.shortest, self.options.longest).exp()
         with torch.no_grad():
             cap = self.options.soft_cap
-            self.forget_gate.bias.copy_(cap * torch.atanh((logit(keep) / cap).clamp(max=0.99)))
+            self.forget_gate.bias.copy_(cap * torch.atanh((logit(decay) / cap).clamp(max=0.99)))
 
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
         cap = self.options.soft_cap
         raw_i, raw_f = self.input_gate(x), self.forget_gate(x)
-        wide = torch.promote_types(raw_i.dtype, torch.float32)
-        log_i = cap * torch.tanh(raw_i.to(wide) / cap)
-        log_f = F.logsigmoid(cap * torch.tanh(raw_f.to(wide) / cap))
+        log_i = cap * torch.tanh(upcast(raw_i) / cap)
+        log_f = F.logsigmoid(cap * torch.tanh(upcast(raw_f) / cap))
         if tokens.valid is not None:
             log_i = log_i.masked_fill(~tokens.valid[..., None], -1e9)
             log_f = log_f.masked_fill(~tokens.valid[..., None], 0)
         m, previous = compute_stabilizer(log_i.detach(), log_f.detach(), tokens, state.get("m"))
         k = repeat_kv(k, self.shape.heads) * torch.exp(log_i - m).unsqueeze(-1)
         log_decay = log_f + previous - m
-        log_decay = log_decay - log_decay.detach().clamp(
-            min=0
-        )  # rounding alone lifts it over zero; its slope stays one
+        # Only rounding lifts it above zero; its gradient stays that of the identity.
+        log_decay = log_decay - log_decay.detach().clamp(min=0)
         return OperatorInputs(
             q * self.shape.scale,
             k,
@@ -93,13 +91,15 @@ class MLSTM(Mixer):
 
 
 def compute_stabilizer(log_i: Tensor, log_f: Tensor, tokens: TokenMask, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """m_t = max(log f_t + m_{t-1}, i_t) for all t at once, and m_{t-1}; both [B, T, H]. m starts at 0 in each document.
+    """Compute m_t = max(log f_t + m_{t-1}, i_t) for all t at once, and m_{t-1}; both [B, T, H].
+
+    m starts at 0 in each document.
 
     Args:
         log_i, log_f: [B, T, H] log gates.
-        start: [B, H] m after the last token seen, None at the beginning.
+        start: [B, H] m after the last token of the call before, None at the beginning.
     """
-    # In float64 and with the documents lifted apart, one running maximum serves packed rows too.
+    # One running maximum serves packed rows too: each document is lifted above those before it, in float64.
     f, i = log_f.double().cumsum(1), log_i.double()
     lift = torch.zeros_like(f[..., :1])
     first = torch.zeros_like(f[:, 0]) if start is None else start.double()

@@ -1,6 +1,6 @@
-"""Retention: S_t = gamma_h S_{t-1} + k_t v_tᵀ with a constant decay per head, then a norm and a silu gate.
+"""RetNet: retention, S_t = γ_h S_{t-1} + k_t v_tᵀ with a constant decay per head, then a norm and a silu gate.
 
-Sun et al. 2023 (arXiv 2307.08621), equations 5 to 8: gamma_h = 1 - 2^(-5-h), RoPE on q and k, per-head norm.
+Sun et al. 2023 (arXiv 2307.08621), equations 5 to 8: γ_h = 1 − 2^(−5−h), RoPE on q and k, per-head norm.
 
 Start: the published decays (half-lives from 22 tokens upwards, doubling from head to head), gate open.
 """
@@ -38,7 +38,7 @@ class RetNet(Mixer):
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
-        # Computed, not a buffer: loading through the meta device loses buffers that are not saved.
+        # Computed here and not a buffer, because loading through the meta device loses buffers that are not saved.
         exponent = -(5.0 + torch.arange(self.shape.heads, device=q.device, dtype=torch.float64)) * math.log(2.0)
         log_decay = torch.log1p(-exponent.exp()).to(torch.promote_types(q.dtype, torch.float32))
         return OperatorInputs(q * self.shape.scale, k, v, log_decay)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, log_decays_from_half_lives
+from limbeck.mixers.options import Options, log_decays_from_half_lives, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import vector_decay
@@ -30,8 +30,8 @@ from limbeck.ops.common import build_document_mask, disable_autocast, find_docum
 class RWKV6Options(Options):
     output_norm: Literal["none", "rms", "layer"] = "rms"
     output_gate: Literal["none", "silu", "sigmoid", "inner"] = "silu"
-    rank: int = 64
-    complement: bool = False
+    rank: int = 64  # rank of the decay's projection
+    complement: bool = False  # scale keys by 1 − w_t
     shortest: float = 8.0  # half-lives in tokens, spread over the heads
     longest: float = 512.0
 
@@ -66,9 +66,9 @@ class RWKV6(Mixer):
     def compute_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
-        raw = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
-        # exp(6) is a reset already; more would overflow
-        log_decay = -torch.exp(raw.to(torch.promote_types(raw.dtype, torch.float32)).clamp(max=6.0))
+        gate = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
+        # exp(6) resets the state already; more would overflow.
+        log_decay = -torch.exp(upcast(gate).clamp(max=6.0))
         k = repeat_kv(k, self.shape.heads)
         if self.options.complement:
             k = k * -torch.expm1(log_decay)
@@ -79,10 +79,10 @@ class RWKV6(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> tuple[Tensor, State]:
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
-        run = vector_decay.recurrent if q.shape[1] == 1 else vector_decay.chunked
+        operator = vector_decay.recurrent if q.shape[1] == 1 else vector_decay.chunked
         memory, segments = state.get("memory"), tokens.segments
-        later, last = run(
-            _next(arguments.q), arguments.k, arguments.v, arguments.log_decay, state=memory, segments=segments
+        later, last = operator(
+            _next_queries(arguments.q), arguments.k, arguments.v, arguments.log_decay, state=memory, segments=segments
         )
         if memory is None:
             first = torch.zeros_like(later[:, :1])
@@ -97,13 +97,15 @@ class RWKV6(Mixer):
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
-        later = vector_decay.matrix(_next(arguments.q), arguments.k, arguments.log_decay, segments=tokens.segments)
+        later = vector_decay.matrix(
+            _next_queries(arguments.q), arguments.k, arguments.log_decay, segments=tokens.segments
+        )
         m = F.pad(later[:, :, :-1], (0, 0, 1, 0))
         if tokens.segments is not None:
             m = m * build_document_mask(tokens.segments)
         return arguments.add_diagonal_to_matrix(m)
 
 
-def _next(q: Tensor) -> Tensor:
-    """Each token's successor's query, zero after the last. q: [B, T, H, K]."""
+def _next_queries(q: Tensor) -> Tensor:
+    """Move queries q [B, T, H, K] one token up: each token gets that of the next one, the last one zero."""
     return F.pad(q[:, 1:], (0, 0, 0, 0, 0, 1))

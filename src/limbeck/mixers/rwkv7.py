@@ -1,9 +1,9 @@
 """RWKV-7: S_t = (Diag(w_t) − (a_t⊙κ_t) κ_tᵀ) S_{t-1} + k_t v_tᵀ, a delta rule with rates per key channel.
 
 Peng et al. 2025 (arXiv 2503.14456), equations 5 to 17: log w = −e^(−1/2) σ(·) and the rate a = σ(·), both per key
-channel, κ = unit(k ⊙ k_k), keys k (1 + (a − 1) k_a), and after the head norm a bonus (r·(k⊙r_k)) v. The token shift
+channel, κ = unit(k ⊙ k_k), keys k (1 + (a − 1) k_a), and after the head norm a bonus (q·(k⊙r_k)) v. The token shift
 of the original is the common convolution of width 2; mixing v with the first layer's is left out, since a mixer sees
-one layer. With `unit_keys` k is scaled to unit length first, which makes the write the size of what is erased.
+one layer. With `unit_keys` k is scaled to unit length first, so that a token writes as much as it erases.
 
 Start: low-rank maps' second factors 0; half-lives spread from `shortest` to `longest` tokens over the heads;
 a = `write`, k_k = k_a = 1, so that the rule is the delta rule with write strength a; r_k = 0.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import OperatorInputs, State, TokenMask
 from limbeck.ops import dplr
@@ -29,9 +29,9 @@ FASTEST = math.exp(-0.5)  # the largest decay rate per token
 @dataclass(frozen=True)
 class RWKV7Options(Options):
     rope: bool = False
-    rank: int = 64
-    unit_keys: bool = True
-    write: float = 0.25
+    rank: int = 64  # rank of the projections of decay and rate
+    unit_keys: bool = True  # scale keys to unit length
+    write: float = 0.25  # rate a at the start
     shortest: float = 14.0  # half-lives in tokens, spread over the heads
     longest: float = 14.0
 
@@ -83,7 +83,7 @@ class RWKV7(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
     ) -> OperatorInputs:
         decay = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
-        log_decay = -FASTEST * torch.sigmoid(decay.to(torch.promote_types(decay.dtype, torch.float32)))
+        log_decay = -FASTEST * torch.sigmoid(upcast(decay))
         k, rate = self._keys(k), self._rate(x)
         erased = F.normalize(k * self.erase_scale, dim=-1, eps=1e-6)
         return OperatorInputs(
@@ -100,8 +100,7 @@ class RWKV7(Mixer):
         return repeat_kv(k, self.shape.heads)
 
     def _rate(self, x: Tensor) -> Tensor:
-        raw = self.rate_up(self.rate_down(x)).unflatten(-1, (self.shape.heads, -1))
-        return torch.sigmoid(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        return torch.sigmoid(upcast(self.rate_up(self.rate_down(x)).unflatten(-1, (self.shape.heads, -1))))
 
     def _written(self, k: Tensor, rate: Tensor) -> Tensor:
         return k * (1 + (rate.to(k.dtype) - 1) * self.rate_share)

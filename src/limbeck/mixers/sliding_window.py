@@ -1,6 +1,6 @@
 """Sliding-window softmax attention with sink tokens: the last `window` tokens and the first `sinks` of the document.
 
-Xiao et al. 2023 (arXiv 2309.17453), section 3.2. Its state is a window of the cache, so it does not grow; hybrids are
+Xiao et al. 2023 (arXiv 2309.17453), section 3.2. Its state is a window of the cache, which does not grow; hybrids are
 built on it. Tokens keep the rotary positions that the teacher gave them.
 
 Start: no parameters of its own: the teacher's attention with everything between sinks and window cut out.
@@ -38,7 +38,7 @@ class SlidingWindow(Mixer):
     def build(self) -> None:
         s, o = self.shape, self.options
         self.window = o.window
-        if o.state:  # as many numbers as the common state of that size
+        if o.state:  # the window takes as many numbers as the common state of that size
             numbers = s.heads * o.state * s.key_width * s.value_width
             self.window = max(round(numbers / (s.kv_heads * (s.key_width + s.value_width))) - o.sinks, 1)
 

@@ -1,10 +1,10 @@
-"""Softmax attention itself, as a mixer: the control arm.
+"""Softmax attention itself, as a mixer: the control of experiments, o_t = Σ_{j≤t} softmax_j(scale · q_t·k_j) v_j.
 
-It goes the whole way that a student goes (conversion, stages, cache, export) and must come out as the teacher: every
-stage's loss is zero at the start, perplexity is the teacher's. Its cache grows with the length, unlike every other
-mixer's.
+It goes through everything that a student goes through (conversion, stages, cache, export) and must equal the teacher:
+every stage's loss is zero at the start, and perplexity is the teacher's. Its cache grows with the length, unlike every
+other mixer's.
 
-Start: the teacher's attention (without soft caps, windows and sinks, which the interface does not hand to a mixer).
+Start: the teacher's attention (without soft caps, windows and sinks, which a mixer does not get).
 """
 
 import torch
@@ -32,7 +32,7 @@ class Softmax(Mixer):
         length = q.shape[1]
         new = {"k": k, "v": v, "valid": _valid(tokens, k), "segments": _segments(tokens, k)}
         if "k" in state:
-            # the incoming state belongs to document 0 of this call
+            # The incoming state belongs to document 0 of this call.
             old = {**state, "segments": state["segments"] - state["segments"][:, -1:]}
             new = {name: torch.cat([old[name], tensor], 1) for name, tensor in new.items()}
         weights = self._weights(q, new["k"], new["valid"], new["segments"], length)
@@ -42,17 +42,17 @@ class Softmax(Mixer):
         return self._weights(q, k, _valid(tokens, k), _segments(tokens, k), q.shape[1])
 
     def memory_numel(self) -> int:
-        """Numbers that one more token adds."""
+        """Count the numbers that each token adds."""
         return self.shape.kv_heads * (self.shape.key_width + self.shape.value_width)
 
     def _weights(self, q: Tensor, k: Tensor, valid: Tensor, segments: Tensor, length: int) -> Tensor:
-        """[B, H, T, keys] for the last `length` of the keys' tokens as queries."""
+        """Compute the softmax weights [B, H, T, keys]; the queries are the last `length` tokens of the keys."""
         total = k.shape[1]
         logits = torch.einsum("bihk,bjhk->bhij", q * self.shape.scale, repeat_kv(k, self.shape.heads))
         causal = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
         same = segments[:, -length:, None] == segments[:, None, :]
         allowed = (causal & same & valid[:, None, :])[:, None]
-        # a padded query may see nothing at all; its row is zero instead of an even spread
+        # A padded query may see nothing at all; its row is zero, not uniform.
         return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1) * allowed
 
 

@@ -1,12 +1,14 @@
-"""The linear-time recurrences, each in three forms that agree: `recurrent`, `chunked` and `matrix`.
-
-What stands here is in torch and runs everywhere; on CUDA the first two and the convolution go to a kernel where one
-takes the call (`limbeck.ops.fla`).
+"""Operators of linear attention: causal recurrences of linear time, each in three forms that agree.
 
     from limbeck.ops import delta_rule
-    o, state = delta_rule.chunked(q, k, v, beta, log_decay)
+    o, state = delta_rule.chunked(q, k, v, beta, log_decay)                  # training and prefill
+    o, state = delta_rule.recurrent(q1, k1, v1, beta1, g1, state=state)      # decoding
+    m = delta_rule.matrix(q, k, beta, log_decay)                             # the mixing matrix: o = m v
 
-Shapes: B batch, T time, H heads, G groups of keys or values, K key width, V value width, C chunk, N chunks.
+Everything here is in torch and runs everywhere. On CUDA, `chunked`, `recurrent` and the convolution go to a kernel of
+flash-linear-attention where there is one for the call (`limbeck.ops.fla`).
+
+Legend: B batch, T time, H heads, G groups of keys or values, K key width, V value width, C chunk, N chunks.
 """
 
 from limbeck.ops import (

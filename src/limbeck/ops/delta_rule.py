@@ -2,9 +2,9 @@
 
     S' = Diag(a_t) S_{t-1},    S_t = S' + beta_t k_t (v_t − S'ᵀ k_t)ᵀ,    o_t = S_tᵀ q_t,    a_t = exp(log_decay_t)
 
-DeltaNet (no decay, arXiv 2406.06484), Gated DeltaNet (scalar, arXiv 2412.06464), Kimi Delta Attention (vector, arXiv
-2510.26692). As a matrix M = P (I + Diag(beta) strict_tril(G))⁻¹ Diag(beta), with P and G the decayed products of
-queries with keys and of keys with keys.
+DeltaNet (no decay, arXiv 2406.06484), Gated DeltaNet (scalar, arXiv 2412.06464) and Kimi Delta Attention (vector, arXiv
+2510.26692) are this recurrence. Its mixing matrix is M = P (I + Diag(beta) strict_tril(G))⁻¹ Diag(beta), with P and G
+the decayed products of queries with keys and of keys with keys.
 
     o, state = delta_rule.chunked(q, k, v, beta, log_decay)                  # a whole sequence
     o, state = delta_rule.recurrent(q1, k1, v1, beta1, g1, state=state)      # the next token
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.errors import LimbeckError
-from limbeck.ops import common, cpu
+from limbeck.ops import common, recurrence
 from limbeck.ops.fla import accelerated
 from limbeck.ops.intra_chunk import build_decay_matrix, compute_decayed_terms
 from limbeck.ops.matrix_rows import scan_chunk_rows
@@ -36,13 +36,14 @@ def recurrent(
     state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, one token after the other: for decoding and as the arbiter.
+    """Run the definition, one token after the other: for decoding, and as the reference of the other forms.
 
-    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    Returns:
+        o [B,T,H,V] in v's dtype and the state [B,H,K,V] in float32 (float64 for float64 inputs).
     """
     _check_beta(beta, q)
     vector = log_decay is not None and log_decay.dim() == 4
-    return common.scan_tokens(q, k, v, log_decay, state, segments, vector=vector, beta=beta)
+    return recurrence.scan_tokens(q, k, v, log_decay, state, segments, vector=vector, beta=beta)
 
 
 @accelerated("delta_rule")
@@ -57,9 +58,10 @@ def chunked(
     segments: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of `chunk` tokens (a power of two; None chooses): for training and prefill.
+    """Run the same recurrence in chunks of `chunk` tokens, a power of two; None chooses: for training and prefill.
 
-    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    Returns:
+        o [B,T,H,V] in v's dtype and the state [B,H,K,V] in float32 (float64 for float64 inputs).
     """
     return _chunked(q, k, v, beta, log_decay, state, segments, chunk)
 
@@ -76,54 +78,55 @@ def _chunked(
     *,
     triangular: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`triangular`: v is lower triangular and takes no gradient, which may be made use of."""
+    """Run `chunked`; `triangular` as in `recurrence.run_chunked`."""
     _check_beta(beta, q)
-    common.check_shapes(q, k, v, segments=segments)
-    length, heads, dtype = q.shape[1], q.shape[2], common.compute_dtype(q, k, v, beta, log_decay, state)
-    vector, log = log_decay is not None and log_decay.dim() == 4, None
-    with common.disable_autocast(q):
-        first = common.prepare_initial_state(state, q, v.shape[-1], dtype)
-        if log_decay is not None:
-            log = common.expand_log_decay(log_decay, q, vector=vector, dtype=dtype)
-        route = cpu.plan_chunks(q, log, chunk)
-        if route:
-            return cpu.run_chunks(q, k, v, beta, log, first, segments, route._replace(triangular=triangular))
-        chunk = common.resolve_chunk_size(chunk, length)
-        values = common.repeat_kv(common.to_chunks(v, chunk, dtype), heads)
-        reads, erases, writes, mixing, overlap, rate, decay = _terms(q, k, beta, log, segments, chunk, dtype)
-        o, last = _Correct.apply(reads, rate * erases, writes, rate * values, mixing, rate * overlap, decay, first)
-        return common.from_chunks(o, length, v.dtype), last
+
+    def scan(log: Tensor | None, values: Tensor, size: int, dtype: torch.dtype, first: Tensor) -> tuple[Tensor, Tensor]:
+        queries, erase_keys, keys, scores, overlap, rate, decay = _chunk_terms(q, k, beta, log, segments, size, dtype)
+        return _ScanDeltaChunks.apply(
+            queries, rate * erase_keys, keys, rate * values, scores, rate * overlap, decay, first
+        )
+
+    vector = log_decay is not None and log_decay.dim() == 4
+    return recurrence.run_chunked(
+        scan, q, k, v, log_decay, state, segments, chunk, vector=vector, beta=beta, triangular=triangular
+    )
 
 
-def _terms(
+def _chunk_terms(
     q: Tensor, k: Tensor, beta: Tensor, log: Tensor | None, segments: Tensor | None, chunk: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """What does not depend on v, in chunks: decayed queries, keys that erase and that write, products of queries and of
-    keys with keys, write strengths, and the decay of each chunk."""
+    """Compute what does not depend on v, in chunks and with documents kept apart.
+
+    Returns:
+        Decayed queries Q̂, keys that read what is erased (k·exp(g)), keys that write K̃, scores P of queries with keys,
+        overlap of keys with keys, write strengths beta [N,B,H,C,1], and the decay D of each chunk.
+    """
     heads = q.shape[2]
-    reads = common.to_chunks(q, chunk, dtype)
-    keys = common.to_chunks(k, chunk, dtype)
-    writes = common.repeat_kv(keys, heads)
+    queries = common.to_chunks(q, chunk, dtype)
+    grouped_keys = common.to_chunks(k, chunk, dtype)
+    keys = common.repeat_kv(grouped_keys, heads)
     rate = common.to_chunks(beta.unsqueeze(-1), chunk, dtype)
-    decay, erases = None, writes
+    decay, erase_keys = None, keys
     if log is not None and log.shape[-1] > 1:
-        mixing, overlap, since, until = compute_decayed_terms(
-            reads, writes, common.to_chunks(log, chunk, dtype), overlap=True
+        scores, overlap, since, until = compute_decayed_terms(
+            queries, keys, common.to_chunks(log, chunk, dtype), overlap=True
         )
     else:
-        mixing, overlap = reads @ writes.mT, common.repeat_kv(keys @ keys.mT, heads)
+        # Keys meet keys before the groups are repeated: a group's heads share these products.
+        scores, overlap = queries @ keys.mT, common.repeat_kv(grouped_keys @ grouped_keys.mT, heads)
         if log is None:
-            mixing = mixing.tril()
+            scores = scores.tril()
         else:
-            within, since, until = build_decay_matrix(common.to_chunks(log, chunk, dtype))
-            mixing, overlap = mixing * within, overlap * within
+            between, since, until = build_decay_matrix(common.to_chunks(log, chunk, dtype))
+            scores, overlap = scores * between, overlap * between
     if log is not None:
-        reads, erases, writes, decay = reads * since, writes * since, writes * until, since[..., -1:, :].mT
+        queries, erase_keys, keys, decay = queries * since, keys * since, keys * until, since[..., -1:, :].mT
     if segments is not None:
-        docs = common.DocumentMasks.from_segments(segments, chunk)
-        overlap, erases = overlap * docs.within_document, erases * docs.reads_state
-        reads, writes, mixing, decay = common.mask_documents(segments, chunk, reads, writes, mixing, decay)
-    return reads, erases, writes, mixing, overlap, rate, decay
+        masks = common.DocumentMasks.from_segments(segments, chunk)
+        overlap, erase_keys = overlap * masks.within_document, erase_keys * masks.reads_state
+        queries, keys, scores, decay = recurrence.mask_documents(segments, chunk, queries, keys, scores, decay)
+    return queries, erase_keys, keys, scores, overlap, rate, decay
 
 
 def compute_rows(
@@ -135,23 +138,23 @@ def compute_rows(
     rows: Tensor,
     segments: Tensor | None = None,
 ) -> Tensor:
-    """Rows [B, R] of the mixing matrix: [B,H,R,T]."""
+    """Compute the rows `rows` [B, R] of the mixing matrix: [B,H,R,T]."""
     _check_beta(beta, q)
     common.check_shapes(q, k, segments=segments)
     dtype, chunk, log = common.compute_dtype(q, k, beta, log_decay), common.resolve_chunk_size(None, q.shape[1]), None
     with common.disable_autocast(q):
         if log_decay is not None:
             log = common.expand_log_decay(log_decay, q, vector=log_decay.dim() == 4, dtype=dtype)
-        reads, erases, writes, mixing, overlap, rate, decay = _terms(q, k, beta, log, segments, chunk, dtype)
-        corrections = rate, rate * erases, rate * overlap
-        return scan_chunk_rows(reads, writes, mixing, decay, rows, q.shape[1], corrections)
+        queries, erase_keys, keys, scores, overlap, rate, decay = _chunk_terms(q, k, beta, log, segments, chunk, dtype)
+        corrections = rate, rate * erase_keys, rate * overlap
+        return scan_chunk_rows(queries, keys, scores, decay, rows, q.shape[1], corrections)
 
 
 def matrix(
     q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor | None = None, *, segments: Tensor | None = None
 ) -> Tensor:
-    """The mixing matrix M [B,H,T,T], lower triangular: with a zero initial state o = M v, head by head."""
-    # In chunks with v = I: the closed form has T×T factors, and with its gradient took 1.7 times as long.
+    """Build the mixing matrix M [B,H,T,T], lower triangular: with a zero initial state o = M v, head by head."""
+    # In chunks with v = I, because the closed form has T×T factors and with its gradient took 1.7 times as long.
     dtype, length = common.compute_dtype(q, k, beta, log_decay), q.shape[1]
     identity = torch.eye(length, dtype=dtype, device=q.device)[None, :, None].expand(q.shape[0], -1, 1, -1)
     m, _ = _chunked(q, k, identity, beta, log_decay, None, segments, None, triangular=True)
@@ -163,42 +166,42 @@ def _check_beta(beta: Tensor, q: Tensor) -> None:
         raise LimbeckError(f"beta has shape {list(beta.shape)}", expected=f"[B, T, H] = {list(q.shape[:3])}")
 
 
-class _Correct(torch.autograd.Function):
-    """Outputs and final state from what does not depend on the state.
+class _ScanDeltaChunks(torch.autograd.Function):
+    """Run the delta rule from chunk to chunk: outputs and final state from what does not depend on the state.
 
         U_n = (I + L_n)⁻¹ (V_n − E_n S_n),    O_n = Q̂_n S_n + P_n U_n,    S_{n+1} = Diag(D_n) S_n + K̃_nᵀ U_n
 
-    with E = beta·k·exp(g) what is erased, V already times beta and L the strictly lower part of `system`.
+    with E = beta·k·exp(g) what is erased, V already times beta and L the strictly lower part of `overlap`.
     """
 
     @staticmethod
-    def forward(ctx, reads, erases, writes, v, mixing, system, decay, state):
-        eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        inverse = torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False, unitriangular=True)
-        updates, erased = inverse @ v, inverse @ erases
-        states = state.new_empty(reads.shape[0] + 1, *state.shape)
+    def forward(ctx, q_decayed, erase_keys, k_decayed, v, scores, overlap, decay, state):
+        eye = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device)
+        inverse = torch.linalg.solve_triangular(overlap, eye.expand_as(overlap), upper=False, unitriangular=True)
+        updates, erased = inverse @ v, inverse @ erase_keys
+        states = state.new_empty(q_decayed.shape[0] + 1, *state.shape)
         states[0] = state
-        for n in range(reads.shape[0]):
+        for n in range(q_decayed.shape[0]):
             common.add_matmul_(updates[n], erased[n], states[n], sign=-1)
             common.apply_decay(states[n], decay, n, into=states[n + 1])
-            common.add_matmul_(states[n + 1], writes[n].mT, updates[n])
-        o = common.add_matmul_(mixing @ updates, reads, states[:-1])
-        ctx.save_for_backward(reads, writes, mixing, decay, inverse, erased, updates, states)
+            common.add_matmul_(states[n + 1], k_decayed[n].mT, updates[n])
+        o = common.add_matmul_(scores @ updates, q_decayed, states[:-1])
+        ctx.save_for_backward(q_decayed, k_decayed, scores, decay, inverse, erased, updates, states)
         return o, states[-1].clone()
 
     @staticmethod
     @common.strict_once_differentiable
     def backward(ctx, do, dlast):
-        reads, writes, mixing, decay, inverse, erased, updates, states = ctx.saved_tensors
+        q_decayed, k_decayed, scores, decay, inverse, erased, updates, states = ctx.saved_tensors
         with common.disable_autocast(do):
             do = do.contiguous()
-            dupdates = mixing.mT @ do
+            dupdates = scores.mT @ do
             dstates = torch.empty_like(states)
             dstates[-1] = dlast
-            for n in reversed(range(reads.shape[0])):
-                common.add_matmul_(dupdates[n], writes[n], dstates[n + 1])
+            for n in reversed(range(q_decayed.shape[0])):
+                common.add_matmul_(dupdates[n], k_decayed[n], dstates[n + 1])
                 common.apply_decay(dstates[n + 1], decay, n, into=dstates[n])
-                common.add_matmul_(dstates[n], reads[n].mT, do[n])
+                common.add_matmul_(dstates[n], q_decayed[n].mT, do[n])
                 common.add_matmul_(dstates[n], erased[n].mT, dupdates[n], sign=-1)
             dv = inverse.mT @ dupdates
             return (

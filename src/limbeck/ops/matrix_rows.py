@@ -1,12 +1,12 @@
-"""Some rows of a mixing matrix, in memory that grows with their number and not with the square of the length.
+"""Selected rows of a mixing matrix, in memory that grows with their number and not with the square of the length.
 
-    rows = sample_query_positions(ids, 64, seed=0)                                        # [B, 64] queries
+    rows = sample_query_positions(ids, 64, seed=0)                           # [B, 64] queries
     m = matrix_rows(delta_rule, q, k, (beta, log_decay), rows, segments)     # [B, H, 64, T]
 
-An operator that can give its rows at once has a `compute_rows` of its own; where states go from chunk to chunk these walk back
-over them (`scan_chunk_rows`). Any other is run on a block of columns of the identity in the place of v, from the
-block's first token on: that gives the block's columns, of which the rows are kept. A block's graph is let go and made
-again in the backward pass. This saves memory, not time.
+An operator that can compute rows directly has a function `compute_rows`; those with states between chunks walk back
+over the chunks there (`scan_chunk_rows`). Any other operator is run with a block of columns of the identity for v, from
+the block's first token on, which gives those columns of the matrix. A block's graph is freed and computed again in the
+backward pass. This saves memory, not time.
 """
 
 from types import ModuleType
@@ -21,26 +21,20 @@ BLOCK = 128  # columns at a time
 
 
 def sample_query_positions(ids: Tensor, count: int, seed: int) -> Tensor:
-    """`count` different positions of each sequence, in order: [B, count], all of them where there are no more.
-
-    They are a function of the seed and the sequence's tokens, so neither a resumed run nor the way in which a step is
-    split draws other ones.
-
-    Args:
-        ids: [B, T] tokens.
-    """
+    """Draw `count` different positions of each sequence of tokens ids [B, T], sorted: [B, min(count, T)]."""
     length = ids.shape[1]
     count = min(count, length)
-    place = torch.arange(1, length + 1)
-    drawn = []
+    weights = torch.arange(1, length + 1)
+    samples = []
     for row in ids.cpu():
-        generator = torch.Generator().manual_seed((int((row * place).sum()) * 1_000_003 + seed) % 2**63)
-        drawn.append(torch.randperm(length, generator=generator)[:count].sort().values)
-    return torch.stack(drawn).to(ids.device)
+        # Seeded by the tokens themselves, so that resuming a run or splitting a step differently draws the same ones.
+        generator = torch.Generator().manual_seed((int((row * weights).sum()) * 1_000_003 + seed) % 2**63)
+        samples.append(torch.randperm(length, generator=generator)[:count].sort().values)
+    return torch.stack(samples).to(ids.device)
 
 
 def gather_rows(x: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """x along `dim` (of size T) at rows [B, R], sequence by sequence; dimension 0 of x is B or 1."""
+    """Select rows [B, R] of x along `dim` (of size T), sequence by sequence; dimension 0 of x is B or 1."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = rows.shape
     index = rows.view(shape)
@@ -49,39 +43,43 @@ def gather_rows(x: Tensor, rows: Tensor, dim: int) -> Tensor:
 
 
 def scan_chunk_rows(
-    reads: Tensor,
-    writes: Tensor,
-    mixing: Tensor,
+    q_decayed: Tensor,
+    k_decayed: Tensor,
+    scores: Tensor,
     decay: Tensor | None,
     rows: Tensor,
     length: int,
     corrections: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Rows [B, R] of the mixing matrix of `O_n = Q̂_n S_n + P_n U_n, S_{n+1} = Diag(D_n) S_n + K̃_nᵀ U_n`: [B, H, R, T].
+    """Compute rows [B, R] of the mixing matrix of a recurrence over chunks: [B, H, R, T].
 
-    From the last chunk to the first, what each row reads of the state [B, H, R, K] is carried back: at first the row's
-    own Q̂, then faded by D. So the cost is that of a few products of R rows with each chunk, whatever v's width.
+        O_n = Q̂_n S_n + P_n U_n,    S_{n+1} = Diag(D_n) S_n + K̃_nᵀ U_n
+
+    From the last chunk to the first, the vector [B, H, R, K] with which each row reads the state is carried back: it
+    starts as the row's own Q̂ and then decays by D. The cost is a few products of R rows with each chunk, whatever V.
 
     Args:
-        reads, writes: Q̂ and K̃ [N, B, H, C, K]; mixing: P [N, B, H, C, C]; decay: D [N, B, H, K or 1, 1] or None.
-        length: T; the last chunk may be filled up.
+        q_decayed, k_decayed: Q̂ and K̃ [N, B, H, C, K].
+        scores: P [N, B, H, C, C].
+        decay: D [N, B, H, K or 1, 1] or None.
+        length: T; the last chunk may be padded.
         corrections: of the delta rule, where U_n = (I + L_n)⁻¹ (β V_n − E_n S_n): β [N, B, H, C, 1], E [N, B, H, C, K]
             and L [N, B, H, C, C], of which the strictly lower part counts. Otherwise U is V.
     """
-    chunk, inside = reads.shape[-2], rows // reads.shape[-2]
-    own, first = (gather_rows(x.permute(1, 2, 0, 3, 4).flatten(2, 3), rows, 2) for x in (mixing, reads))
+    chunk, chunk_of_row = q_decayed.shape[-2], rows // q_decayed.shape[-2]
+    own_scores, own_query = (gather_rows(x.permute(1, 2, 0, 3, 4).flatten(2, 3), rows, 2) for x in (scores, q_decayed))
     if corrections is not None:
-        rate, erases, system = corrections
-        eye = torch.eye(chunk, dtype=system.dtype, device=system.device).expand_as(system)
-        inverse = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
-    carried, blocks = torch.zeros_like(first), []
-    for n in reversed(range(len(reads))):
-        here = (inside == n)[:, None, :, None]
-        weights = torch.where(here, own, carried @ writes[n].mT)
-        carried = torch.where(here, first, carried if decay is None else carried * decay[n].mT)
+        rate, erase_keys, overlap = corrections
+        eye = torch.eye(chunk, dtype=overlap.dtype, device=overlap.device).expand_as(overlap)
+        inverse = torch.linalg.solve_triangular(overlap, eye, upper=False, unitriangular=True)
+    carried, blocks = torch.zeros_like(own_query), []
+    for n in reversed(range(len(q_decayed))):
+        is_here = (chunk_of_row == n)[:, None, :, None]
+        weights = torch.where(is_here, own_scores, carried @ k_decayed[n].mT)
+        carried = torch.where(is_here, own_query, carried if decay is None else carried * decay[n].mT)
         if corrections is not None:
             weights = weights @ inverse[n]
-            carried = carried - weights @ erases[n]
+            carried = carried - weights @ erase_keys[n]
             weights = weights * rate[n].mT
         blocks.append(weights)
     return torch.cat(blocks[::-1], -1)[..., :length]
@@ -96,32 +94,34 @@ def matrix_rows(
     segments: Tensor | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """Rows [B, R] of the operator's mixing matrix: [B, H, R, T], with gradients.
+    """Compute rows [B, R] of the operator's mixing matrix: [B, H, R, T], with gradients.
 
     Args:
-        operator: one of `limbeck.ops`.
-        q: [B, T, H, K]; k: [B, T, G, K]; gates: what the operator takes after v.
-        rows: [B, R] queries, in order.
+        operator: a module of `limbeck.ops`.
+        q: [B, T, H, K].
+        k: [B, T, G, K].
+        gates: the operator's arguments after v.
+        rows: [B, R] positions of queries, sorted.
         segments: [B, T] document numbers.
-        block: columns at a time.
+        block: columns to compute at a time.
     """
-    own = getattr(operator, "compute_rows", None)
-    if own is not None:
-        return own(q, k, *gates, rows=rows, segments=segments)
+    compute_rows = getattr(operator, "compute_rows", None)
+    if compute_rows is not None:
+        return compute_rows(q, k, *gates, rows=rows, segments=segments)
 
     def columns(begin: int, width: int, q: Tensor, k: Tensor, *gates: Tensor | None) -> Tensor:
         identity = torch.eye(q.shape[1], width, dtype=q.dtype, device=q.device)[None, :, None]
         number = None if segments is None else segments[:, begin:end] - segments[:, begin, None]
-        with use_backend("torch"):  # in here: the backward pass, which may have a thread of its own, comes by again
+        # Not around the loop: the backward pass calls this again, and may do so in a thread of its own.
+        with use_backend("torch"):
             o, _ = operator.chunked(q, k, identity.expand(len(q), -1, 1, -1), *gates, segments=number)
-        later = (rows >= begin)[:, None, :, None]
-        return gather_rows(o, (rows - begin).clamp_min(0), 1).transpose(1, 2) * later
+        is_causal = (rows >= begin)[:, None, :, None]
+        return gather_rows(o, (rows - begin).clamp_min(0), 1).transpose(1, 2) * is_causal
 
     end = int(rows.max()) + 1  # no query looks further
-    parts = []
+    blocks = []
     for begin in range(0, end, block):
         width = min(block, end - begin)
-        given = (x if x is None or x.dim() == 1 else x[:, begin:end] for x in (q, k, *gates))
-        parts.append(checkpoint(columns, begin, width, *given, use_reentrant=False))
-    found = torch.cat(parts, -1)
-    return torch.nn.functional.pad(found, (0, q.shape[1] - end))
+        arguments = (x if x is None or x.dim() == 1 else x[:, begin:end] for x in (q, k, *gates))
+        blocks.append(checkpoint(columns, begin, width, *arguments, use_reentrant=False))
+    return torch.nn.functional.pad(torch.cat(blocks, -1), (0, q.shape[1] - end))

@@ -1,10 +1,10 @@
-"""The causal depthwise convolution that goes over q, k and v in many mixers: each channel sees its last few tokens.
+"""The short convolution over q, k and v in many mixers: causal and depthwise, each channel sees its last few tokens.
 
     y_t = Σ_j w_j ⊙ x_{t-j},    j = 0 … W-1
 
-    y, state = convolution.causal(x, weight)                         # a whole sequence
-    y, state = convolution.causal(x1, weight, state=state)           # the next token
-    y, state = convolution.causal_masked(x, weight, valid)             # padding anywhere takes no place in any window
+    y, state = short_conv.causal(x, weight)                         # a whole sequence
+    y, state = short_conv.causal(x1, weight, state=state)           # the next token
+    y, state = short_conv.causal_masked(x, weight, valid)           # padding anywhere takes no place in any window
 
 Tokens of other documents count as zeros. Legend: B batch, T time, W width of the window.
 """
@@ -20,12 +20,12 @@ from limbeck.ops.sliding_window import gather_tokens
 def causal(
     x: Tensor, weight: Tensor, *, state: Tensor | None = None, segments: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Convolve the channels of every token with those of the tokens before it.
+    """Convolve the channels of every token with those of the W-1 tokens before it.
 
     Args:
         x: [B, T, ...].
         weight: [W, ...] with x's channels; weight[0] meets the token itself.
-        state: [B, W-1, ...] the inputs before these, None for none.
+        state: [B, W-1, ...] the inputs before these; None for none.
         segments: [B, T] non-decreasing document numbers; the state belongs to document 0.
 
     Returns:
@@ -47,17 +47,17 @@ def causal(
         rows = slice(width - 1 - j, width - 1 - j + length)
         same = (number[:, rows] == segments).view(*segments.shape, *channels)
         y = y + history[:, rows] * same * weight[j]
-    kept = (number[:, length:] == segments[:, -1:]).view(len(segments), width - 1, *channels)
-    return y, history[:, length:] * kept
+    of_last_document = (number[:, length:] == segments[:, -1:]).view(len(segments), width - 1, *channels)
+    return y, history[:, length:] * of_last_document
 
 
 def causal_masked(
     x: Tensor, weight: Tensor, valid: Tensor, *, state: Tensor | None = None, segments: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`causal` over the valid tokens alone, zero at the others; the state holds the last W-1 valid inputs.
+    """Convolve the valid tokens alone, as `causal` does; y is zero at the others, the state holds valid inputs only.
 
     Args:
-        valid: [B, T] bool, False where a token is padding: ahead, behind or in between.
+        valid: [B, T] bool, False where a token is padding: before, after or between the others.
     """
     width, channels = weight.shape[0], (1,) * (x.dim() - 2)
     if state is None:
@@ -68,16 +68,16 @@ def causal_masked(
         real = valid.view(*valid.shape, *channels)
         old = state if segments is None else state * (segments == 0).view(*segments.shape, *channels)
         return y * real, torch.where(real, new, old.to(x.dtype))
-    # padding goes ahead of the state, where no token's window reaches
+    # Sort padding to before the state, where no token's window reaches.
     real = torch.cat([valid.new_ones(len(valid), width - 1), valid], 1)
     order = real.to(torch.uint8).argsort(dim=1, stable=True)
     history = gather_tokens(torch.cat([state.to(x.dtype), x], 1), order)
     number = None
     if segments is not None:
-        known = torch.cat([segments.new_zeros(len(segments), width - 1), segments], 1)
-        number = known.masked_fill(~real, 0).gather(1, order)[:, width - 1 :]
+        with_state = torch.cat([segments.new_zeros(len(segments), width - 1), segments], 1)
+        number = with_state.masked_fill(~real, 0).gather(1, order)[:, width - 1 :]
     y, new = causal(history[:, width - 1 :], weight, state=history[:, : width - 1], segments=number)
-    if segments is not None and number is not None:  # a document that so far is nothing but padding
+    if segments is not None and number is not None:  # the last document may be nothing but padding so far
         new = new * (number[:, -1:] == segments[:, -1:]).view(-1, 1, *channels)
-    back = (~valid).sum(1, keepdim=True) + valid.cumsum(1) - 1
-    return gather_tokens(y, back) * valid.view(*valid.shape, *channels), new
+    positions = (~valid).sum(1, keepdim=True) + valid.cumsum(1) - 1
+    return gather_tokens(y, positions) * valid.view(*valid.shape, *channels), new

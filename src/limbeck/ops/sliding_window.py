@@ -1,23 +1,16 @@
-"""What a sliding window keeps: the keys and values of sinks and last tokens, and where they stand among new ones.
+"""Softmax attention over the last `window` tokens and the first few, the sinks: a cache that does not grow.
 
-    keys, values, count = prepend_state(q, k, v, window, sinks, state)
-    packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
-    state = compute_final_state(keys, values, count, held, length, window, sinks, segments, valid)
-
-Shapes and the state's contents as in `sliding_window`; L tokens with the state's `held` ones ahead, S sinks.
-
-Softmax attention over the last `window` tokens and the first few, the sinks: a cache that does not grow.
+    o, state = sliding_window.chunked(q, k, v, window=128, sinks=4, scale=0.125)                      # a whole sequence
+    o, state = sliding_window.chunked(q1, k1, v1, window=128, sinks=4, scale=0.125, state=state)      # the next token
 
 A query sees the token itself, the window − 1 before it and the first `sinks` of its document (StreamingLLM, arXiv
 2309.17453). Masked tokens take no place among either. Queries go in blocks, each against the blocks that its window
 reaches and the sinks: time and memory O(T · window).
 
-    o, state = sliding_window.chunked(q, k, v, window=128, sinks=4, scale=0.125)                      # a whole sequence
-    o, state = sliding_window.chunked(q1, k1, v1, window=128, sinks=4, scale=0.125, state=state)      # the next token
-
 Shapes: q [B,T,H,K]; k [B,T,G,K] and v [B,T,G',V] with G and G' dividing H, head h using group h // (H/G); segments
 [B,T] non-decreasing document numbers, the incoming state belonging to document 0; valid [B,T] bool, False where a token
-is padding. Legend: S sinks, N blocks, C queries and R keys of a block. Shapes that do not fit raise LimbeckError.
+is padding. Legend: S sinks, L keys (those of the state, `held`, and then the new ones), N blocks, C queries and R keys
+of a block. Shapes that do not fit raise LimbeckError.
 """
 
 from collections.abc import Callable
@@ -29,112 +22,9 @@ from torch import Tensor
 from limbeck.core.errors import LimbeckError
 from limbeck.ops import common
 
-
-def pack_valid_tokens(
-    q: Tensor, keys: Tensor, values: Tensor, held: int, segments: Tensor | None, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, keys, values and document numbers with valid tokens first, so that their distances are what counts."""
-    if valid is None:
-        return q, keys, values, segments
-    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
-    behind = torch.cat([torch.arange(held, device=q.device).expand(len(q), -1), held + order], 1)
-    number = None if segments is None else segments.gather(1, order)
-    return gather_tokens(q, order), gather_tokens(keys, behind), gather_tokens(values, behind), number
-
-
-def unpack_valid_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Rows [B, T, ...] of packed tokens back in their places, those of masked tokens zero."""
-    if valid is None:
-        return x
-    return gather_tokens(x, (valid.cumsum(1) - 1).clamp(min=0)) * valid.view(*valid.shape, *[1] * (x.dim() - 2))
-
-
-def prepend_state(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, state: dict[str, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values with the state's ahead of them, and the count of the incoming document."""
-    if state is None:
-        return k, v, torch.zeros(len(q), dtype=torch.long, device=q.device)
-    for name, x in (("k", k), ("v", v)):
-        shape = [len(q), sinks + window - 1, *x.shape[2:]]
-        if list(state[name].shape) != shape:
-            raise LimbeckError(
-                f"the state's {name} has shape {list(state[name].shape)}",
-                expected=f"{shape} with window={window} and sinks={sinks}",
-            )
-    keys, values = (torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
-    return keys, values, state["count"]
-
-
-def reset_new_documents(
-    keys: Tensor, values: Tensor, count: Tensor, segments: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same before a single token: a new document finds an empty state."""
-    if segments is None:
-        return keys, values, count
-    goes_on = segments == 0
-    kept = goes_on[..., None, None]
-    keys, values = (torch.cat([x[:, :-1] * kept, x[:, -1:]], 1) for x in (keys, values))
-    return keys, values, count * goes_on[:, 0]
-
-
-def shift_state(keys: Tensor, values: Tensor, count: Tensor, sinks: int) -> dict[str, Tensor]:
-    """The state after a single token, the last of the keys."""
-    state = {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
-    if sinks:
-        here = (count.unsqueeze(1) == torch.arange(sinks, device=count.device))[..., None, None]
-        for name, x in (("k", keys), ("v", values)):
-            state[name] = torch.cat([torch.where(here, x[:, -1:], x[:, :sinks]), x[:, sinks + 1 :]], 1)
-    return state
-
-
-def compute_final_state(
-    keys: Tensor,
-    values: Tensor,
-    count: Tensor,
-    held: int,
-    length: int,
-    window: int,
-    sinks: int,
-    segments: Tensor | None,
-    valid: Tensor | None,
-) -> dict[str, Tensor]:
-    """The state after the last token: that of its document."""
-    total = torch.full_like(count, length) if valid is None else valid.sum(1)
-    if segments is None:
-        count = count + total
-    else:
-        last = segments == segments[:, -1:]
-        count = (last if valid is None else last & valid).sum(1) + count * (segments[:, -1] == 0)
-    token = (total - count).unsqueeze(1) + torch.arange(sinks, device=count.device)
-    where = locate_sinks(token, held, window - 1 if held else 0)
-    filled = torch.arange(sinks, device=count.device) < count.unsqueeze(1)
-    recent = torch.arange(1 - window, 0, device=count.device)  # before the next token
-    if segments is None and valid is None and keys.shape[1] - bool(held) * sinks >= window - 1:
-        after = slice(keys.shape[1] - window + 1, None)  # empty places stay empty
-    else:
-        after = slice(0, 0)
-        where = torch.cat([where, held + total.unsqueeze(1) + recent], 1)
-        filled = torch.cat([filled, -recent <= count.unsqueeze(1)], 1)
-    where = where.clamp(0, keys.shape[1] - 1)
-    kept = (torch.cat([gather_tokens(x, where) * filled[..., None, None], x[:, after]], 1) for x in (keys, values))
-    return {**dict(zip(("k", "v"), kept)), "count": count}
-
-
-def locate_sinks(token: Tensor, held: int, past: int) -> Tensor:
-    """Where sinks [..., S] stand among the keys: with the other tokens, or where the state keeps sinks."""
-    return torch.where(token >= -past, held + token, torch.arange(token.shape[-1], device=token.device))
-
-
-def gather_tokens(x: Tensor, at: Tensor) -> Tensor:
-    """x [B, L, ...] at positions [B, M] -> [B, M, ...]."""
-    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + at
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, at.shape)
-
-
 # Queries in a block: fewer are slow, more see more keys than they need. Wide windows take a quarter of their width.
 BLOCK = 64
-Weigh = Callable[..., Tensor]  # what stands where F.scaled_dot_product_attention does
+AttentionFunction = Callable[..., Tensor]  # called as F.scaled_dot_product_attention is
 
 
 def chunked(
@@ -149,12 +39,12 @@ def chunked(
     segments: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Attention in the dtype of the inputs; several tokens or, with a state, the next one.
+    """Attend in the dtype of the inputs, over several tokens or, with a state, the next one.
 
     Returns:
         o [B,T,H,V] in v's dtype, zero where a token is not valid, and the state, of the same size for every T:
         `k` and `v` [B,S+window−1,G,·], the sinks and then the last tokens up to the newest, zeros where there are none
-        yet, and `count` [B], the tokens that their document has had.
+        yet, and `count` [B], the number of tokens that their document has had.
     """
     _check(q, k, v, window, sinks, segments, valid)
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
@@ -184,13 +74,13 @@ def unnormalized(
     segments: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """Attention before its division, for mixers that see the tokens behind the window in another way.
+    """Attend without the softmax's division, for mixers that read the tokens behind the window in another way.
 
     Returns:
-        o [B,T,H,V+1] in fp32 (fp64 for fp64 inputs), the weighted values and at the end the sum of weights, which are
-        exponentials relative to the largest one; the key [B,T,G,K] and value [B,T,G',V] of the token that each token
-        pushes out of the window, and where there is one that is no sink, [B,T] bool; and the state of `chunked` for a
-        window of one more, since who is pushed out next must still be there.
+        o [B,T,H,V+1] in float32 (float64 for float64 inputs): the weighted values and, in the last column, the sum of
+        weights, which are exponentials relative to the largest one; then the key [B,T,G,K] and value [B,T,G',V] of the
+        token that each token pushes out of the window, and where there is one that is no sink, [B,T] bool; and the
+        state of `chunked` for a window of one more, since the token to be pushed out next must still be in it.
     """
     _check(q, k, v, window, sinks, segments, valid)
     length = q.shape[1]
@@ -202,21 +92,21 @@ def unnormalized(
             keys, values, count = reset_new_documents(keys, values, count, segments)
             oldest = slice(sinks, sinks + 1)
             near = [torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1) if sinks else x[:, 1:] for x in (keys, values)]
-            o = _next(q, near[0], near[1], count, window, sinks, scale, _Exponentials.weigh)
+            o = _next(q, near[0], near[1], count, window, sinks, scale, _Exponentials.attend)
             left = (count >= window + sinks).unsqueeze(1)
             return o, (keys[:, oldest], values[:, oldest], left), shift_state(keys, values, count, sinks)
         held = keys.shape[1] - length
         packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
         first = _first(number, count)
-        o = _attend(packed, keys, values, first, held, window, sinks, scale, weigh=_Exponentials.weigh)
-        behind = torch.arange(length, device=q.device) - window  # stands at [S + i] among the keys, or ahead of them
+        o = _attend(packed, keys, values, first, held, window, sinks, scale, attend=_Exponentials.attend)
+        behind = torch.arange(length, device=q.device) - window  # at [S + i] of the keys, or before them
         left = (behind - first >= sinks).expand(len(q), -1)
-        ahead = (0, 0, 0, 0, min(window, length), 0)
-        gone = [
-            x[:, sinks : sinks + length] if held else F.pad(x[:, : max(length - window, 0)], ahead)
+        padding = (0, 0, 0, 0, min(window, length), 0)
+        pushed_out = [
+            x[:, sinks : sinks + length] if held else F.pad(x[:, : max(length - window, 0)], padding)
             for x in (keys, values)
         ]
-        o, k, v, left = (unpack_valid_tokens(x, valid) for x in (o, *gone, left))
+        o, k, v, left = (unpack_valid_tokens(x, valid) for x in (o, *pushed_out, left))
         new = compute_final_state(keys, values, count, held, length, window + 1, sinks, segments, valid)
         return o, (k, v, left), new
 
@@ -232,38 +122,39 @@ def matrix(
     valid: Tensor | None = None,
     normalize: bool = True,
 ) -> Tensor:
-    """The softmax weights [B,H,T,T]: without a state o = M v, head by head. Rows of masked tokens are zero.
+    """Build the softmax weights M [B,H,T,T]: without a state o = M v, head by head. Rows of masked tokens are zero.
 
-    Not normalised: exponentials relative to the largest of a row, as `unnormalized` has them.
+    Args:
+        normalize: False for exponentials relative to the largest of a row, as in `unnormalized`.
     """
     _check(q, k, None, window, sinks, segments, valid)
     length, heads, dtype = q.shape[1], q.shape[2], common.compute_dtype(q, k)
     with common.disable_autocast(q):
         real = torch.ones(1, length, dtype=torch.bool, device=q.device) if valid is None else valid
-        look = build_window_mask(real, window=window, sinks=sinks, segments=segments)
+        seen = build_window_mask(real, window=window, sinks=sinks, segments=segments)
         scores = scale * (q.to(dtype).transpose(1, 2) @ common.repeat_kv(k.to(dtype).transpose(1, 2), heads, 1).mT)
-        # A masked token would divide zero by zero: it looks at itself, and its row is cleared.
-        itself = torch.eye(length, dtype=torch.bool, device=q.device)
-        scores = scores.masked_fill(~(look | itself).unsqueeze(1), -torch.inf)
+        # A masked token would divide zero by zero, so it sees itself and its row is cleared afterwards.
+        own_token = torch.eye(length, dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(~(seen | own_token).unsqueeze(1), -torch.inf)
         weights = scores.softmax(-1) if normalize else (scores - scores.amax(-1, keepdim=True)).exp()
         return weights if valid is None else weights * real[:, None, :, None]
 
 
 def build_window_mask(valid: Tensor, *, window: int, sinks: int, segments: Tensor | None = None) -> Tensor:
-    """Which tokens each one attends to, [B,T,T] bool, for valid [B,T]."""
-    before = valid.cumsum(1) - valid.long()  # valid tokens ahead of each
+    """Mark the tokens that each token attends to, [B,T,T] bool, for valid [B,T]."""
+    before = valid.cumsum(1) - valid.long()  # the number of valid tokens before each
     at = torch.arange(valid.shape[1], device=valid.device)
-    look = (at[:, None] >= at) & valid[:, None]
+    seen = (at[:, None] >= at) & valid[:, None]
     first = torch.zeros_like(before)
     if segments is not None:
         first = torch.where(common.find_document_starts(segments), before, 0).cummax(1).values
-        look = look & common.build_document_mask(segments).squeeze(1)
+        seen = seen & common.build_document_mask(segments).squeeze(1)
     near = before[:, :, None] - before[:, None] < window
-    return look & (near | (before - first < sinks)[:, None]) & valid[:, :, None]
+    return seen & (near | (before - first < sinks)[:, None]) & valid[:, :, None]
 
 
 def state_numel(groups: int, key: int, value: int, window: int, sinks: int) -> int:
-    """Numbers that the state of one sequence takes: keys, values and the count."""
+    """Count the numbers in the state of one sequence: keys, values and the count."""
     return (sinks + window - 1) * groups * (key + value) + 1
 
 
@@ -281,10 +172,17 @@ def _check(
 
 
 def _next(
-    q: Tensor, keys: Tensor, values: Tensor, count: Tensor, window: int, sinks: int, scale: float, weigh: Weigh
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    attend: AttentionFunction,
 ) -> Tensor:
-    """One token after a state, in few operations: decoding spends its time on calls, not on arithmetic."""
-    # How many tokens it takes to fill a place; a sink counts as one when it has left the window.
+    """Attend from one token to a state, in few operations: decoding spends its time on calls, not on arithmetic."""
+    # The number of tokens that it takes to fill each place; a sink counts once it has left the window.
     needed = torch.arange(sinks + window - 1, -1, -1, device=q.device)
     if sinks:
         needed = torch.cat([needed[:sinks].flip(0), needed[sinks:]])
@@ -297,15 +195,15 @@ def _next(
     dtype = _common_dtype(q, keys, values)
     k, v = (x.transpose(1, 2).to(dtype) for x in near)
     folded = q.squeeze(1).unflatten(1, (k.shape[1], -1)).to(dtype)  # the heads of a group as its queries
-    o = weigh(folded, k, v, attn_mask=seen, scale=scale)
+    o = attend(folded, k, v, attn_mask=seen, scale=scale)
     return o.flatten(1, 2).unsqueeze(1)
 
 
 class _Exponentials(torch.autograd.Function):
-    """Σ exp(s − c) v with s = scale · q·k and c the largest of a row's, for v with a last column of ones."""
+    """Compute Σ exp(s − c) v with s = scale · q·k, c the largest s of a row, and v with a last column of ones."""
 
     @staticmethod
-    def weigh(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
         dtype = common.compute_dtype(q, k, v)
         v = F.pad(v.to(dtype), (0, 1), value=1.0)
         return _Exponentials.apply(scale * q.to(dtype), k.to(dtype), v, ~attn_mask)
@@ -324,7 +222,7 @@ class _Exponentials(torch.autograd.Function):
         q, k, v, weights, at = ctx.saved_tensors
         with common.disable_autocast(do):
             ds = (do @ v.mT).mul_(weights)
-            ds.scatter_add_(-1, at, -ds.sum(-1, keepdim=True))  # c falls on the largest
+            ds.scatter_add_(-1, at, -ds.sum(-1, keepdim=True))  # the gradient of c goes to the largest
             return ds @ k, ds.mT @ q, weights.mT @ do, None
 
 
@@ -333,9 +231,9 @@ def _common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 
 
 def _first(number: Tensor | None, count: Tensor) -> Tensor:
-    """Where the document of each token begins, [B, T] or [B, 1]. Tokens count from 0, those of the state backwards.
+    """Compute where the document of each token begins, [B, T] or [B, 1], counted from the first new token.
 
-    All that a query may see lies between here and itself, which keeps documents and empty places of the state out.
+    A query sees nothing before that, neither other documents nor empty places of the state.
     """
     incoming = -count.unsqueeze(1)
     if number is None:
@@ -353,9 +251,9 @@ def _attend(
     window: int,
     sinks: int,
     scale: float,
-    weigh: Weigh = F.scaled_dot_product_attention,
+    attend: AttentionFunction = F.scaled_dot_product_attention,
 ) -> Tensor:
-    """Outputs [B, T, H, V]; the first `held` of the keys are the state's, `first` as in `_first`."""
+    """Attend in blocks: outputs [B, T, H, V]. The first `held` keys are the state's; `first` is as in `_first`."""
     batch, length, heads = q.shape[:3]
     past = window - 1 if held else 0  # tokens of the state's window
     block = max(BLOCK, window // 4)
@@ -394,15 +292,120 @@ def _attend(
     seen = seen.unsqueeze(2).expand(batch, count, heads // groups, -1, -1).flatten(2, 3).flatten(0, 1)
     k, v = (x.transpose(2, 3).flatten(0, 1).to(dtype) for x in near)
     folded = folded.flatten(3, 4).flatten(0, 1).to(dtype)
-    o = weigh(folded, k, v, attn_mask=seen.unsqueeze(1), scale=scale)
+    o = attend(folded, k, v, attn_mask=seen.unsqueeze(1), scale=scale)
     o = o.unflatten(2, (-1, block)).unflatten(0, (batch, count)).permute(0, 1, 4, 2, 3, 5)
     return o.flatten(3, 4).flatten(1, 2)[:, :length]
 
 
 def _regions(x: Tensor, past: int, reach: int, block: int, end: int) -> Tensor:
-    """The last `past` tokens and all new ones, [B, past+T, G, D] -> what each block sees, [B, N, reach+block, G, D]."""
+    """Gather what each block sees of x [B, past+T, G, D], new tokens after the state's: [B, N, reach+block, G, D]."""
     if past == reach and x.shape[1] == reach + block:  # a single block
         return x.unsqueeze(1)
     blocks = F.pad(x, (0, 0, 0, 0, reach - past, end)).unflatten(1, (-1, block))
     wide = reach // block
     return torch.cat([blocks[:, n : blocks.shape[1] - wide + n] for n in range(wide + 1)], 2)
+
+
+# ------------------------------------------------------------------ the state: sinks and last tokens
+
+
+def pack_valid_tokens(
+    q: Tensor, keys: Tensor, values: Tensor, held: int, segments: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Sort valid tokens of q, keys, values and document numbers first, so that masked ones do not add to distances."""
+    if valid is None:
+        return q, keys, values, segments
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    behind = torch.cat([torch.arange(held, device=q.device).expand(len(q), -1), held + order], 1)
+    number = None if segments is None else segments.gather(1, order)
+    return gather_tokens(q, order), gather_tokens(keys, behind), gather_tokens(values, behind), number
+
+
+def unpack_valid_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Put rows [B, T, ...] of packed tokens back in their places; those of masked tokens are zero."""
+    if valid is None:
+        return x
+    return gather_tokens(x, (valid.cumsum(1) - 1).clamp(min=0)) * valid.view(*valid.shape, *[1] * (x.dim() - 2))
+
+
+def prepend_state(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, state: dict[str, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys and values with the state's before them, and the count of the incoming document."""
+    if state is None:
+        return k, v, torch.zeros(len(q), dtype=torch.long, device=q.device)
+    for name, x in (("k", k), ("v", v)):
+        shape = [len(q), sinks + window - 1, *x.shape[2:]]
+        if list(state[name].shape) != shape:
+            raise LimbeckError(
+                f"the state's {name} has shape {list(state[name].shape)}",
+                expected=f"{shape} with window={window} and sinks={sinks}",
+            )
+    keys, values = (torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
+    return keys, values, state["count"]
+
+
+def reset_new_documents(
+    keys: Tensor, values: Tensor, count: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty the state of `prepend_state` where its single new token begins a document."""
+    if segments is None:
+        return keys, values, count
+    continues = segments == 0
+    mask = continues[..., None, None]
+    keys, values = (torch.cat([x[:, :-1] * mask, x[:, -1:]], 1) for x in (keys, values))
+    return keys, values, count * continues[:, 0]
+
+
+def shift_state(keys: Tensor, values: Tensor, count: Tensor, sinks: int) -> dict[str, Tensor]:
+    """Return the state after a single token, the last of the keys."""
+    state = {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
+    if sinks:
+        is_sink = (count.unsqueeze(1) == torch.arange(sinks, device=count.device))[..., None, None]
+        for name, x in (("k", keys), ("v", values)):
+            state[name] = torch.cat([torch.where(is_sink, x[:, -1:], x[:, :sinks]), x[:, sinks + 1 :]], 1)
+    return state
+
+
+def compute_final_state(
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    held: int,
+    length: int,
+    window: int,
+    sinks: int,
+    segments: Tensor | None,
+    valid: Tensor | None,
+) -> dict[str, Tensor]:
+    """Return the state after the last token: that of its document."""
+    total = torch.full_like(count, length) if valid is None else valid.sum(1)
+    if segments is None:
+        count = count + total
+    else:
+        last = segments == segments[:, -1:]
+        count = (last if valid is None else last & valid).sum(1) + count * (segments[:, -1] == 0)
+    token = (total - count).unsqueeze(1) + torch.arange(sinks, device=count.device)
+    where = locate_sinks(token, held, window - 1 if held else 0)
+    filled = torch.arange(sinks, device=count.device) < count.unsqueeze(1)
+    recent = torch.arange(1 - window, 0, device=count.device)  # counted from the next token
+    if segments is None and valid is None and keys.shape[1] - bool(held) * sinks >= window - 1:
+        after = slice(keys.shape[1] - window + 1, None)  # empty places stay empty
+    else:
+        after = slice(0, 0)
+        where = torch.cat([where, held + total.unsqueeze(1) + recent], 1)
+        filled = torch.cat([filled, -recent <= count.unsqueeze(1)], 1)
+    where = where.clamp(0, keys.shape[1] - 1)
+    k, v = (torch.cat([gather_tokens(x, where) * filled[..., None, None], x[:, after]], 1) for x in (keys, values))
+    return {"k": k, "v": v, "count": count}
+
+
+def locate_sinks(token: Tensor, held: int, past: int) -> Tensor:
+    """Find sinks [..., S] among the keys: with the other tokens, or in the state's places for sinks."""
+    return torch.where(token >= -past, held + token, torch.arange(token.shape[-1], device=token.device))
+
+
+def gather_tokens(x: Tensor, at: Tensor) -> Tensor:
+    """Select x [B, L, ...] at positions [B, M]: [B, M, ...]."""
+    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + at
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, at.shape)

@@ -1,4 +1,4 @@
-"""Gated slot attention: slots that average keys and values with forgetting, and a softmax over them in between.
+"""Gated slot attention: a softmax over slots, each a decaying average of keys and of values.
 
     K_t = K_{t-1} Diag(a_t) + k_t s_tᵀ,    V_t = Diag(a_t) V_{t-1} + s_t v_tᵀ,    o_t = V_tᵀ softmax(K_tᵀ q_t)
 
@@ -31,13 +31,14 @@ def recurrent(
     values: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, one token after the other: for decoding and as the arbiter.
+    """Run the definition, one token after the other: for decoding, and as the reference of the other forms.
 
-    Returns o [B,T,H,V] in v's dtype and the slots' keys [B,H,K,M] and values [B,H,M,V] in fp32 (fp64 for fp64 inputs).
+    Returns:
+        o [B,T,H,V] in v's dtype, and the slots' keys [B,H,K,M] and values [B,H,M,V] in float32 (float64 for float64
+        inputs).
     """
     logits, keys = value_decay.recurrent(q, k, write, log_decay, state=keys, segments=segments)
-    read = logits.softmax(-1)
-    o, values = vector_decay.recurrent(read, write, v, log_decay, state=values, segments=segments)
+    o, values = vector_decay.recurrent(logits.softmax(-1), write, v, log_decay, state=values, segments=segments)
     return o, keys, values
 
 
@@ -53,14 +54,14 @@ def chunked(
     values: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in chunks: for training and prefill. Returns what `recurrent` returns."""
+    """Run the same recurrence in chunks, for training and prefill; returns what `recurrent` returns."""
     logits, keys = value_decay.chunked(q, k, write, log_decay, state=keys, segments=segments)
     o, values = vector_decay.chunked(logits.softmax(-1), write, v, log_decay, state=values, segments=segments)
     return o, keys, values
 
 
 def matrix(q: Tensor, k: Tensor, write: Tensor, log_decay: Tensor, *, segments: Tensor | None = None) -> Tensor:
-    """The mixing matrix M [B,H,T,T], lower triangular: with zero initial states o = M v, head by head."""
+    """Build the mixing matrix M [B,H,T,T], lower triangular: with zero initial states o = M v, head by head."""
     if q.shape[1] == 1:
         logits, _ = value_decay.recurrent(q, k, write, log_decay, segments=segments)
     else:

@@ -37,9 +37,10 @@ def recurrent(
     state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, one token after the other: for decoding and as the arbiter.
+    """Run the definition, one token after the other: for decoding, and as the reference of the other forms.
 
-    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    Returns:
+        o [B,T,H,V] in v's dtype and the state [B,H,K,V] in float32 (float64 for float64 inputs).
     """
     dtype = _check(q, k, v, log_decay, state, segments)
     heads = q.shape[2]
@@ -68,36 +69,37 @@ def chunked(
     segments: Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of `chunk` tokens (a power of two): for training and prefill.
+    """Run the same recurrence in chunks of `chunk` tokens, a power of two: for training and prefill.
 
-    Returns o [B,T,H,V] in v's dtype and the state [B,H,K,V] in fp32 (fp64 for fp64 inputs).
+    Returns:
+        o [B,T,H,V] in v's dtype and the state [B,H,K,V] in float32 (float64 for float64 inputs).
     """
     dtype = _check(q, k, v, log_decay, state, segments)
     length, heads = q.shape[1], q.shape[2]
     chunk = common.resolve_chunk_size(chunk, length)
     with common.disable_autocast(q):
         first = common.prepare_initial_state(state, q, v.shape[-1], dtype)
-        reads = common.to_chunks(q, chunk, dtype)
-        writes = common.repeat_kv(common.to_chunks(k, chunk, dtype), heads)
+        queries = common.to_chunks(q, chunk, dtype)
+        keys = common.repeat_kv(common.to_chunks(k, chunk, dtype), heads)
         values = common.repeat_kv(common.to_chunks(v, chunk, dtype), heads)
         log = common.to_chunks(log_decay, chunk, dtype)
-        mixing, keeps = (reads @ writes.mT).tril(), None
+        scores, carries = (queries @ keys.mT).tril(), None
         if segments is not None:
-            docs = common.DocumentMasks.from_segments(segments, chunk)
-            mixing, keeps = mixing * docs.within_document, docs.carries_state
-            reads, writes = reads * docs.reads_state, writes * docs.writes_state
+            masks = common.DocumentMasks.from_segments(segments, chunk)
+            scores, carries = scores * masks.within_document, masks.carries_state
+            queries, keys = queries * masks.reads_state, keys * masks.writes_state
         if common.has_bounded_decay(log):
-            # Decays factor about half of the chunk's, where the state is taken to as well: one product does it all.
+            # Decays are factored about half of the chunk's, to where the state is decayed too: one product does it all.
             g = log.cumsum(-2)
             half = 0.5 * g[..., -1:, :]
             values, first = values * (half - g).exp(), first * half[0].exp()
             to_next = half + torch.cat([half[1:], torch.zeros_like(half[:1])])
-            o, last = _Across.apply(reads, writes, values, mixing, None, to_next, keeps, first)
+            o, last = _ScanValueChunks.apply(queries, keys, values, scores, None, to_next, carries, first)
             o = o * (g - half).exp()
         else:
-            within, since, until = _Within.apply(mixing, values, log)
+            within, since, until = _IntraChunkOutput.apply(scores, values, log)
             total = log.sum(-2, keepdim=True)
-            o, last = _Across.apply(reads, writes, values * until, None, total, None, keeps, first)
+            o, last = _ScanValueChunks.apply(queries, keys, values * until, None, total, None, carries, first)
             o = torch.addcmul(within, o, since)
         return common.from_chunks(o, length, v.dtype), last
 
@@ -105,97 +107,101 @@ def chunked(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, segments: Tensor | None
 ) -> torch.dtype:
-    """The working precision, where everything fits together."""
+    """Return the working precision; raise LimbeckError unless all shapes fit together."""
     common.check_shapes(q, k, v, segments=segments)
-    want = [*q.shape[:3], v.shape[-1]]
-    if list(log_decay.shape) != want:
-        raise LimbeckError(f"log_decay has shape {list(log_decay.shape)}", expected=f"[B, T, H, V] = {want}")
+    expected = [*q.shape[:3], v.shape[-1]]
+    if list(log_decay.shape) != expected:
+        raise LimbeckError(f"log_decay has shape {list(log_decay.shape)}", expected=f"[B, T, H, V] = {expected}")
     return common.compute_dtype(q, k, v, log_decay, state)
 
 
-class _Across(torch.autograd.Function):
-    """From chunk to chunk, for decays of the value channels.
+class _ScanValueChunks(torch.autograd.Function):
+    """Run the recurrence from chunk to chunk.
 
         O_n = Q_n S_n + P_n V_n,    S_{n+1} = exp(after_n) ⊙ (exp(before_n) ⊙ S_n + K_nᵀ V_n)
 
-    with `before` and `after` [N,B,H,1,V], zero where None, P left out where None, and S_n zero where `keeps` is False.
+    with `before` and `after` log decays [N,B,H,1,V], zero where None; P (`scores`) left out where None; and S_n taken
+    as zero where `carries` is False.
     """
 
     @staticmethod
-    def forward(ctx, reads, writes, v, pairs, before, after, keeps, state):
-        keep, leave = _factors(before, after, keeps, v.dtype)
-        states = state.new_empty(reads.shape[0] + 1, *state.shape)
+    def forward(ctx, queries, keys, v, scores, before, after, carries, state):
+        decay, decay_after = _factors(before, after, carries, v.dtype)
+        states = state.new_empty(queries.shape[0] + 1, *state.shape)
         states[0] = state
-        for n in range(reads.shape[0]):
-            common.apply_decay(states[n], keep, n, into=states[n + 1])
-            common.add_matmul_(states[n + 1], writes[n].mT, v[n])
-            if leave is not None:
-                states[n + 1].mul_(leave[n])
-        o = reads @ states[:-1] if pairs is None else common.add_matmul_(pairs @ v, reads, states[:-1])
-        ctx.save_for_backward(reads, writes, v, pairs, before, after, keeps, states)
+        for n in range(queries.shape[0]):
+            common.apply_decay(states[n], decay, n, into=states[n + 1])
+            common.add_matmul_(states[n + 1], keys[n].mT, v[n])
+            if decay_after is not None:
+                states[n + 1].mul_(decay_after[n])
+        o = queries @ states[:-1] if scores is None else common.add_matmul_(scores @ v, queries, states[:-1])
+        ctx.save_for_backward(queries, keys, v, scores, before, after, carries, states)
         return o, states[-1].clone()
 
     @staticmethod
     @common.strict_once_differentiable
     def backward(ctx, do, dlast):
-        reads, writes, v, pairs, before, after, keeps, states = ctx.saved_tensors
+        queries, keys, v, scores, before, after, carries, states = ctx.saved_tensors
         with common.disable_autocast(do):
             do = do.contiguous()
-            keep, leave = _factors(before, after, keeps, v.dtype)
+            decay, decay_after = _factors(before, after, carries, v.dtype)
             dstates = torch.empty_like(states)
             dstates[-1] = dlast
             dafter = None if after is None else torch.empty_like(after)
-            for n in reversed(range(reads.shape[0])):
-                if leave is not None and dafter is not None:
+            for n in reversed(range(queries.shape[0])):
+                if decay_after is not None and dafter is not None:
                     torch.sum(states[n + 1] * dstates[n + 1], -2, keepdim=True, out=dafter[n])
-                    dstates[n + 1].mul_(leave[n])
-                common.apply_decay(dstates[n + 1], keep, n, into=dstates[n])
-                common.add_matmul_(dstates[n], reads[n].mT, do[n])
-            dbefore = None if before is None else (states[:-1] * dstates[1:]).sum(-2, keepdim=True).mul_(keep)
-            dv = writes @ dstates[1:] if pairs is None else common.add_matmul_(pairs.mT @ do, writes, dstates[1:])
-            dpairs = None if pairs is None else do @ v.mT
-            return do @ states[:-1].mT, v @ dstates[1:].mT, dv, dpairs, dbefore, dafter, None, dstates[0]
+                    dstates[n + 1].mul_(decay_after[n])
+                common.apply_decay(dstates[n + 1], decay, n, into=dstates[n])
+                common.add_matmul_(dstates[n], queries[n].mT, do[n])
+            dbefore = None if before is None else (states[:-1] * dstates[1:]).sum(-2, keepdim=True).mul_(decay)
+            dv = keys @ dstates[1:] if scores is None else common.add_matmul_(scores.mT @ do, keys, dstates[1:])
+            dscores = None if scores is None else do @ v.mT
+            return do @ states[:-1].mT, v @ dstates[1:].mT, dv, dscores, dbefore, dafter, None, dstates[0]
 
 
 def _factors(
-    before: Tensor | None, after: Tensor | None, keeps: Tensor | None, dtype: torch.dtype
+    before: Tensor | None, after: Tensor | None, carries: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What multiplies the state ahead of a chunk's writes and after them."""
-    keep = None if before is None else before.exp()
-    if keeps is not None:
-        keep = keeps.to(dtype) if keep is None else keep * keeps
-    return keep, None if after is None else after.exp()
+    """Compute what multiplies the state before a chunk's writes, and after them."""
+    decay = None if before is None else before.exp()
+    if carries is not None:
+        decay = carries.to(dtype) if decay is None else decay * carries
+    return decay, None if after is None else after.exp()
 
 
-class _Within(torch.autograd.Function):
-    """Σ_{j≤i} pairs_ij v_j exp(Σ_{j<s≤i} log_decay_s) by halving blocks as in `compute_intra_chunk_scores`, and the decays since the start
-    of a chunk and until its end; pairs [...,C,C] lower triangular, v and log_decay [...,C,V]."""
+class _IntraChunkOutput(torch.autograd.Function):
+    """Compute Σ_{j≤i} scores_ij v_j exp(Σ_{j<s≤i} log_decay_s) by halving blocks, as intra_chunk.py does.
+
+    Also returns the decays since the start of a chunk and until its end. scores [...,C,C] is lower triangular, v and
+    log_decay are [...,C,V].
+    """
 
     @staticmethod
-    def forward(ctx, pairs, v, log_decay):
-        out = pairs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
+    def forward(ctx, scores, v, log_decay):
+        out = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
         since, until = log_decay.clone(), torch.zeros_like(log_decay)
         for half, late, early in iter_halvings(since, until):
             select_half(out, half, 1).addcmul_(
-                matmul_nn(view_cross_half(pairs, half), select_half(v, half, 0) * early.exp()), late.exp()
+                matmul_nn(view_cross_half(scores, half), select_half(v, half, 0) * early.exp()), late.exp()
             )
         since.exp_()
         until.exp_()
-        ctx.save_for_backward(pairs, v, log_decay, out, since, until)
+        ctx.save_for_backward(scores, v, log_decay, out, since, until)
         return out, since, until
 
     @staticmethod
     @common.strict_once_differentiable
     def backward(ctx, dout, dsince, duntil):
-        pairs, v, log_decay, out, since, until = ctx.saved_tensors
-        dpairs, dv = torch.zeros_like(pairs), torch.zeros_like(v)
-        diagonal = pairs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        scores, v, log_decay, out, since, until = ctx.saved_tensors
+        dscores, dv = torch.zeros_like(scores), torch.zeros_like(v)
+        diagonal = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         with common.disable_autocast(dout):
             for half, late, early in iter_halvings(log_decay.clone(), torch.zeros_like(log_decay)):
                 early, dlate = early.exp(), select_half(dout, half, 1) * late.exp()
-                view_cross_half(dpairs, half).copy_(matmul_nt(dlate, select_half(v, half, 0) * early))
-                select_half(dv, half, 0).addcmul_(matmul_nn(view_cross_half(pairs, half).mT, dlate), early)
+                view_cross_half(dscores, half).copy_(matmul_nt(dlate, select_half(v, half, 0) * early))
+                select_half(dv, half, 0).addcmul_(matmul_nn(view_cross_half(scores, half).mT, dlate), early)
             # A pair (i, j) depends on g_i − g_j, g the cumulative log decay: dg = o do − v dv without the diagonal.
             dg = (dsince * since).addcmul_(dout, out - diagonal * v).addcmul_(v, dv, value=-1)
-            dpairs.diagonal(dim1=-2, dim2=-1).copy_((dout * v).sum(-1))
-            return dpairs, dv.addcmul_(diagonal, dout), compute_log_decay_grad(dg, duntil * until)
+            dscores.diagonal(dim1=-2, dim2=-1).copy_((dout * v).sum(-1))
+            return dscores, dv.addcmul_(diagonal, dout), compute_log_decay_grad(dg, duntil * until)

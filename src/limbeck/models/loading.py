@@ -37,7 +37,7 @@ from limbeck.core.cache import load_valid_manifest
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError, suggest_closest, summarize_error
 from limbeck.core.recipe import TeacherRecipe
-from limbeck.data.offline.embedded import _teacher_path, ensure_embedded_teacher
+from limbeck.data.offline.embedded import ensure_embedded_teacher, get_embedded_teacher_folder
 from limbeck.models.checkpoint import (
     check_loading_info,
     format_names,
@@ -386,5 +386,5 @@ def _own_teacher_folder(name: str) -> Path:
 
 def find_cached_teacher(name: str) -> Path | None:
     """Return the folder of "embedded" or of a teacher that Limbeck trains, if it is in the cache (by file sizes)."""
-    folder = _teacher_path() if name == "embedded" else TeacherRecipe.load(name).folder
+    folder = get_embedded_teacher_folder() if name == "embedded" else TeacherRecipe.load(name).folder
     return folder if load_valid_manifest(folder) else None

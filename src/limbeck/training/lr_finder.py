@@ -126,7 +126,7 @@ def _build_student(job: Job, results: dict[int, dict[str, Any]]) -> Any:
 def _calibrate(job: Job, settings: recipes.Calibrate, results: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Run stage 0 on a new student; returns its output projections."""
     data = job.train_dataset(job.recipe.text_of(settings))
-    _, projections = calibrate(job, _build_student(job, results), settings, data, 0)
+    _, projections = calibrate(job.make_pair(_build_student(job, results)), settings, data, 0)
     return {name: p.detach().clone() for name, p in projections.items()}
 
 

@@ -70,7 +70,7 @@ def test_the_cut_at_the_exact_boundary(room):
 def test_room_for_prompt():
     assert compute_max_prompt_length(context=10, answer=8) == 2
     with pytest.raises(LimbeckError, match="long_x: an answer of up to 9 tokens does not fit into 10 tokens"):
-        compute_max_prompt_length(context=10, answer=9, what="long_x")
+        compute_max_prompt_length(context=10, answer=9, task="long_x")
 
 
 class _Config:

@@ -18,7 +18,7 @@ from limbeck.evaluation import measure as measures
 from limbeck.evaluation import speed, timing
 from limbeck.evaluation.measure import Measurement, Provenance
 from limbeck.evaluation.speed import SpeedBenchmark, SpeedSettings, find_break_evens
-from limbeck.evaluation.speed_entry import Candidate
+from limbeck.evaluation.candidate import Candidate
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.models import convert
 from limbeck.report import comparison

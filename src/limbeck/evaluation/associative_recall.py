@@ -13,8 +13,8 @@ training, so keys and values are English nouns, one pair per line:
      river: candle
 
 All keys and values of a sequence are different. The sequence continues with the true value whatever the model predicts,
-as in MQAR, so one forward pass answers all queries. A query is recalled if the true value is the likeliest of the values
-shown; chance is one in the number of pairs. Legend: N pairs, T time, V vocabulary.
+as in MQAR, so one forward pass answers all queries. A query is recalled if the true value is the likeliest of the
+values shown; chance is one in the number of pairs. Legend: N pairs, T time, V vocabulary.
 """
 
 import json

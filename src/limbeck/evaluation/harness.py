@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness by name, with data of the Hub or of an offline pack.
 
     catalog = TaskCatalog()                                             # 15,000 names; the index is cached
-    names = catalog.resolve_names(["paper", "ai2_arc"])                 # LimbeckError with suggestions for an unknown one
+    names = catalog.resolve_names(["paper", "ai2_arc"])                 # suggests similar names for an unknown one
     catalog.find_data_sources("mmlu", "auto", num_fewshot=5)            # task -> "pack benchmarks" or "hub"
     task = catalog.load_task("arc_easy", "auto", num_fewshot=None)
 

@@ -1,8 +1,9 @@
 """Questions about one fact hidden in a long text: RULER's single needles and Landmark Attention's pass key.
 
     haystack = Haystack.load()
-    question = build_needle_question(haystack, task=2, length=2048, depth=0.5, tokenizer=tokenizer, rng=random.Random(0))
-    question = build_passkey_question(length=2048, depth=0.5, tokenizer=tokenizer, rng=random.Random(0))
+    rng = random.Random(0)
+    question = build_needle_question(haystack, task=2, length=2048, depth=0.5, tokenizer=tokenizer, rng=rng)
+    question = build_passkey_question(length=2048, depth=0.5, tokenizer=tokenizer, rng=rng)
     question.prompt, question.answer, question.wrong_answers       # asked by `limbeck.evaluation.retrieval`
 
 | task | haystack | key | value |

@@ -69,8 +69,8 @@ def compare_hidden_states(teacher: PreTrainedModel, student: PreTrainedModel, ba
     """Compute CKA and cosine of every layer on one packed batch, over all of its tokens.
 
     Returns:
-        a dict per layer: cka_attention and cosine_attention of the attention's output, cka_block and cosine_block of the
-        block's output, both teacher-fed; cka_free and cosine_free of the block's output, free-running.
+        a dict per layer: cka_attention and cosine_attention of the attention's output, cka_block and cosine_block of
+        the block's output, both teacher-fed; cka_free and cosine_free of the block's output, free-running.
     """
     sites = find_attention_sites(teacher)
     counted = batch.position_ids.flatten() > 0  # [B * T], all but first tokens of documents
@@ -134,10 +134,10 @@ def _select_tokens(output: Tensor | tuple, counted: Tensor) -> Tensor:
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Compute linear centered kernel alignment of [N, D] and [N, D'] (Kornblith et al. 2019, arXiv 1905.00414, eq. 4).
+    """Compute linear centered kernel alignment (CKA) of [N, D] and [N, D'].
 
-    ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) in Frobenius norms of centered columns: from 0 to 1, invariant to rotations and to a common
-    scale. Biased upwards unless N is much larger than D.
+    Kornblith et al. 2019 (arXiv 1905.00414, equation 4): ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) in Frobenius norms of centered
+    columns: from 0 to 1, invariant to rotations and to a common scale. Biased upwards unless N is much larger than D.
     """
     # Neither autocast nor TF32 applies to float64.
     x, y = (z.double() - z.double().mean(0) for z in (x, y))

@@ -4,9 +4,9 @@
     matrices[0].name, matrices[0].matrix.shape, matrices[1].distance      # 'teacher', [H, T, T], [H]
 
 One layer is enough to see what a mixer can express: the teacher runs once over some text, the calls of that layer's
-attention are recorded, and each mixer is aligned to their matrices in turn. Head norms and output projections absorb any
-factor, so matrices are compared up to one factor per head. The matrices of a trained student are the measure `mixing`.
-Legend: H heads, T time.
+attention are recorded, and each mixer is aligned to their matrices in turn. Head norms and output projections absorb
+any factor, so matrices are compared up to one factor per head. The matrices of a trained student are the measure
+`mixing`. Legend: H heads, T time.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,9 @@ def align_mixing_matrices(
     sequences: int = 32,
     lr: float = 2e-3,
 ) -> list[MixingMatrix]:
-    """Align mixers to one layer; returns the teacher's matrices on the first sequence of `eval_data`, then each mixer's.
+    """Align mixers to one layer of the teacher.
+
+    Returns the teacher's matrices on the first sequence of `eval_data`, then those of each mixer.
 
     Args:
         train_data: text for the alignment; `steps` sequences, the first `sequences` of them repeatedly.
@@ -99,7 +101,7 @@ def align_mixing_matrices(
 
 
 def scale_free_distance(m: Tensor, a: Tensor) -> Tensor:
-    """Compute the least ‖cM − A‖ / ‖A‖ over c of matrices [..., T, T] in the Frobenius norm: the sine of their angle."""
+    """Compute the least ‖cM − A‖ / ‖A‖ over c of matrices [..., T, T]: the sine of their angle (Frobenius norm)."""
     m, a = (x.to(torch.promote_types(m.dtype, torch.float32)) for x in (m, a))
     cosine = (m * a).sum((-2, -1)) / (m.square().sum((-2, -1)) * a.square().sum((-2, -1))).clamp_min(1e-30).sqrt()
     # The gradient of the root is infinite at 0.

@@ -4,10 +4,10 @@
     layers = collect_mixing_statistics(teacher, student, untrained, data, sequences=4)
     layers[3].means("student")["overlap"]                                     # [H]
 
-Every layer gets the teacher's input, so a layer's matrix does not suffer from the layers below. The teacher's attention,
-the student's matrix and the untrained student's (`fresh`) come from the same pass; the softmax layers of a hybrid are
-measured too, but the means in the table are over converted layers. Only the matrices of one layer and one sequence exist
-at a time. Definitions: docs/analysis.md. Legend: B batch, H heads, T time.
+Every layer gets the teacher's input, so a layer's matrix does not suffer from the layers below. The teacher's
+attention, the student's matrix and the untrained student's (`fresh`) come from the same pass; the softmax layers of a
+hybrid are measured too, but the means in the table are over converted layers. Only the matrices of one layer and one
+sequence exist at a time. Definitions: docs/analysis.md. Legend: B batch, H heads, T time.
 """
 
 import itertools

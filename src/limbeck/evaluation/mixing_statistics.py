@@ -1,4 +1,4 @@
-"""Statistics of a mixing matrix, one number per head: where it attends, how far, how evenly, and how similar to another.
+"""Statistics of mixing matrices, one number per head: where it attends, how far, how evenly, and how similarly.
 
     p = normalize_rows(matrix)                                    # [H, T, T], absolute values of a row sum to 1
     summarize_rows(p, position, window=16)["distance"].shape      # [H, T]: mean attended distance of each row
@@ -7,12 +7,12 @@
         module(...)
     compute_half_life(decays, heads=9)                            # [9] tokens; None for a mixer without decay
 
-Entries of most recurrent mixers may be negative, and their rows have any sum. So a row is described by the absolute values
-of its entries divided by their sum, and its negative part is a number of its own. Formulas: docs/analysis.md.
+Entries of most recurrent mixers may be negative, and their rows have any sum. So a row is described by the absolute
+values of its entries divided by their sum, and its negative part is a number of its own. Formulas: docs/analysis.md.
 
 A half-life counts the decay only. What a delta rule overwrites is forgotten sooner; softmax and windows have no decay.
-Legend: H heads, T time, K key width, h heads of the mixer, P = |M| / row sums of |M|; position[t] is the number of tokens
-of its document before token t.
+Legend: H heads, T time, K key width, h heads of the mixer, P = |M| / row sums of |M|; position[t] is the number of
+tokens of its document before token t.
 """
 
 import math
@@ -46,8 +46,8 @@ def summarize_rows(p: Tensor, position: Tensor, window: int) -> dict[str, Tensor
         window: number of tokens that count as local, including the token itself.
 
     Returns:
-        first_token: mass on the first token of the document; window: on the last `window` tokens; diagonal: on the token
-        itself; entropy in nats; distance: mean number of tokens between the query and what it attends to.
+        first_token: mass on the first token of the document; window: on the last `window` tokens; diagonal: on the
+        token itself; entropy in nats; distance: mean number of tokens between the query and what it attends to.
     """
     index = torch.arange(p.shape[-1], device=p.device)
     distance = (index[:, None] - index[None, :]).clamp_min(0)
@@ -84,8 +84,8 @@ def head_diversity(p: Tensor) -> Tensor:
 def effective_rank(matrix: Tensor) -> Tensor:
     """Compute exp of the entropy of the normalized singular values (Roy and Vetterli 2007): [H].
 
-    Signed rows of the matrix [H, n, n] are normalized first, so that no row counts more than another. Singular values are
-    square roots of eigenvalues in float64, exact to about 1e-8 of the largest: much faster than an SVD.
+    Signed rows of the matrix [H, n, n] are normalized first, so that no row counts more than another. Singular values
+    are square roots of eigenvalues in float64, exact to about 1e-8 of the largest: much faster than an SVD.
     """
     rows = normalize_rows(matrix, signed=True).double()
     values = torch.linalg.eigvalsh(rows @ rows.mT).clamp_min(0).sqrt()
@@ -108,7 +108,7 @@ def spearman_correlation(x: Tensor, y: Tensor) -> float | None:
 
 @contextmanager
 def record_decays(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Record the mean of −log a over the tokens of each call of the mixers inside `module`: [h] or, per channel, [h, K]."""
+    """Record −log a of each call of the mixers inside `module`, averaged over tokens: [h] or, per channel, [h, K]."""
     decays: list[Tensor] = []
     with ExitStack() as stack:
         for mixer in [inner for inner in module.modules() if isinstance(inner, Mixer)]:
@@ -119,8 +119,8 @@ def record_decays(module: nn.Module) -> Iterator[list[Tensor]]:
 def compute_half_life(decays: list[Tensor], heads: int) -> Tensor | None:
     """Compute ln 2 over the mean decay rate in tokens, [heads], from the decays of several calls.
 
-    A head with a decay per channel gets the median over its channels. If the mixer has fewer heads than the teacher, each
-    stands for several. Infinite for a head without decay.
+    A head with a decay per channel gets the median over its channels. If the mixer has fewer heads than the teacher,
+    each stands for several. Infinite for a head without decay.
     """
     if not decays:
         return None
@@ -135,8 +135,8 @@ def step_log_decay(inputs: OperatorInputs) -> Tensor | None:
     decay = inputs.log_decay
     if decay is None or inputs.denominator_floor is None:
         return decay
-    # A running maximum stabilizes the state (mLSTM), and the operator's decay includes its steps. The denominator's floor
-    # is exp(−maximum), so the steps can be removed again, from the second token on.
+    # A running maximum stabilizes the state (mLSTM), and the operator's decay includes its steps. The denominator's
+    # floor is exp(−maximum), so the steps can be removed again, from the second token on.
     maximum = -inputs.denominator_floor.log()
     return decay[:, 1:] + maximum[:, 1:] - maximum[:, :-1]
 

@@ -4,8 +4,8 @@
     values["recovery"], values["recovery_above_chance"], values["alpha*"]
 
 * recovery: student / teacher, over the tasks on which the teacher scores at all (two standard errors above zero).
-* recovery above chance: (student − chance) / (teacher − chance), as in RADLADS (Goldstein et al. 2025). Tasks on which the
-  teacher is less than two standard errors above chance are left out: there is nothing to recover.
+* recovery above chance: (student − chance) / (teacher − chance), as in RADLADS (Goldstein et al. 2025). Tasks on which
+  the teacher is less than two standard errors above chance are left out: there is nothing to recover.
 * C_α: share of the tasks on which student ≥ (1 − α) · teacher, the tolerance-corrected win-and-tie rate of Hauzenberger
   et al. 2026 (arXiv 2603.15590); α* is the least α with C_α ≥ 1/2.
 
@@ -131,7 +131,7 @@ def _tolerance_statistics(student: np.ndarray, teacher: np.ndarray) -> dict[str,
 
 
 def required_tolerances(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """Compute for each task the least α ≥ 0 with student ≥ (1 − α) · teacher, 0 if the teacher scores 0: [..., tasks]."""
+    """Compute for each task the least α ≥ 0 with student ≥ (1 − α) · teacher: [..., tasks]; 0 if it scores 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         loss = np.where(teacher > 0, 1 - student / teacher, 0.0)
     return np.where(loss > ROUNDING, loss, 0.0)

@@ -5,10 +5,10 @@
     result = run_measure(get_measure("passkey"), subject, {"lengths": [1024, 4096], "samples": 10})
     answer = answer_question(model, tokenizer, question, new_tokens=16)           # one question of `haystacks`
 
-Each question is scored twice. By generation, as RULER does (arXiv 2404.06654): the value occurs anywhere in the greedily
-generated text. By likelihood, for models too small to follow instructions: the value is the likeliest among itself and
-distractors of the same form that do not occur in the prompt; chance is one in their number. `details["cells"]` holds
-both by length and depth, for a heat map.
+Each question is scored twice. By generation, as RULER does (arXiv 2404.06654): the value occurs anywhere in the
+greedily generated text. By likelihood, for models too small to follow instructions: the value is the likeliest among
+itself and distractors of the same form that do not occur in the prompt; chance is one in their number.
+`details["cells"]` holds both by length and depth, for a heat map.
 
 RULER samples the depth of each needle; here every depth gets the same number of samples, so that a map can be drawn.
 The depth of a pass key (Landmark Attention, arXiv 2305.16300, section 4.2) is sampled.

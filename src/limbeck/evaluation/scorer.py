@@ -4,11 +4,11 @@
     simple_evaluate(model=scorer, tasks=["piqa", "longbench_qasper"])
     scorer.truncated_prompts         # which prompts were truncated, from how many tokens to how many
 
-For requests that fit, scores are those of `HFLM(pretrained=folder)`, except for tokenizers that append EOS and generation
-configs that change probabilities: neither affects a prompt or an answer here. `HFLM` drops the left end of what does not
-fit, instructions first, with a warning in a log. Here all requests of a call are checked before the first one runs, and a
-prompt that does not fit is an error or is truncated as requested (`limbeck.evaluation.truncation`). Prompts to be
-continued are prefilled in chunks, so that a student's memory does not grow with them.
+For requests that fit, scores are those of `HFLM(pretrained=folder)`, except for tokenizers that append EOS and
+generation configs that change probabilities: neither affects a prompt or an answer here. `HFLM` drops the left end of
+what does not fit, instructions first, with a warning in a log. Here all requests of a call are checked before the first
+one runs, and a prompt that does not fit is an error or is truncated as requested (`limbeck.evaluation.truncation`).
+Prompts to be continued are prefilled in chunks, so that a student's memory does not grow with them.
 
 Needs the extra `eval`; import it late.
 """

@@ -4,10 +4,10 @@
     points = time_decoding(fields, length=4096, steps=16)
     find_break_even([512, 4096], [2.0, 9.0], [4.0, 4.1])            # 1,620: the length where the first becomes the dearer
 
-The context is real text up to `SEED_TOKENS` tokens; beyond them keys and values are repeats of theirs, which changes neither
-shapes nor work, and spares the quadratic prefill of the teacher. A recurrent state is the same size at any length, so
-for it only the counter moves on. A cache with layers of other kinds (windows, states of the family's own) reads all of
-its context, in pieces.
+The context is real text up to `SEED_TOKENS` tokens; beyond them keys and values are repeats of theirs, which changes
+neither shapes nor work, and spares the quadratic prefill of the teacher. A recurrent state is the same size at any
+length, so for it only the counter moves on. A cache with layers of other kinds (windows, states of the family's own)
+reads all of its context, in pieces.
 
 What reading a prompt costs: time to the first token, tokens a second, and the most memory that it takes.
 

@@ -4,9 +4,9 @@
     prompt = truncate_prompt(ids, room, overlong="middle")           # the first 4032 and the last 4032 tokens of ids
 
 Lengths are tokens of the model's own tokenizer, chat template and special tokens included, because those are what the
-model reads. Truncation in the middle is LongBench's (Bai et al. 2024, arXiv 2308.14508): instructions and question are at
-the two ends of a prompt. LongBench decodes both halves and tokenizes them again, which may change their length, and adds
-the chat template afterwards; here tokens are cut, so the result fits exactly.
+model reads. Truncation in the middle is LongBench's (Bai et al. 2024, arXiv 2308.14508): instructions and question are
+at the two ends of a prompt. LongBench decodes both halves and tokenizes them again, which may change their length, and
+adds the chat template afterwards; here tokens are cut, so the result fits exactly.
 """
 
 from collections.abc import Sequence
@@ -72,8 +72,8 @@ def truncate_prompt(ids: Sequence[int], room: int, overlong: OverlongPolicy, nam
     """Return `ids` if they fit into `room` tokens, else truncate them as `overlong` says.
 
     Args:
-        overlong: "refuse" raises an error; "middle" keeps the first and the last half, with an odd `room` one token more
-            at the end, where the question is; "left" keeps the last `room` tokens, as lm-evaluation-harness does.
+        overlong: "refuse" raises an error; "middle" keeps the first and the last half, with an odd `room` one token
+            more at the end, where the question is; "left" keeps the last `room` tokens, as lm-evaluation-harness does.
         name: subject of the error message.
 
     Raises:

@@ -9,8 +9,8 @@ The figures of measures that look inside: agreement, mixing matrices, hidden sta
 
     panels = build_analysis_panels(groups)               # inside `use_style`
 
-A measure draws its own figure, one line a model. Of a grid one condition is shown, the one with the lowest perplexity over
-its students, and of each student the first seed; the captions say so.
+A measure draws its own figure, one line a model. Of a grid one condition is shown, the one with the lowest perplexity
+over its students, and of each student the first seed; the captions say so.
 """
 
 import json
@@ -18,9 +18,9 @@ import re
 from dataclasses import dataclass
 from statistics import fmean
 
-from limbeck.evaluation.measure import Measurement, get_measure
+from limbeck.evaluation.measure import Measurement
 from limbeck.report.collection import TEACHER, Run
-from limbeck.report.figures.measures import draw_benchmarks
+from limbeck.report.figures.measures import MEASURE_FIGURES
 from limbeck.report.figures.panels import (
     PANEL_SIZE,
     Panel,
@@ -186,9 +186,7 @@ def build_analysis_panels(groups: list[SeedGroup]) -> list[Panel]:
             continue
         found = [_renamed(run.measurements[name], student) for student, run in runs.items()]
         with use_colors([get_color(student) for student in runs]):
-            draw = draw_benchmarks if name == "tasks" else get_measure(name).draw
-            assert draw is not None
-            figure = draw(found)
+            figure = MEASURE_FIGURES[name](found)
         told = f" ({format_condition(condition)})" if condition else ""
         told += "; one seed of each" if any(len(group.runs) > 1 for group in shown) else ""
         panels.append(Panel("analysis", name, TITLES[name], f"{caption}{told}.", figure, series_names=list(runs)))

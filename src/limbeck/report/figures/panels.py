@@ -4,8 +4,9 @@
         for panel in build_loss_panels(collection):
             save_figure(panel.figure, folder / f"{panel.name}.svg")
 
-A panel is one figure of one condition of the grid; beside each other on a wide screen, below each other on a phone. Every
-student keeps its colour; the teacher is black. Lines carry what they belong to as their id, by which the page filters.
+A panel is one figure of one condition of the grid; beside each other on a wide screen, below each other on a phone.
+Every student keeps its colour; the teacher is black. Lines carry what they belong to as their id, by which the page
+filters.
 """
 
 import json
@@ -33,8 +34,8 @@ STAGE_TITLES = {  # in the order in which they are shown: students are compared 
 class Panel:
     """A figure with its words.
 
-    name: of its file. caption: what is seen, beside the title. axis_values: the condition of the grid that it shows, by which it is
-    filtered. series_names: whose. Panels of one section and title show the same at several conditions.
+    name: of its file. caption: what is seen, beside the title. axis_values: the condition of the grid that it shows, by
+    which it is filtered. series_names: whose. Panels of one section and title show the same at several conditions.
     """
 
     section: str

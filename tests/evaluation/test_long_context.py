@@ -17,9 +17,16 @@ from limbeck.core.storage import ensure_cached_folder
 from limbeck.data.offline import corpus as wikitext
 from limbeck.evaluation import associative_recall, long_text
 from limbeck.evaluation import measure as measures
-from limbeck.evaluation.haystacks import NOISE, Haystack, build_needle_question, build_passkey_question
+from limbeck.evaluation.haystacks import (
+    NOISE,
+    Haystack,
+    Question,
+    build_needle_question,
+    build_passkey_question,
+    count_prompt_tokens,
+)
 from limbeck.evaluation.long_text import PrefilledPrompt, compute_token_losses, get_context_length
-from limbeck.evaluation.retrieval import Question, answer_question, count_prompt_tokens, proportion_with_stderr
+from limbeck.evaluation.retrieval import answer_question, proportion_with_stderr
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.models import cache_bytes, convert
 from limbeck.report import comparison
@@ -215,11 +222,11 @@ def test_passkeys(tokenizer):
 
 
 def test_lengths_that_do_not_fit(haystack, tokenizer):
-    with pytest.raises(LimbeckError, match=r"S-NIAH-1: \d+ tokens of prompt and 128 of answer do not fit in 200"):
+    with pytest.raises(LimbeckError, match=r"S-NIAH-1: a prompt of \d+ tokens and an answer of 128 do not fit in 200"):
         build_needle_question(haystack, 1, 200, 0.5, tokenizer, random.Random(0))
     with pytest.raises(LimbeckError, match="pass key"):
         build_passkey_question(64, 0.5, tokenizer, random.Random(0))
-    with pytest.raises(LimbeckError, match="the haystack has no 100000 tokens"):
+    with pytest.raises(LimbeckError, match="the haystack has fewer than 100000 tokens"):
         build_needle_question(haystack, 2, 100000, 0.5, tokenizer, random.Random(0))
     with pytest.raises(LimbeckError, match="no S-NIAH-4"):
         build_needle_question(haystack, 4, 1000, 0.5, tokenizer, random.Random(0))

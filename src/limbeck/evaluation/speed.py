@@ -23,8 +23,8 @@ from pydantic import Field
 from limbeck.core.console import progress
 from limbeck.core.errors import LimbeckError
 from limbeck.core.system import flush_denormals, get_free_memory, time_reference_matmul
-from limbeck.evaluation.measure import Measure, Measurement, MeasureResult, MeasureSettings, collect_provenance
 from limbeck.evaluation.candidate import Candidate
+from limbeck.evaluation.measure import Measure, Measurement, MeasureResult, MeasureSettings, collect_provenance
 from limbeck.evaluation.subject import Subject
 from limbeck.evaluation.timing import PrefillTiming, TokenTiming, find_break_even, time_decoding, time_prefill
 from limbeck.models.quantization import count_weight_bytes
@@ -159,8 +159,7 @@ class SpeedBenchmark:
                 self.points[length, batch] = self._measure(length, batch, reference)
                 if max(reference, first_reference) > UNSTABLE_RATIO * min(reference, first_reference):
                     self._add_note(
-                        f"a reference matrix product took {first_reference:.1f} ms at first and {reference:.1f} ms
-                        later"
+                        f"a reference matrix product took {first_reference:.1f} ms at first, {reference:.1f} ms later"
                     )
                 measurements = self._build_measurements(time.monotonic() - start)
                 advance(1)

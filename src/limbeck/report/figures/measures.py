@@ -26,7 +26,7 @@ def draw_measure(name: str, measurements: list[Measurement]) -> Any | None:
 
 
 def draw_agreement(measurements: list[Measurement]) -> Any:
-    """Draw divergence by position and frequency, and how long free-running texts stay the same; one line per student."""
+    """Draw divergence by position and frequency, and how long free-running texts stay the same; a line per student."""
     students = _select_students(measurements)
     figure = create_figure(10, 5.6)
     panels = figure.subplots(2, 2)

@@ -104,7 +104,7 @@ def format_break_even_length(length: float | None, lengths: list[int]) -> str:
 
 
 def draw_speed(measurements: list[Measurement]) -> Any:
-    """Draw the time of the next token with the faster cache (band: minimum to maximum), cache size and prefill speed."""
+    """Draw the time per token with the faster cache (band: minimum to maximum), cache size and prefill speed."""
     titles = ["next token, ms", "cache, MB"]
     if any("prefill" in point for one in measurements for point in one.details["points"]):
         titles.append("prompt, tokens/s")

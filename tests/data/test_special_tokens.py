@@ -29,7 +29,12 @@ from limbeck.data.synthetic import RepeatedSequenceSource
 from limbeck.data.token_store import Split, build_token_store
 from limbeck.data.tokenization import create_encoder
 from limbeck.evaluation.associative_recall import RecallSequence
-from limbeck.evaluation.haystacks import Haystack, build_needle_question, build_passkey_question, count_prompt_tokens
+from limbeck.evaluation.haystacks import (
+    Haystack,
+    build_needle_question,
+    build_passkey_question,
+    count_prompt_tokens,
+)
 from limbeck.evaluation.long_text import PrefilledPrompt, load_long_text
 from limbeck.models.generation import generate_continuation
 from limbeck.models.loading import load_model_and_tokenizer

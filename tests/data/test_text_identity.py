@@ -116,7 +116,7 @@ def test_what_was_measured_is_taken_only_where_text_and_teacher_are_what_they_we
 
     def take():
         found = measured(str(tmp_path / "run"), str(text), str(tmp_path / "teacher"))
-        return found, "measured already" in capsys.readouterr().err
+        return found, "using the cached result" in capsys.readouterr().err
 
     first, known = take()
     assert not known
@@ -147,7 +147,7 @@ def test_a_long_text_that_changed_is_read_again(tmp_path, capsys):
         subject = SubjectLoader(out=tmp_path / "out").load("run")
         settings = {"text": str(text), "length": 64, "past_context": True}
         found.append(measure.run_measure(measure.get_measure("positions"), subject, settings))
-    assert capsys.readouterr().err.count("measured already") == 1
+    assert capsys.readouterr().err.count("using the cached result") == 1
     assert found[0] == found[1] != found[2]
 
 

@@ -70,7 +70,7 @@ def test_the_cut_at_the_exact_boundary(room):
 def test_room_for_prompt():
     assert compute_max_prompt_length(context=10, answer=8) == 2
     with pytest.raises(LimbeckError, match="long_x: an answer of up to 9 tokens does not fit into 10 tokens"):
-        compute_max_prompt_length(context=10, answer=9, what="long_x")
+        compute_max_prompt_length(context=10, answer=9, task="long_x")
 
 
 class _Config:
@@ -92,7 +92,7 @@ def test_context_of():
     tokenizer.model_max_length = 24
     assert resolve_max_length(_Sized(), tokenizer) == 24
     assert resolve_max_length(_Sized(), _Sized(), requested_length=12) == 12
-    with pytest.raises(LimbeckError, match="65 tokens is asked for"):
+    with pytest.raises(LimbeckError, match="tasks.length is 65 tokens"):
         resolve_max_length(_Sized(max_position_embeddings=64), requested_length=65)
-    with pytest.raises(LimbeckError, match="nowhere"):
+    with pytest.raises(LimbeckError, match="neither the model nor its tokenizer"):
         resolve_max_length(_Sized(), _Sized())

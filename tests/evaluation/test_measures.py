@@ -202,10 +202,10 @@ def test_bad_input(subject, tmp_path):
         measures.parse_settings(measures.get_measure("agreement"), {"token": 3})
     with pytest.raises(LimbeckError, match="agreement: tokens is 0"):
         measures.parse_settings(measures.get_measure("agreement"), {"tokens": 0})
-    with pytest.raises(LimbeckError, match="holds no measurement"):
+    with pytest.raises(LimbeckError, match="is not a measurement"):
         Measurement.load(tmp_path / "nothing.json")
     with pytest.raises(LimbeckError, match=r"no config\.json in"):
         SubjectLoader().load(str(tmp_path))
     subject.teacher_or_none = None
-    with pytest.raises(LimbeckError, match="is not known"):
+    with pytest.raises(LimbeckError, match="is unknown"):
         measures.run_measure(measures.get_measure("agreement"), subject, SMALL)

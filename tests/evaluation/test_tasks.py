@@ -274,14 +274,14 @@ def test_a_pack_takes_the_place_of_the_hub(subject, definitions, monkeypatch):
     module.PACK = Pack("instead", "", "", (), ("allenai/winogrande",), make, tasks=("its_own",))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(packs.PACK_MODULES, "instead", module.__name__)
-    with pytest.raises(LimbeckError, match=r"comes with the pack instead.*\n.*limbeck assets --pack instead"):
+    with pytest.raises(LimbeckError, match=r"is part of the pack instead.*\n.*limbeck assets --pack instead"):
         taken(subject, definitions, "its_own")
     ensure_pack(module.PACK)
     found = taken(subject, definitions, "of_nobody")
     assert found.details["tasks"]["of_nobody"]["parts"]["of_nobody"]["data"] == "pack instead"
     with pytest.raises(LimbeckError, match="no data for task of_nobody"):
         taken(subject, definitions, "of_nobody", source="hub")
-    with pytest.raises(LimbeckError, match="no pack has what it needs"):
+    with pytest.raises(LimbeckError, match="no pack has the data it needs"):
         taken(subject, definitions, "choices", source="pack")
 
 
@@ -290,7 +290,7 @@ def test_bad_input(subject, definitions, monkeypatch, tmp_path):
         taken(subject, definitions, "choice")
     with pytest.raises(LimbeckError, match="tasks: limit is 0"):
         taken(subject, definitions, "choices", limit=0)
-    with pytest.raises(LimbeckError, match="is no folder"):
+    with pytest.raises(LimbeckError, match="is not a folder"):
         taken(subject, tmp_path / "nothing", "choices")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(LimbeckError, match=r"pip install 'limbeck\[eval\]'"):

@@ -526,5 +526,5 @@ def test_the_curves_have_a_line_a_layer(recipe, tmp_path):
     matrix, logits = drawn[0].axes
     assert [len(axes.lines) for axes in (matrix, logits)] == [3, 1]
     assert list(matrix.lines[2].get_ydata()) == [line["loss"] for line in lines_of(made) if line["stage"] == "matrix"]
-    with pytest.raises(LimbeckError, match="holds no steps"):
+    with pytest.raises(LimbeckError, match="contains no steps"):
         curves.draw_loss_curves(tmp_path / "nothing.jsonl", tmp_path / "x.png")

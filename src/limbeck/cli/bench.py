@@ -85,7 +85,7 @@ def bench(
 
 def _entries(models: list[str], teacher: str | None, int8: str, out: Path | None) -> list[Any]:
     """The models, behind them their teachers, behind each teacher its int8 twin."""
-    from limbeck.evaluation.speed_entry import Candidate
+    from limbeck.evaluation.candidate import Candidate
     from limbeck.evaluation.subject import SubjectLoader
 
     subjects = SubjectLoader(None if teacher == "none" else teacher, out=out)

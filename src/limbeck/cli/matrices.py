@@ -32,7 +32,7 @@ def matrices(
     from limbeck.evaluation.matrices import align_mixing_matrices
     from limbeck.models.hooks import load_teacher
     from limbeck.models.loading import resolve_teacher
-    from limbeck.report.figures.measures import draw_matrices
+    from limbeck.report.figures.mixing import draw_matrices
 
     check_writable(out.parent)
     names = mixers.select_mixers(students)

@@ -1,19 +1,20 @@
-"""Multi-query associative recall against the number of pairs, with real words and no training for it.
+"""The measure `recall`: multi-query associative recall over the number of pairs, with real words and no training.
 
-    found = run_measure(get_measure("recall"), subject, {"pairs": [4, 16, 64]})
-    found.values["recall, 16 pairs"], found.values["chance, 16 pairs"], found.values["state bytes, 16 pairs"]
+    result = run_measure(get_measure("recall"), subject, {"pairs": [4, 16, 64]})
+    result.values["recall, 16 pairs"], result.values["chance, 16 pairs"], result.values["state bytes, 16 pairs"]
 
-The form is that of MQAR (Zoology, arXiv 2312.04927, section 4): pairs of a key and a value, then every key again, and
-behind each its value is due. MQAR trains a model on arbitrary symbols; a pretrained one is asked as it is, so keys and
-values are English nouns, a pair a line:
+The task is MQAR (Zoology, arXiv 2312.04927, section 4): pairs of a key and a value, then every key again in another
+order, each to be followed by its value. MQAR trains a model on arbitrary symbols; a pretrained model is asked without
+training, so keys and values are English nouns, one pair per line:
 
      river: candle
      window: soldier
      window: soldier
      river: candle
 
-Keys and values of a sequence are all different. Whatever a model has answered, the line goes on with the true value, as
-in MQAR, so one pass asks for all keys. What counts is the likeliest of the values shown: chance is one in the pairs.
+All keys and values of a sequence are different. The sequence continues with the true value whatever the model predicts,
+as in MQAR, so one forward pass answers all queries. A query is recalled if the true value is the likeliest of the
+values shown; chance is one in the number of pairs. Legend: N pairs, T time, V vocabulary.
 """
 
 import json
@@ -32,7 +33,7 @@ from limbeck.core.errors import LimbeckError
 from limbeck.data.offline.embedded import ensure_embedded_corpus
 from limbeck.data.special_tokens import encode_plain_texts, find_special_token_ids
 from limbeck.evaluation.long_text import check_prompt_fits, get_context_length
-from limbeck.evaluation.measure import Measure, Measurement, MeasureResult, MeasureSettings
+from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
 from limbeck.evaluation.retrieval import proportion_with_stderr
 from limbeck.evaluation.subject import Subject
 from limbeck.models import build_cache_kwargs, cache_bytes
@@ -40,47 +41,53 @@ from limbeck.models.backbone import LMHead
 
 
 class RecallSettings(MeasureSettings):
-    """How many pairs in a sequence, and how many sequences of each number."""
+    """Settings of the measure `recall`.
+
+    pairs: numbers of pairs in a sequence.
+    sequences: number of sequences for each number of pairs.
+    sign: text between a key and its value; "" for none, as in MQAR.
+    past_context: also ask a softmax model beyond the context it was made for.
+    """
 
     pairs: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = [4, 8, 16, 32, 64, 128]
     sequences: Annotated[int, Field(ge=1)] = 4
-    sign: str = ":"  # between a key and its value; "": nothing, as in MQAR
+    sign: str = ":"
     past_context: bool = False
 
 
 def measure_recall(subject: Subject, settings: RecallSettings) -> MeasureResult:
-    """The same sequences for every model with the same tokenizer and seed."""
+    """Measure recall for each number of pairs; tokenizer and seed determine the sequences."""
     words = select_single_token_words(load_nouns(), subject.tokenizer)
     colon, newline = encode_plain_texts(subject.tokenizer, [settings.sign, "\n"])
-    lead = list(find_special_token_ids(subject.tokenizer).prefix_ids)
+    prefix = list(find_special_token_ids(subject.tokenizer).prefix_ids)
     context = None if subject.is_student or settings.past_context else get_context_length(subject.model)
-    values, errors, sizes = {}, {}, []
+    values, errors, state_sizes = {}, {}, []
     with progress("recall", len(settings.pairs) * settings.sequences, "sequences") as advance:
         for pairs in settings.pairs:
-            among_shown: list[bool] = []
-            among_all: list[bool] = []
-            for sequence in range(settings.sequences):
-                made = RecallSequence.sample(
-                    words, pairs, random.Random(f"{subject.seed} {pairs} {sequence}"), colon, newline, lead
-                )
+            right_among_shown: list[bool] = []
+            right_among_all: list[bool] = []
+            for index in range(settings.sequences):
+                rng = random.Random(f"{subject.seed} {pairs} {index}")
+                sequence = RecallSequence.sample(words, pairs, rng, colon, newline, prefix)
                 if context is not None:
-                    check_prompt_fits(f"recall, {pairs} pairs", len(made.ids), 0, context)
-                logits, size = compute_query_logits(subject.model, made)
-                best = made.values[logits[:, made.values].argmax(-1)]
-                among_shown += (best == made.answers).tolist()
-                among_all += (logits.argmax(-1) == made.answers).tolist()
+                    check_prompt_fits(f"recall, {pairs} pairs", len(sequence.ids), 0, context)
+                logits, state_size = compute_query_logits(subject.model, sequence)
+                predicted = sequence.values[logits[:, sequence.values].argmax(-1)]
+                right_among_shown += (predicted == sequence.answers).tolist()
+                right_among_all += (logits.argmax(-1) == sequence.answers).tolist()
                 advance(1, note=f"{pairs} pairs")
-            values[f"recall, {pairs} pairs"], errors[f"recall, {pairs} pairs"] = proportion_with_stderr(among_shown)
+            name = f"recall, {pairs} pairs"
+            values[name], errors[name] = proportion_with_stderr(right_among_shown)
             name = f"recall, {pairs} pairs, among all tokens"
-            values[name], errors[name] = proportion_with_stderr(among_all)
+            values[name], errors[name] = proportion_with_stderr(right_among_all)
             values[f"chance, {pairs} pairs"] = 1 / pairs
-            values[f"state bytes, {pairs} pairs"] = size
-            sizes.append(size)
+            values[f"state bytes, {pairs} pairs"] = state_size
+            state_sizes.append(state_size)
     return MeasureResult(
         values,
         errors,
         data={"words": len(words), "sequences": settings.sequences},
-        details={"pairs": settings.pairs, "state_bytes": sizes},
+        details={"pairs": settings.pairs, "state_bytes": state_sizes},
     )
 
 
@@ -89,9 +96,9 @@ class RecallSequence:
     """One sequence of N pairs and N queries.
 
     ids: [T] tokens.
-    queries: [N] positions whose next token is due, those of the colons (of the keys where there are none).
+    queries: [N] positions whose next token is a value: those of the colons, of the keys if there are none.
     values: [N] tokens of the values shown.
-    answers: [N] what is due at each query.
+    answers: [N] true value of each query.
     """
 
     ids: Tensor
@@ -107,93 +114,66 @@ class RecallSequence:
         rng: random.Random,
         colon: list[int],
         newline: list[int],
-        lead: Sequence[int] = (),
+        prefix: Sequence[int] = (),
     ) -> "RecallSequence":
-        """Keys and values of `pairs` pairs, and the order of the queries, from `words` (tokens), behind `lead`.
+        """Sample `pairs` pairs and the order of the queries.
+
+        Args:
+            words: tokens that may be keys or values.
+            colon, newline: tokens behind a key and behind a value.
+            prefix: tokens at the beginning of the sequence.
 
         Raises:
             LimbeckError: fewer words than keys and values.
         """
         if len(words) < 2 * pairs:
             raise LimbeckError(
-                f"{pairs} pairs take {2 * pairs} different words", expected=f"{len(words) // 2} pairs or fewer"
+                f"{pairs} pairs need {2 * pairs} different words, there are {len(words)}",
+                expected=f"{len(words) // 2} pairs or fewer",
             )
-        drawn = rng.sample(words, 2 * pairs)
-        known = list(zip(drawn[:pairs], drawn[pairs:]))
-        asked = rng.sample(known, pairs)
-        ids = list(lead)
-        queries = []
-        for key, value in known + asked:
+        sampled = rng.sample(words, 2 * pairs)
+        shown_pairs = list(zip(sampled[:pairs], sampled[pairs:]))
+        queried_pairs = rng.sample(shown_pairs, pairs)
+        ids = list(prefix)
+        value_positions = []
+        for key, value in shown_pairs + queried_pairs:
             ids += [key, *colon]
-            queries.append(len(ids) - 1)
+            value_positions.append(len(ids) - 1)
             ids += [value, *newline]
         return cls(
             torch.tensor(ids),
-            torch.tensor(queries[pairs:]),
-            torch.tensor(drawn[pairs:]),
-            torch.tensor([value for _, value in asked]),
+            torch.tensor(value_positions[pairs:]),
+            torch.tensor(sampled[pairs:]),
+            torch.tensor([value for _, value in queried_pairs]),
         )
 
 
 def load_nouns() -> list[str]:
-    """wonderwords' nouns, brought to the cache if they are not there."""
+    """Load wonderwords' nouns, building them in the cache if they are missing."""
     with open(ensure_embedded_corpus("haystack"), encoding="utf-8") as file:
         return next(row["text"] for row in map(json.loads, file) if row["source"] == "nouns").split()
 
 
 def select_single_token_words(words: list[str], tokenizer: Any) -> list[int]:
-    """Tokens of those words that are a single token behind a space, each token once."""
+    """Select the words that are a single token behind a space; returns their tokens without duplicates."""
     plain = [f" {word}" for word in words if len(word) > 2 and word.isalpha() and word.islower()]
-    found = encode_plain_texts(tokenizer, plain)
-    return list(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
+    encoded = encode_plain_texts(tokenizer, plain)
+    return list(dict.fromkeys(ids[0] for ids in encoded if len(ids) == 1))
 
 
 @torch.no_grad()
 def compute_query_logits(model: PreTrainedModel, sequence: RecallSequence) -> tuple[Tensor, int]:
-    """Logits [N, vocabulary] at the queries, on the CPU, and the bytes of the cache behind the last token."""
+    """Compute the logits [N, V] at the queries, on the CPU, and the bytes of the cache after the last token."""
     cache = DynamicCache(config=model.config)
     ids = sequence.ids[None].to(model.device)
-    body = model.get_decoder()
-    hidden = body(input_ids=ids, **build_cache_kwargs(body, cache)).last_hidden_state[0]
+    backbone = model.get_decoder()
+    hidden = backbone(input_ids=ids, **build_cache_kwargs(backbone, cache)).last_hidden_state[0]
     return LMHead(model)(hidden[sequence.queries.to(hidden.device)]).float().cpu(), cache_bytes(cache)
-
-
-def draw_recall(found: list[Measurement]) -> Any:
-    """Recall over the number of pairs, chance dotted; and the same over the bytes that the state takes by then."""
-    from limbeck.report.figures.style import create_figure
-
-    figure = create_figure(9, 3.4)
-    by_pairs, by_state = figure.subplots(1, 2, sharey=True)
-    for one in found:
-        pairs = one.details["pairs"]
-        names = [f"recall, {n} pairs" for n in pairs]
-        recalls = [one.values[name] for name in names]
-        bars = by_pairs.errorbar(
-            pairs,
-            recalls,
-            [one.errors[name] for name in names],
-            marker="o",
-            markersize=3,
-            capsize=2,
-            label=one.model,
-        )
-        sizes = [size / 1e6 for size in one.details["state_bytes"]]
-        by_state.plot(sizes, recalls, marker="o", markersize=3, color=bars.lines[0].get_color(), label=one.model)
-    numbers = sorted({n for one in found for n in one.details["pairs"]})
-    by_pairs.plot(numbers, [1 / n for n in numbers], color="grey", linestyle=":", linewidth=1, label="chance")
-    for axes, label in ((by_pairs, "pairs"), (by_state, "MB of state behind so many pairs")):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
-    by_pairs.set_ylabel("recall among the values shown")
-    return figure
 
 
 MEASURE = Measure(
     "recall",
-    "multi-query associative recall with real words, against the number of pairs",
+    "multi-query associative recall with real words, by number of pairs",
     RecallSettings,
     measure_recall,
-    draw_recall,
 )

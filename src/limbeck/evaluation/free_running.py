@@ -1,10 +1,10 @@
-"""Both models left to themselves: how long a student writes what its teacher writes, and what the teacher makes of it.
+"""Free-running comparison: how long a student writes the same text as its teacher, and how likely that text is.
 
-    starts = extract_prefixes(sequences, count=16, length=64)                 # [16, 64], each out of one document
-    compare_free_running(teacher, student, starts, new_tokens=64)["equal_tokens"]    # 7.4: tokens until the texts part
+    prefixes = extract_prefixes(sequences, count=16, length=64)                      # [16, 64], each from one document
+    compare_free_running(teacher, student, prefixes, new_tokens=64)["equal_tokens"]  # 7.4 tokens until they differ
 
-Greedy decoding on the models' own caches. An end of text is a token like any other, so all texts have the same length.
-Legend: N prefixes, P their length, S new tokens.
+Greedy decoding on the models' own caches. End of text is a token like any other, so all texts have the same length.
+Legend: N prefixes, P prefix length, S new tokens.
 """
 
 import itertools
@@ -24,89 +24,88 @@ from limbeck.models.backbone import LMHead
 
 
 def extract_prefixes(data: SequenceDataset, count: int, length: int) -> Tensor:
-    """The first `count` stretches of `length` tokens that lie within one document, side by side: [N, P].
+    """Extract the first `count` non-overlapping spans of `length` tokens within one document: [N, P].
 
-    Fewer where the text has no more; LimbeckError where it has none.
+    Fewer if the text has no more; raises LimbeckError if it has none.
     """
-    found: list[Tensor] = []
-    for at in range(data.n_sequences):
-        batch = data.batch(at, 1)
+    prefixes: list[Tensor] = []
+    for index in range(data.n_sequences):
+        batch = data.batch(index, 1)
         ids, position = batch.input_ids[0], batch.position_ids[0]
         for begin in range(0, len(ids) - length + 1, length):
             if int(position[begin + length - 1] - position[begin]) == length - 1:
-                found.append(ids[begin : begin + length])
-            if len(found) == count:
-                return torch.stack(found)
-    if not found:
+                prefixes.append(ids[begin : begin + length])
+            if len(prefixes) == count:
+                return torch.stack(prefixes)
+    if not prefixes:
         raise LimbeckError(
             f"no document of {length} tokens in the text",
             expected="longer documents or shorter prefixes",
             hint="--set agreement.prefix=16, or --set agreement.prefixes=0 for none",
         )
-    return torch.stack(found)
+    return torch.stack(prefixes)
 
 
 @torch.no_grad()
 def compare_free_running(
-    teacher: PreTrainedModel, student: PreTrainedModel, starts: Tensor, new_tokens: int
+    teacher: PreTrainedModel, student: PreTrainedModel, prefixes: Tensor, new_tokens: int
 ) -> dict[str, Any]:
-    """Greedy continuations of the same prefixes [N, P] by both models, `new_tokens` tokens each.
+    """Compare greedy continuations, `new_tokens` tokens each, of the same prefixes [N, P] by both models.
 
     Returns:
         equal_tokens: mean number of tokens before the first that differs, `new_tokens` where none does;
         equal_tokens_error: its standard error over prefixes, None for one prefix;
-        equal_share: by step, the share of prefixes with the same token at that place, whatever came before;
-        together: by step, the share of prefixes whose texts have not parted yet;
-        text_perplexity: the teacher's perplexity of the student's text, teacher_text_perplexity: of its own;
-        distinct_bigrams: share of different pairs among the student's pairs of neighbours, and the teacher's. A text
-        that repeats itself has a low perplexity and few of them.
+        equal_share: by step, share of prefixes with the same token at that step, whatever came before;
+        together: by step, share of prefixes whose texts are still the same;
+        text_perplexity: the teacher's perplexity of the student's text; teacher_text_perplexity: of its own;
+        distinct_bigrams: share of different pairs among the adjacent pairs of the student's text;
+        teacher_distinct_bigrams: of the teacher's. Repetitive text has a low perplexity, but few distinct bigrams.
     """
-    starts = starts.to(student.device)
+    prefixes = prefixes.to(student.device)
     with progress("free running", 2 * new_tokens, "tokens") as advance:
-        theirs, ours = (
-            greedy_decode(teacher, starts, new_tokens, advance),
-            greedy_decode(student, starts, new_tokens, advance),
-        )
-    equal = theirs == ours
-    apart = equal.long().cumprod(1).sum(1).double()
-    several = len(starts) > 1
+        teacher_text = greedy_decode(teacher, prefixes, new_tokens, advance)
+        student_text = greedy_decode(student, prefixes, new_tokens, advance)
+    equal = teacher_text == student_text
+    still_equal = equal.long().cumprod(1)
+    equal_tokens = still_equal.sum(1).double()
+    stderr = float(equal_tokens.std() / math.sqrt(len(prefixes))) if len(prefixes) > 1 else None
     return {
-        "equal_tokens": float(apart.mean()),
-        "equal_tokens_error": float(apart.std() / math.sqrt(len(starts))) if several else None,
+        "equal_tokens": float(equal_tokens.mean()),
+        "equal_tokens_error": stderr,
         "equal_share": equal.double().mean(0).tolist(),
-        "together": equal.long().cumprod(1).double().mean(0).tolist(),
-        "text_perplexity": compute_perplexity(teacher, starts, ours),
-        "teacher_text_perplexity": compute_perplexity(teacher, starts, theirs),
-        "distinct_bigrams": _distinct_bigrams(ours),
-        "teacher_distinct_bigrams": _distinct_bigrams(theirs),
+        "together": still_equal.double().mean(0).tolist(),
+        "text_perplexity": compute_perplexity(teacher, prefixes, student_text),
+        "teacher_text_perplexity": compute_perplexity(teacher, prefixes, teacher_text),
+        "distinct_bigrams": _distinct_bigrams(student_text),
+        "teacher_distinct_bigrams": _distinct_bigrams(teacher_text),
     }
 
 
 @torch.no_grad()
-def greedy_decode(model: PreTrainedModel, starts: Tensor, new_tokens: int, advance=lambda amount: None) -> Tensor:
-    """The likeliest next token, `new_tokens` times: [N, S]. Only the last token's logits are formed."""
-    head, body = LMHead(model), model.get_decoder()
-    cache, ids, out = DynamicCache(config=model.config), starts, []
+def greedy_decode(model: PreTrainedModel, prefixes: Tensor, new_tokens: int, advance=lambda amount: None) -> Tensor:
+    """Decode the likeliest next token `new_tokens` times: [N, S]. Only the last token's logits are computed."""
+    head, backbone = LMHead(model), model.get_decoder()
+    cache, ids, tokens = DynamicCache(config=model.config), prefixes, []
     for _ in range(new_tokens):
-        hidden = body(input_ids=ids, **build_cache_kwargs(body, cache)).last_hidden_state
+        hidden = backbone(input_ids=ids, **build_cache_kwargs(backbone, cache)).last_hidden_state
         ids = head(hidden[:, -1]).argmax(-1, keepdim=True)
-        out.append(ids)
+        tokens.append(ids)
         advance(1)
-    return torch.cat(out, 1)
+    return torch.cat(tokens, 1)
 
 
 @torch.no_grad()
-def compute_perplexity(model: PreTrainedModel, starts: Tensor, text: Tensor) -> float:
-    """Perplexity of the texts [N, S] after the prefixes [N, P], one text's logits at a time."""
-    head, total = LMHead(model), 0.0
-    for start, continued in zip(starts, text):
-        hidden = model.get_decoder()(input_ids=torch.cat([start, continued])[None], use_cache=False).last_hidden_state
-        logits = head(hidden[0, len(start) - 1 : -1]).float()
-        total += float(F.cross_entropy(logits, continued, reduction="sum"))
+def compute_perplexity(model: PreTrainedModel, prefixes: Tensor, text: Tensor) -> float:
+    """Compute the perplexity of texts [N, S] after prefixes [N, P], holding the logits of one text at a time."""
+    head, backbone, total = LMHead(model), model.get_decoder(), 0.0
+    for prefix, continuation in zip(prefixes, text):
+        hidden = backbone(input_ids=torch.cat([prefix, continuation])[None], use_cache=False).last_hidden_state
+        logits = head(hidden[0, len(prefix) - 1 : -1]).float()
+        total += float(F.cross_entropy(logits, continuation, reduction="sum"))
     return math.exp(min(total / text.numel(), 700))
 
 
 def _distinct_bigrams(text: Tensor) -> float:
-    """Mean over texts [N, S] of the share of different pairs among all pairs of neighbours."""
+    """Average over texts [N, S] the share of different pairs among all adjacent pairs."""
     shares = [len(set(itertools.pairwise(row))) / max(len(row) - 1, 1) for row in text.tolist()]
     return sum(shares) / len(shares)

@@ -1,11 +1,12 @@
-"""Mixing matrices of many mixers beside the teacher's attention, on the same tokens.
+"""Mixing matrices of many mixers aligned to one layer of the teacher, on the same tokens (`limbeck matrices`).
 
-    views = align_mixing_matrices(teacher, train_data, eval_data, layer=12, students=["retnet", "kda"], steps=60)
-    views[0].name, views[0].matrix.shape, views[1].distance      # 'teacher', [H, T, T], 0.31
+    matrices = align_mixing_matrices(teacher, train_data, eval_data, layer=12, students=["retnet", "kda"], steps=60)
+    matrices[0].name, matrices[0].matrix.shape, matrices[1].distance      # 'teacher', [H, T, T], [H]
 
-One layer is enough for that: the teacher runs once over some text, the calls of that layer's attention are kept, and
-each mixer is aligned to its matrices in turn. As a head norm or the output projection takes up any factor, matrices are
-compared up to one factor per head. Shapes: B batch, T time, H heads.
+One layer is enough to see what a mixer can express: the teacher runs once over some text, the calls of that layer's
+attention are recorded, and each mixer is aligned to their matrices in turn. Head norms and output projections absorb
+any factor, so matrices are compared up to one factor per head. The matrices of a trained student are the measure
+`mixing`. Legend: H heads, T time.
 """
 
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ from limbeck.models.hooks import hook_modules
 
 @dataclass(frozen=True)
 class MixingMatrix:
-    """One panel: whose matrix, the matrix [H, T, T], and its distance from the teacher's, per head.
+    """A mixing matrix [H, T, T] and its distance [H] from the teacher's.
 
-    distance: least ‖cM − A‖ / ‖A‖ over c, in the Frobenius norm, [H]; zeros for the teacher.
+    distance: least ‖cM − A‖ / ‖A‖ over c, in the Frobenius norm; zeros for the teacher.
     """
 
     name: str
@@ -36,7 +37,9 @@ class MixingMatrix:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _AttentionCall:
+    """Arguments of a call of the teacher's attention, and the matrix [1, H, T, T] it computed."""
+
     args: tuple
     kwargs: dict
     matrix: Tensor
@@ -54,63 +57,66 @@ def align_mixing_matrices(
     sequences: int = 32,
     lr: float = 2e-3,
 ) -> list[MixingMatrix]:
-    """The teacher's attention matrices of one layer on the first sequence of `eval_data`, then each student's.
+    """Align mixers to one layer of the teacher.
+
+    Returns the teacher's matrices on the first sequence of `eval_data`, then those of each mixer.
 
     Args:
-        train_data: text that the students are aligned on, `steps` sequences (the first `sequences` again and again).
-        steps: gradient steps on the mean distance over heads; 0 shows where a mixer starts.
+        train_data: text for the alignment; `steps` sequences, the first `sequences` of them repeatedly.
+        layer: index of the layer.
+        students: names of mixers.
+        steps: gradient steps on the mean distance over heads; 0 shows the initial matrices.
 
     Raises:
-        LimbeckError: no such layer or mixer.
+        LimbeckError: unknown layer or mixer.
     """
     sites = find_attention_sites(teacher)
     if not 0 <= layer < len(sites):
         raise LimbeckError(f"layer is {layer}, the teacher has {len(sites)}", expected=f"0 to {len(sites) - 1}")
     site = sites[layer]
-    lessons = _calls(teacher, site, train_data, min(sequences, steps)) if steps else []
-    exam = _calls(teacher, site, eval_data, 1)[0]
-    target = exam.matrix[0]
-    views = [MixingMatrix("teacher", target, torch.zeros(len(target)))]
+    train_calls = _record_calls(teacher, site, train_data, min(sequences, steps)) if steps else []
+    eval_call = _record_calls(teacher, site, eval_data, 1)[0]
+    target = eval_call.matrix[0]
+    matrices = [MixingMatrix("teacher", target, torch.zeros(len(target)))]
     with progress("mixing matrices", len(students) * max(steps, 1), "steps") as advance:
         for name in students:
             torch.manual_seed(0)
             student = convert(teacher, name, [layer], preset=preset, share_weights=True)
             module = student.get_submodule(site.module).requires_grad_(True)
-            optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+            optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
             for step in range(steps):
-                lesson = lessons[step % len(lessons)]
-                loss = scale_free_distance(
-                    module(*lesson.args, **lesson.kwargs, output_matrix=True)[1], lesson.matrix
-                ).mean()
-                optimiser.zero_grad()
-                if loss.requires_grad:
+                call = train_calls[step % len(train_calls)]
+                matrix = module(*call.args, **call.kwargs, output_matrix=True)[1]
+                loss = scale_free_distance(matrix, call.matrix).mean()
+                optimizer.zero_grad()
+                if loss.requires_grad:  # a mixer may have no parameters
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                optimiser.step()
+                optimizer.step()
                 advance(1, f"{name} {float(loss.detach()):.3f}")
             with torch.no_grad():
-                matrix = module(*exam.args, **exam.kwargs, output_matrix=True)[1][0].float()
-            views.append(MixingMatrix(name, matrix, scale_free_distance(matrix, target)))
-    return views
+                matrix = module(*eval_call.args, **eval_call.kwargs, output_matrix=True)[1][0].float()
+            matrices.append(MixingMatrix(name, matrix, scale_free_distance(matrix, target)))
+    return matrices
 
 
 def scale_free_distance(m: Tensor, a: Tensor) -> Tensor:
-    """The least ‖cM − A‖ / ‖A‖ over c, of matrices [..., T, T] in the Frobenius norm: the sine of their angle."""
+    """Compute the least ‖cM − A‖ / ‖A‖ over c of matrices [..., T, T]: the sine of their angle (Frobenius norm)."""
     m, a = (x.to(torch.promote_types(m.dtype, torch.float32)) for x in (m, a))
     cosine = (m * a).sum((-2, -1)) / (m.square().sum((-2, -1)) * a.square().sum((-2, -1))).clamp_min(1e-30).sqrt()
+    # The gradient of the root is infinite at 0.
     return (1 - cosine.square()).clamp_min(1e-8).sqrt()
 
 
-def _calls(teacher: PreTrainedModel, site: Site, data: SequenceDataset, count: int) -> list[_Call]:
-    """The calls of one attention module over the first sequences, with the matrices that came out."""
-    calls: list[_Call] = []
+@torch.no_grad()
+def _record_calls(teacher: PreTrainedModel, site: Site, data: SequenceDataset, count: int) -> list[_AttentionCall]:
+    """Record the calls of one attention module on the first sequences, with their matrices."""
+    calls: list[_AttentionCall] = []
 
     def visit(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-        calls.append(_Call(args, kwargs, output[1].float()))
+        calls.append(_AttentionCall(args, kwargs, output[1].float()))
 
-    with torch.no_grad():
-        for index in range(min(count, data.n_sequences)):
-            batch = data.batch(index, 1)
-            with hook_modules(teacher, {site.module: visit}, eager=True):
-                run_backbone(teacher, batch)
+    for index in range(min(count, data.n_sequences)):
+        with hook_modules(teacher, {site.module: visit}, eager=True):
+            run_backbone(teacher, data.batch(index, 1))
     return calls

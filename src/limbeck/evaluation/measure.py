@@ -1,19 +1,13 @@
-"""The measures by name, and the one way in which all of them are taken.
+"""Registry of measures, the one way to run them, and the file format of their results.
 
     measure = get_measure("agreement")
-    found = run_measure(measure, subject, {"tokens": 4096})       # a Measurement, from its file where nothing has changed
+    result = run_measure(measure, subject, {"tokens": 4096})             # a Measurement, cached in eval/agreement.json
+    result.values["kl"], result.errors["kl"]
+    Measurement.load(Path("runs/quickstart/eval/agreement.json"))        # the same one
 
-A measure is a module that offers `MEASURE`; what it runs gets a subject and its settings and gives `MeasureResult`. Its file is
-taken as it is where model, teacher, text and settings are those that it was made with, so a killed evaluation goes on.
-
-What one measure found of one model, in the same form for every measure: numbers, and all that made them.
-
-    found = Measurement(measure="agreement", model="runs/quickstart", values={"kl": 0.61}, ...)
-    found.save(Path("runs/quickstart/eval"))            # eval/agreement.json
-    Measurement.load(Path("runs/quickstart/eval/agreement.json")).values["kl"]
-
-`values` are the numbers of the table, by a name that says the unit where there is one ("milliseconds", "bytes");
-`errors` are standard errors under the same names; `details` hold what a figure needs: curves, layers, single tasks.
+To add a measure: write a module with a subclass of `MeasureSettings` (every field has a default), a function from a
+`Subject` and these settings to a `MeasureResult`, and a `Measure` that names them; then add it to `MEASURE_MODULES`.
+`limbeck eval`, studies and reports find it there. A figure is optional: `limbeck.report.figures.measures`.
 """
 
 import json
@@ -43,125 +37,98 @@ from limbeck.evaluation.subject import Subject
 from limbeck.models.fingerprint import fingerprint_folder
 
 
-class _Part(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _said(meaning: str, **more: Any) -> Any:
-    return Field(description=meaning, **more)
+def _described(description: str, **options: Any) -> Any:
+    return Field(description=description, **options)
 
 
-def _number(value: Any) -> Any:
-    """JSON knows no NaN: it is null there."""
-    return math.nan if value is None else value
+# JSON has no NaN; `Measurement.save` writes null instead.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+class Provenance(_StrictModel):
+    """How the numbers of a measurement were produced."""
+
+    command: str = _described("command line")
+    date: str = _described("end of the measurement: UTC, ISO 8601")
+    seconds: float = _described("duration")
+    seed: int = _described("seed of everything that is sampled")
+    dtype: str = _described("dtype of the model's weights")
+    weights: str = _described("fingerprint of the model's files")
+    teacher_weights: str | None = _described("fingerprint of the model it was compared with", default=None)
+    versions: dict[str, str] = _described("versions of limbeck, torch, transformers and python")
+    platform: str = _described("operating system and processor family")
+    device: str = _described("cpu, or the accelerator's name")
+    threads: int = _described("number of CPU threads")
 
 
-class Provenance(_Part):
-    """What made the numbers."""
+class Measurement(_StrictModel):
+    """The result of one measure on one model: numbers, and everything that determined them."""
 
-    command: str = _said("the command line")
-    date: str = _said("when it ended: UTC, ISO 8601")
-    seconds: float = _said("how long it took")
-    seed: int = _said("of all that is drawn")
-    dtype: str = _said("of the model's weights")
-    weights: str = _said("fingerprint of the model's files")
-    teacher_weights: str | None = _said("the same of the model it was compared with", default=None)
-    versions: dict[str, str] = _said("of limbeck, torch, transformers and python")
-    platform: str = _said("the operating system and processor family")
-    device: str = _said("cpu, or the accelerator's name")
-    threads: int = _said("of the CPU")
-
-
-class Measurement(_Part):
-    """One measure of one model."""
-
-    format: Literal[1] = _said("of this file", default=1)
-    measure: str = _said("its name; the file is `<measure>.json`")
-    model: str = _said("as it was asked for: a run, a folder, a name")
-    teacher: str | None = _said("the model it was compared with; its own name for a teacher, null for none")
-    settings: dict[str, Any] = _said("of the measure, defaults included (`limbeck eval --list`)")
-    data: dict[str, Any] = _said("which text or tasks: name, part, key, counts")
-    values: dict[str, Number] = _said("the numbers of the table by name; null stands for one that is no number")
-    errors: dict[str, Number] = _said("standard errors of values, by the same names", default={})
-    details: dict[str, Any] = _said("what figures need: curves, layers, single tasks", default={})
-    provenance: Provenance = _said("what made the numbers: see the second table")
+    format: Literal[1] = _described("version of this file format", default=1)
+    measure: str = _described("name of the measure; the file is `<measure>.json`")
+    model: str = _described("model as given on the command line: a run, a folder, a name")
+    teacher: str | None = _described("model it was compared with; a teacher's own name, null for none")
+    settings: dict[str, Any] = _described("settings of the measure, defaults included (`limbeck eval --list`)")
+    data: dict[str, Any] = _described("text or tasks: name, part, key, counts")
+    values: dict[str, Number] = _described("numbers of the table by name; null stands for NaN or infinity")
+    errors: dict[str, Number] = _described("standard errors of values, by the same names", default={})
+    details: dict[str, Any] = _described("data of figures: curves, layers, single tasks", default={})
+    provenance: Provenance = _described("how the numbers were produced: see the second table")
 
     def save(self, folder: Path) -> Path:
-        """Write `<folder>/<measure>.json`, whole or not at all."""
+        """Write `<folder>/<measure>.json` atomically."""
         path = folder / f"{self.measure}.json"
-        atomic_write_text(path, json.dumps(_finite(self.model_dump(mode="json")), indent=1, ensure_ascii=False) + "\n")
+        content = _replace_non_finite(self.model_dump(mode="json"))
+        atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         return path
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
-        """Raises LimbeckError for a file that is none, or of a format that is not known."""
+        """Read a file of `save`; raises LimbeckError for anything else."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError, ValueError) as error:
             raise LimbeckError(
-                f"{path} holds no measurement: {summarize_error(error)}", expected="a file that limbeck eval wrote"
+                f"{path} is not a measurement: {summarize_error(error)}", expected="a file written by limbeck eval"
             ) from error
 
 
-def render_schema_tables() -> str:
-    """The two tables of docs/measurements.md, from the classes."""
-    parts = []
-    for cls in (Measurement, Provenance):
-        schema = cls.model_json_schema()
-        rows = [
-            f"| `{name}` | {_type(field)} | {field['description']} |" for name, field in schema["properties"].items()
-        ]
-        title = "A file" if cls is Measurement else "Provenance"
-        parts.append("\n".join([f"## {title}", "", "| field | type | what it is |", "|---|---|---|", *rows]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _type(field: dict[str, Any]) -> str:
-    """A field's type in JSON's words."""
-    if "anyOf" in field:
-        return " or ".join(_type(one) for one in field["anyOf"])
-    if "const" in field:
-        return f"{field['const']}"
-    if "$ref" in field or "allOf" in field:
-        return "object"
-    inner = field.get("additionalProperties")
-    return f"object of {inner['type']}s" if isinstance(inner, dict) and "type" in inner else field["type"]
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither infinity nor NaN: null there."""
+def _replace_non_finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON cannot represent, by None."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(one) for one in value]
+        return [_replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-MEASURE_MODULES = {  # name -> module with a MEASURE
-    "agreement": "limbeck.evaluation.agreement",
-    "tasks": "limbeck.evaluation.lm_eval_tasks",
-    "positions": "limbeck.evaluation.long_text",
-    "needle": "limbeck.evaluation.needle",
-    "recall": "limbeck.evaluation.associative_recall",
-    "passkey": "limbeck.evaluation.passkey",
-    "speed": "limbeck.evaluation.speed",
-    "mixing": "limbeck.evaluation.mixing",
-    "hidden": "limbeck.evaluation.hidden_states",
+# name -> "module:attribute"; modules are imported on demand, since some need optional dependencies
+MEASURE_MODULES = {
+    "agreement": "limbeck.evaluation.agreement:MEASURE",
+    "tasks": "limbeck.evaluation.lm_eval_tasks:MEASURE",
+    "positions": "limbeck.evaluation.long_text:MEASURE",
+    "needle": "limbeck.evaluation.retrieval:NEEDLE",
+    "recall": "limbeck.evaluation.associative_recall:MEASURE",
+    "passkey": "limbeck.evaluation.retrieval:PASSKEY",
+    "speed": "limbeck.evaluation.speed:MEASURE",
+    "mixing": "limbeck.evaluation.mixing:MEASURE",
+    "hidden": "limbeck.evaluation.hidden_states:MEASURE",
 }
 
 
 class MeasureSettings(BaseModel):
-    """Base of a measure's settings; every field has a default."""
+    """Base class of a measure's settings; every field has a default."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 @dataclass
 class MeasureResult:
-    """What a measure gives: see `Measurement`."""
+    """What the function of a measure returns; fields as in `Measurement`."""
 
     values: dict[str, float]
     errors: dict[str, float] = field(default_factory=dict)
@@ -173,31 +140,30 @@ class MeasureResult:
 class Measure:
     """A way to measure a model.
 
-    description: one line for the list.
+    description: one line for `limbeck eval --list`.
     run: takes the subject and an instance of `settings`.
-    draw: one figure for several models' measurements; None where a table says it all.
-    check_settings: LimbeckError for settings that are wrong in a way that shows before a model is loaded.
+    check_settings: raises LimbeckError for settings that can be rejected before a model is loaded.
     """
 
     name: str
     description: str
     settings: type[MeasureSettings]
     run: Callable[[Subject, Any], MeasureResult]
-    draw: Callable[[list[Measurement]], Any] | None = None
     check_settings: Callable[[Any], None] | None = None
 
 
 def get_measure(name: str) -> Measure:
-    """Raises LimbeckError for a name that there is not."""
+    """Look up a measure by name; raises LimbeckError for an unknown one."""
     if name not in MEASURE_MODULES:
         raise LimbeckError(
             f"unknown measure '{name}'{suggest_closest(name, MEASURE_MODULES)}", expected=", ".join(MEASURE_MODULES)
         )
-    return import_module(MEASURE_MODULES[name]).MEASURE
+    module, _, attribute = MEASURE_MODULES[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def parse_settings(measure: Measure, overrides: dict[str, Any]) -> MeasureSettings:
-    """Settings from plain values; LimbeckError instead of pydantic's own."""
+    """Validate settings given as plain values; raises LimbeckError where they are invalid."""
     try:
         return measure.settings.model_validate(overrides)
     except ValidationError as error:
@@ -207,49 +173,56 @@ def parse_settings(measure: Measure, overrides: dict[str, Any]) -> MeasureSettin
 def run_measure(
     measure: Measure, subject: Subject, overrides: dict[str, Any], ignore_cache: bool = False
 ) -> Measurement:
-    """Measure a subject, and keep what was found in its home.
+    """Measure a subject and save the result in its output folder, unless the same result is there already.
+
+    A folder that cannot be written is reported before anything is computed; the result is returned all the same.
 
     Args:
         overrides: settings that differ from the defaults.
-        ignore_cache: measure even where the same has been measured already.
-
-    What cannot be written there is returned all the same, and it is said before anything is measured.
+        ignore_cache: measure even if the output folder has the result.
     """
     settings = parse_settings(measure, overrides)
-    plain = settings.model_dump(mode="json")
+    plain_settings = settings.model_dump(mode="json")
     path = subject.output_dir / f"{measure.name}.json"
-    known = _known(path, subject, plain) if not ignore_cache else None
-    if known is not None:
-        console.print(f"{measure.name} of {subject.name}: measured already, {path}")
-        return known
-    if refused := find_write_error(subject.output_dir):
-        console.print(f"{refused.found}: {measure.name} is shown, not kept; --out FOLDER keeps it", markup=False)
-    began = time.monotonic()
+    cached = None if ignore_cache else _load_cached(path, subject, plain_settings)
+    if cached is not None:
+        console.print(f"{measure.name} of {subject.name}: using the cached result {path}", markup=False)
+        return cached
+    write_error = find_write_error(subject.output_dir)
+    if write_error:
+        _warn_not_saved(write_error, measure)
+    start = time.monotonic()
     torch.manual_seed(subject.seed)
     subject.ignore_cache = ignore_cache
     with flush_denormals():
-        found = measure.run(subject, settings)
+        result = measure.run(subject, settings)
     measurement = Measurement(
         measure=measure.name,
         model=subject.name,
         teacher=subject.teacher_name,
-        settings=plain,
-        data=found.data,
-        values=found.values,
-        errors=found.errors,
-        details=found.details,
-        provenance=collect_provenance(subject, time.monotonic() - began),
+        settings=plain_settings,
+        data=result.data,
+        values=result.values,
+        errors=result.errors,
+        details=result.details,
+        provenance=collect_provenance(subject, time.monotonic() - start),
     )
-    if refused is None:
+    if write_error is None:
         try:
             measurement.save(subject.output_dir)
-        except LimbeckError as lost:  # what was measured is worth more than its file
-            console.print(f"{lost.found}: {measure.name} is shown, not kept; --out FOLDER keeps it", markup=False)
+        except LimbeckError as error:  # the disk may be full by now; hours of work should still be shown
+            _warn_not_saved(error, measure)
     return measurement
 
 
+def _warn_not_saved(error: LimbeckError, measure: Measure) -> None:
+    console.print(
+        f"{error.found}: the result of {measure.name} is shown but not saved; --out FOLDER saves it", markup=False
+    )
+
+
 def collect_provenance(subject: Subject, seconds: float) -> Provenance:
-    """Who measured, when, with what."""
+    """Collect the command, versions, seeds and fingerprints behind a measurement that took `seconds`."""
     program = Path(sys.argv[0]).name
     return Provenance(
         command=shlex.join(["limbeck" if program in ("limbeck", "__main__.py") else program, *sys.argv[1:]]),
@@ -257,7 +230,7 @@ def collect_provenance(subject: Subject, seconds: float) -> Provenance:
         seconds=round(seconds, 2),
         seed=subject.seed,
         dtype=str(subject.model.dtype).removeprefix("torch."),
-        weights=subject.fingerprint_source,
+        weights=subject.fingerprint,
         teacher_weights=subject.teacher_fingerprint,
         versions={
             "limbeck": __version__,
@@ -271,36 +244,64 @@ def collect_provenance(subject: Subject, seconds: float) -> Provenance:
     )
 
 
-def _known(path: Path, subject: Subject, settings: dict[str, Any]) -> Measurement | None:
-    """What was measured before with the same model, teacher, text, settings and version."""
+def _load_cached(path: Path, subject: Subject, settings: dict[str, Any]) -> Measurement | None:
+    """Load a result of the same model, teacher, text, settings and version; None if there is none."""
     if not path.is_file():
         return None
     try:
-        known = Measurement.load(path)
+        cached = Measurement.load(path)
     except LimbeckError:
         return None
-    made, version = known.provenance, known.provenance.versions.get("limbeck")
-    if known.settings != settings or (made.seed, version) != (subject.seed, __version__):
+    provenance = cached.provenance
+    if cached.settings != settings:
         return None
-    if (made.weights, made.teacher_weights) != (subject.fingerprint_source, subject.teacher_fingerprint):
+    if (provenance.seed, provenance.versions.get("limbeck")) != (subject.seed, __version__):
         return None
-    if not _same_texts(known, subject, settings):
+    if (provenance.weights, provenance.teacher_weights) != (subject.fingerprint, subject.teacher_fingerprint):
         return None
-    return known.model_copy(update={"model": subject.name, "teacher": subject.teacher_name})  # as they are called now
+    if not _has_same_texts(cached, subject, settings):
+        return None
+    # The same models may be given under other names now.
+    return cached.model_copy(update={"model": subject.name, "teacher": subject.teacher_name})
 
 
-def _same_texts(known: Measurement, subject: Subject, settings: dict[str, Any]) -> bool:
-    """Are the texts, by content, still those that were measured on?"""
-    data = known.data
+def _has_same_texts(cached: Measurement, subject: Subject, settings: dict[str, Any]) -> bool:
+    """Whether the texts of a cached result still have the same content."""
+    data = cached.data
     try:
         if any(fingerprint_source(source) != content for source, content in data.get("contents", {}).items()):
             return False
         if data.get("include") != fingerprint_folder(settings.get("include")):
             return False
-        if "part" not in data:  # it does not read the subject's text
+        if "part" not in data:  # the measure does not read the subject's text
             return True
         length = settings.get("length") or (subject.data.seq_len if subject.data else 512)
         return subject.held_out_key(length, settings["tokens"]) == (data["part"], data.get("key"))
     except LimbeckError as error:
-        console.print(f"{subject.name}: not compared with the text of before: {error.found}", markup=False)
+        # A text that is no longer available is no reason to discard the result.
+        console.print(f"{subject.name}: cannot check the text of the cached result: {error.found}", markup=False)
         return True
+
+
+def render_schema_tables() -> str:
+    """Render the two tables of docs/measurements.md from the classes."""
+    tables = []
+    for title, cls in (("A file", Measurement), ("Provenance", Provenance)):
+        rows = [
+            f"| `{name}` | {_format_json_type(schema)} | {schema['description']} |"
+            for name, schema in cls.model_json_schema()["properties"].items()
+        ]
+        tables.append("\n".join([f"## {title}", "", "| field | type | what it is |", "|---|---|---|", *rows]))
+    return "\n\n".join(tables) + "\n"
+
+
+def _format_json_type(schema: dict[str, Any]) -> str:
+    """Name the JSON type of a field's schema."""
+    if "anyOf" in schema:
+        return " or ".join(_format_json_type(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return f"{schema['const']}"
+    if "$ref" in schema or "allOf" in schema:
+        return "object"
+    inner = schema.get("additionalProperties")
+    return f"object of {inner['type']}s" if isinstance(inner, dict) and "type" in inner else schema["type"]

@@ -1,16 +1,16 @@
-"""How much of its teacher's scores a student keeps, over a set of tasks.
+"""Recovery of a teacher's benchmark scores by its student.
 
-    kept = compute_recovery(student, teacher)           # both: task -> TaskScore
-    kept["recovery"], kept["recovery_above_chance"], kept["alpha*"]
+    values, errors, details = compute_recovery(student, teacher)           # both: task -> TaskScore
+    values["recovery"], values["recovery_above_chance"], values["alpha*"]
 
-* recovery: student / teacher, of the tasks on which the teacher scores at all (two standard errors above zero).
-* recovery above chance: (student − chance) / (teacher − chance), as in RADLADS (Goldstein et al. 2025). A teacher that is
-  itself at chance has nothing to keep: tasks on which it is less than two standard errors above are left out.
+* recovery: student / teacher, over the tasks on which the teacher scores at all (two standard errors above zero).
+* recovery above chance: (student − chance) / (teacher − chance), as in RADLADS (Goldstein et al. 2025). Tasks on which
+  the teacher is less than two standard errors above chance are left out: there is nothing to recover.
 * C_α: share of the tasks on which student ≥ (1 − α) · teacher, the tolerance-corrected win-and-tie rate of Hauzenberger
   et al. 2026 (arXiv 2603.15590); α* is the least α with C_α ≥ 1/2.
 
-All are means over tasks of equal weight. Standard errors of the two shares come from the delta method for a ratio of
-means over the same items: a bootstrap meets draws in which the teacher is at chance and divides by next to nothing.
+All are means over tasks of equal weight. Standard errors of both recoveries come from the delta method for a ratio of
+means over the same items: a bootstrap would draw samples in which the teacher is at chance and divide by almost zero.
 Those of C_α and α* are bootstrapped over the items of each task, the same items for both models.
 """
 
@@ -22,17 +22,17 @@ import numpy as np
 
 TOLERANCES = (0.0, 0.01, 0.05, 0.1)
 RESAMPLES = 1000
-ROUNDING = 1e-9  # what arithmetic may lose without turning a tie into a loss
-STDERRS_ABOVE_CHANCE = 2.0  # standard errors above chance from which a teacher is said to do a task
+ROUNDING = 1e-9  # rounding error that must not turn a tie into a loss
+STDERRS_ABOVE_CHANCE = 2.0  # standard errors by which a teacher must exceed chance
 
 
 @dataclass
 class TaskScore:
-    """One model on one task.
+    """The score of a model on a task.
 
-    metric: the one that stands for the task; "" where none does (perplexities), and it enters no mean.
+    metric: the primary metric; "" if there is none (perplexities), then the task enters no mean.
     values, errors: all metrics of the task, and their standard errors.
-    chance: what guessing gives of `metric`.
+    chance: expected `metric` of guessing.
     items: `metric` of each item, in the order of the data.
     details: counts, versions, data, by task of a group.
     """
@@ -46,88 +46,98 @@ class TaskScore:
 
     @property
     def primary_value(self) -> float:
-        """The value that stands for the task."""
+        """Value of the primary metric."""
         return self.values[self.metric]
 
     @property
     def stderr(self) -> float:
-        """Its standard error; 0 where there is a single item."""
+        """Standard error of the primary metric; 0 for a single item."""
         n = len(self.items)
         return float(np.std(self.items, ddof=1) / math.sqrt(n)) if n > 1 else 0.0
 
     @property
     def is_at_chance(self) -> bool:
-        """Less than two standard errors above guessing."""
+        """Whether the score is less than two standard errors above guessing."""
         return self.primary_value <= self.chance + STDERRS_ABOVE_CHANCE * self.stderr
-
-
-def required_tolerances(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """For each task the least α ≥ 0 with student ≥ (1 − α) · teacher; 0 where the teacher scores 0. [..., tasks]"""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        lost = np.where(teacher > 0, 1 - student / teacher, 0.0)
-    return np.where(lost > ROUNDING, lost, 0.0)
-
-
-def critical_tolerance(needed: np.ndarray) -> np.ndarray:
-    """α*: the least α within which half of the tasks lie. [..., tasks] -> [...]"""
-    half = math.ceil(needed.shape[-1] / 2)
-    return np.sort(needed, axis=-1)[..., half - 1]
 
 
 def compute_recovery(
     student: dict[str, TaskScore], teacher: dict[str, TaskScore], seed: int = 0
 ) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
-    """Values, their standard errors, and by task what was taken in.
+    """Compute recovery, recovery above chance, C_α and α*.
 
     Args:
-        student, teacher: the same tasks on the same items.
+        student, teacher: scores on the same items of the same tasks.
+        seed: seed of the bootstrap.
+
+    Returns:
+        values, their standard errors, and details: required tolerances by task, and the tasks of each mean.
     """
     names = list(student)
-    chance = np.array([teacher[name].chance for name in names])
-    ours, theirs = (np.array([one[name].primary_value for name in names]) for one in (student, teacher))
-    scored = np.array([teacher[name].primary_value > STDERRS_ABOVE_CHANCE * teacher[name].stderr for name in names])
-    done = np.array([not teacher[name].is_at_chance for name in names])
+    scoring = [name for name in names if teacher[name].primary_value > STDERRS_ABOVE_CHANCE * teacher[name].stderr]
+    above_chance = [name for name in names if not teacher[name].is_at_chance]
     values, errors = {}, {}
-    for label, floor, counted in (("recovery", 0 * chance, scored), ("recovery_above_chance", chance, done)):
-        if counted.any():
-            kept = [
-                _ratio(student[name], teacher[name], float(floor[at])) for at, name in enumerate(names) if counted[at]
+    for label, tasks, subtract_chance in (
+        ("recovery", scoring, False),
+        ("recovery_above_chance", above_chance, True),
+    ):
+        if tasks:
+            ratios = [
+                _ratio_with_stderr(student[name], teacher[name], teacher[name].chance if subtract_chance else 0.0)
+                for name in tasks
             ]
-            values[label] = float(np.mean([ratio for ratio, _ in kept]))
-            # tasks are independent, so the variance of their mean is the sum over the square of their number
-            errors[label] = math.sqrt(sum(error**2 for _, error in kept)) / len(kept)
+            values[label] = float(np.mean([ratio for ratio, _ in ratios]))
+            # Tasks are independent, so the variance of their mean is the sum over the square of their number.
+            errors[label] = math.sqrt(sum(error**2 for _, error in ratios)) / len(ratios)
+
+    student_scores, teacher_scores = (
+        np.array([scores[name].primary_value for name in names]) for scores in (student, teacher)
+    )
     rng = np.random.default_rng(seed)
-    drawn_s, drawn_t = np.empty((2, RESAMPLES, len(names)))
-    for at, name in enumerate(names):
+    student_draws, teacher_draws = np.empty((2, RESAMPLES, len(names)))
+    for task, name in enumerate(names):
         items = np.stack([student[name].items, teacher[name].items])  # [2, items]
         draws = rng.integers(0, items.shape[1], size=(RESAMPLES, items.shape[1]))
-        drawn_s[:, at], drawn_t[:, at] = items[:, draws].mean(axis=-1)
-    found, spread = _within_tolerance(ours, theirs), _within_tolerance(drawn_s, drawn_t)
-    for label, value in found.items():
-        values[label], errors[label] = float(value), float(np.std(spread[label], ddof=1))
+        student_draws[:, task], teacher_draws[:, task] = items[:, draws].mean(axis=-1)
+    bootstrap = _tolerance_statistics(student_draws, teacher_draws)
+    for label, value in _tolerance_statistics(student_scores, teacher_scores).items():
+        values[label], errors[label] = float(value), float(np.std(bootstrap[label], ddof=1))
     details = {
-        "tolerance_needed": dict(zip(names, required_tolerances(ours, theirs).tolist())),
-        "recovery_tasks": [name for name, one in zip(names, scored) if one],
-        "recovery_above_chance_tasks": [name for name, one in zip(names, done) if one],
-        "teacher_at_chance": [name for name, one in zip(names, done) if not one],
+        "tolerance_needed": dict(zip(names, required_tolerances(student_scores, teacher_scores).tolist())),
+        "recovery_tasks": scoring,
+        "recovery_above_chance_tasks": above_chance,
+        "teacher_at_chance": [name for name in names if name not in above_chance],
     }
     return values, errors, details
 
 
-def _ratio(student: TaskScore, teacher: TaskScore, floor: float) -> tuple[float, float]:
-    """(student - floor) / (teacher - floor) of one task and its standard error by the delta method."""
-    above = teacher.primary_value - floor
-    ratio = (student.primary_value - floor) / above
+def _ratio_with_stderr(student: TaskScore, teacher: TaskScore, chance: float) -> tuple[float, float]:
+    """Compute (student - chance) / (teacher - chance) of a task and its standard error by the delta method."""
+    denominator = teacher.primary_value - chance
+    ratio = (student.primary_value - chance) / denominator
     n = len(teacher.items)
     if n < 2:
         return ratio, 0.0
-    # the part of the ratio that an item adds to or takes from: its variance over the items, over n
-    lost = np.asarray(student.items, float) - floor - ratio * (np.asarray(teacher.items, float) - floor)
-    return ratio, float(np.std(lost, ddof=1) / math.sqrt(n) / above)
+    # Residual of each item around the ratio: its variance over the items, divided by n, is that of the numerator.
+    residuals = np.asarray(student.items, float) - chance - ratio * (np.asarray(teacher.items, float) - chance)
+    return ratio, float(np.std(residuals, ddof=1) / math.sqrt(n) / denominator)
 
 
-def _within_tolerance(ours: np.ndarray, theirs: np.ndarray) -> dict[str, np.ndarray]:
-    """C at each tolerance, and alpha*; the arrays are [..., tasks]."""
-    needed = required_tolerances(ours, theirs)
-    found = {f"C at tolerance {alpha:g}": np.mean(needed <= alpha + ROUNDING, axis=-1) for alpha in TOLERANCES}
-    return found | {"alpha*": critical_tolerance(needed)}
+def _tolerance_statistics(student: np.ndarray, teacher: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute C at each tolerance, and α*, from scores [..., tasks]."""
+    required = required_tolerances(student, teacher)
+    rates = {f"C at tolerance {alpha:g}": np.mean(required <= alpha + ROUNDING, axis=-1) for alpha in TOLERANCES}
+    return rates | {"alpha*": critical_tolerance(required)}
+
+
+def required_tolerances(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """Compute for each task the least α ≥ 0 with student ≥ (1 − α) · teacher: [..., tasks]; 0 if it scores 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        loss = np.where(teacher > 0, 1 - student / teacher, 0.0)
+    return np.where(loss > ROUNDING, loss, 0.0)
+
+
+def critical_tolerance(required: np.ndarray) -> np.ndarray:
+    """Compute α*, the least α within which half of the tasks are, from [..., tasks]: [...]."""
+    half = math.ceil(required.shape[-1] / 2)
+    return np.sort(required, axis=-1)[..., half - 1]

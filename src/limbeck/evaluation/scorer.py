@@ -1,15 +1,16 @@
-"""A loaded model as lm-evaluation-harness wants it: its own class for transformers, which here cuts nothing silently.
+"""Adapter of lm-evaluation-harness for a loaded model: its class for transformers, without silent truncation.
 
     scorer = PreloadedHFLM(model, tokenizer, max_length=4096, overlong="middle")
     simple_evaluate(model=scorer, tasks=["piqa", "longbench_qasper"])
-    scorer.truncated_prompts         # which prompts were cut, from how many tokens to how many
+    scorer.truncated_prompts         # which prompts were truncated, from how many tokens to how many
 
-For what fits the numbers are those of `HFLM(pretrained=folder)`, but for tokenizers that end a text with EOS and
-generation configs that change probabilities: neither is let into a prompt or an answer here. That class drops the left
-end of what does not fit, instructions first, with a warning in a log. Here all requests of a call are counted before
-the first one runs, and what does not fit is an error, or is cut as was asked (`limbeck.evaluation.truncation`). Prompts that
-are to be continued are read in pieces, so that a student's memory does not grow with them. The module needs the extra
-`eval` and is imported late.
+For requests that fit, scores are those of `HFLM(pretrained=folder)`, except for tokenizers that append EOS and
+generation configs that change probabilities: neither affects a prompt or an answer here. `HFLM` drops the left end of
+what does not fit, instructions first, with a warning in a log. Here all requests of a call are checked before the first
+one runs, and a prompt that does not fit is an error or is truncated as requested (`limbeck.evaluation.truncation`).
+Prompts to be continued are prefilled in chunks, so that a student's memory does not grow with them.
+
+Needs the extra `eval`; import it late.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +26,12 @@ from limbeck.data.special_tokens import encode_prompt, run_tokenizer
 from limbeck.evaluation.truncation import OverlongPolicy, compute_max_prompt_length, resolve_max_length, truncate_prompt
 from limbeck.models.generation import with_default_generation_config
 
-PREFILL_CHUNK_SIZE = 1024  # tokens of a prompt that are read at a time
+PREFILL_CHUNK_SIZE = 1024  # tokens
 
 
 @dataclass(frozen=True)
 class TruncatedPrompt:
-    """A prompt that was cut: of which task and item, its tokens before and after."""
+    """A prompt that was truncated from `tokens` to `kept` tokens."""
 
     task: str
     item: int
@@ -39,16 +40,17 @@ class TruncatedPrompt:
 
 
 class PreloadedHFLM(HFLM):
-    """`HFLM` around a model that is loaded already.
+    """`HFLM` with a model that is loaded already.
 
     Args:
-        batch_size: rows at once, or "auto".
+        batch_size: batch size, or "auto".
         max_length: tokens of prompt and answer together; by default the model's context.
-        overlong: what becomes of a prompt that does not fit, see `truncate_prompt`.
-        prefill_chunk_size: tokens of a prompt that are read at a time before it is continued.
+        overlong: treatment of prompts that do not fit, see `truncate_prompt`.
+        name: title of the progress bar.
+        prefill_chunk_size: tokens per forward pass over a prompt that is to be continued.
 
     Raises:
-        LimbeckError: more length is asked for than the model has.
+        LimbeckError: `max_length` exceeds the model's context.
     """
 
     def __init__(
@@ -76,28 +78,26 @@ class PreloadedHFLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        ready = []
-        for at, (texts, context, rest) in enumerate(requests):
+        fitted = []
+        for index, (texts, context, continuation) in enumerate(requests):
             # The last token is predicted, not read: one more than the model reads still fits.
-            room = compute_max_prompt_length(self.max_length + 1, len(rest), min_prompt_length=1)
-            ready.append((texts, self._fit(context, room, self.name, at), rest))
-        self._tell()
-        with progress(self.name, len(ready), "requests") as advance:
+            room = compute_max_prompt_length(self.max_length + 1, len(continuation), min_prompt_length=1)
+            fitted.append((texts, self._fit_prompt(context, room, self.name, index), continuation))
+        self._report_truncation()
+        with progress(self.name, len(fitted), "requests") as advance:
             self._advance = advance
-            return super()._loglikelihood_tokens(ready, disable_tqdm=True, override_bs=override_bs)
+            return super()._loglikelihood_tokens(fitted, disable_tqdm=True, override_bs=override_bs)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Continue the prompts; all of them are checked before the first one runs."""
         for request in requests:
             prompt, settings = request.args
             answer = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
             task = request.task_name or self.name
-            self._fit(
-                self._encoded(prompt),
-                compute_max_prompt_length(self.max_length, answer, task),
-                task,
-                request.doc_id or 0,
-            )
-        self._tell()
+            room = compute_max_prompt_length(self.max_length, answer, task)
+            # For its check and record only: the harness tokenizes again, see `tok_batch_encode`.
+            self._fit_prompt(encode_prompt(self.tokenizer, prompt), room, task, request.doc_id or 0)
+        self._report_truncation()
         with progress(self.name, len(requests), "requests") as advance:
             self._advance = advance
             return super().generate_until(requests, disable_tqdm=True)
@@ -109,8 +109,8 @@ class PreloadedHFLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts as a padded batch, tokens and mask [B, T], each cut by itself."""
-        rows = [self._encoded(text) for text in strings]
+        """Encode prompts as a padded batch, tokens and mask [B, T]; each is truncated by itself."""
+        rows = [encode_prompt(self.tokenizer, text) for text in strings]
         if left_truncate_len is not None:
             rows = [truncate_prompt(row, left_truncate_len, self.overlong) for row in rows]
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
@@ -123,35 +123,35 @@ class PreloadedHFLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """A prompt as everywhere in Limbeck: behind BOS where the tokenizer puts one, never with an EOS at its end."""
-        ids = (
-            run_tokenizer(self.tokenizer, string)["input_ids"] if add_special_tokens is False else self._encoded(string)
-        )
+        """Encode a prompt as everywhere in Limbeck: after BOS if the tokenizer has one, without EOS at its end."""
+        if add_special_tokens is False:
+            ids = run_tokenizer(self.tokenizer, string)["input_ids"]
+        else:
+            ids = encode_prompt(self.tokenizer, string)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
-    def _encoded(self, text: str) -> list[int]:
-        return encode_prompt(self.tokenizer, text)
+    def _fit_prompt(self, ids: list[int], room: int, task: str, item: int) -> list[int]:
+        truncated = truncate_prompt(ids, room, self.overlong, f"the prompt of {task}, item {item},")
+        if len(truncated) < len(ids):
+            self.truncated_prompts.append(TruncatedPrompt(task, item, len(ids), len(truncated)))
+        return truncated
 
-    def _fit(self, ids: list[int], room: int, task: str, item: int) -> list[int]:
-        kept = truncate_prompt(ids, room, self.overlong, f"the prompt of {task}, item {item},")
-        if len(kept) < len(ids):
-            self.truncated_prompts.append(TruncatedPrompt(task, item, len(ids), len(kept)))
-        return kept
-
-    def _tell(self) -> None:
+    def _report_truncation(self) -> None:
         if self.truncated_prompts:
-            longest = max(cut.tokens for cut in self.truncated_prompts)
+            longest = max(prompt.tokens for prompt in self.truncated_prompts)
             console.print(
-                f"{self.name}: {len(self.truncated_prompts)} prompts do not fit into {self.max_length:,} tokens with their answers "
-                f"(the longest has {longest:,}) and are cut ({self.overlong})"
+                f"{self.name}: truncating {len(self.truncated_prompts)} prompts ({self.overlong}) that do not fit into "
+                f"{self.max_length:,} tokens with their answers; the longest has {longest:,} tokens",
+                markup=False,
             )
 
     def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
-        shown, self._advance = self._advance, lambda rows: None
+        # Its trial runs are no requests, so they must not move the progress bar.
+        advance, self._advance = self._advance, lambda rows: None
         try:
             return super()._detect_batch_size(requests, pos)
         finally:
-            self._advance = shown
+            self._advance = advance
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = super()._model_call(inps, *args, **kwargs)

@@ -21,8 +21,9 @@ from rich.text import Text
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import atomic_write_text
-from limbeck.evaluation.measure import MEASURE_MODULES, Measure, Measurement, get_measure
+from limbeck.evaluation.measure import Measure, Measurement
 from limbeck.report.figures import speed
+from limbeck.report.figures.measures import draw_measure
 from limbeck.report.figures.style import save_figure, use_style
 from limbeck.report.privacy import get_basename, is_local_path
 from limbeck.report.values import format_name, format_value
@@ -129,9 +130,9 @@ def write_comparison(measurements: list[Measurement], folder: Path) -> list[Path
     with use_style(_models(measurements)):
         figures = {}
         for name in dict.fromkeys(one.measure for one in measurements):
-            draw = get_measure(name).draw if name in MEASURE_MODULES else None
-            if draw is not None:
-                figures[name] = draw([one for one in measurements if one.measure == name])
+            figure = draw_measure(name, [one for one in measurements if one.measure == name])
+            if figure is not None:
+                figures[name] = figure
         if speed.can_draw_tradeoff(measurements):
             figures["tradeoff"] = speed.draw_tradeoff(measurements)
         for name, figure in figures.items():

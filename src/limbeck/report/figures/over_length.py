@@ -1,16 +1,12 @@
-"""What was measured over lengths and numbers of pairs, as panels: perplexity, retrieval, speed and memory.
+"""Panels of measures in a report: values over length or number of pairs, and the figures of single measures.
 
-    panels = build_length_panels(groups)            # inside `use_style`
+    with use_style(order_for_colors(collection.students)):
+        panels = build_length_panels(groups) + build_analysis_panels(groups)
 
-Read off the names of values (docs/measurements.md), seeds as their mean in a band from least to most. A measure that
-is not there gives no panel.
-
-The figures of measures that look inside: agreement, mixing matrices, hidden states, scores on tasks.
-
-    panels = build_analysis_panels(groups)               # inside `use_style`
-
-A measure draws its own figure, one line a model. Of a grid one condition is shown, the one with the lowest perplexity over
-its students, and of each student the first seed; the captions say so.
+Length panels are built from the names of values (docs/measurements.md), with the mean over seeds in a band from minimum
+to maximum. Analysis panels are the measures' own figures, a line per model: of a grid one condition is shown, the one
+with the lowest perplexity over its students, and of each student the first seed; the captions say so. Measures without
+results have no panel.
 """
 
 import json
@@ -18,9 +14,9 @@ import re
 from dataclasses import dataclass
 from statistics import fmean
 
-from limbeck.evaluation.measure import Measurement, get_measure
+from limbeck.evaluation.measure import Measurement
 from limbeck.report.collection import TEACHER, Run
-from limbeck.report.figures.measures import draw_benchmarks
+from limbeck.report.figures.measures import MEASURE_FIGURES
 from limbeck.report.figures.panels import (
     PANEL_SIZE,
     Panel,
@@ -38,10 +34,12 @@ _AT = r"@(?P<x>\d+)x(?P<panel>\d+)"
 
 @dataclass(frozen=True)
 class LengthCurve:
-    """Values whose names have a number in them (`x`), as lines over that number.
+    """A panel of values whose names contain a number `x`, as lines over that number.
 
-    pattern: of the names, with groups `x` and, for a panel each, `panel`.
-    chance: a value whose name has the same `x` or none, dotted.
+    pattern: of the names, with a group `x` and optionally a group `panel`: one panel for each of its values.
+    x, y: axis labels.
+    scale: factor of the values.
+    chance: pattern of the names of chance levels, with the same `x` or none; drawn as a dotted line.
     """
 
     section: str
@@ -53,33 +51,44 @@ class LengthCurve:
     scale: float = 1.0
     chance: str | None = None
 
+    def match(self, name: str) -> re.Match[str] | None:
+        """Match the name of a value."""
+        return re.fullmatch(self.pattern, name)
 
-SHARE, OF_TEXT = "share of the questions", "tokens of the text"
+
+QUESTION_SHARE, TEXT_TOKENS, CONTEXT_TOKENS = "share of the questions", "tokens of the text", "tokens of context"
 LENGTH_CURVES = (
     LengthCurve(
-        "length", "Perplexity so far", r"positions\.perplexity, first (?P<x>\d+) tokens", OF_TEXT, "perplexity", True
+        "length",
+        "Perplexity so far",
+        r"positions\.perplexity, first (?P<x>\d+) tokens",
+        TEXT_TOKENS,
+        "perplexity",
+        True,
     ),
     LengthCurve(
-        "length", "Loss by position", r"positions\.loss, tokens \d+ to (?P<x>\d+)", OF_TEXT, "loss, nats a token"
+        "length", "Loss by position", r"positions\.loss, tokens \d+ to (?P<x>\d+)", TEXT_TOKENS, "loss, nats per token"
     ),
     LengthCurve(
         "retrieval",
         "Needle chosen among candidates",
         r"needle\.niah (?P<panel>\d), (?P<x>\d+) tokens, among \d+",
-        OF_TEXT,
-        SHARE,
+        TEXT_TOKENS,
+        QUESTION_SHARE,
         chance=r"needle\.chance among \d+",
     ),
-    LengthCurve("retrieval", "Needle written", r"needle\.niah (?P<panel>\d), (?P<x>\d+) tokens", OF_TEXT, SHARE),
+    LengthCurve(
+        "retrieval", "Needle written", r"needle\.niah (?P<panel>\d), (?P<x>\d+) tokens", TEXT_TOKENS, QUESTION_SHARE
+    ),
     LengthCurve(
         "retrieval",
         "Pass key chosen among candidates",
         r"passkey\.passkey, (?P<x>\d+) tokens, among \d+",
-        OF_TEXT,
-        SHARE,
+        TEXT_TOKENS,
+        QUESTION_SHARE,
         chance=r"passkey\.chance among \d+",
     ),
-    LengthCurve("retrieval", "Pass key written", r"passkey\.passkey, (?P<x>\d+) tokens", OF_TEXT, SHARE),
+    LengthCurve("retrieval", "Pass key written", r"passkey\.passkey, (?P<x>\d+) tokens", TEXT_TOKENS, QUESTION_SHARE),
     LengthCurve(
         "retrieval",
         "Pairs recalled",
@@ -88,131 +97,139 @@ LENGTH_CURVES = (
         "share of the queries",
         chance=r"recall\.chance, (?P<x>\d+) pairs",
     ),
-    LengthCurve("speed", "Time of the next token", rf"speed\.token_milliseconds{_AT}", "tokens of context", "ms", True),
-    LengthCurve("speed", "Size of the cache", rf"speed\.cache_bytes{_AT}", "tokens of context", "MB", True, 1e-6),
+    LengthCurve("speed", "Time of the next token", rf"speed\.token_milliseconds{_AT}", CONTEXT_TOKENS, "ms", True),
+    LengthCurve("speed", "Size of the cache", rf"speed\.cache_bytes{_AT}", CONTEXT_TOKENS, "MB", True, 1e-6),
     LengthCurve(
-        "speed", "Reading a prompt", rf"speed\.prefill_tokens_per_second{_AT}", OF_TEXT, "tokens a second", True
+        "speed", "Reading a prompt", rf"speed\.prefill_tokens_per_second{_AT}", TEXT_TOKENS, "tokens per second", True
     ),
 )
-PANEL_TITLES = {"needle": "S-NIAH-{}", "speed": "batch {}"}  # what the group `panel` says, by measure
+PANEL_TITLES = {"needle": "S-NIAH-{}", "speed": "batch {}"}  # meaning of the group `panel`, by measure
 
 
 def build_length_panels(groups: list[SeedGroup]) -> list[Panel]:
-    """What was measured over lengths and numbers of pairs, a panel for each condition of the grid, all on one scale."""
+    """Build the panels of values over length or number of pairs: one per condition of the grid, with common limits."""
     panels: list[Panel] = []
-    for series in LENGTH_CURVES:
-        found: dict[str, list[Panel]] = {}
+    for curve in LENGTH_CURVES:
+        by_part: dict[str, list[Panel]] = {}
         for condition in list_conditions(groups):
-            mine = [group for group in groups if group.condition in (condition, {})]
-            matches = [m for group in mine for run in group.runs for n in run.values if (m := _match(series, n))]
-            for part in sorted({match.groupdict().get("panel") or "" for match in matches}):
-                if len({match["x"] for match in matches if (match.groupdict().get("panel") or "") == part}) > 1:
-                    found.setdefault(part, []).append(_over_length(series, part, condition, mine))
-        for beside in found.values():
-            panels += share_y_limits(beside)
+            shown = [group for group in groups if group.condition in (condition, {})]
+            xs: dict[str, set[str]] = {}
+            for name in {name for group in shown for run in group.runs for name in run.values}:
+                if match := curve.match(name):
+                    xs.setdefault(_get_part(match), set()).add(match["x"])
+            for part in sorted(xs):
+                if len(xs[part]) > 1:  # a single point is no curve
+                    by_part.setdefault(part, []).append(_build_length_panel(curve, part, condition, shown))
+        for panels_of_part in by_part.values():
+            panels += share_y_limits(panels_of_part)
     return panels
 
 
-def _over_length(series: LengthCurve, part: str, condition: dict[str, str], groups: list[SeedGroup]) -> Panel:
+def _get_part(match: re.Match[str]) -> str:
+    return match.groupdict().get("panel") or ""
+
+
+def _build_length_panel(curve: LengthCurve, part: str, condition: dict[str, str], groups: list[SeedGroup]) -> Panel:
     figure = create_figure(*PANEL_SIZE)
     axes = figure.subplots()
     chance: dict[int, float] = {}
-    ends: dict[str, float] = {}
+    last_values: dict[str, float] = {}
     longest = 0
-    for one in groups:
+    for group in groups:
         points: dict[int, list[float]] = {}
-        for run in one.runs:
+        for run in group.runs:
             for name, value in run.values.items():
-                match = _match(series, name)
-                if match and (match.groupdict().get("panel") or "") == part:
-                    points.setdefault(int(match["x"]), []).append(value * series.scale)
-                if series.chance and (match := re.fullmatch(series.chance, name)):
+                match = curve.match(name)
+                if match and _get_part(match) == part:
+                    points.setdefault(int(match["x"]), []).append(value * curve.scale)
+                if curve.chance and (match := re.fullmatch(curve.chance, name)):
                     chance[int(match.groupdict().get("x") or 0)] = value
         if not points:
             continue
         xs = sorted(points)
         means = [fmean(points[x]) for x in xs]
-        (drawn,) = axes.plot(xs, means, **get_dash_style(one.student), marker=get_marker(one.student))
-        if one.axis_values:
-            drawn.set_gid(json.dumps({"student": one.student}))
-        if any(len(numbers) > 1 for numbers in points.values()):
+        (line,) = axes.plot(xs, means, **get_dash_style(group.student), marker=get_marker(group.student))
+        # The page filters lines by this id.
+        gid = json.dumps({"student": group.student})
+        if group.axis_values:
+            line.set_gid(gid)
+        if any(len(values) > 1 for values in points.values()):
             low, high = [min(points[x]) for x in xs], [max(points[x]) for x in xs]
-            band = axes.fill_between(xs, low, high, color=get_color(one.student), alpha=0.12, linewidth=0)
-            band.set_gid(json.dumps({"student": one.student}))
+            band = axes.fill_between(xs, low, high, color=get_color(group.student), alpha=0.12, linewidth=0)
+            band.set_gid(gid)
         longest = max(longest, xs[-1])
-        ends[one.student] = means[-1]
+        last_values[group.student] = means[-1]
     if set(chance) == {0}:
         axes.axhline(chance[0], color="0.5", linestyle=":", linewidth=1.2)
     elif chance:
         axes.plot(sorted(chance), [chance[x] for x in sorted(chance)], color="0.5", linestyle=":", linewidth=1.2)
-    set_axis_labels(axes, series.x, series.y, x_log=True, y_log=series.log_y)
-    if series.y.startswith("share"):
+    set_axis_labels(axes, curve.x, curve.y, x_log=True, y_log=curve.log_y)
+    if curve.y.startswith("share"):
         axes.set_ylim(-0.03, 1.03)
-    measure = series.pattern.partition(r"\.")[0]
-    title = series.title + (f", {PANEL_TITLES[measure].format(part)}" if part else "")
-    caption = f"At {longest:,} {format_range(ends)}{'; chance is dotted' if chance else ''}."
-    name = f"{measure}-{slugify(condition, series.title, part)}"
-    return Panel(series.section, name, title, caption, figure, condition, list(ends))
+    measure = curve.pattern.partition(r"\.")[0]
+    title = curve.title + (f", {PANEL_TITLES[measure].format(part)}" if part else "")
+    caption = f"At {longest:,} {format_range(last_values)}{'; chance is dotted' if chance else ''}."
+    name = f"{measure}-{slugify(condition, curve.title, part)}"
+    return Panel(curve.section, name, title, caption, figure, condition, list(last_values))
 
 
-def _match(series: LengthCurve, name: str) -> re.Match[str] | None:
-    return re.fullmatch(series.pattern, name)
-
-
-CAPTIONS = {
-    "agreement": "How a student's next token differs from its teacher's: divergence by position and by frequency "
-    "of the target, agreement on the likeliest token, and how long texts that both write stay the same",
-    "mixing": "Mixing matrices of students beside the teacher's attention: above one head on one document, below "
-    "statistics over the layers; dotted before training",
-    "hidden": "How alike hidden states are, layer by layer, as linear CKA and cosine; dotted before training",
-    "tasks": "Scores on benchmarks with standard errors; guessing is dashed",
-}
-TITLES = {
-    "agreement": "Agreement with the teacher",
-    "mixing": "Mixing matrices",
-    "hidden": "Hidden states",
-    "tasks": "Benchmarks",
+ANALYSIS_PANELS = {  # measure -> title and caption
+    "agreement": (
+        "Agreement with the teacher",
+        "How a student's next token differs from its teacher's: divergence by position and by frequency of the target, "
+        "agreement on the likeliest token, and how long their generated texts stay the same",
+    ),
+    "mixing": (
+        "Mixing matrices",
+        "Mixing matrices of students beside the teacher's attention: above, one head on one document; below, "
+        "statistics over the layers; dotted before training",
+    ),
+    "hidden": (
+        "Hidden states",
+        "Similarity of hidden states, layer by layer, as linear CKA and cosine; dotted before training",
+    ),
+    "tasks": ("Benchmarks", "Scores on benchmarks with standard errors; chance is dashed"),
 }
 
 
 def build_analysis_panels(groups: list[SeedGroup]) -> list[Panel]:
-    """A figure for each of these measures that some run has."""
-    condition = _best_condition(groups)
+    """Build the figure of each measure of `ANALYSIS_PANELS` that some student has."""
+    condition = _select_best_condition(groups)
     shown = [group for group in groups if group.condition in (condition, {})]
+    note = f" ({format_condition(condition)})" if condition else ""
+    note += "; one seed of each" if any(len(group.runs) > 1 for group in shown) else ""
     panels = []
-    for name, caption in CAPTIONS.items():
-        runs = {group.student: run for group in shown if (run := _first(group, name)) is not None}
-        if not any(student != TEACHER for student in runs):
+    for name, (title, caption) in ANALYSIS_PANELS.items():
+        runs = {group.student: run for group in shown if (run := _select_run(group, name)) is not None}
+        if all(student == TEACHER for student in runs):
             continue
-        found = [_renamed(run.measurements[name], student) for student, run in runs.items()]
+        measurements = [_rename_model(run.measurements[name], student) for student, run in runs.items()]
         with use_colors([get_color(student) for student in runs]):
-            draw = draw_benchmarks if name == "tasks" else get_measure(name).draw
-            assert draw is not None
-            figure = draw(found)
-        told = f" ({format_condition(condition)})" if condition else ""
-        told += "; one seed of each" if any(len(group.runs) > 1 for group in shown) else ""
-        panels.append(Panel("analysis", name, TITLES[name], f"{caption}{told}.", figure, series_names=list(runs)))
+            figure = MEASURE_FIGURES[name](measurements)
+        panels.append(Panel("analysis", name, title, f"{caption}{note}.", figure, series_names=list(runs)))
     return panels
 
 
-def _best_condition(groups: list[SeedGroup]) -> dict[str, str]:
+def _select_best_condition(groups: list[SeedGroup]) -> dict[str, str]:
+    """Select the condition with the lowest mean of the headline metric, or the first if no run has it."""
+    conditions = list_conditions(groups)
     name = select_value_name(HEADLINE_METRICS[0], groups)
     means: list[tuple[float, dict[str, str]]] = []
-    for condition in list_conditions(groups):
-        found = [
-            mean for group in groups if group.condition == condition and name and (mean := group.mean(name)) is not None
-        ]
-        if found:
-            means.append((fmean(found), condition))
-    return min(means, key=lambda pair: pair[0])[1] if means else list_conditions(groups)[0]
+    for condition in conditions:
+        of_groups = [group.mean(name) for group in groups if group.condition == condition] if name else []
+        values = [value for value in of_groups if value is not None]
+        if values:
+            means.append((fmean(values), condition))
+    return min(means, key=lambda pair: pair[0])[1] if means else conditions[0]
 
 
-def _first(group: SeedGroup, measure: str) -> Run | None:
-    """The first seed that has a measurement with something to draw."""
-    having = [run for run in group.runs if measure in run.measurements]
-    return next((run for run in having if run.measurements[measure].details), None)
+def _select_run(group: SeedGroup, measure: str) -> Run | None:
+    """Select the first seed whose measurement has something to draw."""
+    with_measure = [run for run in group.runs if measure in run.measurements]
+    return next((run for run in with_measure if run.measurements[measure].details), None)
 
 
-def _renamed(one: Measurement, student: str) -> Measurement:
-    """Under the name of its line; a measurement of the teacher stays one."""
-    return one.model_copy(update={"model": student, "teacher": student if one.model == one.teacher else TEACHER})
+def _rename_model(measurement: Measurement, student: str) -> Measurement:
+    """Name a measurement after its student; a teacher's measurement stays one."""
+    teacher = student if measurement.model == measurement.teacher else TEACHER
+    return measurement.model_copy(update={"model": student, "teacher": teacher})

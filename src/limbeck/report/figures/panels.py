@@ -1,11 +1,12 @@
-"""The figures of a report as small panels, and the first of them: losses over training.
+"""Panels of a report, and the first of them: losses over training and cache sizes.
 
     with use_style(order_for_colors(collection.students)):
         for panel in build_loss_panels(collection):
             save_figure(panel.figure, folder / f"{panel.name}.svg")
 
-A panel is one figure of one condition of the grid; beside each other on a wide screen, below each other on a phone. Every
-student keeps its colour; the teacher is black. Lines carry what they belong to as their id, by which the page filters.
+A panel is one small figure of one condition of the grid; panels are side by side on a wide screen, below each other on
+a phone. Every student keeps its color; the teacher is black. Lines carry their student as their id, by which the page
+filters them.
 """
 
 import json
@@ -20,10 +21,10 @@ from limbeck.report.figures.style import COLORS, create_figure, get_color, get_l
 from limbeck.report.tables import SeedGroup, format_condition, list_conditions
 
 BLACK_INDEX = COLORS.index("#000000")
-MAX_POINTS = 80  # of a loss curve: each the mean of as many steps
+MAX_POINTS = 80  # of a loss curve: neighboring steps are averaged
 PANEL_SIZE = (3.7, 2.8)  # inches
-STAGE_TITLES = {  # in the order in which they are shown: students are compared by the last one, so it comes first
-    "logits": ("Stage 3: logits", "loss, nats a token"),
+STAGE_TITLES = {  # in the order shown: the last stage comes first, because students are compared by it
+    "logits": ("Stage 3: logits", "loss, nats per token"),
     "hidden": ("Stage 2: hidden states", "loss"),
     "matrix": ("Stage 1: mixing matrices", "loss"),
 }
@@ -31,10 +32,12 @@ STAGE_TITLES = {  # in the order in which they are shown: students are compared 
 
 @dataclass
 class Panel:
-    """A figure with its words.
+    """A figure with its texts. Panels with the same section and title show the same at several conditions.
 
-    name: of its file. caption: what is seen, beside the title. axis_values: the condition of the grid that it shows, by which it is
-    filtered. series_names: whose. Panels of one section and title show the same at several conditions.
+    name: of its file.
+    caption: description, next to the title.
+    axis_values: condition of the grid, by which the page filters.
+    series_names: names of the lines.
     """
 
     section: str
@@ -47,119 +50,126 @@ class Panel:
 
     @property
     def alt(self) -> str:
-        """All that is seen, for those who do not see it."""
+        """Alternative text."""
         return f"{self.title}{', ' + format_condition(self.axis_values) if self.axis_values else ''}. {self.caption}"
 
 
 def order_for_colors(students: list[str]) -> list[str]:
-    """The order in which names get colours, so that the teacher is black however many students there are."""
-    nobody = [f"colour {index}" for index in range(len(students), BLACK_INDEX)]
-    return [*students[:BLACK_INDEX], *nobody, TEACHER, *students[BLACK_INDEX:]]
+    """Order names such that the teacher is black, whatever the number of students."""
+    placeholders = [f"colour {index}" for index in range(len(students), BLACK_INDEX)]
+    return [*students[:BLACK_INDEX], *placeholders, TEACHER, *students[BLACK_INDEX:]]
 
 
 def build_loss_panels(collection: RunCollection) -> list[Panel]:
-    """The loss of every run over the tokens of each stage: seeds thin, their mean bold; a stage on one scale."""
+    """Build the panels of the training loss over tokens, per stage: seeds thin, their mean bold, with common limits."""
     conditions = list_conditions(
-        [SeedGroup(run.student, _condition_of(collection, run), [run]) for run in collection.runs]
+        [SeedGroup(run.student, _get_condition(collection, run), [run]) for run in collection.runs]
     )
     logs = {run.name: curves.read_metrics(run.folder / "metrics.jsonl") for run in collection.runs if run.folder}
     panels: list[Panel] = []
     for stage in STAGE_TITLES:
-        mine: list[Panel] = []
+        stage_panels: list[Panel] = []
         for condition in conditions:
-            runs = [run for run in collection.runs if _condition_of(collection, run) in (condition, {})]
+            runs = [run for run in collection.runs if _get_condition(collection, run) in (condition, {})]
             runs = [run for run in runs if any(name == stage for _, name in logs.get(run.name, {}))]
             if runs:
-                mine.append(_losses(stage, condition, runs, logs))
-        panels += share_y_limits(mine)
+                stage_panels.append(_build_loss_panel(stage, condition, runs, logs))
+        panels += share_y_limits(stage_panels)
     return panels
 
 
 def build_cache_panels(groups: list[SeedGroup]) -> list[Panel]:
-    """The cache over length as its shapes give it; the same at all conditions."""
-    shown: dict[str, dict[str, float]] = {}
+    """Build the panel of the cache size over length, computed from shapes; it is the same for all conditions."""
+    by_student: dict[str, dict[str, float]] = {}
     for group in groups:
         for run in group.runs:
             if "memory.teacher_bytes_per_token" in run.values:
-                shown.setdefault(group.student, run.values)
-    if not shown:
+                by_student.setdefault(group.student, run.values)
+    if not by_student:
         return []
     figure = create_figure(*PANEL_SIZE)
     axes = figure.subplots()
     lengths = [2**power for power in range(6, 18)]
-    teacher = max(values["memory.teacher_bytes_per_token"] for values in shown.values())
-    axes.plot(lengths, [teacher * n / 1e6 for n in lengths], **get_dash_style(TEACHER))
-    for student, values in shown.items():
-        fixed, growing = values["memory.student_fixed_bytes"], values["memory.student_bytes_per_token"]
-        (drawn,) = axes.plot(lengths, [(fixed + growing * n) / 1e6 for n in lengths], **get_dash_style(student))
-        drawn.set_gid(json.dumps({"student": student}))
+    teacher_bytes = max(values["memory.teacher_bytes_per_token"] for values in by_student.values())
+    axes.plot(lengths, [teacher_bytes * n / 1e6 for n in lengths], **get_dash_style(TEACHER))
+    for student, values in by_student.items():
+        fixed, per_token = values["memory.student_fixed_bytes"], values["memory.student_bytes_per_token"]
+        (line,) = axes.plot(lengths, [(fixed + per_token * n) / 1e6 for n in lengths], **get_dash_style(student))
+        line.set_gid(json.dumps({"student": student}))
     set_axis_labels(axes, "tokens of context", "MB", x_log=True, y_log=True)
-    crossing = [v["memory.break_even_tokens"] for v in shown.values() if "memory.break_even_tokens" in v]
-    caption = f"Computed from shapes. The teacher's cache grows by {teacher / 1000:.3g} kB a token"
-    if crossing:
-        low, high = f"{min(crossing):,.0f}", f"{max(crossing):,.0f}"
-        caption += f"; the students' are smaller from {low if low == high else f'{low} to {high}'} tokens on"
-    return [
-        Panel("speed", "cache", "Size of the cache, by shapes", caption + ".", figure, series_names=[TEACHER, *shown])
-    ]
+    caption = f"Computed from shapes. The teacher's cache grows by {teacher_bytes / 1000:.3g} kB per token"
+    break_evens = [v["memory.break_even_tokens"] for v in by_student.values() if "memory.break_even_tokens" in v]
+    if break_evens:
+        low, high = f"{min(break_evens):,.0f}", f"{max(break_evens):,.0f}"
+        caption += f"; the students' caches are smaller beyond {low if low == high else f'{low} to {high}'} tokens"
+    names = [TEACHER, *by_student]
+    return [Panel("speed", "cache", "Cache size, computed", caption + ".", figure, series_names=names)]
 
 
-def _losses(stage: str, condition: dict[str, str], runs: list[Run], logs: dict[str, Any]) -> Panel:
+def _build_loss_panel(stage: str, condition: dict[str, str], runs: list[Run], logs: dict[str, Any]) -> Panel:
     figure = create_figure(*PANEL_SIZE)
     axes = figure.subplots()
-    positive, ends = True, {}
+    all_positive, last_values = True, {}
     for student in dict.fromkeys(run.student for run in runs):
-        found = [_curve(run, stage, logs[run.name]) for run in runs if run.student == student]
-        found = [curve for curve in found if curve[0]]
-        if not found:
+        seeds = [_read_loss_curve(run, stage, logs[run.name]) for run in runs if run.student == student]
+        seeds = [(tokens, losses) for tokens, losses in seeds if tokens]
+        if not seeds:
             continue
-        at = json.dumps({"student": student})
-        if len(found) > 1:
-            for x, y in found:
-                (thin,) = axes.plot(x, y, color=get_color(student), linewidth=0.5, alpha=0.45)
-                thin.set_gid(at)
-        count = min(len(x) for x, _ in found)
-        mean = [fmean(y[i] for _, y in found) for i in range(count)]
-        (bold,) = axes.plot(
-            found[0][0][:count], mean, color=get_color(student), linestyle=get_linestyle(student), linewidth=1.5
+        gid = json.dumps({"student": student})
+        if len(seeds) > 1:
+            for tokens, losses in seeds:
+                (line,) = axes.plot(tokens, losses, color=get_color(student), linewidth=0.5, alpha=0.45)
+                line.set_gid(gid)
+        # Seeds may have stopped at different steps: the mean ends with the shortest.
+        count = min(len(tokens) for tokens, _ in seeds)
+        mean = [fmean(losses[i] for _, losses in seeds) for i in range(count)]
+        (line,) = axes.plot(
+            seeds[0][0][:count], mean, color=get_color(student), linestyle=get_linestyle(student), linewidth=1.5
         )
-        bold.set_gid(at)
-        positive, ends[student] = positive and min(mean) > 0, mean[-1]
-    title, unit = STAGE_TITLES.get(stage, (stage, "loss"))
-    set_axis_labels(axes, "tokens, thousands", unit, y_log=positive)
-    caption = f"Training loss; at the end {format_range(ends)}."
-    return Panel("loss", f"loss-{slugify(condition, stage)}", title, caption, figure, condition, list(ends))
+        line.set_gid(gid)
+        all_positive, last_values[student] = all_positive and min(mean) > 0, mean[-1]
+    title, unit = STAGE_TITLES[stage]
+    set_axis_labels(axes, "tokens, thousands", unit, y_log=all_positive)
+    caption = f"Training loss; at the end {format_range(last_values)}."
+    name = f"loss-{slugify(condition, stage)}"
+    return Panel("loss", name, title, caption, figure, condition, list(last_values))
 
 
-def _curve(run: Run, stage: str, log: dict[tuple[int, str], list[dict[str, Any]]]) -> tuple[list[float], list[float]]:
-    """Thousands of tokens, and losses, each the mean of neighbouring steps."""
+def _read_loss_curve(
+    run: Run, stage: str, log: dict[tuple[int, str], list[dict[str, Any]]]
+) -> tuple[list[float], list[float]]:
+    """Read thousands of tokens, and losses averaged over neighboring steps, of a run's first stage of that name."""
     for (index, name), steps in log.items():
         if name == stage:
             recipe = run.recipe["stages"][index]
-            tokens = recipe["batch_size"] * (recipe.get("seq_len") or run.recipe["data"]["seq_len"]) / 1000
+            step_tokens = recipe["batch_size"] * (recipe.get("seq_len") or run.recipe["data"]["seq_len"]) / 1000
             width = -(-len(steps) // MAX_POINTS)
-            parts = [steps[i : i + width] for i in range(0, len(steps), width)]
-            return [part[-1]["step"] * tokens for part in parts], [fmean(one["loss"] for one in p) for p in parts]
+            chunks = [steps[i : i + width] for i in range(0, len(steps), width)]
+            return (
+                [chunk[-1]["step"] * step_tokens for chunk in chunks],
+                [fmean(step["loss"] for step in chunk) for chunk in chunks],
+            )
     return [], []
 
 
 def share_y_limits(panels: list[Panel]) -> list[Panel]:
-    """The same limits of y for all."""
+    """Give all panels the same limits of y."""
     limits = [panel.figure.axes[0].get_ylim() for panel in panels]
     for panel in panels:
         panel.figure.axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     return panels
 
 
-def format_range(ends: dict[str, float]) -> str:
-    """Lowest and highest with their names."""
-    low, high = (pick(ends, key=lambda name: ends[name]) for pick in (min, max))
-    if len(ends) == 1:
-        return f"{ends[low]:.3g}"
-    return f"from {ends[low]:.3g} ({low}) to {ends[high]:.3g} ({high})"
+def format_range(values: dict[str, float]) -> str:
+    """Format the lowest and highest value with their names."""
+    low, high = min(values, key=lambda name: values[name]), max(values, key=lambda name: values[name])
+    if len(values) == 1:
+        return f"{values[low]:.3g}"
+    return f"from {values[low]:.3g} ({low}) to {values[high]:.3g} ({high})"
 
 
 def set_axis_labels(axes: Any, x: str, y: str, x_log: bool = False, y_log: bool = False) -> None:
+    """Label both axes and set their scales; powers of two are shown in units of k."""
     if x_log:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1024 else f"{value / 1024:g}k")
@@ -170,13 +180,15 @@ def set_axis_labels(axes: Any, x: str, y: str, x_log: bool = False, y_log: bool 
 
 
 def get_dash_style(name: str) -> dict[str, Any]:
+    """Get color and line style of a line as keyword arguments of `plot`."""
     return {"color": get_color(name), "linestyle": get_linestyle(name)}
 
 
-def _condition_of(collection: RunCollection, run: Run) -> dict[str, str]:
+def _get_condition(collection: RunCollection, run: Run) -> dict[str, str]:
     return {axis: run.axes[axis] for axis in collection.condition_axes if axis in run.axes}
 
 
 def slugify(condition: dict[str, str], *words: str) -> str:
+    """Build a file name from words and a condition."""
     text = " ".join([*words, *([format_condition(condition)] if condition else [])])
     return re.sub(r"[^A-Za-z0-9+]+", "-", text).strip("-").lower()

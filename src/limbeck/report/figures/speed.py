@@ -1,19 +1,10 @@
-"""A race on the screen and in one figure: prompts, the next token and caches over the length of the context.
+"""Tables and figures of speed: the measure `speed`, decoding curves, and perplexity against speed.
 
-output.print(build_speed_table(measurements))             # of the measure "speed"
+output.print(build_speed_table(measurements))                # of the measure "speed"
 figure = draw_speed(measurements)
-
-Curves of what the next token costs over the length of its context: time on the left, memory on the right.
-
-draw_decoding({"teacher": points, "student": points}, Path("decoding.png"))          # points: limbeck.evaluation.timing
-
-Accuracy against speed: held-out perplexity over milliseconds a token, a mark a model, its area the cache's size.
-
-    if can_draw_tradeoff(measurements):
-        figure = draw_tradeoff(measurements, length=4096)
-
-Perplexities are those of the measure "agreement", times and caches those of "speed" at one length, batch size 1 or the
-smallest. A softmax model without an agreement measurement of its own has the perplexity that its students' say of it.
+if can_draw_tradeoff(measurements):                          # of the measures "speed" and "agreement"
+    figure = draw_tradeoff(measurements, length=4096)
+draw_decoding({"teacher": timings, "student": timings}, Path("decoding.png"))         # `limbeck.evaluation.timing`
 """
 
 from dataclasses import dataclass
@@ -38,43 +29,82 @@ from limbeck.report.figures.style import (
 )
 from limbeck.report.values import format_size
 
-DASHES = ("-", "--", ":", "-.")  # by batch size, the smallest first
+LINESTYLES = ("-", "--", ":", "-.")  # by batch size, the smallest first
 
 
 def build_speed_table(measurements: list[Measurement]) -> Table:
-    """A row a length, batch size and model: medians, and behind them the least and the most."""
-    shown = Table(box=None, pad_edge=False)
-    heads = ("tokens", "batch", "model", "prompt, tokens/s", "first token, ms", "a token, ms", "cache kind", "cache")
-    for head in (*heads, "peak memory"):
-        shown.add_column(head, justify="left" if head in ("model", "cache kind") else "right")
-    places = sorted({(p["length"], p["batch"]) for one in measurements for p in one.details["points"]})
-    for index, place in enumerate(places):
+    """Build a table with a row per length, batch size and model: medians, with minimum and maximum in brackets."""
+    table = Table(box=None, pad_edge=False)
+    columns = (
+        "tokens",
+        "batch",
+        "model",
+        "prompt, tokens/s",
+        "first token, ms",
+        "next token, ms",
+        "cache kind",
+        "cache",
+    )
+    for column in (*columns, "peak memory"):
+        table.add_column(column, justify="left" if column in ("model", "cache kind") else "right")
+    workloads = sorted({(p["length"], p["batch"]) for one in measurements for p in one.details["points"]})
+    for index, workload in enumerate(workloads):
         for one in measurements:
             for point in one.details["points"]:
-                if (point["length"], point["batch"]) == place:
-                    shown.add_row(*_row(one, point))
-        if index + 1 < len(places):
-            shown.add_section()
-    return shown
+                if (point["length"], point["batch"]) == workload:
+                    table.add_row(*_format_row(one, point))
+        if index + 1 < len(workloads):
+            table.add_section()
+    return table
+
+
+def _format_row(measurement: Measurement, point: dict[str, Any]) -> list[str]:
+    fastest, prefill = fastest_cache(point), point.get("prefill")
+    kind = next(name for name, token in point["token"].items() if token is fastest)
+    row = [f"{point['length']:,}", str(point["batch"]), measurement.model]
+    if prefill is None:
+        row += ["", ""]
+    else:
+        tokens_per_second = 1000 * point["batch"] * point["length"] / prefill["milliseconds"]
+        row += [f"{tokens_per_second:,.0f}", _format_times(prefill)]
+    row += [
+        _format_times(fastest),
+        kind if len(point["token"]) > 1 else "",
+        format_size(point["token"]["growing"]["cache_bytes"]),
+    ]
+    extra = prefill and prefill["extra_bytes"]
+    return [*row, format_size(measurement.values["weights_bytes"] + extra) if extra is not None else ""]
+
+
+def _format_times(times: dict[str, float]) -> str:
+    return f"{times['milliseconds']:,.1f} ({times['least']:,.1f} to {times['most']:,.1f})"
 
 
 def format_break_even(measurements: list[Measurement]) -> list[str]:
-    """Sentences: from which length on a student is faster and smaller than each softmax model of the race."""
-    lines = []
+    """Describe from which length on each student is faster and smaller than each softmax model, one sentence each."""
+    sentences = []
     for one in measurements:
         lengths = sorted({point["length"] for point in one.details["points"]})
-        for rival, batches in one.details["break_even"].items():
-            for batch, at in batches.items():
-                together = f" in batches of {batch}" if batch != "1" else ""
-                lines.append(
-                    f"{one.model} against {rival}{together}: a token is cheaper {format_break_even_length(at['time'], lengths)}, "
-                    f"the cache smaller {format_break_even_length(at['memory'], lengths)}"
+        for baseline, batches in one.details["break_even"].items():
+            for batch, break_even in batches.items():
+                at_batch = f" at batch size {batch}" if batch != "1" else ""
+                sentences.append(
+                    f"{one.model} vs. {baseline}{at_batch}: decoding is faster "
+                    f"{format_break_even_length(break_even['time'], lengths)}, the cache is smaller "
+                    f"{format_break_even_length(break_even['memory'], lengths)}"
                 )
-    return lines
+    return sentences
+
+
+def format_break_even_length(length: float | None, lengths: list[int]) -> str:
+    """Describe a break-even length among the measured lengths."""
+    if length is None:
+        return f"not within {lengths[-1]:,} tokens"
+    return f"from {length:,.0f} tokens on" if length > lengths[0] else f"at every length from {lengths[0]:,} on"
 
 
 def draw_speed(measurements: list[Measurement]) -> Any:
-    """Milliseconds a token with the faster cache (band: least to most), the cache's size, prompt tokens a second."""
+    """Draw the time per token with the faster cache (band: minimum to maximum), cache size and prefill speed."""
     titles = ["next token, ms", "cache, MB"]
     if any("prefill" in point for one in measurements for point in one.details["points"]):
         titles.append("prompt, tokens/s")
@@ -83,83 +113,60 @@ def draw_speed(measurements: list[Measurement]) -> Any:
     time, memory = panels[:2]
     batches = sorted({point["batch"] for one in measurements for point in one.details["points"]})
     for one in measurements:
-        for batch, dash in zip(batches, (DASHES * len(batches))[: len(batches)]):
+        for index, batch in enumerate(batches):
             points = sorted((p for p in one.details["points"] if p["batch"] == batch), key=lambda p: p["length"])
             if not points:
                 continue
-            style = {**get_marker_style(one.model), "linestyle": dash}
-            name = one.model if len(batches) == 1 else f"{one.model}, batch {batch}"
-            lengths, best = [p["length"] for p in points], [fastest_cache(p) for p in points]
-            time.plot(lengths, [b["milliseconds"] for b in best], label=name, **style)
-            band = [b["least"] for b in best], [b["most"] for b in best]
+            style = {**get_marker_style(one.model), "linestyle": LINESTYLES[index % len(LINESTYLES)]}
+            label = one.model if len(batches) == 1 else f"{one.model}, batch {batch}"
+            lengths, fastest = [p["length"] for p in points], [fastest_cache(p) for p in points]
+            time.plot(lengths, [token["milliseconds"] for token in fastest], label=label, **style)
+            band = [token["least"] for token in fastest], [token["most"] for token in fastest]
             time.fill_between(lengths, *band, color=style["color"], alpha=0.12, linewidth=0)
             memory.plot(lengths, [p["token"]["growing"]["cache_bytes"] / 1e6 for p in points], **style)
-            read = [p for p in points if "prefill" in p]
-            if read:
-                speeds = [1000 * batch * p["length"] / p["prefill"]["milliseconds"] for p in read]
-                panels[2].plot([p["length"] for p in read], speeds, **style)
+            prefilled = [p for p in points if "prefill" in p]
+            if prefilled:
+                speeds = [1000 * batch * p["length"] / p["prefill"]["milliseconds"] for p in prefilled]
+                panels[2].plot([p["length"] for p in prefilled], speeds, **style)
     for axes, title in zip(panels, titles):
-        axes.set_xscale("log", base=2)
-        use_log_scale(axes.yaxis)
+        _label_context_axis(axes, title)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.set_xlabel("tokens of context")
-        axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=min(len(measurements) * len(batches), 4))
     return figure
 
 
-def _row(one: Measurement, point: dict[str, Any]) -> list[str]:
-    best, prefill = fastest_cache(point), point.get("prefill")
-    kind = next(name for name, token in point["token"].items() if token is best)
-    row = [f"{point['length']:,}", str(point["batch"]), one.model]
-    if prefill is None:
-        row += ["", ""]
-    else:
-        row += [f"{1000 * point['batch'] * point['length'] / prefill['milliseconds']:,.0f}", _spread(prefill)]
-    row += [
-        _spread(best),
-        kind if len(point["token"]) > 1 else "",
-        format_size(point["token"]["growing"]["cache_bytes"]),
-    ]
-    extra = prefill and prefill["extra_bytes"]
-    return [*row, format_size(one.values["weights_bytes"] + extra) if extra is not None else ""]
-
-
-def _spread(times: dict[str, float]) -> str:
-    return f"{times['milliseconds']:,.1f} ({times['least']:,.1f} to {times['most']:,.1f})"
-
-
-def format_break_even_length(length: float | None, lengths: list[int]) -> str:
-    """A break-even length among measured ones in words."""
-    if length is None:
-        return f"not within {lengths[-1]:,} tokens"
-    return f"from {length:,.0f} tokens on" if length > lengths[0] else f"at every length from {lengths[0]:,} on"
-
-
 def draw_decoding(series: dict[str, list[TokenTiming]], path: Path) -> None:
-    """Write the picture; LimbeckError without matplotlib or for a format that it does not know."""
+    """Write a figure of the time per token and the cache size over the length of the context.
+
+    Raises:
+        LimbeckError: matplotlib is not installed, or an unsupported format.
+    """
     check_figure_format(path)
     with use_style(series):
         figure = create_figure(9, 3.6)
         time, memory = figure.subplots(1, 2)
-        for name, points in series.items():
-            lengths, style = [p.length for p in points], get_marker_style(name)
-            time.plot(lengths, [p.milliseconds for p in points], label=name, **style)
-            band = [p.min_milliseconds for p in points], [p.max_milliseconds for p in points]
+        for name, timings in series.items():
+            lengths, style = [t.length for t in timings], get_marker_style(name)
+            time.plot(lengths, [t.milliseconds for t in timings], label=name, **style)
+            band = [t.min_milliseconds for t in timings], [t.max_milliseconds for t in timings]
             time.fill_between(lengths, *band, color=style["color"], alpha=0.12, linewidth=0)
-            memory.plot(lengths, [p.bytes / 1e6 for p in points], **style)
-        for axes, title in ((time, "milliseconds a token"), (memory, "cache, MB")):
-            axes.set_xscale("log", base=2)
-            use_log_scale(axes.yaxis)
-            axes.set_xlabel("tokens of context")
-            axes.set_title(title)
+            memory.plot(lengths, [t.bytes / 1e6 for t in timings], **style)
+        _label_context_axis(time, "milliseconds per token")
+        _label_context_axis(memory, "cache, MB")
         time.legend()
         save_figure(figure, path)
 
 
+def _label_context_axis(axes: Any, title: str) -> None:
+    axes.set_xscale("log", base=2)
+    use_log_scale(axes.yaxis)
+    axes.set_xlabel("tokens of context")
+    axes.set_title(title)
+
+
 @dataclass(frozen=True)
 class TradeoffPoint:
-    """One model at one length."""
+    """Perplexity, speed and memory of a model at one length."""
 
     model: str
     perplexity: float
@@ -168,65 +175,64 @@ class TradeoffPoint:
 
 
 def can_draw_tradeoff(measurements: list[Measurement]) -> bool:
-    """Whether two models at least have both measurements at a common length."""
-    return len(_marks(measurements, _longest(measurements))) > 1
+    """Whether at least two models have both measurements at a common length."""
+    return len(_list_tradeoff_points(measurements, _find_longest_common_length(measurements))) > 1
 
 
 def draw_tradeoff(measurements: list[Measurement], length: int | None = None) -> Any:
-    """The figure.
+    """Draw perplexity on held-out text over milliseconds per token; the area of a mark is the size of the cache.
 
     Args:
-        length: tokens of context; None takes the longest that all models have.
+        measurements: of the measures "agreement" and "speed".
+        length: tokens of context; None for the longest that all models have.
 
     Raises:
         LimbeckError: no model has both measurements at that length.
     """
-    at = length or _longest(measurements)
-    marks = _marks(measurements, at)
-    if not marks:
+    length = length or _find_longest_common_length(measurements)
+    points = _list_tradeoff_points(measurements, length)
+    if not points:
         raise LimbeckError(
-            f"no model has perplexity and speed{f' at {at:,} tokens' if at else ''}",
+            f"no model has both perplexity and speed{f' at {length:,} tokens' if length else ''}",
             hint="limbeck eval MODEL --measure agreement,speed",
         )
     figure = create_figure(5.2, 3.8)
     axes = figure.subplots()
-    largest = max(mark.cache_bytes for mark in marks)
-    for mark in marks:
-        area = 40 + 900 * mark.cache_bytes / largest
-        axes.scatter(mark.milliseconds, mark.perplexity, s=area, color=get_color(mark.model), alpha=0.25, linewidths=0)
-        axes.scatter(
-            mark.milliseconds, mark.perplexity, s=22, color=get_color(mark.model), marker=get_marker(mark.model)
-        )
-        axes.annotate(
-            f"{mark.model}\n{format_size(mark.cache_bytes)}",
-            (mark.milliseconds, mark.perplexity),
-            xytext=(6, 6),
-            textcoords="offset points",
-            fontsize=7,
-        )
+    max_cache_bytes = max(point.cache_bytes for point in points)
+    for point in points:
+        x, y, color = point.milliseconds, point.perplexity, get_color(point.model)
+        axes.scatter(x, y, s=40 + 900 * point.cache_bytes / max_cache_bytes, color=color, alpha=0.25, linewidths=0)
+        axes.scatter(x, y, s=22, color=color, marker=get_marker(point.model))
+        label = f"{point.model}\n{format_size(point.cache_bytes)}"
+        axes.annotate(label, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=7)
     use_log_scale(axes.yaxis)
     axes.margins(0.25)
-    axes.set_xlabel(f"next token after {at:,} tokens of context, ms")
+    axes.set_xlabel(f"next token after {length:,} tokens of context, ms")
     axes.set_ylabel("perplexity of held-out text")
     return figure
 
 
-def _longest(measurements: list[Measurement]) -> int | None:
-    """The longest length that all models with a speed measurement have."""
+def _find_longest_common_length(measurements: list[Measurement]) -> int | None:
+    """Find the longest length that all models with a speed measurement have."""
     lengths = [{p["length"] for p in one.details.get("points", [])} for one in measurements if one.measure == "speed"]
     common = set.intersection(*lengths) if lengths else set()
     return max(common, default=None)
 
 
-def _marks(measurements: list[Measurement], length: int | None) -> list[TradeoffPoint]:
+def _list_tradeoff_points(measurements: list[Measurement], length: int | None) -> list[TradeoffPoint]:
+    """List the models with both measurements, at batch size 1 or the smallest one measured."""
     agreements = [one for one in measurements if one.measure == "agreement"]
+    # A softmax model without a measurement of its own has the perplexity that its students' measurements say of it.
     perplexity = {one.teacher: one.values["teacher_perplexity"] for one in agreements if one.teacher is not None}
     perplexity |= {one.model: one.values["perplexity"] for one in agreements}
-    marks = []
+    points = []
     for one in measurements:
-        points = [p for p in one.details.get("points", []) if p["length"] == length] if one.measure == "speed" else []
-        if points and one.model in perplexity:
-            point = min(points, key=lambda p: p["batch"])
-            cache = point["token"]["growing"]["cache_bytes"]
-            marks.append(TradeoffPoint(one.model, perplexity[one.model], min_token_milliseconds(point), cache))
-    return marks
+        if one.measure != "speed" or one.model not in perplexity:
+            continue
+        at_length = [p for p in one.details.get("points", []) if p["length"] == length]
+        if at_length:
+            point = min(at_length, key=lambda p: p["batch"])
+            cache_bytes = point["token"]["growing"]["cache_bytes"]
+            milliseconds = min_token_milliseconds(point)
+            points.append(TradeoffPoint(one.model, perplexity[one.model], milliseconds, cache_bytes))
+    return points

@@ -1,14 +1,14 @@
-"""The common look of all figures, an empty figure and its file.
+"""The common style of all figures; how to create and save one.
 
-    with use_style(["teacher", "runs/gla"]):             # fonts, grid, colours; a model keeps its colour in all figures
+    with use_style(["teacher", "runs/gla"]):             # fonts, grid, colors; a model keeps its color in all figures
         figure = create_figure(6, 4)
         axes = figure.subplots()
         axes.plot(x, y, label="teacher", **get_marker_style("teacher"))
-        save_figure(figure, Path("picture.svg"))
+        save_figure(figure, Path("figure.svg"))
 
-Colours are Okabe and Ito's and two more, which stay apart for colour-blind readers; markers tell models apart without
-colour. Where `get_marker_style` is not asked, lines take the same colours in the order in which they are drawn. matplotlib is drawn
-without a screen and imported late: it belongs to the extra `report`.
+Colors are those of Okabe and Ito and a few more, which color-blind readers can distinguish; markers distinguish models
+without color. Lines without `get_marker_style` take the same colors in the order in which they are drawn. matplotlib
+belongs to the extra `report`, so it is imported late; it draws without a screen.
 """
 
 from collections.abc import Iterable, Iterator
@@ -44,65 +44,65 @@ RC_PARAMS = {
     "pdf.fonttype": 42,
 }
 
-_known: dict[str, int] = {}  # models in the order in which they were first seen
+_model_index: dict[str, int] = {}  # models in the order of their first use; valid inside `use_style`
 
 
 @contextmanager
 def use_style(models: Iterable[str] = ()) -> Iterator[None]:
-    """Draw and save inside: what is outside keeps its own matplotlib settings.
+    """Apply the style to figures that are drawn and saved inside; restores matplotlib's settings.
 
     Args:
-        models: they get their colours in this order; without them, in the order in which they are drawn.
+        models: get their colors in this order; other models in the order in which they are drawn.
     """
-    matplotlib = _matplotlib()
-    before = dict(_known)
-    _known.clear()
+    matplotlib = _import_matplotlib()
+    before = dict(_model_index)
+    _model_index.clear()
     for model in models:
-        _known.setdefault(model, len(_known))
+        _model_index.setdefault(model, len(_model_index))
     cycle = matplotlib.cycler(color=list(COLORS))
     try:
         with matplotlib.rc_context({**RC_PARAMS, "axes.prop_cycle": cycle}):
             yield
     finally:
-        _known.clear()
-        _known.update(before)
+        _model_index.clear()
+        _model_index.update(before)
 
 
 @contextmanager
 def use_colors(colors: list[str]) -> Iterator[None]:
-    """Inside a `use_style`: lines that are drawn without a colour take these, in this order."""
-    matplotlib = _matplotlib()
+    """Set the colors of lines that are drawn without one, in this order; use it inside `use_style`."""
+    matplotlib = _import_matplotlib()
     with matplotlib.rc_context({"axes.prop_cycle": matplotlib.cycler(color=colors)}):
         yield
 
 
 def get_color(model: str) -> str:
-    """A model's colour: the same in all figures that are drawn inside one `use_style`."""
-    return COLORS[_known.setdefault(model, len(_known)) % len(COLORS)]
+    """Get a model's color, the same in all figures inside one `use_style`."""
+    return COLORS[_model_index.setdefault(model, len(_model_index)) % len(COLORS)]
 
 
 def get_marker(model: str) -> str:
-    """A model's marker; from the tenth model on colours begin again, markers are shifted by one."""
-    index = _known.setdefault(model, len(_known))
+    """Get a model's marker; from the tenth model on colors repeat, so markers are shifted by one."""
+    index = _model_index.setdefault(model, len(_model_index))
     return MARKERS[(index + index // len(COLORS)) % len(MARKERS)]
 
 
 def get_marker_style(model: str) -> dict[str, str]:
-    """Colour and marker of a model's line, as keyword arguments of `plot`."""
+    """Get color and marker of a model's line as keyword arguments of `plot`."""
     return {"color": get_color(model), "marker": get_marker(model)}
 
 
 def get_linestyle(model: str) -> str:
-    """How a model's line is drawn where it has no markers: dashed once its colour is not its own."""
-    return "-" if _known.setdefault(model, len(_known)) < len(COLORS) else "--"
+    """Get the style of a model's line without markers: dashed once its color is used a second time."""
+    return "-" if _model_index.setdefault(model, len(_model_index)) < len(COLORS) else "--"
 
 
 def use_log_scale(axis: Any) -> None:
-    """A y axis in logarithms with plain numbers: 0.4, 0.6, 1."""
+    """Make a y axis logarithmic, with plain numbers: 0.4, 0.6, 1."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
-        """Labels what LogFormatter labels."""
+        """Labels the same ticks as LogFormatter."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:,g}" if super().__call__(x, pos) else ""
@@ -113,8 +113,8 @@ def use_log_scale(axis: Any) -> None:
 
 
 def create_figure(width: float, height: float) -> Any:
-    """A figure of so many inches; LimbeckError where matplotlib is not installed."""
-    _matplotlib()
+    """Create a figure, sizes in inches; raises LimbeckError if matplotlib is not installed."""
+    _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,23 +124,24 @@ def create_figure(width: float, height: float) -> Any:
 
 
 def check_figure_format(path: Path) -> None:
-    """Raises LimbeckError where no picture can be written to a file of that name."""
-    known = create_figure(1, 1).canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
-        raise LimbeckError(f"cannot write a picture to {path}", expected="a name that ends in .png, .svg or .pdf")
+    """Raises LimbeckError if matplotlib does not support the format of the file's suffix."""
+    formats = create_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise LimbeckError(f"unsupported figure format: {path}", expected="a file name ending in .png, .svg or .pdf")
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write the picture; its format is that of the file's ending (png, svg, pdf)."""
+    """Write a figure in the format of the file's suffix (png, svg, pdf)."""
     check_figure_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    undated = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-    figure.savefig(path, dpi=160, **undated)
+    # Without a date the same figure is the same file.
+    options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    figure.savefig(path, dpi=160, **options)
 
 
-def _matplotlib() -> Any:
+def _import_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise LimbeckError("pictures need matplotlib", hint="pip install 'limbeck[report]'") from error
+        raise LimbeckError("figures need matplotlib", hint="pip install 'limbeck[report]'") from error
     return matplotlib

@@ -182,10 +182,10 @@ def _plain(title: str, total: float | None, unit: str, initial: float) -> Iterat
 def format_bytes(n: float) -> str:
     """A size as people read it: 4.42 MB."""
     for unit in ("B", "kB", "MB"):
-        if n < 1000:
+        if abs(n) < 1000:
             return f"{n:.3g} {unit}"
         n /= 1000
-    return f"{n:.3g} GB"
+    return f"{n:.3g} GB" if n < 1000 else f"{n:,.0f} GB"
 
 
 def format_duration(seconds: float) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.table import Table
 
+from limbeck.core.console import format_bytes
 from limbeck.core.errors import LimbeckError
 from limbeck.evaluation.measure import Measurement
 from limbeck.evaluation.speed import fastest_cache, min_token_milliseconds
@@ -36,7 +37,6 @@ from limbeck.report.figures.style import (
     use_log_scale,
     use_style,
 )
-from limbeck.report.values import format_size
 
 DASHES = ("-", "--", ":", "-.")  # by batch size, the smallest first
 
@@ -119,10 +119,10 @@ def _row(one: Measurement, point: dict[str, Any]) -> list[str]:
     row += [
         _spread(best),
         kind if len(point["token"]) > 1 else "",
-        format_size(point["token"]["growing"]["cache_bytes"]),
+        format_bytes(point["token"]["growing"]["cache_bytes"]),
     ]
     extra = prefill and prefill["extra_bytes"]
-    return [*row, format_size(one.values["weights_bytes"] + extra) if extra is not None else ""]
+    return [*row, format_bytes(one.values["weights_bytes"] + extra) if extra is not None else ""]
 
 
 def _spread(times: dict[str, float]) -> str:
@@ -198,7 +198,7 @@ def draw_tradeoff(measurements: list[Measurement], length: int | None = None) ->
             mark.milliseconds, mark.perplexity, s=22, color=get_color(mark.model), marker=get_marker(mark.model)
         )
         axes.annotate(
-            f"{mark.model}\n{format_size(mark.cache_bytes)}",
+            f"{mark.model}\n{format_bytes(mark.cache_bytes)}",
             (mark.milliseconds, mark.perplexity),
             xytext=(6, 6),
             textcoords="offset points",

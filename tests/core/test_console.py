@@ -8,7 +8,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from limbeck.core.console import UncroppedConsole
-from limbeck.report.values import escape_markdown, format_code_span
+from limbeck.report.text_tables import escape_markdown, format_code_span
 
 NUMBERS = ["214.6 ± 0.18", "0.8012 ± 0.001", "123,456,789 bytes", "1.43e-05"]
 

@@ -162,7 +162,7 @@ def test_what_was_measured_before_without_any_model(subject, tmp_path, monkeypat
     assert result.exit_code == 0, result.output
     assert (tmp_path / "made" / "table.md").is_file()
     assert "top-1 agreement" in result.stdout
-    for places, says in (([tmp_path / "none"], "there is no"), ([tmp_path / "made"], "no measurements in")):
+    for places, says in (([tmp_path / "none"], "does not exist"), ([tmp_path / "made"], "no measurements in")):
         with pytest.raises(LimbeckError, match=says):
             comparison.load_measurements(places)
     with pytest.raises(LimbeckError, match="together"):

@@ -99,7 +99,7 @@ def test_a_study_becomes_a_page_with_files_beside_it(real, tmp_path, teacher_fol
     text = page.read_text(encoding="utf-8")
     known = ["claims", "results", "loss", "speed", "analysis", "numbers", "provenance"]
     assert sections(text) == known, "no empty sections"
-    assert "2 students of the teacher tiny-llama at 2 places of the grid (stages) with 2 seeds: 8 arms." in text
+    assert "2 students of the teacher tiny-llama under 2 conditions (stages) with 2 seeds: 8 runs." in text
     assert "Which is better?" in text
     for private in (str(real), str(teacher_folder), str(tmp_path)):
         assert private not in text + markdown.read_text(encoding="utf-8")
@@ -221,9 +221,9 @@ def test_strips_of_a_claim_share_a_scale():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda real, tmp: ([tmp / "none"], None), "there is no folder"),
-        (lambda real, tmp: ([real, real], None), "a study together with other runs"),
-        (lambda real, tmp: ([real, real / "gla_3_seed0"], None), "a study together with other runs"),
+        (lambda real, tmp: ([tmp / "none"], None), "is not a folder"),
+        (lambda real, tmp: ([real, real], None), "cannot be combined"),
+        (lambda real, tmp: ([real, real / "gla_3_seed0"], None), "cannot be combined"),
         (lambda real, tmp: ([tmp], None), "no measurements"),
         (lambda real, tmp: ([real], tmp / "page.pdf"), "ends in .html"),
     ],

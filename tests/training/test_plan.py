@@ -96,9 +96,7 @@ def test_a_run_keeps_its_plan_and_says_what_became_of_it(recipe, tmp_path):
     assert kept == result["plan"]
     assert kept["rehearsed"]
     assert [row.seconds for row in shown[0].stages] == [stage["seconds"] for stage in kept["stages"]]
-    assert "Planned, and in brackets what it took: calibrate" in (tmp_path / "run" / "summary.md").read_text(
-        encoding="utf-8"
-    )
+    assert "Actual (planned): calibrate" in (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
     (tmp_path / "run" / "eval.json").unlink()
     kept["seconds"] = 12345.0
     (tmp_path / "run" / "plan.json").write_text(json.dumps(kept), encoding="utf-8")

@@ -178,10 +178,10 @@ def _log_progress(title: str, total: float | None, unit: str, initial: float) ->
 def format_bytes(n: float) -> str:
     """Format a size for people: 4.42 MB."""
     for unit in ("B", "kB", "MB"):
-        if n < 1000:
+        if abs(n) < 1000:
             return f"{n:.3g} {unit}"
         n /= 1000
-    return f"{n:.3g} GB"
+    return f"{n:.3g} GB" if n < 1000 else f"{n:,.0f} GB"
 
 
 def format_duration(seconds: float) -> str:

@@ -1,11 +1,11 @@
-"""What a report is made of: the runs of a study, or runs made one by one, in one form read from their files.
+"""What a report is made of: the runs of a study, or single runs, read from their files into one form.
 
-    collection = load_collection([Path("runs/paper-experiment-1-laptop")])       # a study's folder
-    collection = load_collection([Path("runs/gla"), Path("runs/mlstm"), Path("compared")])    # runs, and what limbeck eval wrote
+    collection = load_collection([Path("runs/paper-experiment-1-laptop")])                   # a study's folder
+    collection = load_collection([Path("runs/gla"), Path("runs/mlstm"), Path("compared")])   # runs, and measurements
     collection.runs[0].values["agreement.perplexity"]
 
-No model is loaded. Values have the names of study.json (docs/studies.md): `<measure>.<name>`, `held_out.*`, `memory.*`,
-`parameters.*`, `stages.<stage>.*`. Local paths are cut down to their last part, since reports are handed on.
+No model is loaded. Values have the names of `limbeck.report.values`, as in study.json (docs/studies.md). Local paths
+are cut down to their last part, since reports are handed on.
 """
 
 import json
@@ -35,12 +35,13 @@ ENVIRONMENT = ("limbeck", "python", "torch", "transformers", "platform", "thread
 
 @dataclass
 class Run:
-    """One run: where it stands on the axes, and what was found.
+    """One run: its values on the axes, its numbers, its recipe.
 
-    axes: value by axis as text; a study's, or for runs made one by one the name as `student`, stages and seed.
+    axes: value by axis as text: those of the study; for a single run mixer, stages, teacher and seed, and its name
+        as `student`.
     values, errors: numbers and standard errors by name; empty unless the run is finished.
-    stages: the recipe of each finished stage with its facts.
-    recipe, manifest: as the run directory has them; empty where it is not there.
+    stages: what eval.json records of each finished stage.
+    recipe, manifest: from the run directory; empty without one.
     """
 
     name: str
@@ -59,22 +60,23 @@ class Run:
 
     @property
     def student(self) -> str:
-        """The name of its line in all figures."""
+        """The name of its series in all figures."""
         return self.axes["student"]
 
     @cached_property
     def tokens(self) -> int:
-        """How many it was trained on, over all stages."""
+        """Tokens it was trained on, over all stages."""
         return sum(stage["tokens"] for stage in self.stages)
 
 
 @dataclass
 class RunCollection:
-    """All runs of a report, and what is known of them together.
+    """All runs of a report, and what belongs to no single one.
 
-    condition_axes: the axes, student and seed left out, on which runs differ: they tell a table's columns and figures apart.
+    condition_axes: the axes besides student and seed on which runs differ; each combination of their values is a
+        condition, which has a column in tables and a figure of its own.
     claims, sharing, environment, study: as in study.json.
-    commands: what was typed, where that is on record.
+    commands: the command lines on record.
     """
 
     title: str
@@ -89,12 +91,12 @@ class RunCollection:
 
     @property
     def finished_runs(self) -> list[Run]:
-        """The runs with values."""
+        """The runs that have values."""
         return [run for run in self.runs if run.status == "finished"]
 
     @property
     def students(self) -> list[str]:
-        """Names of lines in the order of the runs, the teacher left out."""
+        """Names of the series in the order of the runs, without the teacher."""
         return list(dict.fromkeys(run.student for run in self.runs if run.student != TEACHER))
 
     @property
@@ -104,96 +106,97 @@ class RunCollection:
 
 
 def load_collection(paths: list[Path]) -> RunCollection:
-    """A study, or runs and measurements.
+    """Load a study, or runs, and measurements beside either.
 
     Args:
         paths: one study's folder or any number of run directories; beside either, folders that `limbeck eval --out`
-            wrote. A folder of run directories stands for all of them.
+            wrote. A folder that holds run directories stands for all of them.
 
     Raises:
-        LimbeckError: no such place, nothing to report in it, two studies, or a study of a format that is not known.
+        LimbeckError: no such folder, nothing to report in it, two studies, or a study of another format.
     """
     studies, runs, measured = [], [], []
     for path in paths:
         if not path.is_dir():
-            raise LimbeckError(f"there is no folder {path}", expected="a study's folder, run directories")
-        below = sorted(recipe.parent for recipe in path.glob("*/recipe.yaml"))
+            raise LimbeckError(f"{path} is not a folder", expected="a study's folder, or run directories")
+        nested = sorted(recipe.parent for recipe in path.glob("*/recipe.yaml"))
         if (path / "study.json").is_file():
             studies.append(path)
         elif (path / "recipe.yaml").is_file():
             runs.append(path)
-        elif below:
-            runs += below
+        elif nested:
+            runs += nested
         else:
             measured += load_measurements([path])
     if len(studies) > 1 or (studies and runs):
         raise LimbeckError(
-            "a study together with other runs", expected="one study, or runs", hint="limbeck report ONE/RUN OTHER/RUN"
+            "a study cannot be combined with another study or with runs",
+            expected="one study, or runs",
+            hint="limbeck report ONE/RUN OTHER/RUN",
         )
-    collection = _of_study(studies[0]) if studies else _of_runs(runs)
-    _add(collection, measured)
-    _add_rival(collection)
+    collection = _load_study(studies[0]) if studies else _load_runs(runs)
+    _add_measurements(collection, measured)
+    _add_raced_teacher(collection)
     if not any(run.values or run.failure for run in collection.runs):
         raise LimbeckError(
-            f"nothing is finished in {', '.join(map(str, paths))}", hint="the command that runs it goes on with it"
+            f"nothing in {', '.join(map(str, paths))} is finished", hint="run the same command again to resume it"
         )
     collection.title = collection.title or ", ".join(collection.students[:3]) + " and others" * (
         len(collection.students) > 3
     )
-    collection.commands = _commands(collection, paths)
+    collection.commands = _list_commands(collection, paths)
     return collection
 
 
-def _of_study(folder: Path) -> RunCollection:
+def _load_study(folder: Path) -> RunCollection:
     try:
-        known = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-        assert known["format"] == STUDY_FORMAT
+        content = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        assert content["format"] == STUDY_FORMAT
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise LimbeckError(
-            f"{folder / 'study.json'} is not a study of format {STUDY_FORMAT}", expected="what limbeck study writes"
+            f"{folder / 'study.json'} is not a study of format {STUDY_FORMAT}",
+            expected="a file written by limbeck study",
         ) from error
     runs = []
-    for one in known["arms"]:
+    for arm in content["arms"]:
+        axes = {axis: value for axis, value in strip_local_paths(arm["axes"]).items() if value is not None}
         run = Run(
-            one["name"],
-            {
-                OLD_KEYS["grid"].get(axis, axis): _text(value)
-                for axis, value in strip_local_paths(one["axes"]).items()
-                if value is not None
-            },
-            one["status"],
-            folder / one["run"],
-            one.get("values") or {},
-            one.get("errors") or {},
-            one.get("stages") or [],
-            one.get("seconds"),
-            one.get("saved_seconds"),
-            one.get("failure"),
+            name=arm["name"],
+            axes={OLD_KEYS["grid"].get(axis, axis): _format_axis_value(value) for axis, value in axes.items()},
+            status=arm["status"],
+            folder=folder / arm["run"],
+            values=arm.get("values") or {},
+            errors=arm.get("errors") or {},
+            stages=arm.get("stages") or [],
+            seconds=arm.get("seconds"),
+            saved_seconds=arm.get("saved_seconds"),
+            failure=arm.get("failure"),
         )
-        _read(run)
+        _read_run_directory(run)
         runs.append(run)
-    teachers = [one for one in known.get("teachers", {}).values() if one]
-    if len(teachers) == 1 and len(known["teachers"]) == 1:  # of several none stands for all places
+    teachers = [one for one in content.get("teachers", {}).values() if one]
+    # with several teachers none of them is the baseline of all conditions
+    if len(teachers) == 1 and len(content["teachers"]) == 1:
         values, errors = teachers[0]["values"], teachers[0]["errors"]
         runs.insert(0, Run(TEACHER, {"student": TEACHER}, "finished", values=dict(values), errors=dict(errors)))
-    study = strip_local_paths(study_from_old_keys(known["study"]))
+    study = strip_local_paths(study_from_old_keys(content["study"]))
     title = study["name"] + (f", size {study['size']}" if study.get("size") else "")
-    collection = RunCollection(title, study.get("description", ""), runs, _varied(runs))
-    collection.claims, collection.sharing = known["claims"], known["sharing"]
-    collection.environment, collection.study = known["environment"], study
+    collection = RunCollection(title, study.get("description", ""), runs, _differing_axes(runs))
+    collection.claims, collection.sharing = content["claims"], content["sharing"]
+    collection.environment, collection.study = content["environment"], study
     return collection
 
 
-def _of_runs(folders: list[Path]) -> RunCollection:
-    """Runs made one by one: those whose recipes differ by the seed alone are one line."""
+def _load_runs(folders: list[Path]) -> RunCollection:
+    """Load single runs; those whose recipes differ by the seed alone become one series."""
     runs: list[Run] = []
-    lines: dict[str, str] = {}  # recipe without its seed -> name
+    series: dict[str, str] = {}  # recipe without its seed -> name
     for folder in folders:
         run = Run(folder.resolve().name, {}, "open", folder)
-        _read(run)
-        plain = json.dumps({k: v for k, v in run.recipe.items() if k not in ("seed", "name", "out")}, sort_keys=True)
-        name = run.name if run.name not in lines.values() else str(folder)
-        run.axes = {"student": lines.setdefault(plain, name), **_axes(run.recipe)}
+        _read_run_directory(run)
+        key = json.dumps({k: v for k, v in run.recipe.items() if k not in ("seed", "name", "out")}, sort_keys=True)
+        name = run.name if run.name not in series.values() else str(folder)
+        run.axes = {"student": series.setdefault(key, name), **_recipe_axes(run.recipe)}
         path = folder / "eval.json"
         if path.is_file():
             summary = read_json(path, f"limbeck distill {folder / 'recipe.yaml'} --out {folder}   (evaluates again)")
@@ -205,8 +208,8 @@ def _of_runs(folders: list[Path]) -> RunCollection:
     return RunCollection("", "", runs, [], environment=environments[0] if environments else {})
 
 
-def _axes(recipe: dict[str, Any]) -> dict[str, str]:
-    """The axes of a run that belongs to no study."""
+def _recipe_axes(recipe: dict[str, Any]) -> dict[str, str]:
+    """Read the axes of a run that belongs to no study from its recipe."""
     numbers = {name: number for number, name in STAGE_NAMES.items()}
     return {
         "mixer": recipe["student"]["mixer"],
@@ -216,8 +219,8 @@ def _axes(recipe: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _read(run: Run) -> None:
-    """What the run directory holds."""
+def _read_run_directory(run: Run) -> None:
+    """Add recipe, manifest and measurements where the run directory has them."""
     assert run.folder is not None
     recipe, manifest = run.folder / "recipe.yaml", run.folder / "manifest.json"
     if recipe.is_file():
@@ -225,23 +228,23 @@ def _read(run: Run) -> None:
     if manifest.is_file():
         run.manifest = strip_local_paths(read_manifest(run.folder))
     for path in sorted((run.folder / "eval").glob("*.json")):
-        one = Measurement.load(path)
-        run.measurements[one.measure] = one
+        measurement = Measurement.load(path)
+        run.measurements[measurement.measure] = measurement
 
 
-def _add(collection: RunCollection, measured: list[Measurement]) -> None:
-    """Measurements: of runs go to their runs; those of other models, mostly the teacher, as runs without training."""
+def _add_measurements(collection: RunCollection, measured: list[Measurement]) -> None:
+    """Add measurements to their runs; other models, mostly the teacher, become runs without training."""
     by_folder = {run.folder.resolve(): run for run in collection.runs if run.folder}
     by_name = {run.name: run for run in collection.runs}
     teachers = {run.axes.get("teacher") for run in collection.runs}
-    known = {run.name: run for run in collection.runs if run.student == TEACHER}
+    teacher_runs = {run.name: run for run in collection.runs if run.student == TEACHER}
     others: dict[str, Run] = {}
     for one in measured:
         name = get_basename(one.model)
         run = by_folder.get(Path(one.model).resolve()) or by_name.get(name)
         if run is None:
             name = TEACHER if name in teachers or one.model == one.teacher else name
-            run = known.get(name) or others.setdefault(name, Run(name, {"student": name}, "finished"))
+            run = teacher_runs.get(name) or others.setdefault(name, Run(name, {"student": name}, "finished"))
         run.measurements[one.measure] = one
         values, errors = flatten_values({}, [one], None)
         run.values |= values
@@ -249,45 +252,42 @@ def _add(collection: RunCollection, measured: list[Measurement]) -> None:
     collection.runs += others.values()
 
 
-def _add_rival(collection: RunCollection) -> None:
-    """The teacher's speed as it was measured in turns with its students, mean over them: a fairer one than alone."""
-    found: dict[str, list[float]] = {}
+def _add_raced_teacher(collection: RunCollection) -> None:
+    """Take the teacher's speed from the races with its students, the mean over them: fairer than one measured alone."""
+    speeds: dict[str, list[float]] = {}
     for run in collection.runs:
         rivals = run.measurements["speed"].details.get("rivals", {}) if "speed" in run.measurements else {}
         for points in list(rivals.values())[:1]:
             for name, value in speed.summarize_points(points, 0, {}).items():
                 if not name.startswith(("weights", "peak")):
-                    found.setdefault(f"speed.{name}", []).append(value)
-    if found:
+                    speeds.setdefault(f"speed.{name}", []).append(value)
+    if speeds:
         teacher = next((run for run in collection.runs if run.student == TEACHER), None)
         if teacher is None:
             teacher = Run(TEACHER, {"student": TEACHER}, "finished")
             collection.runs.append(teacher)
-        teacher.values |= {name: fmean(numbers) for name, numbers in found.items()}
+        teacher.values |= {name: fmean(numbers) for name, numbers in speeds.items()}
 
 
-def _varied(runs: list[Run]) -> list[str]:
-    """The axes of a study on which its runs differ, but for student and seed."""
+def _differing_axes(runs: list[Run]) -> list[str]:
+    """List the axes besides student and seed on which the runs of a study differ."""
     runs = [run for run in runs if run.student != TEACHER]
     axes = dict.fromkeys(axis for run in runs for axis in run.axes if axis not in ("student", "seed"))
     return [axis for axis in axes if len({run.axes.get(axis) for run in runs}) > 1]
 
 
-def _text(value: Any) -> str:
-    """A value of an axis as people read it."""
+def _format_axis_value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _commands(collection: RunCollection, paths: list[Path]) -> list[str]:
-    """What was typed, as the measurements have it, and what makes this report."""
-    typed = [one.provenance.command for run in collection.runs for one in run.measurements.values()]
-    words = [shlex.split(one) for one in typed]
-    if collection.study is not None and not any("study" in one for one in words):
-        words.append(["limbeck", "study", "study.yaml"])
-    for one in words:
-        one[0] = "limbeck" if one[0] == "-c" else one[0]
-    told = [" ".join(shlex.quote(get_basename(w) if is_local_path(w) else w) for w in one) for one in words]
-    names = shlex.join(path.resolve().name for path in paths)
-    return [*dict.fromkeys(told), f"limbeck report {names}"]
+def _list_commands(collection: RunCollection, paths: list[Path]) -> list[str]:
+    """List the recorded command lines, without local paths, and the one that makes this report."""
+    commands = [shlex.split(one.provenance.command) for run in collection.runs for one in run.measurements.values()]
+    if collection.study is not None and not any("study" in words for words in commands):
+        commands.append(["limbeck", "study", "study.yaml"])
+    for words in commands:  # a worker process records "-c" as its program
+        words[0] = "limbeck" if words[0] == "-c" else words[0]
+    lines = [shlex.join(get_basename(word) if is_local_path(word) else word for word in words) for words in commands]
+    return [*dict.fromkeys(lines), shlex.join(["limbeck", "report", *(path.resolve().name for path in paths)])]

@@ -1,6 +1,9 @@
-"""The summary of a run, as Markdown for the run directory and for the screen.
+"""The summary of a run: Markdown for the screen and the run directory, and the parts that the model card shows too.
 
-print(format_summary(result))          # result: what limbeck.training.pipeline.distill returns
+    print(format_summary(result))          # result: what limbeck.training.pipeline.distill returns
+
+The card (`limbeck.report.model_card`) and the summary show the same tables of quality and memory and the same sentence
+about the break-even length, so each is written here once.
 """
 
 import shlex
@@ -8,60 +11,91 @@ from typing import Any
 
 from limbeck.core.console import format_bytes, format_duration
 from limbeck.models import format_ranges
-from limbeck.report.values import escape_markdown, format_code_span
+from limbeck.report.text_tables import escape_markdown, format_code_span, format_markdown_table
+
+CACHE_LENGTHS = (512, 32_768)  # tokens at which the caches are compared: a paragraph, a long document
 
 
 def format_summary(result: dict[str, Any]) -> str:
-    """Markdown: quality beside the teacher, stages, parameters, memory, samples, the next commands."""
-    held, memory, parameters = result["held_out"], result["memory"], result["parameters"]
-    lines = [
+    """Format a run as Markdown: quality beside the teacher, stages, parameters, memory, samples, the next commands."""
+    held_out, memory, parameters = result["held_out"], result["memory"], result["parameters"]
+    stages = format_markdown_table(
+        ["stage", "tokens", "time", "tokens/s", "trained parameters", "result"],
+        [
+            [
+                stage["stage"],
+                f"{stage['tokens']:,}",
+                format_duration(stage["seconds"]),
+                f"{stage['tokens'] / max(stage.get('fit_seconds', stage['seconds']), 1e-9):.0f}",
+                f"{stage['trained_parameters']:,}",
+                _format_outcome(stage),
+            ]
+            for stage in result["stages"]
+        ],
+        num_text_columns=6,
+    )
+    peak = result["peak_memory_bytes"]
+    blocks = [
         f"# {escape_markdown(result['mixer'])} in {result['layers']} layers of {escape_markdown(result['teacher'])}",
-        "",
-        *_layers(result["mixers"]),
-        f"Held-out text: {held['targets']:,} tokens of {format_code_span(result['text'])} in packed sequences of {held['length']}.",
-        "",
-        "| | teacher | student |",
-        "|---|---|---|",
-        f"| perplexity | {held['teacher_perplexity']:.2f} | **{held['student_perplexity']:.2f}** |",
-        f"| same most likely token | | {100 * held['top1_agreement']:.1f} % |",
-        f"| KL(teacher ‖ student), nats a token | | {held['kl']:.3f} |",
-        f"| cache for 512 tokens | {format_bytes(512 * memory['teacher_bytes_per_token'])} "
-        f"| {format_bytes(memory['student_fixed_bytes'] + 512 * memory['student_bytes_per_token'])} |",
-        f"| cache for 32,768 tokens | {format_bytes(32768 * memory['teacher_bytes_per_token'])} "
-        f"| {format_bytes(memory['student_fixed_bytes'] + 32768 * memory['student_bytes_per_token'])} |",
-        "",
-        _break_even(memory),
-        "",
-        "| stage | tokens | time | tokens/s | trained parameters | result |",
-        "|---|---|---|---|---|---|",
-    ]
-    for stage in result["stages"]:
-        speed = stage["tokens"] / max(stage.get("fit_seconds", stage["seconds"]), 1e-9)
-        lines.append(
-            f"| {stage['stage']} | {stage['tokens']:,} | {format_duration(stage['seconds'])} | {speed:.0f} "
-            f"| {stage['trained_parameters']:,} | {_outcome(stage)} |"
-        )
-    lines += [
-        "",
+        "; ".join(f"{name} in layers {format_ranges(layers)}" for name, layers in result["mixers"].items()) + "."
+        if len(result["mixers"]) > 1
+        else "",
+        f"Held-out text: {held_out['targets']:,} tokens of {format_code_span(result['text'])} in packed sequences of "
+        f"{held_out['length']}.",
+        format_markdown_table(
+            ["", "teacher", "student"], [*list_quality_rows(held_out), *list_memory_rows(memory)], num_text_columns=3
+        ),
+        describe_break_even(memory),
+        stages,
         f"Parameters: {parameters['total']:,}, of which {parameters['added']:,} are new "
-        f"and {parameters['copied']:,} came from the teacher. Seed {result['seed']}. {_peak(result)}",
-        *_plan(result),
-    ]
-    if result["samples"]:
-        lines += ["", f"Prompt: *{escape_markdown(result['prompt'])}*", ""]
-        lines += [f"- {name}: {escape_markdown(text)}" for name, text in result["samples"].items()]
-    lines += [
-        "",
+        f"and {parameters['copied']:,} came from the teacher. Seed {result['seed']}."
+        + (f" Peak of resident memory: {format_bytes(peak)}." if peak else ""),
+        _format_plan(result),
+        f"Prompt: *{escape_markdown(result['prompt'])}*\n\n{format_samples(result)}" if result["samples"] else "",
         "Next:",
-        "",
-        *(f"    {command}" for command in next_commands(result)),
-        "",
+        "\n".join(f"    {command}" for command in next_commands(result)),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(block.strip("\n") for block in blocks if block) + "\n"
+
+
+def list_quality_rows(held_out: dict[str, Any]) -> list[list[str]]:
+    """Rows of label, teacher and student: the evaluation on held-out text."""
+    return [
+        ["perplexity", f"{held_out['teacher_perplexity']:.2f}", f"**{held_out['student_perplexity']:.2f}**"],
+        ["same most likely token", "", f"{100 * held_out['top1_agreement']:.1f} %"],
+        ["KL(teacher ‖ student), nats a token", "", f"{held_out['kl']:.3f}"],
+    ]
+
+
+def list_memory_rows(memory: dict[str, Any]) -> list[list[str]]:
+    """Rows of label, teacher and student: the size of one sequence's cache at each of `CACHE_LENGTHS`."""
+    rows = []
+    for tokens in CACHE_LENGTHS:
+        teacher_bytes = tokens * memory["teacher_bytes_per_token"]
+        student_bytes = memory["student_fixed_bytes"] + tokens * memory["student_bytes_per_token"]
+        rows.append([f"cache for {tokens:,} tokens", format_bytes(teacher_bytes), format_bytes(student_bytes)])
+    return rows
+
+
+def describe_break_even(memory: dict[str, Any]) -> str:
+    """Say in a sentence or two from which length on the student's cache is the smaller one."""
+    if memory["break_even_tokens"] is None:
+        return "The student's cache grows as fast as the teacher's: no converted layer had a cache that grows."
+    growth = "does not grow with length"
+    if memory["student_bytes_per_token"]:
+        student, teacher = (format_bytes(memory[f"{who}_bytes_per_token"]) for who in ("student", "teacher"))
+        growth = f"grows by {student} a token (the teacher's by {teacher})"
+    tokens = memory["break_even_tokens"]
+    return f"The student's cache {growth}; it is smaller than the teacher's beyond {tokens:.0f} tokens."
+
+
+def format_samples(result: dict[str, Any]) -> str:
+    """Format the greedy continuations of the prompt as a list, one item for each model."""
+    return "\n".join(f"- {name}: {escape_markdown(text)}" for name, text in result["samples"].items())
 
 
 def next_commands(result: dict[str, Any]) -> list[str]:
-    """What to type next, for this very run: its recipe brings teacher, text and tokens along."""
+    """List the commands to type next for this very run: its recipe brings teacher, text and tokens along."""
     run = str(result["run"])
     other = "gla" if "mlstm" in result["mixers"] else "mlstm"
     return [
@@ -71,48 +105,27 @@ def next_commands(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _layers(mixers: dict[str, list[int]]) -> list[str]:
-    """What stands where, unless it is the same everywhere."""
-    if len(mixers) == 1:
-        return []
-    return ["; ".join(f"{name} in layers {format_ranges(layers)}" for name, layers in mixers.items()) + ".", ""]
-
-
-def _outcome(stage: dict[str, Any]) -> str:
+def _format_outcome(stage: dict[str, Any]) -> str:
+    """Format what a stage came to: the unexplained part of a calibration, else the loss and what was left out."""
     if stage["stage"] == "calibrate":
         return f"{100 * stage['unexplained']:.1f} % unexplained, ridge {stage['ridge']:g}"
     if stage["loss"] is None:
         return "no step"
     skipped = f", {stage['skipped']} steps skipped" if stage["skipped"] else ""
-    early = sum(layer["stopped"] is not None for layer in stage.get("layers", {}).values())
-    stopped = f", {early} of {len(stage['layers'])} layers stopped early" if early else ""
+    num_stopped = sum(layer["stopped"] is not None for layer in stage.get("layers", {}).values())
+    stopped = f", {num_stopped} of {len(stage['layers'])} layers stopped early" if num_stopped else ""
     return f"loss {stage['first_loss']:.3f} to {stage['loss']:.3f}{skipped}{stopped}"
 
 
-def _break_even(memory: dict[str, Any]) -> str:
-    if memory["break_even_tokens"] is None:
-        return "The student's cache grows as fast as the teacher's: no layer was converted that keeps one."
-    growth = "does not grow with length"
-    if memory["student_bytes_per_token"]:
-        per_token = format_bytes(memory["student_bytes_per_token"]), format_bytes(memory["teacher_bytes_per_token"])
-        growth = "grows by {} a token (the teacher's by {})".format(*per_token)
-    return f"The student's cache {growth}; it is the smaller one from {memory['break_even_tokens']:.0f} tokens on."
-
-
-def _plan(result: dict[str, Any]) -> list[str]:
-    """What the plan said, beside what happened."""
+def _format_plan(result: dict[str, Any]) -> str:
+    """Set the actual times and memory beside the planned ones; "" for a run without a plan."""
     plan = result.get("plan")
     if not plan:
-        return []
+        return ""
     pairs = [
-        f"{then['stage']} {format_duration(then['seconds'])} ({format_duration(now['seconds'])})"
-        for then, now in zip(plan["stages"], result["stages"])
+        f"{planned['stage']} {format_duration(actual['seconds'])} ({format_duration(planned['seconds'])})"
+        for planned, actual in zip(plan["stages"], result["stages"])
     ]
     if result["peak_memory_bytes"]:
-        pairs.append(f"memory {format_bytes(plan['memory_bytes'])} ({format_bytes(result['peak_memory_bytes'])})")
-    return ["", f"Planned, and in brackets what it took: {', '.join(pairs)}."]
-
-
-def _peak(result: dict[str, Any]) -> str:
-    peak = result["peak_memory_bytes"]
-    return f"Peak of resident memory: {format_bytes(peak)}." if peak else ""
+        pairs.append(f"memory {format_bytes(result['peak_memory_bytes'])} ({format_bytes(plan['memory_bytes'])})")
+    return f"Actual (planned): {', '.join(pairs)}."

@@ -1,11 +1,11 @@
-"""The tables of a report as plain data, for the page and for Markdown: seeds together, a row a student under a condition.
+"""The tables of a report as plain data, for the page and for Markdown: seeds together, a row for each student.
 
-    groups = group_seeds(collection)                 # all seeds of a student under a condition of the grid are one group
+    groups = group_seeds(collection)        # all seeds of a student under one condition are one group
     for table in [*build_headline_tables(groups), *build_measure_tables(groups)]:
         table.columns, table.rows[0].cells
 
-A *condition* is what a study varies beside students and seeds: stages, copying, budgets. What an entry belongs to is kept
-as `axis_values` (axis -> value), by which the page filters.
+A *condition* is what a study varies besides students and seeds: stages, copied projections, budgets. Columns and rows
+carry their `axis_values` (axis -> value), by which the page filters.
 """
 
 import math
@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from limbeck.report.collection import TEACHER, Run, RunCollection
-from limbeck.report.values import format_name, format_value, is_fraction
+from limbeck.report.values import format_mean_std, format_name
 
 MAX_VALUE_COLUMNS = 10  # numbers beside each other
 TABLE_TITLES = {
@@ -28,8 +28,9 @@ TABLE_TITLES = {
 class HeadlineMetric:
     """A number that heads a report.
 
-    value_names: values that hold it, the one that most runs have counts. teacher: the teacher's in the same evaluations.
-    sign: 1 where more is better, -1 where less is.
+    value_names: values that may hold it; the one that most runs have is used.
+    sign: 1 where more is better, -1 where less is better.
+    teacher: the teacher's number in the same evaluations, in the order of `value_names`.
     """
 
     title: str
@@ -52,7 +53,7 @@ HEADLINE_METRICS = (
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """All seeds of one student under one condition. Runs without one, the teacher, have an empty one."""
+    """All seeds of one student under one condition; the teacher's condition is empty."""
 
     student: str
     condition: dict[str, str]
@@ -60,15 +61,15 @@ class SeedGroup:
 
     @property
     def axis_values(self) -> dict[str, str]:
-        """What it is filtered by; {} for a line that always stays."""
+        """What the page filters it by; {} for the teacher, which always stays."""
         return {} if self.student == TEACHER else {"student": self.student, **self.condition}
 
     def seed_values(self, name: str) -> list[float]:
-        """That value of every seed."""
+        """The value of every seed that has it."""
         return [run.values[name] for run in self.runs if name in run.values]
 
     def mean(self, name: str) -> float | None:
-        """Mean over seeds; None where nothing was measured or a seed diverged."""
+        """Average over seeds; None where nothing was measured or a seed diverged."""
         numbers = self.seed_values(name)
         return statistics.fmean(numbers) if numbers and all(map(math.isfinite, numbers)) else None
 
@@ -81,7 +82,7 @@ class TableColumn:
 
 @dataclass(frozen=True)
 class TableCell:
-    """sort_key: what a column is sorted by; None for an empty cell, which goes last."""
+    """sort_key: what a column is sorted by; None for an empty cell, which sorts last."""
 
     text: str
     sort_key: float | str | None = None
@@ -109,7 +110,7 @@ class ReportTable:
 
 
 def group_seeds(collection: RunCollection) -> list[SeedGroup]:
-    """The finished runs, seeds together."""
+    """Group the finished runs by student and condition."""
     groups: dict[tuple[str, ...], SeedGroup] = {}
     for run in collection.finished_runs:
         condition = {axis: run.axes[axis] for axis in collection.condition_axes if axis in run.axes}
@@ -119,13 +120,13 @@ def group_seeds(collection: RunCollection) -> list[SeedGroup]:
 
 
 def list_conditions(groups: list[SeedGroup]) -> list[dict[str, str]]:
-    """The conditions of a grid in the order of its runs; [{}] where there is nothing to tell apart."""
-    found = {tuple(group.condition.values()): group.condition for group in groups if group.condition}
-    return list(found.values()) or [{}]
+    """List the conditions in the order of their runs; [{}] where there is only one."""
+    conditions = {tuple(group.condition.values()): group.condition for group in groups if group.condition}
+    return list(conditions.values()) or [{}]
 
 
 def format_condition(condition: dict[str, str]) -> str:
-    """A condition in words: "stages 2+3, copied"."""
+    """Put a condition into words: "stages 2+3, copied"."""
     words = {"yes": "copied", "no": "fresh"}
     return ", ".join(
         words.get(value, value) if axis == "copy_projections" else f"{format_axis(axis)} {value}"
@@ -134,142 +135,136 @@ def format_condition(condition: dict[str, str]) -> str:
 
 
 def format_axis(axis: str) -> str:
-    """An axis as people say it."""
+    """Put an axis into words."""
     return "copying" if axis == "copy_projections" else axis.replace("_", " ")
 
 
 def select_value_name(metric: HeadlineMetric, groups: list[SeedGroup]) -> str | None:
-    """The name under which most lines have a metric."""
+    """Choose the name under which most groups have a metric; None where none has."""
     counts = {name: sum(bool(group.seed_values(name)) for group in groups) for name in metric.value_names}
     best = max(counts, key=lambda name: counts[name])
     return best if counts[best] else None
 
 
 def build_headline_tables(groups: list[SeedGroup]) -> list[ReportTable]:
-    """Perplexity, KL and agreement: students by conditions, a table each; of a single condition students by numbers."""
+    """Build the tables of perplexity, KL and agreement: students by conditions; for one condition a single table."""
     conditions = list_conditions(groups)
     chosen = [(metric, name) for metric in HEADLINE_METRICS if (name := select_value_name(metric, groups))]
     if not chosen:
         return []
     if len(conditions) > 1:
-        return [_pivot(metric, name, groups, conditions) for metric, name in chosen]
+        return [_build_condition_table(metric, name, groups, conditions) for metric, name in chosen]
     columns = [TableColumn("student"), *(TableColumn(metric.title) for metric, _ in chosen)]
     rows = []
     for group in groups:
-        cells = [_cell(name, group.seed_values(name), _best(metric, name, groups, group)) for metric, name in chosen]
+        cells = [
+            _number_cell(name, group.seed_values(name), _is_best(metric, name, groups, group))
+            for metric, name in chosen
+        ]
         if group.student != TEACHER and any(cell.text for cell in cells):
-            rows.append(TableRow([_word(group.student), *cells], group.axis_values))
-    told = [_cell(name, get_teacher_values(metric, name, groups)) for metric, name in chosen]
-    if any(cell.text for cell in told):
-        rows.insert(0, TableRow([_word(TEACHER), *told], {}, pinned=True))
-    return [ReportTable("Quality", _seeds(groups), columns, rows)]
+            rows.append(TableRow([_text_cell(group.student), *cells], group.axis_values))
+    teacher_cells = [_number_cell(name, get_teacher_values(metric, name, groups)) for metric, name in chosen]
+    if any(cell.text for cell in teacher_cells):
+        rows.insert(0, TableRow([_text_cell(TEACHER), *teacher_cells], {}, pinned=True))
+    return [ReportTable("Quality", _describe_seeds(groups), columns, rows)]
 
 
 def build_measure_tables(groups: list[SeedGroup]) -> list[ReportTable]:
-    """All numbers: a table for each measure, a row for each group."""
+    """Build the tables of all numbers: one for each measure, a row for each group."""
     names: dict[str, dict[str, None]] = {}
     for group in groups:
         for run in group.runs:
             for name in run.values:
                 names.setdefault(name.partition(".")[0], {}).setdefault(name)
     tables = []
-    for measure, mine in names.items():
-        parts = [list(mine)[i : i + MAX_VALUE_COLUMNS] for i in range(0, len(mine), MAX_VALUE_COLUMNS)]
+    for measure, measure_names in names.items():
+        columns = list(measure_names)
+        parts = [columns[i : i + MAX_VALUE_COLUMNS] for i in range(0, len(columns), MAX_VALUE_COLUMNS)]
         for number, part in enumerate(parts, 1):
             title = TABLE_TITLES.get(measure, f"measure {measure}") + (
                 f", {number} of {len(parts)}" if len(parts) > 1 else ""
             )
-            tables.append(_numbers(title, part, groups))
+            tables.append(_build_measure_table(title, part, groups))
     return tables
 
 
-def _numbers(title: str, names: list[str], groups: list[SeedGroup]) -> ReportTable:
-    """A row for each line that has any of these values."""
+def _build_measure_table(title: str, names: list[str], groups: list[SeedGroup]) -> ReportTable:
+    """Build a table with a row for each group that has any of these values."""
     axes = list(dict.fromkeys(axis for group in groups for axis in group.condition))
     columns = [TableColumn(format_axis(one)) for one in ("student", *axes, "seeds")]
     columns += [TableColumn(format_name(name.partition(".")[2].replace(".", " "))) for name in names]
     rows = []
     for group in groups:
-        cells = [_cell(name, group.seed_values(name)) for name in names]
+        cells = [_number_cell(name, group.seed_values(name)) for name in names]
         if any(cell.text for cell in cells):
-            words = [_word(one) for one in (group.student, *(group.condition.get(axis, "") for axis in axes))]
+            words = [_text_cell(one) for one in (group.student, *(group.condition.get(axis, "") for axis in axes))]
             count = len(group.runs)
             rows.append(
                 TableRow([*words, TableCell(str(count), count), *cells], group.axis_values, group.student == TEACHER)
             )
-    return ReportTable(title, _seeds(groups), columns, rows, num_text_columns=1 + len(axes))
+    return ReportTable(title, _describe_seeds(groups), columns, rows, num_text_columns=1 + len(axes))
 
 
-def _pivot(metric: HeadlineMetric, name: str, groups: list[SeedGroup], conditions: list[dict[str, str]]) -> ReportTable:
-    """Students by conditions."""
+def _build_condition_table(
+    metric: HeadlineMetric, name: str, groups: list[SeedGroup], conditions: list[dict[str, str]]
+) -> ReportTable:
+    """Build a table of one metric with students as rows and conditions as columns."""
     columns = [
         TableColumn("student"),
         *(TableColumn(format_condition(condition), condition) for condition in conditions),
     ]
     rows = []
     for student in dict.fromkeys(group.student for group in groups if group.condition):
-        mine = {tuple(group.condition.values()): group for group in groups if group.student == student}
+        by_condition = {tuple(group.condition.values()): group for group in groups if group.student == student}
         cells = []
         for condition in conditions:
-            group = mine.get(tuple(condition.values()))
-            beside = [one for one in groups if one.condition == condition]
-            cells.append(
-                _cell(name, group.seed_values(name), _best(metric, name, beside, group))
-                if group is not None
-                else TableCell("")
-            )
-        rows.append(TableRow([_word(student), *cells], {"student": student}))
-    told = [
-        _cell(name, get_teacher_values(metric, name, [one for one in groups if one.condition == condition]))
+            group = by_condition.get(tuple(condition.values()))
+            best = group is not None and _is_best(metric, name, groups, group)
+            cells.append(_number_cell(name, group.seed_values(name) if group else [], best))
+        rows.append(TableRow([_text_cell(student), *cells], {"student": student}))
+    teacher_cells = [
+        _number_cell(name, get_teacher_values(metric, name, [one for one in groups if one.condition == condition]))
         for condition in conditions
     ]
-    if any(cell.text for cell in told):
-        rows.insert(0, TableRow([_word(TEACHER), *told], {}, pinned=True))
+    if any(cell.text for cell in teacher_cells):
+        rows.insert(0, TableRow([_text_cell(TEACHER), *teacher_cells], {}, pinned=True))
     bold = " The best of each column is bold." if any(cell.best for row in rows for cell in row.cells) else ""
-    return ReportTable(metric.title[0].upper() + metric.title[1:], _seeds(groups) + bold, columns, rows)
+    return ReportTable(metric.title[0].upper() + metric.title[1:], _describe_seeds(groups) + bold, columns, rows)
 
 
-def _best(metric: HeadlineMetric, name: str, groups: list[SeedGroup], group: SeedGroup) -> bool:
-    """Whether a group is the best of the students under its condition."""
-    rivals = [one for one in groups if one.condition == group.condition and one.student != TEACHER]
-    means = [metric.sign * mean for one in rivals if (mean := one.mean(name)) is not None]
-    mine = group.mean(name)
-    return group.student != TEACHER and mine is not None and len(means) > 1 and metric.sign * mine == max(means)
+def _is_best(metric: HeadlineMetric, name: str, groups: list[SeedGroup], group: SeedGroup) -> bool:
+    """Whether a group is the best of at least two students under its condition."""
+    candidates = [one for one in groups if one.condition == group.condition and one.student != TEACHER]
+    means = [metric.sign * mean for one in candidates if (mean := one.mean(name)) is not None]
+    mean = group.mean(name)
+    return group.student != TEACHER and mean is not None and len(means) > 1 and metric.sign * mean == max(means)
 
 
 def get_teacher_values(metric: HeadlineMetric, name: str, groups: list[SeedGroup]) -> list[float]:
-    """The teacher's own number, else as its students' evaluations have it on the same text, one for each seed."""
+    """Get the teacher's own number, else the one in its students' evaluations on the same text, one for each seed."""
     own = [number for group in groups if group.student == TEACHER for number in group.seed_values(name)]
     if own or not metric.teacher:
         return own
-    theirs = metric.teacher[metric.value_names.index(name)]
-    runs = [run for group in groups for run in group.runs if theirs in run.values]
-    return list({run.axes.get("seed"): run.values[theirs] for run in runs}.values())
+    teacher_name = metric.teacher[metric.value_names.index(name)]
+    runs = [run for group in groups for run in group.runs if teacher_name in run.values]
+    return list({run.axes.get("seed"): run.values[teacher_name] for run in runs}.values())
 
 
-def _cell(name: str, numbers: list[float], best: bool = False) -> TableCell:
-    """Mean and standard deviation over seeds."""
-    if not numbers:
-        return TableCell("")
-    lost = [number for number in numbers if not math.isfinite(number)]
-    if lost:
-        return TableCell("diverged" if len(numbers) == 1 else f"diverged in {len(lost)} of {len(numbers)}")
-    mean, spread = statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
-    last = name.rpartition(".")[2]
-    if not spread or is_fraction(last) or last.endswith("bytes"):
-        return TableCell(format_value(last, mean, spread or None), mean, best)
-    decimals = min(max(0, 1 - math.floor(math.log10(spread))), 8)
-    return TableCell(f"{mean:,.{decimals}f} ± {spread:.{decimals}f}", mean, best)
+def _number_cell(name: str, numbers: list[float], best: bool = False) -> TableCell:
+    """Show mean and standard deviation over seeds; a group of which a seed diverged has no place in the order."""
+    text = format_mean_std(name, numbers)
+    finite = bool(numbers) and all(map(math.isfinite, numbers))
+    return TableCell(text, statistics.fmean(numbers), best) if finite else TableCell(text)
 
 
-def _word(text: str) -> TableCell:
+def _text_cell(text: str) -> TableCell:
     return TableCell(text, text)
 
 
-def _seeds(groups: list[SeedGroup]) -> str:
-    """What ± stands for."""
+def _describe_seeds(groups: list[SeedGroup]) -> str:
+    """Say what the numbers are means of."""
     counts = sorted({len(group.runs) for group in groups if group.student != TEACHER})
     if not counts or counts[-1] < 2:
         return "One seed."
-    many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Mean ± standard deviation over {many} seeds."
+    number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"Mean ± standard deviation over {number} seeds."

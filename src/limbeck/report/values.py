@@ -1,46 +1,45 @@
-"""Names and numbers of measurements as people read them: units from the names, bytes as MB, shares as percent.
+"""Numbers of measurements: flat names for files, and units, percent and mean ± deviation for readers.
 
     format_name("token_milliseconds@4096x1")                  # "token at 4,096 tokens, ms"
     format_value("cache_bytes@4096x1", 188743680.0)            # "189 MB"
     format_value("top1_agreement", 0.528, 0.004)               # "52.8 ± 0.4 %"
-
-What a name ends with says its unit (docs/measurements.md); files and CSV keep the plain numbers.
-
-All numbers of a run under flat names, as studies and reports keep them.
-
     values, errors = flatten_values(summary, measurements, Path("runs/quickstart/metrics.jsonl"))
     values["agreement.perplexity"], values["held_out.kl"], values["stages.logits.early_loss"]
-    Path("values.csv").write_text(values_to_csv([("gla", {"student": "gla"}, values, errors)]))
 
-Names are `<measure>.<name>` of every measurement, and what every run has: `held_out.*` (its own evaluation), `memory.*`
-(cache sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).
+What a name ends with says its unit (docs/measurements.md); files and CSV hold the plain numbers. Flat names are
+`<measure>.<name>` of every measurement, and what every run has: `held_out.*` (its own evaluation), `memory.*` (cache
+sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).
 """
 
-import csv
-import io
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
+from limbeck.core.console import format_bytes
 from limbeck.evaluation.measure import Measurement
+from limbeck.report.text_tables import format_csv
 
 WORDS = {"kl": "KL", "js": "JS", "ce": "CE", "cka": "CKA", "top1": "top-1", "top5": "top-5", "acc": "accuracy"}
 UNITS = {"milliseconds": "ms", "seconds": "s", "per_second": "a second"}
 FRACTION_NAMES = ("agreement", "share", "accuracy", "acc", "acc_norm", "overlap", "mass")
-_AT = re.compile(r"(?P<name>[^@]+)@((?P<length>\d+)x(?P<batch>\d+)|batch(?P<alone>\d+)|(?P<tokens>\d+))")
+WORKLOAD = re.compile(r"(?P<name>[^@]+)@((?P<length>\d+)x(?P<batch>\d+)|batch(?P<only_batch>\d+)|(?P<tokens>\d+))")
+
+EARLY_FRACTION = 0.1  # part of a stage's steps over which `early_loss` is the mean
+STAGE_VALUES = ("first_loss", "loss", "early_loss", "unexplained", "held_out_loss", "tokens")
 
 
 def format_name(name: str) -> str:
-    """A row's name: words, at which length and batch size, the unit where the cells do not say it."""
-    match = _AT.fullmatch(name)
-    place = ""
+    """Name a value in words: what it is, at which length and batch size, and the unit where the cells lack it."""
+    match = WORKLOAD.fullmatch(name)
+    workload = ""
     if match:
         name, length = match["name"], match["length"] or match["tokens"]
-        batch = match["batch"] or match["alone"]
-        place = f" at {int(length):,} tokens" if length else ""
-        place += f", batch {batch}" if batch and batch != "1" else ""
+        batch = match["batch"] or match["only_batch"]
+        workload = f" at {int(length):,} tokens" if length else ""
+        workload += f", batch {batch}" if batch and batch != "1" else ""
     unit = ""
     for ending, short in UNITS.items():
         if re.search(rf"(^|_){ending}(_|$)", name):
@@ -49,18 +48,18 @@ def format_name(name: str) -> str:
                 unit = f", {short}"
             break
     words = [WORDS.get(word, word) for word in name.removesuffix("_bytes").strip("_").split("_")]
-    return " ".join(words).replace("per second", "a second") + place + unit
+    return " ".join(words).replace("per second", "a second") + workload + unit
 
 
 def format_value(name: str, value: float, error: float | None = None) -> str:
-    """A number with its standard error, in the unit that its name says."""
+    """Format a number, with its standard error where there is one, in the unit that its name says."""
     name = name.split("@")[0]
     if not math.isfinite(value):
         return "not finite"
     if abs(value) >= 1e9 and not name.endswith(("bytes", "tokens")):  # a student that diverged
         return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
     if name.endswith("bytes"):
-        return format_size(value)
+        return format_bytes(value)
     if is_fraction(name) and abs(value) <= 1:
         return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
     if name.endswith("tokens") or abs(value) >= 10000:
@@ -68,58 +67,49 @@ def format_value(name: str, value: float, error: float | None = None) -> str:
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
-def escape_markdown(text: Any) -> str:
-    """Text of somebody else's (names, prompts, samples) as Markdown that shows it as it is, on one line.
+def format_mean_std(name: str, numbers: list[float]) -> str:
+    """Format the mean and the standard deviation over seeds, in the unit that the name says.
 
-    It becomes neither HTML nor an image, a link, a list, code or the end of a table's cell.
+    Returns:
+        "" without numbers; "diverged" or "diverged in 1 of 3" where some are not finite; the number alone for one seed.
     """
-    plain = " ".join(str(text).split())
-    plain = re.sub(r"&(?=#?\w+;)", "&amp;", plain).replace("<", "&lt;")
-    plain = re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
-    return re.sub(r"^(\d*)([-+#>.)])(?= |$)", r"\1\\\2", plain)
-
-
-def format_code_span(text: Any) -> str:
-    """The same as code: nothing in it ends the span."""
-    return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"
+    if not numbers:
+        return ""
+    diverged = sum(not math.isfinite(number) for number in numbers)
+    if diverged:
+        return "diverged" if len(numbers) == 1 else f"diverged in {diverged} of {len(numbers)}"
+    mean, std = statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
+    name = name.rpartition(".")[2]
+    if not std or is_fraction(name) or name.endswith("bytes"):
+        return format_value(name, mean, std or None)
+    # the mean is shown to the deviation's second digit, so that no digit of it is noise
+    decimals = min(max(0, 1 - math.floor(math.log10(std))), 8)
+    return f"{mean:,.{decimals}f} ± {std:.{decimals}f}"
 
 
 def is_fraction(name: str) -> bool:
-    """Whether a name stands for a part of a whole."""
-    return any(name == share or name.endswith(f"_{share}") or f"_{share}_" in f"_{name}_" for share in FRACTION_NAMES)
-
-
-def format_size(count: float) -> str:
-    """Bytes with three digits."""
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} GB" if count < 1000 else f"{count:,.0f} GB"
-
-
-EARLY_FRACTION = 0.1  # share of a stage's steps over which `early_loss` is the mean
-STAGE_VALUES = ("first_loss", "loss", "early_loss", "unexplained", "held_out_loss", "tokens")
+    """Whether a name stands for a part of a whole, which is shown in percent."""
+    return any(name == part or name.endswith(f"_{part}") or f"_{part}_" in f"_{name}_" for part in FRACTION_NAMES)
 
 
 def flatten_values(
     summary: dict[str, Any], measurements: list[Measurement], metrics: Path | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Values and standard errors by name.
+    """Collect values and standard errors under flat names.
 
     Args:
         summary: a run's eval.json; empty for a model that is no run.
         metrics: its metrics.jsonl.
     """
     values: dict[str, float] = {}
-    for part in ("held_out", "memory", "parameters"):
-        for name, held in summary.get(part, {}).items():
-            values |= _number(f"{part}.{name}", held)
+    for section in ("held_out", "memory", "parameters"):
+        for name, value in summary.get(section, {}).items():
+            values |= _number(f"{section}.{name}", value)
     for index, stage in enumerate(summary.get("stages", [])):
         early = _early_loss(metrics, index) if metrics else None
-        for name, held in (*stage.items(), ("early_loss", early)):
+        for name, value in (*stage.items(), ("early_loss", early)):
             if name in STAGE_VALUES:
-                values |= _number(f"stages.{stage['stage']}.{name}", held)
+                values |= _number(f"stages.{stage['stage']}.{name}", value)
     errors: dict[str, float] = {}
     for one in measurements:
         values |= {f"{one.measure}.{name}": value for name, value in one.values.items()}
@@ -127,32 +117,28 @@ def flatten_values(
     return values, errors
 
 
-def values_to_csv(rows: list[tuple[str, dict[str, str], dict[str, float], dict[str, float]]]) -> str:
-    """One line a number: the arm, its axes, the value's name, the value, its standard error.
-
-    Args:
-        rows: name, axes as text, values and errors of each arm.
-    """
-    axes = list(dict.fromkeys(axis for _, places, _, _ in rows for axis in places))
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["arm", *axes, "name", "value", "standard_error"])
-    for arm, places, values, errors in rows:
-        told = [places.get(axis, "") for axis in axes]
-        writer.writerows([arm, *told, name, value, errors.get(name, "")] for name, value in values.items())
-    return file.getvalue()
-
-
 def _early_loss(metrics: Path, index: int) -> float | None:
-    """Mean loss of a stage's first steps; None for a stage without steps."""
-    losses = []
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
-        one = json.loads(line)
-        if one["stage_index"] == index:
-            losses.append(one["loss"])
+    """Average the loss over a stage's first steps; None for a stage without steps."""
+    records = map(json.loads, metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else [])
+    losses = [record["loss"] for record in records if record["stage_index"] == index]
     first = losses[: max(1, round(EARLY_FRACTION * len(losses)))]
     return sum(first) / len(first) if first else None
 
 
 def _number(name: str, value: Any) -> dict[str, float]:
     return {name: float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else {}
+
+
+def values_to_csv(runs: list[tuple[str, dict[str, str], dict[str, float], dict[str, float]]]) -> str:
+    """Format runs as CSV, a line a number: the run, its axes, the value's name, the value, its standard error.
+
+    Args:
+        runs: name, axes as text, values and errors of each.
+    """
+    axes = list(dict.fromkeys(axis for _, run_axes, _, _ in runs for axis in run_axes))
+    rows = [
+        [run, *(run_axes.get(axis, "") for axis in axes), name, value, errors.get(name, "")]
+        for run, run_axes, values, errors in runs
+        for name, value in values.items()
+    ]
+    return format_csv(["arm", *axes, "name", "value", "standard_error"], rows)

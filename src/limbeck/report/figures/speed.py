@@ -27,7 +27,6 @@ from limbeck.report.figures.style import (
     use_log_scale,
     use_style,
 )
-from limbeck.report.values import format_size
 
 LINESTYLES = ("-", "--", ":", "-.")  # by batch size, the smallest first
 

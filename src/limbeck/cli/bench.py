@@ -102,13 +102,13 @@ def _entries(models: list[str], teacher: str | None, int8: str, out: Path | None
 
 
 def _show_plan(estimates: list[Any], done: int) -> None:
-    from limbeck.report.values import format_size
+    from limbeck.core.console import format_bytes
 
     seconds = sum(estimate.seconds for estimate in estimates)
     for estimate in estimates:
         console.print(
             f"plan: {estimate.length:,} tokens, batch {estimate.batch}: about {estimate.seconds:.0f} s, "
-            f"{format_size(estimate.bytes)} on top of the models"
+            f"{format_bytes(estimate.bytes)} on top of the models"
         )
     already = f"; {done} measured already" if done else ""
     console.print(f"plan: about {seconds / 60:.1f} min in all{already}")

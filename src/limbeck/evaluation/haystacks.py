@@ -28,7 +28,6 @@ from typing import Any
 from limbeck.core.errors import LimbeckError
 from limbeck.data.offline.embedded import ensure_embedded_corpus
 from limbeck.data.special_tokens import encode_prompt
-from limbeck.evaluation.haystacks import Question, count_prompt_tokens
 from limbeck.evaluation.long_text import check_prompt_fits
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from limbeck.core.console import format_bytes
 from limbeck.core.errors import LimbeckError
 from limbeck.evaluation.measure import Measurement
 from limbeck.evaluation.speed import fastest_cache, min_token_milliseconds
@@ -69,10 +70,10 @@ def _format_row(measurement: Measurement, point: dict[str, Any]) -> list[str]:
     row += [
         _format_times(fastest),
         kind if len(point["token"]) > 1 else "",
-        format_size(point["token"]["growing"]["cache_bytes"]),
+        format_bytes(point["token"]["growing"]["cache_bytes"]),
     ]
     extra = prefill and prefill["extra_bytes"]
-    return [*row, format_size(measurement.values["weights_bytes"] + extra) if extra is not None else ""]
+    return [*row, format_bytes(measurement.values["weights_bytes"] + extra) if extra is not None else ""]
 
 
 def _format_times(times: dict[str, float]) -> str:
@@ -202,7 +203,7 @@ def draw_tradeoff(measurements: list[Measurement], length: int | None = None) ->
         x, y, color = point.milliseconds, point.perplexity, get_color(point.model)
         axes.scatter(x, y, s=40 + 900 * point.cache_bytes / max_cache_bytes, color=color, alpha=0.25, linewidths=0)
         axes.scatter(x, y, s=22, color=color, marker=get_marker(point.model))
-        label = f"{point.model}\n{format_size(point.cache_bytes)}"
+        label = f"{point.model}\n{format_bytes(point.cache_bytes)}"
         axes.annotate(label, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=7)
     use_log_scale(axes.yaxis)
     axes.margins(0.25)

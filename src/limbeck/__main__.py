@@ -7,6 +7,7 @@ def main() -> None:
     """The command line, with signals heard of before the rest is imported."""
     raise_on_signals()
     try:
+        # only now: signals during the imports are heard already
         from limbeck.cli import main as command_line
 
         command_line()

@@ -135,8 +135,10 @@ def score_tasks(subject: Subject, names: list[str], catalog: Any, settings: Task
 
 
 def _score_task(subject: Subject, name: str, catalog: Any, settings: TaskSettings) -> TaskScore:
-    from lm_eval import evaluate  # needs the extra `eval`, like the scorer
+    # both need the extra `eval`
+    from lm_eval import evaluate
 
+    # likewise
     from limbeck.evaluation.scorer import PreloadedHFLM
 
     data_sources = catalog.find_data_sources(name, settings.source, settings.few_shot)

@@ -234,7 +234,7 @@ def test_the_recipe_says_once_what_trains(recipe):
     plain["stages"][1]["lora"] = {"rank": 2}
     assert Recipe.parse(plain).stages[1].train == "lora"
     assert recipe({}, {"train": "lora", "lora": None}).stages[1].lora.rank == 8
-    with pytest.raises(LimbeckError, match="lora is given"):
+    with pytest.raises(LimbeckError, match="lora is set"):
         recipe({}, {"train": "attention"})
     with pytest.raises(LimbeckError, match=r"unknown key 'stages.1.lora.rnk', did you mean 'rank'"):
         recipe({"rnk": 3})

@@ -213,7 +213,7 @@ def test_models_that_cannot_look_back_are_refused():
         init_induction_heads(make_tiny_model("gpt2"))
     with pytest.raises(LimbeckError, match="tied embeddings"):
         init_induction_heads(small_llama(tie_word_embeddings=False))
-    with pytest.raises(LimbeckError, match="a width of 64"):
+    with pytest.raises(LimbeckError, match="width of 64 is too small"):
         init_induction_heads(small_llama(hidden_size=64, num_attention_heads=2))
 
 
@@ -278,7 +278,7 @@ def test_the_key_knows_what_counts_and_nothing_else():
 
 def test_several_processes_are_told_to_train_it_first(small_world, monkeypatch):
     class Two:
-        size = 2
+        world_size = 2
 
     monkeypatch.setattr(pretraining, "get_process_info", lambda: Two)
     with pytest.raises(LimbeckError, match=r"(?s)has to be trained in a single process.*limbeck assets --teacher"):

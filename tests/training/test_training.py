@@ -417,7 +417,7 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_command(recipe, monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else original(name))
     for name in sorted(hidden):
         made = recipe(name, trackers=[name])
-        with pytest.raises(LimbeckError, match=f"{name} needs {name}.*\n.*\ntry: pip install 'limbeck") as caught:
+        with pytest.raises(LimbeckError, match=f"{name} requires {name}.*\n.*\ntry: pip install 'limbeck") as caught:
             pipeline.distill(made)
         assert name in str(caught.value).splitlines()[-1] or name == "tensorboard"
         assert not Path(made.out).exists()

@@ -16,8 +16,8 @@ from limbeck.testing import survey, tiny_models
 from limbeck.testing.contract import left_pad
 from limbeck.testing.student_checks import (
     GENERATION_KWARGS,
-    StudentChecks,
     PADDING,
+    StudentChecks,
     make_random_ids,
     make_student,
 )

@@ -243,7 +243,7 @@ def test_generate_in_int8(switch, torchao, teacher_folder, tmp_path, capsys, mon
     with pytest.raises(SystemExit) as code:
         main()
     assert code.value.code == 0
-    assert made == [{"activations": switch == "--int8-dynamic"}]
+    assert made == [{"quantize_activations": switch == "--int8-dynamic"}]
     assert capsys.readouterr().out.strip()
 
 

@@ -87,9 +87,9 @@ def test_an_adapter_beside_a_student_is_refused(tmp_path):
     model = peft.get_peft_model(student, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)
     for what in (str(tmp_path), tmp_path):
-        with pytest.raises(LimbeckError, match=r"an adapter lies beside(.|\n)*try: rm .*else: mkdir") as refused:
+        with pytest.raises(LimbeckError, match=r"an adapter lies beside(.|\n)*try: rm .*otherwise: mkdir") as refused:
             AutoModelForCausalLM.from_pretrained(what)
-    subprocess.run(refused.value.hint.split("else: ")[1], shell=True, check=True)
+    subprocess.run(refused.value.hint.split("otherwise: ")[1], shell=True, check=True)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     both = peft.PeftModel.from_pretrained(again, f"{tmp_path}-adapter")
     assert torch.equal(both(IDS).logits, model(IDS).logits)
@@ -243,16 +243,16 @@ def test_packed_rows_that_cannot_be_read_are_refused():
     mask = torch.ones_like(IDS)
     mask[:, -2:] = 0
     for given, what in (
-        ({"past_key_values": filled(model)}, "leave a cache"),
-        ({"past_key_values": DynamicCache(config=model.config)}, "leave a cache"),
-        ({"use_cache": True}, "leave a cache"),
+        ({"past_key_values": filled(model)}, "cannot fill a cache"),
+        ({"past_key_values": DynamicCache(config=model.config)}, "cannot fill a cache"),
+        ({"use_cache": True}, "cannot fill a cache"),
         ({"attention_mask": mask}, "padding"),
         ({"cu_seq_lens_q": torch.tensor([0, 9, 20])}, "other tokens"),
         ({"seq_idx": torch.zeros_like(IDS)}, "other tokens"),
     ):
         with pytest.raises(LimbeckError, match=what):
             model(IDS, position_ids=positions, **given)
-    with pytest.raises(LimbeckError, match="no document ends from positions"):
+    with pytest.raises(LimbeckError, match="does not separate documents by their positions"):
         MixerVariant("gla").build_student("opt")(IDS, position_ids=positions)
     left = torch.ones_like(IDS)
     left[:, :4] = 0

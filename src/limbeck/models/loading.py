@@ -2,14 +2,14 @@
 
     model, tokenizer = load_model_and_tokenizer(resolve_teacher("small"))    # float32, on the CPU, frozen
     is_student("someone/my-student")                                         # reads only the config
-    check_export(folder, student, tokenizer)       # LimbeckError unless the saved student loads bit for bit
+    check_export(folder, student, tokenizer)                  # LimbeckError unless the saved student loads bit for bit
 
 transformers initializes missing weights at random, attaches adapters, asks on standard input whether to run custom
 code, and applies settings that a past session left in a config. Here each of these is an error or is reset
 (docs/saving.md).
 
-A saved student is checked because what is written may differ from what is meant: only an adapter is saved instead of the
-model, a tensor is taken for tied, a tokenizer loses a setting.
+A saved student is checked because what is written may differ from what is meant: only an adapter is saved instead of
+the model, a tensor is taken for tied, a tokenizer loses a setting.
 """
 
 from pathlib import Path

@@ -15,7 +15,7 @@ which families of transformers can be converted.
 """
 
 # These modules register their checks in CHECKS, in this order: the first failure is then the nearest to its cause.
-from limbeck.testing import module_checks, numerics, student_checks  # noqa: F401, I001
+from limbeck.testing import module_checks, numerics, student_checks  # noqa: F401
 from limbeck.testing.contract import CHECKS, QUICK_FAMILIES, Check, CheckResult, MixerVariant, list_cases, run_checks
 from limbeck.testing.tiny_models import FAMILIES, make_tiny_model
 

@@ -61,7 +61,7 @@ def run_in_steps(
 def generate_padded_and_alone(
     model: PreTrainedModel, ids: Tensor, padding: int, **kwargs: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Generate from ids [2, T], row 0 left-padded; yield for both rows the tokens in the batch and those of the row alone."""
+    """Generate from ids [2, T] with row 0 left-padded; yield each row's tokens in the batch, and those of it alone."""
     inputs = left_pad(ids, padding)
     settings = {**GENERATION_KWARGS, **kwargs}
     both = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)

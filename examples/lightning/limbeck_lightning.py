@@ -35,7 +35,9 @@ class Lightning(Mixer):
     options: LightningOptions
     published = {"rope": False, "conv_activation": "silu"}
 
-    def compute_inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State) -> OperatorInputs:
+    def compute_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
+    ) -> OperatorInputs:
         s = self.shape
         rate = 2.0 ** (-8.0 * torch.arange(1, s.heads + 1, device=q.device, dtype=torch.float64) / s.heads)
         if self.options.slower_with_depth:

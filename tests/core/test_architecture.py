@@ -72,7 +72,9 @@ def test_no_circle_of_modules():
         if module in done:
             return
         for target in sorted(arrows.get(module, ())):
-            if target != module and not module.startswith(f"{target}."):  # a package's face is loaded before its modules
+            if target != module and not module.startswith(
+                f"{target}."
+            ):  # a package's face is loaded before its modules
                 walk(target, (*way, module))
         done.add(module)
 

@@ -16,6 +16,7 @@ from limbeck.evaluation.subject import SubjectLoader
 from limbeck.report.figures import measures as picture
 from limbeck.report.figures.style import save_figure
 from limbeck.testing import make_tiny_model
+from limbeck.training.losses import TokenLogits
 
 SMALL = {"tokens": 256, "length": 64, "prefixes": 3, "prefix": 8, "new": 6}
 
@@ -71,6 +72,15 @@ def test_tokens_against_whole_logits():
         five, others = set(mine.topk(5).indices.tolist()), set(theirs.topk(5).indices.tolist())
         assert found["overlap"][row] == pytest.approx(len(five & others) / 5)
         assert found["top"][row] == float(int(theirs.argmax()) in five)
+
+
+def test_divergences_equal_those_of_the_training_loss():
+    (s, head_s), (t, head_t) = hidden_and_head(0), hidden_and_head(1)
+    targets = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(2))
+    metrics = compare_tokens(head_s, s, head_t, t, targets, chunk_size=4)
+    logits = TokenLogits(head_s(s).flatten(0, 1), head_t(t).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(metrics["kl"], logits.kl_divergence(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics["reverse_kl"], logits.kl_divergence(reverse=True), rtol=1e-5, atol=1e-6)
 
 
 def test_no_more_logits_than_a_chunk():

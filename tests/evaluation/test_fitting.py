@@ -92,7 +92,7 @@ def test_context_of():
     tokenizer.model_max_length = 24
     assert resolve_max_length(_Sized(), tokenizer) == 24
     assert resolve_max_length(_Sized(), _Sized(), requested_length=12) == 12
-    with pytest.raises(LimbeckError, match="tasks.length is 65 tokens"):
+    with pytest.raises(LimbeckError, match=r"tasks\.length is 65 tokens"):
         resolve_max_length(_Sized(max_position_embeddings=64), requested_length=65)
     with pytest.raises(LimbeckError, match="neither the model nor its tokenizer"):
         resolve_max_length(_Sized(), _Sized())

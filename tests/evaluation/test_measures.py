@@ -170,7 +170,7 @@ def test_what_was_measured_before_without_any_model(subject, tmp_path, monkeypat
 
 
 def test_the_document_is_the_schema():
-    """To renew it: python -c "from limbeck.evaluation.measure import render_schema_tables; print(render_schema_tables())"."""
+    """Its tables are the output of `limbeck.evaluation.measure.render_schema_tables`."""
     assert render_schema_tables() in (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
 
 

@@ -22,8 +22,7 @@ from limbeck.evaluation.speed import SpeedBenchmark, SpeedSettings, find_break_e
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.models import convert
 from limbeck.report import comparison
-from limbeck.report.figures import speed as report
-from limbeck.report.figures import speed as tradeoff
+from limbeck.report.figures import speed as figures
 from limbeck.testing import make_tiny_model
 
 SMALL = SpeedSettings(lengths=[64, 320], batches=[1, 2], steps=4, rounds=1, prefill=64)
@@ -248,16 +247,16 @@ def test_accuracy_against_speed(tmp_path):
         measurement("student", "agreement", {"perplexity": 30.0, "teacher_perplexity": 17.0}),
         race_of("student", 5.0, 4e6),
     ]
-    assert not tradeoff.can_draw_tradeoff(found)
+    assert not figures.can_draw_tradeoff(found)
     found.append(race_of("teacher", 9.0, 2e8))
-    assert tradeoff.can_draw_tradeoff(found)
+    assert figures.can_draw_tradeoff(found)
     paths = comparison.write_comparison(found, tmp_path)
     text = (tmp_path / "tradeoff.svg").read_text(encoding="utf-8")
     assert "next token after 4,096 tokens of context, ms" in text
     assert all(name in text for name in ("student", "4 MB", "teacher", "200 MB"))
     assert {path.name for path in paths} >= {"tradeoff.png", "speed.svg", "speed.png", "table.md", "values.csv"}
     with pytest.raises(LimbeckError, match="at 77 tokens"):
-        tradeoff.draw_tradeoff(found, length=77)
+        figures.draw_tradeoff(found, length=77)
 
 
 def test_the_verb(folders, teacher_folder, tmp_path, monkeypatch):
@@ -292,7 +291,7 @@ def test_the_verb(folders, teacher_folder, tmp_path, monkeypatch):
 
 def test_on_the_screen(raced):
     _, found = raced
-    shown = report.build_speed_table(found)
+    shown = figures.build_speed_table(found)
     assert shown.row_count == 3 * 4
-    assert len(report.format_break_even(found)) == 2 * 2
+    assert len(figures.format_break_even(found)) == 2 * 2
     json.dumps([one.details for one in found])

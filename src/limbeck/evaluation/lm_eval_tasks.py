@@ -218,7 +218,8 @@ def _parse_output(
     name: str, output: dict[str, Any], data_sources: dict[str, str], leaves: list[str], settings: TaskSettings
 ) -> TaskScore:
     """Convert the output of `lm_eval.evaluate` for one task or group, with its tasks `leaves`."""
-    values, errors = {}, {}
+    values: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for key, value in output["results"][name].items():
         metric, comma, filter_name = key.partition(",")
         if not comma or isinstance(value, str):

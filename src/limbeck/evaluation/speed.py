@@ -159,7 +159,8 @@ class SpeedBenchmark:
                 self.points[length, batch] = self._measure(length, batch, reference)
                 if max(reference, first_reference) > UNSTABLE_RATIO * min(reference, first_reference):
                     self._add_note(
-                        f"a reference matrix product took {first_reference:.1f} ms at first, {reference:.1f} ms later"
+                        f"a reference matrix product took {first_reference:.1f} ms at first and "
+                        f"{reference:.1f} ms later"
                     )
                 measurements = self._build_measurements(time.monotonic() - start)
                 advance(1)

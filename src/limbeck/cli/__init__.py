@@ -26,7 +26,7 @@ NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # they report kernels for ot
 
 app = typer.Typer(
     name="limbeck",
-    help="Distil a pretrained softmax-attention language model into a subquadratic one.",
+    help="Distill a pretrained softmax-attention language model into a subquadratic one.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

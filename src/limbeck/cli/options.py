@@ -13,6 +13,9 @@ import typer
 
 from limbeck.core.errors import LimbeckError
 
+# by path: `limbeck.study.spec`, which has the same, imports torch
+STUDIES_FOLDER = Path(__file__).parents[1] / "study" / "studies"
+
 TEACHER_HELP = "The teacher: 'embedded', a local folder or a Hub name."
 MIXER_HELP = "The mixer that replaces softmax attention; `limbeck students` lists them."
 DATA_HELP = "The text: a file, a folder, a dataset name or 'embedded'."

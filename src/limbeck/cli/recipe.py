@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli import app
-from limbeck.cli.options import examples
+from limbeck.cli.options import STUDIES_FOLDER, examples
 from limbeck.core.console import output
 from limbeck.core.errors import LimbeckError, suggest_closest
 
@@ -31,7 +31,7 @@ def recipe(
     from limbeck.core.recipe import BUILT_IN, Recipe
 
     recipes = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
-    folders = BUILT_IN.with_name("studies"), BUILT_IN / "teachers"
+    folders = STUDIES_FOLDER, BUILT_IN / "teachers"
     others = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
     if name in others:
         output.out(others[name].read_text(encoding="utf-8"), end="")

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.cli.options import Plan, examples
+from limbeck.cli.options import STUDIES_FOLDER, Plan, examples
 from limbeck.core.console import console, output
 from limbeck.core.errors import LimbeckError
 
@@ -169,12 +169,11 @@ def _build_study_table() -> Table:
     """Build the table of the built-in studies from their files, without importing torch."""
     # late, for a fast --help
     from limbeck.core.config import read_yaml
-    from limbeck.core.recipe import BUILT_IN
 
     table = Table(box=None, pad_edge=False)
     for column in ("study", "sizes", "question"):
         table.add_column(column, overflow="fold")
-    for path in sorted(BUILT_IN.with_name("studies").glob("*.yaml")):
+    for path in sorted(STUDIES_FOLDER.glob("*.yaml")):
         raw = read_yaml(path, "study", "a mapping")
         table.add_row(path.stem, ", ".join(raw["sizes"]), raw["description"])
     return table

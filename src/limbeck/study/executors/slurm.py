@@ -110,7 +110,7 @@ class SlurmExecutor:
             if shutil.which("sbatch") is None:
                 raise LimbeckError(
                     f"there is no sbatch on this machine; the script for {len(left)} tasks was written",
-                    hint=f"sbatch {script}   (on a machine that has it), and when the array is done the same command again",
+                    hint=f"sbatch {script}   (on a machine that has it), and then the same command again",
                 )
             yield from _submit(place, script, left, asked)
 

@@ -88,7 +88,7 @@ def _print_plan_only(study: "Study", folder: Path, executor: "Executor | None") 
             arms = check_study(study, folder)
         except LimbeckError as error:
             arms = study.arms(folder)
-            notes.append(f"without --plan this is refused: {' '.join(error.found.split())}")
+            notes.append(f"without --plan this would be refused: {' '.join(error.found.split())}")
         print_study_plan(plan_study(study, arms, TaskRunner(), workers, executor.threads if executor else None))
     for note in dict.fromkeys(notes):
         console.print(note)

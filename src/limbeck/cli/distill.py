@@ -68,8 +68,9 @@ def _print_run_plan(recipe: "Recipe") -> None:
     from limbeck.training.plan import make_plan
 
     with cache_dry_run() as notes:
-        job = setup.prepare_job(setup.assign_run_directory(recipe))
-        print_plan(pipeline.measure_plan(job, make_plan(job.recipe, job.teacher, job.sites)))
+        recipe = setup.assign_run_directory(recipe)
+        job = setup.prepare_job(recipe)
+        print_plan(pipeline.measure_plan(job, make_plan(recipe, job.teacher, job.sites)))
     for note in dict.fromkeys(notes):
         console.print(note)
 

@@ -206,7 +206,7 @@ def test_a_plan_is_never_refused_and_writes_nothing(place, capsys):
         (["distill", "tiny.yaml", "--teacher", "tiny"], ["teacher 'tiny': 0.41 M parameters", "corpus.jsonl"]),
         (["distill", "tiny.yaml", "--data", "embedded"], ["the embedded text (quick), 30 MB"]),
         (["distill", "laptop", "--student", "retnet"], ["teacher 'small'", "the recall tasks"]),
-        (["study", "mine.yaml"], ["teacher 'tiny'", "2 arms"]),
+        (["study", "mine.yaml"], ["teacher 'tiny'", "2 runs"]),
         (["assets", "--teacher", "tiny"], ["teacher 'tiny'", "the embedded text (quick)"]),
         (["assets"], ["the embedded teacher, 800 MB", "the embedded text (quick)"]),
         (["assets", "--pack", "benchmarks"], ["pack benchmarks"]),

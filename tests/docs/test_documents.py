@@ -21,6 +21,7 @@ from limbeck.core.recipe import BUILT_IN, TeacherRecipe
 from limbeck.data.offline import packs
 from limbeck.evaluation import measure
 from limbeck.study import Study
+from limbeck.study.spec import STUDIES_FOLDER
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 OWN = ("recipe.yaml", "mine.yaml")  # files that a reader makes with `limbeck recipe`
@@ -117,7 +118,7 @@ def check(line: str, verbs: dict) -> None:
         if given["teacher"] not in ("embedded", *OWN):
             TeacherRecipe.load(given["teacher"])
     elif verb == "recipe":
-        folders = BUILT_IN, BUILT_IN / "teachers", BUILT_IN.with_name("studies")
+        folders = BUILT_IN, BUILT_IN / "teachers", STUDIES_FOLDER
         assert any((folder / f"{given['name']}.yaml").is_file() for folder in folders)
     elif verb == "families":
         mixers.get(given["mixer"])

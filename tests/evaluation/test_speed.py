@@ -285,7 +285,7 @@ def test_the_verb(folders, teacher_folder, tmp_path, monkeypatch):
         result = bench(*wrong)
         assert isinstance(result.exception, LimbeckError), wrong
         assert says in str(result.exception)
-    with pytest.raises(LimbeckError, match="no model to race"):
+    with pytest.raises(LimbeckError, match="no model to benchmark"):
         CliRunner().invoke(app, ["bench"], catch_exceptions=False)
 
 

@@ -425,7 +425,7 @@ def test_what_sbatch_refuses_and_what_ends_without_an_answer(study, tmp_path, sc
         list(SlurmExecutor(partition="gpo").run(study, tmp_path, [task]))
     script(scheduler / "sbatch", f"#!/bin/bash\necho '9;here'; echo 'out of memory' > {tmp_path}/slurm/9_0.log\n")
     (done,) = SlurmExecutor().run(study, tmp_path, [task])
-    assert "9_0 ended without an answer" in done.failures["gla_3_seed0"]
+    assert "9_0 ended without a result" in done.failures["gla_3_seed0"]
     assert "out of memory" in done.failures["gla_3_seed0"]
     assert not (tmp_path / "slurm" / "job").exists()
 
@@ -446,7 +446,7 @@ def test_an_array_that_a_killed_study_left_is_waited_for(study, tmp_path, schedu
     (done,) = SlurmExecutor().run(study, tmp_path, [task])
     assert done.failures == {"gla_3_seed0": "said"}
     assert left.read_text(encoding="utf-8") == ""
-    assert "array 77 of this study is under way" in capsys.readouterr().err
+    assert "array 77 of this study is still running" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -319,7 +319,7 @@ def test_the_small_teacher_writes_and_remembers():
 
 
 def test_a_teacher_trained_here_is_no_model_on_the_hub():
-    with pytest.raises(LimbeckError, match="licence of the teacher is not known"):
+    with pytest.raises(LimbeckError, match="teacher's license"):
         resolve_teacher_info("small")
     teacher_info = resolve_teacher_info("small", license="cc-by-sa-4.0")
     assert (teacher_info.display_name, teacher_info.repo_id, teacher_info.license) == (

@@ -1,4 +1,4 @@
-"""limbeck check: the contract of mixers, on one of your own or on any other."""
+"""limbeck check: test a mixer, yours or any other, against the contract of mixers."""
 
 from itertools import groupby
 from typing import Annotated
@@ -8,18 +8,23 @@ from rich.table import Table
 from rich.text import Text
 
 from limbeck.cli import app
+from limbeck.cli.options import examples
 from limbeck.core.console import output, progress
 
 
-@app.command()
+@app.command(
+    epilog=examples("limbeck check mine.py", "limbeck check mine.py:Mine --family qwen3", "limbeck check gla --quick")
+)
 def check(
-    mixer: Annotated[str, typer.Argument(help="A mixer's name, or a file: mine.py, mine.py:ClassName.")],
+    mixer: Annotated[str, typer.Argument(help="The name of a mixer, or a file: mine.py, mine.py:ClassName.")],
     family: Annotated[
-        list[str] | None, typer.Option(help="Only in students of this family; may be repeated.", show_default="all")
+        list[str] | None,
+        typer.Option(help="Test students of this model family only; can be repeated.", show_default="all"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two families, without the slow checks.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Test two families, without the slow checks.")] = False,
 ) -> None:
-    """Check a mixer against the contract: state, masks, documents, matrix, gradients, precision, saving."""
+    """Test a mixer against the contract: state, masks, documents, matrix, gradients, precision, saving."""
+    # late, for a fast --help
     from limbeck import mixers, testing
 
     name = mixers.get(mixer).name
@@ -29,29 +34,28 @@ def check(
             outcomes.append(outcome)
             advance(1, note=" ".join(filter(None, (outcome.check.name, outcome.family))))
     table = Table(box=None, pad_edge=False)
-    for column in ("check", "what it asks for"):
-        table.add_column(column)
+    table.add_column("check")
+    table.add_column("what it requires")
     table.add_column("families", justify="right")
     table.add_column("seconds", justify="right")
-    failed = [outcome for outcome in outcomes if outcome.failure]
-    for clause, group in groupby(outcomes, key=lambda outcome: outcome.check):
-        of = list(group)
-        passed = sum(outcome.failure is None for outcome in of)
-        if clause.per_family:
-            verdict = f"{passed} of {len(of)}"
+    for tested, group in groupby(outcomes, key=lambda outcome: outcome.check):
+        cases = list(group)
+        passed = sum(outcome.failure is None for outcome in cases)
+        if tested.per_family:
+            verdict = f"{passed} of {len(cases)}"
         else:
             verdict = "passed" if passed else "failed"
-        colour = "red" if passed < len(of) else "green"
-        seconds = sum(outcome.seconds for outcome in of)
-        table.add_row(clause.name, clause.summary, Text(verdict, style=colour), f"{seconds:.1f}")
+        style = "red" if passed < len(cases) else "green"
+        seconds = sum(outcome.seconds for outcome in cases)
+        table.add_row(tested.name, tested.summary, Text(verdict, style=style), f"{seconds:.1f}")
     output.print(table)
-    shown = set()
-    for outcome in failed:
-        if outcome.check.name not in shown:  # the first of each check tells enough
-            shown.add(outcome.check.name)
-            where = f" ({outcome.family})" if outcome.family else ""
-            output.print(Text.assemble("\n", (outcome.check.name, "bold red"), where))
-            output.print(str(outcome.failure))
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    # one failure of each check is shown: the others mostly have the same cause
+    first_failures = {outcome.check.name: outcome for outcome in reversed(failed)}
+    for outcome in reversed(first_failures.values()):
+        family_note = f" ({outcome.family})" if outcome.family else ""
+        output.print(Text.assemble("\n", (outcome.check.name, "bold red"), family_note))
+        output.print(str(outcome.failure))
     output.print(f"\n{name}: {len(outcomes) - len(failed)} of {len(outcomes)} cases passed")
     if failed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""limbeck distill: teacher in, student out."""
+"""limbeck distill: train a student from a teacher."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
+from limbeck.cli.options import OptionalData, OptionalMixer, OptionalTeacher, Plan, examples, split_assignment
 from limbeck.core.console import console, format_duration, output
 from limbeck.core.errors import LimbeckError
 
@@ -14,60 +15,77 @@ if TYPE_CHECKING:
     from limbeck.core.recipe import Recipe
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "limbeck distill",
+        "limbeck distill --student gla --tokens 2000000 --out runs/gla",
+        "limbeck distill recipe.yaml --set stages.hidden.lr=1e-3 --plan",
+    )
+)
 def distill(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")] = "quickstart",
-    teacher: Annotated[str | None, typer.Option(help="'embedded', a local folder or a hub name.")] = None,
-    student: Annotated[str | None, typer.Option(help="The mixer; `limbeck students` lists them.")] = None,
-    layers: Annotated[str | None, typer.Option(help="'all' or layer numbers such as 0,2,5-9.")] = None,
-    stages: Annotated[str | None, typer.Option(help="0 calibrate, 1 matrix, 2 hidden, 3 logits; e.g. 0,2,3.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens over all stages, shared out as in the recipe.")] = None,
-    data: Annotated[str | None, typer.Option(help="Text: a file, a folder, a dataset name or 'embedded'.")] = None,
+    teacher: OptionalTeacher = None,
+    student: OptionalMixer = None,
+    layers: Annotated[str | None, typer.Option(help="The layers to convert: 'all' or numbers such as 0,2,5-9.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Stages to run: 0 calibrate, 1 matrix, 2 hidden, 3 logits; e.g. 0,2,3.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Training tokens over all stages, divided among them as in the recipe.")
+    ] = None,
+    data: OptionalData = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
     set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.hidden.lr=1e-3.")] = None,
-    find_lr: Annotated[bool, typer.Option("--find-lr", help="Sweep each stage's learning rate and stop.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Show the plan and stop.")] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Sweep the learning rate of each stage, then exit.")
+    ] = False,
+    plan: Plan = False,
 ) -> None:
-    """Distil a teacher into a subquadratic student. Without arguments: the quickstart. The same command resumes."""
+    """Distill a teacher into a subquadratic student. Without arguments: the quickstart. The same command resumes."""
     chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [])
     if find_lr:
-        _find_rates(chosen)
+        _find_learning_rates(chosen)
         return
-    from limbeck.training import pipeline, setup
-
     if plan:
-        from limbeck.core.cache import cache_dry_run
-        from limbeck.training.plan import make_plan
-
-        with cache_dry_run() as told:
-            chosen = setup.assign_run_directory(chosen)
-            ready = setup.prepare_job(chosen)
-            print_plan(pipeline.measure_plan(ready, make_plan(chosen, ready.teacher, ready.sites)))
-        for sentence in dict.fromkeys(told):
-            console.print(sentence)
+        _print_run_plan(chosen)
         return
-    result = pipeline.distill(chosen, confirm=print_plan)
+    # late, for a fast --help
     from rich.markdown import Markdown
 
     from limbeck.report.run_summary import format_summary
+    from limbeck.training import pipeline
 
+    result = pipeline.distill(chosen, confirm=print_plan)
     output.print(Markdown(format_summary(result)))
     console.print(f"written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/", style="dim")
 
 
-def _find_rates(recipe: "Recipe") -> None:
+def _print_run_plan(recipe: "Recipe") -> None:
+    """Print what a run would cost, and what it would prepare first; nothing is written."""
+    # late, for a fast --help
+    from limbeck.core.cache import cache_dry_run
+    from limbeck.training import pipeline, setup
+    from limbeck.training.plan import make_plan
+
+    with cache_dry_run() as notes:
+        recipe = setup.assign_run_directory(recipe)
+        job = setup.prepare_job(recipe)
+        print_plan(pipeline.measure_plan(job, make_plan(recipe, job.teacher, job.sites)))
+    for note in dict.fromkeys(notes):
+        console.print(note)
+
+
+def _find_learning_rates(recipe: "Recipe") -> None:
+    # late, for a fast --help
     from limbeck.training import lr_finder
-    from limbeck.training.lr_finder import find_learning_rates
     from limbeck.training.setup import assign_run_directory, run_path
 
     recipe = assign_run_directory(recipe)
-    sweeps = find_learning_rates(recipe)
+    sweeps = lr_finder.find_learning_rates(recipe)
     output.print(lr_finder.build_lr_table(sweeps))
     folder = Path(f"{run_path(recipe)}-rates")
-    console.print(
-        f"written to {folder}/: {', '.join(path.name for path in lr_finder.write_lr_sweeps(sweeps, folder))}",
-        style="dim",
-    )
+    files = ", ".join(path.name for path in lr_finder.write_lr_sweeps(sweeps, folder))
+    console.print(f"written to {folder}/: {files}", style="dim")
     for sweep in sweeps:
         if sweep.suggested_lr is not None:
             console.print(f"--set stages.{sweep.index}.lr={sweep.suggested_lr:.1e}")
@@ -84,29 +102,32 @@ def build_recipe(
     out: Path | None,
     settings: list[str],
 ) -> "Recipe":
-    """The recipe that a command line asks for: the named one with the given options over it."""
+    """Build the recipe of a command line: the named one, with the options laid over it."""
+    # late, for a fast --help
     import yaml
 
-    from limbeck.core.config import parse_stages, parse_value, scale_token_budgets, set_by_dotted_key
+    from limbeck.core.config import parse_stages, scale_token_budgets, set_by_dotted_key
     from limbeck.core.recipe import Recipe
 
-    given = {
+    options = {
         "teacher": teacher,
         "student.mixer": student,
         "student.layers": layers,
         "data.source": data,
         "out": str(out) if out else None,
     }
-    overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    overrides: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if data is not None:
         overrides["data.sources"] = None
     base = Recipe.load(name, overrides)
     raw = yaml.safe_load(base.to_yaml())
     if out is None and student is not None:
+        # late: it imports torch
         from limbeck import mixers
 
         raw["name"] = f"{base.name}-{mixers.get(student).name}"
-    if Path(name).suffix not in (".yaml", ".yml"):  # what a named recipe says of its own text and budget
+    # what a built-in recipe says of its own text and budget does not hold for another one
+    if Path(name).suffix not in (".yaml", ".yml"):
         if data is not None or tokens is not None:
             raw["data"]["max_tokens"] = None
         if data is not None:
@@ -118,17 +139,15 @@ def build_recipe(
             raise LimbeckError(f"--tokens {tokens}", expected="a positive number")
         scale_token_budgets(raw["stages"], tokens)
     if student is not None and student != Recipe.load(name).student.mixer:
-        raw["student"]["options"] = {}  # they were another mixer's
+        raw["student"]["options"] = {}  # those were another mixer's
     for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise LimbeckError(f"--set {text}", expected="--set key=value, for example --set stages.hidden.lr=1e-3")
-        set_by_dotted_key(raw, key, parse_value(value))
+        key, value = split_assignment(text, "stages.hidden.lr=1e-3")
+        set_by_dotted_key(raw, key, value)
     return Recipe.parse(raw, name)
 
 
 def print_plan(plan: Any) -> None:
-    """Print what the run will cost."""
+    """Print a `limbeck.training.plan.Plan`: tokens, steps, parameters and time of each stage, memory and disk."""
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "tokens", "steps", "trained parameters", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -142,6 +161,6 @@ def print_plan(plan: Any) -> None:
         )
     console.print(table)
     console.print(
-        f"about {format_duration(plan.seconds)} in all, {plan.memory_bytes / 1e9:.1f} GB of memory, "
+        f"about {format_duration(plan.seconds)} in total, {plan.memory_bytes / 1e9:.1f} GB of memory, "
         f"{plan.disk_bytes / 1e9:.1f} GB of disk; matrix products run at {plan.flops_per_second / 1e9:.0f} GFLOP/s here"
     )

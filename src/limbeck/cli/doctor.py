@@ -1,4 +1,4 @@
-"""limbeck doctor: what is here, what is missing, and the fix."""
+"""limbeck doctor: what is installed, what is missing, and how to get it."""
 
 import importlib.metadata
 import platform
@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
-from limbeck.core.console import output
+from limbeck.cli.options import examples
+from limbeck.core.console import output, progress
 
 OPTIONAL_PACKAGES = {
     "gguf": "the embedded teacher: pip install 'limbeck[gguf]'",
@@ -24,21 +25,15 @@ OPTIONAL_PACKAGES = {
 }
 
 
-def get_installed_version(package: str) -> str | None:
-    """That of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@app.command()
+@app.command(epilog=examples("limbeck doctor", "limbeck doctor --kernels"))
 def doctor(
     check_kernels: Annotated[
-        bool, typer.Option("--kernels", help="Run every kernel beside torch on this GPU (minutes at the first time).")
+        bool,
+        typer.Option("--kernels", help="Compare every kernel with torch on this GPU (takes minutes the first time)."),
     ] = False,
 ) -> None:
     """Print versions, threads, devices, kernels and assets, and how to get what is missing."""
+    # late, for a fast --help
     import torch
 
     from limbeck.core.storage import cache_root
@@ -52,32 +47,36 @@ def doctor(
     for name in ("torch", "transformers", "safetensors", "pydantic", "rich", "typer"):
         table.add_row(name, importlib.metadata.version(name), "")
     for name, fix in OPTIONAL_PACKAGES.items():
-        found = get_installed_version(name)
-        table.add_row(name, found or "missing", "" if found else fix)
+        try:
+            table.add_row(name, importlib.metadata.version(name), "")
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, "missing", fix)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     table.add_row("device", torch.cuda.get_device_name() if cuda else "cpu", "" if cuda else "no CUDA device found")
-    table.add_row("threads", str(torch.get_num_threads()), "set OMP_NUM_THREADS=1 beside another busy process")
+    table.add_row("threads", str(torch.get_num_threads()), "set OMP_NUM_THREADS=1 if another process is busy")
     table.add_row("matrix products", f"{measure_matmul_flops(device, 576) / 1e9:.0f} GFLOP/s", "")
-    for line in list_kernels(check_kernels):
-        table.add_row(*line)
+    for row in _list_kernels(check_kernels):
+        table.add_row(*row)
     for asset in embedded.list_assets():
-        size = f"{asset.bytes / 1e6:.0f} MB" if asset.present else "not fetched"
+        size = f"{asset.bytes / 1e6:.0f} MB" if asset.present else "not downloaded"
         table.add_row(asset.name, size, str(asset.folder) if asset.present else "limbeck assets")
     for pack in map(packs.get_pack, packs.PACK_MODULES):
         manifest = packs.load_pack_manifest(pack)
-        size = f"{sum(one['bytes'] for one in manifest['files'].values()) / 1e6:.0f} MB" if manifest else "not fetched"
+        size = (
+            f"{sum(one['bytes'] for one in manifest['files'].values()) / 1e6:.0f} MB" if manifest else "not downloaded"
+        )
         table.add_row(f"pack {pack.name}", size, str(packs.get_pack_folder(pack)) if manifest else pack.command)
     cache = cache_root()
-    place = next(p for p in (cache, *cache.parents) if p.exists())
-    table.add_row("free disk", f"{shutil.disk_usage(place).free / 1e9:.0f} GB", f"cache: {cache} (LIMBECK_CACHE)")
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    table.add_row("free disk", f"{shutil.disk_usage(existing).free / 1e9:.0f} GB", f"cache: {cache} (LIMBECK_CACHE)")
     output.print(table)
 
 
-def list_kernels(check: bool) -> Iterator[tuple[str, str, str]]:
-    """The adapters to kernels: name, whether they can run here, and why not or what they serve."""
+def _list_kernels(check: bool) -> Iterator[tuple[str, str, str]]:
+    """List the kernel adapters: name, whether they can run here, and why not or what they serve."""
+    # late, for a fast --help
     from limbeck import ops  # noqa: F401  (operators register themselves)
-    from limbeck.core.console import progress
     from limbeck.ops import fla
 
     missing = fla.unavailable_reason()
@@ -87,13 +86,13 @@ def list_kernels(check: bool) -> Iterator[tuple[str, str, str]]:
     with progress("check kernels", total=len(fla.KERNEL_ADAPTERS) if check else 0, unit="kernels") as advance:
         for adapter in fla.KERNEL_ADAPTERS:
             call = fla.make_sample_call(adapter, time=1 if adapter.form == "recurrent" else 256)
-            found, says = "available", f"for {adapter.used_by}; checked when first used"
+            state, note = "available", f"for {adapter.used_by}; checked when first used"
             if reason := fla.unsupported_reason(call):
-                found, says = "declined", reason
+                state, note = "declined", reason
             elif check:
                 verdict = fla.verify_call(call)
                 worst = max(verdict.errors.values(), default=0.0)
-                found = "available" if verdict.ok else "declined"
-                says = verdict.reason or f"for {adapter.used_by}; largest error in bf16 {worst:.1e}"
+                state = "available" if verdict.ok else "declined"
+                note = verdict.reason or f"for {adapter.used_by}; largest error in bf16 {worst:.1e}"
             advance(int(check), adapter.name)
-            yield f"kernel {adapter.name}", found, says
+            yield f"kernel {adapter.name}", state, note

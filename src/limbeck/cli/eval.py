@@ -1,4 +1,4 @@
-"""limbeck eval: measures of students, hybrids and teachers, side by side."""
+"""limbeck eval: evaluate students, hybrids and teachers side by side."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,35 +6,64 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli import app
+from limbeck.cli.options import (
+    DATA_HELP,
+    TEACHER_HELP,
+    ComparisonFolder,
+    IgnoreCache,
+    Models,
+    Seed,
+    examples,
+    split_assignment,
+)
 from limbeck.core.console import console, output
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import check_writable, find_write_error
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "limbeck eval runs/gla runs/mlstm --measure agreement,recall --out comparison",
+        "limbeck eval runs/gla --tasks arc_easy,piqa --set tasks.limit=200",
+        "limbeck eval --from runs --from comparison",
+    )
+)
 def eval(
-    models: Annotated[list[str] | None, typer.Argument(help="Runs, models' folders, hub names, 'embedded'.")] = None,
+    models: Models = None,
     measure: Annotated[
-        str | None, typer.Option(help="Which, joined by commas, or 'all'; --list tells. By default agreement.")
+        str | None,
+        typer.Option(
+            help="Evaluations to run, joined by commas, or 'all'; --list shows them.", show_default="agreement"
+        ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Benchmarks of lm-evaluation-harness by name, or 'paper'; the measure tasks.")
+        str | None,
+        typer.Option(help="Benchmarks of lm-evaluation-harness by name, or 'paper'; adds the measure tasks."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="The teacher; by default the one of the run.")] = None,
-    data: Annotated[str | None, typer.Option(help="Text; by default the held-out part of the run's.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="How many tokens, where a measure counts them.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in a sequence; by default the run's.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="A measure's setting, e.g. agreement.tokens=4096.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Keep all results, a table and figures in this folder.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
-    again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured.")] = False,
+    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP, show_default="the run's")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=DATA_HELP, show_default="the held-out part of the run's text")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to evaluate on, for measures that count them.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="The length of a sequence in tokens.", show_default="the run's")
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option(help="A setting of a measure, e.g. agreement.tokens=4096.")] = None,
+    out: ComparisonFolder = None,
+    seed: Seed = 0,
+    again: IgnoreCache = False,
     stored: Annotated[
         list[Path] | None,
-        typer.Option("--from", help="A table of what was measured before, from such folders; no model is loaded."),
+        typer.Option(
+            "--from", help="Build the table from existing result folders without loading models; can be repeated."
+        ),
     ] = None,
-    list_measures: Annotated[bool, typer.Option("--list", help="The measures and their settings, and stop.")] = False,
+    list_measures: Annotated[
+        bool, typer.Option("--list", help="List available evaluations and their settings, then exit.")
+    ] = False,
 ) -> None:
-    """Measure models; a student beside its teacher on text that it was not trained on."""
+    """Evaluate models; a student is compared with its teacher on text that it was not trained on."""
+    # late, for a fast --help
     from limbeck.evaluation import measure as measures
     from limbeck.report import comparison
 
@@ -43,71 +72,65 @@ def eval(
         return
     if stored:
         if models:
-            raise LimbeckError("models and --from together", expected="models to measure, or folders to read")
+            raise LimbeckError("models and --from together", expected="models to evaluate, or folders to read")
         _show(comparison.load_measurements(stored), out)
         return
     if not models:
         raise LimbeckError(
-            "no model to measure", expected="a run directory, a folder or a name", hint="limbeck eval --list"
+            "no model to evaluate", expected="a run directory, a folder or a name", hint="limbeck eval --list"
         )
-    names = (
-        list(measures.MEASURE_MODULES)
-        if measure == "all"
-        else [one.strip() for one in measure.split(",")]
-        if measure
-        else []
-    )
+    names = [name.strip() for name in measure.split(",")] if measure else []
+    if measure == "all":
+        names = list(measures.MEASURE_MODULES)
     if tasks is not None and "tasks" not in names:
         names.append("tasks")
     chosen = [measures.get_measure(name) for name in names or ["agreement"]]
-    given = _parse_measure_settings(set or [], [one.name for one in chosen])
+    settings = _parse_measure_settings(set or [], [one.name for one in chosen])
     if tasks is not None:
-        given["tasks"]["names"] = [one.strip() for one in tasks.split(",")]
+        settings["tasks"]["names"] = [name.strip() for name in tasks.split(",")]
     for one in chosen:
         for key, value in (("tokens", tokens), ("length", length)):
             if value is not None and key in one.settings.model_fields:
-                given[one.name].setdefault(key, value)
-        settings = measures.parse_settings(one, given[one.name])
+                settings[one.name].setdefault(key, value)
+        parsed = measures.parse_settings(one, settings[one.name])
         if one.check_settings is not None:
-            one.check_settings(settings)
+            one.check_settings(parsed)
     if out is not None:
         check_writable(out)
+    # late, after the options are checked: it loads the evaluations of every measure
     from limbeck.evaluation.subject import SubjectLoader
 
     subjects = SubjectLoader(teacher, data, seed, out)
-    found = []
+    measurements = []
     for name in models:
         subject = subjects.load(name)
-        found += [measures.run_measure(one, subject, given[one.name], again) for one in chosen]
-    _show(found, out)
-    kept = dict.fromkeys(
-        str(output_dir)
-        for output_dir in map(subjects.output_dirs.__getitem__, models)
-        if not find_write_error(output_dir)
-    )
-    if kept and not out:
-        console.print(f"kept in {', '.join(kept)}", style="dim")
+        measurements += [measures.run_measure(one, subject, settings[one.name], again) for one in chosen]
+    _show(measurements, out)
+    folders = dict.fromkeys(subjects.output_dirs[name] for name in models)
+    saved = [str(folder) for folder in folders if not find_write_error(folder)]
+    if saved and not out:
+        console.print(f"saved in {', '.join(saved)}", style="dim")
 
 
-def _show(found: list[Any], out: Path | None) -> None:
+def _show(measurements: list[Any], out: Path | None) -> None:
+    """Print measurements side by side, and write them to a folder if there is one."""
+    # late, for a fast --help
     from limbeck.report import comparison
 
-    output.print(comparison.build_comparison_table(found))
-    for path in comparison.write_comparison(found, out) if out else []:
+    output.print(comparison.build_comparison_table(measurements))
+    for path in comparison.write_comparison(measurements, out) if out else []:
         console.print(f"written: {path}", style="dim")
 
 
 def _parse_measure_settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
-    """Settings by measure from "measure.key=value"."""
-    from limbeck.core.config import parse_value
-
-    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    """Parse "measure.key=value" into settings by measure."""
+    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in texts:
-        key, equals, value = text.partition("=")
+        key, value = split_assignment(text, "agreement.tokens=4096")
         name, dot, setting = key.partition(".")
-        if not equals or not dot or name not in given:
+        if not dot or name not in settings:
             raise LimbeckError(
-                f"--set {text}", expected="measure.setting=value of a measure that is taken", hint="limbeck eval --list"
+                f"--set {text}", expected="measure.setting=value of a selected measure", hint="limbeck eval --list"
             )
-        given[name][setting] = parse_value(value)
-    return given
+        settings[name][setting] = value
+    return settings

@@ -8,22 +8,33 @@ from rich.table import Table
 from rich.text import Text
 
 from limbeck.cli import app
+from limbeck.cli.options import Mixer, examples
 from limbeck.core.console import output, progress
 
 STYLES = {"works": "green", "partly": "yellow", "no": "red"}
 
 
-@app.command()
+@app.command(
+    epilog=examples("limbeck families", "limbeck families qwen3 gemma3_text", "limbeck families --all --markdown")
+)
 def families(
-    which: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Model types, such as qwen3.")] = None,
-    mixer: Annotated[str, typer.Option(help="The mixer that stands in for their attention.")] = "gated_deltanet",
-    all_: Annotated[bool, typer.Option("--all", help="All families of the installed transformers (minutes).")] = False,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME", help="Model types of transformers, such as qwen3.", show_default="the common ones"
+        ),
+    ] = None,
+    mixer: Mixer = "gated_deltanet",
+    all_: Annotated[
+        bool, typer.Option("--all", help="Check all families of the installed transformers (takes minutes).")
+    ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as in docs/families.md.")] = False,
 ) -> None:
-    """Try families of models: each as a tiny random model that is converted and checked, the common ones by default."""
+    """Check model families: convert a tiny random model of each and test the student."""
+    # late, for a fast --help
     from limbeck.testing import survey, tiny_models
 
-    chosen = tiny_models.list_families() if all_ else which or survey.COMMON_FAMILIES
+    chosen = tiny_models.list_families() if all_ else names or survey.COMMON_FAMILIES
     rows = []
     with progress("families", total=len(chosen), unit="families") as advance:
         for family in chosen:
@@ -40,5 +51,5 @@ def families(
         table.add_row(row.family, status, ", ".join(row.features), row.problem)
     output.print(table)
     counts = Counter(row.status for row in rows)
-    told = f"{counts['works']} work, {counts['partly']} partly, {counts['no']} do not; mixer {mixer}"
-    output.print(told, style="dim")
+    summary = f"{counts['works']} work, {counts['partly']} partly, {counts['no']} do not; mixer {mixer}"
+    output.print(summary, style="dim")

@@ -1,8 +1,9 @@
-"""limbeck generate: text from a student (or any causal model), streamed to the terminal."""
+"""limbeck generate: text from a student or any causal model, streamed to the terminal."""
 
 import math
 import os
 import sys
+import time
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -11,60 +12,68 @@ from typing import Annotated
 import typer
 
 from limbeck.cli import app
+from limbeck.cli.options import Seed, examples
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "limbeck generate runs/quickstart 'Once upon a time'",
+        "limbeck generate runs/quickstart - --temperature 0.8 --top-p 0.95 < prompt.txt",
+    )
+)
 def generate(
     model: Annotated[
-        str,
-        typer.Argument(help="A run, a student's folder, a hub name, or 'embedded' for the teacher."),
+        str, typer.Argument(help="A run directory, a model folder, a Hub name, or 'embedded' for the teacher.")
     ],
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
-    tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the tokens that have this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
-    int8: Annotated[bool, typer.Option("--int8", help="Weights in int8 on a CPU: a third of the memory.")] = False,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    tokens: Annotated[int, typer.Option(help="The maximum number of new tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    seed: Seed = 0,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Store weights in int8 on the CPU: a third of the memory.")
+    ] = False,
     int8_dynamic: Annotated[
-        bool, typer.Option("--int8-dynamic", help="Activations in int8 too: faster, less exact.")
+        bool, typer.Option("--int8-dynamic", help="Also compute with int8 activations: faster, less exact.")
     ] = False,
 ) -> None:
     """Continue a text."""
-    import time
-
+    # late, for a fast --help
     import torch
 
     from limbeck.models.generation import stream_text
     from limbeck.models.loading import load_model_and_tokenizer, resolve_teacher
 
     if tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise LimbeckError("impossible setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
-    # both in UTF-8, whatever the locale
+        raise LimbeckError("invalid setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
+    # both are UTF-8, whatever the locale
     raw = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
     text = raw.decode("utf-8", errors="replace")
     if not text:
         raise LimbeckError("the prompt is empty", expected="some text")
-    folder = Path(model) / "student"
-    of_a_run = folder.is_dir()
-    name = str(folder) if of_a_run else resolve_teacher(model)
-    loaded, tokenizer = load_model_and_tokenizer(name, require_student=of_a_run)
+    student_folder = Path(model) / "student"
+    is_run = student_folder.is_dir()
+    loaded, tokenizer = load_model_and_tokenizer(
+        str(student_folder) if is_run else resolve_teacher(model), require_student=is_run
+    )
     if int8 or int8_dynamic:
+        # late: quantization needs the optional torchao
         from limbeck.models import quantization
 
         loaded = quantization.quantize_int8(loaded, quantize_activations=int8_dynamic)
     else:
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     console.print(text, end="", style="dim")
-    began, count = time.monotonic(), 0
+    start, num_tokens = time.monotonic(), 0
 
-    def said() -> Generator[str, None, None]:
-        nonlocal count
-        count = yield from stream_text(loaded, tokenizer, text, tokens, temperature, top_p, seed)
+    def stream() -> Generator[str, None, None]:
+        nonlocal num_tokens
+        num_tokens = yield from stream_text(loaded, tokenizer, text, tokens, temperature, top_p, seed)
 
-    with closing(said()) as pieces:
+    with closing(stream()) as pieces:
         for piece in pieces:
             print(piece, end="", flush=True)
     print()
-    console.print(f"{count} tokens, {count / (time.monotonic() - began):.1f} tokens/s", style="dim")
+    console.print(f"{num_tokens} tokens, {num_tokens / (time.monotonic() - start):.1f} tokens/s", style="dim")

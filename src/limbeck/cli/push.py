@@ -1,4 +1,4 @@
-"""limbeck push: a student with its card to the Hugging Face hub."""
+"""limbeck push: upload a student with its model card to the Hugging Face Hub."""
 
 import sys
 from pathlib import Path
@@ -7,26 +7,35 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli import app
+from limbeck.cli.options import examples
 from limbeck.core.console import console, output
 from limbeck.core.errors import LimbeckError
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "limbeck push runs/quickstart your-name/student --dry-run",
+        "limbeck push runs/quickstart your-name/student --private",
+    )
+)
 def push(
     student: Annotated[Path, typer.Argument(help="A run directory, or a student's folder.")],
-    repo: Annotated[str, typer.Argument(help="The repository: owner/name, or a name of your own.")],
-    private: Annotated[bool, typer.Option("--private", help="A repository that only its owner sees.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show everything that would be sent, and stop.")] = False,
+    repo: Annotated[str, typer.Argument(help="The repository: owner/name; without an owner, one of your own.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show everything that would be uploaded, then exit.")
+    ] = False,
     license: Annotated[
-        str | None, typer.Option(help="The licence, as the hub writes it, where the teacher's is not found.")
+        str | None, typer.Option(help="The license as a Hub identifier, if the teacher's is not found.")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="The teacher's hub name, where the run has a local folder or there is no run.")
+        str | None, typer.Option(help="The teacher's Hub name, if the run has a local folder or there is no run.")
     ] = None,
-    endpoint: Annotated[str | None, typer.Option(help="The address of a hub that is not huggingface.co.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="The URL of a Hub other than huggingface.co.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload without asking for confirmation.")] = False,
 ) -> None:
-    """Publish a student: writes a model card from the run, checks that all is there, and uploads in one commit."""
+    """Upload a student in one commit, with a model card generated from its run, after checking that it is complete."""
+    # late, for a fast --help
     from limbeck.report import upload, upload_plan
 
     upload_plan.check_repo_id(repo)
@@ -35,41 +44,45 @@ def push(
         name = repo if "/" in repo else f"YOUR-NAME/{repo}"
     else:
         if not yes and not sys.stdin.isatty():
-            raise LimbeckError("there is nobody to ask before sending", expected="--yes, or --dry-run to look first")
+            raise LimbeckError(
+                "cannot ask for confirmation: standard input is not a terminal",
+                expected="--yes to upload, or --dry-run to look first",
+            )
         upload.check_hub_access()
         name = upload.get_full_repo_name(repo, endpoint)
-    ready = upload_plan.plan_upload(folder, name, private=private, license=license, teacher=teacher)
-    print_package(ready)
+    plan = upload_plan.plan_upload(folder, name, private=private, license=license, teacher=teacher)
+    print_upload_plan(plan)
     if dry_run:
-        print_card(ready.model_card)
-        console.print("nothing was sent; without --dry-run it is")
+        print_card(plan.model_card)
+        console.print("Nothing was uploaded; run without --dry-run to upload.")
         return
-    if not yes and not typer.confirm("send it?"):
-        console.print("nothing was sent; --dry-run shows the card too")
+    if not yes and not typer.confirm("Upload?"):
+        console.print("Nothing was uploaded; --dry-run also shows the card.")
         return
-    console.print(f"sent: {upload.push_to_hub(ready, endpoint)}")
+    console.print(f"uploaded: {upload.push_to_hub(plan, endpoint)}")
 
 
-def print_package(ready: Any) -> None:
-    """Print what an upload plan holds."""
-    output.print(f"repository: {ready.repo_id} ({'private' if ready.private else 'public'})")
-    output.print(f"commit message: {ready.commit_message}")
-    width = max(len(f"{item.size:,}") for item in ready.files)
+def print_upload_plan(plan: Any) -> None:
+    """Print repository, commit message and files of a `limbeck.report.upload_plan.UploadPlan`."""
+    output.print(f"repository: {plan.repo_id} ({'private' if plan.private else 'public'})")
+    output.print(f"commit message: {plan.commit_message}")
+    width = max(len(f"{item.size:,}") for item in plan.files)
     output.print(f"\n{'bytes':>{width}}  kept in  {'sha256':64}  file", soft_wrap=True)
-    for item in ready.files:
+    for item in plan.files:
         line = f"{item.size:>{width},}  {'LFS' if item.is_lfs else 'git':7}  {item.sha256}  {item.path_in_repo}"
         output.print(line, soft_wrap=True)
-    output.print(f"{len(ready.files)} files, {ready.size:,} bytes")
-    if ready.skipped_files:
-        output.print(f"not sent: {', '.join(ready.skipped_files)}")
+    output.print(f"{len(plan.files)} files, {plan.size:,} bytes")
+    if plan.skipped_files:
+        output.print(f"not uploaded: {', '.join(plan.skipped_files)}")
 
 
 def print_card(card: str) -> None:
-    """Print a card: rendered on a terminal, as it is anywhere else."""
+    """Print a card: rendered on a terminal, as plain text anywhere else."""
     output.print("\nREADME.md:\n")
     if not output.is_terminal:
         output.print(card, soft_wrap=True)
         return
+    # late: only terminals need it
     from rich.markdown import Markdown
 
     head, _, body = card.removeprefix("---\n").partition("\n---\n")

@@ -1,4 +1,4 @@
-"""limbeck report: a page about a study, or about runs that were made one by one."""
+"""limbeck report: a page about a study or about single runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,19 +6,27 @@ from typing import Annotated
 import typer
 
 from limbeck.cli import app
+from limbeck.cli.options import examples
 from limbeck.core.console import console
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "limbeck report runs/paper-experiment-1-laptop", "limbeck report runs/gla runs/mlstm --out both.html"
+    )
+)
 def report(
-    places: Annotated[
+    paths: Annotated[
         list[Path],
-        typer.Argument(help="A study's folder, or run directories; beside them what limbeck eval --out wrote."),
+        typer.Argument(help="A study's folder, or run directories; also folders written by limbeck eval --out."),
     ],
-    out: Annotated[Path | None, typer.Option(help="The page, NAME.html; report.html in the folder by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write, NAME.html.", show_default="report.html in the folder")
+    ] = None,
 ) -> None:
-    """Write one page with tables, figures, claims and provenance, and Markdown, CSV and figures beside it."""
+    """Write one page with tables, figures, claims and provenance; Markdown, CSV and figures go beside it."""
+    # late, for a fast --help
     from limbeck.report.page import write_report
 
-    for path in write_report(places, out):
+    for path in write_report(paths, out):
         console.print(f"written: {path}", style="dim")

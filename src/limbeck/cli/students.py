@@ -1,4 +1,4 @@
-"""limbeck students: which mixers there are."""
+"""limbeck students: list the mixers."""
 
 from typing import Annotated
 
@@ -6,16 +6,18 @@ import typer
 from rich.table import Table
 
 from limbeck.cli import app
+from limbeck.cli.options import MixerSet, Preset, examples
 from limbeck.core.console import output
 
 
-@app.command()
+@app.command(epilog=examples("limbeck students", "limbeck students gla,mlstm --preset published --options"))
 def students(
-    which: Annotated[str, typer.Argument(help="Mixers as a,b,c, or a set: paper-v2, paper-v3, all.")] = "all",
-    preset: Annotated[str, typer.Option(help="default, published or controlled.")] = "default",
-    options: Annotated[bool, typer.Option("--options", help="List every option with its value instead.")] = False,
+    which: MixerSet = "all",
+    preset: Preset = "default",
+    options: Annotated[bool, typer.Option("--options", help="List the options of each mixer instead.")] = False,
 ) -> None:
-    """List mixers: what each one is, its operator, what it adds to a layer and how large its state is."""
+    """List mixers: what each one is, its operator, the parameters it adds to a layer, the size of its state."""
+    # late, for a fast --help
     from limbeck import mixers
 
     shape = mixers.HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64, scale=0.125, layers=30)
@@ -28,8 +30,8 @@ def students(
         if options:
             table.add_row(name, mixer.extra_repr())
             continue
-        added = sum(p.numel() for p in mixer.parameters())
-        size = f"{mixer.state_numel():,}" + (" a token" if mixer.has_growing_state else "")
-        table.add_row(name, mixer.operator_name, f"{added:,}", size, mixer.summary)
+        num_parameters = sum(p.numel() for p in mixer.parameters())
+        state = f"{mixer.state_numel():,}" + (" a token" if mixer.has_growing_state else "")
+        table.add_row(name, mixer.operator_name, f"{num_parameters:,}", state, mixer.summary)
     output.print(table)
-    output.print(f"numbers a layer with 9 heads of 64 on width 576 (SmolLM2-135M), preset {preset}", style="dim")
+    output.print(f"Numbers per layer with 9 heads of 64 on width 576 (SmolLM2-135M), preset {preset}.", style="dim")

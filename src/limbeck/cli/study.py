@@ -1,151 +1,179 @@
-"""limbeck study: a grid of runs, its tables, and which claims hold."""
+"""limbeck study: run a grid of experiments, write its tables, and test claims."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from limbeck.cli import app
+from limbeck.cli.options import STUDIES_FOLDER, Plan, examples
 from limbeck.core.console import console, output
 from limbeck.core.errors import LimbeckError
 
-MAX_ROWS = 40  # arms that are shown one by one
+if TYPE_CHECKING:
+    from limbeck.study import Study
+    from limbeck.study.plan import StudyPlan
+    from limbeck.study.tasks import Executor
+
+MAX_PLAN_ROWS = 40  # runs that are listed one by one
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "limbeck study --list",
+        "limbeck study paper-experiment-1 --size laptop --plan",
+        "limbeck study mine.yaml --executor slurm --partition gpu --gpus 1 --time 4:00:00",
+    )
+)
 def study(
-    study: Annotated[str | None, typer.Argument(help="A built-in study or a YAML file; --list names them.")] = None,
-    size: Annotated[str | None, typer.Option(help="One of the study's sizes; its first by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Its folder; runs/<study>-<size> by default.")] = None,
-    executor: Annotated[str, typer.Option(help="Where it runs: local, processes, ray or slurm.")] = "local",
-    workers: Annotated[int | None, typer.Option(help="Arms side by side; one for each GPU by default.")] = None,
-    cpus: Annotated[int | None, typer.Option(help="ray, slurm: cores for each.")] = None,
-    gpus: Annotated[float | None, typer.Option(help="ray, slurm: GPUs for each.")] = None,
-    address: Annotated[str | None, typer.Option(help="ray: a cluster, 'auto' for this machine's.")] = None,
+    study: Annotated[str | None, typer.Argument(help="A built-in study or a YAML file; --list shows them.")] = None,
+    size: Annotated[str | None, typer.Option(help="One of the study's sizes.", show_default="its first")] = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder.", show_default="runs/<study>-<size>")] = None,
+    executor: Annotated[str, typer.Option(help="Where the runs execute: local, processes, ray or slurm.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Runs side by side.", show_default="one for each GPU, two on a CPU")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(help="ray, slurm: CPU cores for each run.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="ray, slurm: GPUs for each run.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="ray: the address of a cluster; 'auto' for the one this machine belongs to.")
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="slurm: the partition.")] = None,
     time: Annotated[str | None, typer.Option(help="slurm: the time limit of each task, e.g. 4:00:00.")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="slurm: an option of sbatch: --sbatch=--account=x.")] = None,
-    task: Annotated[int | None, typer.Option(help="Do this task of the array in the folder STUDY (slurm).")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Show the plan and stop.")] = False,
-    list_studies: Annotated[bool, typer.Option("--list", help="The built-in studies, and stop.")] = False,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="slurm: any option of sbatch, e.g. --sbatch=--account=x; can be repeated.")
+    ] = None,
+    task: Annotated[
+        int | None, typer.Option(help="Run one Slurm array task of the study in STUDY (internal).", hidden=True)
+    ] = None,
+    plan: Plan = False,
+    list_studies: Annotated[bool, typer.Option("--list", help="List the built-in studies, then exit.")] = False,
 ) -> None:
-    """Run a grid of arms on one teacher or several. The same command resumes, and runs arms that were added."""
+    """Run a grid of experiments on one teacher or several. The same command resumes, and adds runs new in the grid."""
     if list_studies:
-        output.print(_listing())
+        output.print(_build_study_table())
         return
-    from limbeck.study import Study, list_builtin_studies, run_study
-
-    if study is None:
-        raise LimbeckError("no study named", expected=f"a YAML file, or one of: {', '.join(list_builtin_studies())}")
-    if task is not None:
-        _do_task(Path(study), task)
-        return
-    chosen = Study.load(study, size)
+    # late, for a fast --help
+    from limbeck.study import Study, list_builtin_studies
     from limbeck.study.executors import create_executor
 
-    place = create_executor(
-        executor,
-        workers=workers,
-        cpus=cpus,
-        gpus=gpus,
-        address=address,
-        partition=partition,
-        time=time,
-        sbatch=sbatch or None,
-    )
-    if plan:
-        from limbeck.core.cache import cache_dry_run
-        from limbeck.study.plan import plan_study
-        from limbeck.study.runner import check_study
-        from limbeck.study.tasks import TaskRunner
-
-        folder = Path(out or f"runs/{chosen.title}")
-        side_by_side = max(place.workers, 1) if place else 1
-        with cache_dry_run() as told:
-            try:
-                arms = check_study(chosen, folder)
-            except LimbeckError as error:
-                arms = chosen.arms(folder)
-                told.append(f"without --plan this is refused: {' '.join(error.found.split())}")
-            print_study_plan(plan_study(chosen, arms, TaskRunner(), side_by_side, place.threads if place else None))
-        for sentence in dict.fromkeys(told):
-            console.print(sentence)
+    if study is None:
+        raise LimbeckError("no study given", expected=f"a YAML file, or one of: {', '.join(list_builtin_studies())}")
+    if task is not None:
+        _run_array_task(Path(study), task)
         return
-    results = run_study(chosen, out, confirm=print_study_plan, executor=place)
+    chosen = Study.load(study, size)
+    options = {"workers": workers, "cpus": cpus, "gpus": gpus, "address": address}
+    options |= {"partition": partition, "time": time, "sbatch": sbatch or None}
+    executor_or_none = create_executor(executor, **options)
+    folder = Path(out or f"runs/{chosen.title}")
+    if plan:
+        _print_plan_only(chosen, folder, executor_or_none)
+    else:
+        _run(chosen, folder, executor_or_none)
+
+
+def _print_plan_only(study: "Study", folder: Path, executor: "Executor | None") -> None:
+    """Print what is left of a study and what it would prepare first; nothing is written."""
+    # late, for a fast --help
+    from limbeck.core.cache import cache_dry_run
+    from limbeck.study.plan import plan_study
+    from limbeck.study.runner import check_study
+    from limbeck.study.tasks import TaskRunner
+
+    workers = max(executor.workers, 1) if executor else 1
+    with cache_dry_run() as notes:
+        try:
+            arms = check_study(study, folder)
+        except LimbeckError as error:
+            arms = study.arms(folder)
+            notes.append(f"without --plan this would be refused: {' '.join(error.found.split())}")
+        print_study_plan(plan_study(study, arms, TaskRunner(), workers, executor.threads if executor else None))
+    for note in dict.fromkeys(notes):
+        console.print(note)
+
+
+def _run(study: "Study", folder: Path, executor: "Executor | None") -> None:
+    """Run what is left of a study, and print its table, its claims and where everything was written."""
+    # late, for a fast --help
     from rich.markdown import Markdown
 
+    from limbeck.study import run_study
     from limbeck.study.tables import format_claims
 
-    folder = Path(out or f"runs/{chosen.title}")
+    results = run_study(study, folder, confirm=print_study_plan, executor=executor)
     output.print(Markdown((folder / "table.md").read_text(encoding="utf-8")))
     if results["claims"]:
         output.print(Markdown(format_claims(results["claims"])))
-    sharing = results["sharing"]
+    seconds, saved_seconds = results["sharing"]["seconds"], results["sharing"]["saved_seconds"]
     console.print(
-        f"trained for {sharing['seconds'] / 60:.1f} min; sharing the teacher's passes "
-        f"saved {sharing['saved_seconds'] / 60:.1f} min of {(sharing['seconds'] + sharing['saved_seconds']) / 60:.1f}"
+        f"Training took {seconds / 60:.1f} min; sharing teacher passes saved {saved_seconds / 60:.1f} of "
+        f"{(seconds + saved_seconds) / 60:.1f} min."
     )
     console.print(f"written to {folder}/: study.json, table.md, values.csv, claims.md", style="dim")
-    _report(folder)
-    failed = [one["name"] for one in results["arms"] if one["status"] == "failed"]
+    _write_report(folder)
+    failed = [arm["name"] for arm in results["arms"] if arm["status"] == "failed"]
     if failed:
         raise LimbeckError(
-            f"{len(failed)} of {len(results['arms'])} arms failed: {', '.join(failed[:5])}",
+            f"{len(failed)} of {len(results['arms'])} runs failed: {', '.join(failed[:5])}",
             hint=f"see {folder}/failures.json; the same command tries them again",
         )
 
 
-def _do_task(folder: Path, number: int) -> None:
-    """An array task of Slurm: its failures are told, and make the exit code 1."""
+def _run_array_task(folder: Path, number: int) -> None:
+    """Run one array task of Slurm; its failures are printed and make the exit code 1."""
+    # late, for a fast --help
     from limbeck.study.executors.slurm import run_array_task
 
     failures = run_array_task(folder, number)
     for name, text in failures.items():
-        console.print(f"arm {name} failed: {text}")
+        console.print(f"run {name} failed: {text}")
     if failures:
         raise typer.Exit(1)
 
 
-def _report(folder: Path) -> None:
-    """Write the page about the study, where what it takes is installed."""
+def _write_report(folder: Path) -> None:
+    """Write the page about the study if the libraries of the extra `report` are installed."""
+    # late, for a fast --help
     from limbeck.report.page import write_report
 
     try:
         console.print(f"report: {write_report([folder])[0]}", style="dim")
     except LimbeckError as error:
-        console.print(f"no report: {error.found}" + (f"; {error.hint}" if error.hint else ""))
+        console.print(f"no report written: {error.found}" + (f"; {error.hint}" if error.hint else ""))
 
 
-def print_study_plan(plan: Any) -> None:
-    """Print what the study will cost."""
+def print_study_plan(plan: "StudyPlan") -> None:
+    """Print what is left of a study: tokens, time, what sharing saves, disk."""
     left = [arm for arm in plan.arms if arm.state != "finished"]
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
-    for column in ("arm", "", "tokens", "time", "saved by sharing"):
+    for column in ("run", "", "tokens", "time", "saved by sharing"):
         table.add_column(column, justify="right" if column in ("tokens", "time", "saved by sharing") else "left")
-    for arm in left[:MAX_ROWS]:
+    for arm in left[:MAX_PLAN_ROWS]:
         times = (f"{(arm.seconds - arm.saved_seconds) / 60:.1f} min", f"{arm.saved_seconds / 60:.1f} min")
         table.add_row(arm.name, arm.error or arm.state, f"{arm.tokens:,}", *times)
-    if len(left) > MAX_ROWS:
-        table.add_row(f"and {len(left) - MAX_ROWS} more")
+    if len(left) > MAX_PLAN_ROWS:
+        table.add_row(f"and {len(left) - MAX_PLAN_ROWS} more")
     if left:
         console.print(table)
     console.print(
-        f"{len(plan.arms)} arms, {len(plan.arms) - len(left)} of them finished; {plan.tokens:,} tokens, about "
+        f"{len(plan.arms)} runs, {len(plan.arms) - len(left)} of them finished; {plan.tokens:,} tokens, about "
         f"{plan.seconds / 60:.0f} min of training ({plan.saved_seconds / 60:.0f} min saved by sharing), "
         f"{plan.disk_bytes / 1e9:.2f} GB of disk"
         + (f"; {plan.wall_seconds / 60:.0f} min with {plan.workers} workers" if plan.workers > 1 else "")
     )
 
 
-def _listing() -> Table:
+def _build_study_table() -> Table:
+    """Build the table of the built-in studies from their files, without importing torch."""
+    # late, for a fast --help
     from limbeck.core.config import read_yaml
-    from limbeck.core.recipe import BUILT_IN
 
     table = Table(box=None, pad_edge=False)
-    for column in ("study", "sizes", "what it asks"):
+    for column in ("study", "sizes", "question"):
         table.add_column(column, overflow="fold")
-    for path in sorted(BUILT_IN.with_name("studies").glob("*.yaml")):
+    for path in sorted(STUDIES_FOLDER.glob("*.yaml")):
         raw = read_yaml(path, "study", "a mapping")
         table.add_row(path.stem, ", ".join(raw["sizes"]), raw["description"])
     return table

@@ -156,10 +156,11 @@ def _build_report(collection: RunCollection, groups: list[SeedGroup], files: Pat
             for number, panel in enumerate(panels, 1):
                 path, svg = files / f"{panel.name}.svg", render_svg(panel.figure)
                 path.write_text(svg, encoding="utf-8")
-                rendered.append(
-                    RenderedPanel(panel, embed_svg(svg, f"f{number}", panel.alt), f"{files.name}/{path.name}")
-                )
+                element = embed_svg(svg, f"f{number}", panel.alt)
+                rendered.append(RenderedPanel(panel, element, f"{files.name}/{path.name}"))
                 advance(1)
+    sections = {name: [one for one in rendered if one.panel.section == name] for name in SECTIONS}
+    failures = [(run.name, run.failure) for run in collection.runs if run.failure]
     return Report(
         collection=collection,
         summary=summarize_collection(collection, groups),
@@ -169,12 +170,8 @@ def _build_report(collection: RunCollection, groups: list[SeedGroup], files: Pat
         claims=build_claim_views(collection.claims),
         tables=build_headline_tables(groups),
         break_even=build_break_even_table(groups),
-        figures={
-            name: _build_section([one for one in rendered if one.panel.section == name], order) for name in SECTIONS
-        },
-        failures=[
-            (run.name, run.failure.partition("\nTraceback")[0].strip()) for run in collection.runs if run.failure
-        ],
+        figures={name: _build_section(panels, order) for name, panels in sections.items()},
+        failures=[(name, text.partition("\nTraceback")[0].strip()) for name, text in failures],
         numbers=build_measure_tables(groups),
         provenance=build_provenance(collection),
         csv=f"{files.name}/values.csv",

@@ -1,4 +1,4 @@
-"""What is nobody's business: local paths are published by their last part only.
+"""Strip local paths before publishing: of a path on this machine only the last part is shown.
 
 strip_local_paths({"teacher": "/home/ann/models/llama"})        # {"teacher": "llama"}
 """
@@ -11,75 +11,69 @@ from limbeck.core.errors import LimbeckError
 
 ABSOLUTE = re.compile(r"(/|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\)")
 SEPARATORS = re.compile(r"[\\/]+")
-MIXTURE_LABEL = re.compile(
-    r"(?:(?<=\+ )|^)(?P<weight>\d[\d.e+-]*) (?P<place>(?:(?! \+ ).)+)"
-)  # a label of `data.sources`
+# the label of a mixture in `data.sources`: "0.6 /data/a.jsonl + 0.4 embedded"
+MIXTURE_LABEL = re.compile(r"(?:(?<=\+ )|^)(?P<weight>\d[\d.e+-]*) (?P<source>(?:(?! \+ ).)+)")
 
 
 def strip_local_paths(value: Any) -> Any:
-    """Plain values (dicts, lists, text, numbers) with local paths cut down to their last part."""
+    """Cut local paths in plain values (dicts, lists, text, numbers) down to their last part."""
     if isinstance(value, dict):
         return {key: strip_local_paths(part) for key, part in value.items()}
     if isinstance(value, list):
         return [strip_local_paths(part) for part in value]
     if not isinstance(value, str):
         return value
-    return (
-        get_basename(value)
-        if is_local_path(value)
-        else MIXTURE_LABEL.sub(_cut, value)
-        if MIXTURE_LABEL.match(value)
-        else value
-    )
+    if is_local_path(value):
+        return get_basename(value)
+    return MIXTURE_LABEL.sub(_strip_source, value) if MIXTURE_LABEL.match(value) else value
 
 
-def _cut(match: re.Match) -> str:
-    """One source of a mixture, as a recipe names several: "0.6 /data/a.jsonl + 0.4 embedded"."""
-    place = match["place"]
-    return f"{match['weight']} {get_basename(place) if is_local_path(place) else place}"
+def _strip_source(match: re.Match) -> str:
+    source = match["source"]
+    return f"{match['weight']} {get_basename(source) if is_local_path(source) else source}"
 
 
 def find_local_folders(value: Any) -> list[Path]:
-    """The folders of this machine that plain values name: local paths as they are written, and where they lie."""
+    """List the folders on this machine that hold the local paths in plain values."""
     if isinstance(value, dict | list):
         parts = value.values() if isinstance(value, dict) else value
-        return [place for part in parts for place in find_local_folders(part)]
+        return [folder for part in parts for folder in find_local_folders(part)]
     if not isinstance(value, str):
         return []
-    texts = [value, *(match["place"] for match in MIXTURE_LABEL.finditer(value))]
+    texts = [value, *(match["source"] for match in MIXTURE_LABEL.finditer(value))]
     return [Path(text).expanduser().parent for text in texts if is_local_path(text)]
 
 
 def find_local_paths(text: str) -> list[str]:
-    """Local paths within running text: of several parts, and there on this machine."""
+    """Find local paths within running text: those of at least two parts that exist on this machine."""
     words = re.findall(r"(?<![\w:/.])(?:~|/|[A-Za-z]:\\\\)[^\s\"'`<>|,;]+", text)
     return [word for word in words if len(SEPARATORS.split(word.rstrip(".)]"))) > 2 and _exists(word.rstrip(".)]"))]
 
 
 def is_local_path(text: str) -> bool:
-    """Does this text name a place on this machine?"""
+    """Whether a text as a whole is a path on this machine."""
     if not text or "\n" in text or len(text) > 4096:
         return False
     if ABSOLUTE.match(text):
-        # "/" and "/s" may be tokens, and are no secret
+        # "/" and "/s" may be tokens of a vocabulary, and reveal nothing
         parts = [part for part in SEPARATORS.split(text) if part]
         return len(parts) > 1 or (len(parts) == 1 and _exists(text))
     return text.startswith(("./", "../", ".\\", "..\\")) or (bool(SEPARATORS.search(text)) and _exists(text))
 
 
 def get_basename(path: str) -> str:
-    """The name of a file or folder without what stands before it."""
+    """Get the last part of a path, in the notation of any system."""
     return next((part for part in reversed(SEPARATORS.split(path)) if part), path)
 
 
 def check_no_local_paths(text: str, where: str, folders: list[Path]) -> None:
-    """Raises LimbeckError where a text that is to be published names one of these folders of this machine."""
-    for place in {str(p) for p in folders if len(p.parts) > 2 or p == Path.home()} - {"/"}:
-        if re.search(re.escape(place) + r"(?![\w.-])", text):
+    """Raise LimbeckError if a text to be published names one of these folders of this machine."""
+    for folder in {str(p) for p in folders if len(p.parts) > 2 or p == Path.home()} - {"/"}:
+        if re.search(re.escape(folder) + r"(?![\w.-])", text):
             raise LimbeckError(
-                f"{where} names the folder {place} of this machine, and would publish it",
+                f"{where} names the local folder {folder}, which would be published",
                 expected="text without local paths",
-                hint=f"take it out of {where}" if where.endswith((".md", ".json")) else None,
+                hint=f"remove it from {where}" if where.endswith((".md", ".json")) else None,
             )
 
 

@@ -1,13 +1,16 @@
-"""Sending an upload plan: one commit, so that the repository has all of it or nothing.
+"""Upload a plan to the Hugging Face Hub in one commit, so that the repository has all of it or nothing.
 
     url = push_to_hub(upload_plan)
 
-Whatever the hub answers that is not success becomes a LimbeckError with what to do about it.
+Every refusal of the Hub becomes a LimbeckError that says what to do.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from limbeck.core.errors import LimbeckError
 from limbeck.report.upload_plan import UploadPlan
@@ -17,40 +20,38 @@ WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin")
 
 
 def push_to_hub(upload_plan: UploadPlan, endpoint: str | None = None) -> str:
-    """Send an upload plan and return the address of the commit (of the last one, where nothing has changed).
+    """Upload a plan and return the URL of the commit (of the last one, if nothing has changed).
 
-    Weights and code of an earlier push that the upload plan does not have are deleted in the same commit: transformers
+    Weights and code of an earlier push that the plan does not have are deleted in the same commit, because transformers
     would load them. All other files of the repository stay.
 
     Args:
-        endpoint: of a hub that is not huggingface.co.
+        endpoint: the URL of a Hub other than huggingface.co.
 
     Raises:
-        LimbeckError: no token, no right, no network, offline mode, a public repository where a private one was asked
-            for, a repository of another model, or anything else that the hub answers.
+        LimbeckError: no token, no permission, no network, offline mode, a public repository where a private one was
+            requested, a repository of another model, or any other refusal.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
     repo_id, api = get_full_repo_name(upload_plan.repo_id, endpoint), _api(endpoint)
-    with _explained(api.endpoint, repo_id):
+    with _converted_errors(api.endpoint, repo_id):
         api.create_repo(repo_id, private=upload_plan.private, exist_ok=True)
         info = api.model_info(repo_id)
-        there = [sibling.rfilename for sibling in info.siblings or []]
+        existing = [sibling.rfilename for sibling in info.siblings or []]
         if upload_plan.private and info.private is False:
             raise LimbeckError(
                 f"{repo_id} exists and is public",
                 expected="a private repository",
-                hint="another name, or make it private in its settings first",
+                hint="use another name, or make it private in its settings first",
             )
         ours = "limbeck" in (info.tags or []) or (info.config or {}).get("model_type") == "limbeck"
-        if any(name.endswith(WEIGHT_SUFFIXES) for name in there) and not ours:
+        if any(name.endswith(WEIGHT_SUFFIXES) for name in existing) and not ours:
             raise LimbeckError(
-                f"{repo_id} holds a model that is no student",
-                expected="a new repository, or one that `limbeck push` made",
+                f"{repo_id} holds a model that is not a student",
+                expected="a new repository, or one created by `limbeck push`",
                 hint=f"limbeck push ... {repo_id}-student",
             )
         sent = {item.path_in_repo for item in upload_plan.files}
-        stale = [n for n in there if n not in sent and n.endswith((*WEIGHT_SUFFIXES, ".py"))]
+        stale = [n for n in existing if n not in sent and n.endswith((*WEIGHT_SUFFIXES, ".py"))]
         additions = [
             CommitOperationAdd(
                 item.path_in_repo, item.content if isinstance(item.content, bytes) else str(item.content)
@@ -58,105 +59,101 @@ def push_to_hub(upload_plan: UploadPlan, endpoint: str | None = None) -> str:
             for item in upload_plan.files
         ]
         deletions = [CommitOperationDelete(name) for name in stale]
-        done = api.create_commit(repo_id, [*additions, *deletions], commit_message=upload_plan.commit_message)
-    return str(done.commit_url)
+        commit = api.create_commit(repo_id, [*additions, *deletions], commit_message=upload_plan.commit_message)
+    return str(commit.commit_url)
 
 
 def get_full_repo_name(repo_id: str, endpoint: str | None = None) -> str:
-    """`owner/name`: a name alone becomes one of the token's owner."""
+    """Complete a repository's name to `owner/name`; the owner is the token's by default."""
     if "/" in repo_id:
         return repo_id
     api = _api(endpoint)
-    with _explained(api.endpoint, repo_id):
+    with _converted_errors(api.endpoint, repo_id):
         return f"{api.whoami()['name']}/{repo_id}"
 
 
 def check_hub_access(endpoint: str | None = None) -> None:
-    """Raises LimbeckError where a push could not even begin: no token, or offline mode."""
-    from huggingface_hub import constants, get_token
-
+    """Raise LimbeckError if a push could not even begin: no token, or offline mode."""
     if constants.HF_HUB_OFFLINE:
-        raise _offline()
+        raise _offline_error()
     if get_token() is None:
-        raise LimbeckError("there is no token for the hub here", expected="one that may write", hint=LOGIN_HINT)
+        raise LimbeckError("no Hugging Face token found", expected="a token with write access", hint=LOGIN_HINT)
 
 
 def _api(endpoint: str | None) -> Any:
-    from huggingface_hub import HfApi, get_token
-
     check_hub_access()
     return HfApi(endpoint=endpoint, token=get_token(), library_name="limbeck")
 
 
-def _offline() -> LimbeckError:
+def _offline_error() -> LimbeckError:
     return LimbeckError(
-        "the hub is switched off by HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE)",
+        "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) disables the Hub",
         expected="both unset",
         hint="env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE limbeck push ...; --dry-run works offline",
     )
 
 
 @contextmanager
-def _explained(endpoint: str, repo_id: str) -> Iterator[None]:
-    """Turn what the hub's library raises into a LimbeckError. It has many kinds, of several HTTP libraries."""
+def _converted_errors(endpoint: str, repo_id: str) -> Iterator[None]:
+    """Turn every exception of the Hub's library, which come from several HTTP libraries, into a LimbeckError."""
     try:
         yield
     except LimbeckError:
         raise
     except Exception as error:
-        raise _explain(error, endpoint, repo_id) from error
+        raise _convert_error(error, endpoint, repo_id) from error
 
 
-def _explain(error: BaseException, endpoint: str, repo_id: str) -> LimbeckError:
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    chain: list[BaseException] = []  # an upload's threads wrap what went wrong
-    at: BaseException | None = error
-    while at is not None and at not in chain:
-        chain.append(at)
-        at = at.__cause__
-    for found in chain:
-        if isinstance(found, OfflineModeIsEnabled):
-            return _offline()
-        if isinstance(found, HfHubHTTPError):
-            return _answered(found, endpoint, repo_id)
-    for found in chain:
-        if isinstance(found, ConnectionError | TimeoutError) or type(found).__module__.startswith(
-            ("httpx", "requests")
-        ):
+def _convert_error(error: BaseException, endpoint: str, repo_id: str) -> LimbeckError:
+    # the threads of an upload wrap the exception that says what happened
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__
+    for cause in chain:
+        if isinstance(cause, OfflineModeIsEnabled):
+            return _offline_error()
+        if isinstance(cause, HfHubHTTPError):
+            return _refusal(cause, endpoint, repo_id)
+    for cause in chain:
+        module = type(cause).__module__
+        if isinstance(cause, ConnectionError | TimeoutError) or module.startswith(("httpx", "requests")):
             return LimbeckError(
-                f"{endpoint} cannot be reached: {_gist(found)}",
-                expected="a network that reaches the hub",
-                hint="the same command later, or --dry-run, which needs none",
+                f"cannot reach {endpoint}: {_shorten(cause)}",
+                expected="a network connection to the Hub",
+                hint="run the same command later, or --dry-run, which needs no network",
             )
     return LimbeckError(
-        f"the push to {repo_id} failed: {_gist(chain[-1])}",
-        hint="the same command again; what has arrived is not sent twice",
+        f"the upload to {repo_id} failed: {_shorten(chain[-1])}",
+        hint="run the same command again; files that have arrived are not sent twice",
     )
 
 
-def _answered(error: Any, endpoint: str, repo_id: str) -> LimbeckError:
-    """The hub's refusal in words, by its status."""
+def _refusal(error: Any, endpoint: str, repo_id: str) -> LimbeckError:
+    """Explain a refusal of the Hub by its HTTP status."""
     status = error.response.status_code
-    said = error.server_message or _gist(error)
     owner = repo_id.split("/")[0] if "/" in repo_id else "its owner"
-    words = {
-        401: ("the hub does not know the token", "a valid token that may write", LOGIN_HINT),
-        403: (f"the token may not write to {repo_id}", f"a token with write access to {owner}", LOGIN_HINT),
-        404: (
-            f"{endpoint} has no {repo_id}, or hides it from this token",
-            "a repository that the token may see",
-            LOGIN_HINT,
+    explanations: dict[int, tuple[str, str | None, str]] = {
+        401: ("the Hub rejected the token", "a valid token with write access", LOGIN_HINT),
+        403: (f"the token cannot write to {repo_id}", f"a token with write access to {owner}", LOGIN_HINT),
+        404: (f"{endpoint} has no {repo_id}, or this token cannot see it", "a visible repository", LOGIN_HINT),
+        413: (
+            f"a file is too large for {endpoint}",
+            None,
+            "smaller shards: save_pretrained(max_shard_size='2GB')",
         ),
-        413: (f"{endpoint} finds a file too large", None, "smaller parts: save_pretrained(max_shard_size='2GB')"),
-        429: (f"{endpoint} has had too many requests", None, "the same command later"),
+        429: (f"{endpoint} received too many requests", None, "run the same command later"),
     }
-    found, expected, hint = words.get(status, (f"{endpoint} refused the push to {repo_id}", None, None))
+    problem, expected, hint = explanations.get(status, (f"{endpoint} refused the upload to {repo_id}", None, None))
     if status >= 500:
-        found, hint = f"{endpoint} is in trouble", "the same command later; what has arrived is not sent twice"
-    return LimbeckError(f"{found} ({status}: {said})", expected=expected, hint=hint)
+        problem = f"{endpoint} failed"
+        hint = "run the same command later; files that have arrived are not sent twice"
+    return LimbeckError(
+        f"{problem} ({status}: {error.server_message or _shorten(error)})", expected=expected, hint=hint
+    )
 
 
-def _gist(error: BaseException) -> str:
+def _shorten(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3]) or type(error).__name__

@@ -1,10 +1,10 @@
-"""What would be sent: the files of a student's folder and its card, checked whole, with nothing private in them.
+"""What `limbeck push` would send: the files of a student's folder and its card, checked for completeness and privacy.
 
     upload_plan = plan_upload("runs/quickstart", "owner/name")
     for item in upload_plan.files:
         print(item.path_in_repo, item.size, item.sha256)
 
-Nothing is written here. Only the teacher's licence is asked for on the network, where no file on this machine tells it.
+Nothing is written here. The network is asked only for the teacher's license, if no file on this machine states it.
 """
 
 import hashlib
@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
@@ -26,23 +30,15 @@ from limbeck.report.privacy import check_no_local_paths, find_local_folders, fin
 from limbeck.report.teacher_info import TeacherInfo, resolve_teacher_info
 
 MODEL_CARD_FILE = "README.md"
-UPLOADED_SUFFIXES = (
-    ".json",
-    ".jinja",
-    ".safetensors",
-    ".model",
-    ".txt",
-    ".tiktoken",
-    ".spm",
-    ".md",
-)  # code: by name only
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # sent as they are: any text may be a token
-LFS_THRESHOLD_BYTES = 10_000_000  # bytes from which the hub keeps a file in LFS whatever its name
+# code is sent by name only, so that a stray script stays here
+UPLOADED_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt", ".tiktoken", ".spm", ".md")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # never edited: any text may be a token
+LFS_THRESHOLD_BYTES = 10_000_000  # the size from which the Hub keeps a file in LFS whatever its name
 
 
 @dataclass(frozen=True)
 class UploadFile:
-    """One file of the repository; content is a file on disk, or bytes where it is made or had paths taken out."""
+    """One file of the repository. content: a file on disk; bytes for the card and where local paths were removed."""
 
     path_in_repo: str
     content: Path | bytes
@@ -51,7 +47,7 @@ class UploadFile:
 
     @property
     def is_lfs(self) -> bool:
-        """Will the hub keep it in LFS? By its defaults; the hub decides."""
+        """Whether the Hub keeps it in LFS, by the Hub's defaults."""
         return self.path_in_repo.endswith((".safetensors", ".model")) or self.size > LFS_THRESHOLD_BYTES
 
     @classmethod
@@ -63,7 +59,7 @@ class UploadFile:
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """All that a push sends."""
+    """Everything that a push sends."""
 
     repo_id: str
     private: bool
@@ -74,7 +70,7 @@ class UploadPlan:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(item.size for item in self.files)
 
 
@@ -86,18 +82,18 @@ def plan_upload(
     license: str | None = None,
     teacher: str | None = None,
 ) -> UploadPlan:
-    """Check a student and make its card.
+    """Check a student, generate its card, and list everything to upload.
 
     Args:
-        path: a run directory, or a student's folder in or outside of one.
+        path: a run directory, or a student's folder inside or outside of one.
         repo_id: the repository, `owner/name`.
-        private: seen by its owner alone.
-        license: the hub's identifier, where the teacher's licence is found nowhere.
-        teacher: the teacher's hub name or folder, where the run does not say it (a local path, no run).
+        private: create the repository as private.
+        license: the Hub's identifier, if the teacher's license cannot be determined.
+        teacher: the teacher's Hub name or folder, if the run does not name it (a local path, no run).
 
     Raises:
-        LimbeckError: no student there, a run that is not finished, missing or cut files, no licence, an invalid name of
-            a repository, or local paths where they cannot be taken out.
+        LimbeckError: no student, an unfinished run, missing or damaged files, no license, an invalid repository name,
+            or local paths that cannot be removed.
     """
     check_repo_id(repo_id)
     folder = find_student_folder(Path(path))
@@ -105,7 +101,7 @@ def plan_upload(
     plan = config["limbeck"]
     recipe_file = folder.parent / "recipe.yaml"
     recipe = Recipe.load(recipe_file, stored=True) if folder.name == "student" and recipe_file.is_file() else None
-    run = _run_facts(folder.parent, recipe) if recipe else None
+    run = _load_published_run(folder.parent, recipe) if recipe else None
     check_student_folder(folder, plan)
     teacher_info = resolve_teacher_info(
         recipe.teacher if recipe else None,
@@ -117,18 +113,18 @@ def plan_upload(
     if recipe:
         local_folders += find_local_folders(recipe.model_dump(mode="json"))
         _check_prompt(recipe, recipe_file)
-    card = _card(folder, repo_id, plan, teacher_info, run)
+    card = _load_or_generate_card(folder, repo_id, plan, teacher_info, run)
     check_no_local_paths(card, "the card", local_folders)
     files = [UploadFile.from_content(MODEL_CARD_FILE, card.encode())]
     skipped_files = []
     code = {"modeling_limbeck.py", *(mixer_file_name(name) for name in plan.get("origins", {}))}
-    for name, file in _files(folder):
+    for name, file in _list_files(folder):
         if name == MODEL_CARD_FILE:
             continue
         if not (name in code or name.endswith(UPLOADED_SUFFIXES) or name.startswith(("LICENSE", "LICENCE", "NOTICE"))):
             skipped_files.append(name)
         else:
-            files.append(UploadFile.from_content(name, _published(name, file, local_folders)))
+            files.append(UploadFile.from_content(name, _strip_settings(name, file, local_folders)))
     files += [
         UploadFile.from_content(p.name, p)
         for p in teacher_info.license_files
@@ -142,22 +138,19 @@ def plan_upload(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises LimbeckError unless the hub would take `repo_id` as the name of a repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
+    """Raise LimbeckError unless the Hub accepts `repo_id` as a repository name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise LimbeckError(
-            f"'{repo_id}' cannot be a repository: {error}".rstrip("."),
-            expected="owner/name of letters, digits, '-', '_' and '.', 96 at most",
+            f"'{repo_id}' is not a valid repository name: {error}".rstrip("."),
+            expected="owner/name of at most 96 letters, digits, '-', '_' and '.'",
             hint="limbeck push RUN your-name/student-name",
         ) from error
 
 
 def find_student_folder(path: Path) -> Path:
-    """The student's folder of a run directory, or the folder itself."""
+    """Find the student's folder in a run directory; a student's folder is returned as it is."""
     path = path.expanduser()
     folder = path / "student" if (path / "student").is_dir() else path
     folder = folder if folder.name not in ("", "..") else folder.resolve()
@@ -165,17 +158,17 @@ def find_student_folder(path: Path) -> Path:
     if not config.is_file():
         unfinished = (path / "recipe.yaml").is_file()
         raise LimbeckError(
-            f"{path} is a run without a student yet" if unfinished else f"{path} holds no student",
-            expected="a finished run directory, or a folder that `limbeck convert` or save_pretrained wrote",
+            f"the run {path} has no student yet" if unfinished else f"{path} holds no student",
+            expected="a finished run directory, or a folder written by `limbeck convert` or save_pretrained",
             hint=f"limbeck distill {path / 'recipe.yaml'}" if unfinished else None,
         )
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LimbeckError(f"{config} is not readable JSON: {error}") from error
-    if found.get("model_type") != MODEL_TYPE or not (found.get("limbeck") or {}).get("layers"):
+        raise LimbeckError(f"{config} is not valid JSON: {error}") from error
+    if content.get("model_type") != MODEL_TYPE or not (content.get("limbeck") or {}).get("layers"):
         raise LimbeckError(
-            f"{folder} holds a model of type '{found.get('model_type')}', not a student",
+            f"{folder} holds a model of type '{content.get('model_type')}', not a student",
             expected=f"model_type '{MODEL_TYPE}' with its mixers in config.json",
             hint="limbeck distill, or limbeck convert",
         )
@@ -183,7 +176,7 @@ def find_student_folder(path: Path) -> Path:
 
 
 def check_student_folder(folder: Path, plan: dict[str, Any]) -> None:
-    """Raises LimbeckError where weights are missing, cut short or not the plan's, or code or tokenizer are missing."""
+    """Raise LimbeckError if weights are missing, damaged or not the plan's, or if code or tokenizer are missing."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -193,14 +186,14 @@ def check_student_folder(folder: Path, plan: dict[str, Any]) -> None:
             folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         ]
     else:
-        raise LimbeckError(f"{folder} holds no weights", expected="model.safetensors, or its index with all parts")
+        raise LimbeckError(f"{folder} holds no weights", expected="model.safetensors, or its index with all shards")
     code = ["modeling_limbeck.py", *(mixer_file_name(n) for n, o in plan.get("origins", {}).items() if o.get("file"))]
     for file in [*weights, *(folder / name for name in code)]:
         if not file.is_file():
-            raise LimbeckError(f"{folder} is not whole: {file.name} is missing", hint="save the student again")
+            raise LimbeckError(f"{folder} is incomplete: {file.name} is missing", hint="save the student again")
     for file in weights:
         check_safetensors(file)
-    if not code[1:]:  # the code of somebody's own mixer is not executed for this
+    if not code[1:]:  # loading would execute the code of a custom mixer, which publishing must not
         load_model(str(folder), load_config(str(folder)))
     if not (folder / "tokenizer_config.json").is_file():
         raise LimbeckError(
@@ -208,46 +201,44 @@ def check_student_folder(folder: Path, plan: dict[str, Any]) -> None:
         )
 
 
-# ---------------------------------------------------------------------- inside
-
-
-def _run_facts(path: Path, recipe: Recipe) -> PublishedRun:
+def _load_published_run(path: Path, recipe: Recipe) -> PublishedRun:
     result_file = path / "eval.json"
-    result = read_json(result_file, _resume(path, recipe)) if result_file.is_file() else None
+    result = read_json(result_file, _resume_command(path, recipe)) if result_file.is_file() else None
     if result is None or len(result["stages"]) != len(recipe.stages):
         raise LimbeckError(
-            f"the run {path} is not finished", expected="all stages and the evaluation", hint=_resume(path, recipe)
+            f"the run {path} is not finished",
+            expected="all stages and the evaluation",
+            hint=_resume_command(path, recipe),
         )
-    known = recipe.model_dump(mode="json", exclude={"out"})
-    prompt = known["evaluation"]["prompt"]  # text, even where it begins with a slash
-    known = strip_local_paths(known)
-    known["evaluation"]["prompt"] = prompt
-    return PublishedRun(known, result, read_manifest(path))
+    published = strip_local_paths(recipe.model_dump(mode="json", exclude={"out"}))
+    # a prompt is text even if it begins with a slash
+    published["evaluation"]["prompt"] = recipe.evaluation.prompt
+    return PublishedRun(published, result, read_manifest(path))
 
 
 def _check_prompt(recipe: Recipe, file: Path) -> None:
-    """Raises LimbeckError where the prompt, which is published with its answers, names a place on this machine."""
-    if found := find_local_paths(recipe.evaluation.prompt or ""):
+    """Raise LimbeckError if the prompt, which the card shows, names a path on this machine."""
+    if paths := find_local_paths(recipe.evaluation.prompt or ""):
         raise LimbeckError(
-            f"the recipe's prompt names {found[0]}, a place on this machine, and the card would publish it",
+            f"the recipe's prompt names {paths[0]}, a path on this machine, which the card would publish",
             expected="a prompt without local paths",
             hint=f"limbeck distill {file} --set evaluation.prompt='The history of science is'   "
-            "(only the evaluation is made again)",
+            "(only the evaluation is repeated)",
         )
 
 
-def _resume(path: Path, recipe: Recipe) -> str:
+def _resume_command(path: Path, recipe: Recipe) -> str:
     out = "" if recipe.out and Path(recipe.out) == path else f" --out {path}"
     return f"limbeck distill {path / 'recipe.yaml'}{out}"
 
 
-def _card(folder: Path, repo_id: str, plan: dict[str, Any], teacher_info: TeacherInfo, run: PublishedRun | None) -> str:
-    """The folder's own README.md where its user wrote one, else a made one."""
+def _load_or_generate_card(
+    folder: Path, repo_id: str, plan: dict[str, Any], teacher_info: TeacherInfo, run: PublishedRun | None
+) -> str:
+    """Take the folder's own README.md if its user wrote one, else generate the card."""
     own = folder / MODEL_CARD_FILE
     if not own.is_file():
         return generate_model_card(repo_id, plan, teacher_info, run)
-    from huggingface_hub import ModelCard
-
     text = own.read_text(encoding="utf-8")
     try:
         data = ModelCard(text).data.to_dict()
@@ -255,30 +246,30 @@ def _card(folder: Path, repo_id: str, plan: dict[str, Any], teacher_info: Teache
         raise LimbeckError(f"the metadata of {own} cannot be read: {error}") from error
     if not data.get("license"):
         raise LimbeckError(
-            f"{own} states no licence",
+            f"{own} states no license",
             expected=f"a line `license: {teacher_info.license['license']}` between two lines of --- at its top",
-            hint=f"delete {own}, and a card is made",
+            hint=f"delete {own} to have a card generated",
         )
     return text
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files in the folder and below, by their name in the repository; what is hidden stays here."""
+def _list_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """List the files in a folder and below with their names in the repository; hidden files are left out."""
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         if file.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
             yield "/".join(parts), file
 
 
-def _published(name: str, file: Path, local_folders: list[Path]) -> Path | bytes:
-    """A file's content as it is sent: settings without local paths, all else untouched."""
+def _strip_settings(name: str, file: Path, local_folders: list[Path]) -> Path | bytes:
+    """Remove local paths from settings; every other file is sent untouched, and refused if it names a local folder."""
     if name in VOCABULARY_FILES or name.endswith((".safetensors", ".model", ".tiktoken", ".spm", ".index.json")):
         return file
     text = file.read_text(encoding="utf-8", errors="replace")
     if name.endswith(".json"):
-        found = json.loads(text)
-        clean = strip_local_paths(found)
-        if clean != found:
+        settings = json.loads(text)
+        clean = strip_local_paths(settings)
+        if clean != settings:
             text = json.dumps(clean, indent=2, ensure_ascii=False) + "\n"
             check_no_local_paths(text, name, local_folders)
             return text.encode()

@@ -1,4 +1,4 @@
-"""Studies: grids of runs on one teacher or several, their shared work, their tables, and which claims hold.
+"""Studies: grids of runs on one teacher or several, their shared work, their tables, and tests of claims.
 
 study = Study.load("paper-experiment-1", size="gpu")
 run_study(study)["claims"]

@@ -1,16 +1,10 @@
-"""The paper's findings as claims, by name.
+"""The paper's findings as claims that a study's numbers can confirm or refute.
 
-    evaluate_claims(["xlstm-first"], rows)[0]["findings"]
+    evaluate_claims(["xlstm-first"], rows)[0]["verdict"]      # "holds", "does not hold" or "undecided"
 
-Losses are compared in nats a token (the logarithm of perplexity), so an effect of 0.01 is one per cent of perplexity.
-The paper is arXiv 2504.14366, v2 of May 2025 and v3 of January 2026; a statement is our wording of its finding.
-
-A claim: a statement of the paper as something that a study's numbers can bear out or not.
-
-    evaluate_claim("xlstm-first", CLAIMS["xlstm-first"], rows)["verdict"]      # "holds", "does not hold", "undecided"
-
-A claim has one or several parts; it holds where all parts hold, and does not hold where one does not. The claims
-themselves are in `limbeck.study.claims`.
+A claim has one or several parts; it holds where all parts hold, and does not hold where one does not. Losses are
+compared in nats a token (the logarithm of perplexity), so an effect of 0.01 is one percent of perplexity. The paper is
+arXiv 2504.14366, v2 of May 2025 and v3 of January 2026; a statement is our wording of its finding.
 """
 
 import math
@@ -66,10 +60,11 @@ def select_value(name: str) -> Metric:
 
 def log_perplexity(row: ArmResult) -> float | None:
     """Loss on held-out text: of the measure `agreement`, else of the run's own evaluation."""
-    found = row["values"].get("agreement.perplexity", row["values"].get("held_out.student_perplexity"))
-    if found is None:
+    perplexity = row["values"].get("agreement.perplexity", row["values"].get("held_out.student_perplexity"))
+    if perplexity is None:
         return None
-    return math.log(found) if found > 0 else math.nan  # NaN stays NaN, and is told as an arm that diverged
+    # NaN stays NaN, and is reported as an arm that diverged
+    return math.log(perplexity) if perplexity > 0 else math.nan
 
 
 def select_by_length(measure: str, name: str, last: bool) -> Metric:

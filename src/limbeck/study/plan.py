@@ -1,20 +1,16 @@
-"""What is left of a study as lists of tasks, and how long so many workers take for them.
-
-    first, later = schedule_tasks(arms, states, workers=8)
-    estimate_wall_seconds(first, later, seconds, workers=8)      # seconds(task, in_first) -> float
-
-In the first list are the arms that learn together and those that share nothing with any other; in the second each arm
-of the former to its end. Where there are fewer tasks than workers, the largest teams are split: the teacher runs once
-for each part then, and the weights stay what they are, since an arm's do not depend on who learns beside it.
-
-What a study will cost, before it starts: arms, tokens, time and disk, and what sharing saves.
+"""What is left of a study: its tasks in order, and their cost in tokens, time and disk.
 
     plan = plan_study(study, arms, task_runner, workers=2)
     plan.seconds, plan.saved_seconds, plan.tokens, plan.disk_bytes
     plan.wall_seconds                                    # until two workers are done
+    first, later = schedule_tasks(arms, states, workers=8)
 
-The stages of one arm of each student are rehearsed (`limbeck.training.rehearsal`), one step each; the times of the other arms
-are those of the rehearsed one, scaled by their steps. What sharing saves is the teacher's time, measured on a pass.
+The first list holds the groups of arms that share passes of the teacher, and the arms that share nothing; the second
+takes each arm of a group to its end. With fewer tasks than workers the largest groups are split: the teacher then runs
+once for each part, and the weights stay the same, since an arm's do not depend on the arms it trains beside.
+
+One arm of each student is rehearsed (`limbeck.training.rehearsal`), one step of each stage; the times of the others are
+scaled from it by their steps. What sharing saves is the teacher's time, measured on a pass.
 """
 
 import heapq
@@ -123,7 +119,7 @@ class StudyPlan:
 
     @property
     def tokens(self) -> int:
-        """That the students are trained on, all arms together."""
+        """Training tokens of all arms together."""
         return sum(arm.tokens for arm in self.arms)
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,8 +196,8 @@ def _plan_arms(study: Study, arms: list[Arm], task_runner: TaskRunner) -> tuple[
                 passes[key] = min(row.tokens * paces.teacher(arm, job), taken)
                 shared += taken
                 saved += (n - 1) / n * passes[key]
-                kept += 4 * row.trained_parameters  # what it taught stays until the arm is finished
-        # the run's own evaluation; what the study's measures take is not known beforehand
+                kept += 4 * row.trained_parameters  # a shared stage's weights stay until the arm is finished
+        # the run's own evaluation; the cost of the study's measures cannot be estimated
         evaluation = counted.seconds - sum(row.seconds for row in counted.stages)
         seconds += evaluation * paces.of(arm, counted.stages[-1].stage)
         student = 4 * count_unquantized_parameters(job.teacher)
@@ -244,7 +240,7 @@ class _Paces:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads for a while."""
+    """Use this number of CPU threads inside the context; None leaves it as it is."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -256,7 +252,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @torch.no_grad()
 def _teacher_seconds(job: Job) -> float:
-    """Seconds a token of the teacher's body, the faster of two passes."""
+    """Measure the seconds a token takes the teacher's backbone, the faster of two passes."""
     length = job.recipe.data.seq_len
     ids = torch.randint(0, int(job.teacher.config.get_text_config().vocab_size), (1, length), device=job.device)
     batch = Batch(ids, torch.arange(length, device=job.device)[None], ids)

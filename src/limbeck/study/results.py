@@ -1,6 +1,6 @@
-"""What is kept of a finished arm: its numbers in one file, whatever becomes of its weights.
+"""The record of a finished arm: its numbers in one file, whether or not its weights are deleted later.
 
-    record = write_arm_result(arm, study.measures, summary, measurements)          # <arm>/result.json
+    record = write_arm_result(arm, study, summary, measurements)          # <arm>/result.json
     read_arm_result(arm)["values"]["agreement.perplexity"]
 
 `values` are flat, under the names of `limbeck.report.values`.
@@ -32,13 +32,13 @@ def resolve_measure_settings(study: Study) -> dict[str, Any]:
 
 
 def read_arm_result(arm: Arm, study: Study | None = None) -> dict[str, Any] | None:
-    """Read the record of an arm; with a study only if it has all of its measures and its held-out evaluation."""
+    """Read the record of an arm; with a study, None unless it has all of its measures and its evaluation."""
     known = _read(arm.path / RESULT_FILE, study)
     return None if known is not None and study is not None and _compare_evaluation(arm, known) else known
 
 
 def find_stale_evaluation(arm: Arm) -> dict[str, Any] | None:
-    """How a finished arm was evaluated, where that is not what its recipe asks for now and its stages are gone.
+    """Get the evaluation settings of a finished arm if its recipe has others now and its stages were deleted.
 
     With its stages still on disk the arm is evaluated again; without them its numbers and those of other arms would
     go into one mean although they are of different texts or sizes.
@@ -60,7 +60,7 @@ def _compare_evaluation(arm: Arm, known: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def get_arm_state(arm: Arm, study: Study) -> str:
-    """Tell where an arm stands.
+    """Get the state of an arm.
 
     Returns:
         "finished"; "measure" where its student is there but not all of the study's measures; else "train", which
@@ -78,7 +78,7 @@ def get_arm_state(arm: Arm, study: Study) -> str:
 def write_arm_result(
     arm: Arm, study: Study, summary: dict[str, Any], measurements: list[Measurement]
 ) -> dict[str, Any]:
-    """Keep what a finished arm gave; returns the record."""
+    """Write the record of a finished arm and return it."""
     values, errors = flatten_values(summary, measurements, arm.path / "metrics.jsonl")
     record = {
         "format": 1,
@@ -99,7 +99,7 @@ def write_arm_result(
 
 
 def read_teacher_result(arm: Arm, study: Study) -> dict[str, Any] | None:
-    """What is known of an arm's teacher, if it has all of the study's measures."""
+    """Read the record of an arm's teacher; None unless it has all of the study's measures."""
     known = _read(get_teacher_result_path(arm), study)
     folder = find_model_folder(arm.recipe.teacher)
     if known is None or folder is None or "weights" not in known or not study.measures:
@@ -108,7 +108,7 @@ def read_teacher_result(arm: Arm, study: Study) -> dict[str, Any] | None:
 
 
 def write_teacher_result(arm: Arm, study: Study, measurements: list[Measurement]) -> None:
-    """Keep what the measures said of an arm's teacher."""
+    """Write the measurements of an arm's teacher."""
     values, errors = flatten_values({}, measurements, None)
     known = {
         "format": 1,
@@ -123,7 +123,7 @@ def write_teacher_result(arm: Arm, study: Study, measurements: list[Measurement]
 
 
 def get_teacher_result_path(arm: Arm) -> Path:
-    """The file of an arm's teacher as it was measured on the arm's text, in the study's folder."""
+    """Get the file for the teacher of an arm, measured on the arm's text, in the study's folder."""
     recipe = arm.recipe
     data = to_old_keys({"data": recipe.data.model_dump(mode="json", exclude={"cache_gb"})})["data"]
     told = json.dumps([recipe.teacher, recipe.teacher_bits, data])
@@ -144,12 +144,12 @@ def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file at once, whole or not at all."""
+    """Write a file whole or not at all."""
     atomic_write_text(path, text)
 
 
 def delete_artifacts(arm: Arm, keep: str) -> None:
-    """Delete what a finished arm need not keep: "none" leaves numbers and logs, "students" the student too."""
+    """Delete files of a finished arm: "none" keeps numbers and logs, "students" the student too, "all" everything."""
     if keep == "all":
         return
     shutil.rmtree(arm.path / "stages", ignore_errors=True)

@@ -1,22 +1,14 @@
-"""A study from where it stands to its end; the same command starts it, resumes it, or runs what was added.
+"""Run a study from its current state to its end; the same command starts it, resumes it, and runs added arms.
 
 results = run_study(Study.load("paper-experiment-1", "gpu"))
 results["claims"], results["arms"][0]["values"]
 
 runs/<study>-<size>/
-  study.yaml         the study as it is run
-  study.json         all arms' numbers and the claims (docs/studies.md)
+  study.yaml                            the study as it is run
+  study.json                            all arms' numbers and the claims (docs/studies.md)
   table.md, values.csv, claims.md
-  failures.json      what the arms that failed said
-  <arm>/             an ordinary run directory, and result.json
-
-What the one who waits for a study sees: which arms are done, of how many, and about how long the rest takes.
-
-progress = ProgressReporter(first, later, workers, plan)
-progress.report(result)          # prints "3 of 48 arms done: gla_2+3_seed0; about 41 min left"
-
-A task counts as much as the plan says that it takes, without a plan all count alike. The pace is that of the tasks
-that have ended.
+  failures.json                         the errors of failed arms
+  <arm>/                                an ordinary run directory, and result.json
 """
 
 import json
@@ -48,11 +40,13 @@ from limbeck.training.run_directory import check_run
 
 
 class ProgressReporter:
-    """Tells of tasks that have ended.
+    """Print which arms are done, of how many, and about how long the rest takes.
+
+    A task weighs as much as the plan estimates for it; without a plan all weigh the same.
 
     Args:
         first, later: the study's lists, see `limbeck.study.plan`.
-        workers: how many tasks go side by side, 0 where that is not known.
+        workers: how many tasks run side by side, 0 if unknown.
         plan: the times of the tasks.
     """
 
@@ -67,7 +61,7 @@ class ProgressReporter:
             console.print(f"{self.arms} arms to run" + (f", {workers} side by side" if workers > 1 else ""))
 
     def report(self, result: TaskResult) -> None:
-        """Tell what a task came to."""
+        """Print the result of a task."""
         for name, text in result.failures.items():
             console.print(f"arm {name} failed: ", end="", style="bold red")
             console.print(text.splitlines()[0], markup=False)
@@ -77,10 +71,10 @@ class ProgressReporter:
             what = f"{self.over} of {self.arms} arms done: {result.task.arms[0]}"
         else:
             for task in [task for task in self.weights if result.failures.keys() & set(task.arms)]:
-                del self.weights[task]  # what failed among others is not tried alone
+                del self.weights[task]  # an arm that failed in a group is not tried alone
             self.over += len(result.failures)
             through = len(result.task.arms) - len(result.failures)
-            what = f"{self.over} of {self.arms} arms done; {through} are through the stages that they share"
+            what = f"{self.over} of {self.arms} arms done; {through} finished their shared stages"
         console.print(f"{what}{self._left()}", markup=False)
 
     def _left(self) -> str:
@@ -112,7 +106,7 @@ def run_study(
 
     Raises:
         LimbeckError: anything wrong with the study or its folder. An arm that fails raises nothing, it is reported.
-        TrainingInterrupted: SIGTERM came; the same command goes on.
+        TrainingInterrupted: SIGTERM came; the same command resumes.
     """
     folder = Path(out or f"runs/{study.title}")
     arms = check_study(study, folder)
@@ -121,16 +115,15 @@ def run_study(
     place = executor or SequentialExecutor(task_runner)
     with ExitStack() as stack:
         if known := folder.is_dir():
-            stack.enter_context(
-                lock_folder(folder)
-            )  # whoever works on it already is told before the rehearsal, not after it
+            # a second process is refused before the rehearsal, not after it
+            stack.enter_context(lock_folder(folder))
         plan = None
         if place.supports_planning:
             plan = plan_study(study, arms, task_runner, max(place.workers, 1), place.threads)
             if confirm:
                 confirm(plan)
             if executor is not None:
-                task_runner.clear()  # the memory is the workers'
+                task_runner.clear()  # the workers need the memory
         if not known:
             with convert_write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -146,10 +139,11 @@ def run_study(
 
 
 def check_study(study: Study, folder: Path) -> list[Arm]:
-    """The arms of a study, once nothing in its folder stands against it; writes nothing."""
+    """Check that a study can run in its folder, and return its arms; writes nothing."""
     if get_process_info().world_size > 1:
         raise LimbeckError(
-            "a study runs in one process", expected="limbeck study without torchrun; single arms can be run with it"
+            "a study cannot run under torchrun",
+            expected="limbeck study in one process; single arms can run under torchrun",
         )
     check_link(folder)
     if folder.exists() and not folder.is_dir():
@@ -167,8 +161,8 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
         except LimbeckError as error:
             raise LimbeckError(
                 f"the study's recipes have changed: {error.found}",
-                expected="the same settings for arms that are there; new arms may be added",
-                hint="--out another folder, or delete the folders of the arms that shall be run anew",
+                expected="unchanged settings for existing arms; new arms can be added",
+                hint="--out another folder, or delete the folders of the arms to run again",
             ) from error
     stale = {arm.name: then for arm in arms if (then := results.find_stale_evaluation(arm))}
     if stale:
@@ -177,8 +171,8 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
         told = ", ".join(f"{key} {then.get(key)}, now {value}" for key, value in now.items() if then.get(key) != value)
         names = ", ".join(list(stale)[:4]) + (", ..." if len(stale) > 4 else "")
         raise LimbeckError(
-            f"{len(stale)} arms were evaluated otherwise ({told}) and have kept nothing to evaluate again: {names}",
-            expected="the evaluation that they had, so that a mean is over the same text",
+            f"{len(stale)} arms were evaluated with other settings ({told}) and their students were deleted: {names}",
+            expected="the evaluation settings they had, so that means are over the same text",
             hint="--out another folder, or delete the folders of these arms",
         )
     check_same_teacher({arm.path: arm.recipe for arm in arms})
@@ -198,7 +192,7 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: 
             progress.report(result)
             if result.task.kind == "alone":
                 tables.write_study_results(study, folder, arms, _failures(folder), claims=[])
-    check_same_teacher({arm.path: arm.recipe for arm in arms})  # one may have been exchanged meanwhile
+    check_same_teacher({arm.path: arm.recipe for arm in arms})  # one may have been replaced meanwhile
     for arm in arms:
         if results.get_arm_state(arm, study) == "finished":
             results.delete_artifacts(arm, study.save_artifacts)
@@ -211,7 +205,7 @@ def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: 
 
 
 def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
-    """What claims are judged by: the records of finished arms, each with the values of its `teacher`."""
+    """Collect the records of finished arms, each with the values of its `teacher`, to test claims on."""
     known = ((results.read_arm_result(arm, study), results.read_teacher_result(arm, study)) for arm in arms)
     rows = []
     for arm, (row, teacher) in zip(arms, known):
@@ -221,10 +215,12 @@ def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
 
 
 def _failures(folder: Path) -> dict[str, str]:
-    """By arm, what those said that failed."""
+    """Read the errors of failed arms by name."""
     path = folder / FAILURES_FILE
     return (
-        read_json(path, f"rm {shlex.quote(str(path))}   (it only holds what failed arms said)") if path.exists() else {}
+        read_json(path, f"rm {shlex.quote(str(path))}   (it only holds the errors of failed arms)")
+        if path.exists()
+        else {}
     )
 
 

@@ -1,11 +1,11 @@
-"""Which stages of which arms can learn from the same passes of the teacher.
+"""Which stages of which arms can train on the same passes of the teacher.
 
-    key = pass_key(recipe, 1)             # equal keys: the same teacher reads the same text at the same positions
-    group_arms_by_pass(arms)                           # arms that share anything with each other, directly or through others
+    key = pass_key(recipe, 1)          # equal keys: the same teacher reads the same text at the same positions
+    group_arms_by_pass(arms)           # arms that share a pass with each other, directly or through others
 
-Stages 0 to 2 run the teacher without a gradient and nothing that they train changes what it sees. So all that has to
-agree is the teacher, the text, where in it the stage begins, how it is cut into batches and the seed, which orders the
-text. Mixer, layers, loss, target and rates may differ.
+Stages 0 to 2 run the teacher without a gradient, and nothing that they train changes what it sees. So only the teacher,
+the text, the position in it, the batches and the seed, which orders the text, have to agree. Mixer, layers, loss,
+target and learning rates may differ.
 """
 
 import json
@@ -20,10 +20,10 @@ from limbeck.training.setup import dataset_key
 
 
 def pass_key(recipe: Recipe, index: int) -> str | None:
-    """What the teacher sees in a stage, as text; None where no pass can be shared.
+    """Describe what the teacher sees in a stage, as text; None where no pass can be shared.
 
-    That is so from stage 3 on, where the student runs on its own hidden states, and after a stage of which nobody
-    knows beforehand where it ends.
+    That is so in stage 3, where the student runs on its own hidden states, and after a stage that may stop early,
+    since the position in the text is unknown then.
     """
     before, stage = recipe.stages[:index], recipe.stages[index]
     if isinstance(stage, recipes.Logits) or any(isinstance(one, recipes.Logits) or _ends_early(one) for one in before):
@@ -53,7 +53,7 @@ def pass_key(recipe: Recipe, index: int) -> str | None:
 
 
 def group_arms_by_pass(arms: list[Arm]) -> list[list[Arm]]:
-    """Arms in groups of which no two share a pass; an arm that shares none is in no group."""
+    """Group arms so that no two groups share a pass; an arm that shares none is in no group."""
     group = {arm.name: {arm.name} for arm in arms}
     holder: dict[str, str] = {}
     for arm in arms:
@@ -76,12 +76,12 @@ def list_pass_keys(recipe: Recipe) -> list[str]:
 
 
 def _ends_early(stage: Any) -> bool:
-    """May it stop before its tokens are read?"""
+    """Whether a stage may stop before all its tokens are read."""
     return bool(getattr(stage, "patience", None) or getattr(stage, "layer_early_stopping", None))
 
 
 def _read(recipe: Recipe, stage: Any) -> tuple[int, int]:
-    """Length and number of the sequences that a stage reads."""
+    """Count the sequences that a stage reads: their length and number."""
     length = recipe.text_of(stage).seq_len
     if isinstance(stage, recipes.Calibrate):
         return length, count_calibration_sequences(stage, length) + (

@@ -1,12 +1,12 @@
-"""Is a difference between arms there? Effects paired within a seed, a test over seeds, and a verdict.
+"""Whether arms differ: effects paired within a seed, a test over seeds, and a verdict.
 
     effect = Effect((Term(1.0, log_perplexity, {"student": ("retnet",)}), ...))
-    decide_verdict(effect.compute_contrasts(rows), kind="more", margin=0.01).verdict        # "holds", "does not hold", "undecided"
+    decide_verdict(effect.compute_contrasts(rows), kind="more", margin=0.01).verdict     # "holds", ...
 
-A row is an arm's record (`limbeck.study.results`). What repeats a study is a seed, so a seed gives one number: the mean
-over all places of the grid at which both sides were measured. The numbers of all seeds go into a two-sided one-sample
-t test of their mean (differences within a seed are paired) and its t interval, so that the verdict and the interval
-that is shown never disagree: an effect holds where its 95 % interval lies beyond the bound.
+A row is an arm's record (`limbeck.study.results`). Seeds are the repetitions of a study, so each seed gives one number:
+the mean over all conditions under which both sides were measured. The numbers of all seeds go into a two-sided
+one-sample t test of their mean (differences within a seed are paired) and its t interval, so that the verdict and the
+interval shown never disagree: an effect holds where its 95 % interval lies beyond the bound.
 """
 
 import itertools

@@ -3,22 +3,20 @@
     results = write_study_results(study, folder, arms, failures, claims)
     print(format_claims(results["claims"]))
 
-The tables hold no times, so that a study which was killed and resumed leaves the same ones.
+The tables hold no times, so that a study that was killed and resumed leaves the same ones.
 """
 
 import json
-import math
-import statistics
 from pathlib import Path
 from typing import Any
 
+from limbeck.report.collection import STUDY_FORMAT
 from limbeck.report.privacy import get_basename
-from limbeck.report.values import values_to_csv
+from limbeck.report.text_tables import format_markdown_table
+from limbeck.report.values import format_mean_std, values_to_csv
 from limbeck.study import results as record
 from limbeck.study.spec import Arm, Study
 from limbeck.training.run_directory import collect_environment
-
-STUDY_FORMAT = 1
 
 
 def write_study_results(
@@ -85,15 +83,16 @@ def format_results_table(
         if not names:
             continue
         heads = [*varied, "seeds", *(name.partition(".")[2].replace("_", " ") for name in names)]
-        lines += [f"## {measure.replace('_', ' ')}", "", _row(heads), _row(["---"] * len(heads))]
+        rows = []
         for places, members in groups.items():
-            cells = [_spread([one["values"][name] for one in members if name in one["values"]]) for name in names]
-            lines.append(_row([*places, str(len(members)), *cells]))
+            numbers = [[one["values"][name] for one in members if name in one["values"]] for name in names]
+            rows.append([*places, str(len(members)), *map(format_mean_std, names, numbers)])
         for teacher, known in (teachers or {}).items():
             if known and any(name in known["values"] for name in names):
-                cells = [_spread([known["values"][name]] if name in known["values"] else []) for name in names]
-                lines.append(_row([f"teacher {teacher}", *[""] * len(varied), *cells]))
-        lines.append("")
+                numbers = [[known["values"][name]] if name in known["values"] else [] for name in names]
+                rows.append([f"teacher {teacher}", *[""] * len(varied), *map(format_mean_std, names, numbers)])
+        table = format_markdown_table(heads, rows, num_text_columns=len(varied))
+        lines += [f"## {measure.replace('_', ' ')}", "", table]
     return "\n".join(lines)
 
 
@@ -173,17 +172,3 @@ def _shown(arm: dict[str, Any], axis: str) -> str:
     if value is None:
         return ""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    finite = [value for value in values if math.isfinite(value)]
-    if len(finite) < len(values):
-        return f"diverged in {len(values) - len(finite)} of {len(values)}"
-    mean = f"{statistics.fmean(values):.4g}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

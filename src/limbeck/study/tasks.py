@@ -1,11 +1,11 @@
-"""The work of a study in pieces that any process can do, and who does them.
+"""The work of a study in pieces that any process can run, and the interface of what runs them.
 
     for result in SequentialExecutor().run(study, folder, tasks):
         result.task, result.failures                 # {arm's name: error as text}
 
-A task is plain data, and everything that it leads to is on disk: an executor may hand tasks to other processes or
-machines that see the same folder. Tasks of one list do not depend on each other; a study has two lists
-(`limbeck.study.plan`). Executors other than this process itself are in `limbeck.study.executors`.
+A task is plain data, and everything else is on disk: an executor may hand tasks to other processes, or to machines that
+see the same folder. Tasks of one list do not depend on each other; a study has two lists (`limbeck.study.plan`).
+`SequentialExecutor` runs them in this process; the other implementations are in `limbeck.study.executors`.
 """
 
 import gc
@@ -36,7 +36,7 @@ from limbeck.training.teacher_loading import LoadedTeacher, load_recipe_teacher
 
 @dataclass(frozen=True)
 class StudyTask:
-    """Arms by name: those that train on `shared` passes in the stages that they share, or `alone` one to its end."""
+    """Arms by name. kind: "shared" trains a group on one run of the teacher, "alone" takes one arm to its end."""
 
     kind: Literal["shared", "alone"]
     arms: tuple[str, ...]
@@ -44,7 +44,7 @@ class StudyTask:
 
 @dataclass
 class TaskResult:
-    """A task's end: the errors of the arms that failed in it, for people to read."""
+    """The result of a task. failures: the errors of failed arms, as text, by name."""
 
     task: StudyTask
     failures: dict[str, str] = field(default_factory=dict)
@@ -53,20 +53,22 @@ class TaskResult:
 class Executor(Protocol):
     """Where tasks run. Order is free; each task is run once, and a failing one does not stop the others.
 
-    workers: how many run side by side; 0 where that is not known.
-    threads: of each worker, for the plan's times; None: those of this process.
-    supports_planning: whether the machine that starts the study is like those that work on it, so that a rehearsal here says
-        how long they take.
+    workers: how many run side by side; 0 if unknown.
+    threads: CPU threads of each worker, for the plan's times; None: those of this process.
+    supports_planning: whether the machine that starts the study is like those that work on it, so that a rehearsal
+        here predicts their times.
     """
 
     workers: int
     threads: int | None
     supports_planning: bool
 
-    def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]: ...
+    def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]:
+        """Run the tasks, and yield each result as it comes."""
+        ...
 
     def close(self) -> None:
-        """The study is over: end what `run` has kept for the next list."""
+        """Release what `run` has kept for the next list: workers, a cluster."""
 
 
 class SequentialExecutor:
@@ -91,7 +93,7 @@ class SequentialExecutor:
 
 
 class TaskRunner:
-    """A process that does tasks: the teachers that it has loaded.
+    """Runs tasks in this process, and holds the teachers that it has loaded.
 
     local_workers: how many such processes share this machine's memory.
     """
@@ -102,10 +104,13 @@ class TaskRunner:
         self.subjects = SubjectLoader()
 
     def run_task(self, study: Study, task: StudyTask, arms: dict[str, Arm]) -> TaskResult:
-        """Do a task; `arms` are the study's, by name.
+        """Run a task.
+
+        Args:
+            arms: the study's arms by name.
 
         Raises:
-            TrainingInterrupted, KeyboardInterrupt: the study is to end, not the arm alone.
+            TrainingInterrupted, KeyboardInterrupt: the whole study is to stop.
         """
         result = TaskResult(task)
         mine = [arms[name] for name in task.arms]
@@ -124,18 +129,18 @@ class TaskRunner:
         return result
 
     def memory_budget(self, device: torch.device) -> int:
-        """Bytes of a device's free memory that are this process's; a GPU is its own."""
+        """Get this process's share of a device's free memory in bytes; a GPU is not shared."""
         return get_free_memory(device) // (self.local_workers if device.type == "cpu" else 1)
 
     def clear(self) -> None:
-        """Forget what is loaded, so that others have the memory."""
+        """Release the loaded models and their memory."""
         self.teachers, self.subjects = {}, SubjectLoader()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def load_teacher(self, recipe: Recipe) -> LoadedTeacher:
-        """The recipe's teacher and its tokenizer, loaded once."""
+        """Load the teacher and the tokenizer of a recipe, once."""
         key = recipe.teacher, recipe.teacher_bits, recipe.device
         if key not in self.teachers:
             device = get_local_device(recipe.device)
@@ -144,7 +149,7 @@ class TaskRunner:
 
 
 def run_arm(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
-    """Run an arm from where it stands to its end, measure its student, write its record, drop what need not be kept."""
+    """Train an arm from its current state to its end, measure its student, write its record, delete artifacts."""
     state = results.get_arm_state(arm, study)
     if state != "finished":
         loaded = task_runner.load_teacher(arm.recipe)
@@ -164,7 +169,7 @@ def run_arm(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
 
 
 def measure_teacher(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
-    """Measure an arm's teacher as its student, on the same text, unless that is done or another worker is at it."""
+    """Measure an arm's teacher on the text of its student, unless that is done or another worker is doing it."""
     if results.read_teacher_result(arm, study) is not None:
         return
     folder = results.get_teacher_result_path(arm).parent
@@ -187,7 +192,7 @@ def measure_teacher(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
 
 
 def format_error(error: Exception) -> str:
-    """What people read: our own errors as they are, others with where they came from."""
+    """Format an error for the user: our own as they are, others with their traceback."""
     if isinstance(error, LimbeckError):
         return str(error)
     return f"{type(error).__name__}: {error}\n" + "".join(traceback.format_exception(error))

@@ -1,10 +1,10 @@
-"""Where a study runs: in this process, in several side by side, on a Ray cluster, or as arrays of Slurm.
+"""Where a study runs: in this process, in several processes, on a Ray cluster, or as Slurm job arrays.
 
     run_study(study, executor=create_executor("processes", workers=2))
     run_study(study, executor=create_executor("slurm", partition="gpu", gpus=1, time="4:00:00"))
 
-All of them do the same tasks on the same folder (`limbeck.study.tasks`), so a study may be begun with one and gone on
-with by another. docs/studies.md has a command for each.
+All implement `limbeck.study.tasks.Executor`: they run the same tasks on the same folder, so a study can be started with
+one and resumed with another. `worker.py` is the other end of all three; docs/studies.md has a command for each.
 """
 
 from dataclasses import fields
@@ -22,7 +22,7 @@ EXECUTORS: dict[str, Any] = {"local": None, "processes": ProcessExecutor, "ray":
 
 
 def create_executor(name: str, **options: Any) -> Executor | None:
-    """The executor of that name, None for "local"; options that are None count as not given.
+    """Create an executor by name, None for "local"; options that are None count as unset.
 
     Raises:
         LimbeckError: no such executor, or an option that it does not have.
@@ -39,8 +39,8 @@ def create_executor(name: str, **options: Any) -> Executor | None:
             has = ", ".join(f"--{one}" for one in known) or "none"
             others = [other for other, it in EXECUTORS.items() if it and key in {one.name for one in fields(it)}]
             raise LimbeckError(
-                f"the executor {name} has no --{key}",
-                expected=f"its own options: {has}",
+                f"the executor {name} has no option --{key}",
+                expected=f"its options: {has}",
                 hint=f"--executor {others[0]}" if others else None,
             )
     return cls(**given) if cls else None

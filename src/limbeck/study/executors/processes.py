@@ -1,10 +1,10 @@
-"""Arms side by side on this machine: one worker process for each GPU, or several that share the CPU's threads.
+"""Run arms side by side on this machine: a worker process for each GPU, or several that share the CPU's threads.
 
     run_study(study, executor=ProcessExecutor(workers=2))
 
-A worker loads the teacher once and does task after task; what it says goes to <folder>/logs/worker-<n>.log. One that
-is killed loses its task alone, which another worker takes up from the disk; a task whose workers die `MAX_ATTEMPTS` times is
-reported as failed. SIGTERM is passed on: the workers keep their state, and the study ends.
+A worker loads the teacher once and runs task after task; its output goes to <folder>/logs/worker-<n>.log. A worker that
+is killed loses its task alone, which another takes up from the disk; a task whose workers die `MAX_ATTEMPTS` times is
+reported as failed. SIGTERM is passed on: the workers save their state, and the study ends.
 """
 
 import json
@@ -28,15 +28,15 @@ from limbeck.study.spec import Study
 from limbeck.study.tasks import StudyTask, TaskResult
 
 MAX_ATTEMPTS = 3
-DEFAULT_CPU_WORKERS = 2  # workers, where none are asked for
-SHUTDOWN_TIMEOUT_S = 120.0  # how long a worker may take to keep its state
+DEFAULT_CPU_WORKERS = 2
+SHUTDOWN_TIMEOUT_S = 120.0  # how long a worker may take to save its state
 WORKER_COMMAND = [sys.executable, "-c", BOOTSTRAP_CODE]
 Answers = queue.Queue["tuple[_Worker, str | None]"]
 
 
 @dataclass
 class ProcessExecutor:
-    """See the module.
+    """Runs tasks in processes of this machine.
 
     workers: 0: one for each GPU, or two without GPUs. With GPUs there may be no more workers than those.
     """
@@ -60,10 +60,10 @@ class ProcessExecutor:
         self.threads = max(1, torch.get_num_threads() // self.workers)
 
     def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]:
-        """Do the tasks, in order as workers are free.
+        """Run the tasks in order, as workers become free.
 
         Raises:
-            TrainingInterrupted: SIGTERM came; all workers have kept their state.
+            TrainingInterrupted: SIGTERM came; all workers have saved their state.
         """
         waiting, tries = deque(tasks), Counter[StudyTask]()
         over = False
@@ -98,12 +98,12 @@ class ProcessExecutor:
                     self.close()
 
     def close(self) -> None:
-        """End the workers, at once."""
+        """Stop the workers at once."""
         while self._workers:
             self._workers.pop().end()
 
     def _idle(self, folder: Path) -> "_Worker | None":
-        """A worker without a task, made where there is room for one more."""
+        """Get a worker without a task, starting one if there is room; None if all are busy."""
         for worker in self._workers:
             if worker.task is None:
                 return worker
@@ -119,7 +119,7 @@ class ProcessExecutor:
 
 
 class _Worker:
-    """One process, the task that it has, and where it writes what it says."""
+    """A worker process with its current task and its log."""
 
     def __init__(self, slot: int, folder: Path, local_workers: int, env: dict[str, str], answers: Answers):
         self.slot = slot
@@ -141,7 +141,7 @@ class _Worker:
         threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
 
     def _listen(self, answers: Answers) -> None:
-        """Pass on each answer, and None when the process has ended."""
+        """Put each answer into the queue, and None when the process has ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             answers.put((self, line))
@@ -149,7 +149,7 @@ class _Worker:
         answers.put((self, None))
 
     def submit(self, task: StudyTask) -> None:
-        """Hand it a task. That its process is gone is told by `answers`."""
+        """Send it a task. If the process is gone, `answers` gets None."""
         self.task = task
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
@@ -157,14 +157,14 @@ class _Worker:
             self.process.stdin.flush()
 
     def describe_exit(self) -> str:
-        """For people."""
+        """Describe how the process ended, with the last lines of its log."""
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         last = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:]
         return "\n".join([f"its process {how}, {MAX_ATTEMPTS} times; see {self.log}", *last])
 
     def end(self) -> None:
-        """End it at once: it does when its stdin is closed."""
+        """Stop it at once: it exits when its stdin is closed."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -176,7 +176,7 @@ class _Worker:
 
 
 def _stop(workers: list[_Worker]) -> str:
-    """Have all keep their state and end."""
+    """Ask all to save their state and exit; returns a message for the user."""
     busy = [worker for worker in workers if worker.task]
     for worker in busy:
         worker.process.terminate()
@@ -185,11 +185,11 @@ def _stop(workers: list[_Worker]) -> str:
             worker.process.wait(SHUTDOWN_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             worker.process.kill()
-    return f"asked to stop; {len(busy)} arms or groups of arms were at work, their state is kept"
+    return f"Interrupted; the state of {len(busy)} arms or groups of arms was saved."
 
 
 def _gpus() -> list[str]:
-    """This process's GPUs, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """List this process's GPUs under the names that CUDA_VISIBLE_DEVICES takes."""
     if not torch.cuda.is_available():
         return []
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

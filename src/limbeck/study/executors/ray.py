@@ -1,11 +1,11 @@
-"""Arms as tasks of Ray: on a cluster that is there, or on one that is started on this machine for the study.
+"""Run arms as Ray tasks: on an existing cluster, or on one that is started on this machine for the study.
 
     run_study(study, executor=RayExecutor(workers=2))                    # on this machine
-    run_study(study, executor=RayExecutor(address="auto", gpus=1))       # on the cluster that this machine belongs to
+    run_study(study, executor=RayExecutor(address="auto", gpus=1))       # on the cluster of this machine
 
-All machines need Limbeck and see the study's folder, the text and the teacher under the same paths. What a task says
-goes to <folder>/logs/. A task whose process or machine is lost is taken up by another from the disk, `MAX_ATTEMPTS` times in
-all. SIGTERM ends the study from its arms' last checkpoints.
+All machines need Limbeck, and see the study's folder, the text and the teacher under the same paths. The output of a
+task goes to <folder>/logs/. A task whose process or machine is lost is taken up by another from the disk,
+`MAX_ATTEMPTS` times in all. After SIGTERM the study resumes from its arms' last checkpoints.
 """
 
 import os
@@ -28,14 +28,14 @@ from limbeck.study.spec import Study
 from limbeck.study.tasks import StudyTask, TaskResult
 
 MAX_ATTEMPTS = 3
-DEFAULT_LOCAL_WORKERS = 2  # tasks side by side on this machine, where no number is asked for
+DEFAULT_LOCAL_WORKERS = 2
 OBJECT_STORE = 80_000_000  # bytes: tasks and answers are short texts
 TEMPORARY = "limbeck-ray-"
 
 
 @dataclass
 class RayExecutor:
-    """See the module.
+    """Runs tasks on Ray.
 
     address: of a cluster, `auto` for the one that this machine belongs to; None starts one here.
     workers: tasks side by side; 0: two here, on a cluster as many as it has room for.
@@ -64,10 +64,10 @@ class RayExecutor:
         self.threads = self.cpus
 
     def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]:
-        """Do the tasks, as many at once as there is room for.
+        """Run the tasks, as many at once as there is room for.
 
         Raises:
-            LimbeckError: there is no cluster at that address, or it has not what a task needs.
+            LimbeckError: there is no cluster at that address, or no machine of it has what a task needs.
             TrainingInterrupted: SIGTERM came.
         """
         if not tasks:
@@ -87,7 +87,7 @@ class RayExecutor:
             try:
                 while waiting or running:
                     if asked():
-                        raise TrainingInterrupted("asked to stop; the arms go on from their last checkpoints")
+                        raise TrainingInterrupted("Interrupted; the arms resume from their last checkpoints.")
                     while waiting and (len(running) < self.workers or not self.workers):
                         task = waiting.popleft()
                         running[remote.remote(*self._order(folder, task), local_workers)] = task
@@ -113,18 +113,18 @@ class RayExecutor:
         except TrainingInterrupted as error:
             said = str(error)
         except ray.exceptions.RayError as error:
-            said = f"Ray lost it {MAX_ATTEMPTS} times: {type(error).__name__}: {str(error).strip()}"
+            said = f"Ray task failed after {MAX_ATTEMPTS} attempts: {type(error).__name__}: {str(error).strip()}"
         return TaskResult(task, dict.fromkeys(task.arms, said))
 
     def _share(self, ray: Any) -> tuple[float, int]:
-        """GPUs of a task, once it is sure that some machine has what it needs, and tasks on a machine at once."""
+        """Check that some machine has what a task needs; returns GPUs of a task, and tasks on a machine at once."""
         has = ray.cluster_resources()
         gpus = self.gpus if self.gpus is not None else float(has.get("GPU", 0) > 0)
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(one.get("CPU", 0) >= self.cpus and one.get("GPU", 0) >= gpus for one in machines):
             raise LimbeckError(
                 f"no machine of the cluster has {self.cpus} CPUs and {gpus:g} GPUs",
-                expected="at most what one has: "
+                expected="at most what one machine has: "
                 + "; ".join(f"{one.get('CPU', 0):g} CPUs, {one.get('GPU', 0):g} GPUs" for one in machines),
                 hint="--cpus and --gpus are those of one task",
             )
@@ -167,7 +167,7 @@ class RayExecutor:
 
 
 def _remove_left_over() -> None:
-    """Delete what studies that were killed left of their clusters."""
+    """Delete the temporary folders of clusters whose study was killed."""
     for folder in _temporary().glob(f"{TEMPORARY}*"):
         owner = folder.name.removeprefix(TEMPORARY).partition("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
@@ -183,7 +183,7 @@ def _told(resources: dict[str, float]) -> str:
 
 
 def _ray() -> Any:
-    try:
+    try:  # an optional dependency, of the extra `ray`
         import ray
         import ray.exceptions  # noqa: F401  (ray.exceptions.X is used below)
     except ImportError as error:

@@ -1,14 +1,14 @@
-"""Arms as arrays of Slurm: a script for each of the study's two lists, submitted, waited for and read from the disk.
+"""Run arms as Slurm job arrays: a script for each of the study's two lists, submitted, and its results read from disk.
 
     run_study(study, executor=SlurmExecutor(partition="gpu", gpus=1, time="4:00:00"))
 
-<folder>/slurm/ holds tasks.json (what each number of the array stands for), array.sh (the script), <number>.json (the
-answer of a task, until it is read), <array>_<number>.log and job (the array that is under way). Each array task is
-`limbeck study FOLDER --task N`. It goes on from the disk, so Slurm may requeue it, and two minutes before its time is
-over it asks for that itself.
+<folder>/slurm/ holds tasks.json (the task of each array index), array.sh (the script), <index>.json (the result of a
+task, until it is read), <array>_<index>.log and job (the running array). Each array task is
+`limbeck study FOLDER --task N`. It resumes from disk, so Slurm may requeue it, and two minutes before its time limit it
+requeues itself.
 
-A study that is killed while its array is under way waits for that array when it is started again. On a machine without
-`sbatch` the script is written and the command is said; once it has been run, the same `limbeck study` goes on.
+A study that is killed while its array runs waits for that array when it is started again. On a machine without `sbatch`
+the script is written and the command is printed; once it has been run, the same `limbeck study` reads the results.
 """
 
 import json
@@ -33,13 +33,13 @@ from limbeck.study.tasks import StudyTask, TaskResult
 
 TASKS_FILE, JOB_FILE = "tasks.json", "job"
 POLL_INTERVAL_S = 2.0
-PREEMPTION_NOTICE_S = 120  # before a task's time is over it is asked to keep its state
+PREEMPTION_NOTICE_S = 120  # how long before its time limit a task is told to save its state
 SCRIPT = """\
 #!/bin/bash
 {options}
 
 task= again=
-trap 'again=yes; [ -n "$task" ] && kill -TERM "$task"' USR1   # its time is over soon: Slurm shall begin it again
+trap 'again=yes; [ -n "$task" ] && kill -TERM "$task"' USR1   # its time limit is near: requeue it
 trap '[ -n "$task" ] && kill -TERM "$task"' TERM
 {command} --task "$SLURM_ARRAY_TASK_ID" &
 task=$!
@@ -55,11 +55,11 @@ exit "$code"
 
 @dataclass
 class SlurmExecutor:
-    """See the module.
+    """Runs tasks as Slurm job arrays.
 
-    workers: array tasks side by side; 0: as Slurm sees fit.
-    cpus, gpus, partition, time: what an array task gets, as sbatch has them.
-    sbatch: further options of sbatch, each as one text: "--account=abc".
+    workers: array tasks side by side; 0: no limit of ours.
+    cpus, gpus, partition, time: the resources of an array task, as options of sbatch.
+    sbatch: further options of sbatch, each as one string: "--account=abc".
     """
 
     workers: int = 0
@@ -89,7 +89,7 @@ class SlurmExecutor:
 
         Raises:
             LimbeckError: there is no sbatch here (the script is written), or it refused.
-            TrainingInterrupted: SIGTERM came; the array goes on without this process.
+            TrainingInterrupted: SIGTERM came; the array keeps running.
         """
         place = folder / "slurm"
         arms = {arm.name: arm for arm in study.arms(folder)}
@@ -109,16 +109,16 @@ class SlurmExecutor:
             script = self.write_script(folder, left)
             if shutil.which("sbatch") is None:
                 raise LimbeckError(
-                    f"there is no sbatch on this machine; the script for {len(left)} tasks is written",
-                    hint=f"sbatch {script}   (where it is), and when that is done the same command again",
+                    f"there is no sbatch on this machine; the script for {len(left)} tasks was written",
+                    hint=f"sbatch {script}   (on a machine that has it), and then the same command again",
                 )
             yield from _submit(place, script, left, asked)
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Nothing to release."""
 
     def write_script(self, folder: Path, tasks: list[StudyTask]) -> Path:
-        """Write the script and the list of what its numbers stand for; the script."""
+        """Write the script and the list of its tasks; returns the script's path."""
         place = folder / "slurm"
         check_single_line("--out", str(folder))
         check_single_line("the working directory", os.getcwd())
@@ -150,17 +150,17 @@ class SlurmExecutor:
 
 
 def check_single_line(what: str, value: str | None) -> None:
-    """Raises LimbeckError where a value would end its `#SBATCH` line: what follows would be a command of the script."""
+    """Raise LimbeckError if a value has a line break: what follows it would be a command of the script."""
     if value is not None and not value.isprintable():
         raise LimbeckError(f"{what} {value!r}", expected="one line of printable characters, for Slurm's script")
 
 
 def run_array_task(folder: Path, number: int) -> dict[str, str]:
-    """Do one task of the array that is written in the study's folder; what the arms said that failed.
+    """Run one task of the array in the study's folder; returns the errors of failed arms.
 
     Raises:
-        LimbeckError: no array is written there, or it has no such number.
-        TrainingInterrupted: SIGTERM came, the state is kept.
+        LimbeckError: the folder has no array, or the array no such index.
+        TrainingInterrupted: SIGTERM came; the state is saved.
     """
     place = folder / "slurm"
     try:
@@ -177,8 +177,8 @@ def run_array_task(folder: Path, number: int) -> dict[str, str]:
 
 
 def _submit(place: Path, script: Path, tasks: list[StudyTask], asked: Callable[[], bool]) -> Iterator[TaskResult]:
-    """Submit the script; its tasks as their answers come."""
-    # a session of its own: Ctrl-C ends the study, and leaves the array alone
+    """Submit the script, and yield the results of its tasks as they come."""
+    # a session of its own: Ctrl-C stops the study, not the array
     sbatch = subprocess.Popen(
         ["sbatch", "--wait", "--parsable", str(script)],
         stdout=subprocess.PIPE,
@@ -196,7 +196,7 @@ def _submit(place: Path, script: Path, tasks: list[StudyTask], asked: Callable[[
             f"sbatch refused {script}: {sbatch.stderr.read().strip()}", hint="--partition, --time, --sbatch=OPTION"
         )
     results.write_atomically(place / JOB_FILE, job + "\n")
-    console.print(f"array {job} of {len(tasks)} tasks submitted; what they say is in {place}/", markup=False)
+    console.print(f"array {job} of {len(tasks)} tasks submitted; logs are in {place}/", markup=False)
     waiting = dict(enumerate(tasks))
     try:
         while waiting:
@@ -208,7 +208,7 @@ def _submit(place: Path, script: Path, tasks: list[StudyTask], asked: Callable[[
             if over:
                 break
             if asked():
-                raise TrainingInterrupted(f"asked to stop; the array {job} goes on (scancel {job} ends it)")
+                raise TrainingInterrupted(f"Interrupted; array {job} keeps running (scancel {job} stops it).")
             time.sleep(POLL_INTERVAL_S)
     finally:
         if sbatch.poll() is None:
@@ -217,26 +217,26 @@ def _submit(place: Path, script: Path, tasks: list[StudyTask], asked: Callable[[
     for number, task in waiting.items():
         log = place / f"{job}_{number}.log"
         last = log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:] if log.exists() else []
-        said = "\n".join([f"its array task {job}_{number} ended without an answer; see {log}", *last])
+        said = "\n".join([f"array task {job}_{number} ended without a result; see {log}", *last])
         yield TaskResult(task, dict.fromkeys(task.arms, said))
 
 
 def _wait_for_another(place: Path, asked: Callable[[], bool]) -> None:
-    """Wait for the array that a driver left under way when it was killed."""
+    """Wait for an array that a killed process of this study left running."""
     if not (place / JOB_FILE).exists():
         return
     job = (place / JOB_FILE).read_text(encoding="utf-8").strip()
     if _alive(job):
-        console.print(f"the array {job} of this study is under way; waiting for it (scancel {job} ends it)")
+        console.print(f"array {job} of this study is still running; waiting for it (scancel {job} stops it)")
     while _alive(job):
         if asked():
-            raise TrainingInterrupted(f"asked to stop; the array {job} goes on (scancel {job} ends it)")
+            raise TrainingInterrupted(f"Interrupted; array {job} keeps running (scancel {job} stops it).")
         time.sleep(POLL_INTERVAL_S)
     (place / JOB_FILE).unlink()
 
 
 def _alive(job: str) -> bool:
-    """Does Slurm have something left of the array, running or waiting?"""
+    """Whether a task of the array is running or waiting."""
     if shutil.which("squeue") is None:
         return False
     done = subprocess.run(
@@ -251,7 +251,7 @@ def _alive(job: str) -> bool:
 
 
 def _answers(place: Path) -> dict[StudyTask, dict[str, str]]:
-    """Take what the tasks said of an array for which nobody has waited to its end."""
+    """Take the results of an array whose study was killed before it ended."""
     try:
         tasks = json.loads((place / TASKS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

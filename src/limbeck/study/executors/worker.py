@@ -1,10 +1,10 @@
-"""A process that does tasks of a study for an executor: what it is told and what it answers are plain data.
+"""A process that runs tasks of a study for an executor; tasks and results are plain data.
 
-    failures = run_study_task("runs/mine", {"kind": "alone", "arms": ["gla_3_seed0"]})     # {} when all went well
-    [sys.executable, "-c", BOOTSTRAP_CODE, "runs/mine", "2"]      # a task a line on stdin, an answer a line on stdout
+    failures = run_study_task("runs/mine", {"kind": "alone", "arms": ["gla_3_seed0"]})     # {} if nothing failed
+    [sys.executable, "-c", BOOTSTRAP_CODE, "runs/mine", "2"]      # a task a line on stdin, a result a line on stdout
 
-All else is on disk: the study in <folder>/study.yaml, and each arm in its run directory. A worker of the second kind
-ends at once when its stdin is closed, and so when the process that started it is killed: an arm never has two.
+Everything else is on disk: the study in <folder>/study.yaml, and each arm in its run directory. A worker of the second
+kind exits at once when its stdin is closed, so also when its parent is killed: two never work on one arm.
 """
 
 import json
@@ -44,16 +44,16 @@ threading.Thread(target=listen, daemon=True).start()
 from limbeck.study.executors.worker import main
 main(orders)
 """
-LOCK_TIMEOUT_S = 60.0  # how long an arm may be held by a process that is about to end
+LOCK_TIMEOUT_S = 60.0  # how long a process that is about to exit may hold an arm
 
 
 def task_to_dict(task: StudyTask) -> dict[str, Any]:
-    """A task as plain data, with the files of the mixers that this process has loaded."""
+    """Convert a task to plain data, with the files of the mixers that this process has loaded."""
     return {"kind": task.kind, "arms": list(task.arms), "mixers": [str(path) for path in registry.list_loaded_files()]}
 
 
 def run_study_task(folder: str, task: dict[str, Any], local_workers: int = 1) -> dict[str, str]:
-    """Do a task of the study in `folder`; what the arms said that failed.
+    """Run a task of the study in `folder`; returns the errors of failed arms.
 
     Args:
         folder: as the study's recipes have it, absolute or relative to this process's directory.
@@ -61,7 +61,7 @@ def run_study_task(folder: str, task: dict[str, Any], local_workers: int = 1) ->
         local_workers: how many workers share this machine's memory.
 
     Raises:
-        TrainingInterrupted: SIGTERM came, the state is kept.
+        TrainingInterrupted: SIGTERM came; the state is saved.
     """
     try:
         for file in task["mixers"]:
@@ -82,7 +82,8 @@ def run_study_task(folder: str, task: dict[str, Any], local_workers: int = 1) ->
 def run_remote_task(
     directory: str, folder: str, task: dict[str, Any], threads: int, log: str, local_workers: int
 ) -> dict[str, str]:
-    """The same in a process that something else started: first go to that directory; what is said goes to `log`."""
+    """Run a task in a process that Ray started: in `directory`, with output to the file `log`."""
+    # late: BOOTSTRAP_CODE listens before it imports anything that takes seconds
     import torch
 
     torch.set_num_threads(threads)
@@ -108,7 +109,7 @@ def _task_runner(local_workers: int) -> TaskRunner:
 
 
 def _wait_until_free(path: Path) -> None:
-    """Wait for the run directory's lock: a killed driver's workers on other machines may take a moment to end."""
+    """Wait for the lock of a run directory: workers of a killed study may take a moment to exit."""
     if fcntl is None or not (path / ".lock").exists():
         return
     began = time.monotonic()
@@ -122,9 +123,9 @@ def _wait_until_free(path: Path) -> None:
 
 
 def main(orders: "queue.Queue[dict[str, Any]]") -> None:
-    """Do the tasks that come until the process ends; folder and number of workers are its arguments."""
+    """Run the tasks that come until the process ends; folder and number of workers are its arguments."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not get among the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the results
     try:
         while True:
             failures = run_study_task(sys.argv[1], orders.get(), int(sys.argv[2]))

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.mixers import Mixer, OperatorInputs, Options, State, TokenMask, register
+from limbeck.mixers import Inputs, Mixer, Options, State, Tokens, register
 from limbeck.ops import scalar_decay
 
 
@@ -35,11 +35,9 @@ class Lightning(Mixer):
     options: LightningOptions
     published = {"rope": False, "conv_activation": "silu"}
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         s = self.shape
         rate = 2.0 ** (-8.0 * torch.arange(1, s.heads + 1, device=q.device, dtype=torch.float64) / s.heads)
         if self.options.slower_with_depth:
             rate = rate * (1 - s.layer / max(s.layers - 1, 1))
-        return OperatorInputs(q * s.scale, k, v, -rate.to(torch.promote_types(q.dtype, torch.float32)))
+        return Inputs(q * s.scale, k, v, -rate.to(torch.promote_types(q.dtype, torch.float32)))

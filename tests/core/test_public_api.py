@@ -13,8 +13,8 @@ DOORS = {
         LimbeckConfig LimbeckError LimbeckForCausalLM Recipe __version__ cache_bytes convert distill
     """,
     "limbeck.mixers": """
-        PRESETS HeadShape Inputs Mixer Options State Tokens build get list_mixer_sets list_mixers register resolve_options
-        select_mixers
+        PRESETS HeadShape Inputs Mixer Options State Tokens build get list_mixer_sets list_mixers register
+        resolve_options select_mixers
     """,
     "limbeck.testing": """
         CHECKS FAMILIES QUICK_FAMILIES Check CheckResult MixerVariant list_cases make_tiny_model run_checks
@@ -53,3 +53,15 @@ def test_names_of_old_paths():
 
     assert LimbeckConfig is limbeck.LimbeckConfig
     assert LimbeckForCausalLM is limbeck.LimbeckForCausalLM
+
+
+def test_names_that_mixers_of_0_1_have():
+    from limbeck.mixers import Mixer
+    from limbeck.ops import convolution, diagonal_plus_rank_one, dplr, short_conv
+
+    class Old(Mixer):
+        normalised = True
+
+    assert Old.normalized
+    assert not Mixer.normalized
+    assert (convolution, diagonal_plus_rank_one) == (short_conv, dplr)

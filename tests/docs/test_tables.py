@@ -23,7 +23,7 @@ def sizes(name: str) -> list[str]:
     """A row of the table of sizes: parameters, then state, by preset."""
     made = [mixers.build(name, SHAPE, preset=preset) for preset in mixers.PRESETS]
     parameters = [f"{sum(p.numel() for p in mixer.parameters()):,}" for mixer in made]
-    return [f"`{name}`", *parameters, *(f"{m.state_numel():,}" + " a token" * m.has_growing_state for m in made)]
+    return [f"`{name}`", *parameters, *(f"{m.state_numel():,}" + " a token" * m.grows for m in made)]
 
 
 @pytest.mark.parametrize("name", mixers.list_mixers())

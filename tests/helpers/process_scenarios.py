@@ -1,4 +1,4 @@
-"""What tests/training/test_processes.py runs in each of two processes, one launch for all: torchrun process_scenarios.py FOLDER.
+"""What tests/training/test_processes.py runs in each of two processes: torchrun process_scenarios.py FOLDER.
 
 FOLDER holds a recipe NAME.yaml for each scenario; what came of it is written to NAME.RANK.json.
 """

@@ -52,8 +52,8 @@ class Broken(mixers.get("gla")):
     name, summary = "broken", "a GLA with a mistake"
     mistake = ""
 
-    def compute_inputs(self, q, k, v, x, tokens, state):
-        arguments = super().compute_inputs(q, k, v, x, tokens, state)
+    def inputs(self, q, k, v, x, tokens, state):
+        arguments = super().inputs(q, k, v, x, tokens, state)
         if self.mistake == "looks ahead":
             arguments.log_decay = arguments.log_decay - (x.mean() ** 2)
         if self.mistake == "forgets the state":

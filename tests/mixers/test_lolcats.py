@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from limbeck import LimbeckError, mixers, testing
-from limbeck.mixers import HeadShape, TokenMask
+from limbeck.mixers import HeadShape, Tokens
 from limbeck.ops import sliding_window
 from limbeck.testing import CHECKS, MixerVariant
 
@@ -37,7 +37,7 @@ def tokens_of(masks):
     segments[1], segments[1, 16:] = 1, 3
     valid = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(4)) > 0.3
     valid[0, :2], valid[1, -3:], valid[1, 2:12] = False, False, True
-    return TokenMask(valid if "valid" in masks else None, segments if "segments" in masks else None)
+    return Tokens(valid if "valid" in masks else None, segments if "segments" in masks else None)
 
 
 def hedgehog(x, phi):
@@ -91,10 +91,10 @@ def test_it_is_its_equation(options, masks):
     same(mixer.forward_matrix(q, k, v, x, tokens=tokens)[0], wanted)
     state, steps = {}, []
     for t in range(LENGTH):
-        one = TokenMask(*(None if z is None else z[:, t : t + 1] for z in (tokens.valid, None)))
+        one = Tokens(*(None if z is None else z[:, t : t + 1] for z in (tokens.valid, None)))
         if tokens.segments is not None:  # 0 where the document of the state goes on
             before = tokens.segments[:, max(t - 1, 0) : max(t, 1)]
-            one = TokenMask(one.valid, (tokens.segments[:, t : t + 1] != before).long())
+            one = Tokens(one.valid, (tokens.segments[:, t : t + 1] != before).long())
         y, state = mixer(*(z[:, t : t + 1] for z in (q, k, v, x)), tokens=one, state=state)
         steps.append(y)
     same(torch.cat(steps, 1), wanted)
@@ -104,7 +104,7 @@ def test_it_is_its_equation(options, masks):
 @torch.no_grad()
 def test_a_branch_alone(branches):
     mixer, (q, k, v, x) = built(window=5, sinks=1, branches=branches), given()
-    wanted = equation(mixer, q, k, v, TokenMask(), branches)
+    wanted = equation(mixer, q, k, v, Tokens(), branches)
     same(mixer(q, k, v, x)[0], wanted)
     same(mixer.forward_matrix(q, k, v, x)[0], wanted)
     if branches == "window":
@@ -134,7 +134,7 @@ def test_without_weight_in_a_window_of_one_it_is_linear_attention_of_the_tokens_
     linear.load_state_dict({n.removeprefix("linear."): p for n, p in mixer.state_dict().items() if "linear" in n})
     padded = [F.pad(z[:, :-1], (0, 0, 0, 0, 1, 0)) for z in (k, v)]
     valid = torch.arange(LENGTH).expand(2, -1) > 0
-    same(y[:, 1:], linear(q, *padded, x, tokens=TokenMask(valid))[0][:, 1:])
+    same(y[:, 1:], linear(q, *padded, x, tokens=Tokens(valid))[0][:, 1:])
 
 
 @pytest.mark.parametrize("sinks", [0, 2])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import limbeck
 from limbeck import mixers
 from limbeck.core.errors import LimbeckError
-from limbeck.mixers import HeadShape, TokenMask
+from limbeck.mixers import HeadShape, Tokens
 from limbeck.ops import cpu, delta_rule, dplr, scalar_decay, value_decay, vector_decay
 from limbeck.testing import MixerVariant, make_tiny_model
 from limbeck.testing.contract import sample_inputs
@@ -41,7 +41,7 @@ def test_mlstms_decays_never_grow_and_still_learn(moved, documents):
     module = MixerVariant("mlstm").build_module(dtype=torch.float32, perturbation=moved)
     q, k, v, x = sample_inputs(module, 2, 128, dtype=torch.float32)
     segments = (torch.arange(128) // 50).expand(2, -1) if documents else None
-    given = module.compute_inputs(q, k, v, x, TokenMask(segments=segments), {})
+    given = module.inputs(q, k, v, x, Tokens(segments=segments), {})
     assert float(given.log_decay.detach().max()) <= 0
     assert cpu.plan_chunks(q, given.log_decay.unsqueeze(-1), None) is not None
     slope = torch.autograd.grad(given.log_decay.sum(), module.forget_gate.bias)[0]

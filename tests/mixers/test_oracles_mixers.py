@@ -21,10 +21,10 @@ from helpers.oracles import (
     transformers_function,
     wide,
 )
-from limbeck.mixers import TokenMask
+from limbeck.mixers import Tokens
 from limbeck.mixers.feature_maps import FEATURE_MAPS
 
-NONE = TokenMask()
+NONE = Tokens()
 
 
 @pytest.fixture(autouse=True)

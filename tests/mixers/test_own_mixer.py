@@ -26,15 +26,15 @@ from limbeck.testing.contract import sample_ids
 EXAMPLE = ROOT / "examples" / "lightning"
 FILE = EXAMPLE / "limbeck_lightning.py"
 OWN = """
-from limbeck.mixers import OperatorInputs, Mixer, register
+from limbeck.mixers import Inputs, Mixer, register
 from limbeck.ops import scalar_decay
 
 @register
 class Plain(Mixer):
     name, summary, operator = "NAME", "linear attention without anything", scalar_decay
 
-    def compute_inputs(self, q, k, v, x, tokens, state):
-        return OperatorInputs(q, k, v)
+    def inputs(self, q, k, v, x, tokens, state):
+        return Inputs(q, k, v)
 """
 
 
@@ -209,7 +209,7 @@ def test_the_command_line_checks_a_file(tmp_path):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "cases passed" in done.output
-    wrong = OWN.replace("return OperatorInputs(q, k, v)", "return OperatorInputs(q, k * k.shape[1], v)")
+    wrong = OWN.replace("return Inputs(q, k, v)", "return Inputs(q, k * k.shape[1], v)")
     failed = CliRunner().invoke(app, ["check", str(own_file(tmp_path, text=wrong)), "--quick", "--family", "llama"])
     assert failed.exit_code == 1, failed.output
     assert "three_forms\ntoken 0 alone beside the whole pass: off by" in failed.output

@@ -14,7 +14,7 @@ from limbeck.testing.tiny_models import VOCAB_SIZE
 
 PRESETS = ("default", "published", "controlled")
 LONG = 300  # tokens, several times as many as any state of a tiny student could pass for
-FIXED = [name for name in limbeck.mixers.list_mixers() if not limbeck.mixers.get(name).has_growing_state]
+FIXED = [name for name in limbeck.mixers.list_mixers() if not limbeck.mixers.get(name).grows]
 
 
 def ids(rows: int, length: int) -> torch.Tensor:

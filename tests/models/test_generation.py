@@ -171,7 +171,7 @@ def test_a_static_cache_keeps_its_tensors(mixer):
         assert isinstance(layer, RecurrentLayer)
         assert int(layer.get_seq_length()) == end
         where.append([t.data_ptr() for t in layer.states[0].values()] + [layer.length.data_ptr()])
-    if not cls.has_growing_state:
+    if not cls.grows:
         assert all(w == where[0] for w in where)
         assert cache_bytes(cache) == 8 * sum(m.state_numel() for m in get_mixers(model).values())
     cache.reset()
@@ -206,7 +206,7 @@ def test_the_cache_is_as_large_after_256_tokens_as_after_16(mixer):
             converted.append(cache_bytes(cache) - softmax[-1])
         expected = [n * 2 * 2 * 8 * 8 for n in (16, 64, 255, 256)]  # keys and values of 2 heads of 8, 8 bytes each
         assert softmax == ([0] * 4 if layers == "all" else expected)
-        assert (len(set(converted)) == 1) != cls.has_growing_state, f"{mixer}: {converted}"
+        assert (len(set(converted)) == 1) != cls.grows, f"{mixer}: {converted}"
 
 
 def _compile_config(backend) -> CompileConfig:

@@ -8,7 +8,7 @@ import torch
 
 import limbeck
 from limbeck.data.packing import Batch
-from limbeck.mixers import TokenMask
+from limbeck.mixers import Tokens
 from limbeck.models import find_attention_sites
 from limbeck.models.attention_rows import output_attention_rows, supports_row_output
 from limbeck.models.backbone import run_backbone, supports_packed_positions
@@ -36,7 +36,7 @@ def test_rows_are_those_of_the_matrix_with_its_gradients(mixer):
     q, k, v, x = (z.requires_grad_(True) for z in sample_inputs(module, batch=2, length=70))
     segments = (torch.arange(70)[None] >= torch.tensor([[70], [40]])).long()
     rows = torch.stack([torch.tensor([0, 5, 41, 69]), torch.tensor([1, 39, 40, 68])])
-    tokens = TokenMask(segments=segments)
+    tokens = Tokens(segments=segments)
     wanted = gather_rows(module.forward_matrix(q, k, v, x, tokens=tokens)[1], rows, 2)
     found = module.forward_rows(q, k, v, x, rows, tokens=tokens)
     assert found.shape == wanted.shape == (2, 4, 4, 70)

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 import limbeck
 from limbeck import LimbeckError
 from limbeck.data.packing import Batch
-from limbeck.mixers import TokenMask
+from limbeck.mixers import Tokens
 from limbeck.models import RecurrentLayer, attention, cache_bytes, find_attention_sites, get_mixers, parse_layers
 from limbeck.models.attention import token_mask_from_attention_mask
 from limbeck.models.backbone import LMHead, build_model_inputs, run_backbone, supports_packed_positions
@@ -147,7 +147,7 @@ def test_which_families_keep_packed_documents_apart_is_found_out():
 
 
 def test_padding_and_documents_are_read_from_any_mask():
-    assert token_mask_from_attention_mask(None, 4) == TokenMask()
+    assert token_mask_from_attention_mask(None, 4) == Tokens()
     padded = token_mask_from_attention_mask(torch.tensor([[0, 1, 1], [1, 1, 1]]), 3)
     assert padded.valid.tolist() == [[False, True, True], [True, True, True]]
     assert padded.segments is None

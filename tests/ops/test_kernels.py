@@ -12,7 +12,7 @@ from helpers import naive_kernels
 from helpers.paths import ROOT
 from limbeck import LimbeckError, mixers, ops
 from limbeck.data.packing import DocumentBoundaries
-from limbeck.mixers import HeadShape, TokenMask
+from limbeck.mixers import HeadShape, Tokens
 from limbeck.ops import dplr, fla, matrix_rows
 from limbeck.ops.fla import adapters, catalogue, dispatch, verify
 from limbeck.ops.fla.adapters import VarlenLayout
@@ -130,7 +130,7 @@ def test_every_mixer_is_the_same_by_kernels(naive, name):
     for backend in ("torch", "auto"):
         given = [z.clone().requires_grad_() for z in x]
         with fla.use_backend(backend):
-            y, state = mixer(*given, tokens=TokenMask(valid, segments))
+            y, state = mixer(*given, tokens=Tokens(valid, segments))
             grads = torch.autograd.grad(y.square().sum(), [*given, *mixer.parameters()], allow_unused=True)
             with torch.no_grad():
                 more, _ = mixer(*(z[:, -1:] for z in x), state={n: t.detach() for n, t in state.items()})

@@ -25,15 +25,15 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 CPU = torch.device("cpu")
 # a mixer whose output is no number where it learns
 BAD_MIXER = """
-from limbeck.mixers import OperatorInputs, Mixer, register
+from limbeck.mixers import Inputs, Mixer, register
 from limbeck.ops import scalar_decay
 
 @register
 class Bad(Mixer):
     name, summary, operator = "bad", "not a number in training", scalar_decay
 
-    def compute_inputs(self, q, k, v, x, tokens, state):
-        return OperatorInputs(q, k, v * float("nan") if v.requires_grad else v)
+    def inputs(self, q, k, v, x, tokens, state):
+        return Inputs(q, k, v * float("nan") if v.requires_grad else v)
 """
 
 

@@ -168,7 +168,7 @@ OPERATED = [name for name in limbeck.mixers.list_mixers() if limbeck.mixers.get(
 def test_a_state_is_read_in_full_precision_under_autocast(mixer, preset, monkeypatch):
     module = MixerVariant(mixer, preset=preset).build_module(dtype=torch.float32)
     q, k, v, x = sample_inputs(module, 2, 24, dtype=torch.float32)
-    tokens = limbeck.mixers.TokenMask()
+    tokens = limbeck.mixers.Tokens()
     q, k, v = module._prepare(q, k, v, tokens, {}, {})
     _, state = module.attend(q, k, v, x, tokens, {})
     step = [z[:, -1:] for z in (q, k, v, x)]

@@ -31,7 +31,7 @@ def students(
             table.add_row(name, mixer.extra_repr())
             continue
         num_parameters = sum(p.numel() for p in mixer.parameters())
-        state = f"{mixer.state_numel():,}" + (" a token" if mixer.has_growing_state else "")
+        state = f"{mixer.state_numel():,}" + (" a token" if mixer.grows else "")
         table.add_row(name, mixer.operator_name, f"{num_parameters:,}", state, mixer.summary)
     output.print(table)
     output.print(f"Numbers per layer with 9 heads of 64 on width 576 (SmolLM2-135M), preset {preset}.", style="dim")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.mixers import Mixer
-from limbeck.mixers.types import OperatorInputs
+from limbeck.mixers.types import Inputs
 
 
 def normalize_rows(matrix: Tensor, signed: bool = False) -> Tensor:
@@ -130,14 +130,14 @@ def compute_half_life(decays: list[Tensor], heads: int) -> Tensor | None:
     return half_lives.repeat_interleave(heads // len(half_lives))
 
 
-def step_log_decay(inputs: OperatorInputs) -> Tensor | None:
+def step_log_decay(inputs: Inputs) -> Tensor | None:
     """Compute the log decay of the state per token: [h], [B, T, h] or [B, T, h, K]; None without decay."""
     decay = inputs.log_decay
-    if decay is None or inputs.denominator_floor is None:
+    if decay is None or inputs.floor is None:
         return decay
     # A running maximum stabilizes the state (mLSTM), and the operator's decay includes its steps. The denominator's
     # floor is exp(−maximum), so the steps can be removed again, from the second token on.
-    maximum = -inputs.denominator_floor.log()
+    maximum = -inputs.floor.log()
     return decay[:, 1:] + maximum[:, 1:] - maximum[:, :-1]
 
 
@@ -145,7 +145,7 @@ def step_log_decay(inputs: OperatorInputs) -> Tensor | None:
 def _record_mixer(mixer: Mixer, decays: list[Tensor]) -> Iterator[None]:
     original = mixer.compute_masked_inputs
 
-    def record(*args, **kwargs) -> OperatorInputs:
+    def record(*args, **kwargs) -> Inputs:
         inputs = original(*args, **kwargs)
         decay = step_log_decay(inputs)
         if decay is not None:

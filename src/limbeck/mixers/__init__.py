@@ -42,16 +42,16 @@ from limbeck.mixers.registry import (
     resolve_options,
     select_mixers,
 )
-from limbeck.mixers.types import HeadShape, OperatorInputs, State, TokenMask
+from limbeck.mixers.types import HeadShape, Inputs, State, Tokens
 
 __all__ = [
     "PRESETS",
     "HeadShape",
+    "Inputs",
     "Mixer",
-    "OperatorInputs",
     "Options",
     "State",
-    "TokenMask",
+    "Tokens",
     "build",
     "get",
     "list_mixer_sets",

@@ -6,7 +6,7 @@
 
 A mixer replaces softmax attention. It receives what the teacher's own attention module computed (q, k, v with their
 biases, norms and RoPE) and the hidden states, and returns what goes into the teacher's own output projection.
-A subclass writes `compute_inputs`: how q, k, v, decay and write strength come about. Masks, packed documents, the short
+A subclass writes `inputs`: how q, k, v, decay and write strength come about. Masks, packed documents, the short
 convolution, the normalizer, chunked and recurrent forms, the mixing matrix, the state, head norm and output gate are
 here.
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from limbeck.core.errors import LimbeckError
 from limbeck.mixers.options import Options
-from limbeck.mixers.types import HeadShape, OperatorInputs, State, TokenMask
+from limbeck.mixers.types import HeadShape, Inputs, State, Tokens
 from limbeck.ops import short_conv
 from limbeck.ops.common import repeat_kv
 from limbeck.ops.matrix_rows import gather_rows, matrix_rows
@@ -40,14 +40,14 @@ class ByInput(nn.ParameterDict):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A subclass sets the attributes, writes `compute_inputs` and initializes its parameters."""
+    """Base of all mixers. A subclass sets the attributes, writes `inputs` and initializes its parameters."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str] = ""  # paper and equation
     # a module of limbeck.ops; None where the mixer overrides attend and attend_matrix
     operator: ModuleType | None = None
-    has_growing_state: ClassVar[bool] = False  # the state grows with every token
+    grows: ClassVar[bool] = False  # the state grows with every token
     normalized: bool = False  # divide the output by the operator's output for a column of ones
     options_class: type[Options] = Options
     # Options by preset: changes to the dataclass's defaults; those of the authors; those that make all mixers alike.
@@ -64,6 +64,12 @@ class Mixer(nn.Module):
         "heads": 0,
         "state": 1.0,
     }
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # mixers in files beside students of 0.1 spell it so; without this they would be computed without a normalizer
+        if "normalised" in vars(cls):
+            cls.normalized = vars(cls)["normalised"]
 
     def __init__(self, teacher_shape: HeadShape, options: Options):
         super().__init__()
@@ -99,11 +105,16 @@ class Mixer(nn.Module):
         self.build()
         self.reset_parameters()
 
+    @property
+    def site(self) -> HeadShape:
+        """Return `teacher_shape` under the name that mixers of 0.1 know."""
+        return self.teacher_shape
+
     def build(self) -> None:
         """Create the mixer's own parameters."""
 
     @classmethod
-    def adapt_to_seq_len(cls, options: Any, length: int) -> Any:
+    def for_length(cls, options: Any, length: int) -> Any:
         """Return the options for training on sequences of `length` tokens, for mixers that depend on it."""
         return options
 
@@ -136,9 +147,7 @@ class Mixer(nn.Module):
             # silu(1.27846) = 1; a sigmoid gate starts at σ(4) = 0.98.
             nn.init.constant_(self.gate.bias, 1.2784645 if self.options.output_gate == "silu" else 4.0)
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         """Compute the operator's arguments.
 
         Args:
@@ -147,7 +156,7 @@ class Mixer(nn.Module):
             v: [B, T, G, V].
             x: [B, T, D] the layer's input.
             tokens: padding and documents; the caller masks padded keys, decays and write strengths.
-            state: with the `OperatorInputs.carried_state` of the call before; empty at the start.
+            state: with the `Inputs.carry` of the call before; empty at the start.
         """
         raise NotImplementedError
 
@@ -170,7 +179,7 @@ class Mixer(nn.Module):
     # ------------------------------------------------------------------ what every mixer gets
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None, state: State | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         """Mix the values; return them and the state after the last token.
 
@@ -185,37 +194,37 @@ class Mixer(nn.Module):
         Returns:
             y [B, T, H, V] in the dtype of v, and the new state.
         """
-        tokens, state = tokens or TokenMask(), state or {}
+        tokens, state = tokens or Tokens(), state or {}
         carried: State = {}
         q, k, v = self._prepare(q, k, v, tokens, state, carried)
         o, memory = self.attend(q, k, v, x, tokens, state)
         return self._readout(o, q, k, v, x), {**memory, **carried}
 
     def forward_matrix(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute y [B, T, H, V] by the mixing matrix, and return that matrix [B, H, T, T] too.
 
         The matrix multiplies v after convolution and activation. Head norm, output gate and what a mixer adds outside
         its recurrence come after it and are not part of it.
         """
-        tokens = tokens or TokenMask()
+        tokens = tokens or Tokens()
         q, k, v = self._prepare(q, k, v, tokens, {}, {})
         matrix = self.attend_matrix(q, k, v, x, tokens)
         o = torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), repeat_kv(v, self.shape.heads))
         return self._readout(o, q, k, v, x), repeat_kv(matrix, self.teacher_shape.heads, 1)
 
     def forward_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: TokenMask | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: Tokens | None = None
     ) -> Tensor:
         """Compute rows [B, R] of the mixing matrix of `forward_matrix`: [B, H, R, T]."""
-        tokens = tokens or TokenMask()
+        tokens = tokens or Tokens()
         if type(self).forward_matrix is not Mixer.forward_matrix:
             return gather_rows(self.forward_matrix(q, k, v, x, tokens=tokens)[1], rows, 2)
         q, k, v = self._prepare(q, k, v, tokens, {}, {})
         return repeat_kv(self.attend_rows(q, k, v, x, tokens, rows), self.teacher_shape.heads, 1)
 
-    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, rows: Tensor) -> Tensor:
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, rows: Tensor) -> Tensor:
         """Compute rows [B, R] of `attend_matrix`: [B, H, R, T]; all of it in mixers that override that."""
         if type(self).attend_matrix is not Mixer.attend_matrix:
             return gather_rows(self.attend_matrix(q, k, v, x, tokens), rows, 2)
@@ -223,23 +232,17 @@ class Mixer(nn.Module):
         assert self.operator is not None
         m = matrix_rows(self.operator, arguments.q, arguments.k, arguments.gates, rows, tokens.segments)
         if self.normalized:
-            floor = (
-                arguments.denominator_floor
-                if arguments.denominator_floor is None
-                else gather_rows(arguments.denominator_floor, rows, 1)
-            )
+            floor = arguments.floor if arguments.floor is None else gather_rows(arguments.floor, rows, 1)
             total = m.sum(-1).transpose(1, 2).unsqueeze(-1)
-            denominator = self._denominator(total, replace(arguments, denominator_floor=floor))
+            denominator = self._denominator(total, replace(arguments, floor=floor))
             m = m / denominator.squeeze(-1).transpose(1, 2).unsqueeze(-1)
         if arguments.diagonal is None:
             return m
         own = gather_rows(arguments.diagonal, rows, 1).transpose(1, 2).unsqueeze(-1).to(m.dtype)
         return m.scatter_add(3, rows[:, None, :, None].expand_as(own), own)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> tuple[Tensor, State]:
-        """Run the operator on `compute_inputs` and normalize: o [B, T, H, V] and the new state."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+        """Run the operator on `inputs` and normalize: o [B, T, H, V] and the new state."""
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
         value = arguments.v
         if self.normalized:
@@ -257,9 +260,9 @@ class Mixer(nn.Module):
         if self.normalized:
             o, total = o[..., :-1], o[..., -1:]
             o = o / self._denominator(total, arguments)
-        return arguments.add_diagonal_to_output(o), {"memory": memory, **arguments.carried_state}
+        return arguments.add_diagonal_to_output(o), {"memory": memory, **arguments.carry}
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         """Build the matrix [B, H, T, T] that `attend` multiplies v by."""
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
         assert self.operator is not None
@@ -269,11 +272,9 @@ class Mixer(nn.Module):
             m = m / self._denominator(total, arguments).squeeze(-1).transpose(1, 2).unsqueeze(-1)
         return arguments.add_diagonal_to_matrix(m)
 
-    def compute_masked_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
-        """Run `compute_inputs` and turn padding into no-ops: it writes nothing, and nothing decays."""
-        arguments = self.compute_inputs(q, k, v, x, tokens, state)
+    def compute_masked_inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
+        """Run `inputs` and turn padding into no-ops: it writes nothing, and nothing decays."""
+        arguments = self.inputs(q, k, v, x, tokens, state)
         return arguments if tokens.valid is None else arguments.mask_padding(tokens.valid)
 
     def state_numel(self) -> int:
@@ -312,7 +313,7 @@ class Mixer(nn.Module):
         )
 
     def _prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, tokens: TokenMask, state: State, carried: State
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: State, carried: State
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Convolve, activate, merge into fewer heads and resize q, k, v; put the convolutions' state into `carried`."""
         if self.options.conv:
@@ -326,7 +327,7 @@ class Mixer(nn.Module):
             q, k = (torch.einsum("bthk,hkj->bthj", z, self.resize(n)) for n, z in (("q", q), ("k", k)))
         return q, k, v
 
-    def _convolve(self, name: str, z: Tensor, tokens: TokenMask, state: State, carried: State) -> Tensor:
+    def _convolve(self, name: str, z: Tensor, tokens: Tokens, state: State, carried: State) -> Tensor:
         """Convolve q, k or v [B, T, heads, width]; put the state for the next call into `carried`."""
         key = f"conv_{name}"
         past = {"state": state.get(key), "segments": tokens.segments}
@@ -363,9 +364,9 @@ class Mixer(nn.Module):
             return o * self.gate(torch.sigmoid(x)).view(o.shape)
         return o * (F.silu if kind == "silu" else torch.sigmoid)(self.gate(x)).view(o.shape)
 
-    def _denominator(self, total: Tensor, arguments: OperatorInputs) -> Tensor:
-        if arguments.denominator_floor is not None:
-            return torch.maximum(total.abs(), arguments.denominator_floor.unsqueeze(-1).to(total.dtype))
+    def _denominator(self, total: Tensor, arguments: Inputs) -> Tensor:
+        if arguments.floor is not None:
+            return torch.maximum(total.abs(), arguments.floor.unsqueeze(-1).to(total.dtype))
         return total.clamp_min(1e-6)
 
     @property

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, upcast
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import delta_rule
 
 
@@ -48,13 +48,11 @@ class DeltaNet(Mixer):
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.strength.bias, math.log(self.options.write / (most - self.options.write)))
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         beta = torch.sigmoid(upcast(self.strength(x)))
         beta = 2 * beta if self.options.negative_eigenvalues else beta
         q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
-        return OperatorInputs(q, k, v, self.log_decay(x), beta)
+        return Inputs(q, k, v, self.log_decay(x), beta)
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """Compute log a_t, [B, T, H] or [B, T, H, K]; None for no decay."""

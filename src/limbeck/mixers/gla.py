@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import vector_decay
 
 
@@ -57,8 +57,6 @@ class GLA(Mixer):
         with torch.no_grad():
             self.decay_up.bias.copy_(logit(log_decay.exp()).repeat_interleave(self.shape.key_width))
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         gate = upcast(self.decay_up(self.decay_down(x)).unflatten(-1, (self.shape.heads, -1)))
-        return OperatorInputs(q * self.shape.scale, k, v, F.logsigmoid(gate) / self.options.temperature)
+        return Inputs(q * self.shape.scale, k, v, F.logsigmoid(gate) / self.options.temperature)

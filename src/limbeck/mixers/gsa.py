@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import slot_attention, value_decay
 
 
@@ -60,18 +60,14 @@ class GSA(Mixer):
     def qk_width(self, rows: int) -> int:
         return self._head_width("key")
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         gate = upcast(self.forget(x).unflatten(-1, (self.shape.heads, -1)))
         log_decay = F.logsigmoid(gate) / self.options.temperature
         if self.options.swish:
             q, k = F.silu(q), F.silu(k)
-        return OperatorInputs(q * self.shape.scale, k, v, log_decay)
+        return Inputs(q * self.shape.scale, k, v, log_decay)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
         operator = slot_attention.recurrent if q.shape[1] == 1 else slot_attention.chunked
         o, keys, values = operator(
@@ -82,7 +78,7 @@ class GSA(Mixer):
         )
         return o, {"keys": keys, "values": values}
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
         queries, keys, _, write, log_decay = self._operands(arguments)
         return slot_attention.matrix(queries, keys, write, log_decay, segments=tokens.segments)
@@ -90,7 +86,7 @@ class GSA(Mixer):
     def memory_numel(self) -> int:
         return self.shape.heads * self.slots * (self.shape.key_width + self.shape.value_width)
 
-    def _operands(self, arguments: OperatorInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _operands(self, arguments: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the operator's arguments; the write weights 1 − a_t are zero where a token is masked."""
         log_decay = arguments.log_decay
         assert log_decay is not None

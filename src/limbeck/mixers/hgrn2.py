@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, log_decays_from_half_lives, logit
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import vector_decay
 from limbeck.ops.common import repeat_kv
 
@@ -57,13 +57,11 @@ class HGRN2(Mixer):
             self.bound.copy_(logit(bound)[:, None].expand_as(self.bound))
             self.bias.copy_(logit((decay - bound) / (1 - bound))[:, None].expand_as(self.bias))
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         gate = self.bias - repeat_kv(k, self.shape.heads)
         dtype = torch.promote_types(gate.dtype, torch.float32)
         # 1 − a = (1 − β)(1 − σ(f)), written without cancellation.
         forget = torch.sigmoid(-self.bound.to(dtype)) * torch.sigmoid(-gate.to(dtype))
         log_decay = torch.log1p(-forget.clamp(max=1 - 1e-6))
         q = F.silu(q) if self.options.swish else q
-        return OperatorInputs(q * self.shape.scale, forget, v, log_decay)
+        return Inputs(q * self.shape.scale, forget, v, log_decay)

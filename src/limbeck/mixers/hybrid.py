@@ -22,7 +22,7 @@ from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
 from limbeck.mixers.sliding_window import SlidingWindow, SlidingWindowOptions
-from limbeck.mixers.types import HeadShape, State, TokenMask
+from limbeck.mixers.types import HeadShape, State, Tokens
 
 BRANCHES = ("linear", "window")
 
@@ -55,10 +55,10 @@ class Hybrid(Mixer):
         super().__init__(teacher_shape, replace(options, **{**vars(Options()), "rope": options.rope}))
 
     @classmethod
-    def adapt_to_seq_len(cls, options: HybridOptions, length: int) -> HybridOptions:
+    def for_length(cls, options: HybridOptions, length: int) -> HybridOptions:
         linear = registry.get(options.linear)
         linear_options = registry.resolve_options(options.linear, options.linear_options)
-        before, after = vars(linear_options), vars(linear.adapt_to_seq_len(linear_options, length))
+        before, after = vars(linear_options), vars(linear.for_length(linear_options, length))
         changed = {name: value for name, value in after.items() if value != before[name]}
         return replace(options, linear_options={**options.linear_options, **changed}) if changed else options
 
@@ -66,7 +66,7 @@ class Hybrid(Mixer):
         o = self.options
         if not 0 < o.share < 1:
             raise LimbeckError(f"option 'share' of mixer 'hybrid' is {o.share}", expected="more than 0 and less than 1")
-        if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).has_growing_state:
+        if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).grows:
             raise LimbeckError(
                 f"'{o.linear}' cannot be the linear branch of a hybrid", expected="a mixer with a fixed-size state"
             )
@@ -85,9 +85,7 @@ class Hybrid(Mixer):
             nn.init.zeros_(self.choice.weight)
             nn.init.constant_(self.choice.bias, math.log(self.options.share / (1 - self.options.share)))
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         outputs, new = {}, {}
         for name in BRANCHES:
             branch_state = {key.removeprefix(f"{name}."): z for key, z in state.items() if key.startswith(f"{name}.")}
@@ -95,12 +93,12 @@ class Hybrid(Mixer):
             new.update({f"{name}.{key}": z for key, z in after.items()})
         return self._join(outputs, self._share(x).unsqueeze(-1)), new
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         matrices = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens)[1] for name in BRANCHES}
         return self._join(matrices, self._share(x).transpose(1, 2).unsqueeze(-1))
 
     def forward_matrix(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: TokenMask | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
     ) -> tuple[Tensor, Tensor]:
         # A branch's norm and gate lie between its matrix and the sum, so outputs and matrices are summed separately.
         both = {name: getattr(self, name).forward_matrix(q, k, v, x, tokens=tokens) for name in BRANCHES}

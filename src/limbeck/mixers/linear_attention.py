@@ -21,7 +21,7 @@ from limbeck.mixers.base import Mixer
 from limbeck.mixers.feature_maps import FEATURE_MAPS, CosFormerMap
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import HeadShape, OperatorInputs, State, TokenMask
+from limbeck.mixers.types import HeadShape, Inputs, State, Tokens
 from limbeck.ops import scalar_decay
 from limbeck.ops.common import find_document_starts
 
@@ -62,7 +62,7 @@ class LinearAttention(Mixer):
         self.normalized = options.normalise
 
     @classmethod
-    def adapt_to_seq_len(cls, options: LinearAttentionOptions, length: int) -> LinearAttentionOptions:
+    def for_length(cls, options: LinearAttentionOptions, length: int) -> LinearAttentionOptions:
         has_no_horizon = options.feature_map == "cosformer" and not options.horizon
         return replace(options, horizon=length) if has_no_horizon else options
 
@@ -79,21 +79,19 @@ class LinearAttention(Mixer):
     def feature_width(self) -> int:
         return self.feature_map_class.count_features(self.shape.key_width)
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         q, k, carry = self.phi_q(q), self.phi_k(k), {}
         if self.feature_map_class is CosFormerMap:
             position = _positions(tokens, q, state.get("position"))
             q, k = (CosFormerMap.reweight(z, position, self.options.horizon or HORIZON) for z in (q, k))
             carry = {"position": position[:, -1] + 1}
-        return OperatorInputs(q if self.options.normalise else q * self.shape.scale, k, v, carried_state=carry)
+        return Inputs(q if self.options.normalise else q * self.shape.scale, k, v, carry=carry)
 
     def memory_numel(self) -> int:
         return super().memory_numel() + (self.feature_map_class is CosFormerMap)
 
 
-def _positions(tokens: TokenMask, q: Tensor, first: Tensor | None) -> Tensor:
+def _positions(tokens: Tokens, q: Tensor, first: Tensor | None) -> Tensor:
     """Count the valid tokens of its document before each token, [B, T]; `first` [B] of document 0 are in the state."""
     if tokens.valid is None:
         before = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])

@@ -27,7 +27,7 @@ from limbeck.mixers.base import Mixer
 from limbeck.mixers.linear_attention import LinearAttention, LinearAttentionOptions
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import common, scalar_decay, sliding_window
 
 WINDOW = ("k", "v", "count")  # the part of the state that is the window's
@@ -74,9 +74,7 @@ class LoLCATs(Mixer):
     def qk_width(self, rows: int) -> int:
         return self._head_width("key")  # the window compares the teacher's q and k
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         segments, valid = tokens.segments, tokens.valid
         window_state = {name: state[name] for name in WINDOW} if state else None
         near, (old_k, old_v, left), window_state = sliding_window.unnormalized(
@@ -90,7 +88,7 @@ class LoLCATs(Mixer):
         both = self._join(near, far, self._factor().unsqueeze(-1))
         return _divide(both[..., :-1], both[..., -1:]).to(v.dtype), {"memory": memory, **window_state}
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         segments, valid, settings = tokens.segments, tokens.valid, self._settings()
         near = sliding_window.matrix(q, k, **settings, segments=segments, valid=valid, normalize=False)
         real = torch.ones_like(q[..., 0, 0], dtype=torch.bool) if valid is None else valid
@@ -112,12 +110,10 @@ class LoLCATs(Mixer):
     def _settings(self) -> dict[str, Any]:
         return {"window": self.window, "sinks": self.options.sinks, "scale": self.shape.scale}
 
-    def _features(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, left: Tensor, valid: Tensor | None
-    ) -> OperatorInputs:
+    def _features(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, left: Tensor, valid: Tensor | None) -> Inputs:
         """Compute φ(q), φ(k) and v of the linear part; zero where no token has left the window, and for masked q."""
-        q, k, v = self.linear._prepare(q, k, v, TokenMask(), {}, {})
-        past = self.linear.compute_inputs(q, k, v, x, TokenMask(), {}).mask_padding(left)
+        q, k, v = self.linear._prepare(q, k, v, Tokens(), {}, {})
+        past = self.linear.inputs(q, k, v, x, Tokens(), {}).mask_padding(left)
         if valid is not None:
             past.q = past.q.masked_fill(~valid[..., None, None], 0)
         return past

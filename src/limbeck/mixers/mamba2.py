@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, inverse_softplus, log_decays_from_half_lives, upcast
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import scalar_decay
 from limbeck.ops.common import repeat_kv
 
@@ -62,15 +62,13 @@ class Mamba2(Mixer):
         with torch.no_grad():
             self.step.bias.copy_(inverse_softplus(rate))
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         step = F.softplus(upcast(self.step(x)))
         log_decay = -step
         if self.steps_in_keys:
             log_decay = -self.log_rate.exp() * step
             k = repeat_kv(k, self.shape.heads) * step.unsqueeze(-1)
-        return OperatorInputs(q * self.shape.scale, k, v, log_decay, diagonal=self.skip.expand(step.shape))
+        return Inputs(q * self.shape.scale, k, v, log_decay, diagonal=self.skip.expand(step.shape))
 
 
 @register

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import vector_decay
 from limbeck.ops.common import repeat_kv
 
@@ -62,11 +62,9 @@ class MetaLA(Mixer):
             if o.augment:
                 self.own.zero_()
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         log_decay = self._log_decay(k)
-        return OperatorInputs(q * self.shape.scale, -torch.expm1(log_decay), v, log_decay)
+        return Inputs(q * self.shape.scale, -torch.expm1(log_decay), v, log_decay)
 
     def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if not self.options.augment:

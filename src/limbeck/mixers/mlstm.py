@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import scalar_decay
 from limbeck.ops.common import repeat_kv
 
@@ -62,9 +62,7 @@ class MLSTM(Mixer):
             cap = self.options.soft_cap
             self.forget_gate.bias.copy_(cap * torch.atanh((logit(decay) / cap).clamp(max=0.99)))
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         cap = self.options.soft_cap
         raw_i, raw_f = self.input_gate(x), self.forget_gate(x)
         log_i = cap * torch.tanh(upcast(raw_i) / cap)
@@ -77,20 +75,20 @@ class MLSTM(Mixer):
         log_decay = log_f + previous - m
         # Only rounding lifts it above zero; its gradient stays that of the identity.
         log_decay = log_decay - log_decay.detach().clamp(min=0)
-        return OperatorInputs(
+        return Inputs(
             q * self.shape.scale,
             k,
             v,
             log_decay,
-            denominator_floor=torch.exp(-m),
-            carried_state={"m": m[:, -1].clone()},
+            floor=torch.exp(-m),
+            carry={"m": m[:, -1].clone()},
         )
 
     def memory_numel(self) -> int:
         return super().memory_numel() + self.shape.heads  # m
 
 
-def compute_stabilizer(log_i: Tensor, log_f: Tensor, tokens: TokenMask, start: Tensor | None) -> tuple[Tensor, Tensor]:
+def compute_stabilizer(log_i: Tensor, log_f: Tensor, tokens: Tokens, start: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute m_t = max(log f_t + m_{t-1}, i_t) for all t at once, and m_{t-1}; both [B, T, H].
 
     m starts at 0 in each document.

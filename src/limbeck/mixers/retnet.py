@@ -15,7 +15,7 @@ from torch import Tensor
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import scalar_decay
 
 
@@ -35,10 +35,8 @@ class RetNet(Mixer):
     operator = scalar_decay
     options_class = RetNetOptions
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         # Computed here and not a buffer, because loading through the meta device loses buffers that are not saved.
         exponent = -(5.0 + torch.arange(self.shape.heads, device=q.device, dtype=torch.float64)) * math.log(2.0)
         log_decay = torch.log1p(-exponent.exp()).to(torch.promote_types(q.dtype, torch.float32))
-        return OperatorInputs(q * self.shape.scale, k, v, log_decay)
+        return Inputs(q * self.shape.scale, k, v, log_decay)

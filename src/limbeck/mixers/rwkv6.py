@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, log_decays_from_half_lives, upcast
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import vector_decay
 from limbeck.ops.common import build_document_mask, disable_autocast, find_document_starts, repeat_kv
 
@@ -63,9 +63,7 @@ class RWKV6(Mixer):
         with torch.no_grad():
             self.decay_up.bias.copy_(torch.log(rate).repeat_interleave(self.shape.key_width))
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         gate = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
         # exp(6) resets the state already; more would overflow.
         log_decay = -torch.exp(upcast(gate).clamp(max=6.0))
@@ -73,11 +71,9 @@ class RWKV6(Mixer):
         if self.options.complement:
             k = k * -torch.expm1(log_decay)
         q = q * self.shape.scale
-        return OperatorInputs(q, k, v, log_decay, diagonal=(q * k * self.bonus).sum(-1))
+        return Inputs(q, k, v, log_decay, diagonal=(q * k * self.bonus).sum(-1))
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
         operator = vector_decay.recurrent if q.shape[1] == 1 else vector_decay.chunked
         memory, segments = state.get("memory"), tokens.segments
@@ -95,7 +91,7 @@ class RWKV6(Mixer):
             o = o.masked_fill(find_document_starts(segments)[..., None, None], 0)
         return arguments.add_diagonal_to_output(o), {"memory": last}
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
         later = vector_decay.matrix(
             _next_queries(arguments.q), arguments.k, arguments.log_decay, segments=tokens.segments

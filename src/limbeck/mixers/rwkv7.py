@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import OperatorInputs, State, TokenMask
+from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import dplr
 from limbeck.ops.common import repeat_kv
 
@@ -79,14 +79,12 @@ class RWKV7(Mixer):
         with torch.no_grad():
             self.decay_up.bias.copy_(logit(rate / FASTEST).repeat_interleave(s.key_width))
 
-    def compute_inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> OperatorInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         decay = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
         log_decay = -FASTEST * torch.sigmoid(upcast(decay))
         k, rate = self._keys(k), self._rate(x)
         erased = F.normalize(k * self.erase_scale, dim=-1, eps=1e-6)
-        return OperatorInputs(
+        return Inputs(
             q * self.shape.scale, self._written(k, rate), v, log_decay, erase=(-erased, rate.to(erased.dtype) * erased)
         )
 

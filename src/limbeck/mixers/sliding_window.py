@@ -14,7 +14,7 @@ from torch import Tensor
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import State, TokenMask
+from limbeck.mixers.types import State, Tokens
 from limbeck.ops import sliding_window
 
 
@@ -45,13 +45,11 @@ class SlidingWindow(Mixer):
     def qk_width(self, rows: int) -> int:
         return self._head_width("key")
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         segments, valid = tokens.segments, tokens.valid
         return sliding_window.chunked(q, k, v, **self._settings(), state=state or None, segments=segments, valid=valid)
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         return sliding_window.matrix(q, k, **self._settings(), segments=tokens.segments, valid=tokens.valid)
 
     def memory_numel(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.registry import register
-from limbeck.mixers.types import State, TokenMask
+from limbeck.mixers.types import State, Tokens
 from limbeck.ops.common import repeat_kv
 
 
@@ -23,12 +23,10 @@ class Softmax(Mixer):
     name = "softmax"
     source = "arXiv 1706.03762, eq. 1"
     summary = "softmax attention, the control arm: must come out as the teacher, its cache grows"
-    has_growing_state = True
+    grows = True
     controlled = {}  # a head norm would make it another model than the teacher
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask, state: State
-    ) -> tuple[Tensor, State]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         length = q.shape[1]
         new = {"k": k, "v": v, "valid": _valid(tokens, k), "segments": _segments(tokens, k)}
         if "k" in state:
@@ -38,7 +36,7 @@ class Softmax(Mixer):
         weights = self._weights(q, new["k"], new["valid"], new["segments"], length)
         return torch.einsum("bhij,bjhv->bihv", weights, repeat_kv(new["v"], self.shape.heads)).to(v.dtype), new
 
-    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: TokenMask) -> Tensor:
+    def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         return self._weights(q, k, _valid(tokens, k), _segments(tokens, k), q.shape[1])
 
     def memory_numel(self) -> int:
@@ -56,9 +54,9 @@ class Softmax(Mixer):
         return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1) * allowed
 
 
-def _valid(tokens: TokenMask, k: Tensor) -> Tensor:
+def _valid(tokens: Tokens, k: Tensor) -> Tensor:
     return torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if tokens.valid is None else tokens.valid
 
 
-def _segments(tokens: TokenMask, k: Tensor) -> Tensor:
+def _segments(tokens: Tokens, k: Tensor) -> Tensor:
     return torch.zeros(k.shape[:2], dtype=torch.long, device=k.device) if tokens.segments is None else tokens.segments

@@ -1,8 +1,8 @@
 """Inputs of a mixer and of its operator: the attention's shape, the tokens' masks, the operator's arguments.
 
     shape = HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64)
-    tokens = TokenMask(valid=mask)
-    inputs = OperatorInputs(q, k, v, log_decay).mask_padding(tokens.valid)
+    tokens = Tokens(valid=mask)
+    inputs = Inputs(q, k, v, log_decay).mask_padding(tokens.valid)
 
 Shapes: B batch, T time, H query heads, G key/value heads, K key width, V value width.
 """
@@ -32,7 +32,7 @@ class HeadShape:
 
 
 @dataclass(frozen=True)
-class TokenMask:
+class Tokens:
     """Padding and packed documents of a batch.
 
     Attributes:
@@ -46,7 +46,7 @@ class TokenMask:
 
 
 @dataclass
-class OperatorInputs:
+class Inputs:
     """The operator's arguments for one call, and state that the mixer carries besides the operator's."""
 
     q: Tensor
@@ -55,9 +55,9 @@ class OperatorInputs:
     log_decay: Tensor | None = None
     beta: Tensor | None = None
     erase: tuple[Tensor, Tensor] | None = None  # a and b of the rank-one update b (aᵀ S) in dplr
-    denominator_floor: Tensor | None = None  # [B, T, H] lower bound of the normalizer's denominator
+    floor: Tensor | None = None  # [B, T, H] lower bound of the normalizer's denominator
     diagonal: Tensor | None = None  # [B, T, H] weight with which each token adds its own value
-    carried_state: State = field(default_factory=dict)  # state tensors besides the operator's
+    carry: State = field(default_factory=dict)  # state tensors besides the operator's
 
     @property
     def gates(self) -> tuple[Tensor | None, ...]:
@@ -66,7 +66,7 @@ class OperatorInputs:
             return self.beta, self.log_decay
         return (*(self.erase or ()), self.log_decay)
 
-    def mask_padding(self, valid: Tensor) -> "OperatorInputs":
+    def mask_padding(self, valid: Tensor) -> "Inputs":
         """Turn tokens that are not valid [B, T] into no-ops: they write nothing, and nothing decays."""
         masked = ~valid[..., None]  # [B, T, 1], for what there is one of per head
         masked_channels = masked[..., None]

@@ -30,7 +30,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from limbeck.core.errors import LimbeckError
-from limbeck.mixers import TokenMask
+from limbeck.mixers import Tokens
 from limbeck.models.cache import RecurrentLayer, get_recurrent_layer
 from limbeck.models.varlen import get_packed_documents, varlen_softmax_attention_forward
 
@@ -171,7 +171,7 @@ def limbeck_attention_forward(
     layer = call.layer
     documents = get_packed_documents(call.positions)
     if documents is not None:
-        tokens = TokenMask(None, documents.segments)
+        tokens = Tokens(None, documents.segments)
     else:
         tokens = token_mask_from_attention_mask(
             call.mask if call.module_takes_mask else attention_mask,
@@ -223,7 +223,7 @@ def token_mask_from_attention_mask(
     mask_offset: int | Tensor | None = None,
     positions: Tensor | None = None,
     chunk: int | None = None,
-) -> TokenMask:
+) -> Tokens:
     """Read padding and document boundaries of `length` tokens from an attention mask of any layout.
 
     Args:
@@ -235,7 +235,7 @@ def token_mask_from_attention_mask(
             counts as a document's only if the positions restart there; with a cache there is one document.
     """
     if mask is None:
-        return TokenMask()
+        return Tokens()
     cached = mask_offset is not None
     mask_offset = mask.shape[-1] - length if mask_offset is None else mask_offset
     # Reading values would break a compiled graph and stall an accelerator in every decoding step: there the mask is
@@ -267,7 +267,7 @@ def token_mask_from_attention_mask(
                 expected="padding, or documents one after another: a recurrent state follows a single sequence",
             )
         segments = torch.cat([torch.zeros_like(starts[:, :1]), starts], 1).cumsum(1)
-    tokens = TokenMask(None if may_read and bool(valid.all()) else valid, segments)
+    tokens = Tokens(None if may_read and bool(valid.all()) else valid, segments)
     if may_cache:
         # the positions are stored only to keep them alive, so that their id in the key stays unique
         mask._limbeck_tokens = (key, tokens, positions)  # type: ignore[attr-defined]

@@ -138,7 +138,7 @@ class MixerAssignment:
 
     @classmethod
     def create(cls, mixer: str, options: dict[str, Any] | None, preset: str, length: int) -> "MixerAssignment":
-        resolved = mixers.get(mixer).adapt_to_seq_len(mixers.resolve_options(mixer, options, preset), length)
+        resolved = mixers.get(mixer).for_length(mixers.resolve_options(mixer, options, preset), length)
         return cls(mixers.get(mixer).name, asdict(resolved))
 
 

@@ -43,18 +43,20 @@ def fingerprint_checkpoint(folder: Path) -> str:
     config = folder / "config.json"
     if config.is_file():
         try:
-            digest.update(_plain(_settings(json.loads(config.read_text(encoding="utf-8")))))
+            digest.update(canonical_json(select_computing_settings(json.loads(config.read_text(encoding="utf-8")))))
         except (ValueError, AttributeError):  # damaged; loading it reports that
             digest.update(config.read_bytes())
     files = _matching(folder, WEIGHTS)
-    digest.update(_plain(sorted(line for file in files for line in digest_once(file, _digest_tensors).splitlines())))
-    digest.update(_plain([[file.name, compute_sha256(file)] for file in _matching(folder, ("*.py",))]))
+    digest.update(
+        canonical_json(sorted(line for file in files for line in digest_once(file, _digest_tensors).splitlines()))
+    )
+    digest.update(canonical_json([[file.name, compute_sha256(file)] for file in _matching(folder, ("*.py",))]))
     return digest.hexdigest()
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:
     """Fingerprint a model in memory: its class, config and tensors; about half a second per gigabyte."""
-    digest = hashlib.sha256(_plain([type(model).__name__, _settings(model.config.to_dict())]))
+    digest = hashlib.sha256(canonical_json([type(model).__name__, select_computing_settings(model.config.to_dict())]))
     digest.update(fingerprint_tensors(model).encode())
     return digest.hexdigest()
 
@@ -75,14 +77,14 @@ def fingerprint_tensors(model: PreTrainedModel) -> str:
 def fingerprint_tokenizer_files(folder: Path) -> str:
     """Fingerprint the files of a tokenizer."""
     files = _matching(folder, TOKENIZER)
-    return hashlib.sha256(_plain([[file.name, compute_sha256(file)] for file in files])).hexdigest()
+    return hashlib.sha256(canonical_json([[file.name, compute_sha256(file)] for file in files])).hexdigest()
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint a tokenizer in memory: its rules, special tokens and chat template."""
     template = getattr(tokenizer, "chat_template", None)
     facts = [hash_tokenizer_rules(tokenizer), str(tokenizer.special_tokens_map), template]
-    return hashlib.sha256(_plain(facts)).hexdigest()
+    return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
 def fingerprint_checkpoint_with_tokenizer(folder: Path) -> str:
@@ -98,7 +100,9 @@ def fingerprint_folder(folder: str | None) -> str | None:
         return None
     root = Path(folder).expanduser()
     files = sorted(file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    return hashlib.sha256(_plain([[str(file.relative_to(root)), compute_sha256(file)] for file in files])).hexdigest()
+    return hashlib.sha256(
+        canonical_json([[str(file.relative_to(root)), compute_sha256(file)] for file in files])
+    ).hexdigest()
 
 
 def find_model_folder(name: str) -> Path | None:
@@ -115,11 +119,11 @@ def find_model_folder(name: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _files(folder: Path) -> dict[str, str]:
+def fingerprint_model_files(folder: Path) -> dict[str, str]:
     return {"weights": fingerprint_checkpoint(folder), "tokenizer": fingerprint_tokenizer_files(folder)}
 
 
-def _code(mixer: str) -> str | None:
+def identify_mixer_code(mixer: str) -> str | None:
     """Identify the code of a custom mixer: the hash of its file, or its package and version; None for Limbeck's own."""
     origin = registry.get_origin(mixer)
     if origin is None:
@@ -162,9 +166,9 @@ def _digest_safetensors(file: Path) -> Iterator[str]:
             yield f"{name} {entry['dtype']} {entry['shape']} {digest.hexdigest()}"
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def select_computing_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in IGNORED_SETTINGS}
 
 
-def _plain(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, default=str).encode()

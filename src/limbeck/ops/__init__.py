@@ -32,3 +32,6 @@ __all__ = [
     "value_decay",
     "vector_decay",
 ]
+
+# names by which mixers in files beside students of 0.1 import them
+convolution, diagonal_plus_rank_one = short_conv, dplr

@@ -285,7 +285,7 @@ def _mixer_names(plan: dict[str, Any]) -> list[str]:
 def _subquadratic_tag(plan: dict[str, Any]) -> list[str]:
     """The tag of models in which no layer looks at all earlier tokens, as a list of one or none."""
     mixers = [registry.get(name) for name in _mixer_names(plan) if registry.is_registered(name)]
-    grows = len(plan["layers"]) < _count_layers(plan) or any(mixer.has_growing_state for mixer in mixers)
+    grows = len(plan["layers"]) < _count_layers(plan) or any(mixer.grows for mixer in mixers)
     return [] if grows else ["subquadratic"]
 
 

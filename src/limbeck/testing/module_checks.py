@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.mixers import PRESETS, State, TokenMask
+from limbeck.mixers import PRESETS, State, Tokens
 from limbeck.testing.contract import (
     HEAD_SHAPE,
     MixerVariant,
@@ -46,9 +46,7 @@ def described(variant: MixerVariant) -> None:
     bad = [name for name, p in module.named_parameters() if not p.isfinite().all()]
     assert not bad, f"not set by reset_parameters: {', '.join(bad)}"
     lost = set(dict(module.named_buffers())) - set(module.state_dict())
-    assert not lost, (
-        f"buffers that are not saved are lost on loading: {', '.join(lost)}; compute them in `compute_inputs`"
-    )
+    assert not lost, f"buffers that are not saved are lost on loading: {', '.join(lost)}; compute them in `inputs`"
 
 
 @register_check("any split of a sequence with the state handed on gives what the whole gives")
@@ -112,11 +110,11 @@ def padded_module(variant: MixerVariant) -> None:
     given = sample_inputs(module, len(valid), LONG)
     for z in given:
         z[~valid] = 100.0
-    y, last = module(*given, tokens=TokenMask(valid))
-    by_matrix, matrix = module.forward_matrix(*given, tokens=TokenMask(valid))
+    y, last = module(*given, tokens=Tokens(valid))
+    by_matrix, matrix = module.forward_matrix(*given, tokens=Tokens(valid))
     pieces, state = [], None
     for begin, end in ((0, 64), (64, 65), (65, LONG)):
-        piece = TokenMask(valid[:, begin:end])
+        piece = Tokens(valid[:, begin:end])
         part, state = module(*_cut(given, begin, end), tokens=piece, state=state)
         pieces.append(part)
     more = sample_inputs(module, 1, 9, seed=5)
@@ -138,7 +136,7 @@ def documents(variant: MixerVariant) -> None:
     module = variant.build_module()
     given = sample_inputs(module, 2, LONG)
     segments = torch.repeat_interleave(torch.arange(len(DOCUMENTS)), torch.tensor(DOCUMENTS)).expand(2, -1)
-    tokens = TokenMask(segments=segments)
+    tokens = Tokens(segments=segments)
     before, more = sample_inputs(module, 2, 5, seed=3), sample_inputs(module, 2, 9, seed=5)
     _, start = module(*before)
     y, last = module(*given, tokens=tokens, state=start)
@@ -164,7 +162,7 @@ def documents(variant: MixerVariant) -> None:
 @torch.no_grad()
 def state_size(variant: MixerVariant) -> None:
     module = variant.build_module()
-    if module.has_growing_state:
+    if module.grows:
         return
     shapes: dict[str, torch.Size] = {}
     for length in (1, 2, 64, LONG):

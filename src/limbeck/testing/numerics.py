@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from limbeck.mixers import HeadShape, Mixer, TokenMask
+from limbeck.mixers import HeadShape, Mixer, Tokens
 from limbeck.testing.contract import MixerVariant, assert_tensors_close, register_check, sample_inputs
 
 SMALL = HeadShape(hidden=6, heads=2, kv_heads=1, key_width=3, value_width=4, scale=0.5)
@@ -29,7 +29,7 @@ def gradcheck(variant: MixerVariant) -> None:
         inputs, parameters = tensors[:4], dict(zip(names, tensors[4:]))
         out, state = [], None
         for begin, end in ((0, 6), (6, 8), (8, 9)):  # the last one a single token
-            tokens = TokenMask(valid[:, begin:end], segments[:, begin:end])
+            tokens = Tokens(valid[:, begin:end], segments[:, begin:end])
             arguments = tuple(z[:, begin:end] for z in inputs)
             y, state = functional_call(module, parameters, arguments, {"tokens": tokens, "state": state})
             out.append(y)
@@ -80,7 +80,7 @@ def extreme_gates(variant: MixerVariant) -> None:
 @torch.no_grad()
 def long_input(variant: MixerVariant) -> None:
     exact = variant.build_module(NARROW, perturbation=0.1)
-    if exact.has_growing_state:
+    if exact.grows:
         return
     given = sample_inputs(exact, 1, 32768, dtype=torch.float32)
     y, state = variant.build_module(NARROW, torch.float32, perturbation=0.1)(*given)

@@ -20,13 +20,13 @@ from limbeck.core.storage import read_manifest
 from limbeck.data import documents
 from limbeck.models.conversion import assign_mixers
 from limbeck.models.fingerprint import (
-    _code,
-    _files,
-    _plain,
-    _settings,
+    canonical_json,
     find_model_folder,
+    fingerprint_model_files,
     fingerprint_tensors,
     fingerprint_tokenizer,
+    identify_mixer_code,
+    select_computing_settings,
 )
 from limbeck.models.layers import format_ranges, select_converted_layers
 from limbeck.training.run_directory import describe_differences, raise_if_changed
@@ -49,9 +49,9 @@ def build_run_identity(
             "commit": folder.name if folder and folder.parent.name == "snapshots" else None,  # in the Hub cache
             # the layout of quantized weights in memory depends on library and device
             "tensors": fingerprint_tensors(teacher) if recipe.teacher_bits is None else None,
-            "config": json.loads(_plain(_settings(teacher.config.to_dict()))),
+            "config": json.loads(canonical_json(select_computing_settings(teacher.config.to_dict()))),
             "tokenizer": fingerprint_tokenizer(tokenizer),
-            "files": _files(folder) if folder else None,
+            "files": fingerprint_model_files(folder) if folder else None,
         },
         "student": summarize_student_layers(recipe.student, layers, recipe.longest),
     }
@@ -69,9 +69,14 @@ def summarize_student_layers(student: Student, layers: int, length: int) -> list
     assigned = assign_mixers(chosen, student.mixer, student.options, student.preset, rules, layers, length)
     groups: dict[str, tuple[Any, list[int]]] = {}
     for layer, one in assigned.items():
-        groups.setdefault(_plain([one.mixer, one.options]).decode(), (one, []))[1].append(layer)
+        groups.setdefault(canonical_json([one.mixer, one.options]).decode(), (one, []))[1].append(layer)
     return [
-        {"layers": format_ranges(numbers), "mixer": one.mixer, "code": _code(one.mixer), "options": one.options}
+        {
+            "layers": format_ranges(numbers),
+            "mixer": one.mixer,
+            "code": identify_mixer_code(one.mixer),
+            "options": one.options,
+        }
         for one, numbers in groups.values()
     ]
 
@@ -120,7 +125,7 @@ def check_same_teacher(runs: dict[Path, Recipe]) -> None:
             continue
         first, theirs = seen.setdefault(recipe.teacher, (f"in the run {path.name}", files))
         folder = find_model_folder(recipe.teacher)
-        now = _files(folder) if folder else files
+        now = fingerprint_model_files(folder) if folder else files
         for where, ours in ((f"in the run {path.name}", files), ("now", now)):
             if ours != theirs:
                 what = "tokenizer" if ours["weights"] == theirs["weights"] else "weights"
@@ -143,7 +148,7 @@ def matches_run_identity(path: Path, recipe: Recipe) -> bool:
         folder = find_model_folder(recipe.teacher)
         if folder is None:
             unavailable.append(f"teacher '{recipe.teacher}'")
-        elif _files(folder) != teacher["files"]:
+        elif fingerprint_model_files(folder) != teacher["files"]:
             return False
     for name, text in manifest.get("texts", {}).items():
         data = json.loads(name)
@@ -155,7 +160,7 @@ def matches_run_identity(path: Path, recipe: Recipe) -> bool:
                 unavailable.append(f"text '{source['source']}'")
     try:
         if student and student != json.loads(
-            _plain(summarize_student_layers(recipe.student, teacher["layers"], recipe.longest))
+            canonical_json(summarize_student_layers(recipe.student, teacher["layers"], recipe.longest))
         ):
             return False
     except LimbeckError as error:

@@ -69,6 +69,6 @@ def test_an_old_run_is_known_as_complete(tmp_path, monkeypatch, capsys):
     assert recipe.stages[-1].batch_size
     summary = distill(recipe)
     assert summary["run"] == "old_run"
-    assert "not compared" in capsys.readouterr().err  # teacher and text are not here
+    assert "not checked for changes" in capsys.readouterr().err  # teacher and text are not here
     assert all(path.read_bytes() == text for path, text in before.items())
     assert read_manifest(run)["teacher"]["tensors"]

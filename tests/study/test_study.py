@@ -396,10 +396,10 @@ def test_the_command_plans_and_runs(raw, tmp_path, monkeypatch, capsys):
 
     assert "paper-experiment-1" in limbeck("--list")
     assert "did you mean 'paper-v3'" in limbeck("paper-v4")
-    assert "2 arms, 0 of them finished" in limbeck(str(path), "--out", str(tmp_path / "out"), "--plan")
+    assert "2 runs, 0 of them finished" in limbeck(str(path), "--out", str(tmp_path / "out"), "--plan")
     assert not (tmp_path / "out").exists()
     shown = limbeck(str(path), "--out", str(tmp_path / "out"))
-    assert "sharing the teacher's passes saved" in shown
+    assert "sharing teacher passes saved" in shown
     assert "3 are needed" in shown
     assert "undecided" in (tmp_path / "out" / "claims.md").read_text(encoding="utf-8")
     assert "report.html" in shown

@@ -108,8 +108,8 @@ def test_an_inner_gate_needs_a_rank_and_starts_open_with_channels_that_learn_apa
         mixers.build("gla", WIDE, {"output_gate": "inner"})
     module = mixers.build("gla", WIDE, {"output_gate": "inner", "gate_rank": 8})
     o, x = torch.randn(1, 5, 3, 64), torch.randn(1, 5, 96)
-    assert torch.allclose(module._gated(o, x), o, atol=1e-5)
-    module._gated(o, x).square().sum().backward()
+    assert torch.allclose(module._apply_gate(o, x), o, atol=1e-5)
+    module._apply_gate(o, x).square().sum().backward()
     slopes = module.gate_down.weight.grad
     assert torch.linalg.matrix_rank(slopes) > 1
 

@@ -64,7 +64,7 @@ def study(
         _run_array_task(Path(study), task)
         return
     chosen = Study.load(study, size)
-    options = {"workers": workers, "cpus": cpus, "gpus": gpus, "address": address}
+    options: dict[str, Any] = {"workers": workers, "cpus": cpus, "gpus": gpus, "address": address}
     options |= {"partition": partition, "time": time, "sbatch": sbatch or None}
     executor_or_none = create_executor(executor, **options)
     folder = Path(out or f"runs/{chosen.title}")

@@ -1,7 +1,7 @@
 """limbeck study: run a grid of experiments, write its tables, and test claims."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table

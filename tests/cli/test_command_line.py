@@ -26,7 +26,7 @@ try:
     main()
 except SystemExit as end:
     print("ended with", end.code)
-print("imported:", sorted(name for name in ("torch", "transformers", "limbeck.models") if name in sys.modules))
+print("imported:", sorted(name for name in ("torch", "transformers", "limbeck.models.modeling") if name in sys.modules))
 """
 
 
@@ -303,7 +303,7 @@ def test_convert_gives_a_trained_student_other_options_and_leaves_its_weights(pl
         (["--set", "options.cnov=4"], "did you mean 'conv'"),
         (["--set", "softmax_layer=0"], "did you mean 'softmax_layers'"),
         (["--set", "options"], "--set key=value"),
-        (["--softmax-layers", "every 0"], "keep"),
+        (["--softmax-layers", "every 0"], "softmax_layers"),
     ],
 )
 def test_convert_refuses_before_it_writes(place, teacher_folder, arguments, words, capsys):

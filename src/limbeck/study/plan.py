@@ -44,19 +44,19 @@ def schedule_tasks(
         states: of each arm by name, see `limbeck.study.results.get_arm_state`.
         workers: how many tasks can be done side by side.
     """
-    left = [arm for arm in arms if states[arm.name] != "finished"]
+    unfinished = [arm for arm in arms if states[arm.name] != "finished"]
     groups = [
-        team
-        for team in group_arms_by_pass([arm for arm in left if states[arm.name] == "train"])
-        if can_share_pass(team)
+        group
+        for group in group_arms_by_pass([arm for arm in unfinished if states[arm.name] == "train"])
+        if can_share_pass(group)
     ]
-    grouped = {arm.name for team in groups for arm in team}
-    lone = [arm.name for arm in left if arm.name not in grouped]
-    parts = _split([[arm.name for arm in team] for team in groups], workers - len(lone))
+    grouped = {arm.name for group in groups for arm in group}
+    ungrouped = [arm.name for arm in unfinished if arm.name not in grouped]
+    parts = _split_groups([[arm.name for arm in group] for group in groups], workers - len(ungrouped))
     first = [StudyTask("shared" if len(part) > 1 else "alone", tuple(part)) for part in parts]
-    at_once = {name for task in first if task.kind == "alone" for name in task.arms}
-    first += [StudyTask("alone", (name,)) for name in lone]
-    later = [StudyTask("alone", (arm.name,)) for arm in left if arm.name in grouped - at_once]
+    completed_first = {name for task in first if task.kind == "alone" for name in task.arms}
+    first += [StudyTask("alone", (name,)) for name in ungrouped]
+    later = [StudyTask("alone", (arm.name,)) for arm in unfinished if arm.name in grouped - completed_first]
     return first, later
 
 
@@ -73,10 +73,10 @@ def estimate_wall_seconds(
     return total
 
 
-def _split(groups: list[list[str]], wanted: int) -> list[list[str]]:
+def _split_groups(groups: list[list[str]], num_parts: int) -> list[list[str]]:
     """Halve the largest group until there are so many or all have one member; the largest come first."""
     parts = sorted(groups, key=len, reverse=True)
-    while parts and len(parts) < wanted and len(parts[0]) > 1:
+    while parts and len(parts) < num_parts and len(parts[0]) > 1:
         largest = parts.pop(0)
         middle = (len(largest) + 1) // 2
         parts = sorted([*parts, largest[:middle], largest[middle:]], key=len, reverse=True)
@@ -136,13 +136,16 @@ class StudyPlan:
 
     def estimate_task_seconds(self, task: StudyTask, first: bool) -> float:
         """How long a task takes, in the first or the second of a study's lists (`limbeck.study.plan`)."""
-        mine = [arm for arm in self.arms if arm.name in task.arms]
+        arms = [arm for arm in self.arms if arm.name in task.arms]
         if task.kind == "alone":
-            return sum(arm.seconds if first else arm.seconds - arm.shared_seconds for arm in mine)
-        once: dict[str, float] = {}
-        for arm in mine:
-            once |= {key: max(taken, once.get(key, 0.0)) for key, taken in arm.teacher_pass_seconds.items()}
-        return sum(arm.shared_seconds - sum(arm.teacher_pass_seconds.values()) for arm in mine) + sum(once.values())
+            return sum(arm.seconds if first else arm.seconds - arm.shared_seconds for arm in arms)
+        pass_seconds: dict[str, float] = {}
+        for arm in arms:
+            pass_seconds |= {
+                key: max(seconds, pass_seconds.get(key, 0.0)) for key, seconds in arm.teacher_pass_seconds.items()
+            }
+        student_seconds = sum(arm.shared_seconds - sum(arm.teacher_pass_seconds.values()) for arm in arms)
+        return student_seconds + sum(pass_seconds.values())
 
 
 def plan_study(
@@ -154,7 +157,7 @@ def plan_study(
         workers: how many tasks go side by side, on devices or threads of their own.
         threads: CPU threads of each; those of this process by default.
     """
-    with _threads(threads):
+    with _cpu_threads(threads):
         plans, disk_bytes, states = _plan_arms(study, arms, task_runner)
     plan = StudyPlan(plans, disk_bytes, workers)
     first, later = schedule_tasks(arms, states, workers)
@@ -164,104 +167,109 @@ def plan_study(
 def _plan_arms(study: Study, arms: list[Arm], task_runner: TaskRunner) -> tuple[list[ArmPlan], int, dict[str, str]]:
     """The arms' plans, bytes of disk, and where each arm stands."""
     states = {arm.name: results.get_arm_state(arm, study) for arm in arms}
-    left = [arm for arm in arms if states[arm.name] == "train"]
+    untrained = [arm for arm in arms if states[arm.name] == "train"]
     sharers: dict[str, int] = {}
-    for arm in left:
+    for arm in untrained:
         for index in range(len(arm.recipe.stages)):
             key = pass_key(arm.recipe, index)
             if key is not None:
                 sharers[key] = sharers.get(key, 0) + 1
-    paces = _Paces(left, task_runner)
-    plans, peak = [], 0
+    scales = _TimeScales(untrained, task_runner)
+    plans, peak_bytes = [], 0
     for arm in arms:
         if states[arm.name] != "train":
             plans.append(ArmPlan(arm.name, states[arm.name]))
             continue
         try:
             job = prepare_job(arm.recipe, task_runner.load_teacher(arm.recipe))
-            counted = make_plan(arm.recipe, job.teacher, job.sites)
+            estimate = make_plan(arm.recipe, job.teacher, job.sites)
         except Exception as error:  # the arm will fail with it, others need not
-            if len(left) == 1 or (len(plans) + 1 == len(arms) and all(plan.error for plan in plans)):
+            if len(untrained) == 1 or (len(plans) + 1 == len(arms) and all(plan.error for plan in plans)):
                 raise
             plans.append(ArmPlan(arm.name, "train", error=str(error).splitlines()[0]))
             continue
-        seconds, saved, kept, shared = 0.0, 0.0, 0, 0.0
-        passes: dict[str, float] = {}
-        for index, row in enumerate(counted.stages):
-            taken = row.seconds * paces.of(arm, row.stage)
-            seconds += taken
+        seconds, saved_seconds, stored_bytes, shared_seconds = 0.0, 0.0, 0, 0.0
+        pass_seconds: dict[str, float] = {}
+        for index, stage in enumerate(estimate.stages):
+            stage_seconds = stage.seconds * scales.get(arm, stage.stage)
+            seconds += stage_seconds
             key = pass_key(arm.recipe, index)
-            n = sharers.get(key, 0) if key is not None else 0
-            if key is not None and n > 1:
-                passes[key] = min(row.tokens * paces.teacher(arm, job), taken)
-                shared += taken
-                saved += (n - 1) / n * passes[key]
-                kept += 4 * row.trained_parameters  # a shared stage's weights stay until the arm is finished
+            num_sharers = sharers.get(key, 0) if key is not None else 0
+            if key is not None and num_sharers > 1:
+                pass_seconds[key] = min(stage.tokens * scales.get_teacher_seconds(arm, job), stage_seconds)
+                shared_seconds += stage_seconds
+                saved_seconds += (num_sharers - 1) / num_sharers * pass_seconds[key]
+                stored_bytes += 4 * stage.trained_parameters  # a shared stage's weights stay until the arm is finished
         # the run's own evaluation; the cost of the study's measures cannot be estimated
-        evaluation = counted.seconds - sum(row.seconds for row in counted.stages)
-        seconds += evaluation * paces.of(arm, counted.stages[-1].stage)
-        student = 4 * count_unquantized_parameters(job.teacher)
-        kept += {"none": 0, "students": student, "all": counted.disk_bytes}[study.save_artifacts]
-        peak = max(peak, counted.disk_bytes)
-        tokens = sum(row.tokens for row in counted.stages)
-        plans.append(ArmPlan(arm.name, "train", tokens, seconds, saved, kept, "", shared, passes))
-    return plans, peak + sum(plan.disk_bytes for plan in plans), states
+        evaluation = estimate.seconds - sum(stage.seconds for stage in estimate.stages)
+        seconds += evaluation * scales.get(arm, estimate.stages[-1].stage)
+        student_bytes = 4 * count_unquantized_parameters(job.teacher)
+        stored_bytes += {"none": 0, "students": student_bytes, "all": estimate.disk_bytes}[study.save_artifacts]
+        peak_bytes = max(peak_bytes, estimate.disk_bytes)
+        tokens = sum(stage.tokens for stage in estimate.stages)
+        plans.append(
+            ArmPlan(arm.name, "train", tokens, seconds, saved_seconds, stored_bytes, "", shared_seconds, pass_seconds)
+        )
+    return plans, peak_bytes + sum(plan.disk_bytes for plan in plans), states
 
 
-class _Paces:
+class _TimeScales:
     """Measured over counted time of each student's stages, and the teacher's seconds a token."""
 
     def __init__(self, arms: list[Arm], task_runner: TaskRunner):
         self.arms, self.task_runner = arms, task_runner
-        self.known: dict[tuple[str, str], dict[str, float]] = {}
-        self.teachers: dict[str, float] = {}
+        self.scales: dict[tuple[str, str], dict[str, float]] = {}
+        self.teacher_seconds: dict[str, float] = {}
 
-    def of(self, arm: Arm, stage: str) -> float:
+    def get(self, arm: Arm, stage: str) -> float:
         key = arm.axes["teacher"], arm.axes["student"]
-        if key not in self.known:
-            alike = [one for one in self.arms if (one.axes["teacher"], one.axes["student"]) == key]
-            self.known[key] = self._rehearse(max(alike, key=lambda one: len(one.recipe.stages)))
-        paces = self.known[key]
-        return paces.get(stage, max(paces.values(), default=1.0))
+        if key not in self.scales:
+            candidates = [
+                candidate for candidate in self.arms if (candidate.axes["teacher"], candidate.axes["student"]) == key
+            ]
+            self.scales[key] = self._rehearse(max(candidates, key=lambda candidate: len(candidate.recipe.stages)))
+        scales = self.scales[key]
+        return scales.get(stage, max(scales.values(), default=1.0))
 
-    def teacher(self, arm: Arm, job: Job) -> float:
-        if arm.recipe.teacher not in self.teachers:
-            self.teachers[arm.recipe.teacher] = _teacher_seconds(job)
-        return self.teachers[arm.recipe.teacher]
+    def get_teacher_seconds(self, arm: Arm, job: Job) -> float:
+        if arm.recipe.teacher not in self.teacher_seconds:
+            self.teacher_seconds[arm.recipe.teacher] = _measure_teacher_seconds(job)
+        return self.teacher_seconds[arm.recipe.teacher]
 
     def _rehearse(self, arm: Arm) -> dict[str, float]:
         job = prepare_job(arm.recipe, self.task_runner.load_teacher(arm.recipe))
-        counted: Plan = make_plan(arm.recipe, job.teacher, job.sites)
-        measured = measure_plan(job, counted)
+        estimate: Plan = make_plan(arm.recipe, job.teacher, job.sites)
+        measurement = measure_plan(job, estimate)
         return {
-            then.stage: now.seconds / max(then.seconds, 1e-12) for then, now in zip(counted.stages, measured.stages)
+            estimated.stage: rehearsed.seconds / max(estimated.seconds, 1e-12)
+            for estimated, rehearsed in zip(estimate.stages, measurement.stages)
         }
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _cpu_threads(count: int | None) -> Iterator[None]:
     """Use this number of CPU threads inside the context; None leaves it as it is."""
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
 
 
 @torch.no_grad()
-def _teacher_seconds(job: Job) -> float:
+def _measure_teacher_seconds(job: Job) -> float:
     """Measure the seconds a token takes the teacher's backbone, the faster of two passes."""
     length = job.recipe.data.seq_len
     ids = torch.randint(0, int(job.teacher.config.get_text_config().vocab_size), (1, length), device=job.device)
     batch = Batch(ids, torch.arange(length, device=job.device)[None], ids)
-    taken = []
+    timings = []
     for _ in range(2):
-        began = time.perf_counter()
+        start = time.perf_counter()
         with job.autocast():
             run_backbone(job.teacher, batch)
         if job.device.type == "cuda":
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
-    return min(taken) / length
+        timings.append(time.perf_counter() - start)
+    return min(timings) / length

@@ -38,12 +38,12 @@ STUDIES_FOLDER = Path(__file__).parent / "studies"
 RESERVED_AXES = ("student", "stages", "copy_projections", "layers", "softmax_layers", "teacher", "tokens", "seed")
 
 
-class _Part(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     renamed: ClassVar[Mapping[str, str]] = {}  # its old keys
 
 
-class StudentSpec(_Part):
+class StudentSpec(_StrictModel):
     """A student under a name of its own: a mixer with options, a preset or rules."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")]
@@ -53,7 +53,7 @@ class StudentSpec(_Part):
     rules: list[recipes.Rule] = []
 
 
-class Grid(_Part):
+class Grid(_StrictModel):
     """The axes; an arm is a value of each."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["grid"]
@@ -69,7 +69,7 @@ class Grid(_Part):
     settings: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = {}
 
 
-class Study(_Part):
+class Study(_StrictModel):
     """A whole study."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["study"]
@@ -100,7 +100,7 @@ class Study(_Part):
         if recipes.is_stored(path):
             raw = study_from_old_keys(raw)
         sizes = raw.pop("sizes", None) or {}
-        if not isinstance(sizes, dict) or not all(isinstance(one, dict) for one in sizes.values()):
+        if not isinstance(sizes, dict) or not all(isinstance(settings, dict) for settings in sizes.values()):
             raise LimbeckError(f"{source}: sizes", expected="by name, each with the keys that differ in it")
         if size is None and sizes:
             size = next(iter(sizes))
@@ -109,7 +109,7 @@ class Study(_Part):
                 f"{source} has no size '{size}'{suggest_closest(size, sizes)}", expected=", ".join(sizes) or "no --size"
             )
         if size is not None:
-            raw = {**_merged(raw, sizes[size]), "size": size}
+            raw = {**_merge(raw, sizes[size]), "size": size}
             if isinstance(raw.get("measures"), dict):  # a size leaves a measure out with null
                 raw["measures"] = {name: settings for name, settings in raw["measures"].items() if settings is not None}
         return cls.parse(raw, str(source))
@@ -123,8 +123,8 @@ class Study(_Part):
             study = cls.model_validate(raw)
         except ValidationError as error:
             raise format_validation_error(error, origin, cls) from error
-        for name, given in study.measures.items():
-            measure.parse_settings(measure.get_measure(name), given)
+        for name, settings in study.measures.items():
+            measure.parse_settings(measure.get_measure(name), settings)
         for name in study.claims:
             if name not in CLAIMS:
                 raise LimbeckError(
@@ -144,55 +144,59 @@ class Study(_Part):
             LimbeckError: a value of the grid makes no recipe.
         """
         grid = self.grid
-        found: dict[str, Arm] = {}
-        reached: set[str] = set()  # settings that some arm could take
+        by_name: dict[str, Arm] = {}
+        applied: set[str] = set()  # settings that some arm could take
         for axis in grid.settings:
             if axis in RESERVED_AXES:
                 raise LimbeckError(f"{self.name}: grid.settings.{axis} is an axis already", expected="another name")
-        one: list[Any] = [None]
+        unset: list[Any] = [None]
         values: list[list[Any]] = [
-            grid.teachers or one,
+            grid.teachers or unset,
             expand_students(grid.students),
             grid.stages,
             grid.copy_projections,
             grid.layers,
             grid.softmax_layers,
-            grid.tokens or one,
+            grid.tokens or unset,
             *(list(axis.items()) for axis in grid.settings.values()),
             grid.seeds,
         ]
         for teacher, student, stages, copied, layers, softmax, tokens, *chosen, seed in itertools.product(*values):
-            raw = self._raw(student, stages, teacher, tokens)
+            raw = self._build_raw_recipe(student, stages, teacher, tokens)
             raw["student"] |= {"copy_projections": copied, "layers": layers, "softmax_layers": softmax}
-            axes = {"student": student.name, "stages": _numbers(raw["stages"]), "copy_projections": copied}
+            axes = {"student": student.name, "stages": _format_stage_numbers(raw["stages"]), "copy_projections": copied}
             axes |= {"layers": layers, "softmax_layers": softmax, "teacher": raw["teacher"], "tokens": tokens}
             for axis, (label, settings) in zip(grid.settings, chosen):
                 axes[axis] = label
-                reached |= {key for key, value in settings.items() if _set(raw, key, value)}
+                applied |= {key for key, value in settings.items() if _apply_setting(raw, key, value)}
             axes["seed"] = seed
-            name = _name(axes, {axis: bool(settings) for axis, (_, settings) in zip(grid.settings, chosen)}, teacher)
+            name = _format_arm_name(
+                axes, {axis: bool(settings) for axis, (_, settings) in zip(grid.settings, chosen)}, teacher
+            )
             raw |= {"seed": seed, "name": name, "out": str(folder / name), "trackers": raw.get("trackers", [])}
             recipe = Recipe.parse(raw, f"study {self.name}, arm {name}")
             mixers.resolve_options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
-            if found.setdefault(name, Arm(name, axes, recipe)).recipe != recipe:
+            if by_name.setdefault(name, Arm(name, axes, recipe)).recipe != recipe:
                 raise LimbeckError(
                     f"{self.name}: two arms are named {name}", expected="a name for each value of an axis"
                 )
-        missed = {k for axis in grid.settings.values() for one in axis.values() for k in one} - reached
-        if missed:
+        unapplied = {key for axis in grid.settings.values() for settings in axis.values() for key in settings} - applied
+        if unapplied:
             raise LimbeckError(
-                f"{self.name}: grid.settings: no arm has a place for {', '.join(sorted(missed))}",
+                f"{self.name}: grid.settings: no arm has a place for {', '.join(sorted(unapplied))}",
                 expected="keys of the recipe, stages by name: stages.hidden.target",
             )
-        return _different(list(found.values()))
+        return _drop_duplicates(list(by_name.values()))
 
-    def _raw(self, student: StudentSpec, stages: str, teacher: str | None, tokens: int | None) -> dict[str, Any]:
+    def _build_raw_recipe(
+        self, student: StudentSpec, stages: str, teacher: str | None, tokens: int | None
+    ) -> dict[str, Any]:
         """The recipe of a student's stages, as plain values."""
         raw = copy.deepcopy(self.base)
         raw["teacher"] = teacher or raw.get("teacher", Recipe.model_fields["teacher"].default)
-        mine: dict[str, Any] = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
-        mine |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
-        raw["student"] = {**raw.get("student", {}), **{key: value for key, value in mine.items() if value}}
+        settings: dict[str, Any] = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
+        settings |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
+        raw["student"] = {**raw.get("student", {}), **{key: value for key, value in settings.items() if value}}
         raw["stages"] = parse_stages(stages.replace("+", ","), raw)
         if tokens is not None:
             scale_token_budgets(raw["stages"], tokens)
@@ -217,31 +221,31 @@ def list_builtin_studies() -> list[str]:
     return sorted(path.stem for path in STUDIES_FOLDER.glob("*.yaml"))
 
 
-def expand_students(given: str | list[str | StudentSpec]) -> list[StudentSpec]:
+def expand_students(students: str | list[str | StudentSpec]) -> list[StudentSpec]:
     """Names, sets and choices as choices; LimbeckError for a mixer that there is not or a name that comes twice."""
-    chosen: dict[str, StudentSpec] = {}
-    for one in [given] if isinstance(given, str) else given:
-        if isinstance(one, StudentSpec):
-            mixers.get(one.mixer)
-            mine = [one]
+    by_name: dict[str, StudentSpec] = {}
+    for entry in [students] if isinstance(students, str) else students:
+        if isinstance(entry, StudentSpec):
+            mixers.get(entry.mixer)
+            expanded = [entry]
         else:
-            mine = [StudentSpec(name=mixers.get(n).name, mixer=n) for n in mixers.select_mixers(one)]
-        for choice in mine:
-            if chosen.setdefault(choice.name, choice) != choice:
-                raise LimbeckError(f"two students are named '{choice.name}'", expected="a name for each")
-    return list(chosen.values())
+            expanded = [StudentSpec(name=mixers.get(mixer).name, mixer=mixer) for mixer in mixers.select_mixers(entry)]
+        for student in expanded:
+            if by_name.setdefault(student.name, student) != student:
+                raise LimbeckError(f"two students are named '{student.name}'", expected="a name for each")
+    return list(by_name.values())
 
 
-def _different(arms: list[Arm]) -> list[Arm]:
+def _drop_duplicates(arms: list[Arm]) -> list[Arm]:
     """Of arms that differ by their names alone the first."""
-    known: dict[str, Arm] = {}
+    by_recipe: dict[str, Arm] = {}
     for arm in arms:
-        plain = arm.recipe.model_dump_json(exclude={"name", "out"})
-        known.setdefault(plain, arm)
-    return list(known.values())
+        content = arm.recipe.model_dump_json(exclude={"name", "out"})
+        by_recipe.setdefault(content, arm)
+    return list(by_recipe.values())
 
 
-def _name(axes: dict[str, Any], named: dict[str, bool], teacher: str | None) -> str:
+def _format_arm_name(axes: dict[str, Any], shown_settings: dict[str, bool], teacher: str | None) -> str:
     """Student, stages and seed always, anything else where it is not the usual; so names outlive a growing grid."""
     parts = [axes["student"], axes["stages"]]
     if teacher is not None:
@@ -249,26 +253,26 @@ def _name(axes: dict[str, Any], named: dict[str, bool], teacher: str | None) -> 
     if not axes["copy_projections"]:
         parts.append("fresh")
     # names of folders that are there already, so the layers that keep softmax are called as they were first
-    for axis, called, usual in (
+    for axis, prefix, default in (
         ("layers", "layers", "all"),
         ("softmax_layers", "keep", "none"),
         ("tokens", "tokens", None),
     ):
         value = axes[axis]
-        if value != usual:
-            parts.append(f"{called}-{'.'.join(map(str, value)) if isinstance(value, list) else value}")
-    parts += [str(axes[axis]) for axis, changes in named.items() if changes]
+        if value != default:
+            parts.append(f"{prefix}-{'.'.join(map(str, value)) if isinstance(value, list) else value}")
+    parts += [str(axes[axis]) for axis, shown in shown_settings.items() if shown]
     text = "_".join([*parts, f"seed{axes['seed']}"])
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)
 
 
-def _numbers(stages: list[dict[str, Any]]) -> str:
+def _format_stage_numbers(stages: list[dict[str, Any]]) -> str:
     """ "2+3" for hidden and logits."""
-    of = {name: number for number, name in STAGE_NAMES.items()}
-    return "+".join(of[stage["stage"]] for stage in stages)
+    numbers = {name: number for number, name in STAGE_NAMES.items()}
+    return "+".join(numbers[stage["stage"]] for stage in stages)
 
 
-def _set(raw: dict[str, Any], key: str, value: Any) -> bool:
+def _apply_setting(raw: dict[str, Any], key: str, value: Any) -> bool:
     """Set a key of the recipe, of a stage by its name; False where the arm has no such stage."""
     first, _, rest = key.partition(".")
     stage, _, setting = rest.partition(".")
@@ -280,19 +284,19 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> bool:
             f"grid.settings: {key}{suggest_closest(stage, recipes.STAGES)}",
             expected=f"stages.{'|'.join(recipes.STAGES)}.key",
         )
-    mine = [one for one in raw["stages"] if one["stage"] == stage]
-    for one in mine:
-        set_by_dotted_key(one, setting, value)
-    return bool(mine)
+    matching = [stage_settings for stage_settings in raw["stages"] if stage_settings["stage"] == stage]
+    for stage_settings in matching:
+        set_by_dotted_key(stage_settings, setting, value)
+    return bool(matching)
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """`over` laid over `base`, mapping by mapping; lists are replaced."""
-    both = {key: _merged(base[key], value) for key, value in over.items() if _maps(base.get(key), value)}
-    return {**base, **over, **both}
+    nested = {key: _merge(base[key], value) for key, value in override.items() if _are_mappings(base.get(key), value)}
+    return {**base, **override, **nested}
 
 
-def _maps(*values: Any) -> bool:
+def _are_mappings(*values: Any) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 

@@ -91,45 +91,52 @@ class Effect:
         # seed -> (place, term) -> member -> value
         tables: dict[str, dict[tuple[str, int], dict[str, float]]] = {}
         names: dict[tuple[str, str], str] = {}
-        free = {axis for term in self.terms for axis in term.where}
-        if "mixer" in free:
-            free.add("student")  # a student's name and its mixer say the same thing
+        term_axes = {axis for term in self.terms for axis in term.where}
+        if "mixer" in term_axes:
+            term_axes.add("student")  # a student's name and its mixer say the same thing
         for row in rows:
             axes = row["axes"]
             if any(axes.get(axis) not in values for axis, values in (self.within or {}).items()):
                 continue
-            place = _key({a: v for a, v in axes.items() if a != "seed" and a not in free})
-            member = _key({a: v for a, v in axes.items() if a in free})
-            for number, term in enumerate(self.terms):
-                value = term.metric(row) if _fits(row, term.where) else None
+            condition = _axes_key({a: v for a, v in axes.items() if a != "seed" and a not in term_axes})
+            member = _axes_key({a: v for a, v in axes.items() if a in term_axes})
+            for index, term in enumerate(self.terms):
+                value = term.metric(row) if _matches(row, term.where) else None
                 if value is not None:
-                    names[place, member] = _named(axes)
-                    tables.setdefault(_seed(row), {}).setdefault((place, number), {})[member] = value
+                    names[condition, member] = _format_axes(axes)
+                    tables.setdefault(_get_seed(row), {}).setdefault((condition, index), {})[member] = value
         return self._compare(tables, names)
 
     def _compare(
         self, tables: dict[str, dict[tuple[str, int], dict[str, float]]], names: dict[tuple[str, str], str]
     ) -> Contrasts:
         result = Contrasts()
-        cells = {seed: {(*key, member) for key, row in at.items() for member in row} for seed, at in tables.items()}
-        whole, common = _common(cells, result)
-        every = {cell for seed in whole for cell in cells[seed]}
-        result.left_out += sorted({names[place, member] for place, _, member in every - common})
+        cells = {
+            seed: {(*key, member) for key, members in table.items() for member in members}
+            for seed, table in tables.items()
+        }
+        complete_seeds, common = _find_common_cells(cells, result)
+        all_cells = {cell for seed in complete_seeds for cell in cells[seed]}
+        result.left_out += sorted({names[condition, member] for condition, _, member in all_cells - common})
         diverged = {
-            f"{names[place, member]} (seed {seed})"
-            for seed in whole
-            for place, number, member in common
-            if not math.isfinite(tables[seed][place, number][member])
+            f"{names[condition, member]} (seed {seed})"
+            for seed in complete_seeds
+            for condition, index, member in common
+            if not math.isfinite(tables[seed][condition, index][member])
         }
         result.diverged = sorted(diverged)
-        for seed in whole:
-            for place in dict.fromkeys(place for place, _ in tables[seed]):
-                parts = [
-                    [v for m, v in tables[seed].get((place, n), {}).items() if (place, n, m) in common]
-                    for n in range(len(self.terms))
+        for seed in complete_seeds:
+            for condition in dict.fromkeys(condition for condition, _ in tables[seed]):
+                term_values = [
+                    [
+                        value
+                        for member, value in tables[seed].get((condition, index), {}).items()
+                        if (condition, index, member) in common
+                    ]
+                    for index in range(len(self.terms))
                 ]
-                if all(parts):
-                    total = sum(term.weight * statistics.fmean(part) for term, part in zip(self.terms, parts))
+                if all(term_values):
+                    total = sum(term.weight * statistics.fmean(values) for term, values in zip(self.terms, term_values))
                     result.setdefault(seed, []).append(total)
         return result
 
@@ -149,34 +156,42 @@ def rank_correlation_by_seed(rows: list[ArmResult], axis: str, metric: Metric) -
     for row in rows:
         axes = row["axes"]
         if (value := metric(row)) is not None and axis in axes:
-            place = _key({a: v for a, v in axes.items() if a not in ("seed", "student", "mixer", axis)})
-            tables.setdefault(_seed(row), {}).setdefault((place, axes[axis]), {})[axes["student"]] = value
+            condition = _axes_key({a: v for a, v in axes.items() if a not in ("seed", "student", "mixer", axis)})
+            tables.setdefault(_get_seed(row), {}).setdefault((condition, axes[axis]), {})[axes["student"]] = value
     result = Contrasts()
-    cells = {seed: {(*at, name) for at, row in table.items() for name in row} for seed, table in tables.items()}
-    whole, common = _common(cells, result)
-    every = {cell for seed in whole for cell in cells[seed]}
-    result.left_out += sorted({f"{name} at {axis} {value}" for _, value, name in every - common})
-    for seed in whole:
-        for place in dict.fromkeys(place for place, _ in tables[seed]):
-            for here, there in itertools.pairwise(values):
-                one, other = (tables[seed].get((place, value), {}) for value in (here, there))
-                both = [name for name in one if (place, here, name) in common and (place, there, name) in common]
-                lost = [name for name in both if not (math.isfinite(one[name]) and math.isfinite(other[name]))]
-                result.diverged += [f"{name} (seed {seed})" for name in lost]
-                if len(both) > 2:
-                    result.setdefault(seed, []).append(kendall_tau(one, other, both))
+    cells = {seed: {(*key, name) for key, row in table.items() for name in row} for seed, table in tables.items()}
+    complete_seeds, common = _find_common_cells(cells, result)
+    all_cells = {cell for seed in complete_seeds for cell in cells[seed]}
+    result.left_out += sorted({f"{name} at {axis} {value}" for _, value, name in all_cells - common})
+    for seed in complete_seeds:
+        for condition in dict.fromkeys(condition for condition, _ in tables[seed]):
+            for first, second in itertools.pairwise(values):
+                first_values, second_values = (tables[seed].get((condition, value), {}) for value in (first, second))
+                shared = [
+                    name
+                    for name in first_values
+                    if (condition, first, name) in common and (condition, second, name) in common
+                ]
+                diverged = [
+                    name
+                    for name in shared
+                    if not (math.isfinite(first_values[name]) and math.isfinite(second_values[name]))
+                ]
+                result.diverged += [f"{name} (seed {seed})" for name in diverged]
+                if len(shared) > 2:
+                    result.setdefault(seed, []).append(kendall_tau(first_values, second_values, shared))
     result.diverged = sorted(set(result.diverged))
     return result
 
 
-def kendall_tau(one: dict[str, float], other: dict[str, float], names: list[str]) -> float:
+def kendall_tau(first: dict[str, float], second: dict[str, float], names: list[str]) -> float:
     """Kendall's tau-a of two orders: a pair that is tied in either counts as neither agreement nor disagreement."""
 
     def sign(x: float) -> int:
         return (x > 0) - (x < 0)
 
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    return sum(sign(one[a] - one[b]) * sign(other[a] - other[b]) for a, b in pairs) / len(pairs)
+    return sum(sign(first[a] - first[b]) * sign(second[a] - second[b]) for a, b in pairs) / len(pairs)
 
 
 def decide_verdict(
@@ -220,17 +235,17 @@ def decide_verdict(
     if max(values) == min(values):
         if not discrete:
             return finding("undecided", "every seed gave the same number, so the seed repeats nothing")
-        yes = mean > 0 and mean >= margin if kind == "more" else mean < margin
-        return finding("holds" if yes else "does not hold")
+        confirmed = mean > 0 and mean >= margin if kind == "more" else mean < margin
+        return finding("holds" if confirmed else "does not hold")
     low, high = t_interval(values, ALPHA)
-    no_low, no_high = t_interval(values, ALPHA / tests)
+    corrected_low, corrected_high = t_interval(values, ALPHA / tests)
     if kind == "more":
-        yes, no, p = low > 0 and mean >= margin, no_high < margin, _p(values, 0.0)
+        confirmed, refuted, p = low > 0 and mean >= margin, corrected_high < margin, _t_test_p(values, 0.0)
     else:
-        yes, no, p = high < margin, no_low > margin, _p(values, margin)
-    if yes or no:
-        return finding("holds" if yes else "does not hold", "", low, high, p)
-    return finding("undecided", _why(kind, margin, mean, low, high), low, high, p)
+        confirmed, refuted, p = high < margin, corrected_low > margin, _t_test_p(values, margin)
+    if confirmed or refuted:
+        return finding("holds" if confirmed else "does not hold", "", low, high, p)
+    return finding("undecided", _explain_undecided(kind, margin, mean, low, high), low, high, p)
 
 
 def t_interval(values: list[float], alpha: float = ALPHA) -> tuple[float, float]:
@@ -239,11 +254,11 @@ def t_interval(values: list[float], alpha: float = ALPHA) -> tuple[float, float]
     A percentile bootstrap of three numbers is their minimum and maximum, and covers the mean in 76 of 100 studies.
     """
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    reach = float(_scipy().t.ppf(1 - alpha / 2, len(values) - 1)) * error
-    return mean - reach, mean + reach
+    half_width = float(_import_scipy_stats().t.ppf(1 - alpha / 2, len(values) - 1)) * error
+    return mean - half_width, mean + half_width
 
 
-def _why(kind: str, margin: float, mean: float, low: float, high: float) -> str:
+def _explain_undecided(kind: str, margin: float, mean: float, low: float, high: float) -> str:
     """Name the condition that failed."""
     if kind == "more" and low > 0:
         return f"above zero, but smaller than {margin:g}, and the interval reaches beyond it"
@@ -253,43 +268,43 @@ def _why(kind: str, margin: float, mean: float, low: float, high: float) -> str:
     return "the interval lies beyond the bound at the level of one test, not at that of several"
 
 
-def _common(cells: dict[str, set], result: Contrasts) -> tuple[list[str], set]:
+def _find_common_cells(cells: dict[str, set], result: Contrasts) -> tuple[list[str], set]:
     """The seeds that are there, and what all of them have."""
-    most = max((len(found) for found in cells.values()), default=0)
-    whole = [seed for seed, found in cells.items() if len(found) >= MIN_SEED_COVERAGE * most]
-    result.left_out += [f"seed {seed}, which is not complete" for seed in cells if seed not in whole]
-    return whole, set.intersection(*(cells[seed] for seed in whole)) if whole else set()
+    max_cells = max((len(seed_cells) for seed_cells in cells.values()), default=0)
+    complete_seeds = [seed for seed, seed_cells in cells.items() if len(seed_cells) >= MIN_SEED_COVERAGE * max_cells]
+    result.left_out += [f"seed {seed}, which is not complete" for seed in cells if seed not in complete_seeds]
+    return complete_seeds, set.intersection(*(cells[seed] for seed in complete_seeds)) if complete_seeds else set()
 
 
-def _seed(row: ArmResult) -> str:
+def _get_seed(row: ArmResult) -> str:
     return str(row["axes"]["seed"])
 
 
-def _key(axes: dict[str, Any]) -> str:
+def _axes_key(axes: dict[str, Any]) -> str:
     return repr(sorted(axes.items()))
 
 
-def _named(axes: dict[str, Any]) -> str:
+def _format_axes(axes: dict[str, Any]) -> str:
     """An arm's values without the seed, for a reader."""
-    return " ".join(f"{v}" if a in ("student", "stages") else f"{a}={v}" for a, v in axes.items() if _counts(a, v))
+    return " ".join(f"{v}" if a in ("student", "stages") else f"{a}={v}" for a, v in axes.items() if _is_shown(a, v))
 
 
-def _counts(axis: str, value: Any) -> bool:
+def _is_shown(axis: str, value: Any) -> bool:
     return axis not in ("seed", "mixer") and value not in (None, "all", "none")
 
 
-def _fits(row: ArmResult, where: AxisFilter) -> bool:
+def _matches(row: ArmResult, where: AxisFilter) -> bool:
     return all(row["axes"].get(axis) in values for axis, values in where.items())
 
 
-def _p(values: list[float], null: float) -> float:
+def _t_test_p(values: list[float], null: float) -> float:
     """Two-sided p of a one-sample t test."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # differences of rounding size
-        return float(_scipy().ttest_1samp(values, null).pvalue)
+        return float(_import_scipy_stats().ttest_1samp(values, null).pvalue)
 
 
-def _scipy() -> Any:
+def _import_scipy_stats() -> Any:
     try:
         from scipy import stats
     except ImportError as error:

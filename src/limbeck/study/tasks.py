@@ -113,14 +113,14 @@ class TaskRunner:
             TrainingInterrupted, KeyboardInterrupt: the whole study is to stop.
         """
         result = TaskResult(task)
-        mine = [arms[name] for name in task.arms]
+        task_arms = [arms[name] for name in task.arms]
         try:
             if task.kind == "shared":
-                loaded = self.load_teacher(mine[0].recipe)
-                failures = train_shared_stages(mine, loaded, lambda: self.memory_budget(loaded[0].device))
+                loaded = self.load_teacher(task_arms[0].recipe)
+                failures = train_shared_stages(task_arms, loaded, lambda: self.memory_budget(loaded[0].device))
                 result.failures = {name: format_error(error) for name, error in failures.items()}
             else:
-                for arm in mine:
+                for arm in task_arms:
                     run_arm(arm, study, self)
         except TrainingInterrupted:
             raise
@@ -161,10 +161,12 @@ def run_arm(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
             task_runner.subjects.register_teacher(arm.recipe.teacher, *loaded)
             measure_teacher(arm, study, task_runner)
             subject = task_runner.subjects.load(str(arm.path))
-            found = [run_measure(get_measure(name), subject, given) for name, given in study.measures.items()]
+            measurements = [
+                run_measure(get_measure(name), subject, settings) for name, settings in study.measures.items()
+            ]
         else:
-            found = []
-        results.write_arm_result(arm, study, summary, found)
+            measurements = []
+        results.write_arm_result(arm, study, summary, measurements)
     results.delete_artifacts(arm, study.save_artifacts)
 
 
@@ -187,7 +189,7 @@ def measure_teacher(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
             output_dir=output_dir,
         )
         results.write_teacher_result(
-            arm, study, [run_measure(get_measure(name), subject, given) for name, given in study.measures.items()]
+            arm, study, [run_measure(get_measure(name), subject, settings) for name, settings in study.measures.items()]
         )
 
 

@@ -49,7 +49,7 @@ class ProcessExecutor:
     _answers: "Answers" = field(default_factory=queue.Queue, init=False)  # None when a worker's process has ended
 
     def __post_init__(self) -> None:
-        self.gpus = _gpus()
+        self.gpus = _list_gpus()
         if self.workers < 0 or (self.gpus and self.workers > len(self.gpus)):
             raise LimbeckError(
                 f"{self.workers} workers" + (f" for {len(self.gpus)} GPUs" if self.gpus else ""),
@@ -65,36 +65,36 @@ class ProcessExecutor:
         Raises:
             TrainingInterrupted: SIGTERM came; all workers have saved their state.
         """
-        waiting, tries = deque(tasks), Counter[StudyTask]()
-        over = False
-        with graceful_shutdown() as asked:
+        waiting, attempts = deque(tasks), Counter[StudyTask]()
+        finished = False
+        with graceful_shutdown() as stop_requested:
             try:
                 while waiting or any(worker.task for worker in self._workers):
-                    if asked():
-                        raise TrainingInterrupted(_stop(self._workers))
-                    while waiting and (idle := self._idle(folder)):
+                    if stop_requested():
+                        raise TrainingInterrupted(_save_and_stop(self._workers))
+                    while waiting and (idle := self._get_idle_worker(folder)):
                         idle.submit(waiting.popleft())
                     try:
-                        worker, line = self._answers.get(timeout=0.5)
+                        worker, answer = self._answers.get(timeout=0.5)
                     except queue.Empty:
                         continue
                     if worker not in self._workers:
                         continue  # of a list that was broken off
                     task, worker.task = worker.task, None
-                    if line is None:
+                    if answer is None:
                         self._workers.remove(worker)
                         if task is None:
                             continue
-                        tries[task] += 1
-                        if tries[task] < MAX_ATTEMPTS:
+                        attempts[task] += 1
+                        if attempts[task] < MAX_ATTEMPTS:
                             waiting.appendleft(task)
                             continue
                         yield TaskResult(task, dict.fromkeys(task.arms, worker.describe_exit()))
                     elif task is not None:
-                        yield TaskResult(task, json.loads(line))
-                over = True
+                        yield TaskResult(task, json.loads(answer))
+                finished = True
             finally:
-                if not over:
+                if not finished:
                     self.close()
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class ProcessExecutor:
         while self._workers:
             self._workers.pop().end()
 
-    def _idle(self, folder: Path) -> "_Worker | None":
+    def _get_idle_worker(self, folder: Path) -> "_Worker | None":
         """Get a worker without a task, starting one if there is room; None if all are busy."""
         for worker in self._workers:
             if worker.task is None:
@@ -159,9 +159,9 @@ class _Worker:
     def describe_exit(self) -> str:
         """Describe how the process ended, with the last lines of its log."""
         code = self.process.returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        last = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:]
-        return "\n".join([f"its process {how}, {MAX_ATTEMPTS} times; see {self.log}", *last])
+        outcome = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        last_lines = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:]
+        return "\n".join([f"its process {outcome}, {MAX_ATTEMPTS} times; see {self.log}", *last_lines])
 
     def end(self) -> None:
         """Stop it at once: it exits when its stdin is closed."""
@@ -175,7 +175,7 @@ class _Worker:
             self.process.wait()
 
 
-def _stop(workers: list[_Worker]) -> str:
+def _save_and_stop(workers: list[_Worker]) -> str:
     """Ask all to save their state and exit; returns a message for the user."""
     busy = [worker for worker in workers if worker.task]
     for worker in busy:
@@ -188,9 +188,9 @@ def _stop(workers: list[_Worker]) -> str:
     return f"Interrupted; the state of {len(busy)} arms or groups of arms was saved."
 
 
-def _gpus() -> list[str]:
+def _list_gpus() -> list[str]:
     """List this process's GPUs under the names that CUDA_VISIBLE_DEVICES takes."""
     if not torch.cuda.is_available():
         return []
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named[: torch.cuda.device_count()] or [str(i) for i in range(torch.cuda.device_count())]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[: torch.cuda.device_count()] or [str(i) for i in range(torch.cuda.device_count())]

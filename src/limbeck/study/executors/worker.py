@@ -66,7 +66,7 @@ def run_study_task(folder: str, task: dict[str, Any], local_workers: int = 1) ->
     try:
         for file in task["mixers"]:
             registry.execute_file(Path(file))
-        study, arms = _opened(folder, (Path(folder) / "study.yaml").stat().st_mtime_ns)
+        study, arms = _load_study(folder, (Path(folder) / "study.yaml").stat().st_mtime_ns)
         missing = [name for name in task["arms"] if name not in arms]
         if missing:
             raise LimbeckError(f"the study in {folder} has no arm {missing[0]}", hint="start the study again")
@@ -98,7 +98,7 @@ def run_remote_task(
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: str, changed: int) -> tuple[Study, dict[str, Arm]]:
+def _load_study(folder: str, mtime_ns: int) -> tuple[Study, dict[str, Arm]]:
     study = Study.load(Path(folder) / "study.yaml")
     return study, {arm.name: arm for arm in study.arms(Path(folder))}
 
@@ -112,9 +112,9 @@ def _wait_until_free(path: Path) -> None:
     """Wait for the lock of a run directory: workers of a killed study may take a moment to exit."""
     if fcntl is None or not (path / ".lock").exists():
         return
-    began = time.monotonic()
+    start = time.monotonic()
     with open(path / ".lock", "w", encoding="utf-8") as lock:
-        while time.monotonic() - began < LOCK_TIMEOUT_S:
+        while time.monotonic() - start < LOCK_TIMEOUT_S:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return

@@ -2,7 +2,7 @@
 
     evaluate_claims(["xlstm-first"], rows)[0]["verdict"]      # "holds", "does not hold" or "undecided"
 
-A claim has one or several parts; it holds where all parts hold, and does not hold where one does not. Losses are
+A claim has one or several hypotheses; it holds where all of them hold, and does not hold where one does not. Losses are
 compared in nats a token (the logarithm of perplexity), so an effect of 0.01 is one percent of perplexity. The paper is
 arXiv 2504.14366, v2 of May 2025 and v3 of January 2026; a statement is our wording of its finding.
 """
@@ -30,10 +30,10 @@ MIN_EFFECT = 0.01  # nats a token: smaller differences are of no practical use
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A testable half-sentence.
+    """A testable part of a claim: an effect, and what is claimed of its size.
 
     kind: "more": the effect is above zero and matters; "little": it does not reach the margin.
-    discrete: the effect is a count or a rank, of which equal seeds are to be expected and need no test.
+    discrete: the effect is a count or a rank; equal numbers from all seeds are expected then and need no test.
     """
 
     description: str
@@ -45,7 +45,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with its source; `hypotheses` may depend on which arms there are."""
+    """A statement with its source; `hypotheses` builds what to test from the records of the finished arms."""
 
     statement: str
     source: str
@@ -54,12 +54,12 @@ class Claim:
 
 
 def select_value(name: str) -> Metric:
-    """A value of the record as it is."""
+    """Build the metric that reads one value of an arm's record."""
     return lambda row: row["values"].get(name)
 
 
 def log_perplexity(row: ArmResult) -> float | None:
-    """Loss on held-out text: of the measure `agreement`, else of the run's own evaluation."""
+    """Read the loss on held-out text, in nats a token: of the measure `agreement`, else of the run's own evaluation."""
     perplexity = row["values"].get("agreement.perplexity", row["values"].get("held_out.student_perplexity"))
     if perplexity is None:
         return None
@@ -68,10 +68,12 @@ def log_perplexity(row: ArmResult) -> float | None:
 
 
 def select_by_length(measure: str, name: str, last: bool) -> Metric:
-    """Of the values whose name has a number of tokens, the one at the shortest or longest length.
+    """Build the metric that reads a value at the shortest or longest of the lengths where it was measured.
 
     Args:
-        name: pattern with that number as its group; of several values of one length the mean is taken.
+        name: pattern of the value's name, with the length in tokens as its group; several values of one length are
+            averaged.
+        last: whether to read it at the longest length.
     """
     pattern = re.compile(rf"{measure}\.{name}$")
 
@@ -89,7 +91,7 @@ def select_by_length(measure: str, name: str, last: bool) -> Metric:
 
 
 def select_mean(measure: str, name: str) -> Metric:
-    """The mean of all values whose name fits the pattern."""
+    """Build the metric that averages all values whose name matches the pattern."""
     pattern = re.compile(rf"{measure}\.{name}$")
 
     def metric(row: ArmResult) -> float | None:
@@ -100,7 +102,7 @@ def select_mean(measure: str, name: str) -> Metric:
 
 
 def evaluate_claim(name: str, claim: Claim, rows: list[ArmResult]) -> dict[str, Any]:
-    """A claim with its verdict, its parts' effects and why it is undecided, ready for JSON."""
+    """Evaluate a claim: its verdict, and of each hypothesis the effect and why it is undecided, ready for JSON."""
     hypotheses = claim.hypotheses(rows)
     findings = [
         decide_verdict(
@@ -122,6 +124,7 @@ def evaluate_claim(name: str, claim: Claim, rows: list[ArmResult]) -> dict[str, 
 
 
 def _combine_verdicts(findings: list[Finding]) -> str:
+    """Combine the verdicts of a claim's hypotheses into its own."""
     verdicts = [finding.verdict for finding in findings]
     if "does not hold" in verdicts:
         return "does not hold"
@@ -138,11 +141,11 @@ NEGLIGIBLE_EFFECT = 0.02  # nats a token: what counts as little
 
 
 def evaluate_claims(names: list[str], rows: list[ArmResult]) -> list[dict[str, Any]]:
-    """Judge each named claim; see `limbeck.study.claims.evaluate_claim`.
+    """Evaluate each named claim, as `evaluate_claim` does.
 
     Args:
-        rows: records of finished arms. Claims know a student by its `mixer`, not by what a study calls it; records of
-            students without one are known by their name.
+        rows: records of finished arms. Claims select students by `mixer`, not by the name that a study gives them;
+            the name stands in where a record has no mixer.
     """
     rows = [{**row, "axes": {**row["axes"], "mixer": row.get("mixer") or row["axes"]["student"]}} for row in rows]
     return [evaluate_claim(name, CLAIMS[name], rows) for name in names]
@@ -155,11 +158,12 @@ def _hypothesis(
 
 
 def _hypotheses(*hypotheses: Hypothesis) -> Callable[[list[ArmResult]], list[Hypothesis]]:
+    """Return the same hypotheses whatever arms there are."""
     return lambda rows: list(hypotheses)
 
 
 def _loss_gap(better: dict, worse: dict, within: dict | None = None) -> Effect:
-    """How much lower the loss of `better` is."""
+    """Define the effect: how much lower the loss of `better` is than that of `worse`."""
     return difference(log_perplexity, worse, better, within)
 
 
@@ -168,6 +172,8 @@ def _mixer_loss_gap(better: str, worse: str) -> Effect:
 
 
 def _best_of_all(name: str) -> Callable[[list[ArmResult]], list[Hypothesis]]:
+    """Build a hypothesis for each other mixer of the study: that this one has the lower loss."""
+
     def build(rows: list[ArmResult]) -> list[Hypothesis]:
         mixers = dict.fromkeys(row["axes"]["mixer"] for row in rows)
         rivals = [rival for rival in mixers if rival != name and rival not in CONTROLS]
@@ -180,12 +186,12 @@ def _best_of_all(name: str) -> Callable[[list[ArmResult]], list[Hypothesis]]:
 
 
 def _order_agreement(axis: str) -> Callable[[list[ArmResult]], Contrasts]:
-    """Kendall's rank correlation of the students between neighboring values of an axis, by seed."""
+    """Correlate the students' order by loss between neighboring values of an axis; see `rank_correlation_by_seed`."""
     return lambda rows: rank_correlation_by_seed(rows, axis, log_perplexity)
 
 
 def _loss_growth_terms(where: dict, weight: float) -> tuple[Term, Term]:
-    """How much the loss rises from the first to the last stretch of a long text, as terms of an effect."""
+    """Return the rise of the loss from the first to the last stretch of a long text, as terms of an effect."""
     name = r"loss, tokens \d+ to (\d+)"
     return (
         Term(weight, select_by_length("positions", name, last=True), where),
@@ -201,7 +207,7 @@ _COPIED, _FRESH = {"copy_projections": (True,)}, {"copy_projections": (False,)}
 
 
 def _token_time_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
-    """How much a token's time grows from the shortest to the longest context, as a share of it."""
+    """Compute how much a token's time grows from the shortest to the longest context, as a share of the former."""
     last, first = (select_by_length("speed", r"token_milliseconds@(\d+)x1", last=is_last) for is_last in (True, False))
     by_seed: dict[str, list[float]] = {}
     for row in rows:
@@ -212,7 +218,7 @@ def _token_time_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
 
 
 def _token_time_gain(rows: list[ArmResult]) -> dict[str, list[float]]:
-    """Logarithm of the teacher's time for a token over the student's, behind the longest context."""
+    """Compute the logarithm of the teacher's time for a token over the student's, after the longest context."""
     time = select_by_length("speed", r"token_milliseconds@(\d+)x1", last=True)
     by_seed: dict[str, list[float]] = {}
     for row in rows:
@@ -223,6 +229,7 @@ def _token_time_gain(rows: list[ArmResult]) -> dict[str, list[float]]:
 
 
 def _cache_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
+    """Compute the bytes by which a token makes the student's cache grow, as a share of the teacher's."""
     by_seed: dict[str, list[float]] = {}
     for row in rows:
         student_bytes, teacher_bytes = (

@@ -1,8 +1,8 @@
-"""What is left of a study: its tasks in order, and their cost in tokens, time and disk.
+"""Plan what is left of a study: its tasks in order, and their cost in tokens, time and disk.
 
     plan = plan_study(study, arms, task_runner, workers=2)
     plan.seconds, plan.saved_seconds, plan.tokens, plan.disk_bytes
-    plan.wall_seconds                                    # until two workers are done
+    plan.wall_seconds                                    # time to the end with two workers
     first, later = schedule_tasks(arms, states, workers=8)
 
 The first list holds the groups of arms that share passes of the teacher, and the arms that share nothing; the second
@@ -38,11 +38,11 @@ from limbeck.training.setup import Job, prepare_job
 def schedule_tasks(
     arms: list[Arm], states: dict[str, str], workers: int = 1
 ) -> tuple[list[StudyTask], list[StudyTask]]:
-    """The tasks that can be done at once, and those that come after them.
+    """List the tasks that can run at once, and those that come after them.
 
     Args:
-        states: of each arm by name, see `limbeck.study.results.get_arm_state`.
-        workers: how many tasks can be done side by side.
+        states: the state of each arm by name, see `limbeck.study.results.get_arm_state`.
+        workers: how many tasks can run side by side.
     """
     unfinished = [arm for arm in arms if states[arm.name] != "finished"]
     groups = [
@@ -63,7 +63,7 @@ def schedule_tasks(
 def estimate_wall_seconds(
     first: list[StudyTask], later: list[StudyTask], seconds: Callable[[StudyTask, bool], float], workers: int = 1
 ) -> float:
-    """Seconds until all is done, each free worker taking the next task; the second list waits for the first."""
+    """Estimate the seconds to the end: a free worker takes the next task, and the second list waits for the first."""
     total = 0.0
     for tasks in (first, later):
         free = [0.0] * workers
@@ -74,7 +74,7 @@ def estimate_wall_seconds(
 
 
 def _split_groups(groups: list[list[str]], num_parts: int) -> list[list[str]]:
-    """Halve the largest group until there are so many or all have one member; the largest come first."""
+    """Halve the largest group until there are `num_parts` or all have one member; the largest come first."""
     parts = sorted(groups, key=len, reverse=True)
     while parts and len(parts) < num_parts and len(parts[0]) > 1:
         largest = parts.pop(0)
@@ -85,7 +85,7 @@ def _split_groups(groups: list[list[str]], num_parts: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm. state: "finished", "measure" (its student is there) or "train"."""
+    """The cost of what is left of an arm. state: see `limbeck.study.results.get_arm_state`."""
 
     name: str
     state: str
@@ -93,28 +93,29 @@ class ArmPlan:
     seconds: float = 0.0
     saved_seconds: float = 0.0
     disk_bytes: int = 0
-    error: str = ""  # why its recipe cannot be run
-    shared_seconds: float = 0.0  # of `seconds`, in stages that it shares with others
-    teacher_pass_seconds: dict[str, float] = field(default_factory=dict)  # of those the teacher's, by `pass_key`
+    error: str = ""  # why its recipe cannot run
+    shared_seconds: float = 0.0  # part of `seconds`: stages that it shares with other arms
+    # part of `shared_seconds`: the teacher's passes, by `pass_key`
+    teacher_pass_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All arms, those that are finished too."""
+    """The plans of all arms, finished ones included, and the cost of the whole study."""
 
     arms: list[ArmPlan]
     disk_bytes: int
     workers: int = 1
-    wall_seconds: float = 0.0  # until so many workers are done
+    wall_seconds: float = 0.0  # time to the end with that many workers
 
     @property
     def seconds(self) -> float:
-        """Of all arms that are left, with their work shared."""
+        """Time of all arms that are left, one after another, with shared passes counted once."""
         return sum(arm.seconds - arm.saved_seconds for arm in self.arms)
 
     @property
     def saved_seconds(self) -> float:
-        """What sharing saves of the time of all arms one by one."""
+        """Time that sharing the teacher's passes saves."""
         return sum(arm.saved_seconds for arm in self.arms)
 
     @property
@@ -123,7 +124,7 @@ class StudyPlan:
         return sum(arm.tokens for arm in self.arms)
 
     def to_dict(self) -> dict[str, Any]:
-        """For study.json."""
+        """Convert the totals to plain data."""
         return {
             "arms": len(self.arms),
             "tokens": self.tokens,
@@ -135,7 +136,7 @@ class StudyPlan:
         }
 
     def estimate_task_seconds(self, task: StudyTask, first: bool) -> float:
-        """How long a task takes, in the first or the second of a study's lists (`limbeck.study.plan`)."""
+        """Estimate how long a task takes, in the first or the second list of `schedule_tasks`."""
         arms = [arm for arm in self.arms if arm.name in task.arms]
         if task.kind == "alone":
             return sum(arm.seconds if first else arm.seconds - arm.shared_seconds for arm in arms)
@@ -154,7 +155,7 @@ def plan_study(
     """Plan what is left of a study; rehearses on the real models, writes nothing but the caches.
 
     Args:
-        workers: how many tasks go side by side, on devices or threads of their own.
+        workers: how many tasks run side by side, on devices or threads of their own.
         threads: CPU threads of each; those of this process by default.
     """
     with _cpu_threads(threads):
@@ -165,7 +166,7 @@ def plan_study(
 
 
 def _plan_arms(study: Study, arms: list[Arm], task_runner: TaskRunner) -> tuple[list[ArmPlan], int, dict[str, str]]:
-    """The arms' plans, bytes of disk, and where each arm stands."""
+    """Return the arms' plans, the disk that they need in bytes, and the state of each arm by name."""
     states = {arm.name: results.get_arm_state(arm, study) for arm in arms}
     untrained = [arm for arm in arms if states[arm.name] == "train"]
     sharers: dict[str, int] = {}
@@ -183,7 +184,7 @@ def _plan_arms(study: Study, arms: list[Arm], task_runner: TaskRunner) -> tuple[
         try:
             job = prepare_job(arm.recipe, task_runner.load_teacher(arm.recipe))
             estimate = make_plan(arm.recipe, job.teacher, job.sites)
-        except Exception as error:  # the arm will fail with it, others need not
+        except Exception as error:  # this arm will fail with it, but others need not
             if len(untrained) == 1 or (len(plans) + 1 == len(arms) and all(plan.error for plan in plans)):
                 raise
             plans.append(ArmPlan(arm.name, "train", error=str(error).splitlines()[0]))
@@ -214,7 +215,11 @@ def _plan_arms(study: Study, arms: list[Arm], task_runner: TaskRunner) -> tuple[
 
 
 class _TimeScales:
-    """Measured over counted time of each student's stages, and the teacher's seconds a token."""
+    """Measures how far the estimated times are off, by rehearsing one arm of each student.
+
+    scales: measured over estimated time of each stage, by teacher and student.
+    teacher_seconds: what a token takes each teacher.
+    """
 
     def __init__(self, arms: list[Arm], task_runner: TaskRunner):
         self.arms, self.task_runner = arms, task_runner

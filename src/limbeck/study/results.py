@@ -25,7 +25,7 @@ RESULT_FILE = "result.json"
 
 
 def resolve_measure_settings(study: Study) -> dict[str, Any]:
-    """The measures with all of their settings."""
+    """Return the study's measures with all of their settings, defaults included."""
     return {
         name: parse_settings(get_measure(name), settings).model_dump(mode="json")
         for name, settings in study.measures.items()
@@ -51,8 +51,9 @@ def find_stale_evaluation(arm: Arm) -> dict[str, Any] | None:
 
 
 def _compare_evaluation(arm: Arm, record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the evaluation settings of a record if the arm's recipe has others now."""
     evaluation = record.get("evaluation")
-    if evaluation is None:  # a record that does not say: the run's own summary does
+    if evaluation is None:  # not in every record; the run's own summary has it then
         try:
             evaluation = json.loads((arm.path / "eval.json").read_text(encoding="utf-8"))["evaluation"]
         except (OSError, ValueError, KeyError):
@@ -64,8 +65,8 @@ def get_arm_state(arm: Arm, study: Study) -> str:
     """Get the state of an arm.
 
     Returns:
-        "finished"; "measure" where its student is there but not all of the study's measures; else "train", which
-        takes up the run where it stands: a run that only lacks its evaluation trains nothing.
+        "finished"; "measure" if its student is there but not all of the study's measures; else "train", which
+        resumes the run where it stands: a run that only lacks its evaluation trains nothing.
     """
     if read_arm_result(arm, study) is not None:
         return "finished"
@@ -134,6 +135,7 @@ def get_teacher_result_path(arm: Arm) -> Path:
 
 
 def _read_record(path: Path, study: Study | None) -> dict[str, Any] | None:
+    """Read a record; None if it is unreadable or, with a study, lacks some of its measures."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

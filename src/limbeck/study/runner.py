@@ -40,7 +40,7 @@ from limbeck.training.run_directory import check_run
 
 
 class ProgressReporter:
-    """Print which arms are done, of how many, and about how long the rest takes.
+    """Prints which arms are done, of how many, and about how long the rest takes.
 
     A task weighs as much as the plan estimates for it; without a plan all weigh the same.
 
@@ -78,7 +78,7 @@ class ProgressReporter:
         console.print(f"{message}{self._format_remaining()}", markup=False)
 
     def _format_remaining(self) -> str:
-        """About how long the rest takes, at the pace of what is done."""
+        """Format the estimated time of the rest, from the time that the finished tasks took."""
         remaining = sum(self.weights.values())
         if not self.done_weight or not remaining:
             return ""
@@ -98,7 +98,7 @@ def run_study(
 
     Args:
         out: its folder, runs/<name>-<size> by default.
-        confirm: called with the plan before work begins, where a plan is made here.
+        confirm: called with the plan before work begins, if a plan is made here.
         executor: where the arms run (`limbeck.study.executors`); one after another in this process by default.
 
     Returns:
@@ -115,7 +115,7 @@ def run_study(
     active_executor = executor or SequentialExecutor(task_runner)
     with ExitStack() as stack:
         if existed := folder.is_dir():
-            # a second process is refused before the rehearsal, not after it
+            # so that a second process fails before the rehearsal, not after it
             stack.enter_context(lock_folder(folder))
         plan = None
         if active_executor.supports_planning:
@@ -183,6 +183,7 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
 
 
 def _run_tasks(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: StudyPlan | None) -> None:
+    """Run the tasks of unfinished arms, and write the tables after each that finishes an arm."""
     states = {arm.name: results.get_arm_state(arm, study) for arm in arms}
     _remove_failures(folder, [name for name, state in states.items() if state != "finished"])
     first, later = schedule_tasks(arms, states, executor.workers)
@@ -195,7 +196,7 @@ def _run_tasks(study: Study, folder: Path, arms: list[Arm], executor: Executor, 
             progress.report(result)
             if result.task.kind == "alone":
                 tables.write_study_results(study, folder, arms, _read_failures(folder), claims=[])
-    check_same_teacher({arm.path: arm.recipe for arm in arms})  # one may have been replaced meanwhile
+    check_same_teacher({arm.path: arm.recipe for arm in arms})  # a checkpoint may have been replaced meanwhile
     for arm in arms:
         if results.get_arm_state(arm, study) == "finished":
             results.delete_artifacts(arm, study.save_artifacts)
@@ -208,7 +209,7 @@ def _run_tasks(study: Study, folder: Path, arms: list[Arm], executor: Executor, 
 
 
 def _collect_claim_rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
-    """Collect the records of finished arms, each with the values of its `teacher`, to test claims on."""
+    """Collect the records of finished arms to test claims on, each with the values of its `teacher`."""
     records = ((results.read_arm_result(arm, study), results.read_teacher_result(arm, study)) for arm in arms)
     rows = []
     for arm, (row, teacher) in zip(arms, records):

@@ -41,7 +41,7 @@ from limbeck.training.trainer import Trainer
 
 # share of the free memory that the students of a wave may take; those beyond it wait for another pass of the teacher
 MAX_MEMORY_FRACTION = 0.7
-UNKNOWN_MEMORY_BYTES = 4 << 30  # where the system does not tell how much is free
+UNKNOWN_MEMORY_BYTES = 4 << 30  # assumed where the system does not tell how much is free
 
 
 def train_shared_stages(
@@ -100,6 +100,7 @@ def _next_wave(arms: list[Arm]) -> list[Arm]:
 
 
 def _shares_later_stage(members: list[Arm], ready: dict[str, list[Arm]], later: dict[str, int]) -> bool:
+    """Tell whether one of the arms shares a stage with another after its next one."""
     return any(len(ready.get(key, [])) + later[key] > 1 for arm in members for key in _list_unfinished_keys(arm)[1:])
 
 
@@ -160,6 +161,7 @@ def _build_student_runs(
 
 
 def _train_wave(student_runs: list[_StudentRun], failures: dict[str, Exception]) -> None:
+    """Train the next stage of all students on the same passes of the teacher, and save their weights."""
     first = student_runs[0]
     stage = first.context.settings.stage
     console.print(f"{stage}, seed {first.job.recipe.seed}: {len(student_runs)} arms share the teacher's passes")

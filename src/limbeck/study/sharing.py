@@ -1,4 +1,4 @@
-"""Which stages of which arms can train on the same passes of the teacher.
+"""Find which stages of which arms can train on the same passes of the teacher.
 
     key = pass_key(recipe, 1)          # equal keys: the same teacher reads the same text at the same positions
     group_arms_by_pass(arms)           # arms that share a pass with each other, directly or through others
@@ -76,18 +76,18 @@ def group_arms_by_pass(arms: list[Arm]) -> list[list[Arm]]:
 
 
 def list_pass_keys(recipe: Recipe) -> list[str]:
-    """The keys of the stages whose passes can be shared, in order."""
+    """List the keys of the stages whose passes can be shared, in order."""
     keys = [pass_key(recipe, index) for index in range(len(recipe.stages))]
     return [key for key in keys if key is not None]
 
 
 def _ends_early(stage: Any) -> bool:
-    """Whether a stage may stop before all its tokens are read."""
+    """Tell whether a stage may stop before all its tokens are read."""
     return bool(getattr(stage, "patience", None) or getattr(stage, "layer_early_stopping", None))
 
 
 def _count_sequences(recipe: Recipe, stage: Any) -> tuple[int, int]:
-    """Count the sequences that a stage reads: their length and number."""
+    """Return the length and number of the sequences that a stage reads."""
     length = recipe.text_of(stage).seq_len
     if isinstance(stage, recipes.Calibrate):
         return length, count_calibration_sequences(stage, length) + (

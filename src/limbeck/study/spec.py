@@ -1,11 +1,11 @@
-"""What a study is: a typed grid of recipes, from YAML; unknown keys are refused with a suggestion.
+"""Define a study: a typed grid of recipes, from YAML; an unknown key is an error that suggests the closest one.
 
     study = Study.load("paper-experiment-1", size="gpu")       # or a file: Study.load("mine.yaml")
     for arm in study.arms(Path("runs/mine")):
         arm.name, arm.axes, arm.recipe                           # "gla_2+3_seed0", {"student": "gla", ...}, Recipe
 
-An arm is an ordinary recipe with an ordinary run directory. Its name says where it stands on the axes and stays what it
-is when an axis gets another value, so that a study can grow.
+An arm is an ordinary recipe with an ordinary run directory. Its name is made of its values on the axes and stays the
+same when an axis gets another value, so that a study can grow.
 """
 
 import copy
@@ -40,11 +40,11 @@ RESERVED_AXES = ("student", "stages", "copy_projections", "layers", "softmax_lay
 
 class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    renamed: ClassVar[Mapping[str, str]] = {}  # its old keys
+    renamed: ClassVar[Mapping[str, str]] = {}  # old and new names of its keys
 
 
 class StudentSpec(_StrictModel):
-    """A student under a name of its own: a mixer with options, a preset or rules."""
+    """A student with a name: its mixer, and its options, preset or rules."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")]
     mixer: str
@@ -54,15 +54,17 @@ class StudentSpec(_StrictModel):
 
 
 class Grid(_StrictModel):
-    """The axes; an arm is a value of each."""
+    """The axes of a study; an arm has one value of each."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["grid"]
-    students: str | Annotated[list[str | StudentSpec], Field(min_length=1)]  # mixers' names, sets, or choices
-    stages: Annotated[list[str], Field(min_length=1)]  # "3", "2+3", "hidden+logits": those that `base` has settings for
+    students: (
+        str | Annotated[list[str | StudentSpec], Field(min_length=1)]
+    )  # mixers, sets of mixers, or students with options
+    stages: Annotated[list[str], Field(min_length=1)]  # "3", "2+3", "hidden+logits": stages that `base` has
     copy_projections: Annotated[list[bool], Field(min_length=1)] = [True]
     layers: Annotated[list[str | list[int]], Field(min_length=1)] = ["all"]
     softmax_layers: Annotated[list[str | list[int]], Field(min_length=1)] = ["none"]
-    teachers: Annotated[list[str], Field(min_length=1)] | None = None  # None: the one of `base`
+    teachers: Annotated[list[str], Field(min_length=1)] | None = None  # None: that of `base`
     tokens: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] | None = None  # over all stages
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     # further axes: name -> value's name -> keys of the recipe; a stage is named, not numbered (stages.hidden.lr)
@@ -70,7 +72,7 @@ class Grid(_StrictModel):
 
 
 class Study(_StrictModel):
-    """A whole study."""
+    """A study: its grid, the recipe that its arms share, its measures and its claims."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["study"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -80,12 +82,12 @@ class Study(_StrictModel):
     grid: Grid
     measures: dict[str, dict[str, Any]] = {"agreement": {}}  # name -> settings that differ from the defaults
     claims: list[str] = []
-    # of a finished arm: numbers and logs; its student too; all
+    # what stays of a finished arm: numbers and logs; its student too; everything
     save_artifacts: Literal["none", "students", "all"] = "none"
 
     @classmethod
     def load(cls, source: str | Path, size: str | None = None) -> "Study":
-        """A built-in study by name or a YAML file, in one of its sizes (its first by default).
+        """Load a built-in study by name or a YAML file, in one of its sizes (the first by default).
 
         Raises:
             LimbeckError: no such study or size, broken YAML, unknown key, measure or claim, impossible value.
@@ -116,7 +118,7 @@ class Study(_StrictModel):
 
     @classmethod
     def parse(cls, raw: dict[str, Any], origin: str = "study") -> "Study":
-        """A study from plain values; LimbeckError instead of pydantic's own."""
+        """Create a study from plain values; raises LimbeckError instead of pydantic's error."""
         if isinstance(raw.get("measures"), list):
             raw = {**raw, "measures": {name: {} for name in raw["measures"]}}
         try:
@@ -138,14 +140,14 @@ class Study(_StrictModel):
         return self.name if self.size is None else f"{self.name}-{self.size}"
 
     def arms(self, folder: Path) -> list["Arm"]:
-        """All arms of the grid with their run directories under `folder`; of equal ones the first.
+        """List the arms of the grid, with run directories under `folder`; of arms with equal recipes the first.
 
         Raises:
-            LimbeckError: a value of the grid makes no recipe.
+            LimbeckError: a value of the grid does not give a valid recipe.
         """
         grid = self.grid
         by_name: dict[str, Arm] = {}
-        applied: set[str] = set()  # settings that some arm could take
+        applied: set[str] = set()  # keys of `grid.settings` that some arm's recipe has
         for axis in grid.settings:
             if axis in RESERVED_AXES:
                 raise LimbeckError(f"{self.name}: grid.settings.{axis} is an axis already", expected="another name")
@@ -191,7 +193,7 @@ class Study(_StrictModel):
     def _build_raw_recipe(
         self, student: StudentSpec, stages: str, teacher: str | None, tokens: int | None
     ) -> dict[str, Any]:
-        """The recipe of a student's stages, as plain values."""
+        """Build the recipe of a student and its stages, as plain values."""
         raw = copy.deepcopy(self.base)
         raw["teacher"] = teacher or raw.get("teacher", Recipe.model_fields["teacher"].default)
         settings: dict[str, Any] = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
@@ -204,7 +206,7 @@ class Study(_StrictModel):
 
 
 class Arm:
-    """One run of a study: where it stands on the axes, and its recipe."""
+    """One run of a study: its value on each axis, and its recipe."""
 
     def __init__(self, name: str, axes: dict[str, Any], recipe: Recipe):
         self.name, self.axes, self.recipe = name, axes, recipe
@@ -217,12 +219,12 @@ class Arm:
 
 
 def list_builtin_studies() -> list[str]:
-    """Names of the studies that come with Limbeck."""
+    """List the names of the studies that come with Limbeck."""
     return sorted(path.stem for path in STUDIES_FOLDER.glob("*.yaml"))
 
 
 def expand_students(students: str | list[str | StudentSpec]) -> list[StudentSpec]:
-    """Names, sets and choices as choices; LimbeckError for a mixer that there is not or a name that comes twice."""
+    """Expand names and sets of mixers to students; LimbeckError for an unknown mixer or a name that comes twice."""
     by_name: dict[str, StudentSpec] = {}
     for entry in [students] if isinstance(students, str) else students:
         if isinstance(entry, StudentSpec):
@@ -237,7 +239,7 @@ def expand_students(students: str | list[str | StudentSpec]) -> list[StudentSpec
 
 
 def _drop_duplicates(arms: list[Arm]) -> list[Arm]:
-    """Of arms that differ by their names alone the first."""
+    """Keep the first of arms whose recipes differ by the name alone."""
     by_recipe: dict[str, Arm] = {}
     for arm in arms:
         content = arm.recipe.model_dump_json(exclude={"name", "out"})
@@ -246,13 +248,17 @@ def _drop_duplicates(arms: list[Arm]) -> list[Arm]:
 
 
 def _format_arm_name(axes: dict[str, Any], shown_settings: dict[str, bool], teacher: str | None) -> str:
-    """Student, stages and seed always, anything else where it is not the usual; so names outlive a growing grid."""
+    """Name an arm by its student, stages and seed and by what is not at its default, so that a new axis renames none.
+
+    Args:
+        shown_settings: the axes of `grid.settings`, and whether this arm's value of each changes anything.
+    """
     parts = [axes["student"], axes["stages"]]
     if teacher is not None:
         parts.insert(0, Path(teacher).name)
     if not axes["copy_projections"]:
         parts.append("fresh")
-    # names of folders that are there already, so the layers that keep softmax are called as they were first
+    # these are names of folders on disk: "keep" is the prefix of existing studies for the layers with softmax
     for axis, prefix, default in (
         ("layers", "layers", "all"),
         ("softmax_layers", "keep", "none"),
@@ -267,13 +273,13 @@ def _format_arm_name(axes: dict[str, Any], shown_settings: dict[str, bool], teac
 
 
 def _format_stage_numbers(stages: list[dict[str, Any]]) -> str:
-    """ "2+3" for hidden and logits."""
+    """Format stages by their numbers: "2+3" for hidden and logits."""
     numbers = {name: number for number, name in STAGE_NAMES.items()}
     return "+".join(numbers[stage["stage"]] for stage in stages)
 
 
 def _apply_setting(raw: dict[str, Any], key: str, value: Any) -> bool:
-    """Set a key of the recipe, of a stage by its name; False where the arm has no such stage."""
+    """Set a key of a raw recipe, that of a stage by the stage's name; False if the arm has no such stage."""
     first, _, rest = key.partition(".")
     stage, _, setting = rest.partition(".")
     if first != "stages" or stage.isdigit():
@@ -291,7 +297,7 @@ def _apply_setting(raw: dict[str, Any], key: str, value: Any) -> bool:
 
 
 def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, mapping by mapping; lists are replaced."""
+    """Merge `override` into `base`, mapping by mapping; lists are replaced."""
     nested = {key: _merge(base[key], value) for key, value in override.items() if _are_mappings(base.get(key), value)}
     return {**base, **override, **nested}
 
@@ -301,5 +307,5 @@ def _are_mappings(*values: Any) -> bool:
 
 
 def study_to_yaml(study: Study) -> str:
-    """The study as it is run, its size laid over it."""
+    """Format the study as YAML, with its size merged into it."""
     return yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

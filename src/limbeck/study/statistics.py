@@ -1,4 +1,4 @@
-"""Whether arms differ: effects paired within a seed, a test over seeds, and a verdict.
+"""Test whether arms differ: effects paired within a seed, a test over seeds, and a verdict.
 
     effect = Effect((Term(1.0, log_perplexity, {"student": ("retnet",)}), ...))
     decide_verdict(effect.compute_contrasts(rows), kind="more", margin=0.01).verdict     # "holds", ...
@@ -26,11 +26,11 @@ Verdict = Literal["holds", "does not hold", "undecided"]
 
 MIN_SEEDS = 3
 ALPHA = 0.05
-MIN_SEED_COVERAGE = 0.5  # a seed with fewer than this share of the fullest seed's arms is not there yet
+MIN_SEED_COVERAGE = 0.5  # a seed with fewer than this share of the fullest seed's arms is incomplete
 
 
 class Contrasts(dict[str, list[float]]):
-    """Single effects by seed, with what had to be left out of all seeds and which arms diverged."""
+    """Effects by seed, one for each condition, with the arms left out of all seeds and those that diverged."""
 
     def __init__(self, values: dict[str, list[float]] | None = None):
         super().__init__(values or {})
@@ -40,13 +40,13 @@ class Contrasts(dict[str, list[float]]):
 
 @dataclass(frozen=True)
 class Finding:
-    """What the numbers of all seeds say.
+    """The effect over all seeds, and the verdict that it allows.
 
     effect: their mean; low, high: its 95 % t interval; p: of the two-sided t test that the verdict rests on. All three
         are None where a test is impossible: too few seeds, or the same number from every seed.
-    consistent: share of the single comparisons that point the same way as the statement.
+    consistent: share of the comparisons, one for each seed and condition, that agree with the statement.
     reason: why it is undecided, where that is so.
-    left_out: arms that some seed lacks, so that they count in none; diverged: arms whose number is not finite.
+    left_out: arms that some seed lacks, so that they count in none; diverged: arms whose value is not finite.
     """
 
     verdict: Verdict
@@ -67,7 +67,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Term:
-    """A weight, the metric that is weighed, and the rows over which it is averaged at a place of the grid."""
+    """A weighted metric, averaged over the rows of a condition that `where` selects."""
 
     weight: float
     metric: Metric
@@ -76,9 +76,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Effect:
-    """A weighted sum of averages, taken at every place of the grid where all of its terms were measured.
+    """A weighted sum of averages, computed under every condition where all of its terms were measured.
 
-    Every seed is asked the same question: an arm that is missing in one seed is left out of all of them.
+    A condition is a value of each axis but the seed and those that the terms select by. All seeds compare the same
+    arms: an arm that is missing in one seed is left out of all of them.
 
     within: only these rows count.
     """
@@ -87,8 +88,8 @@ class Effect:
     within: AxisFilter | None = None
 
     def compute_contrasts(self, rows: list[ArmResult]) -> Contrasts:
-        """The sum at each place, by seed."""
-        # seed -> (place, term) -> member -> value
+        """Compute the sum under each condition, by seed."""
+        # seed -> (condition, index of the term) -> member -> value
         tables: dict[str, dict[tuple[str, int], dict[str, float]]] = {}
         names: dict[tuple[str, str], str] = {}
         term_axes = {axis for term in self.terms for axis in term.where}
@@ -142,14 +143,14 @@ class Effect:
 
 
 def difference(metric: Metric, plus: AxisFilter, minus: AxisFilter, within: AxisFilter | None = None) -> Effect:
-    """metric(plus) - metric(minus)."""
+    """Define the effect metric(plus) - metric(minus)."""
     return Effect((Term(1.0, metric, plus), Term(-1.0, metric, minus)), within)
 
 
 def rank_correlation_by_seed(rows: list[ArmResult], axis: str, metric: Metric) -> Contrasts:
-    """Kendall's rank correlation of the students between neighboring values of an axis, by seed.
+    """Compute Kendall's rank correlation of the students between neighboring values of an axis, by seed.
 
-    Tables are compared at the same place of all other axes, over the students that every seed has in both.
+    Two values are compared with all other axes equal, over the students that every seed has at both.
     """
     values = sorted({row["axes"][axis] for row in rows if axis in row["axes"]}, key=lambda v: (str(type(v)), v))
     tables: dict[str, dict[tuple[str, Any], dict[str, float]]] = {}
@@ -185,7 +186,7 @@ def rank_correlation_by_seed(rows: list[ArmResult], axis: str, metric: Metric) -
 
 
 def kendall_tau(first: dict[str, float], second: dict[str, float], names: list[str]) -> float:
-    """Kendall's tau-a of two orders: a pair that is tied in either counts as neither agreement nor disagreement."""
+    """Compute Kendall's tau-a of two orders; a pair that is tied in either neither agrees nor disagrees."""
 
     def sign(x: float) -> int:
         return (x > 0) - (x < 0)
@@ -201,17 +202,18 @@ def decide_verdict(
     tests: int = 1,
     discrete: bool = False,
 ) -> Finding:
-    """A verdict over seeds.
+    """Decide over seeds whether an effect holds.
 
     "more" holds where the effect's interval lies above zero and the effect is at least `margin`, and does not hold
     where the interval lies below `margin`. "little" is its counterpart: it holds where the interval lies below
     `margin`, and does not where it lies above.
 
     Args:
-        contrasts: single effects by seed (`Contrasts` also say what was left out).
+        contrasts: effects by seed (`Contrasts` also say what was left out).
         margin: the smallest effect that matters.
-        tests: how many findings one rejection would overturn together; its level is divided by that.
-        discrete: a count or a rank, of which equal seeds are to be expected and need no test.
+        tests: how many hypotheses the claim has. A single one that fails refutes it, so the level of a refutation is
+            divided by that number (Bonferroni).
+        discrete: the effect is a count or a rank; equal numbers from all seeds are expected then and need no test.
     """
     left_out, diverged = getattr(contrasts, "left_out", []), getattr(contrasts, "diverged", [])
     by_seed = {seed: sum(values) / len(values) for seed, values in sorted(contrasts.items())}
@@ -249,7 +251,7 @@ def decide_verdict(
 
 
 def t_interval(values: list[float], alpha: float = ALPHA) -> tuple[float, float]:
-    """The t interval of the mean that misses it with probability `alpha` for normal differences.
+    """Compute the t interval of the mean, which misses it with probability `alpha` for normal differences.
 
     A percentile bootstrap of three numbers is their minimum and maximum, and covers the mean in 76 of 100 studies.
     """
@@ -259,7 +261,7 @@ def t_interval(values: list[float], alpha: float = ALPHA) -> tuple[float, float]
 
 
 def _explain_undecided(kind: str, margin: float, mean: float, low: float, high: float) -> str:
-    """Name the condition that failed."""
+    """Explain why neither the statement nor its opposite is supported."""
     if kind == "more" and low > 0:
         return f"above zero, but smaller than {margin:g}, and the interval reaches beyond it"
     bound = 0.0 if kind == "more" else margin
@@ -269,7 +271,7 @@ def _explain_undecided(kind: str, margin: float, mean: float, low: float, high: 
 
 
 def _find_common_cells(cells: dict[str, set], result: Contrasts) -> tuple[list[str], set]:
-    """The seeds that are there, and what all of them have."""
+    """Find the seeds that are complete, and the cells that all of them have; notes the other seeds in `result`."""
     max_cells = max((len(seed_cells) for seed_cells in cells.values()), default=0)
     complete_seeds = [seed for seed, seed_cells in cells.items() if len(seed_cells) >= MIN_SEED_COVERAGE * max_cells]
     result.left_out += [f"seed {seed}, which is not complete" for seed in cells if seed not in complete_seeds]
@@ -285,7 +287,7 @@ def _axes_key(axes: dict[str, Any]) -> str:
 
 
 def _format_axes(axes: dict[str, Any]) -> str:
-    """An arm's values without the seed, for a reader."""
+    """Format an arm's axes for a reader, without the seed and what is at its default."""
     return " ".join(f"{v}" if a in ("student", "stages") else f"{a}={v}" for a, v in axes.items() if _is_shown(a, v))
 
 
@@ -298,14 +300,14 @@ def _matches(row: ArmResult, where: AxisFilter) -> bool:
 
 
 def _t_test_p(values: list[float], null: float) -> float:
-    """Two-sided p of a one-sample t test."""
+    """Compute the two-sided p of a one-sample t test."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # differences of rounding size
         return float(_import_scipy_stats().ttest_1samp(values, null).pvalue)
 
 
 def _import_scipy_stats() -> Any:
-    try:
+    try:  # an optional dependency, of the extra `study`
         from scipy import stats
     except ImportError as error:
         raise LimbeckError(

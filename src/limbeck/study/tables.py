@@ -1,4 +1,4 @@
-"""What a study found, on disk: study.json for programs, tables and claims for people.
+"""Write the results of a study: study.json for programs, tables and claims for people.
 
     results = write_study_results(study, folder, arms, failures, claims)
     print(format_claims(results["claims"]))
@@ -68,7 +68,7 @@ def format_results_table(
     teachers: dict[str, dict[str, Any] | None] | None = None,
     versions: dict[str, int] | None = None,
 ) -> str:
-    """A row for each arm, seeds together as mean ± standard deviation, and the teachers; a table for each measure."""
+    """Format a table for each measure: a row for each arm, as mean ± standard deviation over seeds, and teacher."""
     varied = [
         axis
         for axis in _list_axes(finished)
@@ -107,7 +107,7 @@ def format_results_table(
 
 
 def format_values_csv(finished: list[dict[str, Any]]) -> str:
-    """One line a number: the arm, its axes, the value's name, the value, its standard error."""
+    """Format a CSV line for each value: the arm, its axes, the value's name, the value, its standard error."""
     axes = _list_axes(finished)
     return values_to_csv(
         [
@@ -118,7 +118,7 @@ def format_values_csv(finished: list[dict[str, Any]]) -> str:
 
 
 def format_claims(claims: list[dict[str, Any]]) -> str:
-    """Each claim with its verdict, and its parts with effect, interval, p and seeds."""
+    """Format each claim with its verdict, and its findings with effect, interval, p and seeds."""
     lines = ["# Claims", ""]
     for claim in claims:
         lines += [f"**{claim['verdict']}**: {claim['statement']} ({claim['source']}; `{claim['name']}`)", ""]
@@ -146,7 +146,7 @@ def _format_finding(finding: dict[str, Any], unit: str) -> str:
 
 
 def _format_left_out(finding: dict[str, Any]) -> str:
-    """Name what counts in no seed because some seed lacks it."""
+    """Format the arms that count in no seed because some seed lacks them."""
     names = finding.get("left_out") or []
     if not names:
         return ""
@@ -154,7 +154,7 @@ def _format_left_out(finding: dict[str, Any]) -> str:
 
 
 def _collect_teacher_results(study: Study, arms: list[Arm]) -> dict[str, dict[str, Any] | None]:
-    """The teachers' records by name; where arms read several texts, by name and text."""
+    """Read the teachers' records by name; if arms read several texts, by name and text."""
     by_path = {record.get_teacher_result_path(arm): arm for arm in arms}
     names = {path: Path(arm.recipe.teacher).name for path, arm in by_path.items()}
     results: dict[str, dict[str, Any] | None] = {}
@@ -166,7 +166,7 @@ def _collect_teacher_results(study: Study, arms: list[Arm]) -> dict[str, dict[st
                 for other_path, other_arm in by_path.items()
                 if names[other_path] == name and other_path != path
             ]
-            # the axes of the grid that tell this text or folder from the others'
+            # the axes by which this teacher or its text differs from the others of that name
             differing = [
                 f"{axis} {value}"
                 for axis, value in arm.axes.items()
@@ -178,7 +178,7 @@ def _collect_teacher_results(study: Study, arms: list[Arm]) -> dict[str, dict[st
 
 
 def _count_versions(arms: list[Arm], study: Study) -> dict[str, int]:
-    """How many finished arms were measured with which version of Limbeck."""
+    """Count the finished arms that were measured with each version of Limbeck."""
     counts: dict[str, int] = {}
     for arm in arms:
         if result := record.read_arm_result(arm, study):

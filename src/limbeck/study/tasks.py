@@ -36,7 +36,11 @@ from limbeck.training.teacher_loading import LoadedTeacher, load_recipe_teacher
 
 @dataclass(frozen=True)
 class StudyTask:
-    """Arms by name. kind: "shared" trains a group on one run of the teacher, "alone" takes one arm to its end."""
+    """A piece of a study's work.
+
+    kind: "shared" trains a group of arms through the stages that they share, "alone" takes one arm to its end.
+    arms: their names.
+    """
 
     kind: Literal["shared", "alone"]
     arms: tuple[str, ...]
@@ -51,9 +55,9 @@ class TaskResult:
 
 
 class Executor(Protocol):
-    """Where tasks run. Order is free; each task is run once, and a failing one does not stop the others.
+    """Runs tasks, in any order: each task once, and a failing one does not stop the others.
 
-    workers: how many run side by side; 0 if unknown.
+    workers: how many tasks run side by side; 0 if unknown.
     threads: CPU threads of each worker, for the plan's times; None: those of this process.
     supports_planning: whether the machine that starts the study is like those that work on it, so that a rehearsal
         here predicts their times.
@@ -68,11 +72,11 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what `run` has kept for the next list: workers, a cluster."""
+        """Release what `run` holds for the next list: workers, a cluster."""
 
 
 class SequentialExecutor:
-    """One task after another in this process."""
+    """Runs one task after another in this process."""
 
     workers = 1
     threads: int | None = None
@@ -89,7 +93,7 @@ class SequentialExecutor:
             yield self.task_runner.run_task(study, task, arms)
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Nothing to release."""
 
 
 class TaskRunner:
@@ -104,7 +108,7 @@ class TaskRunner:
         self.subjects = SubjectLoader()
 
     def run_task(self, study: Study, task: StudyTask, arms: dict[str, Arm]) -> TaskResult:
-        """Run a task.
+        """Run a task; returns its result, with the errors of the arms that failed.
 
         Args:
             arms: the study's arms by name.

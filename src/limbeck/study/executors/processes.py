@@ -36,17 +36,17 @@ Answers = queue.Queue["tuple[_Worker, str | None]"]
 
 @dataclass
 class ProcessExecutor:
-    """Runs tasks in processes of this machine.
+    """Runs tasks in worker processes on this machine.
 
-    workers: 0: one for each GPU, or two without GPUs. With GPUs there may be no more workers than those.
+    workers: how many processes; 0: one for each GPU, or two without GPUs. GPUs allow one worker each.
     """
 
     workers: int = 0
     threads: int | None = field(init=False)
     gpus: list[str] = field(init=False)  # as CUDA_VISIBLE_DEVICES names them; a worker has one
     supports_planning: bool = field(default=True, init=False)
-    _workers: "list[_Worker]" = field(default_factory=list, init=False)  # kept from one list of tasks to the next
-    _answers: "Answers" = field(default_factory=queue.Queue, init=False)  # None when a worker's process has ended
+    _workers: "list[_Worker]" = field(default_factory=list, init=False)  # they live from one list of tasks to the next
+    _answers: "Answers" = field(default_factory=queue.Queue, init=False)  # (worker, None): its process has ended
 
     def __post_init__(self) -> None:
         self.gpus = _list_gpus()
@@ -79,7 +79,7 @@ class ProcessExecutor:
                     except queue.Empty:
                         continue
                     if worker not in self._workers:
-                        continue  # of a list that was broken off
+                        continue  # it was started for a list of tasks that was interrupted
                     task, worker.task = worker.task, None
                     if answer is None:
                         self._workers.remove(worker)
@@ -149,7 +149,7 @@ class _Worker:
         answers.put((self, None))
 
     def submit(self, task: StudyTask) -> None:
-        """Send it a task. If the process is gone, `answers` gets None."""
+        """Send the worker a task. If its process is gone, `_listen` puts None into the queue."""
         self.task = task
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
@@ -164,7 +164,7 @@ class _Worker:
         return "\n".join([f"its process {outcome}, {MAX_ATTEMPTS} times; see {self.log}", *last_lines])
 
     def end(self) -> None:
-        """Stop it at once: it exits when its stdin is closed."""
+        """Stop the process at once: it exits when its stdin is closed."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -176,7 +176,7 @@ class _Worker:
 
 
 def _save_and_stop(workers: list[_Worker]) -> str:
-    """Ask all to save their state and exit; returns a message for the user."""
+    """Make all busy workers save their state and exit; returns a message for the user."""
     busy = [worker for worker in workers if worker.task]
     for worker in busy:
         worker.process.terminate()

@@ -29,18 +29,18 @@ from limbeck.study.tasks import StudyTask, TaskResult
 
 MAX_ATTEMPTS = 3
 DEFAULT_LOCAL_WORKERS = 2
-OBJECT_STORE_BYTES = 80_000_000  # bytes: tasks and answers are short texts
+OBJECT_STORE_BYTES = 80_000_000  # little: tasks and results are short texts
 TEMPORARY_PREFIX = "limbeck-ray-"
 
 
 @dataclass
 class RayExecutor:
-    """Runs tasks on Ray.
+    """Runs tasks on a Ray cluster.
 
-    address: of a cluster, `auto` for the one that this machine belongs to; None starts one here.
-    workers: tasks side by side; 0: two here, on a cluster as many as it has room for.
-    cpus: cores of a task, and its threads; 0: here this process's threads shared out, on a cluster one.
-    gpus: of a task; None: one where the cluster has GPUs, else none.
+    address: that of a cluster, `auto` for the one that this machine belongs to; None starts one here.
+    workers: how many tasks run side by side; 0: two here, on a cluster as many as it has room for.
+    cpus: cores and threads of a task; 0: here its part of this process's threads, on a cluster one.
+    gpus: GPUs of a task; None: one if the cluster has GPUs, else none.
     """
 
     address: str | None = None
@@ -49,7 +49,9 @@ class RayExecutor:
     gpus: float | None = None
     threads: int | None = field(init=False)
     supports_planning: bool = field(init=False)
-    _cluster_stack: list[ExitStack] = field(default_factory=list, init=False)  # the cluster, between two lists
+    _cluster_stack: list[ExitStack] = field(
+        default_factory=list, init=False
+    )  # holds the cluster from one list of tasks to the next
 
     def __post_init__(self) -> None:
         _import_ray()
@@ -79,7 +81,7 @@ class RayExecutor:
             self._cluster_stack[0].enter_context(self._cluster(ray))
         with graceful_shutdown() as stop_requested:
             gpus, local_workers = self._fit_to_cluster(ray)
-            # a task that is asked to stop where it runs is begun again elsewhere
+            # a task that is stopped by a signal on its machine starts again on another
             remote = ray.remote(run_remote_task).options(
                 num_cpus=self.cpus, num_gpus=gpus, max_retries=MAX_ATTEMPTS - 1, retry_exceptions=[TrainingInterrupted]
             )
@@ -104,10 +106,12 @@ class RayExecutor:
             self._cluster_stack.pop().close()
 
     def _build_arguments(self, folder: Path, task: StudyTask) -> tuple[str, str, dict[str, Any], int, str]:
+        """Return the arguments of `run_remote_task`, but for the number of workers."""
         log = folder / "logs" / f"{task.kind}-{task.arms[0]}.log"
         return os.getcwd(), str(folder), task_to_dict(task), self.cpus, str(log)
 
     def _get_result(self, ray: Any, reference: Any, task: StudyTask) -> TaskResult:
+        """Get the result of a task that Ray has finished."""
         try:
             return TaskResult(task, ray.get(reference))
         except TrainingInterrupted as error:
@@ -117,7 +121,7 @@ class RayExecutor:
         return TaskResult(task, dict.fromkeys(task.arms, message))
 
     def _fit_to_cluster(self, ray: Any) -> tuple[float, int]:
-        """Check that some machine has what a task needs; returns GPUs of a task, and tasks on a machine at once."""
+        """Check that some machine has what a task needs; returns GPUs of a task and how many tasks one machine runs."""
         resources = ray.cluster_resources()
         gpus = self.gpus if self.gpus is not None else float(resources.get("GPU", 0) > 0)
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -133,11 +137,11 @@ class RayExecutor:
 
     @contextmanager
     def _cluster(self, ray: Any) -> Iterator[None]:
-        """Join the cluster, or start one on this machine and leave nothing of it; one that is joined already stays."""
+        """Join the cluster, or start one on this machine and remove it afterwards; one that is joined already stays."""
         if ray.is_initialized():
             yield
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends usage statistics by default
         options = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
         if self.address is not None:
             del options["include_dashboard"]
@@ -156,7 +160,7 @@ class RayExecutor:
                 ray.shutdown()
             return
         _remove_stale_folders()
-        # Ray keeps its sockets in there, whose paths have to be short
+        # Ray puts its sockets in there, and paths of sockets have to be short
         folder = tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-", dir=_get_temporary_root())
         try:
             ray.init(

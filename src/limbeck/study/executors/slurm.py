@@ -33,7 +33,7 @@ from limbeck.study.tasks import StudyTask, TaskResult
 
 TASKS_FILE, JOB_FILE = "tasks.json", "job"
 POLL_INTERVAL_S = 2.0
-PREEMPTION_NOTICE_S = 120  # how long before its time limit a task is told to save its state
+PREEMPTION_NOTICE_S = 120  # how long before its time limit a task gets the signal to save its state
 SCRIPT = """\
 #!/bin/bash
 {options}
@@ -57,7 +57,7 @@ exit "$code"
 class SlurmExecutor:
     """Runs tasks as Slurm job arrays.
 
-    workers: array tasks side by side; 0: no limit of ours.
+    workers: how many array tasks run side by side; 0: no limit but that of Slurm.
     cpus, gpus, partition, time: the resources of an array task, as options of sbatch.
     sbatch: further options of sbatch, each as one string: "--account=abc".
     """
@@ -69,7 +69,7 @@ class SlurmExecutor:
     time: str | None = None
     sbatch: list[str] = field(default_factory=list)
     threads: int | None = field(default=None, init=False)
-    supports_planning: bool = field(default=False, init=False)  # the machine that submits is not like those that work
+    supports_planning: bool = field(default=False, init=False)  # other machines than this one do the work
 
     def __post_init__(self) -> None:
         for option in self.sbatch:
@@ -88,7 +88,7 @@ class SlurmExecutor:
         """Submit the tasks as an array and wait for them.
 
         Raises:
-            LimbeckError: there is no sbatch here (the script is written), or it refused.
+            LimbeckError: there is no sbatch here (the script is written), or it rejected the script.
             TrainingInterrupted: SIGTERM came; the array keeps running.
         """
         array_folder = folder / "slurm"
@@ -118,7 +118,7 @@ class SlurmExecutor:
         """Nothing to release."""
 
     def write_script(self, folder: Path, tasks: list[StudyTask]) -> Path:
-        """Write the script and the list of its tasks; returns the script's path."""
+        """Write the script and the list of its tasks; returns the path of the script."""
         array_folder = folder / "slurm"
         check_single_line("--out", str(folder))
         check_single_line("the working directory", os.getcwd())
@@ -180,7 +180,7 @@ def _submit(
     array_folder: Path, script: Path, tasks: list[StudyTask], stop_requested: Callable[[], bool]
 ) -> Iterator[TaskResult]:
     """Submit the script, and yield the results of its tasks as they come."""
-    # a session of its own: Ctrl-C stops the study, not the array
+    # in a session of its own, so that Ctrl-C stops the study, not the array
     sbatch = subprocess.Popen(
         ["sbatch", "--wait", "--parsable", str(script)],
         stdout=subprocess.PIPE,
@@ -224,7 +224,7 @@ def _submit(
 
 
 def _wait_for_running_array(array_folder: Path, stop_requested: Callable[[], bool]) -> None:
-    """Wait for an array that a killed process of this study left running."""
+    """Wait for an array that is still running since this study was killed."""
     if not (array_folder / JOB_FILE).exists():
         return
     job = (array_folder / JOB_FILE).read_text(encoding="utf-8").strip()
@@ -238,7 +238,7 @@ def _wait_for_running_array(array_folder: Path, stop_requested: Callable[[], boo
 
 
 def _is_alive(job: str) -> bool:
-    """Whether a task of the array is running or waiting."""
+    """Tell whether a task of the array is running or waiting."""
     if shutil.which("squeue") is None:
         return False
     listing = subprocess.run(
@@ -253,7 +253,7 @@ def _is_alive(job: str) -> bool:
 
 
 def _take_results(array_folder: Path) -> dict[StudyTask, dict[str, str]]:
-    """Take the results of an array whose study was killed before it ended."""
+    """Read and delete the results of an array that ended after its study was killed: failures by task."""
     try:
         tasks = json.loads((array_folder / TASKS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

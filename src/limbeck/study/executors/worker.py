@@ -29,7 +29,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# it listens before it imports anything that takes seconds
+# a worker reads its stdin before it imports what takes seconds, so that it exits at once when its parent is killed
 BOOTSTRAP_CODE = """
 import json, os, queue, sys, threading
 
@@ -83,7 +83,7 @@ def run_remote_task(
     directory: str, folder: str, task: dict[str, Any], threads: int, log: str, local_workers: int
 ) -> dict[str, str]:
     """Run a task in a process that Ray started: in `directory`, with output to the file `log`."""
-    # late: BOOTSTRAP_CODE listens before it imports anything that takes seconds
+    # start-up time: see BOOTSTRAP_CODE
     import torch
 
     torch.set_num_threads(threads)
@@ -99,6 +99,7 @@ def run_remote_task(
 
 @lru_cache(maxsize=1)
 def _load_study(folder: str, mtime_ns: int) -> tuple[Study, dict[str, Arm]]:
+    """Load the study in a folder and its arms by name; again only when its file has changed."""
     study = Study.load(Path(folder) / "study.yaml")
     return study, {arm.name: arm for arm in study.arms(Path(folder))}
 
@@ -123,7 +124,7 @@ def _wait_until_free(path: Path) -> None:
 
 
 def main(orders: "queue.Queue[dict[str, Any]]") -> None:
-    """Run the tasks that come until the process ends; folder and number of workers are its arguments."""
+    """Run the tasks of the queue until the process ends; its arguments are the folder and the number of workers."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not mix with the results
     try:

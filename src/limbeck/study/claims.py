@@ -157,7 +157,7 @@ def _hypothesis(
     return Hypothesis(description, effect.compute_contrasts, kind, margin)
 
 
-def _hypotheses(*hypotheses: Hypothesis) -> Callable[[list[ArmResult]], list[Hypothesis]]:
+def _fixed_hypotheses(*hypotheses: Hypothesis) -> Callable[[list[ArmResult]], list[Hypothesis]]:
     """Return the same hypotheses whatever arms there are."""
     return lambda rows: list(hypotheses)
 
@@ -245,7 +245,7 @@ CLAIMS: dict[str, Claim] = {
         "Students whose decay depends on the input end at a lower loss than linear attention by a feature map alone.",
         "v2, experiment 1",
         "nats a token",
-        _hypotheses(_hypothesis("lower loss on held-out text", _loss_gap(_DYNAMIC, _KERNEL))),
+        _fixed_hypotheses(_hypothesis("lower loss on held-out text", _loss_gap(_DYNAMIC, _KERNEL))),
     ),
     "xlstm-first": Claim(
         "xLSTM (mLSTM) is the best of all students.",
@@ -257,7 +257,7 @@ CLAIMS: dict[str, Claim] = {
         "Aligning hidden states is the most dependable gain: it lowers the loss, by more than aligning matrices does.",
         "v2, experiment 1",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis("2+3 is better than 3", _loss_gap(_STAGES_23, _STAGE_3)),
             _hypothesis(
                 "what stage 2 gains is more than what stage 1 gains on top",
@@ -274,7 +274,7 @@ CLAIMS: dict[str, Claim] = {
         "Aligning mixing matrices before hidden states gains little.",
         "v2, experiment 1",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis("what 1+2+3 gains over 2+3", _loss_gap(_STAGES_123, _STAGES_23), "little", NEGLIGIBLE_EFFECT)
         ),
     ),
@@ -282,7 +282,7 @@ CLAIMS: dict[str, Claim] = {
         "Copying the teacher's projections speeds up the start, but a copied student still needs alignment.",
         "v2, experiment 1",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "the loss in the first tenth of stage 3 is lower with copies",
                 difference(select_value("stages.logits.early_loss"), _FRESH, _COPIED, within=_STAGE_3),
@@ -294,7 +294,7 @@ CLAIMS: dict[str, Claim] = {
         "Past the training length the loss of students with dynamic decay rises less than that of the others.",
         "v2, figure 2",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "rise of the loss, others minus these",
                 Effect((*_loss_growth_terms(_OTHERS, 1.0), *_loss_growth_terms(_DYNAMIC, -1.0))),
@@ -305,7 +305,7 @@ CLAIMS: dict[str, Claim] = {
         "Students with the delta rule recall associations that additive ones lose.",
         "v3, table 3",
         "share of the questions",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "key-value pairs recalled, delta rule minus additive",
                 difference(select_mean("recall", r"recall, \d+ pairs"), {"mixer": DELTA}, {"mixer": ADDITIVE}),
@@ -316,7 +316,7 @@ CLAIMS: dict[str, Claim] = {
         "Students with the delta rule find needles in long texts that additive ones lose.",
         "v3, table 3",
         "share of the questions",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "needles found, delta rule minus additive",
                 difference(select_mean("needle", _NIAH), {"mixer": DELTA}, {"mixer": ADDITIVE}),
@@ -327,25 +327,25 @@ CLAIMS: dict[str, Claim] = {
         "A student's cache does not grow with the text.",
         "v2, figure 4",
         "share of the teacher's growth",
-        _hypotheses(Hypothesis("growth of the cache a token", _cache_growth, "little", 0.001, discrete=True)),
+        _fixed_hypotheses(Hypothesis("growth of the cache a token", _cache_growth, "little", 0.001, discrete=True)),
     ),
     "time-constant-in-length": Claim(
         "A token takes a student as long behind a long text as behind a short one.",
         "v2, figure 4",
         "share of the time at the shortest length",
-        _hypotheses(Hypothesis("growth of a token's time", _token_time_growth, "little", 0.1)),
+        _fixed_hypotheses(Hypothesis("growth of a token's time", _token_time_growth, "little", 0.1)),
     ),
     "faster-than-the-teacher-at-length": Claim(
         "Behind the longest text that was measured a student's token takes less time than the teacher's.",
         "v2, figure 4",
         "logarithm of the teacher's time over the student's",
-        _hypotheses(Hypothesis("gain in a token's time", _token_time_gain, "more", 0.0)),
+        _fixed_hypotheses(Hypothesis("gain in a token's time", _token_time_gain, "more", 0.0)),
     ),
     "order-stable-over-teachers": Claim(
         "Which student is better than which does not depend on the size of the teacher.",
         "v3, table 2",
         "Kendall's tau",
-        _hypotheses(
+        _fixed_hypotheses(
             Hypothesis(
                 "agreement of the order between teachers", _order_agreement("teacher"), margin=0.5, discrete=True
             )
@@ -355,7 +355,7 @@ CLAIMS: dict[str, Claim] = {
         "The order of the students is set early: a larger budget keeps it.",
         "v3, budget curves",
         "Kendall's tau",
-        _hypotheses(
+        _fixed_hypotheses(
             Hypothesis("agreement of the order between budgets", _order_agreement("tokens"), margin=0.5, discrete=True)
         ),
     ),
@@ -363,7 +363,7 @@ CLAIMS: dict[str, Claim] = {
         "A decay for each head is better than one for each channel.",
         "v3, discussion",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "Gated DeltaNet is better than KDA, which differs by that alone",
                 _mixer_loss_gap("gated_deltanet", "kda"),
@@ -375,7 +375,7 @@ CLAIMS: dict[str, Claim] = {
         "With heads, state, convolution, gate and norm alike the delta rule is better than the additive update.",
         "v3, discussion; here under control",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "Gated DeltaNet is better than Mamba-2",
                 _mixer_loss_gap("gated_deltanet", "mamba2"),
@@ -386,7 +386,7 @@ CLAIMS: dict[str, Claim] = {
         "With all else alike an input-dependent decay is better than none.",
         "v2, experiment 1; here under control",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "Mamba-2 is better than linear attention",
                 _mixer_loss_gap("mamba2", "linear_attention"),
@@ -397,7 +397,7 @@ CLAIMS: dict[str, Claim] = {
         "At equal budget, aligning outputs before stage 3 is better than aligning T x T matrices.",
         "RADLADS (arXiv 2505.03005) against MOHAWK (arXiv 2408.10189)",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "2+3 is better than 1+3", _loss_gap(_STAGES_23, {"stages": ("1+3",)}, within={"target": ("attention",)})
             )
@@ -407,7 +407,7 @@ CLAIMS: dict[str, Claim] = {
         "Aligning the outputs of whole blocks gains little over those of the attention alone.",
         "a question that the papers leave open",
         "nats a token",
-        _hypotheses(
+        _fixed_hypotheses(
             _hypothesis(
                 "what the block's output gains over the attention's",
                 _loss_gap({"target": ("block",)}, {"target": ("attention",)}, within=_STAGES_23),
@@ -420,6 +420,8 @@ CLAIMS: dict[str, Claim] = {
         "Of a fixed budget the paper's split, nine tenths for stage 3, is better than equal parts.",
         "v2, settings",
         "nats a token",
-        _hypotheses(_hypothesis("the paper's split is better", _loss_gap({"split": ("paper",)}, {"split": ("even",)}))),
+        _fixed_hypotheses(
+            _hypothesis("the paper's split is better", _loss_gap({"split": ("paper",)}, {"split": ("even",)}))
+        ),
     ),
 }

@@ -150,7 +150,7 @@ class Study(_StrictModel):
         applied: set[str] = set()  # keys of `grid.settings` that some arm's recipe has
         for axis in grid.settings:
             if axis in RESERVED_AXES:
-                raise LimbeckError(f"{self.name}: grid.settings.{axis} is an axis already", expected="another name")
+                raise LimbeckError(f"{self.name}: grid.settings.{axis} is already an axis", expected="another name")
         unset: list[Any] = [None]
         values: list[list[Any]] = [
             grid.teachers or unset,
@@ -185,7 +185,7 @@ class Study(_StrictModel):
         unapplied = {key for axis in grid.settings.values() for settings in axis.values() for key in settings} - applied
         if unapplied:
             raise LimbeckError(
-                f"{self.name}: grid.settings: no arm has a place for {', '.join(sorted(unapplied))}",
+                f"{self.name}: grid.settings: no arm's recipe has {', '.join(sorted(unapplied))}",
                 expected="keys of the recipe, stages by name: stages.hidden.target",
             )
         return _drop_duplicates(list(by_name.values()))

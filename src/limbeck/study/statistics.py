@@ -220,12 +220,12 @@ def decide_verdict(
     values = list(by_seed.values())
 
     def finding(verdict: Verdict, reason: str = "", low=None, high=None, p=None) -> Finding:
-        singles = [value for values in contrasts.values() for value in values]
-        agreeing = [value > 0 if kind == "more" else value < margin for value in singles]
+        effects = [value for values in contrasts.values() for value in values]
+        agreeing = [value > 0 if kind == "more" else value < margin for value in effects]
         share = sum(agreeing) / len(agreeing) if agreeing else None
         effect = statistics.fmean(values) if values and all(map(math.isfinite, values)) else None
         seeds = {seed: value for seed, value in by_seed.items() if math.isfinite(value)}
-        return Finding(verdict, effect, low, high, p, seeds, share, len(singles), reason, left_out, diverged)
+        return Finding(verdict, effect, low, high, p, seeds, share, len(effects), reason, left_out, diverged)
 
     if not values:
         return finding("undecided", "not measured")
@@ -311,6 +311,6 @@ def _import_scipy_stats() -> Any:
         from scipy import stats
     except ImportError as error:
         raise LimbeckError(
-            "claims are tested with scipy, which is not there", hint="pip install 'limbeck[study]'"
+            "claims are tested with scipy, which is not installed", hint="pip install 'limbeck[study]'"
         ) from error
     return stats

@@ -31,7 +31,7 @@ MAX_ATTEMPTS = 3
 DEFAULT_CPU_WORKERS = 2
 SHUTDOWN_TIMEOUT_S = 120.0  # how long a worker may take to save its state
 WORKER_COMMAND = [sys.executable, "-c", BOOTSTRAP_CODE]
-Answers = queue.Queue["tuple[_Worker, str | None]"]
+ResultQueue = queue.Queue["tuple[_Worker, str | None]"]
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ProcessExecutor:
     gpus: list[str] = field(init=False)  # as CUDA_VISIBLE_DEVICES names them; a worker has one
     supports_planning: bool = field(default=True, init=False)
     _workers: "list[_Worker]" = field(default_factory=list, init=False)  # they live from one list of tasks to the next
-    _answers: "Answers" = field(default_factory=queue.Queue, init=False)  # (worker, None): its process has ended
+    _results: "ResultQueue" = field(default_factory=queue.Queue, init=False)  # (worker, None): its process has ended
 
     def __post_init__(self) -> None:
         self.gpus = _list_gpus()
@@ -75,13 +75,13 @@ class ProcessExecutor:
                     while waiting and (idle := self._get_idle_worker(folder)):
                         idle.submit(waiting.popleft())
                     try:
-                        worker, answer = self._answers.get(timeout=0.5)
+                        worker, line = self._results.get(timeout=0.5)
                     except queue.Empty:
                         continue
                     if worker not in self._workers:
                         continue  # it was started for a list of tasks that was interrupted
                     task, worker.task = worker.task, None
-                    if answer is None:
+                    if line is None:
                         self._workers.remove(worker)
                         if task is None:
                             continue
@@ -91,7 +91,7 @@ class ProcessExecutor:
                             continue
                         yield TaskResult(task, dict.fromkeys(task.arms, worker.describe_exit()))
                     elif task is not None:
-                        yield TaskResult(task, json.loads(answer))
+                        yield TaskResult(task, json.loads(line))
                 finished = True
             finally:
                 if not finished:
@@ -114,14 +114,14 @@ class ProcessExecutor:
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot]
-        self._workers.append(_Worker(slot, folder, self.workers, env, self._answers))
+        self._workers.append(_Worker(slot, folder, self.workers, env, self._results))
         return self._workers[-1]
 
 
 class _Worker:
     """A worker process with its current task and its log."""
 
-    def __init__(self, slot: int, folder: Path, local_workers: int, env: dict[str, str], answers: Answers):
+    def __init__(self, slot: int, folder: Path, local_workers: int, env: dict[str, str], results: ResultQueue):
         self.slot = slot
         self.task: StudyTask | None = None
         self.log = folder / "logs" / f"worker-{slot}.log"
@@ -138,15 +138,15 @@ class _Worker:
                 env=env,
                 start_new_session=True,
             )
-        threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
+        threading.Thread(target=self._listen, args=(results,), daemon=True).start()
 
-    def _listen(self, answers: Answers) -> None:
-        """Put each answer into the queue, and None when the process has ended."""
+    def _listen(self, results: ResultQueue) -> None:
+        """Put each result into the queue, and None when the process has ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            answers.put((self, line))
+            results.put((self, line))
         self.process.wait()
-        answers.put((self, None))
+        results.put((self, None))
 
     def submit(self, task: StudyTask) -> None:
         """Send the worker a task. If its process is gone, `_listen` puts None into the queue."""

@@ -80,7 +80,7 @@ class SlurmExecutor:
         check_single_line("--partition", self.partition)
         check_single_line("--time", self.time)
         if self.gpus is not None and self.gpus != int(self.gpus):
-            raise LimbeckError(f"--gpus {self.gpus}", expected="a whole number: Slurm gives whole GPUs")
+            raise LimbeckError(f"--gpus {self.gpus}", expected="a whole number: Slurm allocates whole GPUs")
         if self.workers < 0:
             raise LimbeckError(f"--workers {self.workers}", expected="a positive number, or none for no limit")
 
@@ -195,7 +195,7 @@ def _submit(
     job = sbatch.stdout.readline().strip().partition(";")[0]  # the cluster's name may follow
     if not job:
         raise LimbeckError(
-            f"sbatch refused {script}: {sbatch.stderr.read().strip()}", hint="--partition, --time, --sbatch=OPTION"
+            f"sbatch rejected {script}: {sbatch.stderr.read().strip()}", hint="--partition, --time, --sbatch=OPTION"
         )
     results.write_atomically(array_folder / JOB_FILE, job + "\n")
     console.print(f"array {job} of {len(tasks)} tasks submitted; logs are in {array_folder}/", markup=False)

@@ -33,16 +33,16 @@ except ImportError:  # Windows
 BOOTSTRAP_CODE = """
 import json, os, queue, sys, threading
 
-orders = queue.Queue()
+task_queue = queue.Queue()
 
 def listen():
     for line in sys.stdin:
-        orders.put(json.loads(line))
+        task_queue.put(json.loads(line))
     os._exit(0)
 
 threading.Thread(target=listen, daemon=True).start()
 from limbeck.study.executors.worker import main
-main(orders)
+main(task_queue)
 """
 LOCK_TIMEOUT_S = 60.0  # how long a process that is about to exit may hold an arm
 
@@ -123,14 +123,14 @@ def _wait_until_free(path: Path) -> None:
                 time.sleep(0.2)
 
 
-def main(orders: "queue.Queue[dict[str, Any]]") -> None:
+def main(task_queue: "queue.Queue[dict[str, Any]]") -> None:
     """Run the tasks of the queue until the process ends; its arguments are the folder and the number of workers."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not mix with the results
     try:
         while True:
-            failures = run_study_task(sys.argv[1], orders.get(), int(sys.argv[2]))
-            print(json.dumps(failures), file=answers, flush=True)
+            failures = run_study_task(sys.argv[1], task_queue.get(), int(sys.argv[2]))
+            print(json.dumps(failures), file=output, flush=True)
     except TrainingInterrupted as stopped:
         console.print(str(stopped), markup=False)
         sys.exit(SIGTERM_EXIT_CODE)

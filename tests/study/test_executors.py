@@ -350,7 +350,7 @@ def scheduler(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     script(folder / "sbatch", SBATCH.format(python=sys.executable))
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(slurm, "POLL_INTERVAL_S", 0.05)
     return folder
 
 

@@ -2,7 +2,7 @@
 
     evaluate_claims(["xlstm-first"], rows)[0]["verdict"]      # "holds", "does not hold" or "undecided"
 
-A claim has one or several parts; it holds where all parts hold, and does not hold where one does not. Losses are
+A claim has one or several hypotheses; it holds where all of them hold, and does not hold where one does not. Losses are
 compared in nats a token (the logarithm of perplexity), so an effect of 0.01 is one percent of perplexity. The paper is
 arXiv 2504.14366, v2 of May 2025 and v3 of January 2026; a statement is our wording of its finding.
 """
@@ -30,10 +30,10 @@ MIN_EFFECT = 0.01  # nats a token: smaller differences are of no practical use
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A testable half-sentence.
+    """A testable part of a claim: an effect, and what is claimed of its size.
 
     kind: "more": the effect is above zero and matters; "little": it does not reach the margin.
-    discrete: the effect is a count or a rank, of which equal seeds are to be expected and need no test.
+    discrete: the effect is a count or a rank; equal numbers from all seeds are expected then and need no test.
     """
 
     description: str
@@ -45,7 +45,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with its source; `hypotheses` may depend on which arms there are."""
+    """A statement with its source; `hypotheses` builds what to test from the records of the finished arms."""
 
     statement: str
     source: str
@@ -54,12 +54,12 @@ class Claim:
 
 
 def select_value(name: str) -> Metric:
-    """A value of the record as it is."""
+    """Build the metric that reads one value of an arm's record."""
     return lambda row: row["values"].get(name)
 
 
 def log_perplexity(row: ArmResult) -> float | None:
-    """Loss on held-out text: of the measure `agreement`, else of the run's own evaluation."""
+    """Read the loss on held-out text, in nats a token: of the measure `agreement`, else of the run's own evaluation."""
     perplexity = row["values"].get("agreement.perplexity", row["values"].get("held_out.student_perplexity"))
     if perplexity is None:
         return None
@@ -68,56 +68,64 @@ def log_perplexity(row: ArmResult) -> float | None:
 
 
 def select_by_length(measure: str, name: str, last: bool) -> Metric:
-    """Of the values whose name has a number of tokens, the one at the shortest or longest length.
+    """Build the metric that reads a value at the shortest or longest of the lengths where it was measured.
 
     Args:
-        name: pattern with that number as its group; of several values of one length the mean is taken.
+        name: pattern of the value's name, with the length in tokens as its group; several values of one length are
+            averaged.
+        last: whether to read it at the longest length.
     """
     pattern = re.compile(rf"{measure}\.{name}$")
 
     def metric(row: ArmResult) -> float | None:
-        found: dict[int, list[float]] = {}
-        for key, number in row["values"].items():
+        values_by_length: dict[int, list[float]] = {}
+        for key, value in row["values"].items():
             if match := pattern.match(key):
-                found.setdefault(int(match[1]), []).append(number)
-        if len(found) < 2:
+                values_by_length.setdefault(int(match[1]), []).append(value)
+        if len(values_by_length) < 2:
             return None
-        chosen = found[max(found) if last else min(found)]
+        chosen = values_by_length[max(values_by_length) if last else min(values_by_length)]
         return sum(chosen) / len(chosen)
 
     return metric
 
 
 def select_mean(measure: str, name: str) -> Metric:
-    """The mean of all values whose name fits the pattern."""
+    """Build the metric that averages all values whose name matches the pattern."""
     pattern = re.compile(rf"{measure}\.{name}$")
 
     def metric(row: ArmResult) -> float | None:
-        found = [number for key, number in row["values"].items() if pattern.match(key)]
-        return sum(found) / len(found) if found else None
+        values = [value for key, value in row["values"].items() if pattern.match(key)]
+        return sum(values) / len(values) if values else None
 
     return metric
 
 
 def evaluate_claim(name: str, claim: Claim, rows: list[ArmResult]) -> dict[str, Any]:
-    """A claim with its verdict, its parts' effects and why it is undecided, ready for JSON."""
-    parts = claim.hypotheses(rows)
-    found = [decide_verdict(part.effect(rows), part.kind, part.margin, len(parts), part.discrete) for part in parts]
+    """Evaluate a claim: its verdict, and of each hypothesis the effect and why it is undecided, ready for JSON."""
+    hypotheses = claim.hypotheses(rows)
+    findings = [
+        decide_verdict(
+            hypothesis.effect(rows), hypothesis.kind, hypothesis.margin, len(hypotheses), hypothesis.discrete
+        )
+        for hypothesis in hypotheses
+    ]
     return {
         "name": name,
         "statement": claim.statement,
         "source": claim.source,
         "unit": claim.unit,
-        "verdict": _together(found),
+        "verdict": _combine_verdicts(findings),
         "findings": [
-            {"says": part.description, "kind": part.kind, "margin": part.margin, **one.to_dict()}
-            for part, one in zip(parts, found)
+            {"says": hypothesis.description, "kind": hypothesis.kind, "margin": hypothesis.margin, **finding.to_dict()}
+            for hypothesis, finding in zip(hypotheses, findings)
         ],
     }
 
 
-def _together(found: list[Finding]) -> str:
-    verdicts = [one.verdict for one in found]
+def _combine_verdicts(findings: list[Finding]) -> str:
+    """Combine the verdicts of a claim's hypotheses into its own."""
+    verdicts = [finding.verdict for finding in findings]
     if "does not hold" in verdicts:
         return "does not hold"
     return "holds" if verdicts and all(verdict == "holds" for verdict in verdicts) else "undecided"
@@ -133,53 +141,57 @@ NEGLIGIBLE_EFFECT = 0.02  # nats a token: what counts as little
 
 
 def evaluate_claims(names: list[str], rows: list[ArmResult]) -> list[dict[str, Any]]:
-    """Judge each named claim; see `limbeck.study.claims.evaluate_claim`.
+    """Evaluate each named claim, as `evaluate_claim` does.
 
     Args:
-        rows: records of finished arms. Claims know a student by its `mixer`, not by what a study calls it; records of
-            students without one are known by their name.
+        rows: records of finished arms. Claims select students by `mixer`, not by the name that a study gives them;
+            the name stands in where a record has no mixer.
     """
     rows = [{**row, "axes": {**row["axes"], "mixer": row.get("mixer") or row["axes"]["student"]}} for row in rows]
     return [evaluate_claim(name, CLAIMS[name], rows) for name in names]
 
 
-def _part(
+def _hypothesis(
     description: str, effect: Effect, kind: Literal["more", "little"] = "more", margin: float = MIN_EFFECT
 ) -> Hypothesis:
     return Hypothesis(description, effect.compute_contrasts, kind, margin)
 
 
-def _fixed(*parts: Hypothesis) -> Callable[[list[ArmResult]], list[Hypothesis]]:
-    return lambda rows: list(parts)
+def _fixed_hypotheses(*hypotheses: Hypothesis) -> Callable[[list[ArmResult]], list[Hypothesis]]:
+    """Return the same hypotheses whatever arms there are."""
+    return lambda rows: list(hypotheses)
 
 
-def _lower(better: dict, worse: dict, within: dict | None = None) -> Effect:
-    """How much lower the loss of `better` is."""
+def _loss_gap(better: dict, worse: dict, within: dict | None = None) -> Effect:
+    """Define the effect: how much lower the loss of `better` is than that of `worse`."""
     return difference(log_perplexity, worse, better, within)
 
 
-def _than(better: str, worse: str) -> Effect:
-    return _lower({"mixer": (better,)}, {"mixer": (worse,)})
+def _mixer_loss_gap(better: str, worse: str) -> Effect:
+    return _loss_gap({"mixer": (better,)}, {"mixer": (worse,)})
 
 
-def _first(name: str) -> Callable[[list[ArmResult]], list[Hypothesis]]:
-    def parts(rows: list[ArmResult]) -> list[Hypothesis]:
+def _best_of_all(name: str) -> Callable[[list[ArmResult]], list[Hypothesis]]:
+    """Build a hypothesis for each other mixer of the study: that this one has the lower loss."""
+
+    def build(rows: list[ArmResult]) -> list[Hypothesis]:
         mixers = dict.fromkeys(row["axes"]["mixer"] for row in rows)
-        rivals = [one for one in mixers if one != name and one not in CONTROLS]
+        rivals = [rival for rival in mixers if rival != name and rival not in CONTROLS]
         return [
-            Hypothesis(f"{name} is better than {one}", _than(name, one).compute_contrasts, margin=0.0) for one in rivals
+            Hypothesis(f"{name} is better than {rival}", _mixer_loss_gap(name, rival).compute_contrasts, margin=0.0)
+            for rival in rivals
         ]
 
-    return parts
+    return build
 
 
-def _same_order(axis: str) -> Callable[[list[ArmResult]], Contrasts]:
-    """Kendall's rank correlation of the students between neighboring values of an axis, by seed."""
+def _order_agreement(axis: str) -> Callable[[list[ArmResult]], Contrasts]:
+    """Correlate the students' order by loss between neighboring values of an axis; see `rank_correlation_by_seed`."""
     return lambda rows: rank_correlation_by_seed(rows, axis, log_perplexity)
 
 
-def _growth(where: dict, weight: float) -> tuple[Term, Term]:
-    """How much the loss rises from the first to the last stretch of a long text, as terms of an effect."""
+def _loss_growth_terms(where: dict, weight: float) -> tuple[Term, Term]:
+    """Return the rise of the loss from the first to the last stretch of a long text, as terms of an effect."""
     name = r"loss, tokens \d+ to (\d+)"
     return (
         Term(weight, select_by_length("positions", name, last=True), where),
@@ -189,40 +201,43 @@ def _growth(where: dict, weight: float) -> tuple[Term, Term]:
 
 _OTHERS = {"mixer": (*KERNEL_ONLY, *FIXED_DECAY, "deltanet")}
 _DYNAMIC, _KERNEL = {"mixer": DYNAMIC_DECAY}, {"mixer": KERNEL_ONLY}
-_3, _23, _123 = {"stages": ("3",)}, {"stages": ("2+3",)}, {"stages": ("1+2+3",)}
+_STAGE_3, _STAGES_23, _STAGES_123 = {"stages": ("3",)}, {"stages": ("2+3",)}, {"stages": ("1+2+3",)}
 _NIAH = r"niah \d, (\d+) tokens, among \d+"
 _COPIED, _FRESH = {"copy_projections": (True,)}, {"copy_projections": (False,)}
 
 
-def _time_constant(rows: list[ArmResult]) -> dict[str, list[float]]:
-    """How much a token's time grows from the shortest to the longest context, as a share of it."""
-    last, first = (select_by_length("speed", r"token_milliseconds@(\d+)x1", last=end) for end in (True, False))
-    found: dict[str, list[float]] = {}
+def _token_time_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
+    """Compute how much a token's time grows from the shortest to the longest context, as a share of the former."""
+    last, first = (select_by_length("speed", r"token_milliseconds@(\d+)x1", last=is_last) for is_last in (True, False))
+    by_seed: dict[str, list[float]] = {}
     for row in rows:
-        a, b = first(row), last(row)
-        if a and b:
-            found.setdefault(str(row["axes"]["seed"]), []).append(b / a - 1)
-    return found
+        shortest, longest = first(row), last(row)
+        if shortest and longest:
+            by_seed.setdefault(str(row["axes"]["seed"]), []).append(longest / shortest - 1)
+    return by_seed
 
 
-def _time_gain(rows: list[ArmResult]) -> dict[str, list[float]]:
-    """Logarithm of the teacher's time for a token over the student's, behind the longest context."""
+def _token_time_gain(rows: list[ArmResult]) -> dict[str, list[float]]:
+    """Compute the logarithm of the teacher's time for a token over the student's, after the longest context."""
     time = select_by_length("speed", r"token_milliseconds@(\d+)x1", last=True)
-    found: dict[str, list[float]] = {}
+    by_seed: dict[str, list[float]] = {}
     for row in rows:
-        mine, theirs = time(row), time({"values": row.get("teacher") or {}})
-        if mine and theirs:
-            found.setdefault(str(row["axes"]["seed"]), []).append(math.log(theirs / mine))
-    return found
+        student_time, teacher_time = time(row), time({"values": row.get("teacher") or {}})
+        if student_time and teacher_time:
+            by_seed.setdefault(str(row["axes"]["seed"]), []).append(math.log(teacher_time / student_time))
+    return by_seed
 
 
-def _memory_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
+def _cache_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
+    """Compute the bytes by which a token makes the student's cache grow, as a share of the teacher's."""
+    by_seed: dict[str, list[float]] = {}
     for row in rows:
-        mine, theirs = (row["values"].get(f"memory.{who}_bytes_per_token") for who in ("student", "teacher"))
-        if mine is not None and theirs:
-            found.setdefault(str(row["axes"]["seed"]), []).append(mine / theirs)
-    return found
+        student_bytes, teacher_bytes = (
+            row["values"].get(f"memory.{model}_bytes_per_token") for model in ("student", "teacher")
+        )
+        if student_bytes is not None and teacher_bytes:
+            by_seed.setdefault(str(row["axes"]["seed"]), []).append(student_bytes / teacher_bytes)
+    return by_seed
 
 
 CLAIMS: dict[str, Claim] = {
@@ -230,20 +245,28 @@ CLAIMS: dict[str, Claim] = {
         "Students whose decay depends on the input end at a lower loss than linear attention by a feature map alone.",
         "v2, experiment 1",
         "nats a token",
-        _fixed(_part("lower loss on held-out text", _lower(_DYNAMIC, _KERNEL))),
+        _fixed_hypotheses(_hypothesis("lower loss on held-out text", _loss_gap(_DYNAMIC, _KERNEL))),
     ),
     "xlstm-first": Claim(
-        "xLSTM (mLSTM) is the best of all students.", "v2, experiment 1; v3, table 2", "nats a token", _first("mlstm")
+        "xLSTM (mLSTM) is the best of all students.",
+        "v2, experiment 1; v3, table 2",
+        "nats a token",
+        _best_of_all("mlstm"),
     ),
     "hidden-state-alignment-helps": Claim(
         "Aligning hidden states is the most dependable gain: it lowers the loss, by more than aligning matrices does.",
         "v2, experiment 1",
         "nats a token",
-        _fixed(
-            _part("2+3 is better than 3", _lower(_23, _3)),
-            _part(
+        _fixed_hypotheses(
+            _hypothesis("2+3 is better than 3", _loss_gap(_STAGES_23, _STAGE_3)),
+            _hypothesis(
                 "what stage 2 gains is more than what stage 1 gains on top",
-                Effect(tuple(Term(w, log_perplexity, s) for w, s in ((1.0, _3), (-2.0, _23), (1.0, _123)))),
+                Effect(
+                    tuple(
+                        Term(weight, log_perplexity, stages)
+                        for weight, stages in ((1.0, _STAGE_3), (-2.0, _STAGES_23), (1.0, _STAGES_123))
+                    )
+                ),
             ),
         ),
     ),
@@ -251,34 +274,39 @@ CLAIMS: dict[str, Claim] = {
         "Aligning mixing matrices before hidden states gains little.",
         "v2, experiment 1",
         "nats a token",
-        _fixed(_part("what 1+2+3 gains over 2+3", _lower(_123, _23), "little", NEGLIGIBLE_EFFECT)),
+        _fixed_hypotheses(
+            _hypothesis("what 1+2+3 gains over 2+3", _loss_gap(_STAGES_123, _STAGES_23), "little", NEGLIGIBLE_EFFECT)
+        ),
     ),
     "copying-starts-faster-but-is-not-enough": Claim(
         "Copying the teacher's projections speeds up the start, but a copied student still needs alignment.",
         "v2, experiment 1",
         "nats a token",
-        _fixed(
-            _part(
+        _fixed_hypotheses(
+            _hypothesis(
                 "the loss in the first tenth of stage 3 is lower with copies",
-                difference(select_value("stages.logits.early_loss"), _FRESH, _COPIED, within=_3),
+                difference(select_value("stages.logits.early_loss"), _FRESH, _COPIED, within=_STAGE_3),
             ),
-            _part("with copies, 2+3 is still better than 3", _lower(_23, _3, within=_COPIED)),
+            _hypothesis("with copies, 2+3 is still better than 3", _loss_gap(_STAGES_23, _STAGE_3, within=_COPIED)),
         ),
     ),
     "dynamic-decay-keeps-perplexity-with-length": Claim(
         "Past the training length the loss of students with dynamic decay rises less than that of the others.",
         "v2, figure 2",
         "nats a token",
-        _fixed(
-            _part("rise of the loss, others minus these", Effect((*_growth(_OTHERS, 1.0), *_growth(_DYNAMIC, -1.0))))
+        _fixed_hypotheses(
+            _hypothesis(
+                "rise of the loss, others minus these",
+                Effect((*_loss_growth_terms(_OTHERS, 1.0), *_loss_growth_terms(_DYNAMIC, -1.0))),
+            )
         ),
     ),
     "delta-rule-keeps-retrieval": Claim(
         "Students with the delta rule recall associations that additive ones lose.",
         "v3, table 3",
         "share of the questions",
-        _fixed(
-            _part(
+        _fixed_hypotheses(
+            _hypothesis(
                 "key-value pairs recalled, delta rule minus additive",
                 difference(select_mean("recall", r"recall, \d+ pairs"), {"mixer": DELTA}, {"mixer": ADDITIVE}),
             ),
@@ -288,8 +316,8 @@ CLAIMS: dict[str, Claim] = {
         "Students with the delta rule find needles in long texts that additive ones lose.",
         "v3, table 3",
         "share of the questions",
-        _fixed(
-            _part(
+        _fixed_hypotheses(
+            _hypothesis(
                 "needles found, delta rule minus additive",
                 difference(select_mean("needle", _NIAH), {"mixer": DELTA}, {"mixer": ADDITIVE}),
             ),
@@ -299,54 +327,58 @@ CLAIMS: dict[str, Claim] = {
         "A student's cache does not grow with the text.",
         "v2, figure 4",
         "share of the teacher's growth",
-        _fixed(Hypothesis("growth of the cache a token", _memory_growth, "little", 0.001, discrete=True)),
+        _fixed_hypotheses(Hypothesis("growth of the cache a token", _cache_growth, "little", 0.001, discrete=True)),
     ),
     "time-constant-in-length": Claim(
         "A token takes a student as long behind a long text as behind a short one.",
         "v2, figure 4",
         "share of the time at the shortest length",
-        _fixed(Hypothesis("growth of a token's time", _time_constant, "little", 0.1)),
+        _fixed_hypotheses(Hypothesis("growth of a token's time", _token_time_growth, "little", 0.1)),
     ),
     "faster-than-the-teacher-at-length": Claim(
         "Behind the longest text that was measured a student's token takes less time than the teacher's.",
         "v2, figure 4",
         "logarithm of the teacher's time over the student's",
-        _fixed(Hypothesis("gain in a token's time", _time_gain, "more", 0.0)),
+        _fixed_hypotheses(Hypothesis("gain in a token's time", _token_time_gain, "more", 0.0)),
     ),
     "order-stable-over-teachers": Claim(
         "Which student is better than which does not depend on the size of the teacher.",
         "v3, table 2",
         "Kendall's tau",
-        _fixed(
-            Hypothesis("agreement of the order between teachers", _same_order("teacher"), margin=0.5, discrete=True)
+        _fixed_hypotheses(
+            Hypothesis(
+                "agreement of the order between teachers", _order_agreement("teacher"), margin=0.5, discrete=True
+            )
         ),
     ),
     "gaps-set-early": Claim(
         "The order of the students is set early: a larger budget keeps it.",
         "v3, budget curves",
         "Kendall's tau",
-        _fixed(Hypothesis("agreement of the order between budgets", _same_order("tokens"), margin=0.5, discrete=True)),
+        _fixed_hypotheses(
+            Hypothesis("agreement of the order between budgets", _order_agreement("tokens"), margin=0.5, discrete=True)
+        ),
     ),
     "head-gates-beat-channel-gates": Claim(
         "A decay for each head is better than one for each channel.",
         "v3, discussion",
         "nats a token",
-        _fixed(
-            _part(
+        _fixed_hypotheses(
+            _hypothesis(
                 "Gated DeltaNet is better than KDA, which differs by that alone",
-                _than("gated_deltanet", "kda"),
+                _mixer_loss_gap("gated_deltanet", "kda"),
             ),
-            _part("Mamba-2 is better than GLA", _than("mamba2", "gla")),
+            _hypothesis("Mamba-2 is better than GLA", _mixer_loss_gap("mamba2", "gla")),
         ),
     ),
     "delta-rule-beats-additive-at-equal-state": Claim(
         "With heads, state, convolution, gate and norm alike the delta rule is better than the additive update.",
         "v3, discussion; here under control",
         "nats a token",
-        _fixed(
-            _part(
+        _fixed_hypotheses(
+            _hypothesis(
                 "Gated DeltaNet is better than Mamba-2",
-                _than("gated_deltanet", "mamba2"),
+                _mixer_loss_gap("gated_deltanet", "mamba2"),
             )
         ),
     ),
@@ -354,10 +386,10 @@ CLAIMS: dict[str, Claim] = {
         "With all else alike an input-dependent decay is better than none.",
         "v2, experiment 1; here under control",
         "nats a token",
-        _fixed(
-            _part(
+        _fixed_hypotheses(
+            _hypothesis(
                 "Mamba-2 is better than linear attention",
-                _than("mamba2", "linear_attention"),
+                _mixer_loss_gap("mamba2", "linear_attention"),
             )
         ),
     ),
@@ -365,16 +397,20 @@ CLAIMS: dict[str, Claim] = {
         "At equal budget, aligning outputs before stage 3 is better than aligning T x T matrices.",
         "RADLADS (arXiv 2505.03005) against MOHAWK (arXiv 2408.10189)",
         "nats a token",
-        _fixed(_part("2+3 is better than 1+3", _lower(_23, {"stages": ("1+3",)}, within={"target": ("attention",)}))),
+        _fixed_hypotheses(
+            _hypothesis(
+                "2+3 is better than 1+3", _loss_gap(_STAGES_23, {"stages": ("1+3",)}, within={"target": ("attention",)})
+            )
+        ),
     ),
     "block-outputs-add-little": Claim(
         "Aligning the outputs of whole blocks gains little over those of the attention alone.",
         "a question that the papers leave open",
         "nats a token",
-        _fixed(
-            _part(
+        _fixed_hypotheses(
+            _hypothesis(
                 "what the block's output gains over the attention's",
-                _lower({"target": ("block",)}, {"target": ("attention",)}, within=_23),
+                _loss_gap({"target": ("block",)}, {"target": ("attention",)}, within=_STAGES_23),
                 "little",
                 NEGLIGIBLE_EFFECT,
             )
@@ -384,6 +420,8 @@ CLAIMS: dict[str, Claim] = {
         "Of a fixed budget the paper's split, nine tenths for stage 3, is better than equal parts.",
         "v2, settings",
         "nats a token",
-        _fixed(_part("the paper's split is better", _lower({"split": ("paper",)}, {"split": ("even",)}))),
+        _fixed_hypotheses(
+            _hypothesis("the paper's split is better", _loss_gap({"split": ("paper",)}, {"split": ("even",)}))
+        ),
     ),
 }

@@ -1,8 +1,8 @@
-"""What is left of a study: its tasks in order, and their cost in tokens, time and disk.
+"""Plan what is left of a study: its tasks in order, and their cost in tokens, time and disk.
 
     plan = plan_study(study, arms, task_runner, workers=2)
     plan.seconds, plan.saved_seconds, plan.tokens, plan.disk_bytes
-    plan.wall_seconds                                    # until two workers are done
+    plan.wall_seconds                                    # time to the end with two workers
     first, later = schedule_tasks(arms, states, workers=8)
 
 The first list holds the groups of arms that share passes of the teacher, and the arms that share nothing; the second
@@ -38,32 +38,32 @@ from limbeck.training.setup import Job, prepare_job
 def schedule_tasks(
     arms: list[Arm], states: dict[str, str], workers: int = 1
 ) -> tuple[list[StudyTask], list[StudyTask]]:
-    """The tasks that can be done at once, and those that come after them.
+    """List the tasks that can run at once, and those that come after them.
 
     Args:
-        states: of each arm by name, see `limbeck.study.results.get_arm_state`.
-        workers: how many tasks can be done side by side.
+        states: the state of each arm by name, see `limbeck.study.results.get_arm_state`.
+        workers: how many tasks can run side by side.
     """
-    left = [arm for arm in arms if states[arm.name] != "finished"]
+    unfinished = [arm for arm in arms if states[arm.name] != "finished"]
     groups = [
-        team
-        for team in group_arms_by_pass([arm for arm in left if states[arm.name] == "train"])
-        if can_share_pass(team)
+        group
+        for group in group_arms_by_pass([arm for arm in unfinished if states[arm.name] == "train"])
+        if can_share_pass(group)
     ]
-    grouped = {arm.name for team in groups for arm in team}
-    lone = [arm.name for arm in left if arm.name not in grouped]
-    parts = _split([[arm.name for arm in team] for team in groups], workers - len(lone))
+    grouped = {arm.name for group in groups for arm in group}
+    ungrouped = [arm.name for arm in unfinished if arm.name not in grouped]
+    parts = _split_groups([[arm.name for arm in group] for group in groups], workers - len(ungrouped))
     first = [StudyTask("shared" if len(part) > 1 else "alone", tuple(part)) for part in parts]
-    at_once = {name for task in first if task.kind == "alone" for name in task.arms}
-    first += [StudyTask("alone", (name,)) for name in lone]
-    later = [StudyTask("alone", (arm.name,)) for arm in left if arm.name in grouped - at_once]
+    completed_first = {name for task in first if task.kind == "alone" for name in task.arms}
+    first += [StudyTask("alone", (name,)) for name in ungrouped]
+    later = [StudyTask("alone", (arm.name,)) for arm in unfinished if arm.name in grouped - completed_first]
     return first, later
 
 
 def estimate_wall_seconds(
     first: list[StudyTask], later: list[StudyTask], seconds: Callable[[StudyTask, bool], float], workers: int = 1
 ) -> float:
-    """Seconds until all is done, each free worker taking the next task; the second list waits for the first."""
+    """Estimate the seconds to the end: a free worker takes the next task, and the second list waits for the first."""
     total = 0.0
     for tasks in (first, later):
         free = [0.0] * workers
@@ -73,10 +73,10 @@ def estimate_wall_seconds(
     return total
 
 
-def _split(groups: list[list[str]], wanted: int) -> list[list[str]]:
-    """Halve the largest group until there are so many or all have one member; the largest come first."""
+def _split_groups(groups: list[list[str]], num_parts: int) -> list[list[str]]:
+    """Halve the largest group until there are `num_parts` or all have one member; the largest come first."""
     parts = sorted(groups, key=len, reverse=True)
-    while parts and len(parts) < wanted and len(parts[0]) > 1:
+    while parts and len(parts) < num_parts and len(parts[0]) > 1:
         largest = parts.pop(0)
         middle = (len(largest) + 1) // 2
         parts = sorted([*parts, largest[:middle], largest[middle:]], key=len, reverse=True)
@@ -85,7 +85,7 @@ def _split(groups: list[list[str]], wanted: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm. state: "finished", "measure" (its student is there) or "train"."""
+    """The cost of what is left of an arm. state: see `limbeck.study.results.get_arm_state`."""
 
     name: str
     state: str
@@ -93,28 +93,29 @@ class ArmPlan:
     seconds: float = 0.0
     saved_seconds: float = 0.0
     disk_bytes: int = 0
-    error: str = ""  # why its recipe cannot be run
-    shared_seconds: float = 0.0  # of `seconds`, in stages that it shares with others
-    teacher_pass_seconds: dict[str, float] = field(default_factory=dict)  # of those the teacher's, by `pass_key`
+    error: str = ""  # why its recipe cannot run
+    shared_seconds: float = 0.0  # part of `seconds`: stages that it shares with other arms
+    # part of `shared_seconds`: the teacher's passes, by `pass_key`
+    teacher_pass_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All arms, those that are finished too."""
+    """The plans of all arms, finished ones included, and the cost of the whole study."""
 
     arms: list[ArmPlan]
     disk_bytes: int
     workers: int = 1
-    wall_seconds: float = 0.0  # until so many workers are done
+    wall_seconds: float = 0.0  # time to the end with that many workers
 
     @property
     def seconds(self) -> float:
-        """Of all arms that are left, with their work shared."""
+        """Time of all arms that are left, one after another, with shared passes counted once."""
         return sum(arm.seconds - arm.saved_seconds for arm in self.arms)
 
     @property
     def saved_seconds(self) -> float:
-        """What sharing saves of the time of all arms one by one."""
+        """Time that sharing the teacher's passes saves."""
         return sum(arm.saved_seconds for arm in self.arms)
 
     @property
@@ -123,7 +124,7 @@ class StudyPlan:
         return sum(arm.tokens for arm in self.arms)
 
     def to_dict(self) -> dict[str, Any]:
-        """For study.json."""
+        """Convert the totals to plain data."""
         return {
             "arms": len(self.arms),
             "tokens": self.tokens,
@@ -135,14 +136,17 @@ class StudyPlan:
         }
 
     def estimate_task_seconds(self, task: StudyTask, first: bool) -> float:
-        """How long a task takes, in the first or the second of a study's lists (`limbeck.study.plan`)."""
-        mine = [arm for arm in self.arms if arm.name in task.arms]
+        """Estimate how long a task takes, in the first or the second list of `schedule_tasks`."""
+        arms = [arm for arm in self.arms if arm.name in task.arms]
         if task.kind == "alone":
-            return sum(arm.seconds if first else arm.seconds - arm.shared_seconds for arm in mine)
-        once: dict[str, float] = {}
-        for arm in mine:
-            once |= {key: max(taken, once.get(key, 0.0)) for key, taken in arm.teacher_pass_seconds.items()}
-        return sum(arm.shared_seconds - sum(arm.teacher_pass_seconds.values()) for arm in mine) + sum(once.values())
+            return sum(arm.seconds if first else arm.seconds - arm.shared_seconds for arm in arms)
+        pass_seconds: dict[str, float] = {}
+        for arm in arms:
+            pass_seconds |= {
+                key: max(seconds, pass_seconds.get(key, 0.0)) for key, seconds in arm.teacher_pass_seconds.items()
+            }
+        student_seconds = sum(arm.shared_seconds - sum(arm.teacher_pass_seconds.values()) for arm in arms)
+        return student_seconds + sum(pass_seconds.values())
 
 
 def plan_study(
@@ -151,10 +155,10 @@ def plan_study(
     """Plan what is left of a study; rehearses on the real models, writes nothing but the caches.
 
     Args:
-        workers: how many tasks go side by side, on devices or threads of their own.
+        workers: how many tasks run side by side, on devices or threads of their own.
         threads: CPU threads of each; those of this process by default.
     """
-    with _threads(threads):
+    with _cpu_threads(threads):
         plans, disk_bytes, states = _plan_arms(study, arms, task_runner)
     plan = StudyPlan(plans, disk_bytes, workers)
     first, later = schedule_tasks(arms, states, workers)
@@ -162,106 +166,115 @@ def plan_study(
 
 
 def _plan_arms(study: Study, arms: list[Arm], task_runner: TaskRunner) -> tuple[list[ArmPlan], int, dict[str, str]]:
-    """The arms' plans, bytes of disk, and where each arm stands."""
+    """Return the arms' plans, the disk that they need in bytes, and the state of each arm by name."""
     states = {arm.name: results.get_arm_state(arm, study) for arm in arms}
-    left = [arm for arm in arms if states[arm.name] == "train"]
+    untrained = [arm for arm in arms if states[arm.name] == "train"]
     sharers: dict[str, int] = {}
-    for arm in left:
+    for arm in untrained:
         for index in range(len(arm.recipe.stages)):
             key = pass_key(arm.recipe, index)
             if key is not None:
                 sharers[key] = sharers.get(key, 0) + 1
-    paces = _Paces(left, task_runner)
-    plans, peak = [], 0
+    scales = _TimeScales(untrained, task_runner)
+    plans, peak_bytes = [], 0
     for arm in arms:
         if states[arm.name] != "train":
             plans.append(ArmPlan(arm.name, states[arm.name]))
             continue
         try:
             job = prepare_job(arm.recipe, task_runner.load_teacher(arm.recipe))
-            counted = make_plan(arm.recipe, job.teacher, job.sites)
-        except Exception as error:  # the arm will fail with it, others need not
-            if len(left) == 1 or (len(plans) + 1 == len(arms) and all(plan.error for plan in plans)):
+            estimate = make_plan(arm.recipe, job.teacher, job.sites)
+        except Exception as error:  # this arm will fail with it, but others need not
+            if len(untrained) == 1 or (len(plans) + 1 == len(arms) and all(plan.error for plan in plans)):
                 raise
             plans.append(ArmPlan(arm.name, "train", error=str(error).splitlines()[0]))
             continue
-        seconds, saved, kept, shared = 0.0, 0.0, 0, 0.0
-        passes: dict[str, float] = {}
-        for index, row in enumerate(counted.stages):
-            taken = row.seconds * paces.of(arm, row.stage)
-            seconds += taken
+        seconds, saved_seconds, stored_bytes, shared_seconds = 0.0, 0.0, 0, 0.0
+        pass_seconds: dict[str, float] = {}
+        for index, stage in enumerate(estimate.stages):
+            stage_seconds = stage.seconds * scales.get(arm, stage.stage)
+            seconds += stage_seconds
             key = pass_key(arm.recipe, index)
-            n = sharers.get(key, 0) if key is not None else 0
-            if key is not None and n > 1:
-                passes[key] = min(row.tokens * paces.teacher(arm, job), taken)
-                shared += taken
-                saved += (n - 1) / n * passes[key]
-                kept += 4 * row.trained_parameters  # a shared stage's weights stay until the arm is finished
+            num_sharers = sharers.get(key, 0) if key is not None else 0
+            if key is not None and num_sharers > 1:
+                pass_seconds[key] = min(stage.tokens * scales.get_teacher_seconds(arm, job), stage_seconds)
+                shared_seconds += stage_seconds
+                saved_seconds += (num_sharers - 1) / num_sharers * pass_seconds[key]
+                stored_bytes += 4 * stage.trained_parameters  # a shared stage's weights stay until the arm is finished
         # the run's own evaluation; the cost of the study's measures cannot be estimated
-        evaluation = counted.seconds - sum(row.seconds for row in counted.stages)
-        seconds += evaluation * paces.of(arm, counted.stages[-1].stage)
-        student = 4 * count_unquantized_parameters(job.teacher)
-        kept += {"none": 0, "students": student, "all": counted.disk_bytes}[study.save_artifacts]
-        peak = max(peak, counted.disk_bytes)
-        tokens = sum(row.tokens for row in counted.stages)
-        plans.append(ArmPlan(arm.name, "train", tokens, seconds, saved, kept, "", shared, passes))
-    return plans, peak + sum(plan.disk_bytes for plan in plans), states
+        evaluation = estimate.seconds - sum(stage.seconds for stage in estimate.stages)
+        seconds += evaluation * scales.get(arm, estimate.stages[-1].stage)
+        student_bytes = 4 * count_unquantized_parameters(job.teacher)
+        stored_bytes += {"none": 0, "students": student_bytes, "all": estimate.disk_bytes}[study.save_artifacts]
+        peak_bytes = max(peak_bytes, estimate.disk_bytes)
+        tokens = sum(stage.tokens for stage in estimate.stages)
+        plans.append(
+            ArmPlan(arm.name, "train", tokens, seconds, saved_seconds, stored_bytes, "", shared_seconds, pass_seconds)
+        )
+    return plans, peak_bytes + sum(plan.disk_bytes for plan in plans), states
 
 
-class _Paces:
-    """Measured over counted time of each student's stages, and the teacher's seconds a token."""
+class _TimeScales:
+    """Measures how far the estimated times are off, by rehearsing one arm of each student.
+
+    scales: measured over estimated time of each stage, by teacher and student.
+    teacher_seconds: what a token takes each teacher.
+    """
 
     def __init__(self, arms: list[Arm], task_runner: TaskRunner):
         self.arms, self.task_runner = arms, task_runner
-        self.known: dict[tuple[str, str], dict[str, float]] = {}
-        self.teachers: dict[str, float] = {}
+        self.scales: dict[tuple[str, str], dict[str, float]] = {}
+        self.teacher_seconds: dict[str, float] = {}
 
-    def of(self, arm: Arm, stage: str) -> float:
+    def get(self, arm: Arm, stage: str) -> float:
         key = arm.axes["teacher"], arm.axes["student"]
-        if key not in self.known:
-            alike = [one for one in self.arms if (one.axes["teacher"], one.axes["student"]) == key]
-            self.known[key] = self._rehearse(max(alike, key=lambda one: len(one.recipe.stages)))
-        paces = self.known[key]
-        return paces.get(stage, max(paces.values(), default=1.0))
+        if key not in self.scales:
+            candidates = [
+                candidate for candidate in self.arms if (candidate.axes["teacher"], candidate.axes["student"]) == key
+            ]
+            self.scales[key] = self._rehearse(max(candidates, key=lambda candidate: len(candidate.recipe.stages)))
+        scales = self.scales[key]
+        return scales.get(stage, max(scales.values(), default=1.0))
 
-    def teacher(self, arm: Arm, job: Job) -> float:
-        if arm.recipe.teacher not in self.teachers:
-            self.teachers[arm.recipe.teacher] = _teacher_seconds(job)
-        return self.teachers[arm.recipe.teacher]
+    def get_teacher_seconds(self, arm: Arm, job: Job) -> float:
+        if arm.recipe.teacher not in self.teacher_seconds:
+            self.teacher_seconds[arm.recipe.teacher] = _measure_teacher_seconds(job)
+        return self.teacher_seconds[arm.recipe.teacher]
 
     def _rehearse(self, arm: Arm) -> dict[str, float]:
         job = prepare_job(arm.recipe, self.task_runner.load_teacher(arm.recipe))
-        counted: Plan = make_plan(arm.recipe, job.teacher, job.sites)
-        measured = measure_plan(job, counted)
+        estimate: Plan = make_plan(arm.recipe, job.teacher, job.sites)
+        measurement = measure_plan(job, estimate)
         return {
-            then.stage: now.seconds / max(then.seconds, 1e-12) for then, now in zip(counted.stages, measured.stages)
+            estimated.stage: rehearsed.seconds / max(estimated.seconds, 1e-12)
+            for estimated, rehearsed in zip(estimate.stages, measurement.stages)
         }
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _cpu_threads(count: int | None) -> Iterator[None]:
     """Use this number of CPU threads inside the context; None leaves it as it is."""
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
 
 
 @torch.no_grad()
-def _teacher_seconds(job: Job) -> float:
+def _measure_teacher_seconds(job: Job) -> float:
     """Measure the seconds a token takes the teacher's backbone, the faster of two passes."""
     length = job.recipe.data.seq_len
     ids = torch.randint(0, int(job.teacher.config.get_text_config().vocab_size), (1, length), device=job.device)
     batch = Batch(ids, torch.arange(length, device=job.device)[None], ids)
-    taken = []
+    timings = []
     for _ in range(2):
-        began = time.perf_counter()
+        start = time.perf_counter()
         with job.autocast():
             run_backbone(job.teacher, batch)
         if job.device.type == "cuda":
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
-    return min(taken) / length
+        timings.append(time.perf_counter() - start)
+    return min(timings) / length

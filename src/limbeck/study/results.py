@@ -25,16 +25,17 @@ RESULT_FILE = "result.json"
 
 
 def resolve_measure_settings(study: Study) -> dict[str, Any]:
-    """The measures with all of their settings."""
+    """Return the study's measures with all of their settings, defaults included."""
     return {
-        name: parse_settings(get_measure(name), given).model_dump(mode="json") for name, given in study.measures.items()
+        name: parse_settings(get_measure(name), settings).model_dump(mode="json")
+        for name, settings in study.measures.items()
     }
 
 
 def read_arm_result(arm: Arm, study: Study | None = None) -> dict[str, Any] | None:
     """Read the record of an arm; with a study, None unless it has all of its measures and its evaluation."""
-    known = _read(arm.path / RESULT_FILE, study)
-    return None if known is not None and study is not None and _compare_evaluation(arm, known) else known
+    record = _read_record(arm.path / RESULT_FILE, study)
+    return None if record is not None and study is not None and _compare_evaluation(arm, record) else record
 
 
 def find_stale_evaluation(arm: Arm) -> dict[str, Any] | None:
@@ -43,32 +44,33 @@ def find_stale_evaluation(arm: Arm) -> dict[str, Any] | None:
     With its stages still on disk the arm is evaluated again; without them its numbers and those of other arms would
     go into one mean although they are of different texts or sizes.
     """
-    known = read_arm_result(arm)
-    if known is None or (arm.path / "stages").is_dir():
+    record = read_arm_result(arm)
+    if record is None or (arm.path / "stages").is_dir():
         return None
-    return _compare_evaluation(arm, known)
+    return _compare_evaluation(arm, record)
 
 
-def _compare_evaluation(arm: Arm, known: dict[str, Any]) -> dict[str, Any] | None:
-    then = known.get("evaluation")
-    if then is None:  # a record that does not say: the run's own summary does
+def _compare_evaluation(arm: Arm, record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the evaluation settings of a record if the arm's recipe has others now."""
+    evaluation = record.get("evaluation")
+    if evaluation is None:  # not in every record; the run's own summary has it then
         try:
-            then = json.loads((arm.path / "eval.json").read_text(encoding="utf-8"))["evaluation"]
+            evaluation = json.loads((arm.path / "eval.json").read_text(encoding="utf-8"))["evaluation"]
         except (OSError, ValueError, KeyError):
             return None
-    return then if then != arm.recipe.evaluation.model_dump(mode="json") else None
+    return evaluation if evaluation != arm.recipe.evaluation.model_dump(mode="json") else None
 
 
 def get_arm_state(arm: Arm, study: Study) -> str:
     """Get the state of an arm.
 
     Returns:
-        "finished"; "measure" where its student is there but not all of the study's measures; else "train", which
-        takes up the run where it stands: a run that only lacks its evaluation trains nothing.
+        "finished"; "measure" if its student is there but not all of the study's measures; else "train", which
+        resumes the run where it stands: a run that only lacks its evaluation trains nothing.
     """
     if read_arm_result(arm, study) is not None:
         return "finished"
-    if (known := read_arm_result(arm)) is not None and _compare_evaluation(arm, known):
+    if (record := read_arm_result(arm)) is not None and _compare_evaluation(arm, record):
         return "train"
     return (
         "measure" if read_arm_result(arm) is not None and (arm.path / "student" / "config.json").exists() else "train"
@@ -100,17 +102,17 @@ def write_arm_result(
 
 def read_teacher_result(arm: Arm, study: Study) -> dict[str, Any] | None:
     """Read the record of an arm's teacher; None unless it has all of the study's measures."""
-    known = _read(get_teacher_result_path(arm), study)
+    record = _read_record(get_teacher_result_path(arm), study)
     folder = find_model_folder(arm.recipe.teacher)
-    if known is None or folder is None or "weights" not in known or not study.measures:
-        return known
-    return known if known["weights"] == fingerprint_checkpoint_with_tokenizer(folder) else None
+    if record is None or folder is None or "weights" not in record or not study.measures:
+        return record
+    return record if record["weights"] == fingerprint_checkpoint_with_tokenizer(folder) else None
 
 
 def write_teacher_result(arm: Arm, study: Study, measurements: list[Measurement]) -> None:
     """Write the measurements of an arm's teacher."""
     values, errors = flatten_values({}, measurements, None)
-    known = {
+    record = {
         "format": 1,
         "name": arm.recipe.teacher,
         "measures": resolve_measure_settings(study),
@@ -118,29 +120,31 @@ def write_teacher_result(arm: Arm, study: Study, measurements: list[Measurement]
         "errors": errors,
     }
     if measurements:
-        known["weights"] = measurements[0].provenance.weights
-    write_atomically(get_teacher_result_path(arm), json.dumps(known, indent=1) + "\n")
+        record["weights"] = measurements[0].provenance.weights
+    write_atomically(get_teacher_result_path(arm), json.dumps(record, indent=1) + "\n")
 
 
 def get_teacher_result_path(arm: Arm) -> Path:
     """Get the file for the teacher of an arm, measured on the arm's text, in the study's folder."""
     recipe = arm.recipe
     data = to_old_keys({"data": recipe.data.model_dump(mode="json", exclude={"cache_gb"})})["data"]
-    told = json.dumps([recipe.teacher, recipe.teacher_bits, data])
-    digest = hashlib.sha256(told.encode()).hexdigest()[:10]  # names that are alike once they are file names stay apart
+    identity = json.dumps([recipe.teacher, recipe.teacher_bits, data])
+    # two names that become the same file name stay apart by it
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:10]
     return arm.path.parent / "teachers" / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', recipe.teacher)}-{digest}.json"
 
 
-def _read(path: Path, study: Study | None) -> dict[str, Any] | None:
+def _read_record(path: Path, study: Study | None) -> dict[str, Any] | None:
+    """Read a record; None if it is unreadable or, with a study, lacks some of its measures."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if study is not None and any(
-        known["measures"].get(name) != one for name, one in resolve_measure_settings(study).items()
+        record["measures"].get(name) != settings for name, settings in resolve_measure_settings(study).items()
     ):
         return None
-    return known
+    return record
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -148,10 +152,10 @@ def write_atomically(path: Path, text: str) -> None:
     atomic_write_text(path, text)
 
 
-def delete_artifacts(arm: Arm, keep: str) -> None:
+def delete_artifacts(arm: Arm, save_artifacts: str) -> None:
     """Delete files of a finished arm: "none" keeps numbers and logs, "students" the student too, "all" everything."""
-    if keep == "all":
+    if save_artifacts == "all":
         return
     shutil.rmtree(arm.path / "stages", ignore_errors=True)
-    if keep == "none":
+    if save_artifacts == "none":
         shutil.rmtree(arm.path / "student", ignore_errors=True)

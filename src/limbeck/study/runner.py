@@ -40,7 +40,7 @@ from limbeck.training.run_directory import check_run
 
 
 class ProgressReporter:
-    """Print which arms are done, of how many, and about how long the rest takes.
+    """Prints which arms are done, of how many, and about how long the rest takes.
 
     A task weighs as much as the plan estimates for it; without a plan all weigh the same.
 
@@ -52,37 +52,37 @@ class ProgressReporter:
 
     def __init__(self, first: list[StudyTask], later: list[StudyTask], workers: int, plan: StudyPlan | None):
         tasks = [(task, True) for task in first] + [(task, False) for task in later]
-        self.weights = {task: plan.estimate_task_seconds(task, early) if plan else 1.0 for task, early in tasks}
+        self.weights = {task: plan.estimate_task_seconds(task, is_first) if plan else 1.0 for task, is_first in tasks}
         self.arms = len({name for task in self.weights for name in task.arms})
-        self.over = 0
-        self.worked = 0.0  # weight of the tasks that have ended
-        self.began = time.monotonic()
+        self.num_done = 0
+        self.done_weight = 0.0  # weight of the tasks that have ended
+        self.start = time.monotonic()
         if self.arms:
             console.print(f"{self.arms} arms to run" + (f", {workers} side by side" if workers > 1 else ""))
 
     def report(self, result: TaskResult) -> None:
         """Print the result of a task."""
-        for name, text in result.failures.items():
+        for name, error in result.failures.items():
             console.print(f"arm {name} failed: ", end="", style="bold red")
-            console.print(text.splitlines()[0], markup=False)
-        self.worked += self.weights.pop(result.task)
+            console.print(error.splitlines()[0], markup=False)
+        self.done_weight += self.weights.pop(result.task)
         if result.task.kind == "alone":
-            self.over += 1
-            what = f"{self.over} of {self.arms} arms done: {result.task.arms[0]}"
+            self.num_done += 1
+            message = f"{self.num_done} of {self.arms} arms done: {result.task.arms[0]}"
         else:
             for task in [task for task in self.weights if result.failures.keys() & set(task.arms)]:
                 del self.weights[task]  # an arm that failed in a group is not tried alone
-            self.over += len(result.failures)
-            through = len(result.task.arms) - len(result.failures)
-            what = f"{self.over} of {self.arms} arms done; {through} finished their shared stages"
-        console.print(f"{what}{self._left()}", markup=False)
+            self.num_done += len(result.failures)
+            num_trained = len(result.task.arms) - len(result.failures)
+            message = f"{self.num_done} of {self.arms} arms done; {num_trained} finished their shared stages"
+        console.print(f"{message}{self._format_remaining()}", markup=False)
 
-    def _left(self) -> str:
-        """About how long the rest takes, at the pace of what is done."""
-        left = sum(self.weights.values())
-        if not self.worked or not left:
+    def _format_remaining(self) -> str:
+        """Format the estimated time of the rest, from the time that the finished tasks took."""
+        remaining = sum(self.weights.values())
+        if not self.done_weight or not remaining:
             return ""
-        return f"; about {(time.monotonic() - self.began) * left / self.worked / 60:.1f} min left"
+        return f"; about {(time.monotonic() - self.start) * remaining / self.done_weight / 60:.1f} min left"
 
 
 FAILURES_FILE = "failures.json"
@@ -98,7 +98,7 @@ def run_study(
 
     Args:
         out: its folder, runs/<name>-<size> by default.
-        confirm: called with the plan before work begins, where a plan is made here.
+        confirm: called with the plan before work begins, if a plan is made here.
         executor: where the arms run (`limbeck.study.executors`); one after another in this process by default.
 
     Returns:
@@ -112,29 +112,29 @@ def run_study(
     arms = check_study(study, folder)
     check_writable(folder)
     task_runner = TaskRunner()
-    place = executor or SequentialExecutor(task_runner)
+    active_executor = executor or SequentialExecutor(task_runner)
     with ExitStack() as stack:
-        if known := folder.is_dir():
-            # a second process is refused before the rehearsal, not after it
+        if existed := folder.is_dir():
+            # so that a second process fails before the rehearsal, not after it
             stack.enter_context(lock_folder(folder))
         plan = None
-        if place.supports_planning:
-            plan = plan_study(study, arms, task_runner, max(place.workers, 1), place.threads)
+        if active_executor.supports_planning:
+            plan = plan_study(study, arms, task_runner, max(active_executor.workers, 1), active_executor.threads)
             if confirm:
                 confirm(plan)
             if executor is not None:
                 task_runner.clear()  # the workers need the memory
-        if not known:
+        if not existed:
             with convert_write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(folder))
         if plan is not None:
             check_disk_space(folder, plan.disk_bytes, f"the study {folder}")
         results.write_atomically(folder / "study.yaml", study_to_yaml(study))
-        stack.callback(place.close)
-        _run(study, folder, arms, place, plan)
-        failures = _failures(folder)
-        claims = evaluate_claims(study.claims, _rows(study, arms))
+        stack.callback(active_executor.close)
+        _run_tasks(study, folder, arms, active_executor, plan)
+        failures = _read_failures(folder)
+        claims = evaluate_claims(study.claims, _collect_claim_rows(study, arms))
         return tables.write_study_results(study, folder, arms, failures, claims)
 
 
@@ -164,14 +164,17 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
                 expected="unchanged settings for existing arms; new arms can be added",
                 hint="--out another folder, or delete the folders of the arms to run again",
             ) from error
-    stale = {arm.name: then for arm in arms if (then := results.find_stale_evaluation(arm))}
+    stale = {arm.name: previous for arm in arms if (previous := results.find_stale_evaluation(arm))}
     if stale:
-        now = next(arm.recipe.evaluation.model_dump(mode="json") for arm in arms if arm.name in stale)
-        then = next(iter(stale.values()))
-        told = ", ".join(f"{key} {then.get(key)}, now {value}" for key, value in now.items() if then.get(key) != value)
+        current = next(arm.recipe.evaluation.model_dump(mode="json") for arm in arms if arm.name in stale)
+        previous = next(iter(stale.values()))
+        changes = ", ".join(
+            f"{key} {previous.get(key)}, now {value}" for key, value in current.items() if previous.get(key) != value
+        )
         names = ", ".join(list(stale)[:4]) + (", ..." if len(stale) > 4 else "")
         raise LimbeckError(
-            f"{len(stale)} arms were evaluated with other settings ({told}) and their students were deleted: {names}",
+            f"{len(stale)} arms were evaluated with other settings ({changes})"
+            f" and their students were deleted: {names}",
             expected="the evaluation settings they had, so that means are over the same text",
             hint="--out another folder, or delete the folders of these arms",
         )
@@ -179,42 +182,43 @@ def check_study(study: Study, folder: Path) -> list[Arm]:
     return arms
 
 
-def _run(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: StudyPlan | None) -> None:
+def _run_tasks(study: Study, folder: Path, arms: list[Arm], executor: Executor, plan: StudyPlan | None) -> None:
+    """Run the tasks of unfinished arms, and write the tables after each that finishes an arm."""
     states = {arm.name: results.get_arm_state(arm, study) for arm in arms}
-    _forget(folder, [name for name, state in states.items() if state != "finished"])
+    _remove_failures(folder, [name for name, state in states.items() if state != "finished"])
     first, later = schedule_tasks(arms, states, executor.workers)
     progress = ProgressReporter(first, later, executor.workers, plan)
     failed: set[str] = set()
     for tasks in (first, later):
         for result in executor.run(study, folder, [task for task in tasks if not failed.intersection(task.arms)]):
             failed |= set(result.failures)
-            _remember(folder, result.failures)
+            _add_failures(folder, result.failures)
             progress.report(result)
             if result.task.kind == "alone":
-                tables.write_study_results(study, folder, arms, _failures(folder), claims=[])
-    check_same_teacher({arm.path: arm.recipe for arm in arms})  # one may have been replaced meanwhile
+                tables.write_study_results(study, folder, arms, _read_failures(folder), claims=[])
+    check_same_teacher({arm.path: arm.recipe for arm in arms})  # a checkpoint may have been replaced meanwhile
     for arm in arms:
         if results.get_arm_state(arm, study) == "finished":
             results.delete_artifacts(arm, study.save_artifacts)
             if study.measures and results.read_teacher_result(arm, study) is None:  # its file was deleted
-                place = TaskRunner()
-                place.subjects.register_teacher(arm.recipe.teacher, *place.load_teacher(arm.recipe))
-                measure_teacher(arm, study, place)
-    if failures := _failures(folder):
+                task_runner = TaskRunner()
+                task_runner.subjects.register_teacher(arm.recipe.teacher, *task_runner.load_teacher(arm.recipe))
+                measure_teacher(arm, study, task_runner)
+    if failures := _read_failures(folder):
         console.print(f"{len(failures)} of {len(arms)} arms failed; the same command tries them again")
 
 
-def _rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
-    """Collect the records of finished arms, each with the values of its `teacher`, to test claims on."""
-    known = ((results.read_arm_result(arm, study), results.read_teacher_result(arm, study)) for arm in arms)
+def _collect_claim_rows(study: Study, arms: list[Arm]) -> list[dict[str, Any]]:
+    """Collect the records of finished arms to test claims on, each with the values of its `teacher`."""
+    records = ((results.read_arm_result(arm, study), results.read_teacher_result(arm, study)) for arm in arms)
     rows = []
-    for arm, (row, teacher) in zip(arms, known):
+    for arm, (row, teacher) in zip(arms, records):
         if row:
             rows.append({**row, "mixer": arm.recipe.student.mixer, "teacher": teacher["values"] if teacher else {}})
     return rows
 
 
-def _failures(folder: Path) -> dict[str, str]:
+def _read_failures(folder: Path) -> dict[str, str]:
     """Read the errors of failed arms by name."""
     path = folder / FAILURES_FILE
     return (
@@ -224,13 +228,15 @@ def _failures(folder: Path) -> dict[str, str]:
     )
 
 
-def _remember(folder: Path, failures: dict[str, str]) -> None:
+def _add_failures(folder: Path, failures: dict[str, str]) -> None:
     if failures:
-        results.write_atomically(folder / FAILURES_FILE, json.dumps({**_failures(folder), **failures}, indent=1) + "\n")
+        results.write_atomically(
+            folder / FAILURES_FILE, json.dumps({**_read_failures(folder), **failures}, indent=1) + "\n"
+        )
 
 
-def _forget(folder: Path, names: list[str]) -> None:
-    known = _failures(folder)
-    if set(known) & set(names):
-        left = {name: text for name, text in known.items() if name not in names}
-        results.write_atomically(folder / FAILURES_FILE, json.dumps(left, indent=1) + "\n")
+def _remove_failures(folder: Path, names: list[str]) -> None:
+    failures = _read_failures(folder)
+    if set(failures) & set(names):
+        remaining = {name: error for name, error in failures.items() if name not in names}
+        results.write_atomically(folder / FAILURES_FILE, json.dumps(remaining, indent=1) + "\n")

@@ -41,7 +41,7 @@ from limbeck.training.trainer import Trainer
 
 # share of the free memory that the students of a wave may take; those beyond it wait for another pass of the teacher
 MAX_MEMORY_FRACTION = 0.7
-UNKNOWN_MEMORY_BYTES = 4 << 30  # where the system does not tell how much is free
+UNKNOWN_MEMORY_BYTES = 4 << 30  # assumed where the system does not tell how much is free
 
 
 def train_shared_stages(
@@ -82,28 +82,29 @@ def _next_wave(arms: list[Arm]) -> list[Arm]:
     ready: dict[str, list[Arm]] = {}
     later: dict[str, int] = {}
     for arm in arms:
-        keys = _unfinished_keys(arm)
+        keys = _list_unfinished_keys(arm)
         if keys:
             ready.setdefault(keys[0], []).append(arm)
         for key in keys[1:]:
             later[key] = later.get(key, 0) + 1
     # an arm may have to go alone through a stage before one that it shares
-    useful = {
+    shareable = {
         key: members
         for key, members in ready.items()
         if len(members) + later.get(key, 0) > 1 or _shares_later_stage(members, ready, later)
     }
-    for key, members in useful.items():
+    for key, members in shareable.items():
         if key not in later:
             return members
-    return next(iter(useful.values()), [])
+    return next(iter(shareable.values()), [])
 
 
 def _shares_later_stage(members: list[Arm], ready: dict[str, list[Arm]], later: dict[str, int]) -> bool:
-    return any(len(ready.get(key, [])) + later[key] > 1 for arm in members for key in _unfinished_keys(arm)[1:])
+    """Tell whether one of the arms shares a stage with another after its next one."""
+    return any(len(ready.get(key, [])) + later[key] > 1 for arm in members for key in _list_unfinished_keys(arm)[1:])
 
 
-def _unfinished_keys(arm: Arm) -> list[str]:
+def _list_unfinished_keys(arm: Arm) -> list[str]:
     """Return the keys of the arm's stages from the first unfinished one on, as far as their passes can be shared."""
     run = RunDirectory(arm.path, arm.recipe)
     keys: list[str] = []
@@ -160,35 +161,38 @@ def _build_student_runs(
 
 
 def _train_wave(student_runs: list[_StudentRun], failures: dict[str, Exception]) -> None:
+    """Train the next stage of all students on the same passes of the teacher, and save their weights."""
     first = student_runs[0]
     stage = first.context.settings.stage
     console.print(f"{stage}, seed {first.job.recipe.seed}: {len(student_runs)} arms share the teacher's passes")
-    if any(one.context.position != first.context.position for one in student_runs):
+    if any(student_run.context.position != first.context.position for student_run in student_runs):
         raise LimbeckError("arms that should share the teacher's passes are at different positions in the text")
     results = _calibrate(student_runs) if stage == "calibrate" else _train(student_runs)
-    for one, result in zip(student_runs, results):
+    for student_run, result in zip(student_runs, results):
         if isinstance(result, Exception):
-            failures[one.arm.name] = result
+            failures[student_run.arm.name] = result
         else:
-            learned, facts = result
-            one.runner.finish_stage(one.context, learned, facts)
+            parameters, facts = result
+            student_run.runner.finish_stage(student_run.context, parameters, facts)
 
 
 def _train(student_runs: list[_StudentRun]) -> list[Any]:
     """Train a stage 1 or 2 of all students; returns for each its parameters and facts, or an error."""
     trainers = []
-    for one in student_runs:
-        context = one.context
-        stage = cast(LayerwiseStage, make_stage(one.job, one.runner.student, context.settings, context.index))
+    for student_run in student_runs:
+        context = student_run.context
+        stage = cast(
+            LayerwiseStage, make_stage(student_run.job, student_run.runner.student, context.settings, context.index)
+        )
         trainers.append(
             Trainer(
                 stage,
                 context.settings,
                 context.data,
-                one.run,
+                student_run.run,
                 index=context.index,
                 position=context.position,
-                held_out=one.job.held_out_dataset(context.text),
+                held_out=student_run.job.held_out_dataset(context.text),
             )
         )
     results = train_jointly(trainers)
@@ -202,17 +206,24 @@ def _calibrate(student_runs: list[_StudentRun]) -> list[Any]:
     """Do stage 0 of all students: sums in the same passes, then each solves its own equations. Returns as `_train`."""
     context = student_runs[0].context
     equations = [
-        NormalEquations(one.job.make_pair(one.runner.student), one.context.settings.weight) for one in student_runs
+        NormalEquations(student_run.job.make_pair(student_run.runner.student), student_run.context.settings.weight)
+        for student_run in student_runs
     ]
-    began = time.monotonic()
+    start = time.monotonic()
     accumulate_normal_equations(equations, context.settings, context.data, context.position)
-    seconds = (time.monotonic() - began) / len(student_runs)
+    seconds = (time.monotonic() - start) / len(student_runs)
     results: list[Any] = []
-    for one, own in zip(student_runs, equations):
+    for student_run, own_equations in zip(student_runs, equations):
         try:
-            facts = solve_calibration(own, one.context.settings, one.context.data, one.context.position, seconds)
-            learned = get_output_projections(own.pair)
-            results.append((learned, {**facts, "students_sharing_pass": len(student_runs)}))
+            facts = solve_calibration(
+                own_equations,
+                student_run.context.settings,
+                student_run.context.data,
+                student_run.context.position,
+                seconds,
+            )
+            parameters = get_output_projections(own_equations.pair)
+            results.append((parameters, {**facts, "students_sharing_pass": len(student_runs)}))
         except Exception as error:
             results.append(error)
     return results

@@ -1,4 +1,4 @@
-"""Which stages of which arms can train on the same passes of the teacher.
+"""Find which stages of which arms can train on the same passes of the teacher.
 
     key = pass_key(recipe, 1)          # equal keys: the same teacher reads the same text at the same positions
     group_arms_by_pass(arms)           # arms that share a pass with each other, directly or through others
@@ -26,11 +26,13 @@ def pass_key(recipe: Recipe, index: int) -> str | None:
     since the position in the text is unknown then.
     """
     before, stage = recipe.stages[:index], recipe.stages[index]
-    if isinstance(stage, recipes.Logits) or any(isinstance(one, recipes.Logits) or _ends_early(one) for one in before):
+    if isinstance(stage, recipes.Logits) or any(
+        isinstance(earlier, recipes.Logits) or _ends_early(earlier) for earlier in before
+    ):
         return None
     text = recipe.text_of(stage)
-    opened = [recipe.data, *(recipe.text_of(one) for one in recipe.stages)]
-    facts: dict[str, Any] = {
+    opened = [recipe.data, *(recipe.text_of(other) for other in recipe.stages)]
+    inputs: dict[str, Any] = {
         "teacher": (recipe.teacher, recipe.teacher_bits, recipe.device),
         "arithmetic": (recipe.precision, recipe.tf32, recipe.deterministic),
         "seed": recipe.seed,
@@ -38,50 +40,54 @@ def pass_key(recipe: Recipe, index: int) -> str | None:
         "length": text.seq_len,
         # a text is opened for the longest sequences that are read of it, and gathers what is evaluated on
         "opened": (
-            max(one.seq_len for one in opened if dataset_key(one) == dataset_key(text)),
+            max(data.seq_len for data in opened if dataset_key(data) == dataset_key(text)),
             recipe.evaluation.tokens,
         ),
-        "read": [_read(recipe, one) for one in before if dataset_key(recipe.text_of(one)) == dataset_key(text)],
+        "read": [
+            _count_sequences(recipe, earlier)
+            for earlier in before
+            if dataset_key(recipe.text_of(earlier)) == dataset_key(text)
+        ],
         "stage": stage.stage,
         "batch": (stage.batch_size, stage.micro_batch_size),
     }
     if isinstance(stage, recipes.Calibrate):
-        facts["sequences"] = count_calibration_sequences(stage, text.seq_len)
+        inputs["sequences"] = count_calibration_sequences(stage, text.seq_len)
     if isinstance(stage, recipes.Matrix):
-        facts["rows"] = stage.sampled_queries
-    return json.dumps(facts, sort_keys=True)
+        inputs["rows"] = stage.sampled_queries
+    return json.dumps(inputs, sort_keys=True)
 
 
 def group_arms_by_pass(arms: list[Arm]) -> list[list[Arm]]:
     """Group arms so that no two groups share a pass; an arm that shares none is in no group."""
     group = {arm.name: {arm.name} for arm in arms}
-    holder: dict[str, str] = {}
+    first_arm: dict[str, str] = {}
     for arm in arms:
         for key in list_pass_keys(arm.recipe):
-            other = holder.setdefault(key, arm.name)
+            other = first_arm.setdefault(key, arm.name)
             if group[other] is not group[arm.name]:
                 group[other] |= group[arm.name]
                 for name in group[arm.name]:
                     group[name] = group[other]
-    seen: dict[int, list[Arm]] = {}
+    groups: dict[int, list[Arm]] = {}
     for arm in arms:
-        seen.setdefault(id(group[arm.name]), []).append(arm)
-    return [members for members in seen.values() if len(members) > 1]
+        groups.setdefault(id(group[arm.name]), []).append(arm)
+    return [members for members in groups.values() if len(members) > 1]
 
 
 def list_pass_keys(recipe: Recipe) -> list[str]:
-    """The keys of the stages whose passes can be shared, in order."""
-    found = [pass_key(recipe, index) for index in range(len(recipe.stages))]
-    return [key for key in found if key is not None]
+    """List the keys of the stages whose passes can be shared, in order."""
+    keys = [pass_key(recipe, index) for index in range(len(recipe.stages))]
+    return [key for key in keys if key is not None]
 
 
 def _ends_early(stage: Any) -> bool:
-    """Whether a stage may stop before all its tokens are read."""
+    """Tell whether a stage may stop before all its tokens are read."""
     return bool(getattr(stage, "patience", None) or getattr(stage, "layer_early_stopping", None))
 
 
-def _read(recipe: Recipe, stage: Any) -> tuple[int, int]:
-    """Count the sequences that a stage reads: their length and number."""
+def _count_sequences(recipe: Recipe, stage: Any) -> tuple[int, int]:
+    """Return the length and number of the sequences that a stage reads."""
     length = recipe.text_of(stage).seq_len
     if isinstance(stage, recipes.Calibrate):
         return length, count_calibration_sequences(stage, length) + (

@@ -1,11 +1,11 @@
-"""What a study is: a typed grid of recipes, from YAML; unknown keys are refused with a suggestion.
+"""Define a study: a typed grid of recipes, from YAML; an unknown key is an error that suggests the closest one.
 
     study = Study.load("paper-experiment-1", size="gpu")       # or a file: Study.load("mine.yaml")
     for arm in study.arms(Path("runs/mine")):
         arm.name, arm.axes, arm.recipe                           # "gla_2+3_seed0", {"student": "gla", ...}, Recipe
 
-An arm is an ordinary recipe with an ordinary run directory. Its name says where it stands on the axes and stays what it
-is when an axis gets another value, so that a study can grow.
+An arm is an ordinary recipe with an ordinary run directory. Its name is made of its values on the axes and stays the
+same when an axis gets another value, so that a study can grow.
 """
 
 import copy
@@ -38,13 +38,13 @@ STUDIES_FOLDER = Path(__file__).parent / "studies"
 RESERVED_AXES = ("student", "stages", "copy_projections", "layers", "softmax_layers", "teacher", "tokens", "seed")
 
 
-class _Part(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    renamed: ClassVar[Mapping[str, str]] = {}  # its old keys
+    renamed: ClassVar[Mapping[str, str]] = {}  # old and new names of its keys
 
 
-class StudentSpec(_Part):
-    """A student under a name of its own: a mixer with options, a preset or rules."""
+class StudentSpec(_StrictModel):
+    """A student with a name: its mixer, and its options, preset or rules."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")]
     mixer: str
@@ -53,24 +53,26 @@ class StudentSpec(_Part):
     rules: list[recipes.Rule] = []
 
 
-class Grid(_Part):
-    """The axes; an arm is a value of each."""
+class Grid(_StrictModel):
+    """The axes of a study; an arm has one value of each."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["grid"]
-    students: str | Annotated[list[str | StudentSpec], Field(min_length=1)]  # mixers' names, sets, or choices
-    stages: Annotated[list[str], Field(min_length=1)]  # "3", "2+3", "hidden+logits": those that `base` has settings for
+    students: (
+        str | Annotated[list[str | StudentSpec], Field(min_length=1)]
+    )  # mixers, sets of mixers, or students with options
+    stages: Annotated[list[str], Field(min_length=1)]  # "3", "2+3", "hidden+logits": stages that `base` has
     copy_projections: Annotated[list[bool], Field(min_length=1)] = [True]
     layers: Annotated[list[str | list[int]], Field(min_length=1)] = ["all"]
     softmax_layers: Annotated[list[str | list[int]], Field(min_length=1)] = ["none"]
-    teachers: Annotated[list[str], Field(min_length=1)] | None = None  # None: the one of `base`
+    teachers: Annotated[list[str], Field(min_length=1)] | None = None  # None: that of `base`
     tokens: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] | None = None  # over all stages
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     # further axes: name -> value's name -> keys of the recipe; a stage is named, not numbered (stages.hidden.lr)
     settings: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = {}
 
 
-class Study(_Part):
-    """A whole study."""
+class Study(_StrictModel):
+    """A study: its grid, the recipe that its arms share, its measures and its claims."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["study"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -80,12 +82,12 @@ class Study(_Part):
     grid: Grid
     measures: dict[str, dict[str, Any]] = {"agreement": {}}  # name -> settings that differ from the defaults
     claims: list[str] = []
-    # of a finished arm: numbers and logs; its student too; all
+    # what stays of a finished arm: numbers and logs; its student too; everything
     save_artifacts: Literal["none", "students", "all"] = "none"
 
     @classmethod
     def load(cls, source: str | Path, size: str | None = None) -> "Study":
-        """A built-in study by name or a YAML file, in one of its sizes (its first by default).
+        """Load a built-in study by name or a YAML file, in one of its sizes (the first by default).
 
         Raises:
             LimbeckError: no such study or size, broken YAML, unknown key, measure or claim, impossible value.
@@ -100,7 +102,7 @@ class Study(_Part):
         if recipes.is_stored(path):
             raw = study_from_old_keys(raw)
         sizes = raw.pop("sizes", None) or {}
-        if not isinstance(sizes, dict) or not all(isinstance(one, dict) for one in sizes.values()):
+        if not isinstance(sizes, dict) or not all(isinstance(settings, dict) for settings in sizes.values()):
             raise LimbeckError(f"{source}: sizes", expected="by name, each with the keys that differ in it")
         if size is None and sizes:
             size = next(iter(sizes))
@@ -109,22 +111,22 @@ class Study(_Part):
                 f"{source} has no size '{size}'{suggest_closest(size, sizes)}", expected=", ".join(sizes) or "no --size"
             )
         if size is not None:
-            raw = {**_merged(raw, sizes[size]), "size": size}
+            raw = {**_merge(raw, sizes[size]), "size": size}
             if isinstance(raw.get("measures"), dict):  # a size leaves a measure out with null
                 raw["measures"] = {name: settings for name, settings in raw["measures"].items() if settings is not None}
         return cls.parse(raw, str(source))
 
     @classmethod
     def parse(cls, raw: dict[str, Any], origin: str = "study") -> "Study":
-        """A study from plain values; LimbeckError instead of pydantic's own."""
+        """Create a study from plain values; raises LimbeckError instead of pydantic's error."""
         if isinstance(raw.get("measures"), list):
             raw = {**raw, "measures": {name: {} for name in raw["measures"]}}
         try:
             study = cls.model_validate(raw)
         except ValidationError as error:
             raise format_validation_error(error, origin, cls) from error
-        for name, given in study.measures.items():
-            measure.parse_settings(measure.get_measure(name), given)
+        for name, settings in study.measures.items():
+            measure.parse_settings(measure.get_measure(name), settings)
         for name in study.claims:
             if name not in CLAIMS:
                 raise LimbeckError(
@@ -138,61 +140,65 @@ class Study(_Part):
         return self.name if self.size is None else f"{self.name}-{self.size}"
 
     def arms(self, folder: Path) -> list["Arm"]:
-        """All arms of the grid with their run directories under `folder`; of equal ones the first.
+        """List the arms of the grid, with run directories under `folder`; of arms with equal recipes the first.
 
         Raises:
-            LimbeckError: a value of the grid makes no recipe.
+            LimbeckError: a value of the grid does not give a valid recipe.
         """
         grid = self.grid
-        found: dict[str, Arm] = {}
-        reached: set[str] = set()  # settings that some arm could take
+        by_name: dict[str, Arm] = {}
+        applied: set[str] = set()  # keys of `grid.settings` that some arm's recipe has
         for axis in grid.settings:
             if axis in RESERVED_AXES:
-                raise LimbeckError(f"{self.name}: grid.settings.{axis} is an axis already", expected="another name")
-        one: list[Any] = [None]
+                raise LimbeckError(f"{self.name}: grid.settings.{axis} is already an axis", expected="another name")
+        unset: list[Any] = [None]
         values: list[list[Any]] = [
-            grid.teachers or one,
+            grid.teachers or unset,
             expand_students(grid.students),
             grid.stages,
             grid.copy_projections,
             grid.layers,
             grid.softmax_layers,
-            grid.tokens or one,
+            grid.tokens or unset,
             *(list(axis.items()) for axis in grid.settings.values()),
             grid.seeds,
         ]
         for teacher, student, stages, copied, layers, softmax, tokens, *chosen, seed in itertools.product(*values):
-            raw = self._raw(student, stages, teacher, tokens)
+            raw = self._build_raw_recipe(student, stages, teacher, tokens)
             raw["student"] |= {"copy_projections": copied, "layers": layers, "softmax_layers": softmax}
-            axes = {"student": student.name, "stages": _numbers(raw["stages"]), "copy_projections": copied}
+            axes = {"student": student.name, "stages": _format_stage_numbers(raw["stages"]), "copy_projections": copied}
             axes |= {"layers": layers, "softmax_layers": softmax, "teacher": raw["teacher"], "tokens": tokens}
             for axis, (label, settings) in zip(grid.settings, chosen):
                 axes[axis] = label
-                reached |= {key for key, value in settings.items() if _set(raw, key, value)}
+                applied |= {key for key, value in settings.items() if _apply_setting(raw, key, value)}
             axes["seed"] = seed
-            name = _name(axes, {axis: bool(settings) for axis, (_, settings) in zip(grid.settings, chosen)}, teacher)
+            name = _format_arm_name(
+                axes, {axis: bool(settings) for axis, (_, settings) in zip(grid.settings, chosen)}, teacher
+            )
             raw |= {"seed": seed, "name": name, "out": str(folder / name), "trackers": raw.get("trackers", [])}
             recipe = Recipe.parse(raw, f"study {self.name}, arm {name}")
             mixers.resolve_options(recipe.student.mixer, recipe.student.options, recipe.student.preset)
-            if found.setdefault(name, Arm(name, axes, recipe)).recipe != recipe:
+            if by_name.setdefault(name, Arm(name, axes, recipe)).recipe != recipe:
                 raise LimbeckError(
                     f"{self.name}: two arms are named {name}", expected="a name for each value of an axis"
                 )
-        missed = {k for axis in grid.settings.values() for one in axis.values() for k in one} - reached
-        if missed:
+        unapplied = {key for axis in grid.settings.values() for settings in axis.values() for key in settings} - applied
+        if unapplied:
             raise LimbeckError(
-                f"{self.name}: grid.settings: no arm has a place for {', '.join(sorted(missed))}",
+                f"{self.name}: grid.settings: no arm's recipe has {', '.join(sorted(unapplied))}",
                 expected="keys of the recipe, stages by name: stages.hidden.target",
             )
-        return _different(list(found.values()))
+        return _drop_duplicates(list(by_name.values()))
 
-    def _raw(self, student: StudentSpec, stages: str, teacher: str | None, tokens: int | None) -> dict[str, Any]:
-        """The recipe of a student's stages, as plain values."""
+    def _build_raw_recipe(
+        self, student: StudentSpec, stages: str, teacher: str | None, tokens: int | None
+    ) -> dict[str, Any]:
+        """Build the recipe of a student and its stages, as plain values."""
         raw = copy.deepcopy(self.base)
         raw["teacher"] = teacher or raw.get("teacher", Recipe.model_fields["teacher"].default)
-        mine: dict[str, Any] = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
-        mine |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
-        raw["student"] = {**raw.get("student", {}), **{key: value for key, value in mine.items() if value}}
+        settings: dict[str, Any] = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
+        settings |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
+        raw["student"] = {**raw.get("student", {}), **{key: value for key, value in settings.items() if value}}
         raw["stages"] = parse_stages(stages.replace("+", ","), raw)
         if tokens is not None:
             scale_token_budgets(raw["stages"], tokens)
@@ -200,7 +206,7 @@ class Study(_Part):
 
 
 class Arm:
-    """One run of a study: where it stands on the axes, and its recipe."""
+    """One run of a study: its value on each axis, and its recipe."""
 
     def __init__(self, name: str, axes: dict[str, Any], recipe: Recipe):
         self.name, self.axes, self.recipe = name, axes, recipe
@@ -213,63 +219,67 @@ class Arm:
 
 
 def list_builtin_studies() -> list[str]:
-    """Names of the studies that come with Limbeck."""
+    """List the names of the studies that come with Limbeck."""
     return sorted(path.stem for path in STUDIES_FOLDER.glob("*.yaml"))
 
 
-def expand_students(given: str | list[str | StudentSpec]) -> list[StudentSpec]:
-    """Names, sets and choices as choices; LimbeckError for a mixer that there is not or a name that comes twice."""
-    chosen: dict[str, StudentSpec] = {}
-    for one in [given] if isinstance(given, str) else given:
-        if isinstance(one, StudentSpec):
-            mixers.get(one.mixer)
-            mine = [one]
+def expand_students(students: str | list[str | StudentSpec]) -> list[StudentSpec]:
+    """Expand names and sets of mixers to students; LimbeckError for an unknown mixer or a name that comes twice."""
+    by_name: dict[str, StudentSpec] = {}
+    for entry in [students] if isinstance(students, str) else students:
+        if isinstance(entry, StudentSpec):
+            mixers.get(entry.mixer)
+            expanded = [entry]
         else:
-            mine = [StudentSpec(name=mixers.get(n).name, mixer=n) for n in mixers.select_mixers(one)]
-        for choice in mine:
-            if chosen.setdefault(choice.name, choice) != choice:
-                raise LimbeckError(f"two students are named '{choice.name}'", expected="a name for each")
-    return list(chosen.values())
+            expanded = [StudentSpec(name=mixers.get(mixer).name, mixer=mixer) for mixer in mixers.select_mixers(entry)]
+        for student in expanded:
+            if by_name.setdefault(student.name, student) != student:
+                raise LimbeckError(f"two students are named '{student.name}'", expected="a name for each")
+    return list(by_name.values())
 
 
-def _different(arms: list[Arm]) -> list[Arm]:
-    """Of arms that differ by their names alone the first."""
-    known: dict[str, Arm] = {}
+def _drop_duplicates(arms: list[Arm]) -> list[Arm]:
+    """Keep the first of arms whose recipes differ by the name alone."""
+    by_recipe: dict[str, Arm] = {}
     for arm in arms:
-        plain = arm.recipe.model_dump_json(exclude={"name", "out"})
-        known.setdefault(plain, arm)
-    return list(known.values())
+        content = arm.recipe.model_dump_json(exclude={"name", "out"})
+        by_recipe.setdefault(content, arm)
+    return list(by_recipe.values())
 
 
-def _name(axes: dict[str, Any], named: dict[str, bool], teacher: str | None) -> str:
-    """Student, stages and seed always, anything else where it is not the usual; so names outlive a growing grid."""
+def _format_arm_name(axes: dict[str, Any], shown_settings: dict[str, bool], teacher: str | None) -> str:
+    """Name an arm by its student, stages and seed and by what is not at its default, so that a new axis renames none.
+
+    Args:
+        shown_settings: the axes of `grid.settings`, and whether this arm's value of each changes anything.
+    """
     parts = [axes["student"], axes["stages"]]
     if teacher is not None:
         parts.insert(0, Path(teacher).name)
     if not axes["copy_projections"]:
         parts.append("fresh")
-    # names of folders that are there already, so the layers that keep softmax are called as they were first
-    for axis, called, usual in (
+    # these are names of folders on disk: "keep" is the prefix of existing studies for the layers with softmax
+    for axis, prefix, default in (
         ("layers", "layers", "all"),
         ("softmax_layers", "keep", "none"),
         ("tokens", "tokens", None),
     ):
         value = axes[axis]
-        if value != usual:
-            parts.append(f"{called}-{'.'.join(map(str, value)) if isinstance(value, list) else value}")
-    parts += [str(axes[axis]) for axis, changes in named.items() if changes]
+        if value != default:
+            parts.append(f"{prefix}-{'.'.join(map(str, value)) if isinstance(value, list) else value}")
+    parts += [str(axes[axis]) for axis, shown in shown_settings.items() if shown]
     text = "_".join([*parts, f"seed{axes['seed']}"])
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)
 
 
-def _numbers(stages: list[dict[str, Any]]) -> str:
-    """ "2+3" for hidden and logits."""
-    of = {name: number for number, name in STAGE_NAMES.items()}
-    return "+".join(of[stage["stage"]] for stage in stages)
+def _format_stage_numbers(stages: list[dict[str, Any]]) -> str:
+    """Format stages by their numbers: "2+3" for hidden and logits."""
+    numbers = {name: number for number, name in STAGE_NAMES.items()}
+    return "+".join(numbers[stage["stage"]] for stage in stages)
 
 
-def _set(raw: dict[str, Any], key: str, value: Any) -> bool:
-    """Set a key of the recipe, of a stage by its name; False where the arm has no such stage."""
+def _apply_setting(raw: dict[str, Any], key: str, value: Any) -> bool:
+    """Set a key of a raw recipe, that of a stage by the stage's name; False if the arm has no such stage."""
     first, _, rest = key.partition(".")
     stage, _, setting = rest.partition(".")
     if first != "stages" or stage.isdigit():
@@ -280,22 +290,22 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> bool:
             f"grid.settings: {key}{suggest_closest(stage, recipes.STAGES)}",
             expected=f"stages.{'|'.join(recipes.STAGES)}.key",
         )
-    mine = [one for one in raw["stages"] if one["stage"] == stage]
-    for one in mine:
-        set_by_dotted_key(one, setting, value)
-    return bool(mine)
+    matching = [stage_settings for stage_settings in raw["stages"] if stage_settings["stage"] == stage]
+    for stage_settings in matching:
+        set_by_dotted_key(stage_settings, setting, value)
+    return bool(matching)
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, mapping by mapping; lists are replaced."""
-    both = {key: _merged(base[key], value) for key, value in over.items() if _maps(base.get(key), value)}
-    return {**base, **over, **both}
+def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Merge `override` into `base`, mapping by mapping; lists are replaced."""
+    nested = {key: _merge(base[key], value) for key, value in override.items() if _are_mappings(base.get(key), value)}
+    return {**base, **override, **nested}
 
 
-def _maps(*values: Any) -> bool:
+def _are_mappings(*values: Any) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
 def study_to_yaml(study: Study) -> str:
-    """The study as it is run, its size laid over it."""
+    """Format the study as YAML, with its size merged into it."""
     return yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

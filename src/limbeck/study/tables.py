@@ -1,4 +1,4 @@
-"""What a study found, on disk: study.json for programs, tables and claims for people.
+"""Write the results of a study: study.json for programs, tables and claims for people.
 
     results = write_study_results(study, folder, arms, failures, claims)
     print(format_claims(results["claims"]))
@@ -23,35 +23,37 @@ def write_study_results(
     study: Study, folder: Path, arms: list[Arm], failures: dict[str, str], claims: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Write study.json, table.md, values.csv and claims.md; returns what study.json holds."""
-    facts: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for arm in arms:
-        known = record.read_arm_result(arm, study)
-        status = "finished" if known else "failed" if arm.name in failures else "open"
-        facts.append(
+        result = record.read_arm_result(arm, study)
+        status = "finished" if result else "failed" if arm.name in failures else "open"
+        entries.append(
             {
                 "name": arm.name,
                 "axes": arm.axes,
                 "status": status,
                 "run": arm.path.name,
-                "failure": failures.get(arm.name) if not known else None,
-                **{key: (known or {}).get(key) for key in ("values", "errors", "seconds", "saved_seconds", "stages")},
+                "failure": failures.get(arm.name) if not result else None,
+                **{key: (result or {}).get(key) for key in ("values", "errors", "seconds", "saved_seconds", "stages")},
             }
         )
-    teachers, versions = _teachers(study, arms), _versions(arms, study)
+    teachers, versions = _collect_teacher_results(study, arms), _count_versions(arms, study)
     results = {
         "format": STUDY_FORMAT,
         "study": study.model_dump(mode="json", exclude_none=True),
         "environment": collect_environment(),
-        "arms": facts,
-        "teachers": {name: one and {key: one[key] for key in ("values", "errors")} for name, one in teachers.items()},
+        "arms": entries,
+        "teachers": {
+            name: teacher and {key: teacher[key] for key in ("values", "errors")} for name, teacher in teachers.items()
+        },
         "sharing": {
-            "seconds": sum(one["seconds"] or 0.0 for one in facts),
-            "saved_seconds": sum(one["saved_seconds"] or 0.0 for one in facts),
+            "seconds": sum(entry["seconds"] or 0.0 for entry in entries),
+            "saved_seconds": sum(entry["saved_seconds"] or 0.0 for entry in entries),
         },
         "claims": claims,
         "versions": versions,
     }
-    finished = [one for one in facts if one["status"] == "finished"]
+    finished = [entry for entry in entries if entry["status"] == "finished"]
     record.write_atomically(folder / "study.json", json.dumps(results, indent=1) + "\n")
     record.write_atomically(folder / "table.md", format_results_table(study, finished, teachers, versions))
     record.write_atomically(folder / "values.csv", format_values_csv(finished))
@@ -66,108 +68,130 @@ def format_results_table(
     teachers: dict[str, dict[str, Any] | None] | None = None,
     versions: dict[str, int] | None = None,
 ) -> str:
-    """A row for each arm, seeds together as mean ± standard deviation, and the teachers; a table for each measure."""
-    varied = [axis for axis in _axes(finished) if axis != "seed" and len({_shown(one, axis) for one in finished}) > 1]
+    """Format a table for each measure: a row for each arm, as mean ± standard deviation over seeds, and teacher."""
+    varied = [
+        axis
+        for axis in _list_axes(finished)
+        if axis != "seed" and len({_format_axis_value(arm, axis) for arm in finished}) > 1
+    ]
     varied = varied or ["student"]
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for one in finished:
-        groups.setdefault(tuple(_shown(one, axis) for axis in varied), []).append(one)
+    for arm in finished:
+        groups.setdefault(tuple(_format_axis_value(arm, axis) for axis in varied), []).append(arm)
     lines = [f"# {study.title}", ""]
     if versions and len(versions) > 1:
-        told = ", ".join(f"{name} ({count} arms)" for name, count in versions.items())
-        lines += [f"Measured with several versions of Limbeck: {told}.", ""]
+        counts = ", ".join(f"{name} ({count} arms)" for name, count in versions.items())
+        lines += [f"Measured with several versions of Limbeck: {counts}.", ""]
     for measure in ["held_out", *study.measures]:
-        names = list(dict.fromkeys(n for one in finished for n in one["values"] if n.partition(".")[0] == measure))
+        names = list(
+            dict.fromkeys(name for arm in finished for name in arm["values"] if name.partition(".")[0] == measure)
+        )
         if measure == "held_out":
             names = [name for name in names if name.split(".")[1] in ("student_perplexity", "kl", "top1_agreement")]
         if not names:
             continue
-        heads = [*varied, "seeds", *(name.partition(".")[2].replace("_", " ") for name in names)]
+        headings = [*varied, "seeds", *(name.partition(".")[2].replace("_", " ") for name in names)]
         rows = []
-        for places, members in groups.items():
-            numbers = [[one["values"][name] for one in members if name in one["values"]] for name in names]
-            rows.append([*places, str(len(members)), *map(format_mean_std, names, numbers)])
-        for teacher, known in (teachers or {}).items():
-            if known and any(name in known["values"] for name in names):
-                numbers = [[known["values"][name]] if name in known["values"] else [] for name in names]
+        for labels, members in groups.items():
+            numbers = [[arm["values"][name] for arm in members if name in arm["values"]] for name in names]
+            rows.append([*labels, str(len(members)), *map(format_mean_std, names, numbers)])
+        for teacher, teacher_result in (teachers or {}).items():
+            if teacher_result and any(name in teacher_result["values"] for name in names):
+                numbers = [
+                    [teacher_result["values"][name]] if name in teacher_result["values"] else [] for name in names
+                ]
                 rows.append([f"teacher {teacher}", *[""] * len(varied), *map(format_mean_std, names, numbers)])
-        table = format_markdown_table(heads, rows, num_text_columns=len(varied))
+        table = format_markdown_table(headings, rows, num_text_columns=len(varied))
         lines += [f"## {measure.replace('_', ' ')}", "", table]
     return "\n".join(lines)
 
 
 def format_values_csv(finished: list[dict[str, Any]]) -> str:
-    """One line a number: the arm, its axes, the value's name, the value, its standard error."""
-    axes = _axes(finished)
+    """Format a CSV line for each value: the arm, its axes, the value's name, the value, its standard error."""
+    axes = _list_axes(finished)
     return values_to_csv(
-        [(one["name"], {axis: _shown(one, axis) for axis in axes}, one["values"], one["errors"]) for one in finished]
+        [
+            (arm["name"], {axis: _format_axis_value(arm, axis) for axis in axes}, arm["values"], arm["errors"])
+            for arm in finished
+        ]
     )
 
 
 def format_claims(claims: list[dict[str, Any]]) -> str:
-    """Each claim with its verdict, and its parts with effect, interval, p and seeds."""
+    """Format each claim with its verdict, and its findings with effect, interval, p and seeds."""
     lines = ["# Claims", ""]
-    for one in claims:
-        lines += [f"**{one['verdict']}**: {one['statement']} ({one['source']}; `{one['name']}`)", ""]
-        for part in one["findings"]:
-            lines.append(f"- {part['says']}: {_finding(part, one['unit'])}")
+    for claim in claims:
+        lines += [f"**{claim['verdict']}**: {claim['statement']} ({claim['source']}; `{claim['name']}`)", ""]
+        for finding in claim["findings"]:
+            lines.append(f"- {finding['says']}: {_format_finding(finding, claim['unit'])}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _finding(part: dict[str, Any], unit: str) -> str:
-    if part["effect"] is None:
-        return f"{part['verdict']}, {part['reason']}{_left_out(part)}"
-    numbers = f"{part['effect']:+.4g} {unit}"
-    if part["low"] is not None:
-        numbers += f", 95 % interval {part['low']:+.4g} to {part['high']:+.4g}, p = {part['p']:.2g}"
-    numbers += (
-        f", {len(part['by_seed'])} seeds, {100 * part['consistent']:.0f} % of {part['comparisons']} comparisons agree"
+def _format_finding(finding: dict[str, Any], unit: str) -> str:
+    if finding["effect"] is None:
+        return f"{finding['verdict']}, {finding['reason']}{_format_left_out(finding)}"
+    numbers = f"{finding['effect']:+.4g} {unit}"
+    if finding["low"] is not None:
+        numbers += f", 95 % interval {finding['low']:+.4g} to {finding['high']:+.4g}, p = {finding['p']:.2g}"
+    agreement = f"{100 * finding['consistent']:.0f} % of {finding['comparisons']} comparisons agree"
+    numbers += f", {len(finding['by_seed'])} seeds, {agreement}"
+    bound = "at least" if finding["kind"] == "more" else "less than"
+    numbers += f"; {bound} {finding['margin']:g} was asked for"
+    return (
+        f"{finding['verdict']}, {numbers}"
+        + (f" ({finding['reason']})" if finding["reason"] else "")
+        + _format_left_out(finding)
     )
-    bound = "at least" if part["kind"] == "more" else "less than"
-    numbers += f"; {bound} {part['margin']:g} was asked for"
-    return f"{part['verdict']}, {numbers}" + (f" ({part['reason']})" if part["reason"] else "") + _left_out(part)
 
 
-def _left_out(part: dict[str, Any]) -> str:
-    """Name what counts in no seed because some seed lacks it."""
-    names = part.get("left_out") or []
+def _format_left_out(finding: dict[str, Any]) -> str:
+    """Format the arms that count in no seed because some seed lacks them."""
+    names = finding.get("left_out") or []
     if not names:
         return ""
     return f"; left out, as not every seed has it: {', '.join(names[:4])}" + (", ..." if len(names) > 4 else "")
 
 
-def _teachers(study: Study, arms: list[Arm]) -> dict[str, dict[str, Any] | None]:
-    """The teachers' records by name; where arms read several texts, by name and text."""
+def _collect_teacher_results(study: Study, arms: list[Arm]) -> dict[str, dict[str, Any] | None]:
+    """Read the teachers' records by name; if arms read several texts, by name and text."""
     by_path = {record.get_teacher_result_path(arm): arm for arm in arms}
     names = {path: Path(arm.recipe.teacher).name for path, arm in by_path.items()}
-    found: dict[str, dict[str, Any] | None] = {}
+    results: dict[str, dict[str, Any] | None] = {}
     for path, arm in by_path.items():
         name = names[path]
         if list(names.values()).count(name) > 1:
-            others = [one for other, one in by_path.items() if names[other] == name and other != path]
-            # the axes of the grid that tell this text or folder from the others'
-            told = [f"{a} {v}" for a, v in arm.axes.items() if all(one.axes.get(a) != v for one in others)]
-            name = f"{name} ({', '.join(told) or get_basename(arm.recipe.data.source)})"
-        found[name if name not in found else f"{name} {path.stem[-10:]}"] = record.read_teacher_result(arm, study)
-    return found
+            others = [
+                other_arm
+                for other_path, other_arm in by_path.items()
+                if names[other_path] == name and other_path != path
+            ]
+            # the axes by which this teacher or its text differs from the others of that name
+            differing = [
+                f"{axis} {value}"
+                for axis, value in arm.axes.items()
+                if all(other.axes.get(axis) != value for other in others)
+            ]
+            name = f"{name} ({', '.join(differing) or get_basename(arm.recipe.data.source)})"
+        results[name if name not in results else f"{name} {path.stem[-10:]}"] = record.read_teacher_result(arm, study)
+    return results
 
 
-def _versions(arms: list[Arm], study: Study) -> dict[str, int]:
-    """How many finished arms were measured with which version of Limbeck."""
-    found: dict[str, int] = {}
+def _count_versions(arms: list[Arm], study: Study) -> dict[str, int]:
+    """Count the finished arms that were measured with each version of Limbeck."""
+    counts: dict[str, int] = {}
     for arm in arms:
-        if known := record.read_arm_result(arm, study):
-            name = known.get("limbeck", "an unknown version")
-            found[name] = found.get(name, 0) + 1
-    return found
+        if result := record.read_arm_result(arm, study):
+            name = result.get("limbeck", "an unknown version")
+            counts[name] = counts.get(name, 0) + 1
+    return counts
 
 
-def _axes(arms: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(axis for one in arms for axis in one["axes"]))
+def _list_axes(arms: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(axis for arm in arms for axis in arm["axes"]))
 
 
-def _shown(arm: dict[str, Any], axis: str) -> str:
+def _format_axis_value(arm: dict[str, Any], axis: str) -> str:
     value = arm["axes"].get(axis)
     if value is None:
         return ""

@@ -36,7 +36,11 @@ from limbeck.training.teacher_loading import LoadedTeacher, load_recipe_teacher
 
 @dataclass(frozen=True)
 class StudyTask:
-    """Arms by name. kind: "shared" trains a group on one run of the teacher, "alone" takes one arm to its end."""
+    """A piece of a study's work.
+
+    kind: "shared" trains a group of arms through the stages that they share, "alone" takes one arm to its end.
+    arms: their names.
+    """
 
     kind: Literal["shared", "alone"]
     arms: tuple[str, ...]
@@ -51,9 +55,9 @@ class TaskResult:
 
 
 class Executor(Protocol):
-    """Where tasks run. Order is free; each task is run once, and a failing one does not stop the others.
+    """Runs tasks, in any order: each task once, and a failing one does not stop the others.
 
-    workers: how many run side by side; 0 if unknown.
+    workers: how many tasks run side by side; 0 if unknown.
     threads: CPU threads of each worker, for the plan's times; None: those of this process.
     supports_planning: whether the machine that starts the study is like those that work on it, so that a rehearsal
         here predicts their times.
@@ -68,11 +72,11 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what `run` has kept for the next list: workers, a cluster."""
+        """Release what `run` holds for the next list: workers, a cluster."""
 
 
 class SequentialExecutor:
-    """One task after another in this process."""
+    """Runs one task after another in this process."""
 
     workers = 1
     threads: int | None = None
@@ -89,7 +93,7 @@ class SequentialExecutor:
             yield self.task_runner.run_task(study, task, arms)
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Nothing to release."""
 
 
 class TaskRunner:
@@ -104,7 +108,7 @@ class TaskRunner:
         self.subjects = SubjectLoader()
 
     def run_task(self, study: Study, task: StudyTask, arms: dict[str, Arm]) -> TaskResult:
-        """Run a task.
+        """Run a task; returns its result, with the errors of the arms that failed.
 
         Args:
             arms: the study's arms by name.
@@ -113,14 +117,14 @@ class TaskRunner:
             TrainingInterrupted, KeyboardInterrupt: the whole study is to stop.
         """
         result = TaskResult(task)
-        mine = [arms[name] for name in task.arms]
+        task_arms = [arms[name] for name in task.arms]
         try:
             if task.kind == "shared":
-                loaded = self.load_teacher(mine[0].recipe)
-                failures = train_shared_stages(mine, loaded, lambda: self.memory_budget(loaded[0].device))
+                loaded = self.load_teacher(task_arms[0].recipe)
+                failures = train_shared_stages(task_arms, loaded, lambda: self.memory_budget(loaded[0].device))
                 result.failures = {name: format_error(error) for name, error in failures.items()}
             else:
-                for arm in mine:
+                for arm in task_arms:
                     run_arm(arm, study, self)
         except TrainingInterrupted:
             raise
@@ -161,10 +165,12 @@ def run_arm(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
             task_runner.subjects.register_teacher(arm.recipe.teacher, *loaded)
             measure_teacher(arm, study, task_runner)
             subject = task_runner.subjects.load(str(arm.path))
-            found = [run_measure(get_measure(name), subject, given) for name, given in study.measures.items()]
+            measurements = [
+                run_measure(get_measure(name), subject, settings) for name, settings in study.measures.items()
+            ]
         else:
-            found = []
-        results.write_arm_result(arm, study, summary, found)
+            measurements = []
+        results.write_arm_result(arm, study, summary, measurements)
     results.delete_artifacts(arm, study.save_artifacts)
 
 
@@ -187,7 +193,7 @@ def measure_teacher(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
             output_dir=output_dir,
         )
         results.write_teacher_result(
-            arm, study, [run_measure(get_measure(name), subject, given) for name, given in study.measures.items()]
+            arm, study, [run_measure(get_measure(name), subject, settings) for name, settings in study.measures.items()]
         )
 
 

@@ -31,16 +31,20 @@ def create_executor(name: str, **options: Any) -> Executor | None:
         raise LimbeckError(
             f"unknown executor '{name}'{suggest_closest(name, EXECUTORS)}", expected=", ".join(EXECUTORS)
         )
-    given = {key: value for key, value in options.items() if value is not None}
+    chosen = {key: value for key, value in options.items() if value is not None}
     cls = EXECUTORS[name]
-    known = [field.name for field in fields(cls) if field.init] if cls else []
-    for key in given:
-        if key not in known:
-            has = ", ".join(f"--{one}" for one in known) or "none"
-            others = [other for other, it in EXECUTORS.items() if it and key in {one.name for one in fields(it)}]
+    supported = [field.name for field in fields(cls) if field.init] if cls else []
+    for key in chosen:
+        if key not in supported:
+            listed = ", ".join(f"--{option}" for option in supported) or "none"
+            others = [
+                other
+                for other, executor in EXECUTORS.items()
+                if executor and key in {option.name for option in fields(executor)}
+            ]
             raise LimbeckError(
                 f"the executor {name} has no option --{key}",
-                expected=f"its options: {has}",
+                expected=f"its options: {listed}",
                 hint=f"--executor {others[0]}" if others else None,
             )
-    return cls(**given) if cls else None
+    return cls(**chosen) if cls else None

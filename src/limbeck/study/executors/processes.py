@@ -31,25 +31,25 @@ MAX_ATTEMPTS = 3
 DEFAULT_CPU_WORKERS = 2
 SHUTDOWN_TIMEOUT_S = 120.0  # how long a worker may take to save its state
 WORKER_COMMAND = [sys.executable, "-c", BOOTSTRAP_CODE]
-Answers = queue.Queue["tuple[_Worker, str | None]"]
+ResultQueue = queue.Queue["tuple[_Worker, str | None]"]
 
 
 @dataclass
 class ProcessExecutor:
-    """Runs tasks in processes of this machine.
+    """Runs tasks in worker processes on this machine.
 
-    workers: 0: one for each GPU, or two without GPUs. With GPUs there may be no more workers than those.
+    workers: how many processes; 0: one for each GPU, or two without GPUs. GPUs allow one worker each.
     """
 
     workers: int = 0
     threads: int | None = field(init=False)
     gpus: list[str] = field(init=False)  # as CUDA_VISIBLE_DEVICES names them; a worker has one
     supports_planning: bool = field(default=True, init=False)
-    _workers: "list[_Worker]" = field(default_factory=list, init=False)  # kept from one list of tasks to the next
-    _answers: "Answers" = field(default_factory=queue.Queue, init=False)  # None when a worker's process has ended
+    _workers: "list[_Worker]" = field(default_factory=list, init=False)  # they live from one list of tasks to the next
+    _results: "ResultQueue" = field(default_factory=queue.Queue, init=False)  # (worker, None): its process has ended
 
     def __post_init__(self) -> None:
-        self.gpus = _gpus()
+        self.gpus = _list_gpus()
         if self.workers < 0 or (self.gpus and self.workers > len(self.gpus)):
             raise LimbeckError(
                 f"{self.workers} workers" + (f" for {len(self.gpus)} GPUs" if self.gpus else ""),
@@ -65,36 +65,36 @@ class ProcessExecutor:
         Raises:
             TrainingInterrupted: SIGTERM came; all workers have saved their state.
         """
-        waiting, tries = deque(tasks), Counter[StudyTask]()
-        over = False
-        with graceful_shutdown() as asked:
+        waiting, attempts = deque(tasks), Counter[StudyTask]()
+        finished = False
+        with graceful_shutdown() as stop_requested:
             try:
                 while waiting or any(worker.task for worker in self._workers):
-                    if asked():
-                        raise TrainingInterrupted(_stop(self._workers))
-                    while waiting and (idle := self._idle(folder)):
+                    if stop_requested():
+                        raise TrainingInterrupted(_save_and_stop(self._workers))
+                    while waiting and (idle := self._get_idle_worker(folder)):
                         idle.submit(waiting.popleft())
                     try:
-                        worker, line = self._answers.get(timeout=0.5)
+                        worker, line = self._results.get(timeout=0.5)
                     except queue.Empty:
                         continue
                     if worker not in self._workers:
-                        continue  # of a list that was broken off
+                        continue  # it was started for a list of tasks that was interrupted
                     task, worker.task = worker.task, None
                     if line is None:
                         self._workers.remove(worker)
                         if task is None:
                             continue
-                        tries[task] += 1
-                        if tries[task] < MAX_ATTEMPTS:
+                        attempts[task] += 1
+                        if attempts[task] < MAX_ATTEMPTS:
                             waiting.appendleft(task)
                             continue
                         yield TaskResult(task, dict.fromkeys(task.arms, worker.describe_exit()))
                     elif task is not None:
                         yield TaskResult(task, json.loads(line))
-                over = True
+                finished = True
             finally:
-                if not over:
+                if not finished:
                     self.close()
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class ProcessExecutor:
         while self._workers:
             self._workers.pop().end()
 
-    def _idle(self, folder: Path) -> "_Worker | None":
+    def _get_idle_worker(self, folder: Path) -> "_Worker | None":
         """Get a worker without a task, starting one if there is room; None if all are busy."""
         for worker in self._workers:
             if worker.task is None:
@@ -114,14 +114,14 @@ class ProcessExecutor:
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot]
-        self._workers.append(_Worker(slot, folder, self.workers, env, self._answers))
+        self._workers.append(_Worker(slot, folder, self.workers, env, self._results))
         return self._workers[-1]
 
 
 class _Worker:
     """A worker process with its current task and its log."""
 
-    def __init__(self, slot: int, folder: Path, local_workers: int, env: dict[str, str], answers: Answers):
+    def __init__(self, slot: int, folder: Path, local_workers: int, env: dict[str, str], results: ResultQueue):
         self.slot = slot
         self.task: StudyTask | None = None
         self.log = folder / "logs" / f"worker-{slot}.log"
@@ -138,18 +138,18 @@ class _Worker:
                 env=env,
                 start_new_session=True,
             )
-        threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
+        threading.Thread(target=self._listen, args=(results,), daemon=True).start()
 
-    def _listen(self, answers: Answers) -> None:
-        """Put each answer into the queue, and None when the process has ended."""
+    def _listen(self, results: ResultQueue) -> None:
+        """Put each result into the queue, and None when the process has ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            answers.put((self, line))
+            results.put((self, line))
         self.process.wait()
-        answers.put((self, None))
+        results.put((self, None))
 
     def submit(self, task: StudyTask) -> None:
-        """Send it a task. If the process is gone, `answers` gets None."""
+        """Send the worker a task. If its process is gone, `_listen` puts None into the queue."""
         self.task = task
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
@@ -159,12 +159,12 @@ class _Worker:
     def describe_exit(self) -> str:
         """Describe how the process ended, with the last lines of its log."""
         code = self.process.returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        last = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:]
-        return "\n".join([f"its process {how}, {MAX_ATTEMPTS} times; see {self.log}", *last])
+        outcome = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        last_lines = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:]
+        return "\n".join([f"its process {outcome}, {MAX_ATTEMPTS} times; see {self.log}", *last_lines])
 
     def end(self) -> None:
-        """Stop it at once: it exits when its stdin is closed."""
+        """Stop the process at once: it exits when its stdin is closed."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -175,8 +175,8 @@ class _Worker:
             self.process.wait()
 
 
-def _stop(workers: list[_Worker]) -> str:
-    """Ask all to save their state and exit; returns a message for the user."""
+def _save_and_stop(workers: list[_Worker]) -> str:
+    """Make all busy workers save their state and exit; returns a message for the user."""
     busy = [worker for worker in workers if worker.task]
     for worker in busy:
         worker.process.terminate()
@@ -188,9 +188,9 @@ def _stop(workers: list[_Worker]) -> str:
     return f"Interrupted; the state of {len(busy)} arms or groups of arms was saved."
 
 
-def _gpus() -> list[str]:
+def _list_gpus() -> list[str]:
     """List this process's GPUs under the names that CUDA_VISIBLE_DEVICES takes."""
     if not torch.cuda.is_available():
         return []
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named[: torch.cuda.device_count()] or [str(i) for i in range(torch.cuda.device_count())]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[: torch.cuda.device_count()] or [str(i) for i in range(torch.cuda.device_count())]

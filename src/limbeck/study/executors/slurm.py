@@ -33,7 +33,7 @@ from limbeck.study.tasks import StudyTask, TaskResult
 
 TASKS_FILE, JOB_FILE = "tasks.json", "job"
 POLL_INTERVAL_S = 2.0
-PREEMPTION_NOTICE_S = 120  # how long before its time limit a task is told to save its state
+PREEMPTION_NOTICE_S = 120  # how long before its time limit a task gets the signal to save its state
 SCRIPT = """\
 #!/bin/bash
 {options}
@@ -57,7 +57,7 @@ exit "$code"
 class SlurmExecutor:
     """Runs tasks as Slurm job arrays.
 
-    workers: array tasks side by side; 0: no limit of ours.
+    workers: how many array tasks run side by side; 0: no limit but that of Slurm.
     cpus, gpus, partition, time: the resources of an array task, as options of sbatch.
     sbatch: further options of sbatch, each as one string: "--account=abc".
     """
@@ -69,7 +69,7 @@ class SlurmExecutor:
     time: str | None = None
     sbatch: list[str] = field(default_factory=list)
     threads: int | None = field(default=None, init=False)
-    supports_planning: bool = field(default=False, init=False)  # the machine that submits is not like those that work
+    supports_planning: bool = field(default=False, init=False)  # other machines than this one do the work
 
     def __post_init__(self) -> None:
         for option in self.sbatch:
@@ -80,7 +80,7 @@ class SlurmExecutor:
         check_single_line("--partition", self.partition)
         check_single_line("--time", self.time)
         if self.gpus is not None and self.gpus != int(self.gpus):
-            raise LimbeckError(f"--gpus {self.gpus}", expected="a whole number: Slurm gives whole GPUs")
+            raise LimbeckError(f"--gpus {self.gpus}", expected="a whole number: Slurm allocates whole GPUs")
         if self.workers < 0:
             raise LimbeckError(f"--workers {self.workers}", expected="a positive number, or none for no limit")
 
@@ -88,50 +88,50 @@ class SlurmExecutor:
         """Submit the tasks as an array and wait for them.
 
         Raises:
-            LimbeckError: there is no sbatch here (the script is written), or it refused.
+            LimbeckError: there is no sbatch here (the script is written), or it rejected the script.
             TrainingInterrupted: SIGTERM came; the array keeps running.
         """
-        place = folder / "slurm"
+        array_folder = folder / "slurm"
         arms = {arm.name: arm for arm in study.arms(folder)}
-        with graceful_shutdown() as asked:
-            _wait_for_another(place, asked)
-            answered = _answers(place)
-            left = []
+        with graceful_shutdown() as stop_requested:
+            _wait_for_running_array(array_folder, stop_requested)
+            failures_by_task = _take_results(array_folder)
+            pending = []
             for task in tasks:
-                mine = [arms[name] for name in task.arms]
-                over = all(results.get_arm_state(arm, study) == "finished" for arm in mine)
-                if answered.get(task) or over or (task.kind == "shared" and not can_share_pass(mine)):
-                    yield TaskResult(task, answered.get(task, {}))
+                task_arms = [arms[name] for name in task.arms]
+                finished = all(results.get_arm_state(arm, study) == "finished" for arm in task_arms)
+                if failures_by_task.get(task) or finished or (task.kind == "shared" and not can_share_pass(task_arms)):
+                    yield TaskResult(task, failures_by_task.get(task, {}))
                 else:
-                    left.append(task)
-            if not left:
+                    pending.append(task)
+            if not pending:
                 return
-            script = self.write_script(folder, left)
+            script = self.write_script(folder, pending)
             if shutil.which("sbatch") is None:
                 raise LimbeckError(
-                    f"there is no sbatch on this machine; the script for {len(left)} tasks was written",
+                    f"there is no sbatch on this machine; the script for {len(pending)} tasks was written",
                     hint=f"sbatch {script}   (on a machine that has it), and then the same command again",
                 )
-            yield from _submit(place, script, left, asked)
+            yield from _submit(array_folder, script, pending, stop_requested)
 
     def close(self) -> None:
         """Nothing to release."""
 
     def write_script(self, folder: Path, tasks: list[StudyTask]) -> Path:
-        """Write the script and the list of its tasks; returns the script's path."""
-        place = folder / "slurm"
+        """Write the script and the list of its tasks; returns the path of the script."""
+        array_folder = folder / "slurm"
         check_single_line("--out", str(folder))
         check_single_line("the working directory", os.getcwd())
-        place.mkdir(exist_ok=True)
+        array_folder.mkdir(exist_ok=True)
         results.write_atomically(
-            place / TASKS_FILE, json.dumps([task_to_dict(task) for task in tasks], indent=1) + "\n"
+            array_folder / TASKS_FILE, json.dumps([task_to_dict(task) for task in tasks], indent=1) + "\n"
         )
-        most = f"%{self.workers}" if self.workers else ""
-        asked = {
+        limit = f"%{self.workers}" if self.workers else ""
+        resources = {
             "job-name": f"limbeck-{folder.name}",
-            "array": f"0-{len(tasks) - 1}{most}",
+            "array": f"0-{len(tasks) - 1}{limit}",
             "chdir": os.getcwd(),
-            "output": f"{place.absolute()}/%A_%a.log",
+            "output": f"{array_folder.absolute()}/%A_%a.log",
             "open-mode": "append",
             "signal": f"B:USR1@{PREEMPTION_NOTICE_S}",
             "partition": self.partition,
@@ -139,46 +139,48 @@ class SlurmExecutor:
             "cpus-per-task": self.cpus,
             "gpus": None if self.gpus is None else int(self.gpus),
         }
-        options = [f"--{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
+        options = [f"--{key}={shlex.quote(str(value))}" for key, value in resources.items() if value is not None]
         lines = [f"#SBATCH {option}" for option in [*options, "--ntasks=1", "--requeue", *self.sbatch]]
         if self.cpus is not None:
             lines += ["", f"export OMP_NUM_THREADS={self.cpus}"]
         command = shlex.join([sys.executable, "-m", "limbeck", "study", str(folder)])
-        script = place / "array.sh"
+        script = array_folder / "array.sh"
         results.write_atomically(script, SCRIPT.format(options="\n".join(lines), command=command))
         return script
 
 
-def check_single_line(what: str, value: str | None) -> None:
+def check_single_line(option: str, value: str | None) -> None:
     """Raise LimbeckError if a value has a line break: what follows it would be a command of the script."""
     if value is not None and not value.isprintable():
-        raise LimbeckError(f"{what} {value!r}", expected="one line of printable characters, for Slurm's script")
+        raise LimbeckError(f"{option} {value!r}", expected="one line of printable characters, for Slurm's script")
 
 
-def run_array_task(folder: Path, number: int) -> dict[str, str]:
+def run_array_task(folder: Path, index: int) -> dict[str, str]:
     """Run one task of the array in the study's folder; returns the errors of failed arms.
 
     Raises:
         LimbeckError: the folder has no array, or the array no such index.
         TrainingInterrupted: SIGTERM came; the state is saved.
     """
-    place = folder / "slurm"
+    array_folder = folder / "slurm"
     try:
-        tasks = json.loads((place / TASKS_FILE).read_text(encoding="utf-8"))
+        tasks = json.loads((array_folder / TASKS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LimbeckError(
             f"{folder} has no tasks", expected="a study's folder", hint="limbeck study STUDY --executor slurm"
         ) from error
-    if not 0 <= number < len(tasks):
-        raise LimbeckError(f"--task {number}", expected=f"0 to {len(tasks) - 1}")
-    failures = run_study_task(str(folder), tasks[number])
-    results.write_atomically(place / f"{number}.json", json.dumps(failures) + "\n")
+    if not 0 <= index < len(tasks):
+        raise LimbeckError(f"--task {index}", expected=f"0 to {len(tasks) - 1}")
+    failures = run_study_task(str(folder), tasks[index])
+    results.write_atomically(array_folder / f"{index}.json", json.dumps(failures) + "\n")
     return failures
 
 
-def _submit(place: Path, script: Path, tasks: list[StudyTask], asked: Callable[[], bool]) -> Iterator[TaskResult]:
+def _submit(
+    array_folder: Path, script: Path, tasks: list[StudyTask], stop_requested: Callable[[], bool]
+) -> Iterator[TaskResult]:
     """Submit the script, and yield the results of its tasks as they come."""
-    # a session of its own: Ctrl-C stops the study, not the array
+    # in a session of its own, so that Ctrl-C stops the study, not the array
     sbatch = subprocess.Popen(
         ["sbatch", "--wait", "--parsable", str(script)],
         stdout=subprocess.PIPE,
@@ -193,53 +195,53 @@ def _submit(place: Path, script: Path, tasks: list[StudyTask], asked: Callable[[
     job = sbatch.stdout.readline().strip().partition(";")[0]  # the cluster's name may follow
     if not job:
         raise LimbeckError(
-            f"sbatch refused {script}: {sbatch.stderr.read().strip()}", hint="--partition, --time, --sbatch=OPTION"
+            f"sbatch rejected {script}: {sbatch.stderr.read().strip()}", hint="--partition, --time, --sbatch=OPTION"
         )
-    results.write_atomically(place / JOB_FILE, job + "\n")
-    console.print(f"array {job} of {len(tasks)} tasks submitted; logs are in {place}/", markup=False)
+    results.write_atomically(array_folder / JOB_FILE, job + "\n")
+    console.print(f"array {job} of {len(tasks)} tasks submitted; logs are in {array_folder}/", markup=False)
     waiting = dict(enumerate(tasks))
     try:
         while waiting:
-            over = sbatch.poll() is not None and not _alive(job)
-            for number in [number for number in waiting if (place / f"{number}.json").exists()]:
-                failures = json.loads((place / f"{number}.json").read_text(encoding="utf-8"))
-                (place / f"{number}.json").unlink()
-                yield TaskResult(waiting.pop(number), failures)
-            if over:
+            finished = sbatch.poll() is not None and not _is_alive(job)
+            for index in [index for index in waiting if (array_folder / f"{index}.json").exists()]:
+                failures = json.loads((array_folder / f"{index}.json").read_text(encoding="utf-8"))
+                (array_folder / f"{index}.json").unlink()
+                yield TaskResult(waiting.pop(index), failures)
+            if finished:
                 break
-            if asked():
+            if stop_requested():
                 raise TrainingInterrupted(f"Interrupted; array {job} keeps running (scancel {job} stops it).")
             time.sleep(POLL_INTERVAL_S)
     finally:
         if sbatch.poll() is None:
             sbatch.kill()
-    (place / JOB_FILE).unlink()
-    for number, task in waiting.items():
-        log = place / f"{job}_{number}.log"
-        last = log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:] if log.exists() else []
-        said = "\n".join([f"array task {job}_{number} ended without a result; see {log}", *last])
-        yield TaskResult(task, dict.fromkeys(task.arms, said))
+    (array_folder / JOB_FILE).unlink()
+    for index, task in waiting.items():
+        log = array_folder / f"{job}_{index}.log"
+        last_lines = log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:] if log.exists() else []
+        message = "\n".join([f"array task {job}_{index} ended without a result; see {log}", *last_lines])
+        yield TaskResult(task, dict.fromkeys(task.arms, message))
 
 
-def _wait_for_another(place: Path, asked: Callable[[], bool]) -> None:
-    """Wait for an array that a killed process of this study left running."""
-    if not (place / JOB_FILE).exists():
+def _wait_for_running_array(array_folder: Path, stop_requested: Callable[[], bool]) -> None:
+    """Wait for an array that is still running since this study was killed."""
+    if not (array_folder / JOB_FILE).exists():
         return
-    job = (place / JOB_FILE).read_text(encoding="utf-8").strip()
-    if _alive(job):
+    job = (array_folder / JOB_FILE).read_text(encoding="utf-8").strip()
+    if _is_alive(job):
         console.print(f"array {job} of this study is still running; waiting for it (scancel {job} stops it)")
-    while _alive(job):
-        if asked():
+    while _is_alive(job):
+        if stop_requested():
             raise TrainingInterrupted(f"Interrupted; array {job} keeps running (scancel {job} stops it).")
         time.sleep(POLL_INTERVAL_S)
-    (place / JOB_FILE).unlink()
+    (array_folder / JOB_FILE).unlink()
 
 
-def _alive(job: str) -> bool:
-    """Whether a task of the array is running or waiting."""
+def _is_alive(job: str) -> bool:
+    """Tell whether a task of the array is running or waiting."""
     if shutil.which("squeue") is None:
         return False
-    done = subprocess.run(
+    listing = subprocess.run(
         ["squeue", "--noheader", "--jobs", job],
         capture_output=True,
         text=True,
@@ -247,19 +249,21 @@ def _alive(job: str) -> bool:
         errors="replace",
         check=False,
     )
-    return bool(done.stdout.strip())
+    return bool(listing.stdout.strip())
 
 
-def _answers(place: Path) -> dict[StudyTask, dict[str, str]]:
-    """Take the results of an array whose study was killed before it ended."""
+def _take_results(array_folder: Path) -> dict[StudyTask, dict[str, str]]:
+    """Read and delete the results of an array that ended after its study was killed: failures by task."""
     try:
-        tasks = json.loads((place / TASKS_FILE).read_text(encoding="utf-8"))
+        tasks = json.loads((array_folder / TASKS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    found = {}
-    for number, task in enumerate(tasks):
-        path = place / f"{number}.json"
+    failures_by_task = {}
+    for index, task in enumerate(tasks):
+        path = array_folder / f"{index}.json"
         if path.exists():
-            found[StudyTask(task["kind"], tuple(task["arms"]))] = json.loads(path.read_text(encoding="utf-8"))
+            failures_by_task[StudyTask(task["kind"], tuple(task["arms"]))] = json.loads(
+                path.read_text(encoding="utf-8")
+            )
             path.unlink()
-    return found
+    return failures_by_task

@@ -29,20 +29,20 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# it listens before it imports anything that takes seconds
+# a worker reads its stdin before it imports what takes seconds, so that it exits at once when its parent is killed
 BOOTSTRAP_CODE = """
 import json, os, queue, sys, threading
 
-orders = queue.Queue()
+task_queue = queue.Queue()
 
 def listen():
     for line in sys.stdin:
-        orders.put(json.loads(line))
+        task_queue.put(json.loads(line))
     os._exit(0)
 
 threading.Thread(target=listen, daemon=True).start()
 from limbeck.study.executors.worker import main
-main(orders)
+main(task_queue)
 """
 LOCK_TIMEOUT_S = 60.0  # how long a process that is about to exit may hold an arm
 
@@ -66,7 +66,7 @@ def run_study_task(folder: str, task: dict[str, Any], local_workers: int = 1) ->
     try:
         for file in task["mixers"]:
             registry.execute_file(Path(file))
-        study, arms = _opened(folder, (Path(folder) / "study.yaml").stat().st_mtime_ns)
+        study, arms = _load_study(folder, (Path(folder) / "study.yaml").stat().st_mtime_ns)
         missing = [name for name in task["arms"] if name not in arms]
         if missing:
             raise LimbeckError(f"the study in {folder} has no arm {missing[0]}", hint="start the study again")
@@ -83,7 +83,7 @@ def run_remote_task(
     directory: str, folder: str, task: dict[str, Any], threads: int, log: str, local_workers: int
 ) -> dict[str, str]:
     """Run a task in a process that Ray started: in `directory`, with output to the file `log`."""
-    # late: BOOTSTRAP_CODE listens before it imports anything that takes seconds
+    # start-up time: see BOOTSTRAP_CODE
     import torch
 
     torch.set_num_threads(threads)
@@ -98,7 +98,8 @@ def run_remote_task(
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: str, changed: int) -> tuple[Study, dict[str, Arm]]:
+def _load_study(folder: str, mtime_ns: int) -> tuple[Study, dict[str, Arm]]:
+    """Load the study in a folder and its arms by name; again only when its file has changed."""
     study = Study.load(Path(folder) / "study.yaml")
     return study, {arm.name: arm for arm in study.arms(Path(folder))}
 
@@ -112,9 +113,9 @@ def _wait_until_free(path: Path) -> None:
     """Wait for the lock of a run directory: workers of a killed study may take a moment to exit."""
     if fcntl is None or not (path / ".lock").exists():
         return
-    began = time.monotonic()
+    start = time.monotonic()
     with open(path / ".lock", "w", encoding="utf-8") as lock:
-        while time.monotonic() - began < LOCK_TIMEOUT_S:
+        while time.monotonic() - start < LOCK_TIMEOUT_S:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
@@ -122,14 +123,14 @@ def _wait_until_free(path: Path) -> None:
                 time.sleep(0.2)
 
 
-def main(orders: "queue.Queue[dict[str, Any]]") -> None:
-    """Run the tasks that come until the process ends; folder and number of workers are its arguments."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def main(task_queue: "queue.Queue[dict[str, Any]]") -> None:
+    """Run the tasks of the queue until the process ends; its arguments are the folder and the number of workers."""
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not mix with the results
     try:
         while True:
-            failures = run_study_task(sys.argv[1], orders.get(), int(sys.argv[2]))
-            print(json.dumps(failures), file=answers, flush=True)
+            failures = run_study_task(sys.argv[1], task_queue.get(), int(sys.argv[2]))
+            print(json.dumps(failures), file=output, flush=True)
     except TrainingInterrupted as stopped:
         console.print(str(stopped), markup=False)
         sys.exit(SIGTERM_EXIT_CODE)

@@ -94,7 +94,7 @@ def test_matrices_are_drawn_beside_the_teachers(tmp_path, teacher_folder, corpus
     assert done.exit_code == 0, done.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = {line.split()[0]: line.split()[1:] for line in done.output.splitlines() if line.strip()}
-    # softmax starts at the teacher's matrices; where a CPU rounds the two otherwise, Adam makes whole steps of the rounding
+    # softmax starts at the teacher's matrices; where a CPU rounds the two otherwise, Adam makes a step of the rounding
     assert float(rows["softmax"][0]) < 0.03 < float(rows["retnet"][0]) < 1
     for wrong, message in ((["--layer", "9"], "layer is 9"), (["--head", "9"], "head is 9")):
         failed = CliRunner().invoke(app, command + wrong)

@@ -24,7 +24,7 @@ SRC = ROOT / "src" / "limbeck"
 FOREIGN = {
     "attn_implementation", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
     "penalty_alpha", "trust_remote_code", "input_ids", "attention_mask", "save_pretrained", "from_pretrained",
-    "base_model", "tie_word_embeddings", "eos_token", "save_to_disk",
+    "base_model", "tie_word_embeddings", "eos_token", "save_to_disk", "device_map",
 }  # fmt: skip
 
 

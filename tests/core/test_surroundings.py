@@ -87,7 +87,7 @@ def test_a_terminal_that_cannot_write_a_character_ends_nothing(encoding, monkeyp
 def test_a_name_that_is_no_utf8_is_refused_at_once(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert ended(monkeypatch, "distill", "--out", os.fsdecode(b"caf\xe9")) == 2
-    assert "no UTF-8" in capfd.readouterr().err
+    assert "not UTF-8" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

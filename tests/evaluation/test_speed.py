@@ -273,7 +273,7 @@ def test_the_verb(folders, teacher_folder, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").rglob("speed.json"))) == 2
     assert (tmp_path / "out" / "speed.png").is_file()
     began = time.monotonic()
-    assert "measured already" in bench("--int8", "none").output
+    assert "2 cached" in bench("--int8", "none").output
     assert time.monotonic() - began < 10
     for wrong, says in (
         (("--lengths", "1,x"), "--lengths 1,x"),

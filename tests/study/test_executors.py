@@ -148,7 +148,7 @@ def test_what_is_wrong_with_an_executor_is_said(raw, tmp_path, monkeypatch, caps
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     mine = [str(path), "--out", str(tmp_path / "out")]
     assert "did you mean 'slurm'" in limbeck(monkeypatch, capsys, *mine, "--executor", "slrum")
-    assert "the executor local has no --workers" in limbeck(monkeypatch, capsys, *mine, "--workers", "2")
+    assert "the executor local has no option --workers" in limbeck(monkeypatch, capsys, *mine, "--workers", "2")
     told = limbeck(monkeypatch, capsys, *mine, "--executor", "processes", "--partition", "gpu")
     assert "no --partition" in told
     assert "--executor slurm" in told
@@ -328,7 +328,7 @@ def test_a_ray_of_two_workers(study, whole, tmp_path):
     killer.join()
     assert {arm["status"] for arm in results["arms"]} == {"finished"}
     assert tables(folder) == whole
-    log = (folder / "logs" / "together-gla_2+3_seed0.log").read_text(encoding="utf-8")
+    log = (folder / "logs" / "shared-gla_2+3_seed0.log").read_text(encoding="utf-8")
     assert len(re.findall(r"process \d+ on", log)) == 2, "begun twice"
     assert not list(Path("/tmp").glob(f"limbeck-ray-{os.getpid()}-*"))
 

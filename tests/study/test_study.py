@@ -360,7 +360,7 @@ def test_arms_of_one_table_have_one_teacher(raw, teacher_folder, tmp_path):
     weights = load_file(teacher / "model.safetensors")
     kept = (teacher / "model.safetensors").read_bytes()
     save_file({name: 1.5 * x for name, x in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LimbeckError, match="other weights in the run gla_2_seed0 than now"):
+    with pytest.raises(LimbeckError, match="different weights in the run gla_2_seed0 and now"):
         run_study(with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1]), folder)
     assert not (folder / "gla_2_seed1").exists()
     (teacher / "model.safetensors").write_bytes(kept)

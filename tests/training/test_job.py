@@ -412,7 +412,7 @@ def test_misspelt_key(bad, tmp_path):
 
 def test_impossible_values(bad, tmp_path):
     assert "stages.0.tokens" in bad("--set", "stages.0.tokens=-3")
-    assert "such place" in bad("--set", "stages.9.tokens=3")
+    assert "no such key" in bad("--set", "stages.9.tokens=3")
     assert "key=value" in bad("--set", "nonsense")
     assert "layers is" in bad("--layers", "0-99")
     (tmp_path / "broken.yaml").write_text("teacher: [", encoding="utf-8")
@@ -463,7 +463,7 @@ def test_a_folder_that_holds_something_else(bad, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.tex").write_text("dear reader", encoding="utf-8")
-    assert "not a run" in bad(out=folder)
+    assert "do not belong to a run" in bad(out=folder)
     file = tmp_path / "file"
     file.write_text("x", encoding="utf-8")
     assert "is a file" in bad(out=file)

@@ -72,7 +72,7 @@ def bench(
     if plan:
         return
     if busy:
-        console.print(f"{busy}; ratios are more reliable than times")
+        console.print(f"{busy} Ratios are more reliable than times.")
     measurements = benchmark.run()
     output.print(speed.build_speed_table(measurements))
     for sentence in speed.format_break_even(measurements):

@@ -72,8 +72,12 @@ def generate(
         nonlocal num_tokens
         num_tokens = yield from stream_text(loaded, tokenizer, text, tokens, temperature, top_p, seed)
 
-    with closing(stream()) as pieces:
-        for piece in pieces:
-            print(piece, end="", flush=True)
+    try:
+        with closing(stream()) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except BaseException:
+        console.print()  # what ends it is told on a line of its own
+        raise
     print()
     console.print(f"{num_tokens} tokens, {num_tokens / (time.monotonic() - start):.1f} tokens/s", style="dim")

@@ -266,13 +266,19 @@ class StudentChecks(ModelChecks):
         super().__init__(make_student(teacher, mixer, layers))
 
     def save(self) -> None:
-        """Saved and loaded by AutoModelForCausalLM it gives the same logits bit for bit, and generates the same."""
+        """Saved and loaded by AutoModelForCausalLM it has the same weights bit for bit, the same logits, and generates."""
         student = self.model
         ids = make_random_ids(1, 9)
         with tempfile.TemporaryDirectory() as folder:
             loaded = save_and_reload(student, Path(folder), dtype=self.dtype)
         assert get_mixers(loaded).keys() == get_mixers(student).keys(), "mixers got lost"
-        assert torch.equal(student(ids).logits, loaded(ids).logits), "the reloaded student gives other logits"
+        before, after = student.state_dict(), loaded.state_dict()
+        other = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
+        assert not other, f"came back changed: {', '.join(other)}"
+        # not bit for bit: on some CPUs products of experts are rounded by where their weights lie in memory
+        expected = student(ids).logits
+        error = (loaded(ids).logits - expected).abs().max() / expected.abs().max()
+        assert error < 1e-5, "the reloaded student gives other logits"
         assert torch.equal(*(m.generate(ids, **GENERATION_KWARGS) for m in (student, loaded))), (
             "it generates something else"
         )

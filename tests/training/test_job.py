@@ -417,7 +417,7 @@ def test_impossible_values(bad, tmp_path):
     assert "layers is" in bad("--layers", "0-99")
     (tmp_path / "broken.yaml").write_text("teacher: [", encoding="utf-8")
     assert limbeck("distill", str(tmp_path / "broken.yaml")).returncode == 2
-    assert "no recipe" in limbeck("distill", "quickstar").stderr
+    assert "unknown recipe" in limbeck("distill", "quickstar").stderr
 
 
 def test_missing_and_empty_data(bad, tmp_path):

@@ -266,7 +266,7 @@ class StudentChecks(ModelChecks):
         super().__init__(make_student(teacher, mixer, layers))
 
     def save(self) -> None:
-        """Saved and loaded by AutoModelForCausalLM it has the same weights bit for bit, the same logits, and generates."""
+        """Saved and loaded by AutoModelForCausalLM it has the same weights bit for bit, the same logits, and text."""
         student = self.model
         ids = make_random_ids(1, 9)
         with tempfile.TemporaryDirectory() as folder:

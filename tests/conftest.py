@@ -85,3 +85,17 @@ def own_cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("LIMBECK_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def verbs() -> dict:
+    """The verbs of the command line, by name."""
+    import typer
+
+    from limbeck.cli import app, main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["limbeck", "--version"])
+        with pytest.raises(SystemExit):
+            main()  # registers the verbs
+    return typer.main.get_command(app).commands

@@ -8,12 +8,10 @@ import tomllib
 from collections.abc import Iterator
 
 import pytest
-import typer
 from pydantic import BaseModel
 
 from helpers.paths import ROOT
 from limbeck import Recipe
-from limbeck.cli import app, main
 from limbeck.core.config import _models_in
 from limbeck.core.recipe import TeacherRecipe
 from limbeck.evaluation import measure
@@ -63,15 +61,6 @@ def hints() -> list[tuple[str, str]]:
 
 
 HINTS = hints()
-
-
-@pytest.fixture(scope="module")
-def verbs() -> dict:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["limbeck", "--version"])
-        with pytest.raises(SystemExit):
-            main()  # registers the verbs
-    return typer.main.get_command(app).commands
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -7,13 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.paths import ROOT
 from limbeck import Recipe, mixers
-from limbeck.cli import app, main
+from limbeck.cli import main
 from limbeck.cli.convert import convert as _convert
 from limbeck.cli.distill import build_recipe
 from limbeck.cli.eval import _parse_measure_settings
@@ -25,15 +24,6 @@ from limbeck.study.spec import STUDIES_FOLDER
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 OWN = ("recipe.yaml", "mine.yaml")  # files that a reader makes with `limbeck recipe`
-
-
-@pytest.fixture(scope="module")
-def verbs() -> dict:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["limbeck", "--version"])
-        with pytest.raises(SystemExit):
-            main()  # registers the verbs
-    return typer.main.get_command(app).commands
 
 
 def commands_of(text: str) -> list[str]:

@@ -23,7 +23,6 @@ from limbeck.evaluation import lm_eval_tasks
 from limbeck.evaluation.subject import Subject
 from limbeck.models import loading
 from limbeck.models.fingerprint import fingerprint_checkpoint, fingerprint_model, fingerprint_tokenizer_files
-from limbeck.models.hooks import load_teacher
 from limbeck.models.hub import split_revision
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline
@@ -273,7 +272,7 @@ def test_a_finished_run_whose_teacher_is_gone_says_so(recipe, teacher, capsys):
 
 def test_a_teacher_in_memory_is_compared_too(recipe, teacher):
     made = recipe(stages=[{"stage": "calibrate", "tokens": 256, "ridge": 0.1}])
-    loaded = load_teacher(str(teacher), torch.device("cpu"))
+    loaded = loading.load_teacher(str(teacher), torch.device("cpu"))
     pipeline.distill(made, loaded=loaded)
     (Path(made.out) / "eval.json").unlink()
     pipeline.distill(made, loaded=loaded)

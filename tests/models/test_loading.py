@@ -22,8 +22,7 @@ from limbeck import LimbeckError
 from limbeck.cli import main
 from limbeck.core.errors import summarize_error
 from limbeck.evaluation.subject import SubjectLoader
-from limbeck.models.hooks import load_teacher
-from limbeck.models.loading import is_student, load_model_and_tokenizer, resolve_teacher
+from limbeck.models.loading import is_student, load_model_and_tokenizer, load_teacher, resolve_teacher
 from limbeck.testing import make_tiny_model
 
 CPU = torch.device("cpu")

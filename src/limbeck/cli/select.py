@@ -41,8 +41,7 @@ def select(
     from limbeck.core import recipe as recipes
     from limbeck.data.dataset import open_text_data
     from limbeck.models import convert, find_attention_sites
-    from limbeck.models.hooks import load_teacher
-    from limbeck.models.loading import resolve_teacher
+    from limbeck.models.loading import load_teacher, resolve_teacher
     from limbeck.training import layer_selection
 
     check_writable(out.parent)

@@ -56,6 +56,7 @@ def test_what_needs_no_model_imports_neither_torch_nor_transformers(arguments, c
     assert "imported: []" in said
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     "first",
     [
@@ -234,6 +235,7 @@ def test_a_plan_still_finds_what_cannot_be(place, capsys):
         assert "error:" in said
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("out", ["runs/next", "runs/with space", "runs/[red]x", "runs/exp[/old]"])
 def test_the_commands_that_a_run_ends_with_are_about_that_run(place, out, capsys, teacher_folder, corpus):
     code, said = limbeck("distill", "tiny.yaml", "--student", "mlstm", "--out", out, capsys=capsys)

@@ -308,6 +308,7 @@ def test_runs_of_one_table_have_one_teacher(recipe, teacher, tmp_path):
 # ---------------------------------------------------------------------- students and stages that are gone or damaged
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -341,6 +342,7 @@ def test_what_somebody_put_beside_a_student_is_kept(recipe):
     assert not (student / "README.md").exists()
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_damaged_result_of_a_stage_is_made_again(recipe, capsys, index):
     made = recipe()
@@ -410,6 +412,7 @@ def test_a_teacher_at_a_revision(hub_cache, recipe):
     assert first["files"] == same["files"] != newest["files"]
 
 
+@pytest.mark.slow
 def test_a_revision_is_downloaded_and_written_down(teacher_folder, corpus, tmp_path):
     """By the command line, from a hub: `main` has moved on since v1, and a run of v1 does not see it."""
     other = Path(shutil.copytree(teacher_folder, tmp_path / "other"))

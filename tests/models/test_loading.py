@@ -592,6 +592,7 @@ def test_a_run_whose_student_is_none_is_refused(folder, student, monkeypatch, ca
 # ---- what belongs to others
 
 
+@pytest.mark.slow
 def test_importing_limbeck_changes_nothing_of_other_libraries():
     code = """
 import json, logging, os, signal, sys, warnings

@@ -75,6 +75,7 @@ def recipe(teacher_folder, corpus, tmp_path):
 # ---------------------------------------------------------------------- the teacher
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_teacher_in_few_bits_runs_every_stage(recipe, bits, bitsandbytes):
     made = recipe(teacher_bits=bits)
@@ -114,6 +115,7 @@ def test_a_student_that_learns_nothing_outside_attention_keeps_the_checkpoints_w
     )
 
 
+@pytest.mark.slow
 def test_killed_it_ends_bit_equal(recipe, bitsandbytes, tmp_path, monkeypatch):
     from limbeck.training import trainer
 

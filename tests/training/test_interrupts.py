@@ -244,6 +244,7 @@ def test_a_run_that_is_interrupted_again_and_again_loses_no_step(teacher_folder,
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_leaves_a_checkpoint(teacher_folder, corpus, own_cache, tmp_path):
     """What is printed then fails; the run keeps its state all the same."""
     run = tmp_path / "run"

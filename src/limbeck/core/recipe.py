@@ -336,6 +336,8 @@ class Recipe(Document):
     data: Data = Data()
     stages: list[StageRecipe] = []
     evaluation: Evaluation = Evaluation()
+    # after each stage: put the weights from before it back if the student got worse on held-out text
+    keep_better: bool = False
     seed: int = Field(0, ge=0, lt=2**62)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # dtype of matrix products (autocast); weights are float32. auto: bf16 or fp16 on a GPU, else fp32
@@ -358,6 +360,11 @@ class Recipe(Document):
     def longest(self) -> int:
         """Longest sequence length of any stage, in tokens."""
         return max(text.seq_len for text in (self.data, *map(self.text_of, self.stages)))
+
+    @property
+    def guard_text(self) -> Data:
+        """The text on whose held-out part `keep_better` judges a stage, in the longest sequences of any stage."""
+        return self.data.model_copy(update={"seq_len": self.longest})
 
 
 FORMAT = 2  # raise when the same recipe gives another teacher, because text, vocabulary, init or training changed

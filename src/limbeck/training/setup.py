@@ -34,6 +34,7 @@ from limbeck.models import Site, convert, find_attention_sites, loading, select_
 from limbeck.models.compilation import CompileLog, should_compile
 from limbeck.models.hooks import DistillationPair, check_finite_loss
 from limbeck.models.packed import force_attention_masks
+from limbeck.training.guard import count_guard_tokens
 from limbeck.training.identity import build_run_identity, check_run_identity
 from limbeck.training.lora import check_peft, resolve_lora_targets
 from limbeck.training.precision import check_precision, resolve_autocast
@@ -245,13 +246,20 @@ def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedT
     """Open all texts of a recipe, each once, for the longest sequences that any stage reads of it."""
     uses = [(recipe.data, 0), *((recipe.text_of(stage), stage.tokens) for stage in recipe.stages)]
     locations = ["data", *(f"stages.{index}" for index in range(len(recipe.stages)))]  # keys that set the lengths
+    if recipe.keep_better:
+        uses.append((recipe.guard_text, 0))
+        lengths = [use.seq_len for use, _ in uses[:-1]]
+        locations.append(locations[lengths.index(recipe.longest)])
+    held_out_tokens = recipe.evaluation.tokens
+    if recipe.keep_better:
+        held_out_tokens = max(held_out_tokens, count_guard_tokens(recipe.longest))
     texts: dict[str, TextData] = {}
     for key, data in {dataset_key(data): data for data, _ in uses}.items():
         length, location = max(
             (use.seq_len, location) for (use, _), location in zip(uses, locations) if dataset_key(use) == key
         )
         with rewrite_hints(_find_recipe_keys(recipe, key, location)):
-            text = open_text_data(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
+            text = open_text_data(data, tokenizer, teacher, length=length, held_out_tokens=held_out_tokens)
         required = sum(tokens for use, tokens in uses if dataset_key(use) == key)
         if text.train_tokens is not None and required > text.train_tokens:
             console.print(
@@ -270,8 +278,10 @@ def _find_recipe_keys(recipe: Recipe, key: str, location: str) -> dict[str, str]
         location: "data" or "stages.N", which sets its longest sequence length.
     """
     if dataset_key(recipe.data) == key:
-        is_own = location != "data" and recipe.stages[int(location[7:])].seq_len is not None
-        return {"data.seq_len": f"{location}.seq_len"} if is_own else {}
+        stage = None if location == "data" else recipe.stages[int(location[7:])]
+        if stage is None or (stage.seq_len is None and stage.data is None):
+            return {}
+        return {"data.seq_len": f"{location}.seq_len" if stage.seq_len is not None else f"{location}.data.seq_len"}
     index = next(
         i for i, stage in enumerate(recipe.stages) if stage.data is not None and dataset_key(stage.data) == key
     )
@@ -289,6 +299,8 @@ def _check_targets(job: Job) -> None:
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.eval_steps:
             count_eval_sequences(job.held_out_dataset(recipe.text_of(stage)), stage.eval_sequences)
+    if recipe.keep_better:
+        count_eval_sequences(job.held_out_dataset(recipe.guard_text), 1)
     uses = [(recipe.data, "held_out"), *((data, "train") for data in texts)]
     for data, name in {(dataset_key(data), data.seq_len, name): (data, name) for data, name in uses}.values():
         for part in job.texts[dataset_key(data)].sources:

@@ -120,8 +120,9 @@ def test_a_killed_run_decides_the_same(recipe, monkeypatch, stop):
     assert_same(student_of(killed), student_of(straight))
     # finished stages are loaded with the weights that were handed on
     job = setup.prepare_job(killed)
-    assert json.loads((Path(killed.out) / "stages/1-hidden/done/manifest.json").read_text())["facts"]["guard"] == (
-        verdicts_of(result)[1]
+    assert (
+        json.loads((Path(killed.out) / "stages/1-hidden/done/manifest.json").read_text())["facts"]["guard"]
+        == (verdicts_of(result)[1])
     )
     assert job.recipe.keep_better
 

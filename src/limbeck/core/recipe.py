@@ -21,9 +21,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from limbeck.core.config import format_validation_error, read_yaml, set_by_dotted_key
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
+from limbeck.core.repeated_text import has_repeated_text, name_repeated_text
 from limbeck.core.storage import cache_root
 
 BUILT_IN = Path(__file__).parent / "recipes"
+REPEATED_TEXT_PREFIX = (
+    "repeated-text:"  # of a source: pieces of the text behind it, each twice (limbeck.data.synthetic)
+)
 
 
 class _Part(BaseModel):
@@ -86,6 +90,8 @@ class Data(_Part):
     seq_len: Annotated[int, Field(ge=16)] = 512  # tokens in a sequence
     held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # share of the documents reserved for evaluation
     max_tokens: Annotated[int, Field(gt=0)] | None = None  # tokenize at most this much of each source
+    # whole: each sequence is the beginning of one document of at least seq_len tokens
+    documents: Literal["packed", "whole"] = "packed"
     streaming: bool = False  # tokenize shard by shard during training, not everything first
     cache_gb: Annotated[float, Field(gt=0)] = 20.0  # with streaming: disk space for tokens
 
@@ -93,6 +99,8 @@ class Data(_Part):
     def _check_sources(self) -> "Data":
         if self.streaming and self.max_tokens is not None:
             raise ValueError("max_tokens limits text that is tokenized in advance; with streaming leave it out (null)")
+        if self.streaming and (has_repeated_text(self) or self.documents == "whole"):
+            raise ValueError("repeated-text and documents: whole choose among all documents, so without streaming")
         if self.sources is not None:
             names = " + ".join(f"{one.weight:g} {one.source}" for one in self.sources)
             if "source" in self.model_fields_set and self.source != names:
@@ -102,6 +110,10 @@ class Data(_Part):
                     raise ValueError(f"with several sources, {name} has to be set for each source")
             object.__setattr__(self, "source", names)  # for messages and for the stored recipe
         return self
+
+    def list_sources(self) -> list[Source]:
+        """List the sources: those of a mixture, or the only one."""
+        return self.sources or [Source(source=self.source, text_field=self.text_field, chat=self.chat)]
 
 
 class _Stage(_Part):
@@ -308,6 +320,15 @@ class Document(_Part):
             set_by_dotted_key(raw, key, value)
         return cls.parse(raw, str(source))
 
+    @model_validator(mode="after")
+    def _name_repeated_text(self) -> Self:
+        object.__setattr__(self, "data", name_repeated_text(self.data, self.data))
+        stages = getattr(self, "stages", [])
+        for number, stage in enumerate(stages):
+            if stage.data is not None:
+                stages[number] = stage.model_copy(update={"data": name_repeated_text(stage.data, self.data)})
+        return self
+
     @classmethod
     def parse(cls, raw: dict[str, Any], origin: str = "recipe") -> Self:
         """Validate plain values; raises LimbeckError instead of pydantic's error."""
@@ -406,6 +427,9 @@ class TeacherRecipe(Document):
     def key(self) -> str:
         """Hash of all settings that the weights depend on."""
         settings = self.model_dump(mode="json", exclude={"name", "checkpoint_seconds", "save_total_limit", "trackers"})
+        for data in (settings["data"], *(stage["data"] for stage in settings["stages"] if stage["data"])):
+            if data["documents"] == "packed":  # a key that teachers in a cache did not have
+                del data["documents"]
         # over the original key names, so that teachers in a cache stay valid
         return hashlib.sha256(json.dumps([FORMAT, to_old_keys(settings)], sort_keys=True).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from limbeck.core.console import format_duration
 from limbeck.core.errors import LimbeckError
+from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.version import __version__
 from limbeck.data.hub import HUB_NAME_PATTERN
 from limbeck.data.records import SUPPORTED_EXTENSIONS
@@ -199,7 +200,7 @@ def _training(run: PublishedRun) -> str:
         columns.append("held-out loss")
         rows = [[*row, loss] for row, loss in zip([["before training", *[""] * 6], *rows], losses)]
     source = format_code_span(data["source"])
-    if data["source"].partition(":")[0] == "embedded":
+    if data["source"].removeprefix(REPEATED_TEXT_PREFIX).partition(":")[0] == "embedded":
         source += " (comes with limbeck; its sources and licences are listed in `limbeck.data.offline.corpus`)"
     return (
         f"## Training\n\nText: {source}, in packed sequences of {data['seq_len']} tokens. "

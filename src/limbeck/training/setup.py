@@ -24,6 +24,7 @@ from limbeck.core.console import console, format_duration
 from limbeck.core.distributed import get_local_device, get_process_info
 from limbeck.core.errors import LimbeckError, rewrite_hints
 from limbeck.core.recipe import Recipe
+from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX, has_repeated_text
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.documents import count_stored_bytes
 from limbeck.data.packing import SequenceDataset, count_eval_sequences, count_sequences_with_targets, no_targets_error
@@ -113,6 +114,7 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     device = get_local_device(recipe.device)
     check_precision(recipe, device)
     check_trackers(recipe.trackers)
+    _check_same_split(recipe)
     teacher, tokenizer = loaded or load_recipe_teacher(recipe, device)
     _check_sequence_lengths(recipe, teacher)
     identity: dict[str, Any] = {}
@@ -139,6 +141,7 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             require_packed(job.train_dataset(recipe.text_of(stage)))
+    _check_sequences(job)
     _check_targets(job)
     check_finite_loss(teacher, job.held_out_dataset(recipe.data).batch(0, 1).to(device), autocast)
     if get_process_info().is_main:
@@ -288,6 +291,33 @@ def _find_recipe_keys(recipe: Recipe, key: str, location: str) -> dict[str, str]
     return {"--set data.seq_len": f"--set {location}.seq_len", "--set data.": f"--set stages.{index}.data."}
 
 
+def _check_same_split(recipe: Recipe) -> None:
+    """Raise LimbeckError if repeated text holds out other documents than another use of the same text does."""
+    uses = [("data", recipe.data)]
+    uses += [(f"stages.{i}.data", stage.data) for i, stage in enumerate(recipe.stages) if stage.data is not None]
+    shares: dict[str, tuple[str, float]] = {}
+    for location, data in sorted(uses, key=lambda use: has_repeated_text(use[1])):
+        for source in data.list_sources():
+            text = source.source.removeprefix(REPEATED_TEXT_PREFIX)
+            first, share = shares.setdefault(text, (location, data.held_out))
+            if source.source != text and share != data.held_out:
+                raise LimbeckError(
+                    f"'{text}' has a held-out share of {share:g} in {first}, and of {data.held_out:g} in {location}",
+                    expected="one share for a text, so that nothing that is held out is trained on",
+                    hint=f"--set {location}.held_out={share:g}",
+                )
+
+
+def _check_sequences(job: Job) -> None:
+    """Raise LimbeckError if a text has no sequences of the kind and length that a stage reads."""
+    for stage in job.recipe.stages:
+        text = job.recipe.text_of(stage)
+        if not text.streaming:
+            job.train_dataset(text)
+            if not isinstance(stage, recipes.Calibrate):
+                job.held_out_dataset(text)
+
+
 def _check_targets(job: Job) -> None:
     """Warn if many sequences have no target; raise LimbeckError if none has.
 
@@ -320,11 +350,11 @@ def _note_missing_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any
     """Note which texts of a recipe would have to be tokenized first; raises LimbeckError for unreadable ones."""
     uses = [recipe.data, *(recipe.text_of(stage) for stage in recipe.stages)]
     for data in {dataset_key(data): data for data in uses}.values():
-        for source in data.sources or [recipes.Source(source=data.source, text_field=data.text_field, chat=data.chat)]:
+        for source in data.list_sources():
             if source.source == REPEATS_SOURCE:
                 continue
             try:
-                size = count_stored_bytes(source.source)
+                size = count_stored_bytes(source.source.removeprefix(REPEATED_TEXT_PREFIX))
             except NotCachedError as missing:
                 notes.append(f"would be created first, once: {missing}")
                 continue
@@ -345,7 +375,10 @@ def _note_missing_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any
 
 def dataset_key(data: recipes.Data) -> str:
     """Identify a text by all of its settings except the sequence length."""
-    return json.dumps(data.model_dump(mode="json", exclude={"seq_len", "cache_gb"}))
+    settings = data.model_dump(mode="json", exclude={"seq_len", "cache_gb"})
+    if data.documents == "packed":  # a key that the manifests of earlier versions do not have
+        del settings["documents"]
+    return json.dumps(settings)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ The road from the command line to the loss of a layer, in calls:
     |  run_directory         log, checkpoints, results of stages: what a run resumes from
     stages.run_stages        the stages of the recipe in order, skipping finished ones
     |  calibration           stage 0: output projections by least squares, no gradient
+    |  guard                 takes back a stage that made the student worse (keep_better)
     trainer.Trainer.train    the loop of stages 1 to 3: step, log, checkpoint
     Trainer.train_step       batches, forward, loss, backward; then clipping and optimizer
     |  optim                 optimizer, schedule, averages, loss scale, early stopping

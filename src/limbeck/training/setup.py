@@ -128,6 +128,12 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
         sites[i] for i in select_converted_layers(recipe.student.layers, recipe.student.softmax_layers, len(sites))
     ]
     for stage in recipe.stages:
+        if isinstance(stage, recipes.Logits) and stage.context_weight and recipe.teacher_bits is not None:
+            raise LimbeckError(
+                f"context_weight with a teacher quantized to {recipe.teacher_bits} bits",
+                expected="a teacher whose attention can be replaced, in float32",
+                hint="--set teacher_bits=null, or no context_weight",
+            )
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
             resolve_lora_targets(teacher, converted, stage.lora.target_modules)

@@ -188,6 +188,27 @@ def test_arms_that_learn_together_learn_what_they_learn_alone(raw, tmp_path):
     assert facts["saved_seconds"] > 0
 
 
+def test_arms_that_learn_together_are_judged_as_alone(raw, tmp_path):
+    """With `keep_better` each student has its own guard: the stage of the one that got worse is not taken."""
+    raw["base"] |= {"keep_better": True, "stages": [{"stage": "hidden", "tokens": 512, "warmup_ratio": 0.0}]}
+    rates = {name: {"stages.hidden.lr": rate} for name, rate in {"low": 1e-6, "huge": 3.0, "larger": 100.0}.items()}
+    raw["grid"] = {"students": ["gla", "gated_deltanet"], "stages": ["2"], "settings": {"rate": rates}}
+    together, alone = (Study.parse(raw).arms(tmp_path / name) for name in ("together", "alone"))
+    job = prepare_job(together[0].recipe)
+    assert train_shared_stages(together, (job.teacher, job.tokenizer)) == {}
+    verdicts = []
+    for mine, theirs in zip(together, alone):
+        distill(theirs.recipe, measure_times=False)
+        ours, others = weights(mine.path, 0, "hidden"), weights(theirs.path, 0, "hidden")
+        assert all(torch.equal(ours[key], others[key]) for key in ours)
+        facts = [RunDirectory(arm.path, arm.recipe).load_stage_metrics(0) for arm in (mine, theirs)]
+        assert facts[0]["students_sharing_pass"] == 6
+        assert facts[0]["guard"] == facts[1]["guard"]
+        verdicts.append(facts[0]["guard"])
+    assert {verdict["kept"] for verdict in verdicts} == {True, False}
+    assert len({verdict["before"] for verdict in verdicts}) == 2, "one start for each mixer"
+
+
 def test_arms_that_do_not_fit_into_memory_go_one_after_another(raw, tmp_path):
     arms = with_grid(raw, stages=["2"]).arms(tmp_path)
     job = prepare_job(arms[0].recipe)

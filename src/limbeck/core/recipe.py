@@ -21,9 +21,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from limbeck.core.config import format_validation_error, read_yaml, set_by_dotted_key
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
+from limbeck.core.repeated_text import has_repeated_text, name_repeated_text
 from limbeck.core.storage import cache_root
 
 BUILT_IN = Path(__file__).parent / "recipes"
+REPEATED_TEXT_PREFIX = (
+    "repeated-text:"  # of a source: pieces of the text behind it, each twice (limbeck.data.synthetic)
+)
 
 
 class _Part(BaseModel):
@@ -86,6 +90,8 @@ class Data(_Part):
     seq_len: Annotated[int, Field(ge=16)] = 512  # tokens in a sequence
     held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # share of the documents reserved for evaluation
     max_tokens: Annotated[int, Field(gt=0)] | None = None  # tokenize at most this much of each source
+    # whole: each sequence is the beginning of one document of at least seq_len tokens
+    documents: Literal["packed", "whole"] = "packed"
     streaming: bool = False  # tokenize shard by shard during training, not everything first
     cache_gb: Annotated[float, Field(gt=0)] = 20.0  # with streaming: disk space for tokens
 
@@ -93,6 +99,8 @@ class Data(_Part):
     def _check_sources(self) -> "Data":
         if self.streaming and self.max_tokens is not None:
             raise ValueError("max_tokens limits text that is tokenized in advance; with streaming leave it out (null)")
+        if self.streaming and (has_repeated_text(self) or self.documents == "whole"):
+            raise ValueError("repeated-text and documents: whole choose among all documents, so without streaming")
         if self.sources is not None:
             names = " + ".join(f"{one.weight:g} {one.source}" for one in self.sources)
             if "source" in self.model_fields_set and self.source != names:
@@ -102,6 +110,10 @@ class Data(_Part):
                     raise ValueError(f"with several sources, {name} has to be set for each source")
             object.__setattr__(self, "source", names)  # for messages and for the stored recipe
         return self
+
+    def list_sources(self) -> list[Source]:
+        """List the sources: those of a mixture, or the only one."""
+        return self.sources or [Source(source=self.source, text_field=self.text_field, chat=self.chat)]
 
 
 class _Stage(_Part):
@@ -210,6 +222,8 @@ class Logits(Trained):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
     top_k: Annotated[int, Field(gt=0)] = 32
+    # how much more a token counts where the teacher needs what is outside the student's window (docs/training.md)
+    context_weight: Annotated[float, Field(ge=0)] = 0.0
     # tokens whose logits exist at once; None: 128 on a CPU, on a GPU as many as make half a gigabyte of them
     chunk_size: Annotated[int, Field(gt=0)] | None = None
     # "top-k": the teacher's `top_k` most likely tokens at each position of the stage's text are computed once and then
@@ -228,6 +242,8 @@ class Logits(Trained):
                 "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1"
                 " (--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
             )
+        if self.context_weight and (self.cache_teacher or self.sharding != "none"):
+            raise ValueError("context_weight needs all of the teacher, so neither cache_teacher nor sharding")
         return self
 
     @model_validator(mode="before")
@@ -308,6 +324,15 @@ class Document(_Part):
             set_by_dotted_key(raw, key, value)
         return cls.parse(raw, str(source))
 
+    @model_validator(mode="after")
+    def _name_repeated_text(self) -> Self:
+        object.__setattr__(self, "data", name_repeated_text(self.data, self.data))
+        stages = getattr(self, "stages", [])
+        for number, stage in enumerate(stages):
+            if stage.data is not None:
+                stages[number] = stage.model_copy(update={"data": name_repeated_text(stage.data, self.data)})
+        return self
+
     @classmethod
     def parse(cls, raw: dict[str, Any], origin: str = "recipe") -> Self:
         """Validate plain values; raises LimbeckError instead of pydantic's error."""
@@ -336,6 +361,8 @@ class Recipe(Document):
     data: Data = Data()
     stages: list[StageRecipe] = []
     evaluation: Evaluation = Evaluation()
+    # after each stage: put the weights from before it back if the student got worse on held-out text
+    keep_better: bool = False
     seed: int = Field(0, ge=0, lt=2**62)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # dtype of matrix products (autocast); weights are float32. auto: bf16 or fp16 on a GPU, else fp32
@@ -358,6 +385,11 @@ class Recipe(Document):
     def longest(self) -> int:
         """Longest sequence length of any stage, in tokens."""
         return max(text.seq_len for text in (self.data, *map(self.text_of, self.stages)))
+
+    @property
+    def guard_text(self) -> Data:
+        """The text on whose held-out part `keep_better` judges a stage, in the longest sequences of any stage."""
+        return self.data.model_copy(update={"seq_len": self.longest})
 
 
 FORMAT = 2  # raise when the same recipe gives another teacher, because text, vocabulary, init or training changed
@@ -399,6 +431,9 @@ class TeacherRecipe(Document):
     def key(self) -> str:
         """Hash of all settings that the weights depend on."""
         settings = self.model_dump(mode="json", exclude={"name", "checkpoint_seconds", "save_total_limit", "trackers"})
+        for data in (settings["data"], *(stage["data"] for stage in settings["stages"] if stage["data"])):
+            if data["documents"] == "packed":  # a key that teachers in a cache did not have
+                del data["documents"]
         # over the original key names, so that teachers in a cache stay valid
         return hashlib.sha256(json.dumps([FORMAT, to_old_keys(settings)], sort_keys=True).encode()).hexdigest()
 

@@ -22,15 +22,18 @@ import torch
 
 from limbeck.core.cache import MANIFEST
 from limbeck.core.errors import LimbeckError, rewrite_hints
-from limbeck.core.recipe import Data, Source
+from limbeck.core.recipe import Data
+from limbeck.core.repeated_text import REPEATED_TEXT, REPEATED_TEXT_PREFIX
 from limbeck.data.mixture import MixtureDataset
 from limbeck.data.packing import Batch, PackedDataset, SequenceDataset
 from limbeck.data.streaming import StreamingDataset, TokenStream
-from limbeck.data.synthetic import REPEATS_SOURCE, RepeatedSequenceSource
+from limbeck.data.synthetic import HELD_OUT_SEED, REPEATS_SOURCE, RepeatedSequenceSource, RepeatedTextSource
 from limbeck.data.token_store import Split, TokenStore, build_token_store
 from limbeck.data.tokenization import hash_settings
+from limbeck.data.whole_documents import WholeDocumentDataset
 
-OpenedSource = TokenStore | TokenStream | RepeatedSequenceSource
+GeneratedSource = RepeatedSequenceSource | RepeatedTextSource
+OpenedSource = TokenStore | TokenStream | GeneratedSource
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class TextData:
 
     sources: list[OpenedSource]
     weights: list[float]
+    whole: bool = False  # sequences are whole documents (`Data.documents`)
 
     @property
     def key(self) -> str:
@@ -68,7 +72,8 @@ class TextData:
         """The fingerprint of each source's content; None for one that is streamed or generated."""
         fingerprints: list[str | None] = []
         for part in self.sources:
-            manifest = part.folder / MANIFEST if isinstance(part, TokenStore) else None
+            store = part.store if isinstance(part, RepeatedTextSource) else part
+            manifest = store.folder / MANIFEST if isinstance(store, TokenStore) else None
             fingerprints.append(json.loads(manifest.read_text(encoding="utf-8"))["content"] if manifest else None)
         return fingerprints
 
@@ -76,26 +81,30 @@ class TextData:
         """Open the training text in sequences of `length` tokens."""
         datasets: list[SequenceDataset] = []
         for part in self.sources:
-            if isinstance(part, RepeatedSequenceSource):
+            if isinstance(part, GeneratedSource):
                 datasets.append(part.train_sequences(length, seed))
             elif isinstance(part, TokenStream):
                 datasets.append(StreamingDataset(part, length, seed))
             else:
-                datasets.append(PackedDataset(part.train, length, seed))
+                datasets.append(self._open_split(part.train, length, seed))
         return datasets[0] if len(datasets) == 1 else MixtureDataset(datasets, self.weights, seed)
 
     def held_out_sequences(self, length: int) -> SequenceDataset:
         """Open the held-out text in sequences of `length` tokens, in a fixed order; several sources by their weights.
 
-        Repeated lists are no text, and are evaluated on only where there is nothing else.
+        Repeated lists and repeated text are evaluated on only where there is nothing else.
         """
-        datasets = [PackedDataset(split, length, shuffle=False) for split, _ in self._held_out]
-        generated = [part for part in self.sources if isinstance(part, RepeatedSequenceSource)]
+        datasets = [self._open_split(split, length, shuffle=False) for split, _ in self._held_out]
+        generated = [part for part in self.sources if isinstance(part, GeneratedSource)]
         if generated and not datasets:
             return generated[0].held_out_sequences(length)
         if len(datasets) == 1:
             return datasets[0]
         return MixtureDataset(datasets, [weight for _, weight in self._held_out], shuffle=False)
+
+    def _open_split(self, split: Split, length: int, seed: int = 0, shuffle: bool = True) -> SequenceDataset:
+        dataset = WholeDocumentDataset if self.whole else PackedDataset
+        return dataset(split, length, seed, shuffle=shuffle)
 
     @property
     def _held_out(self) -> list[tuple[Split, float]]:
@@ -105,10 +114,12 @@ class TextData:
     def all_sequences(self, length: int) -> SequenceDataset:
         """Open a single source's training text, which is all of it where nothing is held out, in stored order."""
         (part,) = self.sources
+        if isinstance(part, RepeatedTextSource):
+            return part.train_sequences(length, HELD_OUT_SEED)
         if isinstance(part, RepeatedSequenceSource):
             return part.held_out_sequences(length)
         assert isinstance(part, TokenStore)
-        return PackedDataset(part.train, length, shuffle=False)
+        return self._open_split(part.train, length, shuffle=False)
 
     def close(self) -> None:
         """End the threads of streams."""
@@ -145,7 +156,7 @@ def open_text_data(
         "vocab_size": int(teacher.get_input_embeddings().weight.shape[0]),
     }
     parts: list[OpenedSource] = []
-    sources = data.sources or [Source(source=data.source, text_field=data.text_field, chat=data.chat)]
+    sources = data.list_sources()
     for number, source in enumerate(sources):
         key = "data" if data.sources is None else f"data.sources.{number}"
         common |= {"text_field": source.text_field, "chat": source.chat}
@@ -161,8 +172,12 @@ def open_text_data(
                 )
                 parts.append(stream)
             else:
-                parts.append(build_token_store(source.source, tokenizer, max_tokens=data.max_tokens, **common))
-    return TextData(parts, [source.weight for source in sources])
+                name = source.source.removeprefix(REPEATED_TEXT_PREFIX)
+                if name == REPEATED_TEXT:
+                    raise LimbeckError(f"{name} does not say of which text", expected=f"{REPEATED_TEXT_PREFIX}SOURCE")
+                store = build_token_store(name, tokenizer, max_tokens=data.max_tokens, **common)
+                parts.append(store if name == source.source else RepeatedTextSource(store))
+    return TextData(parts, [source.weight for source in sources], whole=data.documents == "whole")
 
 
 _reading = threading.Lock()  # students that train together read one text, whose caches are not thread-safe

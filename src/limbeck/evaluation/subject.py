@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Data, Recipe
+from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.storage import read_manifest
 from limbeck.data import documents
 from limbeck.data.dataset import TextData, open_text_data
@@ -245,10 +246,10 @@ def find_training_text(source: str, recipe: Recipe, run: Path) -> Data | None:
     for data in [recipe.data, *(recipe.text_of(stage) for stage in recipe.stages)]:
         if source == data.source:
             return data
-        parts: list[Any] = [*data.sources] if data.sources else [data]
+        parts = data.list_sources()
         recorded = contents.get(data.source, [])
         for part, content in zip(parts, [*recorded, *[None] * (len(parts) - len(recorded))]):
-            if documents.is_subset_of(source, part.source, content):
+            if documents.is_subset_of(source, part.source.removeprefix(REPEATED_TEXT_PREFIX), content):
                 changes = {"source": source, "sources": None, "text_field": part.text_field, "chat": part.chat}
                 return data.model_copy(update=changes)
     return None

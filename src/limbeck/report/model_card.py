@@ -14,12 +14,19 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from limbeck.core.console import format_duration
 from limbeck.core.errors import LimbeckError
+from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.version import __version__
 from limbeck.data.hub import HUB_NAME_PATTERN
 from limbeck.data.records import SUPPORTED_EXTENSIONS
 from limbeck.mixers import registry
 from limbeck.models import format_ranges
-from limbeck.report.run_summary import describe_break_even, format_samples, list_memory_rows, list_quality_rows
+from limbeck.report.run_summary import (
+    describe_break_even,
+    format_samples,
+    list_guard_losses,
+    list_memory_rows,
+    list_quality_rows,
+)
 from limbeck.report.teacher_info import TeacherInfo
 from limbeck.report.text_tables import escape_markdown, format_code_span, format_markdown_table
 
@@ -189,8 +196,11 @@ def _training(run: PublishedRun) -> str:
             losses = [f"{facts['first_loss']:.3f}", f"{facts['loss']:.3f}"]
         rows.append([settings["stage"], learns, f"{facts['tokens']:,}", lr, *losses, format_duration(facts["seconds"])])
     columns = ["stage", "learns", "tokens", "learning rate", "loss at start", "loss at end", "time"]
+    if losses := list_guard_losses(stages):
+        columns.append("held-out loss")
+        rows = [[*row, loss] for row, loss in zip([["before training", *[""] * 6], *rows], losses)]
     source = format_code_span(data["source"])
-    if data["source"].partition(":")[0] == "embedded":
+    if data["source"].removeprefix(REPEATED_TEXT_PREFIX).partition(":")[0] == "embedded":
         source += " (comes with limbeck; its sources and licences are listed in `limbeck.data.offline.corpus`)"
     return (
         f"## Training\n\nText: {source}, in packed sequences of {data['seq_len']} tokens. "

@@ -230,6 +230,9 @@ def summarize_collection(collection: RunCollection, groups: list[SeedGroup]) -> 
     if trained:
         tokens = sorted(run.tokens for run in trained)
         sentences.append(f"Each was trained on {_range(tokens)} tokens.")
+    refused = sum(not stage["guard"]["kept"] for run in trained for stage in run.stages if "guard" in stage)
+    if refused:
+        sentences.append(f"{_count(refused, 'stage')} not taken: the student was worse on held-out text after it.")
     seconds = sum(run.seconds or 0 for run in runs)
     if seconds:
         saved = sum(run.saved_seconds or 0 for run in runs)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.core.errors import LimbeckError
+from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 
 ABSOLUTE = re.compile(r"(/|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\)")
 SEPARATORS = re.compile(r"[\\/]+")
@@ -23,14 +24,21 @@ def strip_local_paths(value: Any) -> Any:
         return [strip_local_paths(part) for part in value]
     if not isinstance(value, str):
         return value
-    if is_local_path(value):
-        return get_basename(value)
+    if is_local_path(value.removeprefix(REPEATED_TEXT_PREFIX)):
+        return _strip_path(value)
     return MIXTURE_LABEL.sub(_strip_source, value) if MIXTURE_LABEL.match(value) else value
 
 
 def _strip_source(match: re.Match) -> str:
     source = match["source"]
-    return f"{match['weight']} {get_basename(source) if is_local_path(source) else source}"
+    is_local = is_local_path(source.removeprefix(REPEATED_TEXT_PREFIX))
+    return f"{match['weight']} {_strip_path(source) if is_local else source}"
+
+
+def _strip_path(path: str) -> str:
+    """Cut a path down to its last part; repeated text stays named as such."""
+    prefix = REPEATED_TEXT_PREFIX if path.startswith(REPEATED_TEXT_PREFIX) else ""
+    return f"{prefix}{get_basename(path.removeprefix(prefix))}"
 
 
 def find_local_folders(value: Any) -> list[Path]:
@@ -41,7 +49,8 @@ def find_local_folders(value: Any) -> list[Path]:
     if not isinstance(value, str):
         return []
     texts = [value, *(match["source"] for match in MIXTURE_LABEL.finditer(value))]
-    return [Path(text).expanduser().parent for text in texts if is_local_path(text)]
+    names = [text.removeprefix(REPEATED_TEXT_PREFIX) for text in texts]
+    return [Path(name).expanduser().parent for name in names if is_local_path(name)]
 
 
 def find_local_paths(text: str) -> list[str]:

@@ -19,21 +19,22 @@ CACHE_LENGTHS = (512, 32_768)  # tokens at which the caches are compared: a para
 def format_summary(result: dict[str, Any]) -> str:
     """Format a run as Markdown: quality beside the teacher, stages, parameters, memory, samples, the next commands."""
     held_out, memory, parameters = result["held_out"], result["memory"], result["parameters"]
-    stages = format_markdown_table(
-        ["stage", "tokens", "time", "tokens/s", "trained parameters", "result"],
+    columns = ["stage", "tokens", "time", "tokens/s", "trained parameters", "result"]
+    rows = [
         [
-            [
-                stage["stage"],
-                f"{stage['tokens']:,}",
-                format_duration(stage["seconds"]),
-                f"{stage['tokens'] / max(stage.get('fit_seconds', stage['seconds']), 1e-9):.0f}",
-                f"{stage['trained_parameters']:,}",
-                _format_outcome(stage),
-            ]
-            for stage in result["stages"]
-        ],
-        num_text_columns=6,
-    )
+            stage["stage"],
+            f"{stage['tokens']:,}",
+            format_duration(stage["seconds"]),
+            f"{stage['tokens'] / max(stage.get('fit_seconds', stage['seconds']), 1e-9):.0f}",
+            f"{stage['trained_parameters']:,}",
+            _format_outcome(stage),
+        ]
+        for stage in result["stages"]
+    ]
+    if losses := list_guard_losses(result["stages"]):
+        columns.append("held-out loss")
+        rows = [[*row, loss] for row, loss in zip([["before training", *[""] * 5], *rows], losses)]
+    stages = format_markdown_table(columns, rows, num_text_columns=len(columns))
     peak = result["peak_memory_bytes"]
     blocks = [
         f"# {escape_markdown(result['mixer'])} in {result['layers']} layers of {escape_markdown(result['teacher'])}",
@@ -65,6 +66,21 @@ def list_quality_rows(held_out: dict[str, Any]) -> list[list[str]]:
         ["same most likely token", "", f"{100 * held_out['top1_agreement']:.1f} %"],
         ["KL(teacher ‖ student), nats a token", "", f"{held_out['kl']:.3f}"],
     ]
+
+
+def list_guard_losses(stages: list[dict[str, Any]]) -> list[str]:
+    """Format the student's held-out losses, in nats a token: before training, then after each stage.
+
+    A stage that was not taken says so. Empty for a run without `keep_better`.
+    """
+    verdicts = [stage["guard"] for stage in stages if "guard" in stage]
+    if not verdicts:
+        return []
+    losses = ["not finite" if (loss := verdicts[0]["before"]) is None else f"{loss:.3f}"]
+    for verdict in verdicts:
+        loss = "not finite" if verdict["after"] is None else f"{verdict['after']:.3f}"
+        losses.append(loss if verdict["kept"] else f"{loss}, not taken")
+    return losses
 
 
 def list_memory_rows(memory: dict[str, Any]) -> list[list[str]]:

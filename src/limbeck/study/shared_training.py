@@ -155,8 +155,8 @@ def _build_student_runs(
         assert context is not None
         student_runs.append(_StudentRun(arm, job, run, runner, context))
         own_bytes = sum(p.numel() * p.element_size() for p in runner.student.parameters() if id(p) not in teacher_ids)
-        # beside the weights a gradient and the optimizer's two moments, or the sums of calibration
-        used += own_bytes * (3 if isinstance(context.settings, recipes.Calibrate) else 4)
+        # beside the weights a gradient and the optimizer's two moments, or the sums of calibration; the guard's copy
+        used += own_bytes * ((3 if isinstance(context.settings, recipes.Calibrate) else 4) + arm.recipe.keep_better)
     return student_runs
 
 

@@ -32,6 +32,8 @@ def pass_key(recipe: Recipe, index: int) -> str | None:
         return None
     text = recipe.text_of(stage)
     opened = [recipe.data, *(recipe.text_of(other) for other in recipe.stages)]
+    if recipe.keep_better:
+        opened.append(recipe.guard_text)
     inputs: dict[str, Any] = {
         "teacher": (recipe.teacher, recipe.teacher_bits, recipe.device),
         "arithmetic": (recipe.precision, recipe.tf32, recipe.deterministic),

@@ -9,12 +9,13 @@ The road from the command line to the loss of a layer, in calls:
     |  run_directory         log, checkpoints, results of stages: what a run resumes from
     stages.run_stages        the stages of the recipe in order, skipping finished ones
     |  calibration           stage 0: output projections by least squares, no gradient
+    |  guard                 takes back a stage that made the student worse (keep_better)
     trainer.Trainer.train    the loop of stages 1 to 3: step, log, checkpoint
     Trainer.train_step       batches, forward, loss, backward; then clipping and optimizer
     |  optim                 optimizer, schedule, averages, loss scale, early stopping
     alignment                stage 1 (mixing matrices), stage 2 (hidden states), layer by layer
     logit_distillation       stage 3: the whole student on labels and the teacher's logits
-    losses, chunked_losses   the losses themselves
+    losses, chunked_losses   the losses themselves; context_weights: how much each token counts
     export                   saves, checks and evaluates the student
 
 Beside it: joint_trainer (several students on the same passes of the teacher), teacher_cache (stage 3 without running

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe, Student
+from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.storage import read_manifest
 from limbeck.data import documents
 from limbeck.models.conversion import assign_mixers
@@ -154,7 +155,10 @@ def matches_run_identity(path: Path, recipe: Recipe) -> bool:
         data = json.loads(name)
         for source, content in zip(data["sources"] or [data], text.get("contents", [])):
             try:
-                if content is not None and documents.fingerprint_source(source["source"]) != content:
+                if (
+                    content is not None
+                    and documents.fingerprint_source(source["source"].removeprefix(REPEATED_TEXT_PREFIX)) != content
+                ):
                     return False
             except LimbeckError:
                 unavailable.append(f"text '{source['source']}'")

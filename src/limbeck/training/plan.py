@@ -27,6 +27,7 @@ from limbeck.core.system import synchronize_device
 from limbeck.models import Site
 from limbeck.models.layers import parse_layers
 from limbeck.models.quantization import count_unquantized_parameters
+from limbeck.training.guard import count_guard_tokens
 from limbeck.training.lora import count_lora_parameters, resolve_lora_targets
 from limbeck.training.optim import count_training_steps
 from limbeck.training.rehearsal import StageTimes
@@ -55,8 +56,8 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     flops_per_second: float
-    unshared_bytes: int = 0  # weights that the student shares with the teacher at first, but not to the end
-    eval_tokens: int = 0
+    unshared_bytes: int = 0  # beyond a rehearsal: weights that are shared with the teacher at first, the guard's copy
+    eval_tokens: int = 0  # that teacher and student read
     is_measured: bool = False  # by a rehearsal
 
     def with_measured_times(self, times: StageTimes) -> "Plan":
@@ -119,6 +120,8 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
                 stored += merged - weights  # the result is the merged weights, not the adapters
             trained = weights + mixer_parameters
             flops_per_token = 2 * (body + head) + 4 * (body + head) + 2 * trained
+            if settings.context_weight:  # one more pass of the teacher, and its head twice
+                flops_per_token += 2 * (body + 2 * head)
         else:
             is_hidden = isinstance(settings, recipes.Hidden)
             backward = blocks if is_hidden and settings.target == "block" else attention
@@ -139,17 +142,21 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
         seconds = tokens * flops_per_token / (speed * EFFICIENCY)
         rows.append(StagePlan(settings.stage, tokens, steps, trained, seconds))
 
-    eval_seconds = recipe.evaluation.tokens * 4 * (body + head) / (speed * EFFICIENCY)
     teacher_bytes = sum(p.numel() * p.element_size() for p in teacher.parameters())
     student_bytes = 4 * (total if shares_nothing else min(unshared, total))
+    eval_tokens, guard_bytes = recipe.evaluation.tokens, 0
+    if recipe.keep_better:  # the student alone, before the first stage and after each, and a copy of its weights
+        eval_tokens += count_guard_tokens(recipe.longest) * (len(recipe.stages) + 1) // 2
+        guard_bytes = student_bytes
+    eval_seconds = eval_tokens * 4 * (body + head) / (speed * EFFICIENCY)
     return Plan(
         stages=rows,
         seconds=sum(row.seconds for row in rows) + eval_seconds,
         disk_bytes=4 * total + 4 * stored + recipe.save_total_limit * 12 * largest,
-        memory_bytes=teacher_bytes + student_bytes + 12 * largest + PROCESS_BYTES,
+        memory_bytes=teacher_bytes + student_bytes + guard_bytes + 12 * largest + PROCESS_BYTES,
         flops_per_second=speed,
-        unshared_bytes=4 * max(total - attention, 0) if shares_nothing else 0,
-        eval_tokens=recipe.evaluation.tokens,
+        unshared_bytes=(4 * max(total - attention, 0) if shares_nothing else 0) + guard_bytes,
+        eval_tokens=eval_tokens,
     )
 
 

@@ -24,6 +24,7 @@ from limbeck.core.console import console, format_duration
 from limbeck.core.distributed import get_local_device, get_process_info
 from limbeck.core.errors import LimbeckError, rewrite_hints
 from limbeck.core.recipe import Recipe
+from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX, has_repeated_text
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.documents import count_stored_bytes
 from limbeck.data.packing import SequenceDataset, count_eval_sequences, count_sequences_with_targets, no_targets_error
@@ -34,6 +35,7 @@ from limbeck.models import Site, convert, find_attention_sites, loading, select_
 from limbeck.models.compilation import CompileLog, should_compile
 from limbeck.models.hooks import DistillationPair, check_finite_loss
 from limbeck.models.packed import force_attention_masks
+from limbeck.training.guard import count_guard_tokens
 from limbeck.training.identity import build_run_identity, check_run_identity
 from limbeck.training.lora import check_peft, resolve_lora_targets
 from limbeck.training.precision import check_precision, resolve_autocast
@@ -112,6 +114,7 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     device = get_local_device(recipe.device)
     check_precision(recipe, device)
     check_trackers(recipe.trackers)
+    _check_same_split(recipe)
     teacher, tokenizer = loaded or load_recipe_teacher(recipe, device)
     _check_sequence_lengths(recipe, teacher)
     identity: dict[str, Any] = {}
@@ -125,6 +128,12 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
         sites[i] for i in select_converted_layers(recipe.student.layers, recipe.student.softmax_layers, len(sites))
     ]
     for stage in recipe.stages:
+        if isinstance(stage, recipes.Logits) and stage.context_weight and recipe.teacher_bits is not None:
+            raise LimbeckError(
+                f"context_weight with a teacher quantized to {recipe.teacher_bits} bits",
+                expected="a teacher whose attention can be replaced, in float32",
+                hint="--set teacher_bits=null, or no context_weight",
+            )
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
             resolve_lora_targets(teacher, converted, stage.lora.target_modules)
@@ -138,6 +147,7 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             require_packed(job.train_dataset(recipe.text_of(stage)))
+    _check_sequences(job)
     _check_targets(job)
     check_finite_loss(teacher, job.held_out_dataset(recipe.data).batch(0, 1).to(device), autocast)
     if get_process_info().is_main:
@@ -245,13 +255,20 @@ def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedT
     """Open all texts of a recipe, each once, for the longest sequences that any stage reads of it."""
     uses = [(recipe.data, 0), *((recipe.text_of(stage), stage.tokens) for stage in recipe.stages)]
     locations = ["data", *(f"stages.{index}" for index in range(len(recipe.stages)))]  # keys that set the lengths
+    if recipe.keep_better:
+        uses.append((recipe.guard_text, 0))
+        lengths = [use.seq_len for use, _ in uses[:-1]]
+        locations.append(locations[lengths.index(recipe.longest)])
+    held_out_tokens = recipe.evaluation.tokens
+    if recipe.keep_better:
+        held_out_tokens = max(held_out_tokens, count_guard_tokens(recipe.longest))
     texts: dict[str, TextData] = {}
     for key, data in {dataset_key(data): data for data, _ in uses}.items():
         length, location = max(
             (use.seq_len, location) for (use, _), location in zip(uses, locations) if dataset_key(use) == key
         )
         with rewrite_hints(_find_recipe_keys(recipe, key, location)):
-            text = open_text_data(data, tokenizer, teacher, length=length, held_out_tokens=recipe.evaluation.tokens)
+            text = open_text_data(data, tokenizer, teacher, length=length, held_out_tokens=held_out_tokens)
         required = sum(tokens for use, tokens in uses if dataset_key(use) == key)
         if text.train_tokens is not None and required > text.train_tokens:
             console.print(
@@ -270,12 +287,41 @@ def _find_recipe_keys(recipe: Recipe, key: str, location: str) -> dict[str, str]
         location: "data" or "stages.N", which sets its longest sequence length.
     """
     if dataset_key(recipe.data) == key:
-        is_own = location != "data" and recipe.stages[int(location[7:])].seq_len is not None
-        return {"data.seq_len": f"{location}.seq_len"} if is_own else {}
+        stage = None if location == "data" else recipe.stages[int(location[7:])]
+        if stage is None or (stage.seq_len is None and stage.data is None):
+            return {}
+        return {"data.seq_len": f"{location}.seq_len" if stage.seq_len is not None else f"{location}.data.seq_len"}
     index = next(
         i for i, stage in enumerate(recipe.stages) if stage.data is not None and dataset_key(stage.data) == key
     )
     return {"--set data.seq_len": f"--set {location}.seq_len", "--set data.": f"--set stages.{index}.data."}
+
+
+def _check_same_split(recipe: Recipe) -> None:
+    """Raise LimbeckError if repeated text holds out other documents than another use of the same text does."""
+    uses = [("data", recipe.data)]
+    uses += [(f"stages.{i}.data", stage.data) for i, stage in enumerate(recipe.stages) if stage.data is not None]
+    shares: dict[str, tuple[str, float]] = {}
+    for location, data in sorted(uses, key=lambda use: has_repeated_text(use[1])):
+        for source in data.list_sources():
+            text = source.source.removeprefix(REPEATED_TEXT_PREFIX)
+            first, share = shares.setdefault(text, (location, data.held_out))
+            if source.source != text and share != data.held_out:
+                raise LimbeckError(
+                    f"'{text}' has a held-out share of {share:g} in {first}, and of {data.held_out:g} in {location}",
+                    expected="one share for a text, so that nothing that is held out is trained on",
+                    hint=f"--set {location}.held_out={share:g}",
+                )
+
+
+def _check_sequences(job: Job) -> None:
+    """Raise LimbeckError if a text has no sequences of the kind and length that a stage reads."""
+    for stage in job.recipe.stages:
+        text = job.recipe.text_of(stage)
+        if not text.streaming:
+            job.train_dataset(text)
+            if not isinstance(stage, recipes.Calibrate):
+                job.held_out_dataset(text)
 
 
 def _check_targets(job: Job) -> None:
@@ -289,6 +335,8 @@ def _check_targets(job: Job) -> None:
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.eval_steps:
             count_eval_sequences(job.held_out_dataset(recipe.text_of(stage)), stage.eval_sequences)
+    if recipe.keep_better:
+        count_eval_sequences(job.held_out_dataset(recipe.guard_text), 1)
     uses = [(recipe.data, "held_out"), *((data, "train") for data in texts)]
     for data, name in {(dataset_key(data), data.seq_len, name): (data, name) for data, name in uses}.values():
         for part in job.texts[dataset_key(data)].sources:
@@ -308,11 +356,11 @@ def _note_missing_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any
     """Note which texts of a recipe would have to be tokenized first; raises LimbeckError for unreadable ones."""
     uses = [recipe.data, *(recipe.text_of(stage) for stage in recipe.stages)]
     for data in {dataset_key(data): data for data in uses}.values():
-        for source in data.sources or [recipes.Source(source=data.source, text_field=data.text_field, chat=data.chat)]:
+        for source in data.list_sources():
             if source.source == REPEATS_SOURCE:
                 continue
             try:
-                size = count_stored_bytes(source.source)
+                size = count_stored_bytes(source.source.removeprefix(REPEATED_TEXT_PREFIX))
             except NotCachedError as missing:
                 notes.append(f"would be created first, once: {missing}")
                 continue
@@ -333,7 +381,10 @@ def _note_missing_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any
 
 def dataset_key(data: recipes.Data) -> str:
     """Identify a text by all of its settings except the sequence length."""
-    return json.dumps(data.model_dump(mode="json", exclude={"seq_len", "cache_gb"}))
+    settings = data.model_dump(mode="json", exclude={"seq_len", "cache_gb"})
+    if data.documents == "packed":  # a key that the manifests of earlier versions do not have
+        del settings["documents"]
+    return json.dumps(settings)
 
 
 @torch.no_grad()

@@ -25,7 +25,9 @@ from limbeck.models.backbone import supports_packed_positions
 from limbeck.models.compilation import compile_blocks
 from limbeck.training.alignment import HiddenStage, MatrixStage
 from limbeck.training.calibration import calibrate
+from limbeck.training.context_weights import ContextWeights
 from limbeck.training.fsdp import shard_blocks
+from limbeck.training.guard import StageGuard
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.lora import LoraAdapters, resolve_lora_targets
 from limbeck.training.losses import ObjectiveWeights
@@ -80,6 +82,9 @@ class StageRunner:
     def __init__(self, job: Job, run: RunDirectory, student: PreTrainedModel):
         self.job, self.run, self.student = job, run, student
         self.index = 0
+        self.guard: StageGuard | None = None
+        if job.recipe.keep_better:
+            self.guard = StageGuard(job.make_pair(student), job.held_out_dataset(job.recipe.guard_text))
         # until a stage trains them, weights are the teacher's own tensors; a quantized teacher's cannot be shared
         self.shares_weights = job.recipe.teacher_bits is None
         # by text: the sequences in which it was read last, and how far
@@ -97,16 +102,22 @@ class StageRunner:
             last_read = self.read_positions.get(dataset_key(text))
             context = StageContext(index, settings, text, data, data.position_after(*last_read) if last_read else 0)
             if not self.run.is_finished(index, verify=True):
+                if self.guard is not None:
+                    self.guard.open_stage()
                 return context
             load_stage_weights(self.student, self.job.teacher, self.run.load_stage_result(index))
             facts = self.run.load_stage_metrics(index)
             self._advance(context, facts)
+            if self.guard is not None:
+                self.guard.load_verdict(facts)
             console.print(f"{settings.stage}: already complete ({facts['seconds']:.0f} s)")
         return None
 
     def finish_stage(self, context: StageContext, learned: dict[str, nn.Parameter], facts: dict[str, Any]) -> None:
-        """Save the trained weights and the facts of a stage."""
+        """Save the trained weights and the facts of a stage; with `keep_better` the weights from before a worse one."""
         self._advance(context, facts)
+        if self.guard is not None:
+            facts = {**facts, "guard": self.guard.close_stage(context.settings.stage, learned)}
         self.run.save_stage_result(context.index, dict(learned), facts)
 
     def _advance(self, context: StageContext, facts: dict[str, Any]) -> None:
@@ -137,6 +148,7 @@ def make_stage(
         adapters=adapters,
         checkpoint_activations=settings.checkpoint_activations,
         compiled=job.compile_enabled,
+        context=ContextWeights(pair, settings.context_weight) if settings.context_weight else None,
     )
 
 

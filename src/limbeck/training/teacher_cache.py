@@ -69,14 +69,14 @@ def require_packed(data: SequenceDataset) -> PackedDataset:
     """Return the data itself if a position always names the same sequence, as cached logits need.
 
     Raises:
-        LimbeckError: it is a mixture or a stream.
+        LimbeckError: it is anything but packed text of one source.
     """
     if isinstance(data, PackedDataset):
         return data
     raise LimbeckError(
-        "cache_teacher does not work with a mixture of sources or with streaming",
-        expected="one source that is tokenized before training",
-        hint="remove cache_teacher, or data.streaming and data.sources",
+        "cache_teacher does not work with a mixture of sources, generated rows, whole documents or streaming",
+        expected="packed text of one source that is tokenized before training",
+        hint="remove cache_teacher, or data.streaming, data.sources and data.documents",
     )
 
 

@@ -160,7 +160,9 @@ class HeadSplit(Mixer):
     def _join(self, parts: dict[str, Tensor], dim: int) -> Tensor:
         """Put the heads of both parts back in their order, along dimension `dim`."""
         n = self.teacher_shape.heads // self.teacher_shape.kv_heads
-        left = {part: z.split([n * len(run) for name, run in self.runs if name == part], dim) for part, z in parts.items()}
+        left = {
+            part: z.split([n * len(run) for name, run in self.runs if name == part], dim) for part, z in parts.items()
+        }
         pieces = {part: iter(z) for part, z in left.items()}
         return torch.cat([next(pieces[part]) for part, _ in self.runs], dim)
 

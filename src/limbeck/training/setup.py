@@ -30,11 +30,11 @@ from limbeck.data.packing import SequenceDataset, count_eval_sequences, count_se
 from limbeck.data.special_tokens import find_special_token_ids
 from limbeck.data.synthetic import REPEATS_SOURCE
 from limbeck.data.token_store import Split
-from limbeck.models import Site, convert, find_attention_sites, loading, select_converted_layers
+from limbeck.models import Site, convert, find_attention_sites, loading
 from limbeck.models.compilation import CompileLog, should_compile
 from limbeck.models.hooks import DistillationPair, check_finite_loss
 from limbeck.models.packed import force_attention_masks
-from limbeck.training.identity import build_run_identity, check_run_identity
+from limbeck.training.identity import assign_student_mixers, build_run_identity, check_run_identity
 from limbeck.training.lora import check_peft, resolve_lora_targets
 from limbeck.training.precision import check_precision, resolve_autocast
 from limbeck.training.run_directory import check_run
@@ -116,14 +116,14 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     _check_sequence_lengths(recipe, teacher)
     identity: dict[str, Any] = {}
     if get_process_info().is_main and notes is None:  # a placeholder has no identity
-        identity = build_run_identity(recipe, teacher, tokenizer, len(find_attention_sites(teacher)))
+        groups = [site.shape.kv_heads for site in find_attention_sites(teacher)]
+        identity = build_run_identity(recipe, teacher, tokenizer, groups)
         check_run_identity(path, identity)
     if recipe.attention == "mask":
         force_attention_masks(teacher)
     sites = find_attention_sites(teacher)
-    converted = [
-        sites[i] for i in select_converted_layers(recipe.student.layers, recipe.student.softmax_layers, len(sites))
-    ]
+    groups = [site.shape.kv_heads for site in sites]
+    converted = [sites[i] for i in assign_student_mixers(recipe.student, groups, recipe.longest)]
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
@@ -170,9 +170,12 @@ def build_student(job: Job) -> PreTrainedModel:
     converted = convert(
         teacher,
         student.mixer,
-        [site.shape.layer for site in job.sites],
+        student.layers,
         student.options,
         preset=student.preset,
+        softmax_layers=student.softmax_layers,
+        softmax_heads=student.softmax_heads,
+        softmax_window=student.softmax_window,
         rules=[rule.model_dump(exclude_none=True) for rule in student.rules],
         copy_projections=student.copy_projections,
         share_weights=True,

@@ -72,8 +72,8 @@ class Student(_Part):
     options: dict[str, Any] = {}
     # layers that keep softmax attention: none, numbers, "every 4", "uniform 7", or a file written by `limbeck select`
     softmax_layers: Layers = "none"
-    # groups of heads (key/value heads) that keep softmax in converted layers: none, ["18.2", "20.0"] (layer.group), or a
-    # file written by `limbeck select --heads`
+    # groups of heads that keep softmax in converted layers: none, layer.group as in ["18.2", "20.0"], or a file written
+    # by `limbeck select --heads`
     softmax_heads: HeadGroupNames = "none"
     # tokens that those groups see, besides the first four, so that their memory does not grow; 0 for all
     softmax_window: Annotated[int, Field(ge=0)] = 0

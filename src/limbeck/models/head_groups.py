@@ -20,7 +20,8 @@ def resolve_softmax_heads(softmax_heads: str | list[str], groups: Sequence[int])
     """Return the groups that keep softmax, by layer.
 
     Args:
-        softmax_heads: "none", ["18.2", "20.2"], text such as "18.2,20.2", or a file written by `limbeck select --heads`.
+        softmax_heads: "none", ["18.2", "20.2"], text such as "18.2,20.2", or a file that
+            `limbeck select --heads` wrote.
         groups: of the teacher, the number of groups in each layer.
 
     Raises:

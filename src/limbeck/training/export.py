@@ -17,9 +17,9 @@ from limbeck.core.system import get_peak_memory
 from limbeck.evaluation.agreement import evaluate_agreement
 from limbeck.evaluation.timing import measure_cache_sizes
 from limbeck.models import group_layers_by_mixer
-from limbeck.models.head_groups import describe_softmax_heads
 from limbeck.models.conversion import count_student_parameters
 from limbeck.models.generation import generate_continuation
+from limbeck.models.head_groups import describe_softmax_heads
 from limbeck.models.loading import check_export
 from limbeck.report.figures.curves import draw_loss_curves
 from limbeck.report.run_summary import format_summary

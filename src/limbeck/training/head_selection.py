@@ -104,7 +104,7 @@ class GatedTeacher:
 
 
 def prepare_texts(text: Batch, device: torch.device) -> list[Batch]:
-    """Return A B A (`make_repeated_batch`) of each row of a batch, one by one: a backward pass holds a row at a time."""
+    """Return A B A (`make_repeated_batch`) of each row of a batch, as a list of rows: a backward pass holds one."""
     repeated = make_repeated_batch(text)
     return [repeated.select_rows(slice(i, i + 1)).to(device) for i in range(len(repeated.input_ids))]
 

@@ -19,7 +19,7 @@ from limbeck.core.config import parse_value
 from limbeck.data.packing import PackedDataset
 from limbeck.data.token_store import build_token_store
 from limbeck.models import find_attention_sites, loading
-from limbeck.models.hooks import DistillationPair, load_teacher
+from limbeck.models.hooks import DistillationPair
 from limbeck.training.calibration import NormalEquations
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--ridges", default="1e-4,1e-2,1")
     args = parser.parse_args()
 
-    teacher, tokenizer = load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
+    teacher, tokenizer = loading.load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
     store = build_token_store("embedded", tokenizer, length=args.length, max_tokens=1_000_000, held_out=0.05)
     data, held_out = PackedDataset(store.train, args.length), PackedDataset(store.held_out, args.length, shuffle=False)
     judged = held_out.batch(0, 4)

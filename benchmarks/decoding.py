@@ -19,7 +19,6 @@ import torch
 import limbeck
 from limbeck.evaluation.timing import SEED_TOKENS, TimedModel, TokenTiming, find_break_even, time_decoding
 from limbeck.models import loading, select_converted_layers
-from limbeck.models.hooks import load_teacher
 from limbeck.report.figures.speed import draw_decoding, format_break_even_length
 
 TEXT = Path(__file__).parent.parent / "LICENSE"
@@ -39,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    teacher, tokenizer = load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
+    teacher, tokenizer = loading.load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
     text = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :SEED_TOKENS]
     count = teacher.config.get_text_config().num_hidden_layers
     kept = count - len(select_converted_layers("all", args.keep, count))

@@ -30,7 +30,7 @@ from limbeck.data.teacher_logits import TeacherLogitsCache, TeacherLogitsDataset
 from limbeck.data.token_store import build_token_store
 from limbeck.models import find_attention_sites, loading
 from limbeck.models.backbone import LMHead, run_backbone
-from limbeck.models.hooks import DistillationPair, load_teacher
+from limbeck.models.hooks import DistillationPair
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.plan import measure_matmul_flops
@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    teacher, tokenizer = load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
+    teacher, tokenizer = loading.load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
     store = build_token_store("embedded", tokenizer, length=args.length, max_tokens=200_000, held_out=0.05)
     data, sites = PackedDataset(store.train, args.length), find_attention_sites(teacher)
     student = limbeck.convert(teacher, args.mixer).requires_grad_(False)

@@ -21,7 +21,6 @@ from limbeck.data.packing import PackedDataset
 from limbeck.data.token_store import build_token_store
 from limbeck.models import format_ranges, loading
 from limbeck.models.backbone import LMHead, run_backbone
-from limbeck.models.hooks import load_teacher
 from limbeck.training.chunked_losses import TeacherLogitsFromHidden, logit_losses
 from limbeck.training.layer_selection import make_repeated_batch
 
@@ -33,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     recipe = Recipe.load(args.runs[0] / "recipe.yaml", stored=True)
     data = recipe.data
-    teacher, tokenizer = load_teacher(loading.resolve_teacher(recipe.teacher), torch.device("cpu"))
+    teacher, tokenizer = loading.load_teacher(loading.resolve_teacher(recipe.teacher), torch.device("cpu"))
     limits = {"max_tokens": data.max_tokens, "held_out": data.held_out, "text_field": data.text_field}
     store = build_token_store(data.source, tokenizer, length=data.seq_len, **limits)
     exam = make_repeated_batch(PackedDataset(store.held_out, data.seq_len, shuffle=False).batch(0, args.sequences))

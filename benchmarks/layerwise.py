@@ -20,7 +20,7 @@ from limbeck.data.packing import Batch, PackedDataset
 from limbeck.data.token_store import build_token_store
 from limbeck.models import find_attention_sites, loading
 from limbeck.models.backbone import run_backbone
-from limbeck.models.hooks import DistillationPair, load_teacher
+from limbeck.models.hooks import DistillationPair
 from limbeck.training.alignment import HiddenStage, MatrixStage
 from limbeck.training.calibration import NormalEquations
 from limbeck.training.plan import measure_matmul_flops
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    teacher, tokenizer = load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
+    teacher, tokenizer = loading.load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
     store = build_token_store("embedded", tokenizer, length=args.length, max_tokens=200_000, held_out=0.05)
     data = PackedDataset(store.train, args.length)
     sites = find_attention_sites(teacher)

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from limbeck import Recipe, distill
-from limbeck.models.hooks import load_teacher
-from limbeck.models.loading import resolve_teacher
+from limbeck.models.loading import load_teacher, resolve_teacher
 
 RECORDED = Path(__file__).with_name("main_job.json")
 

@@ -56,6 +56,7 @@ def test_what_needs_no_model_imports_neither_torch_nor_transformers(arguments, c
     assert "imported: []" in said
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     "first",
     [
@@ -71,6 +72,7 @@ def test_students_are_known_to_transformers_once_limbeck_is_imported(first):
     assert "limbeck.models.config" in said
 
 
+@pytest.mark.slow
 def test_the_public_names_and_the_modules_are_there():
     said = python(
         "import limbeck\n"
@@ -205,7 +207,11 @@ def test_a_plan_is_never_refused_and_writes_nothing(place, capsys):
         (["distill", "tiny.yaml"], ["would be tokenized first, once: ", "corpus.jsonl"]),
         (["distill", "tiny.yaml", "--teacher", "tiny"], ["teacher 'tiny': 0.41 M parameters", "corpus.jsonl"]),
         (["distill", "tiny.yaml", "--data", "embedded"], ["the embedded text (quick), 30 MB"]),
-        (["distill", "laptop", "--student", "retnet"], ["teacher 'small'", "the recall tasks"]),
+        pytest.param(
+            ["distill", "laptop", "--student", "retnet"],
+            ["teacher 'small'", "the recall tasks"],
+            marks=pytest.mark.slow,
+        ),
         (["study", "mine.yaml"], ["teacher 'tiny'", "2 runs"]),
         (["assets", "--teacher", "tiny"], ["teacher 'tiny'", "the embedded text (quick)"]),
         (["assets"], ["the embedded teacher, 800 MB", "the embedded text (quick)"]),
@@ -234,6 +240,7 @@ def test_a_plan_still_finds_what_cannot_be(place, capsys):
         assert "error:" in said
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("out", ["runs/next", "runs/with space", "runs/[red]x", "runs/exp[/old]"])
 def test_the_commands_that_a_run_ends_with_are_about_that_run(place, out, capsys, teacher_folder, corpus):
     code, said = limbeck("distill", "tiny.yaml", "--student", "mlstm", "--out", out, capsys=capsys)

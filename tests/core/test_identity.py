@@ -23,7 +23,6 @@ from limbeck.evaluation import lm_eval_tasks
 from limbeck.evaluation.subject import Subject
 from limbeck.models import loading
 from limbeck.models.fingerprint import fingerprint_checkpoint, fingerprint_model, fingerprint_tokenizer_files
-from limbeck.models.hooks import load_teacher
 from limbeck.models.hub import split_revision
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline
@@ -273,7 +272,7 @@ def test_a_finished_run_whose_teacher_is_gone_says_so(recipe, teacher, capsys):
 
 def test_a_teacher_in_memory_is_compared_too(recipe, teacher):
     made = recipe(stages=[{"stage": "calibrate", "tokens": 256, "ridge": 0.1}])
-    loaded = load_teacher(str(teacher), torch.device("cpu"))
+    loaded = loading.load_teacher(str(teacher), torch.device("cpu"))
     pipeline.distill(made, loaded=loaded)
     (Path(made.out) / "eval.json").unlink()
     pipeline.distill(made, loaded=loaded)
@@ -309,6 +308,7 @@ def test_runs_of_one_table_have_one_teacher(recipe, teacher, tmp_path):
 # ---------------------------------------------------------------------- students and stages that are gone or damaged
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -342,6 +342,7 @@ def test_what_somebody_put_beside_a_student_is_kept(recipe):
     assert not (student / "README.md").exists()
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_damaged_result_of_a_stage_is_made_again(recipe, capsys, index):
     made = recipe()
@@ -411,6 +412,7 @@ def test_a_teacher_at_a_revision(hub_cache, recipe):
     assert first["files"] == same["files"] != newest["files"]
 
 
+@pytest.mark.slow
 def test_a_revision_is_downloaded_and_written_down(teacher_folder, corpus, tmp_path):
     """By the command line, from a hub: `main` has moved on since v1, and a run of v1 does not see it."""
     other = Path(shutil.copytree(teacher_folder, tmp_path / "other"))

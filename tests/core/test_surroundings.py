@@ -53,6 +53,7 @@ def calibration(teacher: Path, corpus: Path, path: Path) -> Path:
 # ---------------------------------------------------------------------------- locales and terminals
 
 
+@pytest.mark.slow
 def test_names_beyond_ascii_in_a_locale_that_has_none(teacher_folder, corpus, own_cache, tmp_path):
     """Recipe, teacher, text and run: a run that comes to its end, with what it wrote in UTF-8."""
     teacher, text, out = tmp_path / "Lehrer-ü", tmp_path / "文本.jsonl", tmp_path / "läufe" / "😀"
@@ -188,6 +189,7 @@ def test_paths_that_cannot_be(out, says, teacher_folder, corpus, own_cache, tmp_
     assert says in capfd.readouterr().err.encode()
 
 
+@pytest.mark.slow
 def test_nothing_listens_to_the_output(own_cache, tmp_path):
     """`limbeck students | head -1`, and a standard output that is closed."""
     line = f"{sys.executable} -m limbeck students"

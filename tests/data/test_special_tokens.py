@@ -282,6 +282,7 @@ def _run(teacher: Path, source: str, out: Path, **changes) -> dict:
     return distill(Recipe.model_validate({**recipe, **changes}), measure_times=False)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("kind", ["puts", "ends", "forgets"])
 def test_a_teacher_that_needs_bos_is_taught_with_it_end_to_end(kind, needs_bos, tmp_path, own_cache, capsys):
     """Its perplexity in the summary is that of real text behind BOS, which is also what it is prompted with."""
@@ -310,6 +311,7 @@ def _same_in_generation(folder: Path, tmp_path: Path) -> None:
         assert generate_continuation(model, tok, prompt, 8) == tok.decode(greedy, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_the_advice_about_bos_works(needs_bos, tmp_path, own_cache, capsys, monkeypatch):
     source = corpus(tmp_path / "c.jsonl", [*PARAGRAPHS[:12], *(p + " " for p in PARAGRAPHS[:12])])
     monkeypatch.setattr("limbeck.training.pipeline.run_stages", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

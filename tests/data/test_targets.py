@@ -129,6 +129,7 @@ def lines_of(out: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_held_out_loss_is_what_the_evaluation_measures_and_no_step_is_empty(text, recipe, capsys):
     made = recipe(text)
@@ -163,6 +164,7 @@ def test_the_first_held_out_sequences_may_hold_no_target(recipe):
     assert result["held_out"]["targets"] > 0
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("text", ["short answers", "ready tokens"])
 def test_a_resumed_stage_reads_on_where_it_stopped(text, recipe, tmp_path, monkeypatch):
     whole, cut = recipe(text, out=str(tmp_path / "whole")), recipe(text, out=str(tmp_path / "cut"))

@@ -169,6 +169,7 @@ def distills() -> list[str]:
     return sorted(line for line in lines if not any(word in line for word in unfit))
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize("line", distills())
 def test_a_distill_command_of_the_documents_runs_in_tiny_form(line, deep, corpus, tmp_path, monkeypatch, capsys):
     """With a tiny teacher and text, up to its plan, which checks all that a run does and takes a step of each stage."""

@@ -46,6 +46,7 @@ def test_every_section_runs_through_on_a_cpu(tmp_path):
     assert "| tiny | gated_deltanet | logits, KL |" in text
 
 
+@pytest.mark.slow
 def test_a_section_whose_seconds_are_over_says_so(tmp_path):
     path = tmp_path / "gpu.json"
     done = gpu("loss", "--dry", "--seconds", "0", "--json", str(path))

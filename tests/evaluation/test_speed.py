@@ -101,6 +101,7 @@ def test_estimates_of_memory_are_what_caches_take(raced):
             assert entry.estimate_cache_bytes(point["length"], point["batch"]) == pytest.approx(held)
 
 
+@pytest.mark.slow
 def test_an_interrupted_race_goes_on(entries, monkeypatch):
     entries, whole = entries[:2], timing.time_decoding
     calls = []

@@ -242,6 +242,7 @@ def test_a_teacher_near_chance_gives_a_share_with_an_error_that_means_something(
     assert details["recovery_tasks"] == []
 
 
+@pytest.mark.slow
 def test_the_error_of_a_share_is_what_repeating_the_benchmark_gives():
     rng = np.random.default_rng(1)
     found, said = [], []

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from helpers.paths import ROOT
+from helpers.tiers import FAST_MIXERS
 from limbeck import LimbeckError, mixers, testing
 from limbeck.testing import CHECKS, FAMILIES, QUICK_FAMILIES, MixerVariant, contract
 from limbeck.testing.contract import sample_inputs
@@ -20,13 +22,20 @@ VARIANTS = {
 THOROUGH = ("gla", "gated_deltanet-full", "mlstm")
 
 
-def cases() -> list[tuple[str, str, str | None]]:
+def cases() -> list[ParameterSet]:
     chosen = []
     for variant in VARIANTS:
         for check, family in testing.list_cases():
             if family is None or family in QUICK_FAMILIES or variant in THOROUGH or not CHECKS[check].slow:
-                chosen.append((variant, check, family))
+                marks = () if is_fast(variant, check, family) else pytest.mark.slow
+                chosen.append(pytest.param(variant, check, family, marks=marks))
     return chosen
+
+
+def is_fast(variant: str, check: str, family: str | None) -> bool:
+    """Whether the fast tier has the case: quick checks of one mixer of each operator, and of one in every family."""
+    variants = FAST_MIXERS if family in (None, "llama") else ("gated_deltanet-full",)
+    return variant in variants and not CHECKS[check].slow
 
 
 @pytest.mark.parametrize(("variant", "check", "family"), cases())

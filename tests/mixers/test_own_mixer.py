@@ -77,6 +77,7 @@ def python(*arguments: str, path: Path | None = None, **more) -> subprocess.Comp
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **more)
 
 
+@pytest.mark.slow
 def test_the_examples_own_tests_pass(site):
     """The whole contract, as its author runs it."""
     done = python(
@@ -85,6 +86,7 @@ def test_the_examples_own_tests_pass(site):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
+@pytest.mark.slow
 def test_an_installed_mixer_goes_the_whole_way(site, tmp_path, teacher_folder, corpus, own_cache):
     run, main = tmp_path / "run", "from limbeck.cli import main; import sys; sys.argv[0] = 'limbeck'; main()"
     options = ["--teacher", str(teacher_folder), "--data", str(corpus), "--out", str(run)]
@@ -171,6 +173,7 @@ def test_two_files_cannot_share_a_name(tmp_path):
         mixers.get(str(tmp_path / "absent.py"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_student_brings_its_file_and_runs_it_only_when_trusted(tmp_path):
     ids = sample_ids(1, 9)

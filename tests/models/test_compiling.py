@@ -29,6 +29,7 @@ def fresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("mixer", "again"), [("gla", False), ("gated_deltanet", True)])
 def test_compiled_blocks_give_the_same_gradients(mixer, again, fresh):
     compare(mixer, again, "aot_eager")
@@ -89,6 +90,7 @@ def test_what_the_compiler_refuses_runs_as_it_is(fresh):
     assert "no such card" in notes.reasons[0]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("weights", [ObjectiveWeights(ce=0.5, kl=0.5), ObjectiveWeights(kl=0, jsd=1.0)])
 def test_the_compiled_loss_is_the_loss(weights, fresh, monkeypatch):
     compile_ = torch.compile

@@ -66,6 +66,7 @@ def test_the_table_has_every_family():
     assert list(TABLE) == tiny_models.list_families()
 
 
+@pytest.mark.fast_cases(5)
 @as_documented
 @pytest.mark.parametrize("family", SAMPLE)
 def test_a_sample_is_as_documented(family):

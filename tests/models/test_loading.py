@@ -22,8 +22,7 @@ from limbeck import LimbeckError
 from limbeck.cli import main
 from limbeck.core.errors import summarize_error
 from limbeck.evaluation.subject import SubjectLoader
-from limbeck.models.hooks import load_teacher
-from limbeck.models.loading import is_student, load_model_and_tokenizer, resolve_teacher
+from limbeck.models.loading import is_student, load_model_and_tokenizer, load_teacher, resolve_teacher
 from limbeck.testing import make_tiny_model
 
 CPU = torch.device("cpu")
@@ -593,6 +592,7 @@ def test_a_run_whose_student_is_none_is_refused(folder, student, monkeypatch, ca
 # ---- what belongs to others
 
 
+@pytest.mark.slow
 def test_importing_limbeck_changes_nothing_of_other_libraries():
     code = """
 import json, logging, os, signal, sys, warnings

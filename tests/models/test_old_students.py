@@ -45,6 +45,7 @@ def test_old_students_say_what_they_said(name):
     assert new.tolist() == expected["new_tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_old_students_open_by_the_code_beside_them_alone(name, tmp_path):
     """Their file imports `limbeck.model.student`, a module that there is no more."""

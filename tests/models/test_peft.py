@@ -101,6 +101,7 @@ def test_the_stage_learns_and_leaves_an_ordinary_student(recipe):
     assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], start.model.layers[0].mlp.up_proj.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [

@@ -13,7 +13,6 @@ from limbeck import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.data.offline import embedded
 from limbeck.models import loading, quantization
-from limbeck.models.hooks import load_teacher
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline, setup
 from limbeck.training.plan import make_plan
@@ -76,6 +75,7 @@ def recipe(teacher_folder, corpus, tmp_path):
 # ---------------------------------------------------------------------- the teacher
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_teacher_in_few_bits_runs_every_stage(recipe, bits, bitsandbytes):
     made = recipe(teacher_bits=bits)
@@ -115,6 +115,7 @@ def test_a_student_that_learns_nothing_outside_attention_keeps_the_checkpoints_w
     )
 
 
+@pytest.mark.slow
 def test_killed_it_ends_bit_equal(recipe, bitsandbytes, tmp_path, monkeypatch):
     from limbeck.training import trainer
 
@@ -151,14 +152,14 @@ def test_the_plan_knows_how_much_there_is(recipe, bits, bitsandbytes):
 
 
 def test_quantised_weights_make_no_student(bitsandbytes, teacher_folder, tmp_path, tokenizer):
-    teacher, _ = load_teacher(str(teacher_folder), CPU, bits=8)
+    teacher, _ = loading.load_teacher(str(teacher_folder), CPU, bits=8)
     with pytest.raises(LimbeckError, match="quantized weights"):
         limbeck.convert(teacher)
     teacher.save_pretrained(tmp_path / "int8")
     tokenizer.save_pretrained(tmp_path / "int8")
     for bits in (None, 4):
         with pytest.raises(LimbeckError, match="quantized weights"):
-            load_teacher(str(tmp_path / "int8"), CPU, bits=bits)
+            loading.load_teacher(str(tmp_path / "int8"), CPU, bits=bits)
 
 
 def test_without_bitsandbytes_the_extra_is_named(recipe, monkeypatch):
@@ -215,7 +216,7 @@ def test_int8_is_not_saved_and_not_made_of_few_bits(torchao, bitsandbytes, teach
     with pytest.raises(LimbeckError, match="could not load it again"):
         small.save_pretrained(tmp_path / "small")
     assert not (tmp_path / "small").exists()
-    teacher, _ = load_teacher(str(teacher_folder), CPU, bits=8)
+    teacher, _ = loading.load_teacher(str(teacher_folder), CPU, bits=8)
     with pytest.raises(LimbeckError, match="quantized weights"):
         quantization.quantize_int8(teacher)
 
@@ -255,8 +256,8 @@ def test_the_real_teacher_in_few_bits_says_nearly_the_same(bits, most, bitsandby
     if not any(a.present for a in embedded.list_assets() if a.name == "teacher"):
         pytest.skip("the embedded teacher is missing: limbeck assets")
     folder = loading.resolve_teacher("embedded")
-    teacher, tokenizer = load_teacher(folder, CPU)
-    small, _ = load_teacher(folder, CPU, bits=bits)
+    teacher, tokenizer = loading.load_teacher(folder, CPU)
+    small, _ = loading.load_teacher(folder, CPU, bits=bits)
     ids = tokenizer("The history of science is the study of how people came to know the world.", return_tensors="pt")
     with torch.no_grad():
         p, q = (m(ids.input_ids).logits.log_softmax(-1) for m in (teacher, small))

@@ -357,6 +357,7 @@ def test_a_body_is_not_saved_alone(folder, tmp_path):
 MIXERS = [name for name in mixers.list_mixers() if mixers.get(name).__module__.startswith("limbeck.")]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_mixers_and_head_stay_in_float_in_few_bits(bits, tmp_path):
     """Every mixer, heads whose number is no multiple of 32; a list of the caller's own is kept."""

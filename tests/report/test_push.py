@@ -486,6 +486,7 @@ def test_another_model_is_not_overwritten(finished, hub):
         push_to_hub(plan_upload(finished, "ann/other"))
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize(
     ("route", "status", "words"),
     [

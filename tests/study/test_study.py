@@ -256,6 +256,7 @@ def test_what_is_kept_and_a_measure_that_is_added(raw, tmp_path):
     assert (arm / "metrics.jsonl").read_text(encoding="utf-8") == lines, "not trained again"
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_is_told_and_tried_again(raw, tmp_path, monkeypatch):
     """One of four cannot be measured; the others are finished, and it is too once it can."""
     from limbeck.study import tasks
@@ -288,6 +289,7 @@ def test_a_changed_recipe_is_refused(raw, tmp_path):
         run_study(with_grid(raw, students=["gla"], stages=["2"]), folder)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("keep", ["none", "students"])
 def test_evaluations_of_different_size_do_not_meet_in_one_mean(raw, tmp_path, keep):
     """With more held-out text asked for, an arm that kept nothing to evaluate again is refused by name."""
@@ -315,6 +317,7 @@ def test_an_arm_that_kept_its_stages_is_evaluated_again(raw, tmp_path):
     assert len(lines) == 4, "not trained again"
 
 
+@pytest.mark.slow
 def test_each_text_has_a_teacher_of_its_own(raw, tmp_path, corpus):
     """Two texts under one teacher: its row under a student is measured on that student's text."""
     half = tmp_path / "half.jsonl"
@@ -336,6 +339,7 @@ def test_teachers_whose_names_are_alike_as_file_names_have_a_file_each(raw, tmp_
     assert len({record.get_teacher_result_path(arm) for arm in study.arms(tmp_path)}) == 3
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverged_is_told_in_tables_and_stops_nothing(raw, tmp_path):
     study, folder = with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1, 2]), tmp_path / "study"
     run_study(study, folder)
@@ -351,6 +355,7 @@ def test_an_arm_that_diverged_is_told_in_tables_and_stops_nothing(raw, tmp_path)
     assert "diverged in 1 of 3" in (folder / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_arms_of_one_table_have_one_teacher(raw, teacher_folder, tmp_path):
     """A seed that is added later must not learn from other weights under the same name."""
     teacher = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))

@@ -14,8 +14,8 @@ from limbeck import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.data.packing import Batch
 from limbeck.mixers import registry
-from limbeck.models.hooks import check_finite_loss, load_teacher
-from limbeck.models.loading import check_export
+from limbeck.models.hooks import check_finite_loss
+from limbeck.models.loading import check_export, load_teacher
 from limbeck.report.run_summary import format_summary
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline

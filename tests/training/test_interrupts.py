@@ -218,6 +218,7 @@ def struck(run: Path, number: int, when: Callable[[], bool], **more) -> tuple[in
     return process.returncode, err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_again_and_again_loses_no_step(teacher_folder, corpus, own_cache, tmp_path):
     """Ctrl-C and a hangup in training, a checkpoint each; SIGTERM where it exports or evaluates."""
     run = tmp_path / "run"
@@ -243,6 +244,7 @@ def test_a_run_that_is_interrupted_again_and_again_loses_no_step(teacher_folder,
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_leaves_a_checkpoint(teacher_folder, corpus, own_cache, tmp_path):
     """What is printed then fails; the run keeps its state all the same."""
     run = tmp_path / "run"
@@ -271,6 +273,7 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(teacher_folder, corpus, own_
     assert max(kept, default=0) == lines_of(run) >= 20
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("verb", ["generate", "eval", "study"])
 def test_other_verbs_end_with_one_line(verb, teacher_folder, corpus, own_cache, tmp_path):
     """The signal comes while they are at their real work, in this process: what they raise ends in the same place."""

@@ -143,7 +143,8 @@ def student_parameters(run):
     return AutoModelForCausalLM.from_pretrained(run / "student").named_parameters()
 
 
-@pytest.mark.parametrize("mixer", ["linear_attention", "gla", "mlstm", "retnet", "softmax"])
+@pytest.mark.fast_cases(1)
+@pytest.mark.parametrize("mixer", ["gla", "linear_attention", "mlstm", "retnet", "softmax"])
 def test_every_mixer_goes_through_every_stage(recipe, mixer):
     result = pipeline.distill(recipe(student={"mixer": mixer, "copy_projections": mixer != "gla"}))
     assert result["held_out"]["targets"] > 100
@@ -157,14 +158,15 @@ def test_the_control_arm_comes_out_as_the_teacher(recipe):
     assert held["top1_agreement"] > 0.99
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("stage", "more"),
     [
+        ("hidden", {"optimizer": "muon", "lr_scheduler": "wsd", "weight_decay": 0.1}),
+        ("logits", {"ema_decay": 0.9, "eval_steps": 2, "patience": 3}),
         ("matrix", {}),
         ("hidden", {}),
         ("logits", {}),
-        ("hidden", {"optimizer": "muon", "lr_scheduler": "wsd", "weight_decay": 0.1}),
-        ("logits", {"ema_decay": 0.9, "eval_steps": 2, "patience": 3}),
         ("logits", {"kl": 0, "jsd": 0.5, "top_kl": 0.5, "ema_decay": 0.9}),
     ],
     ids=str,
@@ -231,6 +233,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, monkeypatch, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
     made = recipe(stages=[{"stage": "hidden", "tokens": 20_000, "batch_size": 2}])
     path = tmp_path / "recipe.yaml"
@@ -262,6 +265,7 @@ def test_a_finished_run_says_so_before_anything_is_loaded(recipe, monkeypatch):
         pipeline.distill(made.model_copy(update={"seed": 7}))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_keeps_its_state_and_says_so_to_the_scheduler(recipe, tmp_path):
     made = recipe(stages=[{"stage": "hidden", "tokens": 60_000, "batch_size": 1}], checkpoint_seconds=1000)
     path = tmp_path / "recipe.yaml"

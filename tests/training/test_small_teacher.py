@@ -238,6 +238,7 @@ def test_a_teacher_is_made_once_and_says_what_it_is(small_world, capfd):
     assert not list((folder.parents[1] / "teachers").glob("mine-*"))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("killed_at", [1, 4, 8, 12])
 def test_a_killed_training_ends_bit_for_bit_as_any_other(small_world, monkeypatch, texts, killed_at):
     whole = train_or_load_teacher(small_world).joinpath("model.safetensors").read_bytes()

@@ -91,6 +91,7 @@ def test_no_loss_depends_on_the_length(family):
             assert twice[part] == pytest.approx(once[part], rel=1e-5), (name, part)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_gradients_do_not_depend_on_how_a_step_is_split(family):
     teacher, student, sites = pair(family, "gated_deltanet")

@@ -90,6 +90,7 @@ def weights(made: Recipe) -> dict[str, torch.Tensor]:
     return load_file(Path(made.out) / "student" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_of_all_kinds_of_text_ends_the_same_when_it_is_stopped_twice(recipe, tmp_path, monkeypatch):
     straight = recipe(out=str(tmp_path / "straight"))
     result = pipeline.distill(straight)

@@ -198,6 +198,7 @@ def test_what_the_device_has_not_is_refused(recipe, monkeypatch):
     assert resolve_autocast("auto", torch.device("cuda")).keywords["dtype"] == torch.float16
 
 
+@pytest.mark.slow
 def test_deterministic_runs_and_explains_what_cannot_be(recipe, monkeypatch):
     plain, made = recipe("plain"), recipe("deterministic", deterministic=True)
     pipeline.distill(plain)
@@ -239,6 +240,7 @@ def test_a_layer_stops_when_its_mean_has_not_fallen_for_long():
     assert not layers.all_stopped
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("kind", ["matrix", "hidden"])
 def test_a_layer_that_has_converged_is_left_out_and_the_resumed_run_agrees(recipe, stopped_at, monkeypatch, kind):
     """The first layer's loss is made to stand still, the other's to fall; then the steps do less."""
@@ -289,6 +291,7 @@ def test_a_stage_ends_when_all_layers_have_converged(recipe):
 # ---------------------------------------------------------------------- checkpoints and resuming
 
 
+@pytest.mark.slow
 def test_as_many_checkpoints_are_kept_as_asked_for_and_damaged_ones_passed_over(recipe, stopped_at):
     whole, broken = recipe("whole"), recipe("broken", save_total_limit=3)
     pipeline.distill(whole)
@@ -344,6 +347,7 @@ def events(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in accumulator.Scalars(tag)]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_every_step_once_after_a_resume(recipe, stopped_at):
     pytest.importorskip("tensorboard")
     pytest.importorskip("accelerate")
@@ -512,6 +516,7 @@ def _verbs():
     return cli.app
 
 
+@pytest.mark.slow
 def test_the_curves_have_a_line_a_layer(recipe, tmp_path):
     pytest.importorskip("matplotlib")
     from limbeck.report.figures import curves

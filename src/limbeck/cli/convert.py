@@ -74,8 +74,13 @@ def convert(
     from limbeck.core import recipe
     from limbeck.models.conversion import count_student_parameters, set_mixer_options
     from limbeck.models.head_groups import describe_softmax_heads
-    from limbeck.models.hooks import load_teacher
-    from limbeck.models.loading import check_export, is_student, load_model_and_tokenizer, resolve_teacher
+    from limbeck.models.loading import (
+        check_export,
+        is_student,
+        load_model_and_tokenizer,
+        load_teacher,
+        resolve_teacher,
+    )
 
     chosen = recipe.Recipe.parse({"student": raw}, "convert").student
     run = Path(teacher).expanduser()

@@ -34,8 +34,7 @@ def matrices(
     from limbeck.core import recipe as recipes
     from limbeck.data.dataset import open_text_data
     from limbeck.evaluation.matrices import align_mixing_matrices
-    from limbeck.models.hooks import load_teacher
-    from limbeck.models.loading import resolve_teacher
+    from limbeck.models.loading import load_teacher, resolve_teacher
     from limbeck.report.figures.mixing import draw_matrices
 
     check_writable(out.parent)

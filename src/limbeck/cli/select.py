@@ -160,7 +160,6 @@ def _load_teacher(name: str) -> tuple[Any, Any]:
     # late, for a fast --help
     import torch
 
-    from limbeck.models.hooks import load_teacher
-    from limbeck.models.loading import resolve_teacher
+    from limbeck.models.loading import load_teacher, resolve_teacher
 
     return load_teacher(resolve_teacher(name), torch.device("cuda" if torch.cuda.is_available() else "cpu"))

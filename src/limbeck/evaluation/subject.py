@@ -37,8 +37,7 @@ from limbeck.models.fingerprint import (
     fingerprint_tokenizer,
 )
 from limbeck.models.folders import check_folder
-from limbeck.models.hooks import load_teacher
-from limbeck.models.loading import is_student, load_model_and_tokenizer
+from limbeck.models.loading import is_student, load_model_and_tokenizer, load_teacher
 
 HELD_OUT_PART = "held-out part"  # of a text: what its run was not trained on
 

@@ -1,6 +1,5 @@
-"""The frozen teacher: how it is loaded, checked, and its layers' outputs are read while it runs.
+"""The frozen teacher at work: its loss is checked, and its layers' outputs are read while it runs.
 
-    teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", torch.device("cpu"))
     with hook_modules(teacher, {"model.layers.0.self_attn": hook}):
         run_backbone(teacher, batch)                   # calls hook(args, kwargs, output)
 
@@ -15,14 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from limbeck.core.errors import LimbeckError
 from limbeck.data.packing import IGNORE_INDEX, Batch
 from limbeck.models.backbone import LMHead, run_backbone, supports_packed_positions
-from limbeck.models.loading import load_config, load_model, load_tokenizer
 from limbeck.models.probe import Site
-from limbeck.models.quantization import build_teacher_kwargs, check_not_quantized
 from limbeck.models.temporary import use_attn_implementation
 
 ModuleHook = Callable[[tuple, dict, Tensor | tuple], None]
@@ -35,31 +32,6 @@ class DistillationPair(NamedTuple):
     student: PreTrainedModel
     sites: list[Site]
     autocast: Callable[[], AbstractContextManager]
-
-
-def load_teacher(
-    name: str, device: torch.device, bits: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen teacher in float32 and its tokenizer.
-
-    Args:
-        name: a local folder, or a name on the Hugging Face hub.
-        bits: 8 or 4 quantizes the backbone's linear layers (bitsandbytes); None keeps all weights in float32.
-
-    Raises:
-        LimbeckError: see `limbeck.models.loading`; the model is a student, its weights are stored quantized, or `bits`
-            is given and bitsandbytes is not installed.
-    """
-    settings = build_teacher_kwargs(bits, device)
-    config = load_config(name)
-    check_not_quantized(config, f"'{name}'")
-    if hasattr(config, "limbeck"):
-        raise LimbeckError(f"'{name}' is a student already", expected="a softmax teacher")
-    tokenizer = load_tokenizer(name)
-    model = load_model(name, config, **settings)
-    if bits is None:
-        model.to(device)  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False), tokenizer
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Loading of models and tokenizers, teachers and students, from a folder or the hub; and the check of a saved student.
 
     model, tokenizer = load_model_and_tokenizer(resolve_teacher("small"))    # float32, on the CPU, frozen
+    teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", torch.device("cpu"))
     is_student("someone/my-student")                                         # reads only the config
     check_export(folder, student, tokenizer)                  # LimbeckError unless the saved student loads bit for bit
 
@@ -46,7 +47,7 @@ from limbeck.models.checkpoint import (
 )
 from limbeck.models.folders import SAVED_MODEL_FOLDER, build_adapter_error, check_folder, check_tokenizer, read_json
 from limbeck.models.hub import check_hub_model, split_revision
-from limbeck.models.quantization import is_quantized
+from limbeck.models.quantization import build_teacher_kwargs, check_not_quantized, is_quantized
 from limbeck.models.registration import get_teacher_maker
 
 GENERATIVE_HEADS = ("ForCausalLM", "ForConditionalGeneration")  # endings of classes that predict the next token
@@ -90,6 +91,31 @@ def load_model_and_tokenizer(
             hint=f"rm -r {name}, then repeat the run's command; its finished stages are not repeated",
         )
     model = load_model(name, config)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_teacher(
+    name: str, device: torch.device, bits: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a frozen teacher in float32 and its tokenizer.
+
+    Args:
+        name: a local folder, or a name on the Hugging Face hub.
+        bits: 8 or 4 quantizes the backbone's linear layers (bitsandbytes); None keeps all weights in float32.
+
+    Raises:
+        LimbeckError: see `load_config` and `load_model`; the model is a student, its weights are stored quantized, or
+            `bits` is given and bitsandbytes is not installed.
+    """
+    settings = build_teacher_kwargs(bits, device)
+    config = load_config(name)
+    check_not_quantized(config, f"'{name}'")
+    if hasattr(config, "limbeck"):
+        raise LimbeckError(f"'{name}' is a student already", expected="a softmax teacher")
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, config, **settings)
+    if bits is None:
+        model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False), tokenizer
 
 

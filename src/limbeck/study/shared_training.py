@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 
 from limbeck.core import recipe as recipes
-from limbeck.core import system
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.signals import TrainingInterrupted
+from limbeck.core.system import get_free_memory
 from limbeck.study.sharing import pass_key
 from limbeck.study.spec import Arm
 from limbeck.training.alignment import LayerwiseStage
@@ -55,7 +55,7 @@ def train_shared_stages(
         memory_budget: returns the bytes that students may take; by default the free memory.
     """
     failures: dict[str, Exception] = {}
-    budget = memory_budget or partial(get_free_memory, loaded[0].device)
+    budget = memory_budget or partial(estimate_free_memory, loaded[0].device)
     while wave := _next_wave([arm for arm in arms if arm.name not in failures]):
         waiting = list(wave)
         while waiting:
@@ -71,9 +71,9 @@ def can_share_pass(arms: list[Arm]) -> bool:
     return bool(_next_wave(arms))
 
 
-def get_free_memory(device: torch.device) -> int:
+def estimate_free_memory(device: torch.device) -> int:
     """Return the free bytes of a device, a guess where the system does not tell."""
-    free = system.get_free_memory(device)
+    free = get_free_memory(device)
     return UNKNOWN_MEMORY_BYTES if free is None else free
 
 

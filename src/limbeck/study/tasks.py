@@ -28,7 +28,7 @@ from limbeck.core.storage import lock_folder
 from limbeck.evaluation.measure import get_measure, run_measure
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.study import results
-from limbeck.study.shared_training import get_free_memory, train_shared_stages
+from limbeck.study.shared_training import estimate_free_memory, train_shared_stages
 from limbeck.study.spec import Arm, Study
 from limbeck.training.pipeline import distill
 from limbeck.training.teacher_loading import LoadedTeacher, load_recipe_teacher
@@ -134,7 +134,7 @@ class TaskRunner:
 
     def memory_budget(self, device: torch.device) -> int:
         """Get this process's share of a device's free memory in bytes; a GPU is not shared."""
-        return get_free_memory(device) // (self.local_workers if device.type == "cpu" else 1)
+        return estimate_free_memory(device) // (self.local_workers if device.type == "cpu" else 1)
 
     def clear(self) -> None:
         """Release the loaded models and their memory."""

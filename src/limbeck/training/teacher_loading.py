@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from limbeck.core.cache import NotCachedError, get_dry_run_notes
 from limbeck.core.recipe import Recipe, TeacherRecipe
 from limbeck.models import loading
-from limbeck.models.hooks import load_teacher
 from limbeck.models.hub import check_hub_model
 from limbeck.training.pretraining import build_teacher_model
 
@@ -60,7 +59,7 @@ def load_recipe_teacher(recipe: Recipe, device: torch.device) -> LoadedTeacher:
         model = _build_random_model(config, device)
         notes.append(f"would be downloaded first, once: {name}, {model.num_parameters() / 1e9:.2f} B parameters")
         return model, None  # type: ignore[return-value]
-    return load_teacher(name, device, recipe.teacher_bits)
+    return loading.load_teacher(name, device, recipe.teacher_bits)
 
 
 def _build_placeholder(name: str, device: torch.device) -> PreTrainedModel:

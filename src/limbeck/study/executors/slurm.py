@@ -38,14 +38,13 @@ SCRIPT = """\
 #!/bin/bash
 {options}
 
-task= again=
-trap 'again=yes; [ -n "$task" ] && kill -TERM "$task"' USR1   # its time limit is near: requeue it
-trap '[ -n "$task" ] && kill -TERM "$task"' TERM
+task= again= interrupted=yes
+trap 'interrupted=yes again=yes; [ -n "$task" ] && kill -TERM "$task"' USR1   # its time limit is near: requeue it
+trap 'interrupted=yes; [ -n "$task" ] && kill -TERM "$task"' TERM
 {command} --task "$SLURM_ARRAY_TASK_ID" &
 task=$!
-wait "$task"
-code=$?
-while kill -0 "$task" 2> /dev/null; do wait "$task"; code=$?; done
+# a signal ends `wait` with a code of its own, so the task's code is that of the first wait without one
+while [ -n "$interrupted" ]; do interrupted=; wait "$task"; code=$?; done
 if [ -n "$again" ] && [ "$code" -ne 0 ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi

@@ -44,12 +44,12 @@ Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
 def _refuse_numbers(value: Any) -> Any:
     """Refuse the name of a group that YAML reads as a number: 18.2 and 18.20 are two groups and one number."""
     for name in value if isinstance(value, list) else [value]:
-        if isinstance(name, int | float):
+        if isinstance(name, float) or (isinstance(name, int) and isinstance(value, list)):
             raise ValueError(f'{name} is a number; quote groups of heads, as in ["18.2", "20.0"]')
     return value
 
 
-HeadGroupNames = Annotated[str | list[str], BeforeValidator(_refuse_numbers)]
+HeadGroupNames = Annotated[Annotated[int, Field(ge=1)] | str | list[str], BeforeValidator(_refuse_numbers)]
 
 
 class Rule(_Part):
@@ -72,8 +72,8 @@ class Student(_Part):
     options: dict[str, Any] = {}
     # layers that keep softmax attention: none, numbers, "every 4", "uniform 7", or a file written by `limbeck select`
     softmax_layers: Layers = "none"
-    # groups of heads that keep softmax in converted layers: none, layer.group as in ["18.2", "20.0"], or a file written
-    # by `limbeck select --heads`
+    # groups of heads that keep softmax in converted layers: none, layer.group as in ["18.2", "20.0"], a file written by
+    # `limbeck select --heads`, or a number: so many are chosen so at the start of the run
     softmax_heads: HeadGroupNames = "none"
     # tokens that those groups see, besides the first four, so that their memory does not grow; 0 for all
     softmax_window: Annotated[int, Field(ge=0)] = 0

@@ -1,6 +1,6 @@
 """Check that a resumed run still has the same teacher, tokenizer and student, by content.
 
-    identity = build_run_identity(recipe, teacher, tokenizer, groups)      # stored in manifest.json
+    identity = build_run_identity(recipe, student, teacher, tokenizer, groups)      # stored in manifest.json
     check_run_identity(path, identity)                                     # LimbeckError if the run started otherwise
 
 Names alone do not identify a model: a folder or a Hub revision may change. Fingerprints (`limbeck.models.fingerprint`)
@@ -30,15 +30,21 @@ from limbeck.models.fingerprint import (
     select_computing_settings,
 )
 from limbeck.models.layers import format_ranges
+from limbeck.training.automatic_heads import find_chosen_heads
 from limbeck.training.run_directory import describe_differences, raise_if_changed
 
 
 def build_run_identity(
-    recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: Sequence[int]
+    recipe: Recipe,
+    student: Student,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Sequence[int],
 ) -> dict[str, Any]:
     """Build the fingerprints of teacher, tokenizer and student, for the manifest.
 
     Args:
+        student: the recipe's, its groups of heads chosen.
         groups: groups of heads in each attention layer of the teacher.
     """
     folder = find_model_folder(recipe.teacher)
@@ -55,7 +61,7 @@ def build_run_identity(
             "tokenizer": fingerprint_tokenizer(tokenizer),
             "files": fingerprint_model_files(folder) if folder else None,
         },
-        "student": summarize_student_layers(recipe.student, groups, recipe.longest),
+        "student": summarize_student_layers(student, groups, recipe.longest),
     }
 
 
@@ -178,7 +184,7 @@ def matches_run_identity(path: Path, recipe: Recipe) -> bool:
     groups = teacher.get("head_groups") or [0] * teacher.get("layers", 0)
     try:
         if student and student != json.loads(
-            canonical_json(summarize_student_layers(recipe.student, groups, recipe.longest))
+            canonical_json(summarize_student_layers(find_chosen_heads(recipe.student, path), groups, recipe.longest))
         ):
             return False
     except LimbeckError as error:

@@ -161,7 +161,10 @@ def _count_modules(teacher: PreTrainedModel, names: Sequence[str]) -> int:
 def _count_mixer_parameters(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> int:
     """Count the parameters of all mixers of a recipe's student."""
     groups = [site.shape.kv_heads for site in find_attention_sites(teacher)]
-    assigned = assign_student_mixers(recipe.student, groups, recipe.longest)
+    student = recipe.student
+    if isinstance(student.softmax_heads, int):  # not chosen yet; without them there are a few parameters more
+        student = student.model_copy(update={"softmax_heads": "none", "softmax_window": 0})
+    assigned = assign_student_mixers(student, groups, recipe.longest)
     sizes: dict[str, int] = {}  # most layers are alike, and building a mixer takes time
     total = 0
     for site in sites:

@@ -34,6 +34,7 @@ from limbeck.models import Site, convert, find_attention_sites, loading
 from limbeck.models.compilation import CompileLog, should_compile
 from limbeck.models.hooks import DistillationPair, check_finite_loss
 from limbeck.models.packed import force_attention_masks
+from limbeck.training.automatic_heads import choose_softmax_heads
 from limbeck.training.identity import assign_student_mixers, build_run_identity, check_run_identity
 from limbeck.training.lora import check_peft, resolve_lora_targets
 from limbeck.training.precision import check_precision, resolve_autocast
@@ -52,6 +53,7 @@ class Job:
     """Everything that a run works with, checked."""
 
     recipe: Recipe
+    student: recipes.Student  # the recipe's, its groups of heads chosen
     device: torch.device
     autocast: Callable[[], Any]
     teacher: PreTrainedModel
@@ -114,16 +116,18 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     check_trackers(recipe.trackers)
     teacher, tokenizer = loaded or load_recipe_teacher(recipe, device)
     _check_sequence_lengths(recipe, teacher)
+    student = choose_softmax_heads(
+        recipe, teacher, path, lambda: _open_texts(recipe, teacher, tokenizer)[dataset_key(recipe.data)]
+    )
+    sites = find_attention_sites(teacher)
+    groups = [site.shape.kv_heads for site in sites]
     identity: dict[str, Any] = {}
     if get_process_info().is_main and notes is None:  # a placeholder has no identity
-        groups = [site.shape.kv_heads for site in find_attention_sites(teacher)]
-        identity = build_run_identity(recipe, teacher, tokenizer, groups)
+        identity = build_run_identity(recipe, student, teacher, tokenizer, groups)
         check_run_identity(path, identity)
     if recipe.attention == "mask":
         force_attention_masks(teacher)
-    sites = find_attention_sites(teacher)
-    groups = [site.shape.kv_heads for site in sites]
-    converted = [sites[i] for i in assign_student_mixers(recipe.student, groups, recipe.longest)]
+    converted = [sites[i] for i in assign_student_mixers(student, groups, recipe.longest)]
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
@@ -132,7 +136,7 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     if notes is not None:
         _note_missing_texts(recipe, teacher, tokenizer, notes)
     autocast = resolve_autocast(recipe.precision, device)
-    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), converted, path, identity)
+    job = Job(recipe, student, device, autocast, teacher, tokenizer, texts, len(sites), converted, path, identity)
     if notes is not None:  # what follows reads the text, which a plan must not create
         return job
     for stage in recipe.stages:
@@ -161,7 +165,7 @@ def _check_sequence_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
 
 def build_student(job: Job) -> PreTrainedModel:
     """Convert the teacher of a job into its student, which shares all unchanged weights with it."""
-    student = job.recipe.student
+    student = job.student
     teacher = job.teacher
     if job.recipe.teacher_bits is not None:
         # The student is the same as without quantization: it starts from the float weights of the checkpoint.

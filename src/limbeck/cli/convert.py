@@ -40,6 +40,16 @@ def convert(
             help="Layers among them that keep softmax: 0,9, 'every 4', 'uniform 7', or a file from limbeck select."
         ),
     ] = None,
+    softmax_heads: Annotated[
+        str | None,
+        typer.Option(
+            help="Groups of heads in other layers that keep softmax: 18.2,20.0 (layer.group), or a file from limbeck "
+            "select --heads."
+        ),
+    ] = None,
+    softmax_window: Annotated[
+        int | None, typer.Option(help="Tokens that those groups see, so that their cache does not grow.")
+    ] = None,
     set: Annotated[
         list[str] | None, typer.Option(help="Any other key of a recipe's student, e.g. options.window=64.")
     ] = None,
@@ -49,7 +59,8 @@ def convert(
     check_writable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LimbeckError(f"{out} exists and is not empty", expected="a new folder")
-    options = {"mixer": student, "preset": preset, "layers": layers, "softmax_layers": softmax_layers}
+    options: dict[str, Any] = {"mixer": student, "preset": preset, "layers": layers, "softmax_layers": softmax_layers}
+    options |= {"softmax_heads": softmax_heads, "softmax_window": softmax_window}
     raw: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     # late, for a fast --help
     from limbeck.core.config import set_by_dotted_key
@@ -62,7 +73,14 @@ def convert(
     from limbeck import mixers, models
     from limbeck.core import recipe
     from limbeck.models.conversion import count_student_parameters, set_mixer_options
-    from limbeck.models.loading import check_export, is_student, load_model_and_tokenizer, load_teacher, resolve_teacher
+    from limbeck.models.head_groups import describe_softmax_heads
+    from limbeck.models.loading import (
+        check_export,
+        is_student,
+        load_model_and_tokenizer,
+        load_teacher,
+        resolve_teacher,
+    )
 
     chosen = recipe.Recipe.parse({"student": raw}, "convert").student
     run = Path(teacher).expanduser()
@@ -85,6 +103,8 @@ def convert(
             chosen.options,
             preset=chosen.preset,
             softmax_layers=chosen.softmax_layers,
+            softmax_heads=chosen.softmax_heads,
+            softmax_window=chosen.softmax_window,
             rules=[rule.model_dump(exclude_none=True) for rule in chosen.rules],
             copy_projections=chosen.copy_projections,
         )
@@ -95,3 +115,5 @@ def convert(
         check_export(staging, converted, tokenizer)
     counts = count_student_parameters(converted)
     console.print(f"{out}: {counts.total:,} parameters, {counts.added:,} of them new; {state}")
+    if heads := describe_softmax_heads(converted.config.limbeck):
+        console.print(heads)

@@ -45,6 +45,17 @@ def _as_text(value: Any) -> Any:
 Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
 
 
+def _refuse_numbers(value: Any) -> Any:
+    """Refuse the name of a group that YAML reads as a number: 18.2 and 18.20 are two groups and one number."""
+    for name in value if isinstance(value, list) else [value]:
+        if isinstance(name, float) or (isinstance(name, int) and isinstance(value, list)):
+            raise ValueError(f'{name} is a number; quote groups of heads, as in ["18.2", "20.0"]')
+    return value
+
+
+HeadGroupNames = Annotated[Annotated[int, Field(ge=1)] | str | list[str], BeforeValidator(_refuse_numbers)]
+
+
 class Rule(_Part):
     """A different mixer for some of the layers."""
 
@@ -65,6 +76,11 @@ class Student(_Part):
     options: dict[str, Any] = {}
     # layers that keep softmax attention: none, numbers, "every 4", "uniform 7", or a file written by `limbeck select`
     softmax_layers: Layers = "none"
+    # groups of heads that keep softmax in converted layers: none, layer.group as in ["18.2", "20.0"], a file written by
+    # `limbeck select --heads`, or a number: so many are chosen so at the start of the run
+    softmax_heads: HeadGroupNames = "none"
+    # tokens that those groups see, besides the first four, so that their memory does not grow; 0 for all
+    softmax_window: Annotated[int, Field(ge=0)] = 0
     rules: list[Rule] = []  # later rules override earlier ones
     copy_projections: bool = True  # start from the teacher's q, k, v and output projections; false: random ones
 

@@ -16,6 +16,7 @@ from limbeck.mixers import (  # noqa: F401
     gated_deltanet,
     gla,
     gsa,
+    head_split,
     hgrn2,
     hybrid,
     kda,

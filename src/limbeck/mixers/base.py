@@ -47,7 +47,7 @@ class Mixer(nn.Module):
     source: ClassVar[str] = ""  # paper and equation
     # a module of limbeck.ops; None where the mixer overrides attend and attend_matrix
     operator: ModuleType | None = None
-    grows: ClassVar[bool] = False  # the state grows with every token
+    grows: bool = False  # the state grows with every token; see `state_grows`
     normalized: bool = False  # divide the output by the operator's output for a column of ones
     options_class: type[Options] = Options
     # Options by preset: changes to the dataclass's defaults; those of the authors; those that make all mixers alike.
@@ -74,6 +74,7 @@ class Mixer(nn.Module):
     def __init__(self, teacher_shape: HeadShape, options: Options):
         super().__init__()
         self.teacher_shape, self.options = teacher_shape, options
+        self.grows = self.state_grows(options)
         self.shape = shape = self._inner_shape()  # what the operator sees
         if options.output_norm != "none":
             self.norm_weight = nn.Parameter(torch.ones(shape.heads, shape.value_width))
@@ -117,6 +118,16 @@ class Mixer(nn.Module):
     def for_length(cls, options: Any, length: int) -> Any:
         """Return the options for training on sequences of `length` tokens, for mixers that depend on it."""
         return options
+
+    @classmethod
+    def state_grows(cls, options: Any) -> bool:
+        """Return whether the state grows with every token, for mixers of which the options decide."""
+        return cls.grows
+
+    @classmethod
+    def list_inner_mixers(cls, options: Any) -> list[str]:
+        """List the mixers by name that this one consists of."""
+        return []
 
     def reset_parameters(self) -> None:
         """Initialize every parameter as documented: close to linear attention over the teacher's q, k, v."""

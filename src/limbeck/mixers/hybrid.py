@@ -62,11 +62,16 @@ class Hybrid(Mixer):
         changed = {name: value for name, value in after.items() if value != before[name]}
         return replace(options, linear_options={**options.linear_options, **changed}) if changed else options
 
+    @classmethod
+    def list_inner_mixers(cls, options: HybridOptions) -> list[str]:
+        return [options.linear]
+
     def build(self) -> None:
         o = self.options
         if not 0 < o.share < 1:
             raise LimbeckError(f"option 'share' of mixer 'hybrid' is {o.share}", expected="more than 0 and less than 1")
-        if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).grows:
+        linear_options = registry.resolve_options(o.linear, o.linear_options)
+        if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).state_grows(linear_options):
             raise LimbeckError(
                 f"'{o.linear}' cannot be the linear branch of a hybrid", expected="a mixer with a fixed-size state"
             )

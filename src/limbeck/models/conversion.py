@@ -9,7 +9,7 @@ loaded again. The given model is not changed.
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from limbeck import mixers
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.mixers import registry
 from limbeck.models import attention
+from limbeck.models.assignment import MixerAssignment, assign_mixers
 from limbeck.models.checkpoint import make_generation_config_savable, reset_session_entries, reset_session_settings
 from limbeck.models.config import FORMAT_VERSION
 from limbeck.models.folders import check_not_wrapped
-from limbeck.models.layers import parse_layers, select_converted_layers
 from limbeck.models.modeling import UNSAVED_NAME, get_mixers, get_student_classes, install_mixers
 from limbeck.models.probe import Site, find_attention_sites, find_kv_sharing
 from limbeck.models.quantization import check_not_quantized
@@ -37,6 +37,8 @@ def convert(
     *,
     preset: str = "default",
     softmax_layers: str | list[int] = "none",
+    softmax_heads: str | list[str] = "none",
+    softmax_window: int = 0,
     rules: Sequence[dict[str, Any]] = (),
     copy_projections: bool = True,
     share_weights: bool = False,
@@ -53,6 +55,10 @@ def convert(
             alike except for the recurrence).
         softmax_layers: of `layers`, those that keep softmax: numbers, "every 4", "uniform 7", or a file written by
             `limbeck select`.
+        softmax_heads: groups of heads that keep softmax in converted layers: "18.2,20.2" or a list of such names, layer
+            and key/value head counted from 0, or a file written by `limbeck select --heads`.
+        softmax_window: tokens that those groups see, besides the first four, so that their memory does not grow; 0 for
+            all.
         rules: other mixers for some of the layers; later rules override earlier ones: dicts with `layers` and any of
             `mixer`, `preset`, `options`.
         copy_projections: copy the teacher's q, k, v and output projections; False initializes them at random.
@@ -62,7 +68,7 @@ def convert(
             for the teacher's maximum.
 
     Raises:
-        LimbeckError: unknown mixer, option or layer; the model is a student already, quantized or wrapped (PEFT,
+        LimbeckError: unknown mixer, option, layer or group; the model is a student already, quantized or wrapped (PEFT,
             torch.compile, DDP, accelerate's hooks), or its family does not use the attention interface.
     """
     check_not_wrapped(model)
@@ -73,9 +79,20 @@ def convert(
     # before the family is probed, so that an unknown mixer or option is reported first
     MixerAssignment.create(mixer, options, preset, seq_len)
     sites = find_attention_sites(model)
-    chosen = [sites[i] for i in select_converted_layers(layers, softmax_layers, len(sites))]
+    assigned = assign_mixers(
+        [site.shape.kv_heads for site in sites],
+        mixer,
+        options,
+        preset,
+        layers=layers,
+        softmax_layers=softmax_layers,
+        softmax_heads=softmax_heads,
+        softmax_window=softmax_window,
+        rules=rules,
+        length=seq_len,
+    )
+    chosen = [sites[i] for i in assigned]
     _check_sharing(model, chosen)
-    assigned = assign_mixers([site.shape.layer for site in chosen], mixer, options, preset, rules, len(sites), seq_len)
     plan = _build_plan(model, assigned, chosen)
     student = _copy_model(model, plan, chosen, share_weights)
     install_mixers(student, plan)
@@ -129,56 +146,9 @@ def set_mixer_options(student: PreTrainedModel, options: dict[str, Any]) -> PreT
     return student.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class MixerAssignment:
-    """The mixer of a layer, with all its options."""
-
-    mixer: str
-    options: dict[str, Any]
-
-    @classmethod
-    def create(cls, mixer: str, options: dict[str, Any] | None, preset: str, length: int) -> "MixerAssignment":
-        resolved = mixers.get(mixer).for_length(mixers.resolve_options(mixer, options, preset), length)
-        return cls(mixers.get(mixer).name, asdict(resolved))
-
-
-def assign_mixers(
-    layers: list[int],
-    mixer: str,
-    options: dict[str, Any] | None,
-    preset: str,
-    rules: Sequence[dict[str, Any]],
-    count: int,
-    length: int,
-) -> dict[int, MixerAssignment]:
-    """Return the mixer of each of these layers of a teacher with `count` layers; arguments as in `convert`."""
-    assigned = dict.fromkeys(layers, MixerAssignment.create(mixer, options, preset, length))
-    for rule in rules:
-        assigned.update(_apply_rule(rule, mixer, preset, assigned, count, length))
-    return assigned
-
-
 def get_max_seq_len(config: PreTrainedConfig) -> int:
     """Return the length in tokens of the longest sequence that a model supports; 0 if its config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
-
-
-def _apply_rule(
-    rule: dict[str, Any], mixer: str, preset: str, assigned: dict[int, MixerAssignment], count: int, length: int
-) -> dict[int, MixerAssignment]:
-    """Return the mixers that a rule assigns, by layer."""
-    unknown = [key for key in rule if key not in ("layers", "mixer", "preset", "options")]
-    if unknown or "layers" not in rule:
-        raise LimbeckError(
-            f"a rule has {', '.join(map(repr, rule)) or 'nothing'}",
-            expected="layers, and any of mixer, preset, options",
-        )
-    layers = parse_layers(rule["layers"], count)
-    absent = [i for i in layers if i not in assigned]
-    if absent:
-        raise LimbeckError(f"a rule names layer {absent[0]}, which keeps softmax", expected="layers that are converted")
-    new = MixerAssignment.create(rule.get("mixer", mixer), rule.get("options"), rule.get("preset", preset), length)
-    return dict.fromkeys(layers, new)
 
 
 def unshare_weights(student: nn.Module) -> None:
@@ -253,7 +223,8 @@ def _build_plan(model: PreTrainedModel, assigned: dict[int, MixerAssignment], si
         "shapes": shapes,
         "layers": layers,
     }
-    mixer_origins = {a.mixer: registry.get_origin(a.mixer) for a in assigned.values()}
+    names = {name for assignment in assigned.values() for name in assignment.list_mixers()}
+    mixer_origins = {name: registry.get_origin(name) for name in sorted(names)}
     origins = {mixer: origin.to_dict() for mixer, origin in mixer_origins.items() if origin is not None}
     if origins:
         plan["origins"] = origins

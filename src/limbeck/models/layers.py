@@ -15,6 +15,8 @@ from typing import Any
 
 from limbeck.core.errors import LimbeckError
 
+SPLIT_MIXER = "head_split"  # softmax in some groups of a layer's heads, another mixer in the others
+
 
 def parse_layers(layers: str | list[int], count: int) -> list[int]:
     """Parse layer numbers: "all", [0, 3] or "0,2,5-9", of a model with `count` layers."""
@@ -69,8 +71,13 @@ def space_evenly(count: int, chosen: int) -> list[int]:
     return [int((i + 0.5) * count / chosen) for i in range(chosen)]
 
 
+def name_base_mixer(entry: dict[str, Any]) -> str:
+    """Return the mixer of a plan's layer; where groups of heads keep softmax, that of the others."""
+    return entry["options"]["mixer"] if entry["mixer"] == SPLIT_MIXER else entry["mixer"]
+
+
 def group_layers_by_mixer(plan: dict[str, Any], count: int) -> dict[str, list[int]]:
-    """Return the layers of a student by their mixer, with "softmax" for those that keep it.
+    """Return the layers of a student by `name_base_mixer`, with "softmax" for those that keep it as a whole.
 
     Args:
         plan: `config.limbeck` of the student.
@@ -78,7 +85,7 @@ def group_layers_by_mixer(plan: dict[str, Any], count: int) -> dict[str, list[in
     """
     groups: dict[str, list[int]] = {}
     for entry in plan["layers"]:
-        groups.setdefault(entry["mixer"], []).append(entry["layer"])
+        groups.setdefault(name_base_mixer(entry), []).append(entry["layer"])
     converted = {layer for layers in groups.values() for layer in layers}
     if unconverted := [i for i in range(count) if i not in converted]:
         groups["softmax"] = sorted(unconverted + groups.get("softmax", []))  # there is a mixer "softmax" too

@@ -269,7 +269,10 @@ def install_mixers(model: nn.Module, plan: dict[str, Any]) -> None:
             ) from error
         shape = HeadShape(**{**vars(shapes[entry["shape"]]), "layer": entry["layer"]})
         cls = resolve_mixer_class(entry["mixer"], plan)
-        attention.attach_mixer(module, cls(shape, cls.options_class.parse(entry["options"], cls.name)))
+        options = cls.options_class.parse(entry["options"], cls.name)
+        for name in cls.list_inner_mixers(options):
+            resolve_mixer_class(name, plan)
+        attention.attach_mixer(module, cls(shape, options))
     register_input_checks(model)  # type: ignore[arg-type]
     backbone = model.base_model
     if backbone is not model:

@@ -20,6 +20,8 @@ from limbeck.data.hub import HUB_NAME_PATTERN
 from limbeck.data.records import SUPPORTED_EXTENSIONS
 from limbeck.mixers import registry
 from limbeck.models import format_ranges
+from limbeck.models.head_groups import describe_softmax_heads
+from limbeck.models.layers import SPLIT_MIXER, name_base_mixer
 from limbeck.report.run_summary import (
     describe_break_even,
     format_samples,
@@ -122,6 +124,8 @@ def _opening(repo_id: str, plan: dict[str, Any], teacher_info: TeacherInfo, run:
         lines[-1] += f" It learned from the teacher on {tokens:,} tokens."
     else:
         lines[-1] += " It was not trained."
+    if heads := describe_softmax_heads(plan):
+        lines[-1] += f" There is still {heads}."
     if run and not run.recipe["student"]["copy_projections"]:
         lines[-1] += " The projections of the replaced layers were initialized at random."
     if teacher_info.weights_note:
@@ -167,11 +171,17 @@ def _use(repo_id: str, plan: dict[str, Any]) -> str:
 
 
 def _layers(plan: dict[str, Any]) -> str:
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str, str], list[int]] = {}
     for entry in plan["layers"]:
-        options = ", ".join(f"{key}={_format_option(value)}" for key, value in entry["options"].items())
-        groups.setdefault((entry["mixer"], options), []).append(entry["layer"])
-    rows = [(layers, f"`{name}`", _describe_mixer(name), options) for (name, options), layers in groups.items()]
+        name, settings, cell = entry["mixer"], entry["options"], f"`{entry['mixer']}`"
+        if name == SPLIT_MIXER:
+            kept, window = settings["softmax_groups"], settings["softmax_window"]
+            cell = f"`{settings['mixer']}`, softmax in head groups {format_ranges(kept)}"
+            cell += f" over {window} tokens" if window else ""
+            name, settings = settings["mixer"], settings["mixer_options"]
+        options = ", ".join(f"{key}={_format_option(value)}" for key, value in settings.items())
+        groups.setdefault((name, cell, options), []).append(entry["layer"])
+    rows = [(layers, cell, _describe_mixer(name), options) for (name, cell, options), layers in groups.items()]
     softmax_layers = sorted(set(range(_count_layers(plan))) - {entry["layer"] for entry in plan["layers"]})
     if softmax_layers:
         rows.append((softmax_layers, "softmax", "the teacher's own attention", ""))
@@ -280,8 +290,7 @@ def _citation(plan: dict[str, Any]) -> str:
         CITATION,
         "```",
     ]
-    inner = {str(e["options"]["linear"]) for e in plan["layers"] if e["mixer"] == "hybrid" and "linear" in e["options"]}
-    for name in [*_mixer_names(plan), *sorted(inner - set(_mixer_names(plan)))]:
+    for name in _list_all_mixers(plan):
         source = registry.get(name).source if registry.is_registered(name) else ""
         if source:
             lines += ["", f"Please cite the mixer `{name}` too: {_link_arxiv(source)}."]
@@ -289,14 +298,32 @@ def _citation(plan: dict[str, Any]) -> str:
 
 
 def _mixer_names(plan: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(entry["mixer"] for entry in plan["layers"]))
+    """List the mixers of a plan; where groups of heads keep softmax, that of the other groups."""
+    return list(dict.fromkeys(name_base_mixer(entry) for entry in plan["layers"]))
+
+
+def _list_all_mixers(plan: dict[str, Any]) -> list[str]:
+    """List the mixers of a plan, and behind them those that they consist of."""
+    names = [entry["mixer"] for entry in plan["layers"]]
+    for entry in plan["layers"]:
+        if registry.is_registered(entry["mixer"]):
+            cls = registry.get(entry["mixer"])
+            names += cls.list_inner_mixers(cls.options_class.parse(entry["options"], cls.name))
+    return list(dict.fromkeys(names))
 
 
 def _subquadratic_tag(plan: dict[str, Any]) -> list[str]:
     """The tag of models in which no layer looks at all earlier tokens, as a list of one or none."""
-    mixers = [registry.get(name) for name in _mixer_names(plan) if registry.is_registered(name)]
-    grows = len(plan["layers"]) < _count_layers(plan) or any(mixer.grows for mixer in mixers)
+    grows = len(plan["layers"]) < _count_layers(plan) or any(_state_grows(entry) for entry in plan["layers"])
     return [] if grows else ["subquadratic"]
+
+
+def _state_grows(entry: dict[str, Any]) -> bool:
+    """Tell whether the state of a plan's layer grows; a mixer that is not registered is taken at its word."""
+    if not registry.is_registered(entry["mixer"]):
+        return False
+    cls = registry.get(entry["mixer"])
+    return cls.state_grows(cls.options_class.parse(entry["options"], cls.name))
 
 
 def _count_layers(plan: dict[str, Any]) -> int:

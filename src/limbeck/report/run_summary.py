@@ -41,6 +41,8 @@ def format_summary(result: dict[str, Any]) -> str:
         "; ".join(f"{name} in layers {format_ranges(layers)}" for name, layers in result["mixers"].items()) + "."
         if len(result["mixers"]) > 1
         else "",
+        # not in results of earlier versions
+        _capitalize(result["softmax_heads"]) + "." if result.get("softmax_heads") else "",
         f"Held-out text: {held_out['targets']:,} tokens of {format_code_span(result['text'])} in packed sequences of "
         f"{held_out['length']}.",
         format_markdown_table(
@@ -119,6 +121,10 @@ def next_commands(result: dict[str, Any]) -> list[str]:
         f"limbeck eval {shlex.quote(run)} --tokens 50000",
         f"limbeck distill {shlex.quote(f'{run}/recipe.yaml')} --student {other} --out {shlex.quote(f'{run}-{other}')}",
     ]
+
+
+def _capitalize(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _format_outcome(stage: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from limbeck.evaluation.timing import measure_cache_sizes
 from limbeck.models import group_layers_by_mixer
 from limbeck.models.conversion import count_student_parameters
 from limbeck.models.generation import generate_continuation
+from limbeck.models.head_groups import describe_softmax_heads
 from limbeck.models.loading import check_export
 from limbeck.report.figures.curves import draw_loss_curves
 from limbeck.report.run_summary import format_summary
@@ -114,6 +115,7 @@ def evaluate_run(
         "teacher": recipe.teacher,
         "mixer": recipe.student.mixer,
         "mixers": group_layers_by_mixer(student.config.limbeck, job.num_layers),
+        "softmax_heads": describe_softmax_heads(student.config.limbeck),
         "layers": f"{len(job.sites)} of {job.num_layers}",
         "text": recipe.data.source,
         "held_out": evaluate_agreement(job.teacher, student, job.held_out_dataset(recipe.data), tokens, job.autocast),

@@ -1,6 +1,6 @@
 """Check that a resumed run still has the same teacher, tokenizer and student, by content.
 
-    identity = build_run_identity(recipe, teacher, tokenizer, layers)      # stored in manifest.json
+    identity = build_run_identity(recipe, student, teacher, tokenizer, groups)      # stored in manifest.json
     check_run_identity(path, identity)                                     # LimbeckError if the run started otherwise
 
 Names alone do not identify a model: a folder or a Hub revision may change. Fingerprints (`limbeck.models.fingerprint`)
@@ -8,6 +8,7 @@ are sha256 of configs and tensors, however these are spread over files.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from limbeck.core.recipe import Recipe, Student
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.storage import read_manifest
 from limbeck.data import documents
-from limbeck.models.conversion import assign_mixers
+from limbeck.models.assignment import MixerAssignment, assign_mixers
 from limbeck.models.fingerprint import (
     canonical_json,
     find_model_folder,
@@ -29,24 +30,31 @@ from limbeck.models.fingerprint import (
     identify_mixer_code,
     select_computing_settings,
 )
-from limbeck.models.layers import format_ranges, select_converted_layers
+from limbeck.models.layers import format_ranges
+from limbeck.training.automatic_heads import find_chosen_heads
 from limbeck.training.run_directory import describe_differences, raise_if_changed
 
 
 def build_run_identity(
-    recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: int
+    recipe: Recipe,
+    student: Student,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Sequence[int],
 ) -> dict[str, Any]:
     """Build the fingerprints of teacher, tokenizer and student, for the manifest.
 
     Args:
-        layers: number of attention layers of the teacher.
+        student: the recipe's, its groups of heads chosen.
+        groups: groups of heads in each attention layer of the teacher.
     """
     folder = find_model_folder(recipe.teacher)
     return {
         "teacher": {
             "name": recipe.teacher,
             "architecture": type(teacher).__name__,
-            "layers": layers,
+            "layers": len(groups),
+            "head_groups": list(groups),
             "commit": folder.name if folder and folder.parent.name == "snapshots" else None,  # in the Hub cache
             # the layout of quantized weights in memory depends on library and device
             "tensors": fingerprint_tensors(teacher) if recipe.teacher_bits is None else None,
@@ -54,23 +62,37 @@ def build_run_identity(
             "tokenizer": fingerprint_tokenizer(tokenizer),
             "files": fingerprint_model_files(folder) if folder else None,
         },
-        "student": summarize_student_layers(recipe.student, layers, recipe.longest),
+        "student": summarize_student_layers(student, groups, recipe.longest),
     }
 
 
-def summarize_student_layers(student: Student, layers: int, length: int) -> list[dict[str, Any]]:
-    """Group the layers of a recipe's student by mixer and options.
+def assign_student_mixers(student: Student, groups: Sequence[int], length: int) -> dict[int, MixerAssignment]:
+    """Return the mixers of the layers that a recipe's student converts, by layer.
 
     Args:
-        layers: number of attention layers of the teacher.
+        groups: groups of heads in each attention layer of the teacher.
         length: longest sequence length in training, in tokens.
     """
-    rules = [rule.model_dump(exclude_none=True) for rule in student.rules]
-    chosen = select_converted_layers(student.layers, student.softmax_layers, layers)
-    assigned = assign_mixers(chosen, student.mixer, student.options, student.preset, rules, layers, length)
-    groups: dict[str, tuple[Any, list[int]]] = {}
+    return assign_mixers(
+        groups,
+        student.mixer,
+        student.options,
+        student.preset,
+        layers=student.layers,
+        softmax_layers=student.softmax_layers,
+        softmax_heads=student.softmax_heads,
+        softmax_window=student.softmax_window,
+        rules=[rule.model_dump(exclude_none=True) for rule in student.rules],
+        length=length,
+    )
+
+
+def summarize_student_layers(student: Student, groups: Sequence[int], length: int) -> list[dict[str, Any]]:
+    """Group the layers of a recipe's student by mixer and options; arguments as in `assign_student_mixers`."""
+    assigned = assign_student_mixers(student, groups, length)
+    by_mixer: dict[str, tuple[MixerAssignment, list[int]]] = {}
     for layer, one in assigned.items():
-        groups.setdefault(canonical_json([one.mixer, one.options]).decode(), (one, []))[1].append(layer)
+        by_mixer.setdefault(canonical_json([one.mixer, one.options]).decode(), (one, []))[1].append(layer)
     return [
         {
             "layers": format_ranges(numbers),
@@ -78,7 +100,7 @@ def summarize_student_layers(student: Student, layers: int, length: int) -> list
             "code": identify_mixer_code(one.mixer),
             "options": one.options,
         }
-        for one, numbers in groups.values()
+        for one, numbers in by_mixer.values()
     ]
 
 
@@ -162,9 +184,11 @@ def matches_run_identity(path: Path, recipe: Recipe) -> bool:
                     return False
             except LimbeckError:
                 unavailable.append(f"text '{source['source']}'")
+    # runs of earlier versions do not have the groups, and none of those kept softmax by group
+    groups = teacher.get("head_groups") or [0] * teacher.get("layers", 0)
     try:
         if student and student != json.loads(
-            canonical_json(summarize_student_layers(recipe.student, teacher["layers"], recipe.longest))
+            canonical_json(summarize_student_layers(find_chosen_heads(recipe.student, path), groups, recipe.longest))
         ):
             return False
     except LimbeckError as error:

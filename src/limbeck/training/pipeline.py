@@ -18,6 +18,7 @@ from limbeck.core.distributed import get_process_info, main_process_first, proce
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.core.storage import check_disk_space, check_writable, read_json, read_manifest
+from limbeck.training.automatic_heads import store_chosen_heads
 from limbeck.training.export import check_exported_files, export_and_evaluate, provenance
 from limbeck.training.identity import matches_run_identity
 from limbeck.training.plan import Plan, make_plan
@@ -176,6 +177,7 @@ def start_run(job: Job, run: RunDirectory) -> None:
     """Check that the text is the one the run started with, and record the environment in the manifest."""
     _check_text_unchanged(job)
     run.update_manifest(**collect_environment(), **provenance(job))
+    store_chosen_heads(job.recipe, job.student, job.path)
 
 
 def _check_text_unchanged(job: Job) -> None:

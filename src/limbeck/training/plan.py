@@ -24,10 +24,10 @@ from limbeck import mixers
 from limbeck.core import recipe as recipes
 from limbeck.core.recipe import Recipe
 from limbeck.core.system import synchronize_device
-from limbeck.models import Site
-from limbeck.models.layers import parse_layers
+from limbeck.models import Site, find_attention_sites
 from limbeck.models.quantization import count_unquantized_parameters
 from limbeck.training.guard import count_guard_tokens
+from limbeck.training.identity import assign_student_mixers
 from limbeck.training.lora import count_lora_parameters, resolve_lora_targets
 from limbeck.training.optim import count_training_steps
 from limbeck.training.rehearsal import StageTimes
@@ -94,7 +94,7 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
     attention = _count_modules(teacher, [site.module for site in sites])
     blocks = _count_modules(teacher, [site.block for site in sites])
     outputs = _count_modules(teacher, [f"{site.module}.{site.output}" for site in sites])
-    mixer_parameters = _count_mixer_parameters(recipe, sites)
+    mixer_parameters = _count_mixer_parameters(recipe, teacher, sites)
 
     rows: list[StagePlan] = []
     stored = 0  # parameters that the stages store as their results
@@ -165,20 +165,20 @@ def _count_modules(teacher: PreTrainedModel, names: Sequence[str]) -> int:
     return sum(count_unquantized_parameters(teacher.get_submodule(name)) for name in names)
 
 
-def _count_mixer_parameters(recipe: Recipe, sites: list[Site]) -> int:
+def _count_mixer_parameters(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> int:
     """Count the parameters of all mixers of a recipe's student."""
+    groups = [site.shape.kv_heads for site in find_attention_sites(teacher)]
     student = recipe.student
-    by_layer = dict.fromkeys((s.shape.layer for s in sites), (student.mixer, student.options, student.preset))
-    for rule in student.rules:
-        mixer = rule.mixer or student.mixer, rule.options, rule.preset or student.preset
-        by_layer.update(dict.fromkeys(parse_layers(rule.layers, sites[0].shape.layers), mixer))
+    if isinstance(student.softmax_heads, int):  # not chosen yet; without them there are a few parameters more
+        student = student.model_copy(update={"softmax_heads": "none", "softmax_window": 0})
+    assigned = assign_student_mixers(student, groups, recipe.longest)
     sizes: dict[str, int] = {}  # most layers are alike, and building a mixer takes time
     total = 0
     for site in sites:
-        name, options, preset = by_layer[site.shape.layer]
-        key = f"{name} {options} {preset} {replace(site.shape, layer=0)}"
+        chosen = assigned[site.shape.layer]
+        key = f"{chosen} {replace(site.shape, layer=0)}"
         if key not in sizes:
-            sizes[key] = count_unquantized_parameters(mixers.build(name, site.shape, options, preset))
+            sizes[key] = count_unquantized_parameters(mixers.build(chosen.mixer, site.shape, chosen.options))
         total += sizes[key]
     return total
 

@@ -31,12 +31,13 @@ from limbeck.data.packing import SequenceDataset, count_eval_sequences, count_se
 from limbeck.data.special_tokens import find_special_token_ids
 from limbeck.data.synthetic import REPEATS_SOURCE
 from limbeck.data.token_store import Split
-from limbeck.models import Site, convert, find_attention_sites, loading, select_converted_layers
+from limbeck.models import Site, convert, find_attention_sites, loading
 from limbeck.models.compilation import CompileLog, should_compile
 from limbeck.models.hooks import DistillationPair, check_finite_loss
 from limbeck.models.packed import force_attention_masks
+from limbeck.training.automatic_heads import choose_softmax_heads
 from limbeck.training.guard import count_guard_tokens
-from limbeck.training.identity import build_run_identity, check_run_identity
+from limbeck.training.identity import assign_student_mixers, build_run_identity, check_run_identity
 from limbeck.training.lora import check_peft, resolve_lora_targets
 from limbeck.training.precision import check_precision, resolve_autocast
 from limbeck.training.run_directory import check_run
@@ -54,6 +55,7 @@ class Job:
     """Everything that a run works with, checked."""
 
     recipe: Recipe
+    student: recipes.Student  # the recipe's, its groups of heads chosen
     device: torch.device
     autocast: Callable[[], Any]
     teacher: PreTrainedModel
@@ -117,16 +119,18 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     _check_same_split(recipe)
     teacher, tokenizer = loaded or load_recipe_teacher(recipe, device)
     _check_sequence_lengths(recipe, teacher)
+    student = choose_softmax_heads(
+        recipe, teacher, path, lambda: _open_texts(recipe, teacher, tokenizer)[dataset_key(recipe.data)]
+    )
+    sites = find_attention_sites(teacher)
+    groups = [site.shape.kv_heads for site in sites]
     identity: dict[str, Any] = {}
     if get_process_info().is_main and notes is None:  # a placeholder has no identity
-        identity = build_run_identity(recipe, teacher, tokenizer, len(find_attention_sites(teacher)))
+        identity = build_run_identity(recipe, student, teacher, tokenizer, groups)
         check_run_identity(path, identity)
     if recipe.attention == "mask":
         force_attention_masks(teacher)
-    sites = find_attention_sites(teacher)
-    converted = [
-        sites[i] for i in select_converted_layers(recipe.student.layers, recipe.student.softmax_layers, len(sites))
-    ]
+    converted = [sites[i] for i in assign_student_mixers(student, groups, recipe.longest)]
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.context_weight and recipe.teacher_bits is not None:
             raise LimbeckError(
@@ -141,7 +145,7 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     if notes is not None:
         _note_missing_texts(recipe, teacher, tokenizer, notes)
     autocast = resolve_autocast(recipe.precision, device)
-    job = Job(recipe, device, autocast, teacher, tokenizer, texts, len(sites), converted, path, identity)
+    job = Job(recipe, student, device, autocast, teacher, tokenizer, texts, len(sites), converted, path, identity)
     if notes is not None:  # what follows reads the text, which a plan must not create
         return job
     for stage in recipe.stages:
@@ -171,7 +175,7 @@ def _check_sequence_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
 
 def build_student(job: Job) -> PreTrainedModel:
     """Convert the teacher of a job into its student, which shares all unchanged weights with it."""
-    student = job.recipe.student
+    student = job.student
     teacher = job.teacher
     if job.recipe.teacher_bits is not None:
         # The student is the same as without quantization: it starts from the float weights of the checkpoint.
@@ -180,9 +184,12 @@ def build_student(job: Job) -> PreTrainedModel:
     converted = convert(
         teacher,
         student.mixer,
-        [site.shape.layer for site in job.sites],
+        student.layers,
         student.options,
         preset=student.preset,
+        softmax_layers=student.softmax_layers,
+        softmax_heads=student.softmax_heads,
+        softmax_window=student.softmax_window,
         rules=[rule.model_dump(exclude_none=True) for rule in student.rules],
         copy_projections=student.copy_projections,
         share_weights=True,

@@ -1,0 +1,178 @@
+"""Softmax for some groups of heads of a layer, another mixer for the others.
+
+    mixer = build("head_split", shape, {"softmax_groups": [2], "mixer": "gated_deltanet"})
+    y, state = mixer(q, k, v, x)                # heads 2·H/G to 3·H/G − 1 are softmax's, all others Gated DeltaNet's
+
+A group is a key/value head with the query heads that use it: heads g·H/G to (g + 1)·H/G − 1 of group g. What looks far
+back sits in few of them: DuoAttention (arXiv 2410.10819, section 2) keeps the whole cache for the retrieval heads alone
+and gives the streaming heads a window with sinks. Here these get any mixer, over a shape of so many heads fewer.
+
+The cache of the softmax groups grows. With `softmax_window` it does not: they see that many last tokens and the first
+`softmax_sinks`.
+
+Start: that of the two mixers.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.core.errors import LimbeckError
+from limbeck.mixers import registry
+from limbeck.mixers.base import Mixer
+from limbeck.mixers.options import Options
+from limbeck.mixers.registry import register
+from limbeck.mixers.sliding_window import SlidingWindow
+from limbeck.mixers.softmax import Softmax
+from limbeck.mixers.types import HeadShape, State, Tokens
+
+PARTS = ("softmax", "others")
+
+
+@dataclass(frozen=True)
+class HeadSplitOptions(Options):
+    mixer: str = "sliding_window"  # of the other groups, by name
+    mixer_options: dict = field(default_factory=dict)  # options of that mixer
+    softmax_groups: list = field(default_factory=lambda: [0])  # of this layer, counted from 0
+    softmax_window: int = 0  # tokens that those groups see, 0 for all
+    softmax_sinks: int = 4  # first tokens that they see besides a window
+
+
+@register
+class HeadSplit(Mixer):
+    """See the module's docstring. Common options other than `rope` are those of the other mixer."""
+
+    name = "head_split"
+    summary = "softmax for some groups of heads, another mixer for the others"
+    source = "arXiv 2410.10819, sec. 2"
+    options_class = HeadSplitOptions
+    options: HeadSplitOptions
+    grows = True
+    controlled = {"rope": True}
+
+    def __init__(self, teacher_shape: HeadShape, options: HeadSplitOptions):
+        common = {f.name: getattr(options, f.name) for f in fields(Options)}
+        self.switches = {name: value for name, value in common.items() if value != getattr(Options(), name)}
+        super().__init__(teacher_shape, replace(options, **{**vars(Options()), "rope": options.rope}))
+
+    @classmethod
+    def for_length(cls, options: HeadSplitOptions, length: int) -> HeadSplitOptions:
+        resolved = registry.resolve_options(options.mixer, options.mixer_options)
+        before, after = vars(resolved), vars(registry.get(options.mixer).for_length(resolved, length))
+        changed = {name: value for name, value in after.items() if value != before[name]}
+        return replace(options, mixer_options={**options.mixer_options, **changed}) if changed else options
+
+    @classmethod
+    def state_grows(cls, options: HeadSplitOptions) -> bool:
+        others = registry.resolve_options(options.mixer, options.mixer_options)
+        growing_softmax = bool(options.softmax_groups) and not options.softmax_window
+        return growing_softmax or registry.get(options.mixer).state_grows(others)
+
+    @classmethod
+    def list_inner_mixers(cls, options: HeadSplitOptions) -> list[str]:
+        return [options.mixer]
+
+    def build(self) -> None:
+        o, groups = self.options, self.teacher_shape.kv_heads
+        chosen = check_softmax_groups(o.softmax_groups, groups)
+        if registry.get(o.mixer) is HeadSplit:
+            raise LimbeckError("'head_split' cannot be the mixer of the other groups", expected="another mixer")
+        # Which part each group belongs to, in runs of neighbors: groups are taken and put back by slices.
+        parts = [PARTS[group not in chosen] for group in range(groups)]
+        self.runs = [(part, [group for group, _ in run]) for part, run in groupby(enumerate(parts), lambda g: g[1])]
+        self.sizes = {part: parts.count(part) for part in PARTS if part in parts}
+        if "softmax" in self.sizes:
+            window = {"window": o.softmax_window, "sinks": o.softmax_sinks}
+            name, options = (SlidingWindow.name, window) if o.softmax_window else (Softmax.name, {})
+            self.softmax = registry.build(name, self._shape("softmax"), {**options, "rope": o.rope})
+        if "others" in self.sizes:
+            self.others = registry.build(o.mixer, self._shape("others"), self._others_options())
+        self.grows = any(getattr(self, part).grows for part in self.sizes)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        outputs, new = {}, {}
+        for part in self.sizes:
+            own = {key.removeprefix(f"{part}."): z for key, z in (state or {}).items() if key.startswith(f"{part}.")}
+            given = (*self._take(part, q, k, v), x)
+            outputs[part], after = getattr(self, part)(*given, tokens=tokens, state=own or None)
+            new.update({f"{part}.{key}": z for key, z in after.items()})
+        return self._join(outputs, 2), new
+
+    def forward_matrix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        both = {
+            part: getattr(self, part).forward_matrix(*self._take(part, q, k, v), x, tokens=tokens)
+            for part in self.sizes
+        }
+        outputs, matrices = ({part: pair[n] for part, pair in both.items()} for n in (0, 1))
+        return self._join(outputs, 2), self._join(matrices, 1)
+
+    def forward_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: Tokens | None = None
+    ) -> Tensor:
+        parts = {
+            part: getattr(self, part).forward_rows(*self._take(part, q, k, v), x, rows, tokens=tokens)
+            for part in self.sizes
+        }
+        return self._join(parts, 1)
+
+    def memory_numel(self) -> int:
+        """Count the numbers of the state; where it grows, those that each token adds."""
+        return sum(m.state_numel() for m in (getattr(self, part) for part in self.sizes) if m.grows == self.grows)
+
+    @property
+    def operator_name(self) -> str:
+        return ", ".join(dict.fromkeys(getattr(self, part).operator_name for part in self.sizes))
+
+    def _shape(self, part: str) -> HeadShape:
+        """Return the shape of a part: so many groups with their query heads."""
+        shape, groups = self.teacher_shape, self.sizes[part]
+        return replace(shape, heads=groups * shape.heads // shape.kv_heads, kv_heads=groups)
+
+    def _others_options(self) -> dict[str, Any]:
+        """Return the options of the other mixer; merged heads are counted over the whole layer, so it gets a share."""
+        options = {**self.switches, **self.options.mixer_options}
+        if options.get("heads"):
+            options["heads"] = max(options["heads"] * self.sizes["others"] // self.teacher_shape.kv_heads, 1)
+        if options.setdefault("rope", self.options.rope) != self.options.rope:
+            rope = str(options["rope"]).lower()
+            raise LimbeckError(
+                f"option 'rope' of mixer '{self.options.mixer}' is {rope}, and a layer's q and k come with or without",
+                expected=f"the same for the groups that keep softmax, rope: {str(self.options.rope).lower()}",
+            )
+        return options
+
+    def _take(self, part: str, *tensors: Tensor) -> list[Tensor]:
+        """Take a part's heads of tensors [B, T, heads or groups, width]."""
+        taken = []
+        for z in tensors:
+            n = z.shape[2] // self.teacher_shape.kv_heads
+            pieces = [z[:, :, n * run[0] : n * (run[-1] + 1)] for name, run in self.runs if name == part]
+            taken.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2))
+        return taken
+
+    def _join(self, parts: dict[str, Tensor], dim: int) -> Tensor:
+        """Put the heads of both parts back in their order, along dimension `dim`."""
+        n = self.teacher_shape.heads // self.teacher_shape.kv_heads
+        left = {
+            part: z.split([n * len(run) for name, run in self.runs if name == part], dim) for part, z in parts.items()
+        }
+        pieces = {part: iter(z) for part, z in left.items()}
+        return torch.cat([next(pieces[part]) for part, _ in self.runs], dim)
+
+
+def check_softmax_groups(groups: list[Any], count: int) -> list[int]:
+    """Return the groups; raise LimbeckError unless they are different numbers of a layer's `count` groups."""
+    wrong = [g for g in groups if not isinstance(g, int) or isinstance(g, bool) or not 0 <= g < count]
+    if wrong or len(set(groups)) < len(groups):
+        raise LimbeckError(
+            f"option 'softmax_groups' of mixer 'head_split' is {groups}, and the layer has {count} groups of heads",
+            expected=f"different numbers from 0 to {count - 1}",
+        )
+    return groups

@@ -149,7 +149,7 @@ class HeadSplit(Mixer):
         rope = registry.resolve_options(self.options.mixer, options).rope
         if rope != self.options.rope:
             raise LimbeckError(
-                f"option 'rope' of '{self.options.mixer}' is {str(rope).lower()}, and q and k come to a layer in one form",
+                f"option 'rope' of '{self.options.mixer}' is {str(rope).lower()}: q and k come to a layer in one form",
                 expected=f"that of the groups with softmax: mixer_options.rope={str(self.options.rope).lower()}",
             )
         return options

@@ -107,8 +107,8 @@ def test_whether_the_state_grows_is_the_options_matter():
         ({"softmax_groups": 1}, "softmax_groups"),
         ({"mixer": "head_split"}, "cannot be the mixer of the other groups"),
         ({"mixer": "nothing"}, "unknown mixer"),
-        ({"mixer": "deltanet"}, "come with or without"),
-        ({"softmax_window": -1}, "window is -1"),
+        ({"mixer": "deltanet"}, "q and k come to a layer in one form"),
+        ({"softmax_window": -1}, "are -1 and 4"),
     ],
 )
 def test_impossible_options(options, message):
@@ -183,10 +183,15 @@ def test_a_window_in_those_groups_keeps_the_cache_as_it_is():
 def test_layers_with_all_groups_and_rules():
     teacher = make_tiny_model("llama", num_hidden_layers=4)
     heads, rules = "0.1,1.0,1.1,3.0", [{"layers": "3", "mixer": "gla", "options": {"rank": 4}}]
-    student = limbeck.convert(teacher, "kda", softmax_heads=heads, rules=rules, options={"rope": True})
+    student = limbeck.convert(teacher, "kda", softmax_heads=heads, rules=rules)
     plan = student.config.limbeck
     assert [(e["layer"], e["mixer"]) for e in plan["layers"]] == [(0, "head_split"), (2, "kda"), (3, "head_split")]
     assert plan["layers"][2]["options"]["mixer_options"]["rank"] == 4
+    # KDA has no RoPE by default, and in a layer with softmax it does
+    assert [plan["layers"][0]["options"]["mixer_options"]["rope"], plan["layers"][1]["options"]["rope"]] == [
+        True,
+        False,
+    ]
     assert group_layers_by_mixer(plan, 4) == {"kda": [0, 2], "gla": [3], "softmax": [1]}
     assert describe_softmax_heads(plan) == "softmax in 4 of 8 head groups: 0.1, 3.0 and all of layer 1"
     card = generate_model_card("me/it", plan, TeacherInfo("a teacher", None, {}, [], ""))
@@ -237,7 +242,7 @@ class Mine(Mixer):
         ({"softmax_heads": "1.0", "layers": "0"}, "layer 1 keeps softmax as a whole"),
         ({"softmax_window": 8}, "names no group"),
         ({"softmax_heads": "1.0", "softmax_window": -8}, "softmax_window is -8"),
-        ({"softmax_heads": "1.0", "mixer": "deltanet"}, "without the rotary embedding"),
+        ({"softmax_heads": "1.0", "options": {"rope": False}}, "without the rotary embedding"),
         ({"softmax_heads": "1.0", "mixer": "head_split"}, "is named in softmax_heads too"),
     ],
 )

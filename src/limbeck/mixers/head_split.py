@@ -78,6 +78,12 @@ class HeadSplit(Mixer):
     def build(self) -> None:
         o, groups = self.options, self.teacher_shape.kv_heads
         chosen = check_softmax_groups(o.softmax_groups, groups)
+        if o.softmax_window < 0 or o.softmax_sinks < 0:
+            raise LimbeckError(
+                f"options 'softmax_window' and 'softmax_sinks' of mixer 'head_split' are {o.softmax_window} and "
+                f"{o.softmax_sinks}",
+                expected="0 or more",
+            )
         if registry.get(o.mixer) is HeadSplit:
             raise LimbeckError("'head_split' cannot be the mixer of the other groups", expected="another mixer")
         # Which part each group belongs to, in runs of neighbors: groups are taken and put back by slices.
@@ -140,11 +146,11 @@ class HeadSplit(Mixer):
         options = {**self.switches, **self.options.mixer_options}
         if options.get("heads"):
             options["heads"] = max(options["heads"] * self.sizes["others"] // self.teacher_shape.kv_heads, 1)
-        if options.setdefault("rope", self.options.rope) != self.options.rope:
-            rope = str(options["rope"]).lower()
+        rope = registry.resolve_options(self.options.mixer, options).rope
+        if rope != self.options.rope:
             raise LimbeckError(
-                f"option 'rope' of mixer '{self.options.mixer}' is {rope}, and a layer's q and k come with or without",
-                expected=f"the same for the groups that keep softmax, rope: {str(self.options.rope).lower()}",
+                f"option 'rope' of '{self.options.mixer}' is {str(rope).lower()}: q and k come to a layer in one form",
+                expected=f"that of the groups with softmax: mixer_options.rope={str(self.options.rope).lower()}",
             )
         return options
 

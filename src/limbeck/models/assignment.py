@@ -25,11 +25,12 @@ class MixerAssignment:
 
     mixer: str
     options: dict[str, Any]
+    given: tuple[str, ...] = ()  # names of the options that were asked for
 
     @classmethod
     def create(cls, mixer: str, options: dict[str, Any] | None, preset: str, length: int) -> "MixerAssignment":
         resolved = mixers.get(mixer).for_length(mixers.resolve_options(mixer, options, preset), length)
-        return cls(mixers.get(mixer).name, asdict(resolved))
+        return cls(mixers.get(mixer).name, asdict(resolved), tuple(options or ()))
 
     def keep_softmax(self, kept: list[int], groups: int, window: int, layer: int) -> "MixerAssignment":
         """Return this mixer for all but the `kept` groups of a layer that has so many; arguments as in `convert`."""
@@ -42,16 +43,15 @@ class MixerAssignment:
         if len(kept) == groups:
             options = {"window": window, "sinks": HeadSplitOptions().softmax_sinks}
             return MixerAssignment.create(SlidingWindow.name, options, "default", 0)
-        if not self.options["rope"]:
+        if "rope" in self.given and not self.options["rope"]:
             raise LimbeckError(
-                f"mixer '{self.mixer}' in layer {layer} takes q and k without the rotary embedding, which the groups "
-                "that keep softmax need",
-                expected="its option rope=true",
-                hint="--set student.options.rope=true",
+                f"mixer '{self.mixer}' in layer {layer} is to have q and k without the rotary embedding, which the "
+                "groups that keep softmax need",
+                expected="rope=true, or no option rope",
             )
-        split = HeadSplitOptions(
-            mixer=self.mixer, mixer_options=self.options, softmax_groups=kept, softmax_window=window
-        )
+        # q and k come to a layer in one form; a preset without RoPE gives way
+        options = {**self.options, "rope": True}
+        split = HeadSplitOptions(mixer=self.mixer, mixer_options=options, softmax_groups=kept, softmax_window=window)
         return MixerAssignment(HeadSplit.name, asdict(split))
 
     def list_mixers(self) -> list[str]:

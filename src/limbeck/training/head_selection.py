@@ -72,9 +72,10 @@ class GatedTeacher:
     def __init__(self, teacher: PreTrainedModel, sites: Sequence[Site], window: int = 64, sinks: int = 4):
         self.model = convert(teacher, "softmax", [site.shape.layer for site in sites], share_weights=True)
         self.model.requires_grad_(False).eval()
-        self.layers = {site.shape.layer: GatedAttention(site.shape, window, sinks).to(teacher.device) for site in sites}
+        self.layers = {site.shape.layer: GatedAttention(site.shape, window, sinks) for site in sites}
         for site in sites:
-            self.model.get_submodule(site.module).mixer = self.layers[site.shape.layer]
+            gated = self.layers[site.shape.layer].to(teacher.device, teacher.dtype)
+            self.model.get_submodule(site.module).mixer = gated
         self.groups: list[Group] = [(site.shape.layer, g) for site in sites for g in range(site.shape.kv_heads)]
         self.head = LMHead(self.model)
 

@@ -25,9 +25,6 @@ from limbeck.core.repeated_text import has_repeated_text, name_repeated_text
 from limbeck.core.storage import cache_root
 
 BUILT_IN = Path(__file__).parent / "recipes"
-REPEATED_TEXT_PREFIX = (
-    "repeated-text:"  # of a source: pieces of the text behind it, each twice (limbeck.data.synthetic)
-)
 
 
 class _Part(BaseModel):

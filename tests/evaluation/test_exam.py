@@ -1,4 +1,4 @@
-"""The exam is the loss of one plain pass over each document; baselines have the student's memory and the teacher's weights."""
+"""The exam is the loss of a plain pass over each document; baselines have the student's memory."""
 
 import json
 import math
@@ -91,7 +91,8 @@ def test_shorter_documents_count_as_far_as_they_go():
     assert [len(losses) for losses in result.documents] == [599, 89]
     assert {distance: len(losses) for distance, losses in result.repeats.items()} == {50: 2, 100: 1}
     values, errors = result.summarize()
-    assert "repeat_loss@50" in errors and "repeat_loss@100" not in errors
+    assert "repeat_loss@50" in errors
+    assert "repeat_loss@100" not in errors
     every = torch.cat(result.documents)
     assert values["perplexity"] == pytest.approx(math.exp(float(every.mean())))
     by_position, position_errors = result.average_by_position()
@@ -133,7 +134,7 @@ def test_documents_are_the_longest_and_shortfalls_are_said(documents, tokenizer,
         exam.load_exam_documents(str(documents), tokenizer, 4, 128)
     assert "4 or more" in str(too_few.value)
     documents.write_text('{"text": "short"}\n', encoding="utf-8")
-    with pytest.raises(LimbeckError, match="longest documents .* have"):
+    with pytest.raises(LimbeckError, match=r"longest documents .* have"):
         exam.load_exam_documents(str(documents), tokenizer, 1, 128)
 
 
@@ -171,7 +172,8 @@ def test_a_window_shares_the_teachers_weights_and_is_the_mixer(tmp_path):
 def test_a_window_is_at_least_a_token_and_at_most_the_text():
     teacher = make_tiny_model("llama").double()
     smallest = baselines.build_window_baseline(teacher, 10, 64)
-    assert smallest.window == 1 and smallest.state_bytes > 10
+    assert smallest.window == 1
+    assert smallest.state_bytes > 10
     whole = baselines.build_window_baseline(teacher, 1e9, 64)
     assert whole.window == 64
     ids = ids_of(64)[None]
@@ -250,7 +252,8 @@ def test_baselines_stand_beside_students_and_are_measured_once(folders, document
         found += baselines.measure_baselines(measure, subject, settings_of(documents), known=found, control=True)
     first, window, control, second, same_window, same_control = found
     assert (window, control) == (same_window, same_control)
-    assert window.model.startswith("untrained window") and window.data["baseline"]["kind"] == "window"
+    assert window.model.startswith("untrained window")
+    assert window.data["baseline"]["kind"] == "window"
     assert window.values["state_bytes"] == window.data["baseline"]["state_bytes"] <= first.values["state_bytes"]
     teacher = measures.run_measure(measure, loader.load(str(folders["teacher"])), settings_of(documents))
     assert "teacher itself" in control.model
@@ -270,7 +273,8 @@ def test_baselines_stand_beside_students_and_are_measured_once(folders, document
     stored = comparison.load_measurements([tmp_path / "out"])
     assert sorted(baselines.describe_windows(stored)) == sorted(sentences)
     text = comparison.format_comparison(stored)
-    assert all(line in text for line in sentences) and window.model in text
+    assert all(line in text for line in sentences)
+    assert window.model in text
     files = comparison.write_comparison(found, tmp_path / "written")
     assert {"exam.svg", "exam.png"} <= {path.name for path in files}
 

@@ -189,7 +189,7 @@ def find_window(student: Measurement, measurements: list[Measurement]) -> Measur
 
 
 def describe_windows(measurements: list[Measurement]) -> list[str]:
-    """Say of each student whether it beats its untrained window: on the exam, or on the agreement's text without one."""
+    """Say of each student whether it beats its untrained window: on the exam, else on the text of the agreement."""
     sentences: dict[str, str] = {}
     for measure, text in (("exam", ""), ("agreement", " on its text")):
         for student in measurements:

@@ -130,7 +130,7 @@ def compute_document_losses(
 
 
 def _read(model: PreTrainedModel, ids: Tensor, targets: Tensor, cache: Cache) -> Tensor:
-    """Read tokens [T] into the cache, and compute the losses of the targets [T], the next tokens, or [T - 1] of them."""
+    """Read tokens [T] into the cache, and compute the losses of the targets, the next tokens: [T], or [T - 1]."""
     head, losses = LMHead(model), []
     for begin, end in iter_chunks(len(ids), CHUNK_SIZE):
         hidden = run_chunk(model, ids[begin:end], cache)[: max(0, len(targets) - begin)]
@@ -203,12 +203,21 @@ def _average(documents: list[Tensor]) -> tuple[float, float | None]:
 
 
 def run_exam(
-    model: PreTrainedModel, documents: ExamDocuments, length: int, repeat_tokens: int, gaps: Sequence[int]
+    model: PreTrainedModel,
+    documents: ExamDocuments,
+    length: int,
+    repeat_tokens: int = REPEAT_TOKENS,
+    gaps: Sequence[int] = GAPS,
+    label: str = "exam",
 ) -> ExamResult:
-    """Compute a model's losses on the documents, and on the repeats that fit into them and into `length` tokens."""
+    """Compute a model's losses on the documents, and on the repeats that fit into them and into `length` tokens.
+
+    Args:
+        label: of the progress line.
+    """
     losses: list[Tensor] = []
     repeats: dict[int, list[Tensor]] = {}
-    with progress("exam", len(documents.tokens), "documents") as advance:
+    with progress(label, len(documents.tokens), "documents") as advance:
         for ids in documents.tokens:
             fitting = list_fitting_gaps(len(ids) - documents.prefix, length - documents.prefix, repeat_tokens, gaps)
             of_document, again = compute_document_losses(model, ids, repeat_tokens, fitting, documents.prefix)

@@ -30,6 +30,7 @@ from limbeck.models.quantization import count_unquantized_parameters
 from limbeck.training.lora import count_lora_parameters, resolve_lora_targets
 from limbeck.training.optim import count_training_steps
 from limbeck.training.rehearsal import StageTimes
+from limbeck.training.run_exam import count_evaluation_tokens
 
 EFFICIENCY = 0.7  # speed of the stages / speed of the matrix product, measured on the quickstart (benchmarks/README.md)
 PROCESS_BYTES = 800_000_000  # Python, libraries and activations
@@ -139,7 +140,8 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
         seconds = tokens * flops_per_token / (speed * EFFICIENCY)
         rows.append(StagePlan(settings.stage, tokens, steps, trained, seconds))
 
-    eval_seconds = recipe.evaluation.tokens * 4 * (body + head) / (speed * EFFICIENCY)
+    eval_tokens = count_evaluation_tokens(recipe.evaluation, teacher)
+    eval_seconds = eval_tokens * 4 * (body + head) / (speed * EFFICIENCY)
     teacher_bytes = sum(p.numel() * p.element_size() for p in teacher.parameters())
     student_bytes = 4 * (total if shares_nothing else min(unshared, total))
     return Plan(
@@ -149,7 +151,7 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
         memory_bytes=teacher_bytes + student_bytes + 12 * largest + PROCESS_BYTES,
         flops_per_second=speed,
         unshared_bytes=4 * max(total - attention, 0) if shares_nothing else 0,
-        eval_tokens=recipe.evaluation.tokens,
+        eval_tokens=eval_tokens,
     )
 
 

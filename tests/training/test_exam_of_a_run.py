@@ -1,4 +1,4 @@
-"""The end of a run: exam and untrained window in eval.json, in the summary and in the card, from the cache the second time."""
+"""The end of a run: exam and untrained window in eval.json and in the summary, from the cache the second time."""
 
 import json
 from pathlib import Path

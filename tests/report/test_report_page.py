@@ -22,7 +22,7 @@ from limbeck.report.figures.over_length import build_length_panels
 from limbeck.report.figures.panels import build_loss_panels, order_for_colors
 from limbeck.report.figures.style import use_style
 from limbeck.report.page import write_report
-from limbeck.report.tables import build_headline_tables, build_measure_tables, group_seeds
+from limbeck.report.tables import build_headline_tables, build_measure_tables, describe_windows, group_seeds
 from limbeck.study import Study, run_study
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -141,14 +141,22 @@ def test_tables_have_a_column_for_each_place_and_the_teacher_above(full):
     lines = group_seeds(load_collection([full]))
     perplexity = build_headline_tables(lines)[0]
     assert [column.text for column in perplexity.columns] == ["student", "stages 3", "stages 2+3"]
-    assert [row.cells[0].text for row in perplexity.rows] == [TEACHER, "gla", "deltanet"]
-    assert perplexity.rows[0].pinned
+    window = "untrained window, 8 tokens"  # of both students, whose states are of one size
+    assert [row.cells[0].text for row in perplexity.rows] == [TEACHER, window, "gla", "deltanet"]
+    assert [row.pinned for row in perplexity.rows] == [True, True, False, False]
     for index in (1, 2):
-        students = perplexity.rows[1:]
+        students = perplexity.rows[2:]
         (best,) = (row for row in students if row.cells[index].best)
         assert best.cells[index].sort_key == min(row.cells[index].sort_key for row in students)
     numbers = next(table for table in build_measure_tables(lines) if table.title.startswith("measure agreement"))
-    assert [row.cells[2].text for row in numbers.rows] == ["1", "1", "2", "2", "2"]  # one seed failed
+    assert [row.cells[2].text for row in numbers.rows] == ["1", "1", "2", "2", "2", ""]  # one seed failed; the window
+    assert not any("window" in column.text for column in numbers.columns)
+    cells = {row.cells[0].text: row.cells for row in perplexity.rows}
+    said = " ".join(describe_windows(lines)).split("No better")  # the better ones come first
+    for student in ("gla", "deltanet"):
+        for index, stages in ((1, "3"), (2, "2+3")):
+            is_better = cells[student][index].sort_key < cells[window][index].sort_key
+            assert f"{student}, stages {stages}" in said[0 if is_better else -1]
 
 
 def test_panels_of_one_stage_have_one_scale_and_say_what_they_show(full):

@@ -60,7 +60,8 @@ def test_a_rehearsal_counts_steps_and_moves_nothing(recipe, monkeypatch):
     # 8 sequences, 7 solutions, 6 ridges tried on 2 sequences; 4 steps of 4 micro-batches; 8 of 2; 8 of 1, 8 asked for
     wanted = [8 + 7 + 12, 4 * 5, 8 * 3, 8 * 2 + 8]
     assert [row.seconds for row in plan.stages] == pytest.approx(wanted)
-    assert plan.seconds == pytest.approx(sum(wanted) + 128 / 32)
+    # the window beside the student adds half of what teacher and student take
+    assert plan.seconds == pytest.approx(sum(wanted) + 1.5 * 128 / 32)
 
 
 def test_not_even_a_nan_reaches_the_weights(recipe, monkeypatch):

@@ -50,6 +50,14 @@ def eval(
     ] = None,
     set: Annotated[list[str] | None, typer.Option(help="A setting of a measure, e.g. agreement.tokens=4096.")] = None,
     out: ComparisonFolder = None,
+    control: Annotated[
+        bool,
+        typer.Option("--control", help="Measure the control arm too: the teacher through the mixer softmax."),
+    ] = False,
+    no_window: Annotated[
+        bool,
+        typer.Option("--no-window", help="Leave out the untrained sliding windows of the students' memory."),
+    ] = False,
     seed: Seed = 0,
     again: IgnoreCache = False,
     stored: Annotated[
@@ -98,13 +106,19 @@ def eval(
     if out is not None:
         check_writable(out)
     # late, after the options are checked: it loads the evaluations of every measure
+    from limbeck.evaluation import baselines
     from limbeck.evaluation.subject import SubjectLoader
 
     subjects = SubjectLoader(teacher, data, seed, out)
-    measurements = []
+    measurements: list[measures.Measurement] = []
     for name in models:
         subject = subjects.load(name)
         measurements += [measures.run_measure(one, subject, settings[one.name], again) for one in chosen]
+        for one in chosen:
+            beside = baselines.measure_baselines(
+                one, subject, settings[one.name], again, measurements, window=not no_window, control=control
+            )
+            measurements += [other for other in beside if other not in measurements]
     _show(measurements, out)
     folders = dict.fromkeys(subjects.output_dirs[name] for name in models)
     saved = [str(folder) for folder in folders if not find_write_error(folder)]

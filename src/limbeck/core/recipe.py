@@ -295,6 +295,15 @@ class Evaluation(_Part):
     tokens: Annotated[int, Field(gt=0)] = 8192
     prompt: str | None = "The history of science is"
     new_tokens: Annotated[int, Field(ge=0)] = 48
+    # the exam (docs/evaluation.md): the longest documents of a text, one a sequence; 0: none
+    exam_documents: Annotated[int, Field(ge=0)] = 4
+    # tokens of each; None: 2,048 or the teacher's context, and no exam for a teacher with less than 512
+    exam_tokens: Annotated[int, Field(ge=16)] | None = None
+    exam_text: str = "embedded:held-out-wikipedia"
+
+    def matches(self, recorded: Mapping[str, Any]) -> bool:
+        """Whether an evaluation on record had these settings; those that an earlier version lacks are not compared."""
+        return all(recorded.get(key, value) == value for key, value in self.model_dump(mode="json").items())
 
 
 def is_stored(path: Path) -> bool:

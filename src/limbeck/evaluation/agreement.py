@@ -30,10 +30,10 @@ from limbeck.data.packing import IGNORE_INDEX, SequenceDataset, count_eval_seque
 from limbeck.evaluation.free_running import compare_free_running, extract_prefixes
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
 from limbeck.evaluation.subject import Subject
+from limbeck.evaluation.timing import CacheGrowth
 from limbeck.models.backbone import LMHead, run_backbone
 
 
-@torch.no_grad()
 def evaluate_agreement(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
@@ -53,7 +53,6 @@ def evaluate_agreement(
     return compare_models(teacher, student, data, tokens, autocast, batch_size).summary()
 
 
-@torch.no_grad()
 def compare_models(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
@@ -63,26 +62,42 @@ def compare_models(
     batch_size: int = 4,
 ) -> "TokenComparison":
     """Compare student and teacher as in `evaluate_agreement`, but keep the numbers of each target."""
+    return compare_students(teacher, [student], data, tokens, autocast, batch_size)[0]
+
+
+@torch.no_grad()
+def compare_students(
+    teacher: PreTrainedModel,
+    students: Sequence[PreTrainedModel],
+    data: SequenceDataset,
+    tokens: int,
+    autocast: Callable = contextlib.nullcontext,
+    batch_size: int = 4,
+) -> list["TokenComparison"]:
+    """Compare each of several students with the teacher, whose backbone runs once for all: see `compare_models`."""
     n_sequences = count_eval_sequences(data, max(1, round(tokens / data.length)))
-    head_s, head_t = LMHead(student), LMHead(teacher)
-    columns: dict[str, list[Tensor]] = {}
+    head_t, heads = LMHead(teacher), [LMHead(student) for student in students]
+    columns: list[dict[str, list[Tensor]]] = [{} for _ in students]
     with progress("evaluate", n_sequences, "sequences") as advance:
         for first in range(0, n_sequences, batch_size):
-            batch = data.batch(first, min(batch_size, n_sequences - first)).to(student.device)
-            with autocast():
-                hidden_t, hidden_s = run_backbone(teacher, batch), run_backbone(student, batch)
-                values = compare_tokens(head_s, hidden_s, head_t, hidden_t, batch.targets)
+            batch = data.batch(first, min(batch_size, n_sequences - first)).to(teacher.device)
             valid = batch.targets != IGNORE_INDEX
             sequence = torch.arange(first, first + len(valid), device=valid.device)[:, None].expand_as(valid)
-            values["position"] = batch.position_ids[valid]
-            values["target"] = batch.targets[valid]
-            values["sequence"] = sequence[valid]
-            for name, value in values.items():
-                columns.setdefault(name, []).append(value.cpu())
+            places = {"position": batch.position_ids, "target": batch.targets, "sequence": sequence}
+            with autocast():
+                hidden_t = run_backbone(teacher, batch)
+                for student, head_s, column in zip(students, heads, columns):
+                    hidden_s = run_backbone(student, batch)
+                    values = compare_tokens(head_s, hidden_s, head_t, hidden_t, batch.targets)
+                    for name, value in (*values.items(), *((name, place[valid]) for name, place in places.items())):
+                        column.setdefault(name, []).append(value.cpu())
             advance(len(batch.input_ids))
-    metrics = {name: torch.cat(values) for name, values in columns.items()}
-    position, target, sequence = (metrics.pop(name) for name in ("position", "target", "sequence"))
-    return TokenComparison(metrics, position, target, sequence, n_sequences, data.length)
+    comparisons = []
+    for column in columns:
+        metrics = {name: torch.cat(values) for name, values in column.items()}
+        position, target, index = (metrics.pop(name) for name in places)
+        comparisons.append(TokenComparison(metrics, position, target, index, n_sequences, data.length))
+    return comparisons
 
 
 @dataclass(frozen=True)
@@ -229,7 +244,7 @@ class AgreementSettings(MeasureSettings):
 
 def measure_agreement(subject: Subject, settings: AgreementSettings) -> MeasureResult:
     """Measure a subject's agreement with its teacher on the subject's held-out text."""
-    length = settings.length or (subject.data.seq_len if subject.data else 512)
+    length = get_agreement_length(subject, settings)
     sequences, data_info = subject.load_held_out(length, settings.tokens)
     # Before the forward passes, so that a text without long documents is reported at once.
     prefixes = None
@@ -268,6 +283,7 @@ def measure_agreement(subject: Subject, settings: AgreementSettings) -> MeasureR
         details |= {name: curve for name, curve in free_running.items() if isinstance(curve, list)}
         data_info["prefixes"] = len(prefixes)
     data_info |= {key: summary[key] for key in ("targets", "sequences", "length")}
+    data_info["state_bytes"] = CacheGrowth.measure(subject.model).at(length)
     return MeasureResult(
         values=values,
         errors={name: error for name, error in errors.items() if error is not None},
@@ -276,9 +292,15 @@ def measure_agreement(subject: Subject, settings: AgreementSettings) -> MeasureR
     )
 
 
+def get_agreement_length(subject: Subject, settings: AgreementSettings) -> int:
+    """Return the tokens in a sequence: those of the settings, else those of the subject's run."""
+    return settings.length or (subject.data.seq_len if subject.data else 512)
+
+
 MEASURE = Measure(
     "agreement",
     "perplexity, divergence and likeliest tokens beside the teacher's, by position and frequency, and free-running",
     AgreementSettings,
     measure_agreement,
+    baseline_length=get_agreement_length,
 )

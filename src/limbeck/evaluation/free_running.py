@@ -76,8 +76,8 @@ def compare_free_running(
         "together": still_equal.double().mean(0).tolist(),
         "text_perplexity": compute_perplexity(teacher, prefixes, student_text),
         "teacher_text_perplexity": compute_perplexity(teacher, prefixes, teacher_text),
-        "distinct_bigrams": _distinct_bigrams(student_text),
-        "teacher_distinct_bigrams": _distinct_bigrams(teacher_text),
+        "distinct_bigrams": compute_distinct_bigrams(student_text),
+        "teacher_distinct_bigrams": compute_distinct_bigrams(teacher_text),
     }
 
 
@@ -105,7 +105,7 @@ def compute_perplexity(model: PreTrainedModel, prefixes: Tensor, text: Tensor) -
     return math.exp(min(total / text.numel(), 700))
 
 
-def _distinct_bigrams(text: Tensor) -> float:
+def compute_distinct_bigrams(text: Tensor) -> float:
     """Average over texts [N, S] the share of different pairs among all adjacent pairs."""
     shares = [len(set(itertools.pairwise(row))) / max(len(row) - 1, 1) for row in text.tolist()]
     return sum(shares) / len(shares)

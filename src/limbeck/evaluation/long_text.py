@@ -48,8 +48,8 @@ def compute_token_losses(model: PreTrainedModel, ids: Tensor, prefill_chunk_size
     """
     head, cache, losses = LMHead(model), DynamicCache(config=model.config), []
     with progress("stream", len(ids) - 1, "tokens") as advance:
-        for begin, end in _iter_chunks(len(ids) - 1, prefill_chunk_size):
-            hidden = _run_chunk(model, ids[begin:end], cache)
+        for begin, end in iter_chunks(len(ids) - 1, prefill_chunk_size):
+            hidden = run_chunk(model, ids[begin:end], cache)
             targets = ids[begin + 1 : end + 1].to(model.device)
             for states, labels in zip(hidden.split(LOGITS_CHUNK_SIZE), targets.split(LOGITS_CHUNK_SIZE)):
                 losses.append(F.cross_entropy(head(states).float(), labels, reduction="none").cpu())
@@ -73,8 +73,8 @@ class PrefilledPrompt:
     def from_tokens(cls, model: PreTrainedModel, ids: Tensor, prefill_chunk_size: int = 1024) -> "PrefilledPrompt":
         """Prefill the prompt `ids` [T] in chunks of `prefill_chunk_size` tokens."""
         cache = DynamicCache(config=model.config)
-        for begin, end in _iter_chunks(len(ids), prefill_chunk_size):
-            hidden = _run_chunk(model, ids[begin:end], cache)
+        for begin, end in iter_chunks(len(ids), prefill_chunk_size):
+            hidden = run_chunk(model, ids[begin:end], cache)
         return cls(model, cache, LMHead(model)(hidden[-1:])[0])
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class PrefilledPrompt:
             tokens.append(int(logits.argmax()))
             if len(tokens) == new_tokens or tokens[-1] in stops or stopping_criteria(tokens):
                 return tokens
-            hidden = _run_chunk(self.model, torch.tensor(tokens[-1:]), cache)
+            hidden = run_chunk(self.model, torch.tensor(tokens[-1:]), cache)
             logits = LMHead(self.model)(hidden[-1:])[0]
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ def check_prompt_fits(name: str, prompt: int, answer: int, length: int) -> None:
         )
 
 
-def _iter_chunks(n: int, chunk_size: int) -> Iterator[tuple[int, int]]:
+def iter_chunks(n: int, chunk_size: int) -> Iterator[tuple[int, int]]:
     """Yield begin and end of each chunk of `n` tokens; chunks shrink so that no mask exceeds `MAX_MASK_BYTES`."""
     begin = 0
     while begin < n:
@@ -143,7 +143,7 @@ def _iter_chunks(n: int, chunk_size: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def _run_chunk(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+def run_chunk(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """Compute the hidden states [T, D] of one sequence's next tokens [T]; updates the cache."""
     backbone = model.get_decoder()
     return backbone(input_ids=ids[None].to(model.device), **build_cache_kwargs(backbone, cache)).last_hidden_state[0]

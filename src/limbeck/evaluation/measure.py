@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -109,6 +109,7 @@ def _replace_non_finite(value: Any) -> Any:
 # name -> "module:attribute"; modules are imported on demand, since some need optional dependencies
 MEASURE_MODULES = {
     "agreement": "limbeck.evaluation.agreement:MEASURE",
+    "exam": "limbeck.evaluation.exam:MEASURE",
     "tasks": "limbeck.evaluation.lm_eval_tasks:MEASURE",
     "positions": "limbeck.evaluation.long_text:MEASURE",
     "needle": "limbeck.evaluation.retrieval:NEEDLE",
@@ -143,6 +144,8 @@ class Measure:
     description: one line for `limbeck eval --list`.
     run: takes the subject and an instance of `settings`.
     check_settings: raises LimbeckError for settings that can be rejected before a model is loaded.
+    baseline_length: given the same, the tokens of context at which a student's memory is that of its untrained window
+        (`limbeck.evaluation.baselines`); None where baselines are not measured.
     """
 
     name: str
@@ -150,6 +153,7 @@ class Measure:
     settings: type[MeasureSettings]
     run: Callable[[Subject, Any], MeasureResult]
     check_settings: Callable[[Any], None] | None = None
+    baseline_length: Callable[[Subject, Any], int] | None = None
 
 
 def get_measure(name: str) -> Measure:
@@ -201,7 +205,7 @@ def run_measure(
         model=subject.name,
         teacher=subject.teacher_name,
         settings=plain_settings,
-        data=result.data,
+        data=result.data | ({"baseline": asdict(subject.baseline)} if subject.baseline else {}),
         values=result.values,
         errors=result.errors,
         details=result.details,

@@ -43,6 +43,21 @@ from limbeck.models.loading import is_student, load_model_and_tokenizer, load_te
 HELD_OUT_PART = "held-out part"  # of a text: what its run was not trained on
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What a baseline is (`limbeck.evaluation.baselines`).
+
+    kind: "window", or "softmax", which is the teacher itself.
+    window, sinks: in tokens; 0 without a window.
+    state_bytes: of one sequence of a window, 0 for softmax, whose cache grows.
+    """
+
+    kind: str
+    window: int = 0
+    sinks: int = 0
+    state_bytes: int = 0
+
+
 @dataclass
 class Subject:
     """A model with everything that its measures need. A teacher is its own teacher.
@@ -52,6 +67,8 @@ class Subject:
     output_dir: folder of its measurements.
     trained_on_data: `data` is a text that its run was trained on, so only the held-out part is used.
     ignore_cache: also recompute what a measure caches by itself, such as scores of single tasks.
+    baseline: what it is if it was made from a student's teacher, untrained, to be measured beside the student.
+    content: identifies a model that was made, and is in no folder; None: its weights do.
     """
 
     name: str
@@ -65,6 +82,8 @@ class Subject:
     seed: int = 0
     trained_on_data: bool = False
     ignore_cache: bool = False
+    baseline: Baseline | None = None
+    content: str | None = None
 
     @property
     def is_student(self) -> bool:
@@ -93,6 +112,8 @@ class Subject:
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the model and its tokenizer, of their files if they are on this machine."""
+        if self.content is not None:
+            return self.content
         folder = find_model_folder(self.folder)
         if folder is not None:
             return fingerprint_checkpoint_with_tokenizer(folder)

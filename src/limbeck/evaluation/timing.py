@@ -236,7 +236,35 @@ def generate_first_token(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, **build_cache_kwargs(model, cache), **last_only).logits[:, -1].argmax(-1)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class CacheGrowth:
+    """The size of one sequence's cache as a linear function of the length.
+
+    fixed_bytes, bytes_per_token: of the function; a fully converted student has 0 bytes a token.
+    measured: bytes after the number of tokens that it was measured with, and after twice as many.
+    """
+
+    fixed_bytes: float
+    bytes_per_token: float
+    measured: list[int]
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, model: PreTrainedModel, length: int = 128) -> "CacheGrowth":
+        """Fill a cache with `length` tokens, and with as many again, and count the bytes of its tensors."""
+        cache, backbone, measured = DynamicCache(config=model.config), model.get_decoder(), []
+        ids = torch.full((1, length), 5, device=model.device)
+        for _ in range(2):
+            backbone(input_ids=ids, **build_cache_kwargs(backbone, cache))
+            measured.append(cache_bytes(cache))
+        per_token = (measured[1] - measured[0]) / length
+        return cls(measured[0] - per_token * length, per_token, measured)
+
+    def at(self, length: int) -> float:
+        """Return the bytes after `length` tokens."""
+        return self.fixed_bytes + length * self.bytes_per_token
+
+
 def measure_cache_sizes(teacher: PreTrainedModel, student: PreTrainedModel, length: int = 128) -> dict[str, Any]:
     """Measure the cache bytes of one sequence in both models, after `length` and after twice as many tokens.
 
@@ -244,22 +272,14 @@ def measure_cache_sizes(teacher: PreTrainedModel, student: PreTrainedModel, leng
         bytes at both lengths; bytes per token (0 for a fully converted student); the student's fixed bytes; and the
         number of tokens from which the student's cache is smaller, None for never.
     """
-    sizes: dict[str, list[int]] = {"teacher": [], "student": []}
-    for name, model in (("teacher", teacher), ("student", student)):
-        cache, backbone = DynamicCache(config=model.config), model.get_decoder()
-        ids = torch.full((1, length), 5, device=model.device)
-        for _ in range(2):
-            backbone(input_ids=ids, **build_cache_kwargs(backbone, cache))
-            sizes[name].append(cache_bytes(cache))
-    per_token = {name: (full - half) / length for name, (half, full) in sizes.items()}
-    fixed = sizes["student"][0] - per_token["student"] * length
-    saved_per_token = per_token["teacher"] - per_token["student"]
+    growth = {name: CacheGrowth.measure(model, length) for name, model in (("teacher", teacher), ("student", student))}
+    saved_per_token = growth["teacher"].bytes_per_token - growth["student"].bytes_per_token
     return {
         "length": length,
-        "teacher_cache_bytes": sizes["teacher"],
-        "student_cache_bytes": sizes["student"],
-        "teacher_bytes_per_token": per_token["teacher"],
-        "student_bytes_per_token": per_token["student"],
-        "student_fixed_bytes": fixed,
-        "break_even_tokens": fixed / saved_per_token if saved_per_token > 0 else None,
+        "teacher_cache_bytes": growth["teacher"].measured,
+        "student_cache_bytes": growth["student"].measured,
+        "teacher_bytes_per_token": growth["teacher"].bytes_per_token,
+        "student_bytes_per_token": growth["student"].bytes_per_token,
+        "student_fixed_bytes": growth["student"].fixed_bytes,
+        "break_even_tokens": growth["student"].fixed_bytes / saved_per_token if saved_per_token > 0 else None,
     }

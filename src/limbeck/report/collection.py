@@ -23,6 +23,7 @@ from limbeck.core.errors import LimbeckError
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, study_from_old_keys
 from limbeck.core.storage import read_json, read_manifest
 from limbeck.evaluation import speed
+from limbeck.evaluation.baselines import find_window
 from limbeck.evaluation.measure import Measurement
 from limbeck.report.comparison import load_measurements
 from limbeck.report.privacy import get_basename, is_local_path, strip_local_paths
@@ -42,6 +43,7 @@ class Run:
     values, errors: numbers and standard errors by name; empty unless the run is finished.
     stages: what eval.json records of each finished stage.
     recipe, manifest: from the run directory; empty without one.
+    windows: measurements of the untrained window of its memory.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     measurements: dict[str, Measurement] = field(default_factory=dict)
+    windows: list[Measurement] = field(default_factory=list)
 
     @property
     def student(self) -> str:
@@ -202,7 +205,8 @@ def _load_runs(folders: list[Path]) -> RunCollection:
             summary = read_json(path, f"limbeck distill {folder / 'recipe.yaml'} --out {folder}   (evaluates again)")
             run.status, run.stages = "finished", summary["stages"]
             run.seconds = sum(stage["seconds"] for stage in run.stages)
-            run.values, run.errors = flatten_values(summary, list(run.measurements.values()), folder / "metrics.jsonl")
+            measured = [*run.measurements.values(), *run.windows]
+            run.values, run.errors = flatten_values(summary, measured, folder / "metrics.jsonl")
         runs.append(run)
     environments = [{key: run.manifest.get(key) for key in ENVIRONMENT} for run in runs if run.manifest]
     return RunCollection("", "", runs, [], environment=environments[0] if environments else {})
@@ -230,6 +234,8 @@ def _read_run_directory(run: Run) -> None:
     for path in sorted((run.folder / "eval").glob("*.json")):
         measurement = Measurement.load(path)
         run.measurements[measurement.measure] = measurement
+    beside = [Measurement.load(path) for path in sorted((run.folder / "eval" / "baselines").glob("*/*.json"))]
+    run.windows = [window for one in run.measurements.values() if (window := find_window(one, beside))]
 
 
 def _add_measurements(collection: RunCollection, measured: list[Measurement]) -> None:
@@ -240,13 +246,16 @@ def _add_measurements(collection: RunCollection, measured: list[Measurement]) ->
     teacher_runs = {run.name: run for run in collection.runs if run.student == TEACHER}
     others: dict[str, Run] = {}
     for one in measured:
+        if "baseline" in one.data:  # it stands beside its students
+            continue
         name = get_basename(one.model)
         run = by_folder.get(Path(one.model).resolve()) or by_name.get(name)
         if run is None:
             name = TEACHER if name in teachers or one.model == one.teacher else name
             run = teacher_runs.get(name) or others.setdefault(name, Run(name, {"student": name}, "finished"))
         run.measurements[one.measure] = one
-        values, errors = flatten_values({}, [one], None)
+        window = find_window(one, measured)
+        values, errors = flatten_values({}, [one] if window is None else [one, window], None)
         run.values |= values
         run.errors |= errors
     collection.runs += others.values()

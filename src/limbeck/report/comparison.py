@@ -19,6 +19,7 @@ from rich.text import Text
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import atomic_write_text
+from limbeck.evaluation.baselines import describe_windows
 from limbeck.evaluation.measure import Measure, Measurement
 from limbeck.report.figures import speed
 from limbeck.report.figures.measures import draw_measure
@@ -33,35 +34,35 @@ MAX_MODEL_COLUMNS = 6  # models that fit beside each other
 def build_comparison_table(measurements: list[Measurement]) -> RenderableType:
     """Build the comparison for the screen: numbers by models, or models by numbers where there are many models."""
     models, groups = _models(measurements), _value_names(measurements)
-    mismatches = map(Text, find_text_mismatches(measurements))
+    remarks = [Text(line) for line in (*find_text_mismatches(measurements), *describe_windows(measurements))]
     if len(models) > MAX_MODEL_COLUMNS:
         parts: list[RenderableType] = []
         for measure, names in groups.items():
             columns, rows = _model_rows(measurements, measure, names, models)
             parts += [Text(measure, style="bold"), _screen_table(columns, rows), Text("")]
-        return Group(*parts, *mismatches)
+        return Group(*parts, *remarks)
     rows = []
     for measure, names in groups.items():
         heading, *body = _value_rows(measurements, measure, names, models)
         rows += [[Text(heading[0], style="bold")], *([f"  {label}", *cells] for label, *cells in body)]
-    return Group(_screen_table(["", *models], rows), *mismatches)
+    return Group(_screen_table(["", *models], rows), *remarks)
 
 
 def format_comparison(measurements: list[Measurement]) -> str:
     """Format the comparison as Markdown, in the layout of `build_comparison_table`."""
     models, groups = _models(measurements), _value_names(measurements)
-    mismatches = [f"{line}\n" for line in find_text_mismatches(measurements)]
+    remarks = [f"{line}\n" for line in (*find_text_mismatches(measurements), *describe_windows(measurements))]
     if len(models) > MAX_MODEL_COLUMNS:
         tables = []
         for measure, names in groups.items():
             table = format_markdown_table(*_model_rows(measurements, measure, names, models))
             tables.append(f"**{measure}**\n\n{table}")
-        return "\n".join([*tables, *mismatches])
+        return "\n".join([*tables, *remarks])
     rows = []
     for measure, names in groups.items():
         heading, *body = _value_rows(measurements, measure, names, models)
         rows += [[f"**{heading[0]}**", *("" for _ in models)], *body]
-    return "\n".join([format_markdown_table(["", *models], rows), *mismatches])
+    return "\n".join([format_markdown_table(["", *models], rows), *remarks])
 
 
 def describe_text(measurements: list[Measurement], measure: str, model: str) -> str:

@@ -24,6 +24,9 @@ from limbeck.models.head_groups import describe_softmax_heads
 from limbeck.models.layers import SPLIT_MIXER, name_base_mixer
 from limbeck.report.run_summary import (
     describe_break_even,
+    describe_exam,
+    describe_window,
+    format_result_table,
     format_samples,
     list_guard_losses,
     list_memory_rows,
@@ -225,16 +228,16 @@ def _results(run: PublishedRun) -> str:
     return (
         f"## Results\n\nHeld-out part of the same text: {held_out['targets']:,} tokens in sequences of "
         f"{held_out['length']}.\n\n"
-        + format_markdown_table(["", "teacher", "student"], list_quality_rows(held_out), num_text_columns=3)
+        + format_result_table(run.result, list_quality_rows(run.result))
+        + "".join(f"\n{line}\n" for line in (describe_exam(run.result), describe_window(run.result)) if line)
         + f"\nMeasured at the end of `limbeck distill recipe.yaml` with the recipe below ({versions}). To measure "
         f"again in the run's directory: `limbeck eval student --tokens {run.recipe['evaluation']['tokens']}`."
     )
 
 
 def _memory(run: PublishedRun) -> str:
-    memory = run.result["memory"]
-    table = format_markdown_table(["", "teacher", "student"], list_memory_rows(memory), num_text_columns=3)
-    return f"## Memory\n\n{table}\n{describe_break_even(memory)} Counted on real caches in float32."
+    table = format_result_table(run.result, list_memory_rows(run.result))
+    return f"## Memory\n\n{table}\n{describe_break_even(run.result['memory'])} Counted on real caches in float32."
 
 
 def _sample(run: PublishedRun) -> str:

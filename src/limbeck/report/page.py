@@ -37,6 +37,7 @@ from limbeck.report.tables import (
     TableRow,
     build_headline_tables,
     build_measure_tables,
+    describe_windows,
     format_axis,
     format_condition,
     get_teacher_values,
@@ -214,7 +215,9 @@ def _load_templates() -> Any:
 
 
 def summarize_collection(collection: RunCollection, groups: list[SeedGroup]) -> list[str]:
-    """Say in sentences what ran: teacher, students, conditions, seeds, tokens, time, failures, claims that hold."""
+    """Say in sentences what ran: teacher, students, conditions, seeds, tokens, time, failures, claims that hold,
+    and which students beat the untrained window of their memory.
+    """
     runs = [run for run in collection.runs if run.student != TEACHER]
     trained = [run for run in runs if run.stages]
     teachers = list(dict.fromkeys(run.axes["teacher"] for run in runs if "teacher" in run.axes))
@@ -246,7 +249,7 @@ def summarize_collection(collection: RunCollection, groups: list[SeedGroup]) -> 
     if verdicts:
         parts = [f"{verdicts[v]} {words[verdicts[v] > 1]}" for v, words in VERDICTS.items() if verdicts[v]]
         sentences.append(f"Of {_count(len(collection.claims), 'claim')} {_list(parts)}.")
-    return sentences
+    return [*sentences, *describe_windows(groups)]
 
 
 def build_key_figures(collection: RunCollection, groups: list[SeedGroup]) -> list[tuple[str, str, str]]:

@@ -2,17 +2,19 @@
 
     print(format_summary(result))          # result: what limbeck.training.pipeline.distill returns
 
-The card (`limbeck.report.model_card`) and the summary show the same tables of quality and memory and the same sentence
-about the break-even length, so each is written here once.
+The card (`limbeck.report.model_card`) and the summary show the same tables of quality and memory and the same sentences
+about the untrained window and the break-even length, so each is written here once.
 """
 
 import shlex
 from typing import Any
 
 from limbeck.core.console import format_bytes, format_duration
+from limbeck.evaluation.baselines import describe_against_window
 from limbeck.models import format_ranges
 from limbeck.report.text_tables import escape_markdown, format_code_span, format_markdown_table
 
+MODELS = ("teacher", "student", "window")  # of the columns, as the values of the exam begin
 CACHE_LENGTHS = (512, 32_768)  # tokens at which the caches are compared: a paragraph, a long document
 
 
@@ -45,9 +47,9 @@ def format_summary(result: dict[str, Any]) -> str:
         _capitalize(result["softmax_heads"]) + "." if result.get("softmax_heads") else "",
         f"Held-out text: {held_out['targets']:,} tokens of {format_code_span(result['text'])} in packed sequences of "
         f"{held_out['length']}.",
-        format_markdown_table(
-            ["", "teacher", "student"], [*list_quality_rows(held_out), *list_memory_rows(memory)], num_text_columns=3
-        ),
+        format_result_table(result, [*list_quality_rows(result), *list_memory_rows(result)]),
+        describe_exam(result),
+        describe_window(result),
         describe_break_even(memory),
         stages,
         f"Parameters: {parameters['total']:,}, of which {parameters['added']:,} are new "
@@ -61,13 +63,44 @@ def format_summary(result: dict[str, Any]) -> str:
     return "\n\n".join(block.strip("\n") for block in blocks if block) + "\n"
 
 
-def list_quality_rows(held_out: dict[str, Any]) -> list[list[str]]:
-    """Rows of label, teacher and student: the evaluation on held-out text."""
-    return [
-        ["perplexity", f"{held_out['teacher_perplexity']:.2f}", f"**{held_out['student_perplexity']:.2f}**"],
-        ["same most likely token", "", f"{100 * held_out['top1_agreement']:.1f} %"],
-        ["KL(teacher ‖ student), nats a token", "", f"{held_out['kl']:.3f}"],
+def format_result_table(result: dict[str, Any], rows: list[list[str]]) -> str:
+    """Format rows of label, teacher, student and window; a run without a window has no column for it."""
+    columns = ["", "teacher", "student"]
+    if "tokens" in result.get("window", {}):
+        columns.append(f"untrained window, {result['window']['tokens']:,} tokens")
+    return format_markdown_table(columns, [row[: len(columns)] for row in rows], num_text_columns=len(columns))
+
+
+def list_quality_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of label, teacher, student and window: the evaluation on held-out text, and the exam where there is one."""
+    held_out, exam = result["held_out"], result.get("exam") or {}
+
+    def format_cell(section: dict[str, Any], name: str, template: str, scale: float = 1.0) -> str:
+        return template.format(scale * section[name]) if name in section else ""
+
+    rows = [
+        [
+            "perplexity",
+            f"{held_out['teacher_perplexity']:.2f}",
+            f"**{held_out['student_perplexity']:.2f}**",
+            format_cell(held_out, "window_perplexity", "{:.2f}"),
+        ],
+        [
+            "same most likely token",
+            "",
+            f"{100 * held_out['top1_agreement']:.1f} %",
+            format_cell(held_out, "window_top1_agreement", "{:.1f} %", 100),
+        ],
+        [
+            "KL(teacher ‖ student), nats a token",
+            "",
+            f"{held_out['kl']:.3f}",
+            format_cell(held_out, "window_kl", "{:.3f}"),
+        ],
     ]
+    for name, label, template, scale in _list_exam_values(exam):
+        rows.append([label, *(format_cell(exam, f"{who}_{name}", template, scale) for who in MODELS)])
+    return rows
 
 
 def list_guard_losses(stages: list[dict[str, Any]]) -> list[str]:
@@ -85,14 +118,68 @@ def list_guard_losses(stages: list[dict[str, Any]]) -> list[str]:
     return losses
 
 
-def list_memory_rows(memory: dict[str, Any]) -> list[list[str]]:
-    """Rows of label, teacher and student: the size of one sequence's cache at each of `CACHE_LENGTHS`."""
+def _list_exam_values(exam: dict[str, Any]) -> list[tuple[str, str, str, float]]:
+    """List name, label, format and factor of the values that the exam has."""
+    names = [name.removeprefix("student_") for name in exam if name.startswith("student_")]
+    found = []
+    for name in names:
+        kind, _, tokens = name.partition("@")
+        if kind == "perplexity":
+            found.append((name, f"exam: perplexity of {int(tokens or exam['length']):,} tokens", "{:.2f}", 1.0))
+        elif kind == "repeat_loss":
+            label = f"exam: loss on a passage read {int(tokens):,} tokens before, nats a token"
+            found.append((name, label, "{:.2f}", 1.0))
+        elif kind == "distinct_bigrams":
+            found.append((name, "exam: distinct bigrams of the continued prompt", "{:.0f} %", 100.0))
+    return found
+
+
+def list_memory_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of label, teacher, student and window: the size of a sequence's cache at each of `CACHE_LENGTHS`."""
+    memory, window = result["memory"], result.get("window", {})
     rows = []
     for tokens in CACHE_LENGTHS:
         teacher_bytes = tokens * memory["teacher_bytes_per_token"]
         student_bytes = memory["student_fixed_bytes"] + tokens * memory["student_bytes_per_token"]
-        rows.append([f"cache for {tokens:,} tokens", format_bytes(teacher_bytes), format_bytes(student_bytes)])
+        sizes = [teacher_bytes, student_bytes, *([window["state_bytes"]] if "state_bytes" in window else [])]
+        rows.append([f"cache for {tokens:,} tokens", *map(format_bytes, sizes)])
     return rows
+
+
+def describe_exam(result: dict[str, Any]) -> str:
+    """Say what the exam is of, or why it is missing; "" where the run has none."""
+    exam = result.get("exam")
+    if not exam:
+        return ""
+    if "missing" in exam:
+        return f"No exam: {exam['missing']}."
+    error = exam["errors"].get("student_perplexity")
+    spread = f"; the student's perplexity has a standard error of {error:.2g} over them" if error is not None else ""
+    return (
+        f"Exam: the {exam['documents']} longest documents of {format_code_span(exam['text'])}, each alone, up to "
+        f"{exam['length']:,} tokens{spread}."
+    )
+
+
+def describe_window(result: dict[str, Any]) -> str:
+    """Say whether the student beats the untrained window of its memory: on the exam, else on held-out text.
+
+    "" for a run of a version that had no window.
+    """
+    window, exam, held_out = result.get("window", {}), result.get("exam") or {}, result["held_out"]
+    if "missing" in window:
+        return f"No untrained window stands beside the student: {window['missing']}."
+    section, text = (exam, "") if "window_perplexity" in exam else (held_out, " on the held-out text")
+    if "window_perplexity" not in section:
+        return ""
+    return describe_against_window(
+        section["student_perplexity"],
+        section["window_perplexity"],
+        window["tokens"],
+        window["sinks"],
+        same_memory=window["state_bytes"] <= window["student_state_bytes"],
+        text=text,
+    )
 
 
 def describe_break_even(memory: dict[str, Any]) -> str:

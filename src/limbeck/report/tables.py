@@ -10,14 +10,17 @@ carry their `axis_values` (axis -> value), by which the page filters.
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from limbeck.report.collection import TEACHER, Run, RunCollection
-from limbeck.report.values import format_mean_std, format_name
+from limbeck.report.values import format_mean_std, format_name, get_window_name, get_window_tokens
 
 MAX_VALUE_COLUMNS = 10  # numbers beside each other
 TABLE_TITLES = {
     "held_out": "held-out text, the run's own evaluation",
+    "exam": "exam",
+    "window": "untrained window of the student's memory",
     "memory": "cache, from its shapes",
     "parameters": "parameters",
     "stages": "training",
@@ -48,7 +51,17 @@ HEADLINE_METRICS = (
     ),
     HeadlineMetric("KL(teacher ‖ student), nats a token", ("agreement.kl", "held_out.kl"), -1),
     HeadlineMetric("same most likely token", ("agreement.top1_agreement", "held_out.top1_agreement"), 1),
+    HeadlineMetric(
+        "perplexity of the exam", ("exam.perplexity", "exam.student_perplexity"), -1, 2 * ("exam.teacher_perplexity",)
+    ),
+    HeadlineMetric(
+        "loss on a passage read 512 tokens before, nats a token",
+        ("exam.repeat_loss@512", "exam.student_repeat_loss@512"),
+        -1,
+        2 * ("exam.teacher_repeat_loss@512",),
+    ),
 )
+EXAM_METRIC = HEADLINE_METRICS[3]
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,8 @@ def build_headline_tables(groups: list[SeedGroup]) -> list[ReportTable]:
         ]
         if group.student != TEACHER and any(cell.text for cell in cells):
             rows.append(TableRow([_text_cell(group.student), *cells], group.axis_values))
+    windows = [get_window_values(name, groups) for _, name in chosen]
+    rows = [*_build_window_rows(windows, [name for _, name in chosen]), *rows]
     teacher_cells = [_number_cell(name, get_teacher_values(metric, name, groups)) for metric, name in chosen]
     if any(cell.text for cell in teacher_cells):
         rows.insert(0, TableRow([_text_cell(TEACHER), *teacher_cells], {}, pinned=True))
@@ -175,7 +190,9 @@ def build_measure_tables(groups: list[SeedGroup]) -> list[ReportTable]:
     for group in groups:
         for run in group.runs:
             for name in run.values:
-                names.setdefault(name.partition(".")[0], {}).setdefault(name)
+                section, _, value = name.partition(".")
+                if not value.startswith("window_"):  # those have rows
+                    names.setdefault(section, {}).setdefault(name)
     tables = []
     for measure, measure_names in names.items():
         columns = list(measure_names)
@@ -202,6 +219,8 @@ def _build_measure_table(title: str, names: list[str], groups: list[SeedGroup]) 
             rows.append(
                 TableRow([*words, TableCell(str(count), count), *cells], group.axis_values, group.student == TEACHER)
             )
+    windows = [get_window_values(name, groups) for name in names]
+    rows += _build_window_rows(windows, names, [TableCell("")] * (1 + len(axes)))
     return ReportTable(title, _describe_seeds(groups), columns, rows, num_text_columns=1 + len(axes))
 
 
@@ -222,10 +241,10 @@ def _build_condition_table(
             best = group is not None and _is_best(metric, name, groups, group)
             cells.append(_number_cell(name, group.seed_values(name) if group else [], best))
         rows.append(TableRow([_text_cell(student), *cells], {"student": student}))
-    teacher_cells = [
-        _number_cell(name, get_teacher_values(metric, name, [one for one in groups if one.condition == condition]))
-        for condition in conditions
-    ]
+    by_condition_groups = [[one for one in groups if one.condition == condition] for condition in conditions]
+    windows = [get_window_values(name, members) for members in by_condition_groups]
+    rows = [*_build_window_rows(windows, [name] * len(windows)), *rows]
+    teacher_cells = [_number_cell(name, get_teacher_values(metric, name, members)) for members in by_condition_groups]
     if any(cell.text for cell in teacher_cells):
         rows.insert(0, TableRow([_text_cell(TEACHER), *teacher_cells], {}, pinned=True))
     bold = " The best of each column is bold." if any(cell.best for row in rows for cell in row.cells) else ""
@@ -248,6 +267,60 @@ def get_teacher_values(metric: HeadlineMetric, name: str, groups: list[SeedGroup
     teacher_name = metric.teacher[metric.value_names.index(name)]
     runs = [run for group in groups for run in group.runs if teacher_name in run.values]
     return list({run.axes.get("seed"): run.values[teacher_name] for run in runs}.values())
+
+
+def get_window_values(name: str, groups: list[SeedGroup]) -> dict[int, list[float]]:
+    """Get the untrained windows' numbers beside the students' values of this name, by tokens of the window.
+
+    Students of the same memory have the same window, which counts once for each seed.
+    """
+    found: dict[int, dict[str | None, float]] = {}
+    for run in (run for group in groups for run in group.runs):
+        tokens = get_window_tokens(name, run.values)
+        if tokens is not None:
+            found.setdefault(tokens, {})[run.axes.get("seed")] = run.values[get_window_name(name)]
+    return {tokens: list(found[tokens].values()) for tokens in sorted(found)}
+
+
+def _build_window_rows(
+    windows: list[dict[int, list[float]]], names: list[str], words: Sequence[TableCell] = ()
+) -> list[TableRow]:
+    """Build a row for each untrained window.
+
+    Args:
+        windows: the values of each column, by tokens of the window.
+        names: the value's name of each column.
+        words: cells between the row's name and its values.
+    """
+    rows = []
+    for tokens in sorted({tokens for column in windows for tokens in column}):
+        cells = [_number_cell(name, column.get(tokens, [])) for name, column in zip(names, windows)]
+        rows.append(TableRow([_text_cell(f"untrained window, {tokens:,} tokens"), *words, *cells], {}, pinned=True))
+    return rows
+
+
+def describe_windows(groups: list[SeedGroup]) -> list[str]:
+    """Say which students beat the untrained window of their memory: on the exam, else on the held-out text."""
+    for metric in (EXAM_METRIC, HEADLINE_METRICS[0]):
+        name = select_value_name(metric, groups)
+        if name is None:
+            continue
+        better, worse = [], []
+        for group in groups:
+            windows = get_window_values(name, [group])
+            if windows and group.student != TEACHER:
+                window = statistics.fmean(number for numbers in windows.values() for number in numbers)
+                mean = group.mean(name)
+                label = ", ".join(filter(None, [group.student, format_condition(group.condition)]))
+                (better if mean is not None and mean < window else worse).append(label)
+        text = "the exam" if metric is EXAM_METRIC else "held-out text"
+        window = f"on {text} than an untrained sliding window of the same memory"
+        sentences = [f"Better {window}: {'; '.join(better)}."] if better else []
+        if worse:
+            sentences.append(f"No better {window}, and not worth the training: {'; '.join(worse)}.")
+        if sentences:
+            return sentences
+    return []
 
 
 def _number_cell(name: str, numbers: list[float], best: bool = False) -> TableCell:

@@ -5,16 +5,19 @@
     format_value("top1_agreement", 0.528, 0.004)               # "52.8 ± 0.4 %"
     values, errors = flatten_values(summary, measurements, Path("runs/quickstart/metrics.jsonl"))
     values["agreement.perplexity"], values["held_out.kl"], values["stages.logits.early_loss"]
+    values[get_window_name("agreement.perplexity")]            # of the untrained window beside the student
 
 What a name ends with says its unit (docs/measurements.md); files and CSV hold the plain numbers. Flat names are
-`<measure>.<name>` of every measurement, and what every run has: `held_out.*` (its own evaluation), `memory.*` (cache
-sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).
+`<measure>.<name>` of every measurement, `<measure>.window_<name>` of the untrained window beside it, and what every run
+has: `held_out.*` and `exam.*` (its own evaluation, `teacher_`, `student_` and `window_` before a value's name),
+`window.*`, `memory.*` (cache sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).
 """
 
 import json
 import math
 import re
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +102,47 @@ def flatten_values(
 
     Args:
         summary: a run's eval.json; empty for a model that is no run.
+        measurements: of the run, and of the untrained window of its memory; the control arm is left out.
         metrics: its metrics.jsonl.
     """
     values: dict[str, float] = {}
-    for section in ("held_out", "memory", "parameters"):
-        for name, value in summary.get(section, {}).items():
+    for section in ("held_out", "exam", "window", "memory", "parameters"):
+        for name, value in (summary.get(section) or {}).items():
             values |= _number(f"{section}.{name}", value)
     for index, stage in enumerate(summary.get("stages", [])):
         early = _early_loss(metrics, index) if metrics else None
         for name, value in (*stage.items(), ("early_loss", early)):
             if name in STAGE_VALUES:
                 values |= _number(f"stages.{stage['stage']}.{name}", value)
-    errors: dict[str, float] = {}
+    exam_errors = (summary.get("exam") or {}).get("errors", {})
+    errors: dict[str, float] = {f"exam.{name}": error for name, error in exam_errors.items()}
     for one in measurements:
-        values |= {f"{one.measure}.{name}": value for name, value in one.values.items()}
-        errors |= {f"{one.measure}.{name}": value for name, value in one.errors.items()}
+        baseline = one.data.get("baseline", {}).get("kind")
+        if baseline == "softmax":
+            continue
+        prefix = f"{one.measure}.window_" if baseline else f"{one.measure}."
+        values |= {f"{prefix}{name}": value for name, value in one.values.items()}
+        errors |= {f"{prefix}{name}": value for name, value in one.errors.items()}
+        if baseline:
+            values[f"{prefix}tokens"] = float(one.data["baseline"]["window"])
     return values, errors
+
+
+def get_window_name(name: str) -> str:
+    """Return the name of the untrained window's value that stands beside a student's value, both flat."""
+    section, _, value = name.partition(".")
+    return f"{section}.window_{value.removeprefix('student_')}"
+
+
+def get_window_tokens(name: str, values: Mapping[str, float]) -> int | None:
+    """Return the tokens of the untrained window beside a student's value; None where that was not measured.
+
+    A hybrid's window depends on the length, so a measure may have another than the run's own evaluation.
+    """
+    if get_window_name(name) not in values:
+        return None
+    tokens = values.get(f"{name.partition('.')[0]}.window_tokens", values.get("window.tokens"))
+    return None if tokens is None else int(tokens)
 
 
 def _early_loss(metrics: Path, index: int) -> float | None:

@@ -58,7 +58,7 @@ def _compare_evaluation(arm: Arm, record: dict[str, Any]) -> dict[str, Any] | No
             evaluation = json.loads((arm.path / "eval.json").read_text(encoding="utf-8"))["evaluation"]
         except (OSError, ValueError, KeyError):
             return None
-    return evaluation if evaluation != arm.recipe.evaluation.model_dump(mode="json") else None
+    return None if arm.recipe.evaluation.matches(evaluation) else evaluation
 
 
 def get_arm_state(arm: Arm, study: Study) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from limbeck.report.collection import STUDY_FORMAT
 from limbeck.report.privacy import get_basename
 from limbeck.report.text_tables import format_markdown_table
-from limbeck.report.values import format_mean_std, values_to_csv
+from limbeck.report.values import format_mean_std, get_window_name, get_window_tokens, values_to_csv
 from limbeck.study import results as record
 from limbeck.study.spec import Arm, Study
 from limbeck.training.run_directory import collect_environment
@@ -68,7 +68,7 @@ def format_results_table(
     teachers: dict[str, dict[str, Any] | None] | None = None,
     versions: dict[str, int] | None = None,
 ) -> str:
-    """Format a table for each measure: a row for each arm, as mean ± standard deviation over seeds, and teacher."""
+    """Format a table for each measure: rows for arms, as mean ± standard deviation over seeds, windows and teacher."""
     varied = [
         axis
         for axis in _list_axes(finished)
@@ -82,12 +82,16 @@ def format_results_table(
     if versions and len(versions) > 1:
         counts = ", ".join(f"{name} ({count} arms)" for name, count in versions.items())
         lines += [f"Measured with several versions of Limbeck: {counts}.", ""]
-    for measure in ["held_out", *study.measures]:
-        names = list(
-            dict.fromkeys(name for arm in finished for name in arm["values"] if name.partition(".")[0] == measure)
-        )
+    for measure in dict.fromkeys(["held_out", "exam", *study.measures]):
+        names = [
+            name
+            for name in dict.fromkeys(name for arm in finished for name in arm["values"])
+            if name.startswith(f"{measure}.") and not name.startswith(f"{measure}.window_")
+        ]
         if measure == "held_out":
             names = [name for name in names if name.split(".")[1] in ("student_perplexity", "kl", "top1_agreement")]
+        if measure == "exam" and measure not in study.measures:
+            names = [name for name in names if name.startswith("exam.student_")]
         if not names:
             continue
         headings = [*varied, "seeds", *(name.partition(".")[2].replace("_", " ") for name in names)]
@@ -95,6 +99,10 @@ def format_results_table(
         for labels, members in groups.items():
             numbers = [[arm["values"][name] for arm in members if name in arm["values"]] for name in names]
             rows.append([*labels, str(len(members)), *map(format_mean_std, names, numbers)])
+        by_name = [_collect_window_values(name, finished) for name in names]
+        for tokens in sorted({tokens for windows in by_name for tokens in windows}):
+            cells = [format_mean_std(name, windows.get(tokens, [])) for name, windows in zip(names, by_name)]
+            rows.append([f"untrained window, {tokens:,} tokens", *[""] * len(varied), *cells])
         for teacher, teacher_result in (teachers or {}).items():
             if teacher_result and any(name in teacher_result["values"] for name in names):
                 numbers = [
@@ -104,6 +112,16 @@ def format_results_table(
         table = format_markdown_table(headings, rows, num_text_columns=len(varied))
         lines += [f"## {measure.replace('_', ' ')}", "", table]
     return "\n".join(lines)
+
+
+def _collect_window_values(name: str, finished: list[dict[str, Any]]) -> dict[int, list[float]]:
+    """Collect the untrained windows' numbers beside a value, by tokens of the window, each different number once."""
+    found: dict[int, dict[float, None]] = {}
+    for arm in finished:
+        tokens = get_window_tokens(name, arm["values"])
+        if tokens is not None:
+            found.setdefault(tokens, {})[arm["values"][get_window_name(name)]] = None
+    return {tokens: list(numbers) for tokens, numbers in found.items()}
 
 
 def format_values_csv(finished: list[dict[str, Any]]) -> str:

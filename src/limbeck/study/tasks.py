@@ -25,7 +25,8 @@ from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.core.signals import TrainingInterrupted
 from limbeck.core.storage import lock_folder
-from limbeck.evaluation.measure import get_measure, run_measure
+from limbeck.evaluation.baselines import measure_baselines
+from limbeck.evaluation.measure import Measurement, get_measure, run_measure
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.study import results
 from limbeck.study.shared_training import estimate_free_memory, train_shared_stages
@@ -106,6 +107,7 @@ class TaskRunner:
         self.local_workers = local_workers
         self.teachers: dict[tuple[Any, ...], LoadedTeacher] = {}
         self.subjects = SubjectLoader()
+        self.baselines: list[Measurement] = []  # untrained windows, each measured once for all arms of its memory
 
     def run_task(self, study: Study, task: StudyTask, arms: dict[str, Arm]) -> TaskResult:
         """Run a task; returns its result, with the errors of the arms that failed.
@@ -165,9 +167,12 @@ def run_arm(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
             task_runner.subjects.register_teacher(arm.recipe.teacher, *loaded)
             measure_teacher(arm, study, task_runner)
             subject = task_runner.subjects.load(str(arm.path))
-            measurements = [
-                run_measure(get_measure(name), subject, settings) for name, settings in study.measures.items()
-            ]
+            measurements = []
+            for name, settings in study.measures.items():
+                measurements.append(run_measure(get_measure(name), subject, settings))
+                beside = measure_baselines(get_measure(name), subject, settings, known=task_runner.baselines)
+                task_runner.baselines += beside
+                measurements += beside
         else:
             measurements = []
         results.write_arm_result(arm, study, summary, measurements)

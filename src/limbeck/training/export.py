@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from limbeck.core.console import console
 from limbeck.core.storage import atomic_folder, compute_sha256, read_manifest
 from limbeck.core.system import get_peak_memory
-from limbeck.evaluation.agreement import evaluate_agreement
 from limbeck.evaluation.timing import measure_cache_sizes
 from limbeck.models import group_layers_by_mixer
 from limbeck.models.conversion import count_student_parameters
@@ -24,6 +23,7 @@ from limbeck.models.loading import check_export
 from limbeck.report.figures.curves import draw_loss_curves
 from limbeck.report.run_summary import format_summary
 from limbeck.training.run_directory import RunDirectory
+from limbeck.training.run_exam import build_run_window, describe_run_window, evaluate_exam, evaluate_held_out
 from limbeck.training.setup import Job
 
 
@@ -94,15 +94,22 @@ def check_exported_files(folder: Path, exported: dict[str, Any] | None) -> str |
 
 
 def evaluate_run(
-    job: Job, student: PreTrainedModel, stages: list[dict[str, Any]], plan: dict[str, Any], tokens: int, new_tokens: int
+    job: Job,
+    student: PreTrainedModel,
+    stages: list[dict[str, Any]],
+    plan: dict[str, Any],
+    tokens: int,
+    new_tokens: int,
+    rehearsal: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a student beside its teacher; returns the content of eval.json.
+    """Evaluate a student beside its teacher and the untrained window of its memory; returns the content of eval.json.
 
     Args:
         stages: settings and results of each stage.
         plan: the content of plan.json.
         tokens: number of held-out tokens to evaluate on.
         new_tokens: length of the sampled continuations.
+        rehearsal: run only the beginning of the exam.
     """
     recipe, evaluation = job.recipe, job.recipe.evaluation
     samples = {}
@@ -110,6 +117,8 @@ def evaluate_run(
         for name, model in (("teacher", job.teacher), ("student", student)):
             samples[name] = generate_continuation(model, job.tokenizer, evaluation.prompt, new_tokens)
     parameters = count_student_parameters(student, recipe.student.copy_projections)
+    memory = measure_cache_sizes(job.teacher, student)
+    window = build_run_window(job, memory)
     return {
         "run": str(job.path),
         "teacher": recipe.teacher,
@@ -118,10 +127,12 @@ def evaluate_run(
         "softmax_heads": describe_softmax_heads(student.config.limbeck),
         "layers": f"{len(job.sites)} of {job.num_layers}",
         "text": recipe.data.source,
-        "held_out": evaluate_agreement(job.teacher, student, job.held_out_dataset(recipe.data), tokens, job.autocast),
+        "held_out": evaluate_held_out(job, student, window, tokens),
+        "exam": evaluate_exam(job, student, window, rehearsal),
+        "window": describe_run_window(job, window, memory),
         "parameters": vars(parameters),
         "stages": stages,
-        "memory": measure_cache_sizes(job.teacher, student),
+        "memory": memory,
         "prompt": evaluation.prompt,
         "samples": samples,
         "evaluation": evaluation.model_dump(mode="json"),

@@ -97,7 +97,7 @@ def _load_finished_summary(recipe: Recipe) -> dict[str, Any] | None:
     except LimbeckError as error:
         console.print(f"{error.found}; evaluating the student again", markup=False)
         return None
-    if summary["evaluation"] != recipe.evaluation.model_dump(mode="json"):
+    if not recipe.evaluation.matches(summary["evaluation"]):
         return None
     if not all(run.is_finished(i) for i in range(len(recipe.stages))) or not matches_run_identity(path, recipe):
         return None

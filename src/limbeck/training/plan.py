@@ -31,6 +31,7 @@ from limbeck.training.identity import assign_student_mixers
 from limbeck.training.lora import count_lora_parameters, resolve_lora_targets
 from limbeck.training.optim import count_training_steps
 from limbeck.training.rehearsal import StageTimes
+from limbeck.training.run_exam import count_evaluation_tokens
 
 EFFICIENCY = 0.7  # speed of the stages / speed of the matrix product, measured on the quickstart (benchmarks/README.md)
 PROCESS_BYTES = 800_000_000  # Python, libraries and activations
@@ -144,7 +145,7 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
 
     teacher_bytes = sum(p.numel() * p.element_size() for p in teacher.parameters())
     student_bytes = 4 * (total if shares_nothing else min(unshared, total))
-    eval_tokens, guard_bytes = recipe.evaluation.tokens, 0
+    eval_tokens, guard_bytes = count_evaluation_tokens(recipe.evaluation, teacher), 0
     if recipe.keep_better:  # the student alone, before the first stage and after each, and a copy of its weights
         eval_tokens += count_guard_tokens(recipe.longest) * (len(recipe.stages) + 1) // 2
         guard_bytes = student_bytes

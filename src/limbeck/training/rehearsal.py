@@ -94,8 +94,9 @@ def measure_stage_times(
 def dry_run_export(job: Job, student: PreTrainedModel) -> None:
     """Do what `export_and_evaluate` does, with an untrained student, in a temporary folder and on a small scale.
 
-    One tensor of the weights is written, one sequence evaluated, one token sampled. Writing all weights is skipped:
-    it takes most of the time at the end of a run, and fails only for lack of disk space, which the plan checks.
+    One tensor of the weights is written, one sequence evaluated, the beginning of the exam run, one token sampled.
+    Writing all weights is skipped: it takes most of the time at the end of a run, and fails only for lack of disk
+    space, which the plan checks.
 
     Raises:
         LimbeckError: the student cannot be saved, loaded again, sampled from or summarized.
@@ -109,7 +110,7 @@ def dry_run_export(job: Job, student: PreTrainedModel) -> None:
             job.tokenizer.save_pretrained(folder)
             check_export(Path(folder), student, job.tokenizer, weights=False)
         with _explain_errors("the student cannot be sampled and evaluated"):
-            result = evaluate_run(job, student, stages=[], plan={}, tokens=1, new_tokens=1)
+            result = evaluate_run(job, student, stages=[], plan={}, tokens=1, new_tokens=1, rehearsal=True)
         with _explain_errors("the summary cannot be written"):
             format_summary(result).encode()
             json.dumps(result)

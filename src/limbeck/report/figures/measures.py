@@ -9,6 +9,7 @@ To add the figure of a measure, write a function and add it to `MEASURE_FIGURES`
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -149,6 +150,30 @@ def draw_positions(measurements: list[Measurement]) -> Any:
     return figure
 
 
+def draw_exam(measurements: list[Measurement]) -> Any:
+    """Draw loss by position in the document, and on the repeated passage by distance, with standard errors."""
+    figure = create_figure(9, 3.4)
+    by_position, by_distance = figure.subplots(1, 2)
+    for one in measurements:
+        edges = one.details["edges"]
+        names = [f"loss, tokens {begin + 1} to {end}" for begin, end in pairwise(edges)]
+        _plot_with_errors(by_position, one, edges[1:], names)
+        distances = one.details["distances"]
+        _plot_with_errors(by_distance, one, distances, [f"repeat_loss@{distance}" for distance in distances])
+    labels = (
+        ("loss by position, nats per token", "tokens of the document, up to"),
+        ("loss on a passage read before", "tokens since then"),
+    )
+    for axes, (title, label) in zip((by_position, by_distance), labels):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(label)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    by_distance.set_ylim(bottom=0)
+    by_position.legend(fontsize=7)
+    return figure
+
+
 def draw_needle(measurements: list[Measurement]) -> Any:
     """Draw heat maps over length and depth: a column per model, two rows per task, by generation and by likelihood."""
     tasks = list(dict.fromkeys(cell["task"] for one in measurements for cell in one.details["cells"]))
@@ -224,7 +249,7 @@ def _plot_with_errors(axes: Any, measurement: Measurement, xs: list[int], names:
     bars = axes.errorbar(
         xs,
         [measurement.values[name] for name in names],
-        [measurement.errors[name] for name in names],
+        [measurement.errors.get(name, 0.0) for name in names],
         marker="o",
         markersize=3,
         capsize=2,
@@ -235,6 +260,7 @@ def _plot_with_errors(axes: Any, measurement: Measurement, xs: list[int], names:
 
 MEASURE_FIGURES: dict[str, Callable[[list[Measurement]], Any]] = {
     "agreement": draw_agreement,
+    "exam": draw_exam,
     "tasks": draw_tasks,
     "positions": draw_positions,
     "needle": draw_needle,

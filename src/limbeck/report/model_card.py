@@ -270,7 +270,7 @@ def _citation(plan: dict[str, Any]) -> str:
         CITATION,
         "```",
     ]
-    inner = {str(e["options"]["linear"]) for e in plan["layers"] if e["mixer"] == "hybrid" and "linear" in e["options"]}
+    inner = {str(e["options"]["linear"]) for e in plan["layers"] if "linear" in e["options"]}
     for name in [*_mixer_names(plan), *sorted(inner - set(_mixer_names(plan)))]:
         source = registry.get(name).source if registry.is_registered(name) else ""
         if source:

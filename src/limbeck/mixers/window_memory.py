@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.errors import LimbeckError
-from limbeck.mixers.base import ByInput
 from limbeck.mixers.branches import Branches, BranchesOptions, label_branch_state, select_branch_state
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import State, Tokens
@@ -50,13 +48,11 @@ class WindowMemory(Branches):
     def build(self) -> None:
         super().build()
         s, rank = self.teacher_shape, self.options.own_qk
-        if rank < 0:
-            raise LimbeckError(f"option 'own_qk' of mixer '{self.name}' is {rank}", expected="0, or a rank")
         self.readout = nn.Parameter(torch.empty(s.heads, s.value_width, s.value_width))
         if rank:
             self.code = nn.Linear(s.hidden, rank, bias=False)
-            sizes = {"q": s.heads, "k": s.kv_heads}
-            self.own = ByInput({n: nn.Parameter(torch.empty(h, rank, s.key_width)) for n, h in sizes.items()})
+            self.own_q = nn.Linear(rank, s.heads * s.key_width, bias=False)
+            self.own_k = nn.Linear(rank, s.kv_heads * s.key_width, bias=False)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -64,10 +60,11 @@ class WindowMemory(Branches):
         if self.options.own_qk:
             nn.init.normal_(self.code.weight, std=self.teacher_shape.hidden**-0.5)
             # One map for q and k of all heads, which preserves products of codes.
-            start = nn.init.orthogonal_(torch.empty_like(self.own["q"][0], dtype=torch.float32))
+            rank, width = self.options.own_qk, self.teacher_shape.key_width
+            start = nn.init.orthogonal_(torch.empty(width, rank, device=self.own_q.weight.device))
             with torch.no_grad():
-                for weight in self.own.values():
-                    weight.copy_(start)
+                for own in (self.own_q, self.own_k):
+                    own.weight.view(-1, width, rank).copy_(start)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         near, (old_k, old_v, left), window = sliding_window.evicting(
@@ -130,9 +127,9 @@ class WindowMemory(Branches):
 
     def _own_queries_and_keys(self, codes: Tensor, old_codes: Tensor) -> tuple[Tensor, Tensor]:
         """Map codes [B, T, rank] of the tokens to queries, and of those that they evict to keys, [B, T, heads, K]."""
-        pairs = (("q", codes), ("k", old_codes))
-        q, k = (torch.einsum("btr,hrk->bthk", z, self.own(name)) for name, z in pairs)
-        return q, k
+        s = self.teacher_shape
+        q, k = self.own_q(codes), self.own_k(old_codes)
+        return q.unflatten(-1, (s.heads, s.key_width)), k.unflatten(-1, (s.kv_heads, s.key_width))
 
     def _join(self, near: Tensor, far: Tensor) -> Tensor:
         """Add what the memory says to the window's output, both [B, T, H, V]."""

@@ -192,15 +192,14 @@ def lolcats(m, x):
 def window_memory(m, x):
     """The window's softmax, and R times the delta rule over keys and values `window` tokens late, sinks left out."""
     late, seen = m.options.window, m.options.window + m.options.sinks
-    codes = linear(x.x, m.code) if m.options.own_qk else None
-    q, k = (x.q, x.k) if codes is None else (own_heads(codes, m.own_q), own_heads(codes, m.own_k))
-    new = SimpleNamespace(q=q[:, seen:], k=k[:, seen - late : -late], v=x.v[:, seen - late : -late], x=x.x[:, seen:])
+    q, k, v, gates = x.q[:, seen:], x.k[:, seen - late : -late], x.v[:, seen - late : -late], x.x[:, seen:]
+    if m.options.code_rank:
+        codes = linear(x.x, m.code)
+        q, k = (linear(codes, own).unflatten(-1, (-1, 6)) for own in (m.own_q, m.own_k))
+        q, k, gates = q[:, seen:], k[:, seen - late : -late], gates + linear(codes, m.own_x)[:, seen - late : -late]
+    new = SimpleNamespace(q=q, k=k, v=v, x=gates)
     far = torch.einsum("bthv,hvw->bthw", gated_deltanet(m.linear, new), m.readout)
     return sliding_window(m, x) + torch.cat([torch.zeros_like(far[:, :1]).expand(-1, seen, -1, -1), far], 1)
-
-
-def own_heads(codes, layer):
-    return linear(codes, layer).unflatten(-1, (-1, 6))
 
 
 # ---------------------------------------------------------------- linear attention: a pair's weight by its formula
@@ -309,7 +308,7 @@ CASES = {
     "lolcats-sinks": (lolcats, "lolcats", {"window": 3, "sinks": 2, "output_norm": "rms"}),
     "lolcats-taylor": (lolcats, "lolcats", {"window": 4, "feature_map": "taylor", "width": 3}),
     "window_memory": (window_memory, "window_memory", {"window": 5, "sinks": 2}),
-    "window_memory-own": (window_memory, "window_memory", {"window": 3, "sinks": 0, "own_qk": 4}),
+    "window_memory-codes": (window_memory, "window_memory", {"window": 3, "sinks": 0, "code_rank": 4}),
     "based": (linear_attention, "based", {"width": 3}),
     "rebased": (linear_attention, "rebased", {"width": 3}),
     "hedgehog": (linear_attention, "hedgehog", {}),

@@ -16,7 +16,7 @@ SHAPE = HeadShape(hidden=24, heads=4, kv_heads=2, key_width=5, value_width=3, sc
 LENGTH = 33
 WINDOW = {"window": 5, "sinks": 2}
 MASKS = pytest.mark.parametrize("masks", ["", "segments", "valid", "segments valid"], ids=lambda m: m or "plain")
-OWN = pytest.mark.parametrize("own", [0, 4], ids=["teacher's", "own"])
+OWN = pytest.mark.parametrize("own", [0, 4], ids=["teacher's", "codes"])
 LINEAR = [name for name in mixers.list_mixers() if name not in ("hybrid", "window_memory", "sliding_window")]
 LINEAR = [name for name in LINEAR if not mixers.get(name).grows]
 
@@ -49,7 +49,7 @@ def token_by_token(module, given, tokens):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_at_the_start_it_is_the_window_to_the_bit(dtype, own, masks):
     torch.manual_seed(0)
-    module = mixers.build("window_memory", SHAPE, {**WINDOW, "own_qk": own}).to(dtype)
+    module = mixers.build("window_memory", SHAPE, {**WINDOW, "code_rank": own}).to(dtype)
     alone = mixers.build("sliding_window", SHAPE, WINDOW)
     given, tokens = sample_inputs(module, 2, LENGTH, dtype=dtype), tokens_of(masks)
     qkv = [z.requires_grad_() for z in given[:3]]
@@ -84,11 +84,11 @@ def test_an_untrained_student_is_the_student_with_the_window_alone(dtype):
 @OWN
 @torch.no_grad()
 def test_the_memory_sees_exactly_what_the_window_does_not(own, masks):
-    module, tokens = MixerVariant("window_memory", {**WINDOW, "own_qk": own}).build_module(), tokens_of(masks)
+    module, tokens = MixerVariant("window_memory", {**WINDOW, "code_rank": own}).build_module(), tokens_of(masks)
     given = sample_inputs(module, 2, LENGTH)
     matrices = {}
     for branches in ("linear", "window", "both"):
-        part = MixerVariant("window_memory", {**WINDOW, "own_qk": own, "branches": branches}).build_module()
+        part = MixerVariant("window_memory", {**WINDOW, "code_rank": own, "branches": branches}).build_module()
         y, matrices[branches] = part.forward_matrix(*given, tokens=tokens)
         torch.testing.assert_close(part(*given, tokens=tokens)[0], y)
     real = torch.ones(2, LENGTH, dtype=torch.bool) if tokens.valid is None else tokens.valid
@@ -142,22 +142,23 @@ def test_the_read_out_learns_what_the_window_misses():
 
 @OWN
 def test_codes_are_counted(own):
-    plain, module = (mixers.build("window_memory", SHAPE, {**WINDOW, "own_qk": rank}) for rank in (0, own))
+    plain, module = (mixers.build("window_memory", SHAPE, {**WINDOW, "code_rank": rank}) for rank in (0, own))
     assert module.state_numel() - plain.state_numel() == 5 * own
     queries, keys = 4 * 5 * own, 2 * 5 * own
     parameters = (sum(p.numel() for p in m.parameters()) for m in (module, plain))
-    assert next(parameters) - next(parameters) == 24 * own + queries + keys
+    assert next(parameters) - next(parameters) == 24 * own + queries + keys + own * 24
 
 
 @torch.no_grad()
 def test_own_queries_and_keys_start_as_the_product_of_codes_and_know_no_positions():
-    module = mixers.build("window_memory", SHAPE, {**WINDOW, "own_qk": 3}).double()
+    module = mixers.build("window_memory", SHAPE, {**WINDOW, "code_rank": 3}).double()
     q, k, v, x = sample_inputs(module, 2, LENGTH)
     codes = module.code(x)
-    own_q, own_k = module._own_queries_and_keys(codes, codes)
+    own_q, own_k, _ = module._read_codes(codes, codes, x)
     for head in range(4):
         products = own_q[:, :, head] @ own_k[:, :, head // 2].mT
         torch.testing.assert_close(products, codes @ codes.mT, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(module.own_x(codes), x @ (module.code.weight.T @ module.code.weight).T)
     module.readout.normal_(generator=torch.Generator().manual_seed(0))
     far, _ = module(torch.zeros_like(q), torch.zeros_like(k), v, x)
     near = mixers.build("sliding_window", SHAPE, WINDOW)
@@ -178,11 +179,11 @@ def test_impossible_memories(options):
 
 
 def test_a_rank_below_zero_is_refused():
-    with pytest.raises(LimbeckError, match="option 'own_qk' of mixer 'window_memory' is -1"):
-        mixers.build("window_memory", SHAPE, {"own_qk": -1})
+    with pytest.raises(LimbeckError, match="option 'code_rank' of mixer 'window_memory' is -1"):
+        mixers.build("window_memory", SHAPE, {"code_rank": -1})
 
 
 @pytest.mark.parametrize(("check", "family"), testing.list_cases(quick=True))
-@pytest.mark.parametrize("own", [0, 3], ids=["teacher's", "own"])
+@pytest.mark.parametrize("own", [0, 3], ids=["teacher's", "codes"])
 def test_contract_with_a_window_that_tokens_leave(check, family, own):
-    CHECKS[check](MixerVariant("window_memory", {"window": 2, "sinks": 1, "own_qk": own}), family)
+    CHECKS[check](MixerVariant("window_memory", {"window": 2, "sinks": 1, "code_rank": own}), family)

@@ -8,13 +8,15 @@ low-rank state of evicted tokens in LESS (Dong et al. 2024, arXiv 2402.09398) an
 Infini-attention (Munkhdalai et al. 2024, arXiv 2404.07143, whose memory takes whole segments and has a gate in place of
 R). R [V, V] of each head is the memory's own read-out.
 
-Keys and values wait in the window's cache, so nothing is stored twice. Decay and write strength are those of the token
-that does the evicting, x_t. For the memory, tokens that evict nothing are padding. With `own_qk` it has queries and
-keys of its own, without rotary embedding: low-rank maps of x_t and of x_j, for which codes C x_j of that rank wait
-beside the window.
+Keys and values wait in the window's cache, so nothing is stored twice. Decay and write strength are computed from the
+layer's input of the token that evicts, x_t. For the memory, tokens that evict nothing are padding.
 
-Start: R = 0, so the student is `sliding_window`, bit for bit, and R has a gradient. With `own_qk`, q′·k′ is
-(C x_t)·(C x_j) for a random C, up to a rank of K.
+With `code_rank` codes c_j = C x_j of that rank wait beside the window. Then the memory has queries W_q c_t and keys
+W_k c_j of its own, which carry no rotary embedding, and its gates see x_t + W_x c_j: how much is written of a token may
+depend on that token.
+
+Start: R = 0, so the student is `sliding_window`, bit for bit, and R has a gradient. C random, q·k = c_t·c_j up to a
+rank of K, W_x = Cᵀ.
 """
 
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from limbeck.ops.common import repeat_kv
 
 @dataclass(frozen=True)
 class WindowMemoryOptions(BranchesOptions):
-    own_qk: int = 0  # rank of the memory's own queries and keys; 0 for the teacher's
+    code_rank: int = 0  # of codes for the memory's own queries, keys and gates; 0 for the teacher's q and k
 
 
 @register
@@ -47,24 +49,26 @@ class WindowMemory(Branches):
 
     def build(self) -> None:
         super().build()
-        s, rank = self.teacher_shape, self.options.own_qk
+        s, rank = self.teacher_shape, self.options.code_rank
         self.readout = nn.Parameter(torch.empty(s.heads, s.value_width, s.value_width))
         if rank:
             self.code = nn.Linear(s.hidden, rank, bias=False)
             self.own_q = nn.Linear(rank, s.heads * s.key_width, bias=False)
             self.own_k = nn.Linear(rank, s.kv_heads * s.key_width, bias=False)
+            self.own_x = nn.Linear(rank, s.hidden, bias=False)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.zeros_(self.readout)
-        if self.options.own_qk:
+        if self.options.code_rank:
             nn.init.normal_(self.code.weight, std=self.teacher_shape.hidden**-0.5)
             # One map for q and k of all heads, which preserves products of codes.
-            rank, width = self.options.own_qk, self.teacher_shape.key_width
+            rank, width = self.options.code_rank, self.teacher_shape.key_width
             start = nn.init.orthogonal_(torch.empty(width, rank, device=self.own_q.weight.device))
             with torch.no_grad():
                 for own in (self.own_q, self.own_k):
                     own.weight.view(-1, width, rank).copy_(start)
+                self.own_x.weight.copy_(self.code.weight.T)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         near, (old_k, old_v, left), window = sliding_window.evicting(
@@ -77,10 +81,10 @@ class WindowMemory(Branches):
             valid=tokens.valid,
         )
         new = label_branch_state(window, "window")
-        if self.options.own_qk:
+        if self.options.code_rank:
             codes = self.code(x)
             old_codes, new["codes"] = short_conv.delay(codes, self.options.window, tokens.valid, state.get("codes"))
-            q, old_k = self._own_queries_and_keys(codes, old_codes)
+            q, old_k, x = self._read_codes(codes, old_codes, x)
         # Reading values would break a compiled graph and stall an accelerator in every decoding step.
         may_read = not torch.compiler.is_compiling() and (q.shape[1] > 1 or q.device.type == "cpu")
         all_left = may_read and bool(left.all())
@@ -103,9 +107,9 @@ class WindowMemory(Branches):
         at, left = sliding_window.find_evicted(real, window=window, sinks=sinks, segments=tokens.segments)
         old_k, old_v = (sliding_window.gather_tokens(z, at) for z in (k, v))
         queries = q
-        if self.options.own_qk:
+        if self.options.code_rank:
             codes = self.code(x)
-            queries, old_k = self._own_queries_and_keys(codes, sliding_window.gather_tokens(codes, at))
+            queries, old_k, x = self._read_codes(codes, sliding_window.gather_tokens(codes, at), x)
         past = Tokens(left, tokens.segments)
         y_far, far = self.linear.forward_matrix(queries, old_k, old_v, x, tokens=past)
         y_near = torch.einsum("bhij,bjhv->bihv", near.to(v.dtype), repeat_kv(v, heads))
@@ -120,16 +124,23 @@ class WindowMemory(Branches):
     def memory_numel(self) -> int:
         s, o = self.teacher_shape, self.options
         window = sliding_window.state_numel(s.kv_heads, s.key_width, s.value_width, o.window + 1, o.sinks)
-        return window + o.window * o.own_qk + self.linear.state_numel()
+        return window + o.window * o.code_rank + self.linear.state_numel()
 
     def _settings(self) -> dict[str, Any]:
         return {"window": self.options.window, "sinks": self.options.sinks, "scale": self.teacher_shape.scale}
 
-    def _own_queries_and_keys(self, codes: Tensor, old_codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Map codes [B, T, rank] of the tokens to queries, and of those that they evict to keys, [B, T, heads, K]."""
+    def _read_codes(self, codes: Tensor, old_codes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the memory's queries [B, T, H, K], keys [B, T, G, K] and input [B, T, D].
+
+        Args:
+            codes: [B, T, rank] of the tokens.
+            old_codes: [B, T, rank] of those that they evict.
+            x: [B, T, D] the layer's input.
+        """
         s = self.teacher_shape
         q, k = self.own_q(codes), self.own_k(old_codes)
-        return q.unflatten(-1, (s.heads, s.key_width)), k.unflatten(-1, (s.kv_heads, s.key_width))
+        q, k = q.unflatten(-1, (s.heads, s.key_width)), k.unflatten(-1, (s.kv_heads, s.key_width))
+        return q, k, x + self.own_x(old_codes)
 
     def _join(self, near: Tensor, far: Tensor) -> Tensor:
         """Add what the memory says to the window's output, both [B, T, H, V]."""

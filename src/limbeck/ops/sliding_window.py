@@ -98,8 +98,9 @@ def evicting(
             oldest = slice(sinks, sinks + 1)
             near = [torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1) if sinks else x[:, 1:] for x in (keys, values)]
             o = _next(q, near[0], near[1], count, window, sinks, scale, attend)
-            evicted = keys[:, oldest], values[:, oldest], (count >= window + sinks).unsqueeze(1)
-            return o.to(v.dtype) if normalize else o, evicted, shift_state(keys, values, count, sinks)
+            left = (count >= window + sinks).unsqueeze(1)
+            new = shift_state(keys, values, count, sinks)
+            return o.to(v.dtype) if normalize else o, (keys[:, oldest], values[:, oldest], left), new
         held = keys.shape[1] - length
         packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
         first = _first(number, count)

@@ -142,7 +142,7 @@ def test_parts_of_attention_are_attention(sinks):
     q, k, v, _ = (z.requires_grad_() for z in given())
     weight = torch.randn(2, LENGTH, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     settings = {"window": 4, "sinks": sinks, "scale": 0.4}
-    parts, (old_k, old_v, left), _ = sliding_window.unnormalized(q, k, v, **settings)
+    parts, (old_k, old_v, left), _ = sliding_window.evicting(q, k, v, **settings, normalize=False)
     joined = parts[..., :-1] / parts[..., -1:]
     wanted, _ = sliding_window.chunked(q, k, v, **settings)
     same(joined, wanted)

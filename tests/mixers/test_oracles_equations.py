@@ -6,6 +6,7 @@ matrices and single tokens. The equations share no code with the mixers; only pa
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,19 @@ def lolcats(m, x):
     return torch.stack(rows, 1)
 
 
+def window_memory(m, x):
+    """The window's softmax, and R times the delta rule over keys and values `window` tokens late, sinks left out."""
+    late, seen = m.options.window, m.options.window + m.options.sinks
+    q, k, v, gates = x.q[:, seen:], x.k[:, seen - late : -late], x.v[:, seen - late : -late], x.x[:, seen:]
+    if m.options.code_rank:
+        codes = linear(x.x, m.code)
+        q, k = (linear(codes, own).unflatten(-1, (-1, 6)) for own in (m.own_q, m.own_k))
+        q, k, gates = q[:, seen:], k[:, seen - late : -late], gates + linear(codes, m.own_x)[:, seen - late : -late]
+    new = SimpleNamespace(q=q, k=k, v=v, x=gates)
+    far = torch.einsum("bthv,hvw->bthw", gated_deltanet(m.linear, new), m.readout)
+    return sliding_window(m, x) + torch.cat([torch.zeros_like(far[:, :1]).expand(-1, seen, -1, -1), far], 1)
+
+
 # ---------------------------------------------------------------- linear attention: a pair's weight by its formula
 
 
@@ -293,6 +307,8 @@ CASES = {
     "lolcats": (lolcats, "lolcats", {"window": 5}),
     "lolcats-sinks": (lolcats, "lolcats", {"window": 3, "sinks": 2, "output_norm": "rms"}),
     "lolcats-taylor": (lolcats, "lolcats", {"window": 4, "feature_map": "taylor", "width": 3}),
+    "window_memory": (window_memory, "window_memory", {"window": 5, "sinks": 2}),
+    "window_memory-codes": (window_memory, "window_memory", {"window": 3, "sinks": 0, "code_rank": 4}),
     "based": (linear_attention, "based", {"width": 3}),
     "rebased": (linear_attention, "rebased", {"width": 3}),
     "hedgehog": (linear_attention, "hedgehog", {}),

@@ -215,7 +215,7 @@ def _compile_config(backend) -> CompileConfig:
     return config
 
 
-COMPILED = ["gated_deltanet", "linear_attention", "mamba2", "gla", "mlstm", "sliding_window", "hybrid"]
+COMPILED = ["gated_deltanet", "linear_attention", "mamba2", "gla", "mlstm", "sliding_window", "hybrid", "window_memory"]
 
 
 @pytest.mark.parametrize(

@@ -52,3 +52,22 @@ def test_gradcheck():
     x, weight = (z.requires_grad_(True) for z in given(5, 3))
     segments = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
     assert torch.autograd.gradcheck(lambda a, b: short_conv.causal(a, b, segments=segments), (x, weight))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_a_delay_is_a_convolution_with_a_single_one(steps):
+    x, _ = given(17)
+    weight = torch.zeros(steps + 1, 3, 5, dtype=torch.float64)
+    weight[-1] = 1
+    valid = torch.rand(2, 17, generator=torch.Generator().manual_seed(1)) > 0.3
+    y, last = short_conv.delay(x, steps)
+    for got, expected in zip((y, last), short_conv.causal(x, weight)):
+        assert torch.equal(got, expected)
+    whole, end = short_conv.delay(x, steps, valid)
+    wanted, state = short_conv.causal_masked(x, weight, valid)
+    assert torch.equal(whole[valid], wanted[valid])
+    assert torch.equal(end, state)
+    first, state = short_conv.delay(x[:, :6], steps, valid[:, :6])
+    second, state = short_conv.delay(x[:, 6:], steps, valid[:, 6:], state)
+    assert torch.equal(torch.cat([first, second], 1)[valid], whole[valid])
+    assert torch.equal(state, end)

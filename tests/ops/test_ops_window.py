@@ -101,6 +101,55 @@ def test_any_split_is_the_whole(window, sinks, masks, cuts):
     same(state, last)
 
 
+@WINDOWS
+@SINKS
+@MASKS
+def test_evicting_attends_to_the_bit_and_hands_out_what_leaves(window, sinks, masks):
+    q, k, v = inputs()
+    masks = masked(masks)
+    options = {"window": window, "sinks": sinks}
+    token = torch.arange(37, dtype=torch.float64).expand(2, -1)
+    k, v = (torch.cat([x[..., :-1], token[..., None, None].expand(-1, -1, 2, 1)], -1) for x in (k, v))  # its number
+    whole, _ = sliding_window.chunked(q, k, v, **options, **masks)
+    o, (old_k, old_v, left), last = sliding_window.evicting(q, k, v, **options, **masks)
+    assert torch.equal(o, whole)
+    wanted = [
+        [behind_the_window(b, i, window, sinks, **masks) for i in range(37)] for b in range(2)
+    ]  # None where no token leaves
+    assert left.tolist() == [[j is not None for j in row] for row in wanted]
+    for old in (old_k, old_v):
+        assert old[left][:, 0, -1].tolist() == [j for row in wanted for j in row if j is not None]
+    real = masks.get("valid", torch.ones(2, 37, dtype=torch.bool))
+    at, found = sliding_window.find_evicted(real, **options, segments=masks.get("segments"))
+    assert torch.equal(found, left)
+    assert torch.equal(token.gather(1, at)[left], old_k[left][:, 0, -1])
+    state, plain = None, None
+    for t in range(37):
+        here = {name: x[:, t : t + 1] for name, x in masks.items()}
+        if "segments" in masks and t:
+            here["segments"] = (here["segments"] != masks["segments"][:, t - 1 : t]).long()
+        step = tuple(x[:, t : t + 1] for x in (q, k, v))
+        o, evicted, state = sliding_window.evicting(*step, **options, **here, state=state)
+        alone, plain = sliding_window.chunked(*step, **options, **here, state=plain)
+        assert torch.equal(o, alone)
+        assert torch.equal(evicted[2], left[:, t : t + 1])
+        for one, all_of_them in zip(evicted[:2], (old_k, old_v)):
+            assert torch.equal(one[evicted[2]], all_of_them[:, t : t + 1][evicted[2]])
+    same(state, last)
+
+
+def behind_the_window(b, i, window, sinks, segments=None, valid=None):
+    """The token that has left the window of token i just now, and is no sink; None where there is none."""
+    past = [
+        j
+        for j in range(i + 1)
+        if (segments is None or segments[b, j] == segments[b, i]) and (valid is None or valid[b, j])
+    ]
+    if (valid is not None and not valid[b, i]) or len(past) <= window + sinks:
+        return None
+    return past[-1 - window]
+
+
 @pytest.mark.parametrize("length", [1, 4, 37])
 def test_the_state_is_as_large_as_it_says(length):
     q, k, v = inputs(length)

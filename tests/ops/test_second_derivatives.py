@@ -26,7 +26,7 @@ def calls():
         "delta rule": (lambda: delta_rule.chunked(q, k, v, rate), (q, rate)),
         "gated delta rule": (lambda: delta_rule.chunked(q, k, v, rate, vector), (k, q)),
         "rank one": (lambda: dplr.chunked(q, k, v, a, b, vector), (a, b)),
-        "weights of a window": (lambda: sliding_window.unnormalized(q, k, v, window=8)[::2], (q, k)),
+        "weights of a window": (lambda: sliding_window.evicting(q, k, v, window=8, normalize=False)[::2], (q, k)),
     }
 
 

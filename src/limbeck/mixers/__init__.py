@@ -30,6 +30,7 @@ from limbeck.mixers import (  # noqa: F401
     rwkv7,
     sliding_window,
     softmax,
+    window_memory,
 )
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.options import Options

@@ -10,36 +10,29 @@ Start: w = 0 and the bias such that g = `share`.
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import LimbeckError
-from limbeck.mixers import registry
-from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options
+from limbeck.mixers.branches import Branches, BranchesOptions, label_branch_state, select_branch_state
 from limbeck.mixers.registry import register
 from limbeck.mixers.sliding_window import SlidingWindow, SlidingWindowOptions
-from limbeck.mixers.types import HeadShape, State, Tokens
+from limbeck.mixers.types import State, Tokens
 
 BRANCHES = ("linear", "window")
 
 
 @dataclass(frozen=True)
-class HybridOptions(Options):
-    linear: str = "gated_deltanet"  # name of the linear branch's mixer
-    linear_options: dict = field(default_factory=dict)  # options of that mixer
-    window: int = 64
-    sinks: int = 4
+class HybridOptions(BranchesOptions):
     combine: Literal["gate", "fixed"] = "gate"
     share: float = 0.5  # weight of the linear branch: at the start, or always where combine is fixed
-    branches: Literal["both", "linear", "window"] = "both"
 
 
 @register
-class Hybrid(Mixer):
+class Hybrid(Branches):
     """See the module's docstring. Common options other than `rope` are those of the linear branch."""
 
     name = "hybrid"
@@ -47,37 +40,12 @@ class Hybrid(Mixer):
     source = "arXiv 2603.15590"
     options_class = HybridOptions
     options: HybridOptions
-    controlled = {"rope": True}
-
-    def __init__(self, teacher_shape: HeadShape, options: HybridOptions):
-        common = {f.name: getattr(options, f.name) for f in fields(Options)}
-        self.switches = {name: value for name, value in common.items() if value != getattr(Options(), name)}
-        super().__init__(teacher_shape, replace(options, **{**vars(Options()), "rope": options.rope}))
-
-    @classmethod
-    def for_length(cls, options: HybridOptions, length: int) -> HybridOptions:
-        linear = registry.get(options.linear)
-        linear_options = registry.resolve_options(options.linear, options.linear_options)
-        before, after = vars(linear_options), vars(linear.for_length(linear_options, length))
-        changed = {name: value for name, value in after.items() if value != before[name]}
-        return replace(options, linear_options={**options.linear_options, **changed}) if changed else options
-
-    @classmethod
-    def list_inner_mixers(cls, options: HybridOptions) -> list[str]:
-        return [options.linear]
 
     def build(self) -> None:
         o = self.options
         if not 0 < o.share < 1:
             raise LimbeckError(f"option 'share' of mixer 'hybrid' is {o.share}", expected="more than 0 and less than 1")
-        linear_options = registry.resolve_options(o.linear, o.linear_options)
-        if o.linear in (self.name, SlidingWindow.name) or registry.get(o.linear).state_grows(linear_options):
-            raise LimbeckError(
-                f"'{o.linear}' cannot be the linear branch of a hybrid", expected="a mixer with a fixed-size state"
-            )
-        self.linear = registry.build(
-            o.linear, self.teacher_shape, {**self.switches, **o.linear_options, "rope": o.rope}
-        )
+        super().build()
         self.window = SlidingWindow(
             self.teacher_shape, SlidingWindowOptions(rope=o.rope, window=o.window, sinks=o.sinks)
         )
@@ -93,9 +61,9 @@ class Hybrid(Mixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         outputs, new = {}, {}
         for name in BRANCHES:
-            branch_state = {key.removeprefix(f"{name}."): z for key, z in state.items() if key.startswith(f"{name}.")}
+            branch_state = select_branch_state(state, name)
             outputs[name], after = getattr(self, name)(q, k, v, x, tokens=tokens, state=branch_state)
-            new.update({f"{name}.{key}": z for key, z in after.items()})
+            new.update(label_branch_state(after, name))
         return self._join(outputs, self._share(x).unsqueeze(-1)), new
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:

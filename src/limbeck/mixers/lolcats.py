@@ -77,8 +77,8 @@ class LoLCATs(Mixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         segments, valid = tokens.segments, tokens.valid
         window_state = {name: state[name] for name in WINDOW} if state else None
-        near, (old_k, old_v, left), window_state = sliding_window.unnormalized(
-            q, k, v, **self._settings(), state=window_state, segments=segments, valid=valid
+        near, (old_k, old_v, left), window_state = sliding_window.evicting(
+            q, k, v, **self._settings(), state=window_state, segments=segments, valid=valid, normalize=False
         )
         past = self._features(q, old_k, old_v, x, left=left, valid=valid)
         ones = past.v.new_ones(*past.v.shape[:-1], 1)

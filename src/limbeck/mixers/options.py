@@ -55,7 +55,7 @@ class Options:
         return cls(**given)
 
 
-_AT_LEAST_ZERO = ("conv", "gate_rank", "heads", "state", "horizon")
+_AT_LEAST_ZERO = ("conv", "gate_rank", "heads", "state", "horizon", "code_rank")
 
 
 def _is_instance(value: Any, kind: Any) -> bool:

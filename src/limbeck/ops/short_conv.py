@@ -5,8 +5,9 @@
     y, state = short_conv.causal(x, weight)                         # a whole sequence
     y, state = short_conv.causal(x1, weight, state=state)           # the next token
     y, state = short_conv.causal_masked(x, weight, valid)           # padding anywhere takes no place in any window
+    y, state = short_conv.delay(x, 64)                              # y_t = x_{t-64}, a weight of a single one
 
-Tokens of other documents count as zeros. Legend: B batch, T time, W width of the window.
+Tokens of other documents count as zeros, but in `delay`. Legend: B batch, T time, W width of the window.
 """
 
 import torch
@@ -81,3 +82,25 @@ def causal_masked(
         new = new * (number[:, -1:] == segments[:, -1:]).view(-1, 1, *channels)
     positions = (~valid).sum(1, keepdim=True) + valid.cumsum(1) - 1
     return gather_tokens(y, positions) * valid.view(*valid.shape, *channels), new
+
+
+def delay(x: Tensor, steps: int, valid: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return what each token's predecessor by `steps` valid tokens had, of whatever document: the caller masks those.
+
+    Args:
+        x: [B, T, ...].
+        valid: [B, T] bool, False where a token is padding; None where every token counts.
+        state: [B, steps, ...] the inputs before these; None for zeros.
+
+    Returns:
+        y [B, T, ...], arbitrary where a token is not valid, and the last inputs that were.
+    """
+    if state is None:
+        state = x.new_zeros(x.shape[0], steps, *x.shape[2:])
+    history = torch.cat([state.to(x.dtype), x], 1)
+    if valid is None:
+        return history[:, : x.shape[1]], history[:, x.shape[1] :].clone()  # a view would keep all of the history
+    order = torch.cat([valid.new_ones(len(valid), steps), valid], 1).logical_not().to(torch.uint8)
+    history = gather_tokens(history, order.argsort(dim=1, stable=True))
+    last = valid.sum(1, keepdim=True) + torch.arange(steps, device=x.device)
+    return gather_tokens(history, (valid.cumsum(1) - 1).clamp(min=0)), gather_tokens(history, last)

@@ -62,7 +62,7 @@ def chunked(
         return unpack_valid_tokens(o, valid), new
 
 
-def unnormalized(
+def evicting(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -73,17 +73,22 @@ def unnormalized(
     state: dict[str, Tensor] | None = None,
     segments: Tensor | None = None,
     valid: Tensor | None = None,
+    normalize: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """Attend without the softmax's division, for mixers that read the tokens behind the window in another way.
+    """Attend as `chunked` does, for mixers that read the tokens behind the window in another way.
+
+    Args:
+        normalize: False leaves out the softmax's division.
 
     Returns:
-        o [B,T,H,V+1] in float32 (float64 for float64 inputs): the weighted values and, in the last column, the sum of
-        weights, which are exponentials relative to the largest one; then the key [B,T,G,K] and value [B,T,G',V] of the
-        token that each token pushes out of the window, and where there is one that is no sink, [B,T] bool; and the
-        state of `chunked` for a window of one more, since the token to be pushed out next must still be in it.
+        o [B,T,H,V], bit for bit that of `chunked`; without `normalize` [B,T,H,V+1] in float32 (float64 for float64
+        inputs): the weighted values and, in the last column, the sum of weights, which are exponentials relative to the
+        largest one. Then the key [B,T,G,K] and value [B,T,G',V] of the token that each token evicts from the window,
+        and where there is one that is no sink, [B,T] bool; and the state of `chunked` for a window of one more, since
+        the token to be evicted next must still be in it.
     """
     _check(q, k, v, window, sinks, segments, valid)
-    length = q.shape[1]
+    length, attend = q.shape[1], F.scaled_dot_product_attention if normalize else _Exponentials.attend
     if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
     with common.disable_autocast(q):
@@ -92,21 +97,23 @@ def unnormalized(
             keys, values, count = reset_new_documents(keys, values, count, segments)
             oldest = slice(sinks, sinks + 1)
             near = [torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1) if sinks else x[:, 1:] for x in (keys, values)]
-            o = _next(q, near[0], near[1], count, window, sinks, scale, _Exponentials.attend)
+            o = _next(q, near[0], near[1], count, window, sinks, scale, attend)
             left = (count >= window + sinks).unsqueeze(1)
-            return o, (keys[:, oldest], values[:, oldest], left), shift_state(keys, values, count, sinks)
+            new = shift_state(keys, values, count, sinks)
+            return o.to(v.dtype) if normalize else o, (keys[:, oldest], values[:, oldest], left), new
         held = keys.shape[1] - length
         packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
         first = _first(number, count)
-        o = _attend(packed, keys, values, first, held, window, sinks, scale, attend=_Exponentials.attend)
+        o = _attend(packed, keys, values, first, held, window, sinks, scale, attend=attend)
+        o = o.to(v.dtype) if normalize else o
         behind = torch.arange(length, device=q.device) - window  # at [S + i] of the keys, or before them
         left = (behind - first >= sinks).expand(len(q), -1)
         padding = (0, 0, 0, 0, min(window, length), 0)
-        pushed_out = [
+        evicted = [
             x[:, sinks : sinks + length] if held else F.pad(x[:, : max(length - window, 0)], padding)
             for x in (keys, values)
         ]
-        o, k, v, left = (unpack_valid_tokens(x, valid) for x in (o, *pushed_out, left))
+        o, k, v, left = (unpack_valid_tokens(x, valid) for x in (o, *evicted, left))
         new = compute_final_state(keys, values, count, held, length, window + 1, sinks, segments, valid)
         return o, (k, v, left), new
 
@@ -125,7 +132,7 @@ def matrix(
     """Build the softmax weights M [B,H,T,T]: without a state o = M v, head by head. Rows of masked tokens are zero.
 
     Args:
-        normalize: False for exponentials relative to the largest of a row, as in `unnormalized`.
+        normalize: False for exponentials relative to the largest of a row, as in `evicting`.
     """
     _check(q, k, None, window, sinks, segments, valid)
     length, heads, dtype = q.shape[1], q.shape[2], common.compute_dtype(q, k)
@@ -142,20 +149,39 @@ def matrix(
 
 def build_window_mask(valid: Tensor, *, window: int, sinks: int, segments: Tensor | None = None) -> Tensor:
     """Mark the tokens that each token attends to, [B,T,T] bool, for valid [B,T]."""
-    before = valid.cumsum(1) - valid.long()  # the number of valid tokens before each
+    before, first = _count_tokens_before(valid, segments)
     at = torch.arange(valid.shape[1], device=valid.device)
     seen = (at[:, None] >= at) & valid[:, None]
-    first = torch.zeros_like(before)
     if segments is not None:
-        first = torch.where(common.find_document_starts(segments), before, 0).cummax(1).values
         seen = seen & common.build_document_mask(segments).squeeze(1)
     near = before[:, :, None] - before[:, None] < window
     return seen & (near | (before - first < sinks)[:, None]) & valid[:, :, None]
 
 
+def find_evicted(valid: Tensor, *, window: int, sinks: int, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find the token that each token evicts from the window, as `evicting` returns it without a state.
+
+    Returns:
+        Its index [B,T], arbitrary where there is none, and where there is one that is no sink, [B,T] bool; for valid
+        [B,T] bool.
+    """
+    before, first = _count_tokens_before(valid, segments)
+    behind = before - window  # counted among the valid tokens, as `first` is
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # the valid tokens, then the others
+    return order.gather(1, behind.clamp(min=0)), valid & (behind - first >= sinks)
+
+
 def state_numel(groups: int, key: int, value: int, window: int, sinks: int) -> int:
     """Count the numbers in the state of one sequence: keys, values and the count."""
     return (sinks + window - 1) * groups * (key + value) + 1
+
+
+def _count_tokens_before(valid: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Count the valid tokens before each token and before the document of each, both [B,T]."""
+    before = valid.cumsum(1) - valid.long()
+    if segments is None:
+        return before, torch.zeros_like(before)
+    return before, torch.where(common.find_document_starts(segments), before, 0).cummax(1).values
 
 
 def _check(

@@ -6,7 +6,7 @@
 # PYTHON=python3.12 picks another interpreter; PIP_ARGS=... goes to every pip install.
 
 PYTHON ?= python3
-RECIPE ?= quickstart
+RECIPE ?= limbeck
 PIP_ARGS ?=
 BIN := .venv/bin
 DONE := .venv/.installed

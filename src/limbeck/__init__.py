@@ -2,7 +2,7 @@
 
     import limbeck
     student = limbeck.convert(model, mixer="gated_deltanet")          # a Hugging Face model, linear in length
-    limbeck.distill(limbeck.Recipe.load("quickstart"))                # stages, evaluation, export
+    limbeck.distill(limbeck.Recipe.load("limbeck"))                   # stages, evaluation, export
     AutoModelForCausalLM.from_pretrained("runs/quickstart/student")   # works once limbeck is imported
 
 The README shows the command line; docs/architecture.md how it is built.

@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     epilog=examples(
         "limbeck distill",
         "limbeck distill --student gla --tokens 2000000 --out runs/gla",
-        "limbeck distill recipe.yaml --set stages.hidden.lr=1e-3 --plan",
+        "limbeck distill --data corpus.jsonl --teacher Qwen/Qwen3-0.6B --plan",
     )
 )
 def distill(
-    recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")] = "quickstart",
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A built-in recipe or a YAML file.", show_default="limbeck; with --student or --stages: quickstart"
+        ),
+    ] = None,
     teacher: OptionalTeacher = None,
     student: OptionalMixer = None,
     layers: Annotated[str | None, typer.Option(help="The layers to convert: 'all' or numbers such as 0,2,5-9.")] = None,
@@ -41,7 +46,9 @@ def distill(
     ] = False,
     plan: Plan = False,
 ) -> None:
-    """Distill a teacher into a subquadratic student. Without arguments: the quickstart. The same command resumes."""
+    """Distill a teacher into a subquadratic student. Without arguments: a real one. The same command resumes."""
+    # the quickstart's stages suit any mixer, those of `limbeck` its own student
+    recipe = recipe or ("limbeck" if student is None and stages is None else "quickstart")
     chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [])
     if find_lr:
         _find_learning_rates(chosen)
@@ -132,6 +139,7 @@ def build_recipe(
             raw["data"]["max_tokens"] = None
         if data is not None:
             raw["data"] |= {"text_field": "text", "chat": None}
+            _replace_text(raw, Recipe.load(name).data.source)
     if stages is not None:
         raw["stages"] = parse_stages(stages, raw)
     if tokens is not None:
@@ -144,6 +152,20 @@ def build_recipe(
         key, value = split_assignment(text, "stages.hidden.lr=1e-3")
         set_by_dotted_key(raw, key, value)
     return Recipe.parse(raw, name)
+
+
+def _replace_text(raw: dict[str, Any], built_in: str) -> None:
+    """Give the text of a command line to the stages that read the recipe's own text too, alone or in a mixture."""
+    text = {key: raw["data"][key] for key in ("source", "text_field", "chat")}
+    for stage in raw["stages"]:
+        if (own := stage["data"]) is None:
+            continue
+        for part in own["sources"] or [own]:
+            if part["source"] == built_in:
+                part |= text
+        own["max_tokens"] = None
+        if own["sources"]:
+            del own["source"]  # their names in one
 
 
 def print_plan(plan: Any) -> None:

@@ -322,7 +322,7 @@ class Document(_Part):
 
     @classmethod
     def load(
-        cls, source: str | Path = "quickstart", overrides: dict[str, Any] | None = None, *, stored: bool = False
+        cls, source: str | Path = "limbeck", overrides: dict[str, Any] | None = None, *, stored: bool = False
     ) -> Self:
         """Load a built-in recipe by name, or a YAML file, and apply dotted overrides ("stages.hidden.lr": 1e-3).
 

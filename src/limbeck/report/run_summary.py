@@ -203,10 +203,14 @@ def next_commands(result: dict[str, Any]) -> list[str]:
     """List the commands to type next for this very run: its recipe brings teacher, text and tokens along."""
     run = str(result["run"])
     other = "gla" if "mlstm" in result["mixers"] else "mlstm"
+    recipe = shlex.quote(f"{run}/recipe.yaml")
+    again = f"limbeck distill {recipe} --student {other} --out {shlex.quote(f'{run}-{other}')}"
+    if result.get("softmax_heads"):  # its stages suit students that start as a window
+        again = f"limbeck distill {recipe} --tokens 500000 --out {shlex.quote(f'{run}-longer')}"
     return [
         f"limbeck generate {shlex.quote(run)} 'Once upon a time'",
         f"limbeck eval {shlex.quote(run)} --tokens 50000",
-        f"limbeck distill {shlex.quote(f'{run}/recipe.yaml')} --student {other} --out {shlex.quote(f'{run}-{other}')}",
+        again,
     ]
 
 

@@ -1,6 +1,6 @@
 """The main job: teacher in, stages, evaluation, and a student that can be loaded by transformers.
 
-    summary = distill(Recipe.load("quickstart"))          # the same call resumes, and does nothing when all is done
+    summary = distill(Recipe.load("limbeck"))             # the same call resumes, and does nothing when all is done
 
 Everything that can be wrong with a recipe is found before anything is written.
 """

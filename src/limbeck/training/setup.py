@@ -1,6 +1,6 @@
 """Set up a run: load teacher and text, convert the student, and find every mistake in a recipe before training starts.
 
-    job = prepare_job(Recipe.load("quickstart"))
+    job = prepare_job(Recipe.load("limbeck"))
     student = build_student(job)
 
 Nothing is written except the caches of text and teacher.

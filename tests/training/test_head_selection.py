@@ -65,7 +65,8 @@ def test_the_worth_is_the_derivative_of_the_loss(family):
             for step in (1e-4, -1e-4):
                 model.set_gates({**gates, group: now + step}, rest)
                 ends.append(exact_loss(model.model, texts))
-            assert worth[group] == pytest.approx((ends[1] - ends[0]) / 2e-4, rel=1e-4, abs=1e-6)
+            # the derivative goes through logits in float32
+            assert worth[group] == pytest.approx((ends[1] - ends[0]) / 2e-4, abs=5e-5)
 
 
 def test_along_the_whole_path_the_worth_is_the_loss():

@@ -62,10 +62,11 @@ def test_the_worth_is_the_derivative_of_the_loss(family):
         for group in model.groups[:4]:
             now = gates.get(group, rest)
             ends = []
-            for step in (1e-4, -1e-4):
+            for step in (3e-3, -3e-3):
                 model.set_gates({**gates, group: now + step}, rest)
                 ends.append(exact_loss(model.model, texts))
-            assert worth[group] == pytest.approx((ends[1] - ends[0]) / 2e-4, rel=1e-4, abs=1e-6)
+            # norms and logits are in float32
+            assert worth[group] == pytest.approx((ends[1] - ends[0]) / 6e-3, rel=5e-3, abs=5e-5)
 
 
 def test_along_the_whole_path_the_worth_is_the_loss():

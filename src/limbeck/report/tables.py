@@ -318,7 +318,7 @@ def describe_windows(groups: list[SeedGroup]) -> list[str]:
         compared = f"on {text} than an untrained sliding window of the same memory"
         sentences = [f"Better {compared}: {'; '.join(better)}."] if better else []
         if worse:
-            sentences.append(f"No better {window}, and not worth the training: {'; '.join(worse)}.")
+            sentences.append(f"No better {compared}, and not worth the training: {'; '.join(worse)}.")
         if sentences:
             return sentences
     return []

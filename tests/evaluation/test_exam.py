@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import limbeck
+from limbeck.cli import main
 from limbeck.core.errors import LimbeckError
 from limbeck.evaluation import baselines, exam
 from limbeck.evaluation import measure as measures
@@ -290,3 +291,19 @@ def test_a_teacher_that_cannot_be_converted_has_no_window(folders, documents, tm
     assert "quantized" in capsys.readouterr().err
     with pytest.raises(LimbeckError, match="quantized"):
         baselines.measure_baselines(measure, subject, settings_of(documents), control=True)
+
+
+@pytest.mark.parametrize(("option", "columns"), [([], "untrained window"), (["--no-window", "--control"], "control")])
+def test_limbeck_eval_has_the_baselines_it_is_asked_for(
+    option, columns, folders, documents, tmp_path, monkeypatch, capsys
+):
+    words = ["eval", str(folders["gla"]), "--teacher", str(folders["teacher"]), "--measure", "exam"]
+    for key, value in settings_of(documents).items():
+        words += ["--set", f"exam.{key}={value}"]
+    monkeypatch.setattr("sys.argv", ["limbeck", *words, "--out", str(tmp_path / "out"), *option])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert ("untrained window" in table, "control of" in table) == (columns != "control", columns == "control")
+    assert ("in the same memory" in table) == (columns != "control")

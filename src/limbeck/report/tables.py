@@ -305,7 +305,8 @@ def describe_windows(groups: list[SeedGroup]) -> list[str]:
         name = select_value_name(metric, groups)
         if name is None:
             continue
-        better, worse = [], []
+        better: list[str] = []
+        worse: list[str] = []
         for group in groups:
             windows = get_window_values(name, [group])
             if windows and group.student != TEACHER:
@@ -314,10 +315,10 @@ def describe_windows(groups: list[SeedGroup]) -> list[str]:
                 label = ", ".join(filter(None, [group.student, format_condition(group.condition)]))
                 (better if mean is not None and mean < window else worse).append(label)
         text = "the exam" if metric is EXAM_METRIC else "held-out text"
-        window = f"on {text} than an untrained sliding window of the same memory"
-        sentences = [f"Better {window}: {'; '.join(better)}."] if better else []
+        compared = f"on {text} than an untrained sliding window of the same memory"
+        sentences = [f"Better {compared}: {'; '.join(better)}."] if better else []
         if worse:
-            sentences.append(f"No better {window}, and not worth the training: {'; '.join(worse)}.")
+            sentences.append(f"No better {compared}, and not worth the training: {'; '.join(worse)}.")
         if sentences:
             return sentences
     return []

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from limbeck import LimbeckError
+from limbeck import LimbeckError, convert
 from limbeck.core.cache import cache_dry_run
 from limbeck.core.recipe import Recipe
 from limbeck.core.storage import cache_root, read_manifest
+from limbeck.testing import make_tiny_model
 from limbeck.training import head_selection, pipeline
 from limbeck.training.setup import prepare_job
 
@@ -78,3 +79,8 @@ def test_more_heads_than_there_are(recipe, tmp_path):
     for value in (18.2, ["18.2", 3], 0):
         with pytest.raises(LimbeckError):
             recipe(value)
+
+
+def test_a_number_alone_converts_nothing():
+    with pytest.raises(LimbeckError, match="softmax_heads is 2, a number of groups"):
+        convert(make_tiny_model("llama"), "sliding_window", softmax_heads=2)

@@ -68,7 +68,7 @@ def assign_mixers(
     *,
     layers: str | list[int] = "all",
     softmax_layers: str | list[int] = "none",
-    softmax_heads: str | list[str] = "none",
+    softmax_heads: int | str | list[str] = "none",
     softmax_window: int = 0,
     rules: Sequence[dict[str, Any]] = (),
     length: int = 0,

@@ -37,7 +37,7 @@ def convert(
     *,
     preset: str = "default",
     softmax_layers: str | list[int] = "none",
-    softmax_heads: str | list[str] = "none",
+    softmax_heads: int | str | list[str] = "none",
     softmax_window: int = 0,
     rules: Sequence[dict[str, Any]] = (),
     copy_projections: bool = True,

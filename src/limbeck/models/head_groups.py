@@ -16,7 +16,7 @@ from limbeck.models.layers import SPLIT_MIXER, format_ranges
 HeadGroups = dict[int, list[int]]  # groups by layer, both counted from 0
 
 
-def resolve_softmax_heads(softmax_heads: str | list[str], groups: Sequence[int]) -> HeadGroups:
+def resolve_softmax_heads(softmax_heads: int | str | list[str], groups: Sequence[int]) -> HeadGroups:
     """Return the groups that keep softmax, by layer.
 
     Args:
@@ -25,8 +25,15 @@ def resolve_softmax_heads(softmax_heads: str | list[str], groups: Sequence[int])
         groups: of the teacher, the number of groups in each layer.
 
     Raises:
-        LimbeckError: no such layer or group, a group twice, an unreadable file.
+        LimbeckError: no such layer or group, a group twice, an unreadable file; a number, which only a run can turn
+            into groups (`limbeck.training.automatic_heads`).
     """
+    if isinstance(softmax_heads, int):
+        raise LimbeckError(
+            f"softmax_heads is {softmax_heads}, a number of groups",
+            expected="which ones: layer.group as in 18.2, or a file; limbeck distill chooses them by itself",
+            hint=f"limbeck select softmax_heads.json --heads --num-softmax-heads {softmax_heads}",
+        )
     if softmax_heads in ("none", "", []):
         return {}
     if isinstance(softmax_heads, str):

@@ -100,8 +100,9 @@ class GatedTeacher:
             hidden = run_backbone(self.model, text)
             _, gradient = logit_losses(self.head, hidden, None, text.targets, ObjectiveWeights(ce=1, kl=0), 1 / count)
             hidden.backward(gradient)
-        gradients = {layer: gated.gates.grad for layer, gated in self.layers.items()}
-        return {(layer, group): -float(gradients[layer][group]) for layer, group in self.groups}
+        # every gate is in the graph of the loss, so each has a gradient
+        gradients = {layer: gated.gates.grad.tolist() for layer, gated in self.layers.items()}  # type: ignore[union-attr]
+        return {(layer, group): -gradients[layer][group] for layer, group in self.groups}
 
 
 def prepare_texts(text: Batch, device: torch.device) -> list[Batch]:

@@ -1,19 +1,17 @@
 """Choose the groups of heads that keep softmax at the start of a run, where its recipe says only how many.
 
-    student = choose_softmax_heads(recipe, teacher, folder, open_text)     # recipe.student, with a file of the groups
-    student = find_chosen_heads(recipe.student, folder)                    # the same for a run that has begun
+    student = find_chosen_heads(recipe.student, folder)             # of a run that has begun
+    student = choose_softmax_heads(recipe, teacher, sites, text)     # recipe.student, with a file of the groups
 
 The choice depends on teacher, text and number alone (`limbeck.training.head_selection`). It is kept in the run
 directory, where a resumed run finds it, and in the cache, where other runs with the same teacher and text do.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from limbeck.core.cache import get_dry_run_notes
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe, Student
@@ -21,7 +19,7 @@ from limbeck.core.storage import atomic_write_text, cache_root
 from limbeck.data.dataset import TextData
 from limbeck.data.packing import take_sequences_with_targets
 from limbeck.data.tokenization import hash_settings
-from limbeck.models import find_attention_sites
+from limbeck.models import Site
 from limbeck.models.fingerprint import fingerprint_tensors
 from limbeck.models.layers import select_converted_layers
 from limbeck.training import head_selection
@@ -41,58 +39,58 @@ def find_chosen_heads(student: Student, folder: Path) -> Student:
     return student
 
 
-def choose_softmax_heads(
-    recipe: Recipe, teacher: PreTrainedModel, folder: Path, open_text: Callable[[], TextData]
-) -> Student:
-    """Return a recipe's student with the groups of heads that keep softmax, choosing them first if need be.
-
-    In a plan (`limbeck.core.cache.cache_dry_run`) nothing is computed: the first groups stand for those to be chosen.
+def take_first_heads(student: Student, sites: list[Site]) -> Student:
+    """Return a recipe's student with its first groups in the place of those that are still to be chosen.
 
     Args:
-        folder: the run directory; only read.
-        open_text: returns the recipe's text.
+        sites: all attention layers of the teacher.
 
     Raises:
         LimbeckError: more groups than the converted layers have.
     """
+    groups = _list_groups(student, sites)
+    head_selection.check_count(int(student.softmax_heads), len(groups))  # type: ignore[arg-type]
+    return student.model_copy(update={"softmax_heads": groups[: student.softmax_heads]})  # type: ignore[misc]
+
+
+def describe_choice(student: Student, sites: list[Site]) -> str:
+    """Say what is to be chosen, for a plan."""
+    return f"{student.softmax_heads} of {len(_list_groups(student, sites))} groups of heads, in a few minutes on a CPU"
+
+
+def choose_softmax_heads(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site], text: TextData) -> Student:
+    """Choose the groups of heads of a recipe that says only how many; returns its student with a file of them.
+
+    Args:
+        sites: all attention layers of the teacher.
+        text: the recipe's.
+    """
     count = recipe.student.softmax_heads
-    student = find_chosen_heads(recipe.student, folder)
-    if not isinstance(student.softmax_heads, int) or not isinstance(count, int):
-        return student
-    sites = find_attention_sites(teacher)
-    chosen = select_converted_layers(student.layers, student.softmax_layers, len(sites))
-    sites = [sites[i] for i in chosen]
-    groups = [f"{site.shape.layer}.{group}" for site in sites for group in range(site.shape.kv_heads)]
-    head_selection.check_count(count, len(groups))
-    notes = get_dry_run_notes()
-    if notes is not None:
-        notes.append(
-            f"would be chosen first, once: {count} of {len(groups)} groups of heads, in a few minutes on a CPU"
-        )
-        return student.model_copy(update={"softmax_heads": groups[:count]})
-    text = open_text()
+    assert isinstance(count, int)
+    converted = select_converted_layers(recipe.student.layers, recipe.student.softmax_layers, len(sites))
     length = min(ROW_TOKENS, recipe.longest)
     settings = {
         "format": FORMAT,
         "teacher": fingerprint_tensors(teacher),
         "text": text.key,
         "count": count,
-        "layers": chosen,
+        "layers": converted,
         "rows": [ROWS, length],
         "window": WINDOW,
+        "seed": recipe.seed,
     }
     path = cache_root() / "selections" / f"{hash_settings(settings)}.json"
     if not path.is_file():
-        console.print(f"Choosing {count} of {len(groups)} groups of heads that look further back than the others")
+        groups = len(_list_groups(recipe.student, sites))
+        console.print(f"choosing {count} of {groups} groups of heads, those that look furthest back")
         batch, _ = take_sequences_with_targets(text.train_sequences(length, recipe.seed), 0, ROWS)
-        gated = head_selection.GatedTeacher(teacher, sites, WINDOW)
-        worth, losses = head_selection.select_heads(
-            gated, head_selection.prepare_texts(batch, teacher.device), count, "path"
-        )
+        model = head_selection.GatedTeacher(teacher, [sites[i] for i in converted], WINDOW)
+        rows = head_selection.prepare_texts(batch, teacher.device)
+        worth, losses = head_selection.select_heads(model, rows, count)
         content = head_selection.head_selection_to_dict(worth, losses, **settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps(content, indent=1) + "\n")
-    return student.model_copy(update={"softmax_heads": str(path)})
+    return recipe.student.model_copy(update={"softmax_heads": str(path)})
 
 
 def store_chosen_heads(recipe: Recipe, student: Student, folder: Path) -> None:
@@ -104,3 +102,9 @@ def store_chosen_heads(recipe: Recipe, student: Student, folder: Path) -> None:
         except OSError as error:
             raise LimbeckError(f"cannot read the choice of heads: {error}", hint="the same command") from error
         atomic_write_text(path, content)
+
+
+def _list_groups(student: Student, sites: list[Site]) -> list[str]:
+    """List the groups of the layers that a student converts, by name."""
+    converted = select_converted_layers(student.layers, student.softmax_layers, len(sites))
+    return [f"{sites[i].shape.layer}.{group}" for i in converted for group in range(sites[i].shape.kv_heads)]

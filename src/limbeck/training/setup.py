@@ -35,7 +35,12 @@ from limbeck.models import Site, convert, find_attention_sites, loading
 from limbeck.models.compilation import CompileLog, should_compile
 from limbeck.models.hooks import DistillationPair, check_finite_loss
 from limbeck.models.packed import force_attention_masks
-from limbeck.training.automatic_heads import choose_softmax_heads
+from limbeck.training.automatic_heads import (
+    choose_softmax_heads,
+    describe_choice,
+    find_chosen_heads,
+    take_first_heads,
+)
 from limbeck.training.guard import count_guard_tokens
 from limbeck.training.identity import assign_student_mixers, build_run_identity, check_run_identity
 from limbeck.training.lora import check_peft, resolve_lora_targets
@@ -119,13 +124,14 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     _check_same_split(recipe)
     teacher, tokenizer = loaded or load_recipe_teacher(recipe, device)
     _check_sequence_lengths(recipe, teacher)
-    student = choose_softmax_heads(
-        recipe, teacher, path, lambda: _open_texts(recipe, teacher, tokenizer)[dataset_key(recipe.data)]
-    )
     sites = find_attention_sites(teacher)
+    student = find_chosen_heads(recipe.student, path)
+    heads_are_open = isinstance(student.softmax_heads, int)
+    if heads_are_open:  # chosen last, because it takes minutes; until then some groups stand for them
+        student = take_first_heads(student, sites)
     groups = [site.shape.kv_heads for site in sites]
     identity: dict[str, Any] = {}
-    if get_process_info().is_main and notes is None:  # a placeholder has no identity
+    if get_process_info().is_main and notes is None and not heads_are_open:  # a placeholder has no identity
         identity = build_run_identity(recipe, student, teacher, tokenizer, groups)
         check_run_identity(path, identity)
     if recipe.attention == "mask":
@@ -147,6 +153,8 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     autocast = resolve_autocast(recipe.precision, device)
     job = Job(recipe, student, device, autocast, teacher, tokenizer, texts, len(sites), converted, path, identity)
     if notes is not None:  # what follows reads the text, which a plan must not create
+        if heads_are_open:
+            notes.append(f"would be chosen first, once: {describe_choice(recipe.student, sites)}")
         return job
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
@@ -156,6 +164,12 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     check_finite_loss(teacher, job.held_out_dataset(recipe.data).batch(0, 1).to(device), autocast)
     if get_process_info().is_main:
         _advise_bos(job)
+    if heads_are_open:
+        job.student = choose_softmax_heads(recipe, teacher, sites, job.text)
+        job.sites = [sites[i] for i in assign_student_mixers(job.student, groups, recipe.longest)]
+        if get_process_info().is_main:
+            job.identity = build_run_identity(recipe, job.student, teacher, tokenizer, groups)
+            check_run_identity(path, job.identity)
     return job
 
 
@@ -327,7 +341,7 @@ def _check_sequences(job: Job) -> None:
         text = job.recipe.text_of(stage)
         if not text.streaming:
             job.train_dataset(text)
-            if not isinstance(stage, recipes.Calibrate):
+            if getattr(stage, "eval_steps", None):
                 job.held_out_dataset(text)
 
 

@@ -121,8 +121,8 @@ def check_exportable(exporter: Exporter, student: Any, quantization: str | None 
     quantization = quantization or exporter.quantizations[0]
     if quantization not in exporter.quantizations:
         raise LimbeckError(
-            f"{exporter.name} is not written as '{quantization}'{suggest_closest(quantization, exporter.quantizations)}",
-            expected=", ".join(exporter.quantizations),
+            f"no quantization '{quantization}'{suggest_closest(quantization, exporter.quantizations)}",
+            expected=f"for {exporter.name}: {', '.join(exporter.quantizations)}",
         )
     reasons = exporter.check(student)
     if not reasons:

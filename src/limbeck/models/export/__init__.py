@@ -1,7 +1,7 @@
 """Exports: a student in the format of another engine, computed there exactly as here, or refused with the reasons.
 
     exporter = get_exporter("gguf")
-    exporter.check(student)                                  # [] if it fits; else every reason, with the switch for it
+    exporter.check(student, tokenizer)                       # [] if it fits; else every reason, with the switch for it
     write_export(exporter, student, tokenizer, folder, quantization="f16")
     exporter.verify(student, tokenizer, folder)              # the engine's logits beside the student's
 
@@ -59,11 +59,13 @@ class Verification:
     logit_deviation: float  # standard deviation of the student's logits, the scale of the differences
     same_token: float  # share of positions with the same most likely token, in the worse of both
     bound: float  # of the differences, in standard deviations
+    same_text_tokens: bool = True  # whether the engine's own tokenizer, where it has one, splits a sample text alike
 
     @property
     def passed(self) -> bool:
-        """Whether both differences are within the bound (NaN is not)."""
-        return max(self.prompt_difference, self.step_difference) <= self.bound * self.logit_deviation
+        """Whether both differences are within the bound (NaN is not), and texts are split alike."""
+        limit = self.bound * self.logit_deviation
+        return self.prompt_difference <= limit and self.step_difference <= limit and self.same_text_tokens
 
 
 class EngineMissingError(LimbeckError):
@@ -87,7 +89,7 @@ class Exporter:
         name: as in `--to`.
         summary: one line for tables and help.
         engine: what opens it.
-        check: student -> reasons why it does not fit.
+        check: student, tokenizer -> reasons why they do not fit.
         plan: student, tokenizer, quantization -> what would be written.
         write: student, tokenizer, empty folder, quantization -> nothing; called for students that fit.
         verify: student, tokenizer, folder -> the engine beside the student. Raises EngineMissingError.
@@ -98,7 +100,7 @@ class Exporter:
     name: str
     summary: str
     engine: str
-    check: Callable[[Any], list[Reason]]
+    check: Callable[[Any, Any], list[Reason]]
     plan: Callable[[Any, Any, str], ExportPlan]
     write: Callable[[Any, Any, Path, str], None]
     verify: Callable[[Any, Any, Path], Verification]
@@ -116,7 +118,7 @@ def get_exporter(name: str) -> Exporter:
     return import_module(f"{__name__}.{EXPORTER_MODULES[name]}").EXPORTER
 
 
-def check_exportable(exporter: Exporter, student: Any, quantization: str | None = None) -> str:
+def check_exportable(exporter: Exporter, student: Any, tokenizer: Any, quantization: str | None = None) -> str:
     """Return the quantization to use; LimbeckError with all reasons if the student does not fit the format."""
     quantization = quantization or exporter.quantizations[0]
     if quantization not in exporter.quantizations:
@@ -124,14 +126,16 @@ def check_exportable(exporter: Exporter, student: Any, quantization: str | None 
             f"no quantization '{quantization}'{suggest_closest(quantization, exporter.quantizations)}",
             expected=f"for {exporter.name}: {', '.join(exporter.quantizations)}",
         )
-    reasons = exporter.check(student)
+    reasons = exporter.check(student, tokenizer)
     if not reasons:
         return quantization
     listing = "\n".join(f"  - {reason}" for reason in reasons)
     raise LimbeckError(
         f"this student cannot be written as {exporter.name} without changing what it computes:\n{listing}",
         expected=exporter.summary,
-        hint=f"limbeck distill --for {exporter.name}   (settings that fit, from the first step on)",
+        hint=f"limbeck distill --for {exporter.name}   (settings that fit, from the first step on)"
+        if all(reason.switch for reason in reasons)
+        else "another teacher or tokenizer: for some of this there is no switch",
     )
 
 
@@ -149,7 +153,7 @@ def write_export(
     Raises:
         LimbeckError: it does not fit (all reasons), the folder has files and `force` is not set, or a write failed.
     """
-    quantization = check_exportable(exporter, student, quantization)
+    quantization = check_exportable(exporter, student, tokenizer, quantization)
     check_free(folder, force=force)
     with atomic_folder(folder) as temporary:
         exporter.write(student, tokenizer, temporary, quantization)

@@ -121,9 +121,12 @@ def _check_tensors(student: Any) -> list[Reason]:
         for name, _ in block.named_parameters():
             if name not in known and not name.startswith("self_attn.mixer."):
                 unknown.setdefault(name, []).append(index)
+    kinds: dict[tuple[int, ...], list[str]] = {}
+    for name, layers in unknown.items():
+        kinds.setdefault(tuple(layers), []).append(name)
     reasons = [
-        Reason(f"{format_layers(layers, count)} of the teacher's body have {name}, for which there is no place")
-        for name, layers in unknown.items()
+        Reason(f"the teacher has {', '.join(names)}, for which there is no place ({format_layers(list(at), count)})")
+        for at, names in kinds.items()
     ]
     outside = re.compile(r"^((\w+\.)?layers\.\d+\..*|(\w+\.)?(embed_tokens|norm)\.weight|lm_head\.weight)$")
     rest = [name for name, _ in student.named_parameters() if not outside.match(name)]
@@ -202,7 +205,9 @@ def _mixer_twice(block: nn.Module, recorded: dict[nn.Module, tuple[tuple, Tensor
 def _norm_twice(norm: nn.Module, eps: float) -> tuple[Tensor, Tensor]:
     """Return a norm's output on vectors of three sizes, small ones to see its epsilon, and what w · x / rms(x) is."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
-    x = torch.linspace(-1, 1, len(weight), device=weight.device)[None] * torch.tensor([[1e-3], [0.1], [10.0]]).to(weight)
+    x = torch.linspace(-1, 1, len(weight), device=weight.device)[None] * torch.tensor([[1e-3], [0.1], [10.0]]).to(
+        weight
+    )
     return norm(x), weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 

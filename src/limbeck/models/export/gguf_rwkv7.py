@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from limbeck.models.export import Reason
-from limbeck.models.export.body import check_body, list_mixers_by_layer, read_body
+from limbeck.models.export import Fit, Reason
+from limbeck.models.export.body import check_body, check_structure, list_mixers_by_layer, read_body
 from limbeck.models.export.container import Container, widen
 from limbeck.models.export.mixer_checks import Only, check_mixers
 
@@ -38,7 +39,7 @@ OPTIONS = {
 NORMED = {"norm_eps": Only((NORM_EPS,), "the head norm's epsilon is fixed")}
 
 
-def check(student: Any) -> list[Reason]:
+def check(student: Any, tokenizer: Any = None) -> list[Reason]:
     """Return why the student is no `arwkv7` model; an empty list if it is one."""
     mixers = [mixer for mixer in list_mixers_by_layer(student) if mixer is not None]
     normed = any(mixer.options.output_norm == "layer" for mixer in mixers)
@@ -55,7 +56,9 @@ def check(student: Any) -> list[Reason]:
             )
         )
     if body.has_qk_norms and any(mixer.options.qk_norm for mixer in mixers):
-        reasons.append(Reason("q and k pass the teacher's norms, which the format lacks", "student.options.qk_norm=false"))
+        reasons.append(
+            Reason("q and k pass the teacher's norms, which the format lacks", "student.options.qk_norm=false")
+        )
     return reasons
 
 
@@ -75,7 +78,7 @@ def build(student: Any) -> Container:
         "attention.head_count": 0,
         "attention.decay_lora_rank": options.rank,
         "attention.iclr_lora_rank": options.rank,
-        "attention.value_residual_mix_lora_rank": 1,
+        "attention.value_residual_mix_lora_rank": options.rank,  # llama.cpp expects the rates' rank in layer 0
         "attention.gate_lora_rank": gate_rank,
         "wkv.head_size": body.head_width,
         "token_shift_count": 1,
@@ -116,8 +119,8 @@ def _time_mixing(attention: Any, mixer: Any, heads: int) -> list[tuple[str, Tens
         ("r_k.weight", mixer.bonus.flatten(), True),
         ("lerp_fused.weight", torch.zeros(5, 1, 1, hidden), True),
         ("v0.weight", torch.full((hidden,), CLOSED), True),
-        ("v1.weight", torch.zeros(1, hidden), True),
-        ("v2.weight", torch.zeros(hidden, 1), True),
+        ("v1.weight", torch.zeros(mixer.options.rank, hidden), True),
+        ("v2.weight", torch.zeros(hidden, mixer.options.rank), True),
     ]
     if mixer.options.output_norm == "layer":
         bias = mixer.norm_bias.flatten() if mixer.options.norm_bias else zeros
@@ -125,3 +128,15 @@ def _time_mixing(attention: Any, mixer: Any, heads: int) -> list[tuple[str, Tens
     if mixer.options.output_gate == "inner":
         tensors += [("g1.weight", mixer.gate_down.weight, True), ("g2.weight", mixer.gate.weight, True)]
     return tensors
+
+
+def fit(config: Any) -> Fit | None:
+    """Return the settings of an RWKV-7 student that will fit; None for a teacher that has none."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if check_structure(model):
+        return None
+    body = read_body(model)
+    if body.has_qk_norms or body.heads * body.head_width != body.hidden:
+        return None
+    return Fit("rwkv7", {"unit_keys": False, "output_norm": "layer", "norm_bias": True, "norm_eps": NORM_EPS})

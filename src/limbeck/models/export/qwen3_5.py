@@ -1,6 +1,6 @@
 """The layout of Qwen3.5: Gated DeltaNet layers, and softmax layers of Qwen3 bodies, as a plain transformers folder.
 
-    reasons = EXPORTER.check(student)
+    reasons = EXPORTER.check(student, tokenizer)
     tensors, config = map_tensors(student), make_config(student)
     EXPORTER.write(student, tokenizer, folder, "f32")        # AutoModelForCausalLM opens it without Limbeck
 
@@ -61,13 +61,15 @@ BOUND = 1e-3  # of the logits' standard deviation, in float32; bfloat16 is compa
 BOUND_BF16 = 0.2
 
 
-def check(student: Any) -> list[Reason]:
+def check(student: Any, tokenizer: Any = None) -> list[Reason]:
     """Return why a student is no Qwen3.5 model; an empty list if it is one."""
     reasons = check_body(student)
     options = dict(OPTIONS)
     if not reasons:
         body = read_body(student)
-        options["norm_eps"] = Only((_norm_eps(body),), "the head norm has the body's epsilon, behind a factor of K^-1/2")
+        options["norm_eps"] = Only(
+            (_norm_eps(body),), "the head norm has the body's epsilon, behind a factor of K^-1/2"
+        )
         if body.has_qk_norms:
             options["qk_norm"] = Only((False,), "the linear layers take q and k before norms")
     body_reasons = list(reasons)

@@ -31,7 +31,14 @@ def compute_logits(student: Any, ids: list[int]) -> np.ndarray:
 
 
 def compare(
-    reference: np.ndarray, prompt: np.ndarray, steps: np.ndarray, *, engine: str, version: str, bound: float
+    reference: np.ndarray,
+    prompt: np.ndarray,
+    steps: np.ndarray,
+    *,
+    engine: str,
+    version: str,
+    bound: float,
+    same_text_tokens: bool = True,
 ) -> Verification:
     """Compare an engine's logits with the student's.
 
@@ -40,6 +47,7 @@ def compare(
         prompt: the same of the engine, all tokens at once.
         steps: the same, one token at a time with the state carried over.
         bound: largest allowed difference, in standard deviations of `reference`.
+        same_text_tokens: whether the engine's tokenizer splits a text as the student's does.
     """
     best = reference.argmax(1)
     return Verification(
@@ -51,4 +59,5 @@ def compare(
         logit_deviation=float(reference.std()),
         same_token=float(min((prompt.argmax(1) == best).mean(), (steps.argmax(1) == best).mean())),
         bound=bound,
+        same_text_tokens=same_text_tokens,
     )

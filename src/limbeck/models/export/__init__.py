@@ -72,6 +72,12 @@ class EngineMissingError(LimbeckError):
     """The engine that would verify an export is not installed."""
 
 
+class EngineFailedError(LimbeckError):
+    """The engine does not run what was written."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Fit:
     """Settings under which a student of a teacher fits a format, for a recipe."""

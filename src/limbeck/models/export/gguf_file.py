@@ -4,8 +4,8 @@
     EXPORTER.write(student, tokenizer, folder, "q8_0")           # student-q8_0.gguf
     EXPORTER.verify(student, tokenizer, folder)
 
-The layout follows from the student's mixers: RWKV-7 is `arwkv7`, Gated DeltaNet is `qwen35`. Matrices are written in the
-chosen precision, vectors and small factors in float32.
+The layout follows from the student's mixers: RWKV-7 is `arwkv7`, Gated DeltaNet is `qwen35`. Matrices are written in
+the chosen precision, vectors and small factors in float32.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from limbeck.models.export import Exporter, ExportPlan, Fit, Reason, Verificatio
 from limbeck.models.export.body import list_mixers_by_layer
 from limbeck.models.export.container import Container
 from limbeck.models.export.gguf_tokenizer import check_tokenizer, describe_tokenizer
-from limbeck.models.export.llama_cpp import LlamaCpp, get_version
+from limbeck.models.export.llama_cpp import get_version, run_in_process
 from limbeck.models.export.verification import compare, compute_logits, sample_tokens
 
 LAYOUTS: dict[str, ModuleType] = {"rwkv7": gguf_rwkv7, "gated_deltanet": gguf_qwen35}
@@ -186,19 +186,15 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
     version = get_version()
     file = next(folder / file_name(kind) for kind in FILE_TYPES if (folder / file_name(kind)).is_file())
     ids = sample_tokens(student)
-    with LlamaCpp(file, len(ids), threads=torch.get_num_threads()) as engine:
-        prompt = engine.decode(ids)
-        engine.reset()
-        steps = np.concatenate([engine.decode([token]) for token in ids])
-        tokens = engine.tokenize(SAMPLE_TEXT)
+    run = run_in_process(file, ids, SAMPLE_TEXT, threads=torch.get_num_threads())
     return compare(
         compute_logits(student, ids),
-        prompt,
-        steps,
+        run.prompt,
+        run.steps,
         engine="llama.cpp",
         version=version,
         bound=BOUNDS[file.stem.removeprefix("student-")],
-        same_text_tokens=tokens == tokenizer(SAMPLE_TEXT, add_special_tokens=False).input_ids,
+        same_text_tokens=run.tokens == tokenizer(SAMPLE_TEXT, add_special_tokens=False).input_ids,
     )
 
 

@@ -24,6 +24,7 @@ from limbeck.models.export.mixer_checks import Only, check_mixers
 
 LAYOUT = "arwkv7"
 NORM_EPS = 64e-5  # of the head norm, fixed in llama.cpp
+HEAD_BLOCK = 32  # on CPUs, llama.cpp's RWKV-7 gives wrong numbers for other widths, without an error
 CLOSED = -1e4  # a sigmoid's argument that makes it 0
 OPTIONS = {
     "unit_keys": Only((False,), "the format writes keys as long as they are"),
@@ -54,6 +55,10 @@ def check(student: Any, tokenizer: Any = None) -> list[Reason]:
                 f"the heads are {body.heads} × {body.head_width} wide together and the model {body.hidden}; "
                 "the format has square projections, so only a teacher whose heads are as wide as the model fits"
             )
+        )
+    if body.head_width % HEAD_BLOCK:
+        reasons.append(
+            Reason(f"the heads are {body.head_width} wide, and llama.cpp computes widths that {HEAD_BLOCK} divides")
         )
     if body.has_qk_norms and any(mixer.options.qk_norm for mixer in mixers):
         reasons.append(
@@ -101,7 +106,7 @@ def build(student: Any) -> Container:
 def _time_mixing(attention: Any, mixer: Any, heads: int) -> list[tuple[str, Tensor, bool]]:
     """Return the tensors of a layer: name, values, and whether they are small ones that stay in float32."""
     hidden = attention.q_proj.in_features
-    zeros = torch.zeros(hidden)
+    gated = mixer.options.output_gate == "inner"
     tensors = [
         # what Limbeck multiplies q by, the format expects in the weights
         ("receptance.weight", attention.q_proj.weight * mixer.shape.scale, False),
@@ -117,15 +122,15 @@ def _time_mixing(attention: Any, mixer: Any, heads: int) -> list[tuple[str, Tens
         ("k_k.weight", mixer.erase_scale.flatten(), True),
         ("k_a.weight", mixer.rate_share.flatten(), True),
         ("r_k.weight", mixer.bonus.flatten(), True),
-        ("lerp_fused.weight", torch.zeros(5, 1, 1, hidden), True),
+        ("lerp_fused.weight", torch.zeros(6 if gated else 5, 1, 1, hidden), True),
         ("v0.weight", torch.full((hidden,), CLOSED), True),
         ("v1.weight", torch.zeros(mixer.options.rank, hidden), True),
         ("v2.weight", torch.zeros(hidden, mixer.options.rank), True),
     ]
     if mixer.options.output_norm == "layer":
-        bias = mixer.norm_bias.flatten() if mixer.options.norm_bias else zeros
+        bias = mixer.norm_bias.flatten() if mixer.options.norm_bias else torch.zeros(hidden)
         tensors += [("ln.weight", mixer.norm_weight.flatten(), True), ("ln.bias", bias, True)]
-    if mixer.options.output_gate == "inner":
+    if gated:
         tensors += [("g1.weight", mixer.gate_down.weight, True), ("g2.weight", mixer.gate.weight, True)]
     return tensors
 
@@ -137,6 +142,6 @@ def fit(config: Any) -> Fit | None:
     if check_structure(model):
         return None
     body = read_body(model)
-    if body.has_qk_norms or body.heads * body.head_width != body.hidden:
+    if body.has_qk_norms or body.heads * body.head_width != body.hidden or body.head_width % HEAD_BLOCK:
         return None
     return Fit("rwkv7", {"unit_keys": False, "output_norm": "layer", "norm_bias": True, "norm_eps": NORM_EPS})

@@ -1,4 +1,4 @@
-"""A tokenizer as the keys of a GGUF file: vocabulary, merges, special tokens, chat template, how a text begins and ends.
+"""A tokenizer as the keys of a GGUF file: vocabulary, merges, special tokens, chat template, how a text begins.
 
     reasons = check_tokenizer(tokenizer, vocabulary=49_152)
     for key, value in describe_tokenizer(tokenizer, vocabulary=49_152).items(): ...

@@ -4,6 +4,7 @@
         logits = engine.decode([1, 2, 3])                 # [3, vocabulary]; the state goes on from call to call
         engine.reset()
         ids = engine.tokenize("Hello")
+    run = run_in_process("student-f16.gguf", ids, "Hello", threads=1)
 
 Only what a verification and a conversation need. Structs are described up to the last field that is set here, with room
 behind them, because llama.cpp adds fields at their ends; the defaults that the library fills in show whether the fields
@@ -13,8 +14,14 @@ are where they are expected.
 import ctypes
 import importlib.metadata
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +30,7 @@ from typing import Any, Self
 import numpy as np
 
 from limbeck.core.errors import LimbeckError
-from limbeck.models.export import EngineMissingError
+from limbeck.models.export import EngineFailedError, EngineMissingError
 
 PACKAGE = "xllamacpp"
 F32, F16 = 0, 1  # ggml_type
@@ -95,16 +102,13 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [c_void_p]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
-    "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
-    "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
     "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
-    "llama_state_get_size": (c_size_t, [c_void_p]),
 }
 _errors: list[str] = []  # what the library logged as an error since the last load
 
@@ -202,8 +206,8 @@ class LlamaCpp:
         self.vocabulary: int = self.library.llama_vocab_n_tokens(self.vocab)
         self.position = 0
 
-    def decode(self, ids: Sequence[int]) -> np.ndarray:
-        """Read further tokens; return the logits [T, vocabulary] behind each of them."""
+    def decode(self, ids: Sequence[int], *, last_only: bool = False) -> np.ndarray:
+        """Read further tokens; return the logits behind each of them [T, vocabulary], or the last one [1, vocabulary]."""
         if self.position + len(ids) > self.length:
             raise LimbeckError(
                 f"{self.position + len(ids)} tokens do not fit the context", expected=f"{self.length} at most"
@@ -212,12 +216,14 @@ class LlamaCpp:
         try:
             batch.n_tokens = len(ids)
             for i, token in enumerate(ids):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, self.position + i, 1
+                batch.token[i], batch.pos[i] = token, self.position + i
+                batch.logits[i] = not last_only or i == len(ids) - 1
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             code = self.library.llama_decode(self.context, batch)
             if code:
                 raise self._error(f"llama.cpp ended with code {code}")
-            rows = [self.library.llama_get_logits_ith(self.context, i) for i in range(len(ids))]
+            wanted = range(len(ids) - 1 if last_only else 0, len(ids))
+            rows = [self.library.llama_get_logits_ith(self.context, i) for i in wanted]
             logits = np.stack([np.ctypeslib.as_array(row, (self.vocabulary,)) for row in rows])
         finally:
             self.library.llama_batch_free(batch)
@@ -241,16 +247,6 @@ class LlamaCpp:
         count = self.library.llama_tokenize(self.vocab, raw, len(raw), ids, room, False, special)
         return list(ids[:count])
 
-    def get_piece(self, token: int) -> bytes:
-        """Return the bytes of a token, which may be a part of a character; none of a control token."""
-        buffer = ctypes.create_string_buffer(512)
-        count = self.library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
-        return buffer.raw[: max(count, 0)]
-
-    def ends_text(self, token: int) -> bool:
-        """Tell whether generation ends at this token."""
-        return bool(self.library.llama_vocab_is_eog(self.vocab, token))
-
     def close(self) -> None:
         """Free the model; safe to call twice."""
         if self.context:
@@ -269,4 +265,67 @@ class LlamaCpp:
 
     def _error(self, problem: str) -> LimbeckError:
         said = f": {_errors[0]}" if _errors else ""
-        return LimbeckError(problem + said, expected="a GGUF file that this version reads", hint=get_version())
+        return EngineFailedError(
+            problem + said, expected="a GGUF file that this version reads", hint=f"another version than {get_version()}"
+        )
+
+
+# ------------------------------------------------------------------ in a process of its own
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What llama.cpp makes of some tokens: logits [T, vocabulary] at once and step by step; and of a text: tokens."""
+
+    prompt: np.ndarray
+    steps: np.ndarray
+    tokens: list[int]
+
+
+def run_in_process(file: str | Path, ids: Sequence[int], text: str, threads: int) -> EngineRun:
+    """Run a file in a child process, because llama.cpp ends its process where it finds an error in a graph.
+
+    Raises:
+        EngineFailedError: the file does not load, or the child was ended.
+        EngineMissingError: llama.cpp is not installed.
+    """
+    get_version()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run.npz"
+        task = json.dumps({"file": str(file), "ids": list(ids), "text": text, "threads": threads, "out": str(out)})
+        child = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=task,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+            check=False,
+        )
+        if child.returncode == EngineMissingError.exit_code:
+            load_library()  # raises the same error here
+        if child.returncode or not out.is_file():
+            lines = child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"]
+            raise EngineFailedError(
+                f"llama.cpp does not run {file}: {lines[0]}",
+                expected="a GGUF file that this version reads",
+                hint=f"another version than {get_version()}",
+            )
+        with np.load(out) as saved:
+            return EngineRun(saved["prompt"], saved["steps"], saved["tokens"].tolist())
+
+
+def _run_task(task: dict[str, Any]) -> None:
+    with LlamaCpp(task["file"], len(task["ids"]), threads=task["threads"]) as engine:
+        prompt = engine.decode(task["ids"])
+        engine.reset()
+        steps = np.concatenate([engine.decode([token]) for token in task["ids"]])
+        np.savez(task["out"], prompt=prompt, steps=steps, tokens=np.array(engine.tokenize(task["text"]), np.int64))
+
+
+if __name__ == "__main__":
+    try:
+        _run_task(json.loads(sys.stdin.read()))
+    except LimbeckError as error:
+        sys.exit(f"{error}" if not isinstance(error, EngineMissingError) else error.exit_code)

@@ -4,8 +4,8 @@
     tensors, config = map_tensors(student), make_config(student)
     EXPORTER.write(student, tokenizer, folder, "f32")        # AutoModelForCausalLM opens it without Limbeck
 
-Qwen3.5's linear attention is S_t = a_t (I − b_t k_t k_tᵀ) S_{t-1} + b_t k_t v_tᵀ on unit q and k behind a convolution of
-width four and silu (Yang et al. 2024, arXiv 2412.06464, eq. 10), then RMS norm, silu gate and output projection: the
+Qwen3.5's linear attention is S_t = a_t (I − b_t k_t k_tᵀ) S_{t-1} + b_t k_t v_tᵀ on unit q and k behind a convolution
+of width four and silu (Yang et al. 2024, arXiv 2412.06464, eq. 10), then RMS norm, silu gate and output projection: the
 mixer `gated_deltanet` with the options below. Differences are folded into weights: the head norm's weights into the
 output projection, grouped heads written once for every query head, the convolution's window turned around, norm weights
 less one. Qwen3.5's softmax layers have an output gate σ(Wx): with W = 0 it is one half, and the output projection is
@@ -97,9 +97,8 @@ def _check_softmax_layers(student: Any) -> list[Reason]:
             reasons.append(Reason(f"layer {layer} keeps softmax in a sliding window", without))
         if abs(attention.scaling * body.head_width**0.5 - 1) > 1e-6:
             reasons.append(Reason(f"layer {layer} keeps softmax with a scale of {attention.scaling:g}", without))
-        for name in ("q_norm", "k_norm"):
-            if getattr(attention, name).weight.shape != (body.head_width,):
-                reasons.append(Reason(f"layer {layer} keeps softmax and {name} is not over each head alone", without))
+        if {norm.weight.shape for norm in (attention.q_norm, attention.k_norm)} != {(body.head_width,)}:
+            reasons.append(Reason(f"layer {layer} keeps softmax with q/k norms over all heads together", without))
     return reasons
 
 

@@ -40,7 +40,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a student for llama.cpp, transformers or onnxruntime: exactly the same model, or a list of reasons why not."""
+    """Write a student for llama.cpp, transformers or onnxruntime: exactly the same model, or the reasons why not."""
     # late, for a fast --help
     from limbeck.models import export as exports
     from limbeck.models.loading import load_model_and_tokenizer
@@ -93,11 +93,12 @@ def _verify(exporter: "Exporter", student: Any, tokenizer: Any, folder: Path, *,
 
 def format_verification(result: "Verification") -> str:
     """Word how far the engine is from the student."""
-    limit = result.bound * result.logit_deviation
+    verdict = "verified" if result.passed else "NOT the same model"
+    limit = f"{result.bound * result.logit_deviation:.2g} ({result.bound:g} of the logits' standard deviation)"
+    prompt, steps = f"{result.prompt_difference:.2g} as a prompt", f"{result.step_difference:.2g} step by step"
     lines = [
-        f"{'verified' if result.passed else 'NOT the same model'}: {result.engine} ({result.version}) on {result.tokens} tokens",
-        f"  largest difference of a logit: {result.prompt_difference:.2g} as a prompt, {result.step_difference:.2g} step by "
-        f"step; allowed: {limit:.2g} ({result.bound:g} of the logits' standard deviation)",
+        f"{verdict}: {result.engine} ({result.version}) on {result.tokens} tokens",
+        f"  largest difference of a logit: {prompt}, {steps}; allowed: {limit}",
         f"  same most likely token: {result.same_token:.0%}",
     ]
     if not result.same_text_tokens:

@@ -99,7 +99,8 @@ class Exporter:
         plan: student, tokenizer, quantization -> what would be written.
         write: student, tokenizer, empty folder, quantization -> nothing; called for students that fit.
         verify: student, tokenizer, folder -> the engine beside the student. Raises EngineMissingError.
-        fit: config of a teacher -> settings of a student that will fit. Raises LimbeckError for a teacher without any.
+        fit: config of a teacher, mixer that is asked for or None -> settings of a student that will fit. Raises
+            LimbeckError where there are none.
         quantizations: precisions of the weights; the first is the default.
     """
 
@@ -110,7 +111,7 @@ class Exporter:
     plan: Callable[[Any, Any, str], ExportPlan]
     write: Callable[[Any, Any, Path, str], None]
     verify: Callable[[Any, Any, Path], Verification]
-    fit: Callable[[Any], Fit]
+    fit: Callable[[Any, str | None], Fit]
     quantizations: tuple[str, ...] = ("f32",)
 
 

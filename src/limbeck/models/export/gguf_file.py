@@ -27,8 +27,9 @@ from limbeck.models.export.verification import compare, compute_logits, sample_t
 
 LAYOUTS: dict[str, ModuleType] = {"rwkv7": gguf_rwkv7, "gated_deltanet": gguf_qwen35}
 FILE_TYPES = {"f16": 1, "q8_0": 7, "f32": 0}  # llama_ftype
-# largest difference of a logit, in standard deviations of all logits
-BOUNDS = {"f32": 1e-3, "f16": 0.05, "q8_0": 0.5}
+# Largest difference of a logit, in standard deviations of all logits. What rounding leaves is far below them, a tensor
+# in a wrong place far above; in q8_0 llama.cpp rounds activations too.
+BOUNDS = {"f32": 1e-3, "f16": 0.2, "q8_0": 2.0}
 BLOCK = 32  # numbers that share a scale in q8_0
 SAMPLE_TEXT = "In 1984, the 12 guests said: «It's fine!»\n\n\tI'm 3.5% naïve, aren't  you?"
 
@@ -198,9 +199,17 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
     )
 
 
-def fit(config: Any) -> Fit:
-    """Return the settings of a student of this teacher that will fit: RWKV-7, or Gated DeltaNet behind q/k norms."""
-    rwkv7 = gguf_rwkv7.fit(config)
+def fit(config: Any, mixer: str | None = None) -> Fit:
+    """Return the settings of a student of this teacher that will fit: RWKV-7 where the body allows it, else GDN."""
+    if mixer not in (None, *LAYOUTS):
+        raise LimbeckError(f"the format has no {mixer}", expected=" or ".join(LAYOUTS), hint="--student rwkv7")
+    rwkv7 = None if mixer == "gated_deltanet" else gguf_rwkv7.fit(config)
+    if rwkv7 is None and mixer == "rwkv7":
+        raise LimbeckError(
+            "RWKV-7 students of this teacher do not fit the format",
+            expected="a teacher without biases and q/k norms, with heads as wide together as the model",
+            hint="--student gated_deltanet",
+        )
     return qwen3_5.fit(config) if rwkv7 is None else rwkv7
 
 

@@ -51,10 +51,8 @@ def _check_mixer(own: Any, mixer: str, options: dict[str, Only], softmax: bool) 
         if not any(_equal(value, allowed) for allowed in only.values):
             wanted = _format(only.values[0])
             reasons.append(Reason(f"{name} is {_format(value)}: {only.why}", f"student.options.{name}={wanted}"))
-    if own.shape != own.teacher_shape and not reasons:
-        reasons.append(Reason("the heads are not the teacher's", "student.options.heads=0"))
-    if own.shape.key_width != own.shape.value_width:
-        reasons.append(Reason("keys and values have different widths"))
+    if own.teacher_shape.key_width != own.teacher_shape.value_width:
+        reasons.append(Reason("the teacher's keys and values have different widths"))
     return reasons
 
 

@@ -57,8 +57,7 @@ OPTIONS = {
     "negative_eigenvalues": Only((False,), "write strengths are at most 1"),
 }
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-BOUND = 1e-3  # of the logits' standard deviation, in float32; bfloat16 is compared with the rounded weights too
-BOUND_BF16 = 0.2
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # largest difference of a logit, in standard deviations of all
 
 
 def check(student: Any, tokenizer: Any = None) -> list[Reason]:
@@ -281,7 +280,6 @@ def write(student: Any, tokenizer: Any, folder: Path, quantization: str) -> None
 def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
     """Run the written model in transformers beside the student, as a prompt and step by step."""
     config = AutoConfig.from_pretrained(folder)
-    exact = config.dtype in (None, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = sample_tokens(student)
     steps, cache = [], None
@@ -297,12 +295,14 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
         torch.cat(steps).double().numpy(),
         engine="transformers",
         version=transformers.__version__,
-        bound=BOUND if exact else BOUND_BF16,
+        bound=BOUNDS[config.dtype or torch.float32],
     )
 
 
-def fit(config: Any) -> Fit:
+def fit(config: Any, mixer: str | None = None) -> Fit:
     """Return the settings of a student of this teacher that will fit."""
+    if mixer not in (None, MIXER):
+        raise LimbeckError(f"the format has no {mixer}", expected=MIXER, hint=f"--student {MIXER}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if reasons := check_structure(model):

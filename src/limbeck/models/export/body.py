@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from limbeck.mixers import Mixer
 from limbeck.models.export import Reason
 from limbeck.models.layers import format_ranges
+from limbeck.models.quantization import is_quantized
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -84,6 +85,8 @@ def read_body(student: Any) -> Body:
 
 def check_body(student: Any) -> list[Reason]:
     """Return why the student's body is not that of Llama, Mistral, Qwen3 and SmolLM; an empty list if it is."""
+    if is_quantized(student.config):
+        return [Reason("the weights are quantized already, and the formats round them on their own")]
     reasons = check_structure(student)
     return reasons or _check_arithmetic(student)
 

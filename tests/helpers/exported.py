@@ -38,7 +38,7 @@ def make_teacher(body: str, **settings):
 
 
 def make_student(body: str = "tied", target: str = "gguf", softmax_layers: str = "none", options=None, **settings):
-    """A student that fits, with the mixers' parameters away from their starts; `options` are laid over the fitting ones."""
+    """A student that fits but for `options`, with the mixers' parameters away from their starts."""
     teacher = make_teacher(body, **settings)
     fit = get_exporter(target).fit(teacher.config, None)
     student = limbeck.convert(

@@ -176,7 +176,7 @@ def test_a_teacher_that_no_layout_has(teacher_folder, tmp_path):
     make_tiny_model("qwen2").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     for target in ("gguf", "qwen3_5"):
-        with pytest.raises(LimbeckError, match="q_proj.bias"):
+        with pytest.raises(LimbeckError, match=r"q_proj\.bias"):
             recipe_for(tmp_path, target)
 
 

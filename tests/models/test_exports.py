@@ -23,7 +23,7 @@ from limbeck.models.export.verification import compare
 from limbeck.testing import make_tiny_model
 
 GGUF, QWEN3_5 = exports.get_exporter("gguf"), exports.get_exporter("qwen3_5")
-EXACT = 1e-4  # a logit, in float32; the logits' standard deviation is about 0.6
+EXACT = 4e-4  # a logit, in float32 through four layers of large weights; the logits' standard deviation is about 0.9
 
 
 @pytest.fixture(scope="module")

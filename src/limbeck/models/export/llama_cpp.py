@@ -207,7 +207,7 @@ class LlamaCpp:
         self.position = 0
 
     def decode(self, ids: Sequence[int], *, last_only: bool = False) -> np.ndarray:
-        """Read further tokens; return the logits behind each [T, vocabulary], or behind the last one [1, vocabulary]."""
+        """Read further tokens; return the logits [T, vocabulary] behind each, or [1, vocabulary] behind the last one."""
         if self.position + len(ids) > self.length:
             raise LimbeckError(
                 f"{self.position + len(ids)} tokens do not fit the context", expected=f"{self.length} at most"

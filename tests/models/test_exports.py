@@ -3,7 +3,7 @@
 import errno
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +181,22 @@ def test_an_option_that_does_not_fit_is_named_with_its_switch(target, name, word
     assert "all layers" in reason.problem
     with pytest.raises(LimbeckError, match=f"limbeck distill --for {target}"):
         exports.check_exportable(exporter, student, words)
+
+
+@pytest.mark.parametrize(("mixer", "exporter"), [("rwkv7", GGUF), ("gated_deltanet", QWEN3_5)])
+def test_an_option_that_comes_later_is_not_overlooked(mixer, exporter, words):
+    """Every option is in the table or free; one that is in neither is refused away from its default."""
+    student = make_student("tied", exporter.name)
+    own = student.base_model.layers[1].self_attn.mixer
+    assert own.name == mixer
+
+    @dataclass(frozen=True)
+    class Later(type(own.options)):
+        shape_of_things: int = 0
+
+    for value, told in ((0, False), (1, True)):
+        own.options = Later(**vars(own.options) | {"shape_of_things": value})
+        assert ("shape_of_things" in texts_of(exporter.check(student, words))) is told
 
 
 def test_the_switches_make_it_fit(words):

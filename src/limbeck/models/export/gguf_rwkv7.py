@@ -37,6 +37,7 @@ OPTIONS = {
     "norm_over": Only(("head",), "the norm is over each head"),
     "output_gate": Only(("none", "inner"), "the gate is W₂ σ(W₁x)"),
 }
+FREE = {"rank", "write", "shortest", "longest", "norm_bias", "norm_eps", "qk_norm", "gate_rank", "gate_bias"}
 NORMED = {"norm_eps": Only((NORM_EPS,), "the head norm's epsilon is fixed")}
 
 
@@ -45,7 +46,9 @@ def check(student: Any, tokenizer: Any = None) -> list[Reason]:
     mixers = [mixer for mixer in list_mixers_by_layer(student) if mixer is not None]
     normed = any(mixer.options.output_norm == "layer" for mixer in mixers)
     body_reasons = check_body(student)
-    reasons = body_reasons + check_mixers(student, "rwkv7", OPTIONS | (NORMED if normed else {}), softmax=False)
+    reasons = body_reasons + check_mixers(
+        student, "rwkv7", OPTIONS | (NORMED if normed else {}), free=FREE, softmax=False
+    )
     if body_reasons:
         return reasons
     body = read_body(student)

@@ -207,7 +207,7 @@ class LlamaCpp:
         self.position = 0
 
     def decode(self, ids: Sequence[int], *, last_only: bool = False) -> np.ndarray:
-        """Read further tokens; return the logits [T, vocabulary] behind each, or [1, vocabulary] behind the last one."""
+        """Read further tokens; return the logits behind each of them, or behind the last: [T or 1, vocabulary]."""
         if self.position + len(ids) > self.length:
             raise LimbeckError(
                 f"{self.position + len(ids)} tokens do not fit the context", expected=f"{self.length} at most"

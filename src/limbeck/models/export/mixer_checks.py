@@ -1,11 +1,14 @@
 """Checks of a student's mixers against what a format computes: every option that differs, with the switch for it.
 
-    reasons = check_mixers(student, {"rwkv7": {"conv": Only(0, "it has a token shift of another kind"), ...}})
+    options = {"conv": Only((0,), "it has a token shift of another kind"), ...}
+    reasons = check_mixers(student, "rwkv7", options, free={"rank"}, softmax=False)
 
-Layers with the same finding are named together.
+Layers with the same finding are named together. An option that is neither in the table nor free has to be what it is by
+default, so that one which comes later to the mixers is not overlooked.
 """
 
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, fields
 from typing import Any
 
 from limbeck.models.export import Reason
@@ -20,25 +23,26 @@ class Only:
     why: str  # as a clause: "the format's convolution is four wide"
 
 
-def check_mixers(student: Any, mixer: str, options: dict[str, Only], *, softmax: bool) -> list[Reason]:
+def check_mixers(student: Any, mixer: str, options: dict[str, Only], *, free: Set[str], softmax: bool) -> list[Reason]:
     """Return the reasons why the mixers of a student do not fit.
 
     Args:
         mixer: the one that the format computes.
         options: what its options have to be.
+        free: options that may have any value.
         softmax: whether layers may keep softmax.
     """
     mixers = list_mixers_by_layer(student)
     count = len(mixers)
     found: dict[Reason, list[int]] = {}
     for layer, own in enumerate(mixers):
-        for reason in _check_mixer(own, mixer, options, softmax):
+        for reason in _check_mixer(own, mixer, options, free, softmax):
             found.setdefault(reason, []).append(layer)
     reasons = [Reason(f"{reason.problem} ({format_layers(at, count)})", reason.switch) for reason, at in found.items()]
     return reasons + _check_uniform(mixers)
 
 
-def _check_mixer(own: Any, mixer: str, options: dict[str, Only], softmax: bool) -> list[Reason]:
+def _check_mixer(own: Any, mixer: str, options: dict[str, Only], free: Set[str], softmax: bool) -> list[Reason]:
     if own is None or own.name == "softmax":
         if softmax and own is None:
             return []
@@ -46,7 +50,8 @@ def _check_mixer(own: Any, mixer: str, options: dict[str, Only], softmax: bool) 
     if own.name != mixer:
         return [Reason(f"the mixer is {own.name}, and the format computes {mixer}", f"student.mixer={mixer}")]
     reasons = []
-    for name, only in options.items():
+    defaults = {f.name: Only((f.default,), "the format does not know it") for f in fields(own.options)}
+    for name, only in {**{k: v for k, v in defaults.items() if k not in free}, **options}.items():
         value = getattr(own.options, name)
         if not any(_equal(value, allowed) for allowed in only.values):
             wanted = _format(only.values[0])

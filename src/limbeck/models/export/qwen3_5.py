@@ -56,6 +56,7 @@ OPTIONS = {
     "strength_bias": Only((False,), "the write strength is σ(w·x), without a bias"),
     "negative_eigenvalues": Only((False,), "write strengths are at most 1"),
 }
+FREE = {"write", "shortest", "longest", "qk_norm", "norm_eps"}  # the last two only where the body does not decide
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # largest difference of a logit, in standard deviations of all
 
@@ -72,7 +73,7 @@ def check(student: Any, tokenizer: Any = None) -> list[Reason]:
         if body.has_qk_norms:
             options["qk_norm"] = Only((False,), "the linear layers take q and k before norms")
     body_reasons = list(reasons)
-    reasons += check_mixers(student, MIXER, options, softmax=True)
+    reasons += check_mixers(student, MIXER, options, free=FREE, softmax=True)
     return reasons if body_reasons else reasons + _check_softmax_layers(student)
 
 

@@ -62,7 +62,7 @@ def build(student: Any) -> Container:
         "attention.value_length": body.head_width,
         "attention.layer_norm_rms_epsilon": body.norm_eps,
         "attention.recurrent_layers": [kind == "linear_attention" for kind in kinds],
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.freq_base": qwen3_5.get_rope_theta(student.config),
         "rope.dimension_count": body.head_width,
         "rope.dimension_sections": [*qwen3_5.split_rotary(body.head_width), 0],
         "ssm.conv_kernel": qwen3_5.CONV,

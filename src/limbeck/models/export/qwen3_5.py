@@ -107,6 +107,11 @@ def _norm_eps(body: Body) -> float:
     return body.norm_eps * body.head_width
 
 
+def get_rope_theta(config: Any) -> float:
+    """Return the base of the rotary embedding's wavelengths."""
+    return float(_rope_parameters(config).get("rope_theta", 10_000.0))
+
+
 def _rope_parameters(config: Any) -> dict[str, Any]:
     return dict(getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.0})
 
@@ -149,7 +154,7 @@ def make_config(student: Any) -> Qwen3_5TextConfig:
         max_position_embeddings=body.max_positions or 32_768,
         rope_parameters={
             "rope_type": "default",
-            "rope_theta": _rope_parameters(old).get("rope_theta", 10_000.0),
+            "rope_theta": get_rope_theta(old),
             "partial_rotary_factor": 1.0,
             "mrope_section": split_rotary(body.head_width),
             "mrope_interleaved": True,

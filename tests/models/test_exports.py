@@ -16,11 +16,14 @@ import limbeck
 from helpers.exported import SIZES, VOCABULARY, disturb, make_student, make_teacher, make_tokenizer
 from helpers.paths import ROOT
 from limbeck import LimbeckError
+from limbeck.core.recipe import Student
+from limbeck.mixers.options import LATER_OPTIONS
 from limbeck.models import export as exports
 from limbeck.models.conversion import set_mixer_options
 from limbeck.models.export import gguf_file, gguf_qwen35, gguf_rwkv7, gguf_tokenizer, qwen3_5
 from limbeck.models.export.verification import compare
 from limbeck.testing import make_tiny_model
+from limbeck.training.identity import summarize_student_layers
 
 GGUF, QWEN3_5 = exports.get_exporter("gguf"), exports.get_exporter("qwen3_5")
 EXACT = 4e-4  # a logit, in float32 through four layers of large weights; the logits' standard deviation is about 0.9
@@ -500,6 +503,16 @@ def test_a_conversation_longer_than_the_context_is_refused(words, tmp_path):
 
 
 # ------------------------------------------------------------------ options that exports need
+
+
+def test_runs_of_before_these_options_go_on():
+    (plain,) = summarize_student_layers(Student(mixer="gated_deltanet"), layers=4, length=64)
+    assert not set(LATER_OPTIONS) & set(plain["options"])
+    assert set(plain["options"]) | set(LATER_OPTIONS) == set(vars(limbeck.mixers.resolve_options("gated_deltanet")))
+    for name, value in LATER_OPTIONS.items():
+        other = 1e-5 if isinstance(value, float) else not value
+        (told,) = summarize_student_layers(Student(mixer="gated_deltanet", options={name: other}), layers=4, length=64)
+        assert told["options"] == {**plain["options"], name: other}
 
 
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])

@@ -58,6 +58,9 @@ class Options:
         return cls(**given)
 
 
+# Options that came after 0.2, with the values at which nothing changes; what identifies a student leaves them out then,
+# so that runs of before go on.
+LATER_OPTIONS = {"qk_norm": True, "norm_eps": 1e-6, "gate_bias": True, "strength_bias": True}
 _AT_LEAST_ZERO = ("conv", "norm_eps", "gate_rank", "heads", "state", "horizon")
 
 

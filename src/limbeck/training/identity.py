@@ -18,6 +18,7 @@ from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe, Student
 from limbeck.core.storage import read_manifest
 from limbeck.data import documents
+from limbeck.mixers.options import LATER_OPTIONS
 from limbeck.models.conversion import assign_mixers
 from limbeck.models.fingerprint import (
     canonical_json,
@@ -75,7 +76,7 @@ def summarize_student_layers(student: Student, layers: int, length: int) -> list
             "layers": format_ranges(numbers),
             "mixer": one.mixer,
             "code": identify_mixer_code(one.mixer),
-            "options": one.options,
+            "options": {k: v for k, v in one.options.items() if k not in LATER_OPTIONS or v != LATER_OPTIONS[k]},
         }
         for one, numbers in groups.values()
     ]

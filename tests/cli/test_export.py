@@ -76,6 +76,7 @@ def test_an_export_is_verified_and_the_result_kept(runs, capsys):
 
 
 def test_a_difference_above_the_bound_is_exit_code_1(runs, capsys, monkeypatch):
+    monkeypatch.setattr(exports, "OWN_FACTOR", 0)
     monkeypatch.setattr(qwen3_5, "BOUNDS", dict.fromkeys(qwen3_5.BOUNDS, 0.0))
     code, said = run(
         ["export", str(runs / "qwen3_5" / "student"), "--to", "qwen3_5", "--out", str(runs / "out")], capsys

@@ -151,6 +151,11 @@ def test_a_verification_of_numbers():
     assert not replace(result, step_difference=0.2).passed
     assert not replace(result, prompt_difference=math.nan).passed
     assert not replace(result, same_text_tokens=False).passed
+    noisy = compare(reference, reference + 0.4, reference, own_steps=reference - 0.05, **common)
+    assert noisy.own_difference == pytest.approx(0.05)
+    assert noisy.limit == pytest.approx(0.5)
+    assert noisy.passed
+    assert not compare(reference, reference + 0.6, reference, own_steps=reference - 0.05, **common).passed
     assert compare(reference, reference[:, ::-1], reference, **common).same_token == 0
 
 

@@ -94,7 +94,7 @@ def _verify(exporter: "Exporter", student: Any, tokenizer: Any, folder: Path, *,
 def format_verification(result: "Verification") -> str:
     """Word how far the engine is from the student."""
     verdict = "verified" if result.passed else "NOT the same model"
-    limit = f"{result.bound * result.logit_deviation:.2g} ({result.bound:g} of the logits' standard deviation)"
+    limit = f"{result.limit:.2g} (the logits' standard deviation is {result.logit_deviation:.2g})"
     prompt, steps = f"{result.prompt_difference:.2g} as a prompt", f"{result.step_difference:.2g} step by step"
     lines = [
         f"{verdict}: {result.engine} ({result.version}) on {result.tokens} tokens",

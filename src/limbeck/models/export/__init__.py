@@ -22,6 +22,9 @@ from limbeck.core.storage import atomic_folder, atomic_write_text
 
 EXPORTER_MODULES = {"gguf": "gguf_file", "qwen3_5": "qwen3_5", "onnx": "onnx"}
 VERIFICATION_FILE = "verification.json"
+# An engine may differ from the student by so many times what its prompt and its steps differ: an untrained student of
+# thirty layers enlarges rounding a thousandfold.
+OWN_FACTOR = 10
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,19 @@ class Verification:
     logit_deviation: float  # standard deviation of the student's logits, the scale of the differences
     same_token: float  # share of positions with the same most likely token, in the worse of both
     bound: float  # of the differences, in standard deviations
+    own_difference: float = 0.0  # largest, of the student's logits as a prompt and step by step: its own rounding
     same_text_tokens: bool = True  # whether the engine's own tokenizer, where it has one, splits a sample text alike
 
     @property
     def passed(self) -> bool:
         """Whether both differences are within the bound (NaN is not), and texts are split alike."""
-        limit = self.bound * self.logit_deviation
-        return self.prompt_difference <= limit and self.step_difference <= limit and self.same_text_tokens
+        within = self.prompt_difference <= self.limit and self.step_difference <= self.limit
+        return within and self.same_text_tokens
+
+    @property
+    def limit(self) -> float:
+        """The largest allowed difference of a logit: by the bound, or by what rounding alone does to this student."""
+        return max(self.bound * self.logit_deviation, OWN_FACTOR * self.own_difference)
 
 
 class EngineMissingError(LimbeckError):

@@ -23,7 +23,7 @@ from limbeck.models.export.body import list_mixers_by_layer
 from limbeck.models.export.container import Container
 from limbeck.models.export.gguf_tokenizer import check_tokenizer, describe_tokenizer
 from limbeck.models.export.llama_cpp import get_version, run_in_process
-from limbeck.models.export.verification import compare, compute_logits, sample_tokens
+from limbeck.models.export.verification import compare, compute_logits, compute_step_logits, sample_tokens
 
 LAYOUTS: dict[str, ModuleType] = {"rwkv7": gguf_rwkv7, "gated_deltanet": gguf_qwen35}
 FILE_TYPES = {"f16": 1, "q8_0": 7, "f32": 0}  # llama_ftype
@@ -192,6 +192,7 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
         compute_logits(student, ids),
         run.prompt,
         run.steps,
+        own_steps=compute_step_logits(student, ids),
         engine="llama.cpp",
         version=version,
         bound=BOUNDS[file.stem.removeprefix("student-")],

@@ -37,7 +37,7 @@ from limbeck.models.export.body import (
 )
 from limbeck.models.export.container import widen
 from limbeck.models.export.mixer_checks import Only, check_mixers
-from limbeck.models.export.verification import compare, compute_logits, sample_tokens
+from limbeck.models.export.verification import compare, compute_logits, compute_step_logits, sample_tokens
 
 MIXER = "gated_deltanet"
 CONV = 4
@@ -288,17 +288,11 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = sample_tokens(student)
-    steps, cache = [], None
-    with torch.no_grad():
-        prompt = model(torch.tensor([ids]), use_cache=False).logits[0]
-        for token in ids:
-            out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            steps.append(out.logits[0])
     return compare(
         compute_logits(student, ids),
-        prompt.double().numpy(),
-        torch.cat(steps).double().numpy(),
+        compute_logits(model, ids),
+        compute_step_logits(model, ids),
+        own_steps=compute_step_logits(student, ids),
         engine="transformers",
         version=transformers.__version__,
         bound=BOUNDS[config.dtype or torch.float32],

@@ -30,6 +30,17 @@ def compute_logits(student: Any, ids: list[int]) -> np.ndarray:
     return logits.double().cpu().numpy()
 
 
+def compute_step_logits(model: Any, ids: list[int]) -> np.ndarray:
+    """Return a model's logits [T, vocabulary] for tokens given one by one, with the cache carried over."""
+    cache, rows = None, []
+    with torch.no_grad():
+        for token in ids:
+            out = model(torch.tensor([[token]], device=model.device), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            rows.append(out.logits[0])
+    return torch.cat(rows).double().cpu().numpy()
+
+
 def compare(
     reference: np.ndarray,
     prompt: np.ndarray,
@@ -38,6 +49,7 @@ def compare(
     engine: str,
     version: str,
     bound: float,
+    own_steps: np.ndarray | None = None,
     same_text_tokens: bool = True,
 ) -> Verification:
     """Compare an engine's logits with the student's.
@@ -47,6 +59,7 @@ def compare(
         prompt: the same of the engine, all tokens at once.
         steps: the same, one token at a time with the state carried over.
         bound: largest allowed difference, in standard deviations of `reference`.
+        own_steps: the student's own logits step by step (`compute_step_logits`).
         same_text_tokens: whether the engine's tokenizer splits a text as the student's does.
     """
     best = reference.argmax(1)
@@ -59,5 +72,6 @@ def compare(
         logit_deviation=float(reference.std()),
         same_token=float(min((prompt.argmax(1) == best).mean(), (steps.argmax(1) == best).mean())),
         bound=bound,
+        own_difference=0.0 if own_steps is None else float(np.abs(own_steps - reference).max()),
         same_text_tokens=same_text_tokens,
     )

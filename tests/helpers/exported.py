@@ -41,9 +41,11 @@ def make_student(body: str = "tied", target: str = "gguf", softmax_layers: str =
     """A student that fits but for `options`, with the mixers' parameters away from their starts."""
     teacher = make_teacher(body, **settings)
     fit = get_exporter(target).fit(teacher.config, None)
-    student = limbeck.convert(
-        teacher, fit.mixer, options={**fit.options, **(options or {})}, softmax_layers=softmax_layers
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # mixers start with random factors
+        student = limbeck.convert(
+            teacher, fit.mixer, options={**fit.options, **(options or {})}, softmax_layers=softmax_layers
+        )
     return disturb(student)
 
 

@@ -23,12 +23,15 @@ def words():
 class Recorder:
     """An engine that notes what it reads and each time it forgets."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, without_special: bool = False):
         self.engine, self.calls, self.resets = engine, [], 0
+        self.bias = torch.zeros(VOCABULARY)
+        if without_special:
+            self.bias[:3] = -torch.inf
 
     def read(self, ids):
         self.calls.append(list(ids))
-        return self.engine.read(ids)
+        return self.engine.read(ids) + self.bias
 
     def reset(self):
         self.resets += 1
@@ -56,7 +59,7 @@ class Script:
 @pytest.mark.parametrize("target", ["gguf", "qwen3_5"])
 def test_the_state_after_turns_is_that_of_the_whole_text(target, words):
     student = make_student("tied", target)
-    engine = Recorder(StudentEngine(student))
+    engine = Recorder(StudentEngine(student), without_special=True)
     talk = Conversation(engine, words, Sampling(max_new_tokens=5))
     for message in ("The work", "and the license", "of it"):
         before = len(engine.ids)
@@ -67,7 +70,7 @@ def test_the_state_after_turns_is_that_of_the_whole_text(target, words):
     assert words.decode(engine.ids) == talk.text
     with torch.no_grad():
         whole = student(torch.tensor([[*engine.ids, 7]])).logits[0, -1]
-    assert torch.allclose(engine.read([7]), whole, rtol=0, atol=1e-4)
+    assert torch.allclose(engine.engine.read([7]), whole, rtol=0, atol=1e-3)
 
 
 def test_an_answer_ends_at_its_end_token_which_is_read(words):
@@ -80,6 +83,17 @@ def test_an_answer_ends_at_its_end_token_which_is_read(words):
     assert engine.ids[-1] == 2
     assert talk.text == "<s>user\nHi</s>\n<s>assistant\nnaïve</s>"
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+def test_a_control_token_inside_an_answer_cannot_be_continued_by_the_template(words):
+    inside, end = 1, 2
+    engine = Recorder(Script([50, inside, 51, end, 0, 50, end, 0]))
+    talk = Conversation(engine, words, Sampling())
+    list(talk.reply("One"))
+    assert "<s>" in talk.text.rpartition("assistant\n")[2]
+    assert "<s>" not in talk.messages[-1]["content"]
+    list(talk.reply("Two"))
+    assert engine.resets == talk.rereadings == 1
 
 
 def test_a_template_that_rewrites_earlier_turns_has_them_read_again():

@@ -135,7 +135,8 @@ class Conversation:
         text = self.tokenizer.decode(answer, skip_special_tokens=True)
         yield text[len(shown) :]
         self.messages.append({"role": "assistant", "content": text})
-        self.text = rendered + text + ("" if ended is None else self.tokenizer.decode([ended]))
+        # with control tokens that were not shown: the state has them, and a template that lacks them cannot continue it
+        self.text = rendered + self.tokenizer.decode(answer if ended is None else [*answer, ended])
         return len(answer)
 
     def _read_text(self, rendered: str) -> Tensor:

@@ -118,7 +118,9 @@ def test_a_student_learns(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["paper", "mohawk", "lolcats", "radlads", "halo", "xlstm_hybrid"])
+@pytest.mark.parametrize(
+    "name", ["paper", "mohawk", "lolcats", "radlads", "halo", "xlstm_hybrid", "rwkv7_gguf", "qwen3_5"]
+)
 def test_named_recipes_run(recipe, name, teacher_folder, corpus, tmp_path):
     """With their own settings but for teacher, text and sizes."""
     raw = yaml.safe_load(Recipe.load(name).to_yaml())

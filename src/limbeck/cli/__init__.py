@@ -90,11 +90,13 @@ def _run_command() -> None:
     from limbeck.cli import (  # noqa: F401
         assets,
         bench,
+        chat,
         check,
         convert,
         distill,
         doctor,
         eval,
+        export,
         families,
         generate,
         matrices,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         "limbeck distill",
         "limbeck distill --student gla --tokens 2000000 --out runs/gla",
         "limbeck distill --data corpus.jsonl --teacher Qwen/Qwen3-0.6B --plan",
+        "limbeck distill --for gguf",
     )
 )
 def distill(
@@ -39,6 +40,12 @@ def distill(
         int | None, typer.Option(help="Training tokens over all stages, divided among them as in the recipe.")
     ] = None,
     data: OptionalData = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="Set the mixer and its options so that `limbeck export` can write gguf, qwen3_5 or onnx."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
     set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.hidden.lr=1e-3.")] = None,
     find_lr: Annotated[
@@ -48,8 +55,8 @@ def distill(
 ) -> None:
     """Distill a teacher into a subquadratic student. Without arguments: a real one. The same command resumes."""
     # the quickstart's stages suit any mixer, those of `limbeck` its own student
-    recipe = recipe or ("limbeck" if student is None and stages is None else "quickstart")
-    chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [])
+    recipe = recipe or ("limbeck" if student is None and stages is None and target is None else "quickstart")
+    chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [], target)
     if find_lr:
         _find_learning_rates(chosen)
         return
@@ -108,6 +115,7 @@ def build_recipe(
     data: str | None,
     out: Path | None,
     settings: list[str],
+    target: str | None = None,
 ) -> "Recipe":
     """Build the recipe of a command line: the named one, with the options laid over it."""
     # late, for a fast --help
@@ -148,6 +156,9 @@ def build_recipe(
         scale_token_budgets(raw["stages"], tokens)
     if student is not None and student != Recipe.load(name).student.mixer:
         raw["student"]["options"] = {}  # those were another mixer's
+    if target is not None:
+        raw["student"] |= _fit_student(target, base.teacher, student)
+        raw["name"] += f"-{target}"
     for text in settings:
         key, value = split_assignment(text, "stages.hidden.lr=1e-3")
         set_by_dotted_key(raw, key, value)
@@ -166,6 +177,17 @@ def _replace_text(raw: dict[str, Any], built_in: str) -> None:
         own["max_tokens"] = None
         if own["sources"]:
             del own["source"]  # their names in one
+
+
+def _fit_student(target: str, teacher: str, mixer: str | None) -> dict[str, Any]:
+    """Return the keys of `student` with which a student of this teacher can be exported to a format."""
+    # late, for a fast --help
+    from limbeck.models.export import get_exporter
+    from limbeck.models.loading import load_config, resolve_teacher
+
+    fit = get_exporter(target).fit(load_config(resolve_teacher(teacher)), mixer)
+    settings: dict[str, Any] = {"mixer": fit.mixer, "preset": "default", "options": fit.options, "rules": []}
+    return settings if fit.softmax_layers is None else {**settings, "softmax_layers": fit.softmax_layers}
 
 
 def print_plan(plan: Any) -> None:

@@ -86,7 +86,7 @@ class Mixer(nn.Module):
                 expected="gate_rank of 1 or more",
             )
         if options.output_gate != "none":
-            bias = options.output_gate != "inner"
+            bias = options.output_gate != "inner" and options.gate_bias
             self.gate = nn.Linear(
                 options.gate_rank or teacher_shape.hidden, teacher_shape.heads * teacher_shape.value_width, bias=bias
             )
@@ -154,9 +154,13 @@ class Mixer(nn.Module):
         elif self.options.output_gate != "none":
             if self.options.gate_rank:
                 nn.init.normal_(self.gate_down.weight, std=self.teacher_shape.hidden**-0.5)
-            nn.init.zeros_(self.gate.weight)
-            # silu(1.27846) = 1; a sigmoid gate starts at σ(4) = 0.98.
-            nn.init.constant_(self.gate.bias, 1.2784645 if self.options.output_gate == "silu" else 4.0)
+            if self.options.gate_bias:
+                nn.init.zeros_(self.gate.weight)
+                # silu(1.27846) = 1; a sigmoid gate starts at σ(4) = 0.98.
+                nn.init.constant_(self.gate.bias, 1.2784645 if self.options.output_gate == "silu" else 4.0)
+            else:
+                # Zeros would close a silu gate, and no gradient would pass it.
+                nn.init.normal_(self.gate.weight, std=self.gate.in_features**-0.5)
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         """Compute the operator's arguments.
@@ -363,7 +367,7 @@ class Mixer(nn.Module):
         over = -1 if self.options.norm_over == "head" else (-2, -1)
         if self.options.output_norm == "layer":
             o = o - o.mean(over, keepdim=True)
-        o = o * torch.rsqrt(o.square().mean(over, keepdim=True) + 1e-6) * self.norm_weight
+        o = o * torch.rsqrt(o.square().mean(over, keepdim=True) + self.options.norm_eps) * self.norm_weight
         return o + self.norm_bias if self.options.norm_bias else o
 
     def _apply_gate(self, o: Tensor, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from limbeck.ops import delta_rule
 class DeltaNetOptions(Options):
     rope: bool = False
     write: float = 0.25  # write strength at the start
+    strength_bias: bool = True  # give the write strength a bias; without one it starts at one half, whatever `write`
     negative_eigenvalues: bool = False  # write strengths up to 2 instead of 1
 
 
@@ -40,13 +41,14 @@ class DeltaNet(Mixer):
     published = {"conv": 4, "conv_activation": "silu", "output_norm": "rms"}
 
     def build(self) -> None:
-        self.strength = nn.Linear(self.shape.hidden, self.shape.heads)
+        self.strength = nn.Linear(self.shape.hidden, self.shape.heads, bias=self.options.strength_bias)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         most = 2.0 if self.options.negative_eigenvalues else 1.0
         nn.init.zeros_(self.strength.weight)
-        nn.init.constant_(self.strength.bias, math.log(self.options.write / (most - self.options.write)))
+        if self.options.strength_bias:
+            nn.init.constant_(self.strength.bias, math.log(self.options.write / (most - self.options.write)))
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         beta = torch.sigmoid(upcast(self.strength(x)))

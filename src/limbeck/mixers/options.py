@@ -22,14 +22,17 @@ class Options:
     """Options of every mixer; each mixer sets its own defaults and adds its own options."""
 
     rope: bool = True  # give the mixer q and k with the teacher's rotary position embedding
+    qk_norm: bool = True  # give the mixer q and k behind the teacher's q/k norms, where the teacher has such
     conv: int = 0  # width of a causal convolution over q, k and v; 0 for none; starts as the identity
     conv_activation: Literal["none", "silu"] = "none"  # on q, k and v, after the convolution where there is one
     output_norm: Literal["none", "rms", "layer"] = "none"
     # each head; all heads together; all heads together, after the output gate
     norm_over: Literal["head", "heads", "gated"] = "head"
     norm_bias: bool = False  # give the norm a bias besides its weight
+    norm_eps: float = 1e-6  # added to the mean square that the norm divides by the root of
     output_gate: Literal["none", "silu", "sigmoid", "inner"] = "none"  # of the hidden states x; inner: W₂ σ(W₁x)
     gate_rank: int = 0  # rank of the output gate's projection; 0 for full rank
+    gate_bias: bool = True  # give the output gate a bias, by which it starts open; `inner` gates have none
     heads: int = 0  # merge the teacher's heads into this number; 0 to leave them
     state: float = 0.0  # rows of the state per head, in key widths; 0 for the mixer's own number
 
@@ -55,7 +58,10 @@ class Options:
         return cls(**given)
 
 
-_AT_LEAST_ZERO = ("conv", "gate_rank", "heads", "state", "horizon", "code_rank")
+# Options that came after 0.2, with the values at which nothing changes; what identifies a student leaves them out then,
+# so that runs of before go on.
+LATER_OPTIONS = {"qk_norm": True, "norm_eps": 1e-6, "gate_bias": True, "strength_bias": True}
+_AT_LEAST_ZERO = ("conv", "norm_eps", "gate_rank", "heads", "state", "horizon", "code_rank")
 
 
 def _is_instance(value: Any, kind: Any) -> bool:

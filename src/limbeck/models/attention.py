@@ -110,6 +110,19 @@ def attach_mixer(module: nn.Module, mixer: nn.Module) -> None:
     # index of its layer in the cache, known from the first update on; -1 if there are several
     module.limbeck_layer_idx = None  # type: ignore[assignment]
     module.register_forward_pre_hook(_pass_call, with_kwargs=True)
+    if not mixer.options.qk_norm:  # type: ignore[union-attr]
+        for norm in find_qk_norms(module):
+            norm.register_forward_hook(_return_input)
+
+
+def find_qk_norms(module: nn.Module) -> list[nn.Module]:
+    """Return the norms of an attention module between its projections and its attention function, without the mixer."""
+    return [child for child in module.children() if "norm" in type(child).__name__.lower()]
+
+
+def _return_input(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Forward hook of a q/k norm whose mixer takes q and k as they were projected."""
+    return args[0]
 
 
 def bind_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

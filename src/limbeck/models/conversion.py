@@ -128,6 +128,8 @@ def set_mixer_options(student: PreTrainedModel, options: dict[str, Any]) -> PreT
             f"no mixer of this student has an option '{unknown[0]}'{suggest_closest(unknown[0], names)}",
             expected=", ".join(sorted(names)),
         )
+    if "qk_norm" in options:
+        raise LimbeckError("qk_norm of a student cannot change", expected="to be set when the teacher is converted")
     for entry in plan["layers"]:
         module = student.get_submodule(entry["module"])
         mixer = student_mixers[entry["module"]]

@@ -20,6 +20,7 @@ from limbeck.core.recipe import Recipe, Student
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.storage import read_manifest
 from limbeck.data import documents
+from limbeck.mixers.options import LATER_OPTIONS
 from limbeck.models.assignment import MixerAssignment, assign_mixers
 from limbeck.models.fingerprint import (
     canonical_json,
@@ -98,7 +99,7 @@ def summarize_student_layers(student: Student, groups: Sequence[int], length: in
             "layers": format_ranges(numbers),
             "mixer": one.mixer,
             "code": identify_mixer_code(one.mixer),
-            "options": one.options,
+            "options": {k: v for k, v in one.options.items() if k not in LATER_OPTIONS or v != LATER_OPTIONS[k]},
         }
         for one, numbers in by_mixer.values()
     ]

@@ -1,0 +1,119 @@
+"""limbeck chat: a conversation in the terminal, with a student or with an exported file in llama.cpp."""
+
+import math
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from limbeck.cli import app
+from limbeck.cli.options import Seed, examples
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
+
+ENGINES = ("limbeck", "llama.cpp")
+
+
+@app.command(
+    epilog=examples(
+        "limbeck chat runs/quickstart --temperature 0.7 --top-p 0.9",
+        "limbeck chat runs/rwkv7_gguf --engine llama.cpp",
+    )
+)
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="A run directory, a model folder, a Hub name, or 'embedded' for the teacher.")
+    ],
+    engine: Annotated[
+        str, typer.Option(help="limbeck, or llama.cpp for the GGUF file that `limbeck export` wrote in the run.")
+    ] = "limbeck",
+    system: Annotated[str | None, typer.Option(help="A system message.", show_default=False)] = None,
+    tokens: Annotated[int, typer.Option(help="The maximum number of new tokens in an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    context: Annotated[int, typer.Option(help="With llama.cpp: tokens of the whole conversation.")] = 4096,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a student; an empty line or the end of the input ends it. Its state is carried over, never read again."""
+    # late, for a fast --help
+    from limbeck.models.conversation import Conversation, Sampling
+
+    if tokens < 1 or context < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise LimbeckError("invalid setting", expected="tokens, context >= 1, temperature >= 0, 0 < top-p <= 1")
+    if engine not in ENGINES:
+        raise LimbeckError(f"unknown engine '{engine}'", expected=" or ".join(ENGINES))
+    backend, tokenizer, ends = _open_llama_cpp(Path(model), context) if engine == "llama.cpp" else _open_model(model)
+    talk = Conversation(backend, tokenizer, Sampling(temperature, top_p, tokens), system=system, ends=ends, seed=seed)
+    while message := _read_message():
+        start = time.monotonic()
+        num_tokens = _print_answer(talk, message)
+        rate = num_tokens / (time.monotonic() - start)
+        again = f", read again {talk.rereadings} times" if talk.rereadings else ""
+        console.print(f"{num_tokens} tokens, {rate:.1f} tokens/s; {talk.num_tokens} in the state{again}", style="dim")
+
+
+def _open_model(name: str) -> tuple[Any, Any, list[int]]:
+    """Load a model: engine, tokenizer, end tokens."""
+    # late, for a fast --help
+    import torch
+
+    from limbeck.models.conversation import StudentEngine, list_end_tokens
+    from limbeck.models.loading import load_model_and_tokenizer, resolve_teacher
+
+    folder = Path(name) / "student"
+    is_run = folder.is_dir()
+    model, tokenizer = load_model_and_tokenizer(
+        str(folder) if is_run else resolve_teacher(name), require_student=is_run
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return StudentEngine(model), tokenizer, list_end_tokens(model)
+
+
+def _open_llama_cpp(run: Path, context: int) -> tuple[Any, Any, list[int]]:
+    """Open the newest GGUF file of a run: engine, the student's tokenizer, end tokens."""
+    # late, for a fast --help
+    import torch
+    from transformers import GenerationConfig
+
+    from limbeck.models.conversation import LlamaCppEngine
+    from limbeck.models.export.llama_cpp import LlamaCpp
+    from limbeck.models.loading import load_tokenizer
+    from limbeck.report.upload_plan import find_student_folder
+
+    folder = find_student_folder(run)
+    files = sorted(run.glob("export/*/*.gguf"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise LimbeckError(
+            f"{run} has no GGUF file", expected="one under export/", hint=f"limbeck export {run} --to gguf"
+        )
+    config = GenerationConfig.from_pretrained(folder)
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
+    return LlamaCppEngine(LlamaCpp(files[-1], context, torch.get_num_threads())), load_tokenizer(str(folder)), ends
+
+
+def _read_message() -> str:
+    """Read a line from the terminal or a pipe; an empty text at its end."""
+    try:
+        return input("\n> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""
+
+
+def _print_answer(talk: Any, message: str) -> int:
+    """Print an answer as it comes; return its number of tokens."""
+    count = 0
+
+    def stream() -> Any:
+        nonlocal count
+        count = yield from talk.reply(message)
+
+    try:
+        with closing(stream()) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    finally:
+        print()  # what ends it is told on a line of its own
+    return count

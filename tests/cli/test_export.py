@@ -1,0 +1,240 @@
+"""limbeck export, limbeck chat and limbeck distill --for, from the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import limbeck
+from helpers.exported import make_student, make_teacher, make_tokenizer
+from limbeck import LimbeckError, Recipe
+from limbeck.cli import main
+from limbeck.cli.distill import build_recipe
+from limbeck.models import export as exports
+from limbeck.models.export import gguf_file, llama_cpp, qwen3_5
+
+
+def run(words: list[str], capsys) -> tuple[int, str]:
+    """Run a command; its exit code, and all it printed on one line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["limbeck", *words])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    seen = capsys.readouterr()
+    return code, " ".join((seen.out + seen.err).split())
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory) -> Path:
+    """Run directories with a student that fits a format each, and one that fits none."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {
+        "gguf": make_student("tied", "gguf"),
+        "qwen3_5": make_student("tied", "qwen3_5"),
+        "plain": limbeck.convert(make_teacher("tied"), "gla"),
+    }
+    for name, student in made.items():
+        student.save_pretrained(folder / name / "student")
+        make_tokenizer().save_pretrained(folder / name / "student")
+    return folder
+
+
+@pytest.fixture
+def runs(students, tmp_path) -> Path:
+    shutil.copytree(students, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def test_a_plan_writes_nothing(runs, capsys):
+    code, said = run(["export", str(runs / "gguf"), "--to", "gguf", "--plan"], capsys)
+    assert code == 0
+    assert "layout arwkv7" in said
+    assert "student-f16.gguf" in said
+    assert "MB" in said
+    assert [path.name for path in (runs / "gguf").iterdir()] == ["student"]
+
+
+def test_an_export_is_verified_and_the_result_kept(runs, capsys):
+    words = ["export", str(runs / "qwen3_5"), "--to", "qwen3_5"]
+    code, said = run(words, capsys)
+    assert code == 0, said
+    assert "verified: transformers" in said
+    folder = runs / "qwen3_5" / "export" / "qwen3_5"
+    kept = json.loads((folder / exports.VERIFICATION_FILE).read_text(encoding="utf-8"))
+    assert kept["passed"] is True
+    assert kept["tokens"] == 64
+    code, said = run(words, capsys)
+    assert code == 2
+    assert "--force" in said
+    code, _ = run([*words, "--force", "--no-verify"], capsys)
+    assert code == 0
+    assert not (folder / exports.VERIFICATION_FILE).exists()
+
+
+def test_a_difference_above_the_bound_is_exit_code_1(runs, capsys, monkeypatch):
+    monkeypatch.setattr(exports, "OWN_FACTOR", 0)
+    monkeypatch.setattr(qwen3_5, "BOUNDS", dict.fromkeys(qwen3_5.BOUNDS, 0.0))
+    code, said = run(
+        ["export", str(runs / "qwen3_5" / "student"), "--to", "qwen3_5", "--out", str(runs / "out")], capsys
+    )
+    assert code == 1
+    assert "NOT the same model" in said
+    assert json.loads((runs / "out" / exports.VERIFICATION_FILE).read_text(encoding="utf-8"))["passed"] is False
+
+
+def test_without_the_engine(runs, capsys, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(llama_cpp, "PACKAGE", "no_such_package")
+    words = ["export", str(runs / "gguf"), "--to", "gguf", "--quantization", "q8_0"]
+    code, said = run(words, capsys)
+    assert code == 0
+    assert "not verified" in said
+    assert "pip install 'limbeck[export]'" in said
+    assert (runs / "gguf" / "export" / "gguf-q8_0" / gguf_file.file_name("q8_0")).is_file()
+    code, said = run([*words, "--force", "--verify"], capsys)
+    assert code == 2
+    assert "not installed" in said
+
+
+def test_a_student_that_does_not_fit(runs, capsys):
+    for target in ("gguf", "qwen3_5"):
+        code, said = run(["export", str(runs / "plain"), "--to", target], capsys)
+        assert code == 2
+        assert "gla" in said
+        assert "student.mixer=" in said
+    code, said = run(["export", str(runs / "gguf"), "--to", "ggfu"], capsys)
+    assert code == 2
+    assert "did you mean 'gguf'" in said
+    code, said = run(["export", str(runs), "--to", "gguf"], capsys)
+    assert code == 2
+    assert "holds no student" in said
+    assert not list(runs.glob("*/export"))
+
+
+# ------------------------------------------------------------------ limbeck distill --for
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    made = {"tied": make_teacher("tied"), "qwen3": make_teacher("qwen3")}
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return {name: folder / name for name in made}
+
+
+def recipe_for(teacher: Path, target: str, student=None, settings=()) -> Recipe:
+    options = dict.fromkeys(("layers", "stages", "tokens", "data", "out"))
+    return build_recipe(
+        "quickstart", teacher=str(teacher), student=student, settings=list(settings), target=target, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "target", "student", "mixer"),
+    [
+        ("tied", "gguf", None, "rwkv7"),
+        ("tied", "gguf", "gated_deltanet", "gated_deltanet"),
+        ("tied", "qwen3_5", None, "gated_deltanet"),
+        ("qwen3", "gguf", None, "gated_deltanet"),
+        ("qwen3", "qwen3_5", None, "gated_deltanet"),
+    ],
+)
+def test_a_recipe_made_to_fit_fits(body, target, student, mixer, teachers):
+    recipe = recipe_for(teachers[body], target, student)
+    assert recipe.student.mixer == mixer
+    assert recipe.name.endswith(f"-{target}")
+    made = limbeck.convert(make_teacher(body), recipe.student.mixer, options=recipe.student.options)
+    assert not exports.get_exporter(target).check(made, make_tokenizer())
+
+
+def test_settings_come_after_the_fit(teachers):
+    assert recipe_for(teachers["tied"], "gguf", settings=["student.options.rank=16"]).student.options["rank"] == 16
+
+
+@pytest.mark.parametrize(
+    ("body", "target", "student", "says"),
+    [
+        ("qwen3", "gguf", "rwkv7", "--student gated_deltanet"),
+        ("tied", "gguf", "gla", "rwkv7 or gated_deltanet"),
+        ("tied", "qwen3_5", "rwkv7", "gated_deltanet"),
+        ("tied", "ggfu", None, "did you mean"),
+    ],
+)
+def test_what_cannot_be_made_to_fit(body, target, student, says, teachers):
+    with pytest.raises(LimbeckError, match=says):
+        recipe_for(teachers[body], target, student)
+
+
+def test_a_teacher_that_no_layout_has(teacher_folder, tmp_path):
+    from limbeck.testing import make_tiny_model
+
+    make_tiny_model("qwen2").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    for target in ("gguf", "qwen3_5"):
+        with pytest.raises(LimbeckError, match=r"q_proj\.bias"):
+            recipe_for(tmp_path, target)
+
+
+def test_the_named_recipes_fit():
+    rwkv7 = Recipe.load("rwkv7_gguf").student
+    teacher = make_teacher("tied")
+    assert not exports.get_exporter("gguf").check(
+        limbeck.convert(teacher, rwkv7.mixer, options=rwkv7.options), make_tokenizer()
+    )
+    hybrid = Recipe.load("qwen3_5").student
+    teacher = make_teacher("qwen3", head_dim=128, rms_norm_eps=1e-6)
+    student = limbeck.convert(teacher, hybrid.mixer, options=hybrid.options, softmax_layers=hybrid.softmax_layers)
+    for target in ("gguf", "qwen3_5"):
+        assert not exports.get_exporter(target).check(student, make_tokenizer())
+
+
+# ------------------------------------------------------------------ limbeck chat
+
+
+def talk(words: list[str], messages: list[str], capsys, monkeypatch) -> tuple[int, str]:
+    lines = iter(messages)
+
+    def read(prompt: str = "") -> str:
+        try:
+            return next(lines)
+        except StopIteration as end:
+            raise EOFError from end
+
+    monkeypatch.setattr("builtins.input", read)
+    return run(["chat", *words], capsys)
+
+
+def test_a_conversation_in_the_terminal(runs, capsys, monkeypatch):
+    words = [str(runs / "gguf"), "--tokens", "4", "--temperature", "0.8", "--top-p", "0.9"]
+    code, said = talk(words, ["Hello", "Again"], capsys, monkeypatch)
+    assert code == 0, said
+    assert said.count("tokens/s") == 2
+    assert "read again" not in said
+    code, said = talk(words, ["Hello", "", "never"], capsys, monkeypatch)
+    assert said.count("tokens/s") == 1
+
+
+def test_a_conversation_with_llama_cpp(runs, capsys, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    words = [str(runs / "gguf"), "--engine", "llama.cpp", "--tokens", "4"]
+    code, said = talk(words, ["Hello"], capsys, monkeypatch)
+    assert code == 2
+    assert f"limbeck export {runs / 'gguf'} --to gguf" in said
+    assert run(["export", str(runs / "gguf"), "--to", "gguf", "--no-verify"], capsys)[0] == 0
+    code, said = talk(words, ["Hello", "Again"], capsys, monkeypatch)
+    assert code == 0, said
+    assert said.count("tokens/s") == 2
+
+
+@pytest.mark.parametrize("wrong", [["--engine", "vllm"], ["--tokens", "0"], ["--top-p", "0"], ["--temperature", "-1"]])
+def test_a_wrong_setting_of_a_conversation(wrong, runs, capsys, monkeypatch):
+    code, said = talk([str(runs / "gguf"), *wrong], ["Hello"], capsys, monkeypatch)
+    assert code == 2
+    assert "expected" in said

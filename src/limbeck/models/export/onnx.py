@@ -77,7 +77,9 @@ def write(student: Any, tokenizer: Any, folder: Path, quantization: str) -> None
     model = build_graph(StudentStep(student))
     model.producer_name, model.producer_version = "limbeck", __version__
     mixers = {mixer.teacher_shape.layer: mixer.name for mixer in get_mixers(student).values()}
-    model.metadata_props.update({"limbeck.mixers": json.dumps(mixers), "limbeck.family": student.config.limbeck["base_model_type"]})
+    model.metadata_props.update(
+        {"limbeck.mixers": json.dumps(mixers), "limbeck.family": student.config.limbeck["base_model_type"]}
+    )
     save_graph(model, folder / MODEL_FILE)
     student.generation_config.save_pretrained(folder)
     if tokenizer is not None:
@@ -104,9 +106,15 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
     )
 
 
-def fit(config: Any) -> Fit:
+def fit(config: Any, mixer: str | None) -> Fit:
     """Return settings that fit: nearly every mixer does, with any options."""
-    return Fit("gated_deltanet", {})
+    if mixer in UNFIT:
+        raise LimbeckError(
+            f"no student with {mixer} fits ONNX: {UNFIT[mixer]}",
+            expected="a mixer with an operator of ONNX",
+            hint="--mixer gated_deltanet",
+        )
+    return Fit(mixer or "gated_deltanet", {})
 
 
 class GraphSession:
@@ -153,7 +161,10 @@ class GraphSession:
             logits [B, T, vocabulary] and the states for the next call.
         """
         tokens = np.array(ids, np.int64)
-        given = {"input_ids": tokens, "attention_mask": np.ones_like(tokens) if mask is None else np.array(mask, np.int64)}
+        given = {
+            "input_ids": tokens,
+            "attention_mask": np.ones_like(tokens) if mask is None else np.array(mask, np.int64),
+        }
         logits, *after = self.session.run(["logits", *map(present_name, states)], {**given, **states})
         return logits, dict(zip(states, after))
 
@@ -166,7 +177,9 @@ def _check_mixer(mixer: Mixer) -> list[Reason]:
     if mixer.name in COMPOSED:
         return [reason for child in inner for reason in _check_mixer(child)]
     if inner or type(mixer).attend is not Mixer.attend or mixer.operator not in LINEAR_OPERATORS:
-        return [Reason(f"the mixer is {mixer.name}, which computes with code of its own", "student.mixer=gated_deltanet")]
+        return [
+            Reason(f"the mixer is {mixer.name}, which computes with code of its own", "student.mixer=gated_deltanet")
+        ]
     return []
 
 

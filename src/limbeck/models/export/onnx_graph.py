@@ -52,7 +52,10 @@ def build_graph(step: StudentStep) -> "onnx_ir.Model":
     try:
         with torch.no_grad(), _quiet():
             program = torch.export.export(
-                step, (ids, torch.ones_like(ids), *states), dynamic_shapes=(tokens, tokens, tuple(dynamic)), strict=False
+                step,
+                (ids, torch.ones_like(ids), *states),
+                dynamic_shapes=(tokens, tokens, tuple(dynamic)),
+                strict=False,
             )
             exported = torch.onnx.export(
                 program,

@@ -69,12 +69,17 @@ class LinearAttentionNode:
         """Compute o [B, T, H, V] and the state [B, H, K, V]; arguments as in `limbeck.ops`."""
         if not torch.compiler.is_exporting():
             return self.operator.chunked(q, k, v, *gates, state=state, segments=segments)
-        assert state is not None and segments is None
+        assert state is not None
+        assert segments is None
         beta, log_decay = gates if self.operator is delta_rule else (None, *gates)
         batch, length, heads, _ = q.shape
         if log_decay is not None and log_decay.dim() == 1:
             log_decay = log_decay.expand(batch, length, heads)
-        rule = ("" if log_decay is None else "gated") if beta is None else ("delta" if log_decay is None else "gated_delta")
+        rule = (
+            ("" if log_decay is None else "gated")
+            if beta is None
+            else ("delta" if log_decay is None else "gated_delta")
+        )
         tensors = [q, repeat_kv(k, heads), repeat_kv(v, heads), state, log_decay, beta]
         packed = [z if z is None or z is state else z.to(state.dtype).reshape(batch, length, -1) for z in tensors]
         o, state = torch.onnx.ops.symbolic_multi_out(

@@ -105,7 +105,10 @@ class StudentStep(nn.Module):
         token = _tokens.set(Tokens(attention_mask.bool()))
         try:
             output = self.student(
-                input_ids, position_ids=positions, attention_mask=allowed[:, None], **build_cache_kwargs(self.student, cache)
+                input_ids,
+                position_ids=positions,
+                attention_mask=allowed[:, None],
+                **build_cache_kwargs(self.student, cache),
             )
         finally:
             _tokens.reset(token)
@@ -128,7 +131,9 @@ class StudentStep(nn.Module):
             longer = found[1][name].shape
             shape = (BATCH, *(n if n == m else PAST for n, m in zip(tensor.shape[1:], longer[1:])))
             states[name] = StateTensor(shape, tensor.dtype)
-        owners = [layer.owner() if isinstance(layer, RecurrentLayer) and layer.owner else None for layer in cache.layers]
+        owners = [
+            layer.owner() if isinstance(layer, RecurrentLayer) and layer.owner else None for layer in cache.layers
+        ]
         return states, owners
 
 

@@ -158,7 +158,9 @@ def test_a_verification_is_long_enough_for_tokens_to_leave_the_window():
 def test_the_files_of_an_export(tmp_path):
     onnx = pytest.importorskip("onnx")
     runtime()
-    student, words = make_student("llama", "gated_deltanet", {"conv": 4}), make_tokenizer()
+    # small matrices are folded with what reads them, so the vocabulary is not too small
+    teacher, words = make_tiny_model("llama", vocab_size=400), make_tokenizer()
+    student = limbeck.convert(teacher, "gated_deltanet", options={"conv": 4}).eval()
     exports.write_export(EXPORTER, student, words, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.onnx", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
@@ -179,14 +181,14 @@ def test_the_files_of_an_export(tmp_path):
     assert inputs["input_ids"] == inputs["attention_mask"] == ["batch", "time"]
     assert inputs["past.0.memory"] == outputs["present.0.memory"] == ["batch", 6, 8, 8]
     assert inputs["past.1.conv_k"] == ["batch", 3, 2, 8]
-    assert outputs["logits"] == ["batch", "time", 97]
+    assert outputs["logits"] == ["batch", "time", 400]
     assert {name.replace("past.", "present.") for name in inputs if name.startswith("past.")} == set(outputs) - {
         "logits"
     }
     # the head shares the embeddings' tensor
     stored = sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer)
     parameters = sum(p.numel() for p in student.parameters())
-    assert parameters <= stored < parameters + 97 * 24
+    assert parameters <= stored < parameters + 400 * 24
     assert EXPORTER.plan(student, words, "f32").files == {"model.onnx": 4 * parameters}
 
 
@@ -285,7 +287,7 @@ def test_every_reason_is_given():
 def test_families_with_states_of_their_own_are_refused():
     student = limbeck.convert(make_survey_model("qwen3_next"), "gated_deltanet")
     (reason,) = EXPORTER.check(student, None)
-    assert "keeps a state of its own kind" in str(reason) or "cannot follow" in str(reason)
+    assert "does not run as a step" in str(reason)
 
 
 def test_a_step_that_is_not_the_student_is_refused(monkeypatch):

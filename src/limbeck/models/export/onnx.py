@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck.core.errors import LimbeckError
+from limbeck.core.errors import LimbeckError, summarize_error
 from limbeck.core.version import __version__
 from limbeck.mixers import Mixer
 from limbeck.models.export import EngineMissingError, Exporter, ExportPlan, Fit, Reason, Verification
@@ -205,6 +205,8 @@ def _check_step(student: Any) -> list[Reason]:
         alone = [reference(row[12 - length :][None], use_cache=False).logits[0] for row, length in zip(ids, lengths)]
     except LimbeckError as error:
         return [Reason(error.found)]
+    except Exception as error:  # whatever a family's own code does with a cache that is not its own
+        return [Reason(f"the code of {type(student).__name__} does not run as a step: {summarize_error(error)}")]
     wanted = torch.cat(alone)
     if float((found[mask.bool()] - wanted).abs().max()) <= TOLERANCE * float(wanted.std()):
         return []

@@ -61,8 +61,8 @@ class StudentStep(nn.Module):
         self.states, self.owners = self._find_states()
 
     @property
-    def grows(self) -> bool:
-        """Whether some state grows with every token."""
+    def has_mask(self) -> bool:
+        """Whether layers keep softmax, whose keys need the mask of all tokens."""
         return MASK in self.states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
@@ -77,12 +77,12 @@ class StudentStep(nn.Module):
             logits [B, T, vocabulary] and the states after the last token.
         """
         before = dict(zip(self.states, past))
-        cache = DynamicCache()
+        length, cache = before[MASK].shape[1] if self.has_mask else 0, DynamicCache()
         for index, owner in enumerate(self.owners):
             prefix = f"past.{index}."
             own = {name.removeprefix(prefix): z for name, z in before.items() if name.startswith(prefix)}
-            cache.layers.append(_fill_layer(owner, own))
-        mask = torch.cat([before[MASK], attention_mask], 1) if self.grows else attention_mask
+            cache.layers.append(_fill_layer(owner, own, length))
+        mask = torch.cat([before[MASK], attention_mask], 1) if self.has_mask else attention_mask
         logits, cache = self._run(input_ids, attention_mask, mask, before[POSITION], cache)
         after = {POSITION: before[POSITION] + attention_mask.sum(1), MASK: mask, **_read_states(cache)}
         return logits, *(after[name] for name in self.states)
@@ -143,8 +143,8 @@ def copy_in_float32(student: Any) -> Any:
     return copy.deepcopy(student, dict[int, Any](shared)).to("cpu", torch.float32).eval()
 
 
-def _fill_layer(owner: nn.Module | None, state: dict[str, Tensor]) -> Any:
-    """Make a cache layer with the given state: of a mixer, or of softmax where there is no owner."""
+def _fill_layer(owner: nn.Module | None, state: dict[str, Tensor], length: Any) -> Any:
+    """Make a cache layer with the given state after `length` tokens: of a mixer, or of softmax without an owner."""
     if owner is None:
         layer = DynamicLayer()
         layer.keys, layer.values, layer.is_initialized = state["key"], state["value"], True
@@ -152,6 +152,9 @@ def _fill_layer(owner: nn.Module | None, state: dict[str, Tensor]) -> Any:
         return layer
     layer = RecurrentLayer()
     layer.claim_for(owner)
+    some = next(iter(state.values()))
+    layer.lazy_initialization(some, some)
+    layer.length = length
     calls: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         call, _, rest = name.partition(".") if name[0].isdigit() else ("0", "", name)

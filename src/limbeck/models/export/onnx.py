@@ -23,6 +23,7 @@ import torch
 from limbeck.core.errors import LimbeckError, summarize_error
 from limbeck.core.version import __version__
 from limbeck.mixers import Mixer
+from limbeck.mixers.sliding_window import SlidingWindow
 from limbeck.models.export import EngineMissingError, Exporter, ExportPlan, Fit, Reason, Verification
 from limbeck.models.export.onnx_graph import INPUTS, build_graph, present_name, save_graph
 from limbeck.models.export.onnx_operators import LINEAR_OPERATORS
@@ -216,8 +217,8 @@ def _check_step(student: Any) -> list[Reason]:
 
 def _count_tokens(student: Any) -> int:
     """Return how many tokens a verification needs for the first ones to leave every window, if there is one."""
-    modules = [m for mixer in get_mixers(student).values() for m in mixer.modules()]
-    windows = [m.window + m.options.sinks for m in modules if isinstance(getattr(m, "window", None), int)]
+    modules = [module for mixer in get_mixers(student).values() for module in mixer.modules()]
+    windows = [m.window + m.options.sinks for m in modules if isinstance(m, SlidingWindow)]
     return min(max([NUM_TOKENS, *(window + NUM_TOKENS // 2 for window in windows)]), MOST_TOKENS)
 
 

@@ -42,9 +42,9 @@ def build_graph(step: StudentStep) -> "onnx_ir.Model":
         LimbeckError: torch cannot trace the family's code for any number of tokens, or ONNX lacks an operator; with
             what they say.
     """
-    sizes = {BATCH: 2, TIME: 5, PAST: 4}
+    sizes: dict[Any, int] = {BATCH: 2, TIME: 5, PAST: 4}
     ids = torch.zeros(sizes[BATCH], sizes[TIME], dtype=torch.long)
-    states = [torch.zeros([sizes.get(n, n) for n in s.shape], dtype=s.dtype) for s in step.states.values()]  # type: ignore[misc]
+    states = [torch.zeros([sizes.get(n, n) for n in s.shape], dtype=s.dtype) for s in step.states.values()]
     # From 3 on, so that torch need not ask whether T − 1 tokens are one; the graph has no such question, and takes one.
     dims = {name: torch.export.Dim(name, min=3 if name == TIME else None) for name in sizes}
     tokens = {0: dims[BATCH], 1: dims[TIME]}
@@ -100,7 +100,9 @@ def _build_translations() -> dict[Any, Callable]:
     torch's own give 1 − a = 0 there; onnxruntime's Sigmoid is right to 1e-7 in all, so to 1e-5 of a gate of 0.01.
     """
     # late: a package of the extra `export`
-    from onnxscript import opset18 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset18
 
     def expm1(x: Any) -> Any:
         """Compute eˣ − 1 = tanh(x/2) (eˣ + 1)."""

@@ -89,7 +89,7 @@ class StudentStep(nn.Module):
 
     def make_empty_states(self, batch: int) -> list[Tensor]:
         """Return the states before the first token: zeros."""
-        sizes = {BATCH: batch, PAST: 0}
+        sizes: dict[Any, int] = {BATCH: batch, PAST: 0}
         return [torch.zeros([sizes.get(n, n) for n in s.shape], dtype=s.dtype) for s in self.states.values()]
 
     def _run(
@@ -146,7 +146,7 @@ def copy_in_float32(student: Any) -> Any:
 def _fill_layer(owner: nn.Module | None, state: dict[str, Tensor], length: Any) -> Any:
     """Make a cache layer with the given state after `length` tokens: of a mixer, or of softmax without an owner."""
     if owner is None:
-        layer = DynamicLayer()
+        layer: Any = DynamicLayer()
         layer.keys, layer.values, layer.is_initialized = state["key"], state["value"], True
         layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
         return layer
@@ -166,7 +166,8 @@ def _fill_layer(owner: nn.Module | None, state: dict[str, Tensor], length: Any) 
 def _read_states(cache: DynamicCache) -> dict[str, Tensor]:
     """Return the states of all layers by name."""
     states: dict[str, Tensor] = {}
-    for index, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
         if not isinstance(layer, RecurrentLayer):
             states.update({f"past.{index}.key": layer.keys, f"past.{index}.value": layer.values})
             continue

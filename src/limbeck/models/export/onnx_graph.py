@@ -39,9 +39,11 @@ def build_graph(step: StudentStep) -> "onnx_ir.Model":
     """Export a step.
 
     Raises:
-        LimbeckError: torch cannot trace the family's code for any number of tokens, or ONNX lacks an operator; with
-            what they say.
+        LimbeckError: torch is too old, cannot trace the family's code for any number of tokens, or knows no ONNX for
+            an operator; with what it says.
     """
+    if not hasattr(torch.onnx, "ops"):
+        raise LimbeckError(f"torch {torch.__version__} cannot write operators by name", expected="torch 2.8 or newer")
     sizes: dict[Any, int] = {BATCH: 2, TIME: 5, PAST: 4}
     ids = torch.zeros(sizes[BATCH], sizes[TIME], dtype=torch.long)
     states = [torch.zeros([sizes.get(n, n) for n in s.shape], dtype=s.dtype) for s in step.states.values()]

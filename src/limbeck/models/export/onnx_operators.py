@@ -141,7 +141,7 @@ def attend_window(
     # a sink counts as one once it has left the window
     seen = [(sink < count)[:, None] & (query - sink >= window)]
     seen += [(recent >= 0)[:, None] & (query - recent[:, None] < window)]
-    seen += [_causal(valid, length) & ((query - new[:, None] < window) | (new < sinks)[:, None])]
+    seen += [mark_visible(valid, length) & ((query - new[:, None] < window) | (new < sinks)[:, None])]
     keys, values = (torch.cat([state[n], z], 1) for n, z in (("k", k), ("v", v)))
     o = _attend(q, keys, values, torch.cat(seen, -1), mixer.shape.scale)
     is_new_sink = (valid[:, None] & (new[:, None] == sink[:, None])).to(k.dtype)  # [B, S, T]
@@ -160,7 +160,7 @@ def attend_softmax(
     """Attend to all tokens; the state is their keys and values [B, N, G, ·] and which of them are valid [B, N]."""
     own = {"k": k, "v": v, "valid": _valid(tokens, k)}
     new = {name: torch.cat([state[name], z], 1) if state else z for name, z in own.items()}
-    o = _attend(q, new["k"], new["v"], _causal(new["valid"], q.shape[1]), mixer.shape.scale)
+    o = _attend(q, new["k"], new["v"], mark_visible(new["valid"], q.shape[1]), mixer.shape.scale)
     return o.masked_fill(~own["valid"][..., None, None], 0).to(v.dtype), new
 
 
@@ -181,7 +181,7 @@ def take_tokens(x: Tensor, at: Tensor) -> Tensor:
     return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _causal(valid: Tensor, length: int) -> Tensor:
+def mark_visible(valid: Tensor, length: int) -> Tensor:
     """Mark what each of the last `length` tokens may see of valid [B, N], [B, length, N].
 
     A masked token sees itself, since a softmax over nothing is not a number and would reach other tokens as 0 · NaN.

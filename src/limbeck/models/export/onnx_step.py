@@ -23,7 +23,7 @@ from limbeck.core.errors import LimbeckError
 from limbeck.mixers import Tokens
 from limbeck.models.attention import LIMBECK_EXPORT, register_attention, softmax_attention_forward
 from limbeck.models.cache import RecurrentLayer, build_cache_kwargs
-from limbeck.models.export.onnx_operators import substitute_operators
+from limbeck.models.export.onnx_operators import mark_visible, substitute_operators
 from limbeck.models.modeling import get_mixers
 from limbeck.models.temporary import iterate_configs
 
@@ -96,18 +96,14 @@ class StudentStep(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache
     ) -> tuple[Tensor, DynamicCache]:
         """Run the student on a call's tokens; mask [B, P + T] is that of all."""
-        valid = mask.bool()
-        key = torch.arange(mask.shape[1], device=mask.device)
-        query = key[mask.shape[1] - input_ids.shape[1] :, None]
-        # a masked token sees itself: its row would not be a number otherwise
-        allowed = ((key <= query) & valid[:, None]) | (key == query)
+        visible = mark_visible(mask.bool(), input_ids.shape[1])
         positions = (position[:, None] + attention_mask.cumsum(1) - 1).clamp(min=0)
         token = _tokens.set(Tokens(attention_mask.bool()))
         try:
             output = self.student(
                 input_ids,
                 position_ids=positions,
-                attention_mask=allowed[:, None],
+                attention_mask=visible[:, None],
                 **build_cache_kwargs(self.student, cache),
             )
         finally:

@@ -75,7 +75,7 @@ class RWKV6(Mixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
-        operator = vector_decay.recurrent if q.shape[1] == 1 else vector_decay.chunked
+        operator = self.operator.recurrent if q.shape[1] == 1 else self.operator.chunked
         memory, segments = state.get("memory"), tokens.segments
         later, last = operator(
             _next_queries(arguments.q), arguments.k, arguments.v, arguments.log_decay, state=memory, segments=segments

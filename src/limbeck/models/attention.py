@@ -39,7 +39,10 @@ LIMBECK_ATTENTION = "limbeck"  # students; their softmax layers use SDPA
 LIMBECK_EAGER = "limbeck_eager"  # students whose softmax layers use the family's eager function (no SDPA, or by choice)
 LIMBECK_PACKED = "limbeck_packed"  # packed documents by their boundaries, without a mask (limbeck.models.packed)
 LIMBECK_ROWS = "limbeck_rows"  # teachers: rows of the attention matrix (limbeck.models.attention_rows)
+LIMBECK_EXPORT = "limbeck_export"  # a step with its states as arguments (limbeck.models.export.onnx_step)
 LIMBECK_PROBE = "limbeck_probe"  # records shapes while a family is examined (limbeck.models.probe)
+# those under which a module with a mixer runs that
+MIXER_IMPLEMENTATIONS = (LIMBECK_ATTENTION, LIMBECK_EAGER, LIMBECK_PACKED, LIMBECK_EXPORT)
 # the student's implementation by the transformers implementation that its softmax layers use
 STUDENT_IMPLEMENTATIONS = {"sdpa": LIMBECK_ATTENTION, "eager": LIMBECK_EAGER}
 
@@ -313,7 +316,7 @@ def _cannot_begin_document(valid: Tensor, positions: Tensor | None, chunk: int) 
 
 def _pass_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook: add an `AttentionCall` to the arguments of an attention module with a mixer."""
-    if module.config._attn_implementation not in (LIMBECK_ATTENTION, LIMBECK_EAGER, LIMBECK_PACKED):
+    if module.config._attn_implementation not in MIXER_IMPLEMENTATIONS:
         raise LimbeckError(
             f"attention implementation '{module.config._attn_implementation}' would drop the student's mixers",
             expected=f"'{LIMBECK_ATTENTION}'",

@@ -50,7 +50,7 @@ def take_first_heads(student: Student, sites: list[Site]) -> Student:
     """
     groups = _list_groups(student, sites)
     head_selection.check_count(int(student.softmax_heads), len(groups))  # type: ignore[arg-type]
-    return student.model_copy(update={"softmax_heads": groups[: student.softmax_heads]})  # type: ignore[misc]
+    return student.model_copy(update={"softmax_heads": groups[: student.softmax_heads]})  # type: ignore[index, misc]
 
 
 def describe_choice(student: Student, sites: list[Site]) -> str:

@@ -44,9 +44,12 @@ def build_graph(step: StudentStep) -> "onnx_ir.Model":
     """
     if not hasattr(torch.onnx, "ops"):
         raise LimbeckError(f"torch {torch.__version__} cannot write operators by name", expected="torch 2.8 or newer")
-    sizes: dict[Any, int] = {BATCH: 2, TIME: 5, PAST: 4}
+    sizes = {BATCH: 2, TIME: 5, PAST: 4}
     ids = torch.zeros(sizes[BATCH], sizes[TIME], dtype=torch.long)
-    states = [torch.zeros([sizes.get(n, n) for n in s.shape], dtype=s.dtype) for s in step.states.values()]
+    states = [
+        torch.zeros([sizes[n] if isinstance(n, str) else n for n in s.shape], dtype=s.dtype)
+        for s in step.states.values()
+    ]
     # From 3 on, so that torch need not ask whether T − 1 tokens are one; the graph has no such question, and takes one.
     dims = {name: torch.export.Dim(name, min=3 if name == TIME else None) for name in sizes}
     tokens = {0: dims[BATCH], 1: dims[TIME]}

@@ -89,8 +89,11 @@ class StudentStep(nn.Module):
 
     def make_empty_states(self, batch: int) -> list[Tensor]:
         """Return the states before the first token: zeros."""
-        sizes: dict[Any, int] = {BATCH: batch, PAST: 0}
-        return [torch.zeros([sizes.get(n, n) for n in s.shape], dtype=s.dtype) for s in self.states.values()]
+        sizes = {BATCH: batch, PAST: 0}
+        return [
+            torch.zeros([sizes[n] if isinstance(n, str) else n for n in s.shape], dtype=s.dtype)
+            for s in self.states.values()
+        ]
 
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache

@@ -223,31 +223,6 @@ def test_the_fused_loss_is_the_plain_one_with_its_gradient(weights, chunk, bias)
     assert float(again["loss"]) == pytest.approx(float(sums["loss"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("weights", EACH, ids=lambda w: ",".join(w.active()) + f" at {w.temperature}")
-def test_weights_of_tokens_are_factors_on_their_losses_and_gradients(weights, bias):
-    torch.manual_seed(0)
-    head_s, head_t = torch.nn.Linear(8, 31, bias=bias).double(), torch.nn.Linear(6, 31).double()
-    h = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(2, 9, 6, dtype=torch.float64)
-    targets = torch.randint(0, 31, (2, 9))
-    targets[0, 3:5] = -100
-    factors = torch.rand(2, 9, dtype=torch.float64) * 3
-    loss = sum(
-        factors[at] * plain(head_s(h)[at][None], head_t(teacher)[at][None].detach(), targets[at][None], weights)
-        for at in zip(*(i.tolist() for i in (targets != -100).nonzero(as_tuple=True)))
-    )
-    want_h, want_w = torch.autograd.grad(loss / 7, [h, head_s.weight])
-    signal = TeacherLogitsFromHidden(head_t, teacher)
-    sums, got = logit_losses(head_s, h, signal, targets, weights, scale=1 / 7, chunk_size=5, token_weights=factors)
-    assert torch.allclose(got, want_h, atol=1e-6)
-    assert torch.allclose(head_s.weight.grad, want_w, atol=1e-6)
-    assert float(sums["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
-    # metrics are those of all tokens alike
-    ce = torch.nn.functional.cross_entropy(head_s(h)[targets != -100], targets[targets != -100], reduction="sum")
-    assert float(sums["ce"]) == pytest.approx(float(ce.detach()), rel=1e-5)
-
-
 @pytest.mark.parametrize("top", [1, 6, 31])
 def test_a_cached_signal_gives_what_the_teacher_gives(top):
     torch.manual_seed(0)

@@ -235,8 +235,6 @@ class Logits(Trained):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
     top_k: Annotated[int, Field(gt=0)] = 32
-    # how much more a token counts where the teacher needs what is outside the student's window (docs/training.md)
-    context_weight: Annotated[float, Field(ge=0)] = 0.0
     # tokens whose logits exist at once; None: 128 on a CPU, on a GPU as many as make half a gigabyte of them
     chunk_size: Annotated[int, Field(gt=0)] | None = None
     # "top-k": the teacher's `top_k` most likely tokens at each position of the stage's text are computed once and then
@@ -255,8 +253,6 @@ class Logits(Trained):
                 "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1"
                 " (--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
             )
-        if self.context_weight and (self.cache_teacher or self.sharding != "none"):
-            raise ValueError("context_weight needs all of the teacher, so neither cache_teacher nor sharding")
         return self
 
     @model_validator(mode="before")

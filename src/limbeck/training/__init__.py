@@ -15,7 +15,7 @@ The road from the command line to the loss of a layer, in calls:
     |  optim                 optimizer, schedule, averages, loss scale, early stopping
     alignment                stage 1 (mixing matrices), stage 2 (hidden states), layer by layer
     logit_distillation       stage 3: the whole student on labels and the teacher's logits
-    losses, chunked_losses   the losses themselves; context_weights: how much each token counts
+    losses, chunked_losses   the losses themselves
     export                   saves, checks and evaluates the student
 
 Beside it: joint_trainer (several students on the same passes of the teacher), teacher_cache (stage 3 without running

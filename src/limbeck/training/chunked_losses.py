@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.core.errors import LimbeckError
-from limbeck.training.losses import ObjectiveWeights, TokenLogits, TopLogProbs, combine_objectives
+from limbeck.training.losses import OBJECTIVES, ObjectiveWeights, TokenLogits, TopLogProbs, combine_objectives
 
 Head = Callable[[Tensor], Tensor]  # [N, D] -> [N, V]
 GPU_CHUNK_BYTES = 2**29  # of float32 logits; the losses of a chunk take about six times as much
@@ -77,7 +77,6 @@ def logit_losses(
     compute_grad: bool = True,
     rows: Tensor | None = None,
     compiled: bool = False,
-    token_weights: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Sum objectives and metrics over the tokens with a target, a chunk of tokens at a time.
 
@@ -94,8 +93,6 @@ def logit_losses(
         rows: indices into [B · T] of the tokens with a target, if they are known, which saves a device
             synchronization.
         compiled: fuse the passes over the logits by torch.compile.
-        token_weights: [B, T], factors on the objectives of each token, in `loss` and the gradient; None for 1. The
-            metrics are without them.
 
     Returns:
         Sums over tokens with a target, by name: count, ce and, with a teacher, agree (same most likely token); with all
@@ -127,8 +124,7 @@ def logit_losses(
             if isinstance(teacher_logits, Tensor):
                 width = min(width, teacher_logits.shape[-1])  # one model's vocabulary may be padded
                 teacher_logits = teacher_logits[:, :width]
-            factors = None if token_weights is None else token_weights.flatten()[tokens]
-            losses, slope = token_losses(s[:, :width], teacher_logits, labels[tokens], weights, compute_grad, factors)
+            losses, slope = token_losses(s[:, :width], teacher_logits, labels[tokens], weights, compute_grad)
             for name, value in losses.items():
                 sums[name] = sums[name] + value if name in sums else value
         if gradient is not None and slope is not None:
@@ -145,14 +141,13 @@ def _token_losses(
     labels: Tensor,
     weights: ObjectiveWeights | None,
     compute_grad: bool,
-    token_weights: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Compute a chunk's losses in float64, and the gradient of the weighted ones at the student's logits s [n, V].
 
     Every pass over [n, V] numbers costs a good part of the head's own product, so there are few: two softmaxes, their
     maxima, row products, and one difference in place.
     """
-    rows = TokenLogits(s, teacher, labels, token_weights)
+    rows = TokenLogits(s, teacher, labels)
     metrics: dict[str, Tensor] = {}
     if isinstance(rows.teacher, TopLogProbs):
         metrics["agree"] = (rows.student[0] == rows.teacher.index[:, 0]).sum()
@@ -162,7 +157,7 @@ def _token_losses(
         metrics["kl"] = rows.kl_divergence().sum()
         if not compute_grad:
             metrics["reverse_kl"] = rows.kl_divergence(reverse=True).sum()
-    metrics["ce"] = (rows.student[1] - rows.s.gather(1, rows.labels)[:, 0]).sum()
+    metrics["ce"] = OBJECTIVES["ce"](rows, ObjectiveWeights())[0]
     gradient = None
     if weights is not None:
         # last, because it overwrites the softmaxes

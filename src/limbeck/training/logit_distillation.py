@@ -26,7 +26,6 @@ from limbeck.training.chunked_losses import (
     choose_logit_chunk_size,
     logit_losses,
 )
-from limbeck.training.context_weights import ContextWeights
 from limbeck.training.lora import LoraAdapters
 from limbeck.training.losses import ObjectiveWeights
 
@@ -41,7 +40,6 @@ class LogitsStage:
         adapters: the LoRA adapters that learn, with the mixers, instead of all weights.
         checkpoint_activations: recompute each block in the backward pass instead of storing its activations.
         compiled: fuse the passes over the logits by torch.compile.
-        context: weighs tokens by what the teacher loses on them without the far past; None weighs all alike.
     """
 
     requires_targets = True  # a sequence without a target has no loss
@@ -55,11 +53,10 @@ class LogitsStage:
         adapters: LoraAdapters | None = None,
         checkpoint_activations: bool = False,
         compiled: bool = False,
-        context: ContextWeights | None = None,
     ):
         self.teacher, self.student, self.sites, self.autocast = pair
         self.weights, self.train, self.compiled = weights, train, compiled
-        self.adapters, self.context = adapters, context
+        self.adapters = adapters
         self.loss_scale = 1.0  # factor on the loss in `backward`, see limbeck.training.optim.LossScaler
         self.stopped: set[str] = set()  # always empty: there is one loss
         self.checkpointed_blocks = (
@@ -70,18 +67,16 @@ class LogitsStage:
 
     def backward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Add the gradients of one micro-batch; returns its share of each loss by name."""
-        teacher = token_weights = None
-        # cross-entropy alone needs no teacher, unless its logits come with the batch anyway or weigh the tokens
-        if set(self.weights.active()) - {"ce"} or isinstance(batch, TeacherLogitsBatch) or self.context is not None:
+        teacher = None
+        # cross-entropy alone needs no teacher, unless its logits come with the batch anyway
+        if set(self.weights.active()) - {"ce"} or isinstance(batch, TeacherLogitsBatch):
             with torch.no_grad(), self.autocast():
                 teacher = self._teacher_logits(batch)
-                if self.context is not None:
-                    token_weights = self.context.weigh(batch, teacher)
         with self.autocast(), self._seeded_dropout(batch):
             with activation_checkpointing(self.student, self.checkpointed_blocks):
                 hidden = run_backbone(self.student, batch)
             scale = self.loss_scale / max(counts["targets"], 1.0)
-            sums, gradient = self._losses(hidden, teacher, batch, scale, True, token_weights)
+            sums, gradient = self._losses(hidden, teacher, batch, scale, compute_grad=True)
         hidden.backward(gradient)
         return _divide(sums, counts["targets"])
 
@@ -93,7 +88,7 @@ class LogitsStage:
         """
         with self.autocast():
             hidden = run_backbone(self.student, batch)
-            sums, _ = self._losses(hidden, self._teacher_logits(batch), batch, 1.0, False)
+            sums, _ = self._losses(hidden, self._teacher_logits(batch), batch, 1.0, compute_grad=False)
         return _divide(sums, (counts or self.count(batch))["targets"])
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -137,13 +132,7 @@ class LogitsStage:
         return TeacherLogitsFromHidden(self.teacher_head, run_backbone(self.teacher, batch))
 
     def _losses(
-        self,
-        hidden: Tensor,
-        teacher: TeacherLogits | None,
-        batch: Batch,
-        scale: float,
-        compute_grad: bool,
-        token_weights: Tensor | None = None,
+        self, hidden: Tensor, teacher: TeacherLogits | None, batch: Batch, scale: float, compute_grad: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         return logit_losses(
             self.student_head,
@@ -156,7 +145,6 @@ class LogitsStage:
             compute_grad=compute_grad,
             rows=batch.metadata.target_indices if batch.metadata else None,
             compiled=self.compiled,
-            token_weights=token_weights,
         )
 
 

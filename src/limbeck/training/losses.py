@@ -147,13 +147,10 @@ class TokenLogits:
         s: the student's logits [n, V].
         teacher: the teacher's logits [n, V], its most likely tokens, or None.
         labels: [n].
-        token_weights: [n], factors on each token's loss; None for 1.
     """
 
-    def __init__(
-        self, s: Tensor, teacher: Tensor | TopLogProbs | None, labels: Tensor, token_weights: Tensor | None = None
-    ):
-        self.s, self.teacher, self.labels, self.token_weights = s, teacher, labels[:, None], token_weights
+    def __init__(self, s: Tensor, teacher: Tensor | TopLogProbs | None, labels: Tensor):
+        self.s, self.teacher, self.labels = s, teacher, labels[:, None]
 
     @property
     def t(self) -> Tensor:
@@ -178,12 +175,6 @@ class TokenLogits:
         """Most likely token and log-sum-exp of the teacher's logits, each [n]."""
         return _top_and_logsumexp(self.t, self.q)
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum values [n] or [n, k] over the tokens, by their weights."""
-        if self.token_weights is None:
-            return values.sum()
-        return (values * self.token_weights.view(-1, *[1] * (values.dim() - 1))).sum()
-
     def kl_divergence(self, reverse: bool = False) -> Tensor:
         """Compute KL(teacher || student) of each token [n], with `reverse` KL(student || teacher)."""
         weight, sign = (self.p, -1) if reverse else (self.q, 1)
@@ -193,25 +184,25 @@ class TokenLogits:
         """Return both logits divided by the temperature."""
         if temperature == 1 or self.teacher is None:
             return self
-        return TokenLogits(self.s / temperature, self.t / temperature, self.labels[:, 0], self.token_weights)
+        return TokenLogits(self.s / temperature, self.t / temperature, self.labels[:, 0])
 
 
 def cross_entropy(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, LogitGradient]:
     """Compute the cross-entropy on the labels."""
-    value = rows.total(rows.student[1] - rows.s.gather(1, rows.labels)[:, 0])
+    value = (rows.student[1] - rows.s.gather(1, rows.labels)[:, 0]).sum()
     return value, LogitGradient(student=1.0, index=rows.labels, scattered=torch.full_like(rows.s[:, :1], -1.0))
 
 
 def forward_kl(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, LogitGradient]:
     """Compute KL(teacher || student)."""
-    return rows.total(rows.kl_divergence()), LogitGradient(student=1.0, teacher=-1.0)
+    return rows.kl_divergence().sum(), LogitGradient(student=1.0, teacher=-1.0)
 
 
 def reverse_kl(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, LogitGradient]:
     """Compute KL(student || teacher)."""
     gap = rows.s - rows.t
     gap -= dot(rows.p, gap)[:, None]
-    return rows.total(rows.kl_divergence(reverse=True)), LogitGradient(dense=gap.mul_(rows.p))
+    return rows.kl_divergence(reverse=True).sum(), LogitGradient(dense=gap.mul_(rows.p))
 
 
 def jensen_shannon(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, LogitGradient]:
@@ -221,7 +212,7 @@ def jensen_shannon(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor
     gap = rows.s - rows.student[1][:, None] - log_m  # log(p / m)
     from_student = dot(p, gap)
     from_teacher = dot(q, rows.t) - rows.other[1] - dot(q, log_m)
-    value = rows.total(beta * from_teacher + (1 - beta) * from_student)
+    value = (beta * from_teacher + (1 - beta) * from_student).sum()
     gap -= from_student[:, None]
     return value, LogitGradient(dense=gap.mul_(p).mul_(1 - beta))
 
@@ -239,7 +230,7 @@ def top_kl(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, LogitG
     p = rows.p.gather(1, index)
     log_p = rows.s.gather(1, index) - rows.student[1][:, None]
     left = (1 - p.sum(-1)).clamp_min(tiny)
-    value = rows.total(q * (log_q - log_p)) + rows.total(torch.xlogy(rest, rest) - rest * left.log())
+    value = (q * (log_q - log_p)).sum() + (torch.xlogy(rest, rest) - rest * left.log()).sum()
     # the gradient is p · (1 − rest / left) outside the top and p − q inside: the first everywhere, corrected at the top
     ratio = rest / left
     correction = p * ratio[:, None] - q
@@ -258,7 +249,7 @@ OBJECTIVES: dict[str, Callable[[TokenLogits, ObjectiveWeights], tuple[Tensor, Lo
 def combine_objectives(
     rows: TokenLogits, weights: ObjectiveWeights, compute_grad: bool = True
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Compute each active objective, summed over tokens by their weights, and the gradient of their weighted sum.
+    """Compute each active objective, summed over tokens, and the gradient of their weighted sum.
 
     Returns:
         The values by name, and the gradient at the student's logits [n, V], None without `compute_grad`.
@@ -280,8 +271,6 @@ def combine_objectives(
         if id(logits) in gradients:
             combined = _sum_gradients(gradients[id(logits)], logits)
             total = combined if total is None else total.add_(combined)
-    if rows.token_weights is not None and total is not None:
-        total.mul_(rows.token_weights[:, None])
     return values, total
 
 

@@ -121,8 +121,6 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
                 stored += merged - weights  # the result is the merged weights, not the adapters
             trained = weights + mixer_parameters
             flops_per_token = 2 * (body + head) + 4 * (body + head) + 2 * trained
-            if settings.context_weight:  # one more pass of the teacher, and its head twice
-                flops_per_token += 2 * (body + 2 * head)
         else:
             is_hidden = isinstance(settings, recipes.Hidden)
             backward = blocks if is_hidden and settings.target == "block" else attention

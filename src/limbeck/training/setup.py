@@ -138,12 +138,6 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
         force_attention_masks(teacher)
     converted = [sites[i] for i in assign_student_mixers(student, groups, recipe.longest)]
     for stage in recipe.stages:
-        if isinstance(stage, recipes.Logits) and stage.context_weight and recipe.teacher_bits is not None:
-            raise LimbeckError(
-                f"context_weight with a teacher quantized to {recipe.teacher_bits} bits",
-                expected="a teacher whose attention can be replaced, in float32",
-                hint="--set teacher_bits=null, or no context_weight",
-            )
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
             resolve_lora_targets(teacher, converted, stage.lora.target_modules)

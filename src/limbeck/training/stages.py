@@ -25,7 +25,6 @@ from limbeck.models.backbone import supports_packed_positions
 from limbeck.models.compilation import compile_blocks
 from limbeck.training.alignment import HiddenStage, MatrixStage
 from limbeck.training.calibration import calibrate
-from limbeck.training.context_weights import ContextWeights
 from limbeck.training.fsdp import shard_blocks
 from limbeck.training.guard import StageGuard
 from limbeck.training.logit_distillation import LogitsStage
@@ -148,7 +147,6 @@ def make_stage(
         adapters=adapters,
         checkpoint_activations=settings.checkpoint_activations,
         compiled=job.compile_enabled,
-        context=ContextWeights(pair, settings.context_weight) if settings.context_weight else None,
     )
 
 

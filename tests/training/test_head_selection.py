@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import limbeck
 from limbeck import LimbeckError
@@ -36,6 +37,11 @@ def exact_loss(model, texts: list[Batch]) -> float:
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
+def normalize(self, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm in the dtype of its input."""
+    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
 @torch.no_grad()
 def test_the_ends_of_the_gates_are_students():
     teacher, model, _ = gated()
@@ -53,7 +59,9 @@ def test_the_ends_of_the_gates_are_students():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_worth_is_the_derivative_of_the_loss(family):
+def test_the_worth_is_the_derivative_of_the_loss(family, monkeypatch):
+    # llama's own norm computes in float32, whose rounding a difference quotient divides by its step
+    monkeypatch.setattr(LlamaRMSNorm, "forward", normalize)
     _, model, texts = gated(family)
     for gates, rest in (({}, 0.0), ({model.groups[1]: 1.0}, 0.5)):
         model.set_gates(gates, rest)
@@ -62,11 +70,11 @@ def test_the_worth_is_the_derivative_of_the_loss(family):
         for group in model.groups[:4]:
             now = gates.get(group, rest)
             ends = []
-            for step in (3e-3, -3e-3):
+            for step in (1e-3, -1e-3):
                 model.set_gates({**gates, group: now + step}, rest)
                 ends.append(exact_loss(model.model, texts))
-            # norms and logits are in float32
-            assert worth[group] == pytest.approx((ends[1] - ends[0]) / 6e-3, rel=5e-3, abs=5e-5)
+            # the loss that is differentiated takes its logits in float32
+            assert worth[group] == pytest.approx((ends[1] - ends[0]) / 2e-3, rel=1e-4, abs=1e-6)
 
 
 def test_along_the_whole_path_the_worth_is_the_loss():

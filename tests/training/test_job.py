@@ -375,14 +375,14 @@ def test_the_schedule_warms_up_and_ends_at_the_floor(batch, decay):
 
 @pytest.fixture
 def bad(teacher_folder, corpus, tmp_path):
-    """Run `limbeck distill` on the tiny teacher with further arguments; everything about a refusal is checked here."""
+    """Run `limbeck distill quickstart` on the tiny teacher with more arguments; checks all that a refusal promises."""
 
     def run(*arguments: str, out: Path | None = None, teacher: str | None = None, data: str | None = None) -> str:
         target = out or tmp_path / "out"
         before = sorted(target.rglob("*")) if target.exists() else None
         done = limbeck(
-            "distill", "--teacher", teacher or str(teacher_folder), "--data", data or str(corpus), "--out", str(target),
-            "--set", "data.seq_len=32", *arguments,
+            "distill", "quickstart", "--teacher", teacher or str(teacher_folder), "--data", data or str(corpus),
+            "--out", str(target), "--set", "data.seq_len=32", *arguments,
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr

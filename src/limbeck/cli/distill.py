@@ -27,7 +27,8 @@ def distill(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A built-in recipe or a YAML file.", show_default="limbeck; with --student or --stages: quickstart"
+            help="A built-in recipe or a YAML file.",
+            show_default="limbeck; with --student, --stages or --for: quickstart",
         ),
     ] = None,
     teacher: OptionalTeacher = None,
@@ -54,8 +55,6 @@ def distill(
     plan: Plan = False,
 ) -> None:
     """Distill a teacher into a subquadratic student. Without arguments: a real one. The same command resumes."""
-    # the quickstart's stages suit any mixer, those of `limbeck` its own student
-    recipe = recipe or ("limbeck" if student is None and stages is None and target is None else "quickstart")
     chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [], target)
     if find_lr:
         _find_learning_rates(chosen)
@@ -106,7 +105,7 @@ def _find_learning_rates(recipe: "Recipe") -> None:
 
 
 def build_recipe(
-    name: str,
+    name: str | None,
     teacher: str | None,
     student: str | None,
     layers: str | None,
@@ -117,13 +116,15 @@ def build_recipe(
     settings: list[str],
     target: str | None = None,
 ) -> "Recipe":
-    """Build the recipe of a command line: the named one, with the options laid over it."""
+    """Build the recipe of a command line: the named one, or the one that suits it, with the options laid over it."""
     # late, for a fast --help
     import yaml
 
     from limbeck.core.config import parse_stages, scale_token_budgets, set_by_dotted_key
     from limbeck.core.recipe import Recipe
 
+    # the quickstart's stages suit any mixer, those of `limbeck` its own student
+    name = name or ("limbeck" if student is None and stages is None and target is None else "quickstart")
     options = {
         "teacher": teacher,
         "student.mixer": student,

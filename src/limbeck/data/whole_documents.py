@@ -39,7 +39,7 @@ class WholeDocumentDataset:
             raise LimbeckError(
                 f"no {split.name.replace('_', ' ')} document has {length:,} tokens, the longest has {longest:,}",
                 expected="with documents: whole, sequences no longer than some document of each side of the split",
-                hint="a smaller seq_len, or documents: packed",
+                hint="--set data.documents=packed, or a smaller seq_len",
             )
 
     def batch(self, position: int, size: int) -> Batch:

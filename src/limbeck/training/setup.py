@@ -150,10 +150,10 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
         if heads_are_open:
             notes.append(f"would be chosen first, once: {describe_choice(recipe.student, sites)}")
         return job
+    _check_sequences(job)
     for stage in recipe.stages:
         if getattr(stage, "cache_teacher", None) is not None:
             require_packed(job.train_dataset(recipe.text_of(stage)))
-    _check_sequences(job)
     _check_targets(job)
     check_finite_loss(teacher, job.held_out_dataset(recipe.data).batch(0, 1).to(device), autocast)
     if get_process_info().is_main:
@@ -331,9 +331,11 @@ def _check_same_split(recipe: Recipe) -> None:
 
 def _check_sequences(job: Job) -> None:
     """Raise LimbeckError if a text has no sequences of the kind and length that a stage reads."""
-    for stage in job.recipe.stages:
+    for index, stage in enumerate(job.recipe.stages):
         text = job.recipe.text_of(stage)
-        if not text.streaming:
+        if text.streaming:
+            continue
+        with rewrite_hints({} if stage.data is None else {"--set data.": f"--set stages.{index}.data."}):
             job.train_dataset(text)
             if getattr(stage, "eval_steps", None):
                 job.held_out_dataset(text)

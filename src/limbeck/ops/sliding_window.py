@@ -53,8 +53,9 @@ def chunked(
         keys, values, count = prepend_state(q, k, v, window, sinks, state)
         if state is not None and q.shape[1] == 1 and valid is None:
             keys, values, count = reset_new_documents(keys, values, count, segments)
-            o = _next(q, keys, values, count, window, sinks, scale, F.scaled_dot_product_attention).to(v.dtype)
-            return o, shift_state(keys, values, count, sinks)
+            full = _is_full(count, window, sinks)
+            o = _next(q, keys, values, count, window, sinks, scale, F.scaled_dot_product_attention, full).to(v.dtype)
+            return o, shift_state(keys, values, count, sinks, full)
         held = keys.shape[1] - k.shape[1]  # S + window − 1, or none
         packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
         o = _attend(packed, keys, values, _first(number, count), held, window, sinks, scale).to(v.dtype)
@@ -97,9 +98,10 @@ def evicting(
             keys, values, count = reset_new_documents(keys, values, count, segments)
             oldest = slice(sinks, sinks + 1)
             near = [torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1) if sinks else x[:, 1:] for x in (keys, values)]
-            o = _next(q, near[0], near[1], count, window, sinks, scale, attend)
+            full = _is_full(count, window, sinks)
+            o = _next(q, near[0], near[1], count, window, sinks, scale, attend, full)
             left = (count >= window + sinks).unsqueeze(1)
-            new = shift_state(keys, values, count, sinks)
+            new = shift_state(keys, values, count, sinks, full)
             return o.to(v.dtype) if normalize else o, (keys[:, oldest], values[:, oldest], left), new
         held = keys.shape[1] - length
         packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
@@ -197,6 +199,14 @@ def _check(
         )
 
 
+def _is_full(count: Tensor, window: int, sinks: int) -> bool:
+    """Return whether it is known that the state of every sequence has no empty place, so that all of it is seen."""
+    # Reading values would break a compiled graph and stall an accelerator in every decoding step.
+    if torch.compiler.is_compiling() or count.device.type != "cpu":
+        return False
+    return bool((count >= sinks + window - 1).all())
+
+
 def _next(
     q: Tensor,
     keys: Tensor,
@@ -206,13 +216,16 @@ def _next(
     sinks: int,
     scale: float,
     attend: AttentionFunction,
+    full: bool,
 ) -> Tensor:
     """Attend from one token to a state, in few operations: decoding spends its time on calls, not on arithmetic."""
-    # The number of tokens that it takes to fill each place; a sink counts once it has left the window.
-    needed = torch.arange(sinks + window - 1, -1, -1, device=q.device)
-    if sinks:
-        needed = torch.cat([needed[:sinks].flip(0), needed[sinks:]])
-    seen = (count.unsqueeze(1) >= needed)[:, None, None]
+    seen = None
+    if not full:
+        # The number of tokens that it takes to fill each place; a sink counts once it has left the window.
+        needed = torch.arange(sinks + window - 1, -1, -1, device=q.device)
+        if sinks:
+            needed = torch.cat([needed[:sinks].flip(0), needed[sinks:]])
+        seen = (count.unsqueeze(1) >= needed)[:, None, None]
     near = (
         (keys, values)
         if keys.shape[2] == values.shape[2]
@@ -229,14 +242,17 @@ class _Exponentials(torch.autograd.Function):
     """Compute Σ exp(s − c) v with s = scale · q·k, c the largest s of a row, and v with a last column of ones."""
 
     @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, scale: float) -> Tensor:
         dtype = common.compute_dtype(q, k, v)
         v = F.pad(v.to(dtype), (0, 1), value=1.0)
-        return _Exponentials.apply(scale * q.to(dtype), k.to(dtype), v, ~attn_mask)
+        hidden = None if attn_mask is None else ~attn_mask
+        return _Exponentials.apply(scale * q.to(dtype), k.to(dtype), v, hidden)
 
     @staticmethod
     def forward(ctx, q, k, v, hidden):
-        weights = (q @ k.mT).masked_fill_(hidden, -torch.inf)
+        weights = q @ k.mT
+        if hidden is not None:
+            weights.masked_fill_(hidden, -torch.inf)
         largest, at = weights.max(-1, keepdim=True)
         weights.sub_(largest).exp_()
         ctx.save_for_backward(q, k, v, weights, at)
@@ -281,6 +297,8 @@ def _attend(
 ) -> Tensor:
     """Attend in blocks: outputs [B, T, H, V]. The first `held` keys are the state's; `first` is as in `_first`."""
     batch, length, heads = q.shape[:3]
+    if not held and first.shape[1] == 1 and length <= window and attend is F.scaled_dot_product_attention:
+        return _attend_to_all(q, keys, values, scale)
     past = window - 1 if held else 0  # tokens of the state's window
     block = max(BLOCK, window // 4)
     if length <= block:
@@ -321,6 +339,14 @@ def _attend(
     o = attend(folded, k, v, attn_mask=seen.unsqueeze(1), scale=scale)
     o = o.unflatten(2, (-1, block)).unflatten(0, (batch, count)).permute(0, 1, 4, 2, 3, 5)
     return o.flatten(3, 4).flatten(1, 2)[:, :length]
+
+
+def _attend_to_all(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Attend to all tokens before, where the window is at least as long as the text: outputs [B, T, H, V]."""
+    dtype, heads = _common_dtype(q, keys, values), q.shape[2]
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, keys, values))
+    k, v = common.repeat_kv(k, heads, 1), common.repeat_kv(v, heads, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
 
 def _regions(x: Tensor, past: int, reach: int, block: int, end: int) -> Tensor:
@@ -383,10 +409,17 @@ def reset_new_documents(
     return keys, values, count * continues[:, 0]
 
 
-def shift_state(keys: Tensor, values: Tensor, count: Tensor, sinks: int) -> dict[str, Tensor]:
-    """Return the state after a single token, the last of the keys."""
+def shift_state(keys: Tensor, values: Tensor, count: Tensor, sinks: int, has_sinks: bool = False) -> dict[str, Tensor]:
+    """Return the state after a single token, the last of the keys.
+
+    Args:
+        has_sinks: whether it is known that every sequence has all of its sinks.
+    """
     state = {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
-    if sinks:
+    if sinks and has_sinks:
+        for name, x in (("k", keys), ("v", values)):
+            state[name] = torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1)
+    elif sinks:
         is_sink = (count.unsqueeze(1) == torch.arange(sinks, device=count.device))[..., None, None]
         for name, x in (("k", keys), ("v", values)):
             state[name] = torch.cat([torch.where(is_sink, x[:, -1:], x[:, :sinks]), x[:, sinks + 1 :]], 1)

@@ -60,6 +60,21 @@ def test_beyond_the_seed_caches_have_the_length_that_was_asked_for(models):
     assert torch.equal(grown[:, :, SEED_TOKENS:], grown[:, :, :300])
 
 
+@torch.no_grad()
+def test_what_grows_in_a_state_is_extended_and_nothing_else(models):
+    # windows of as many tokens as are read, so that lengths alone do not tell what grows
+    options = {"window": SEED_TOKENS + 1, "sinks": 0}
+    split = convert(models["teacher"], "sliding_window", options=options, softmax_heads=["1.0"])
+    length = 2 * SEED_TOKENS + 300
+    cache = prefill_cache(split, length)
+    state = cache.layers[1].states[0]
+    sizes = {name: z.shape[1] for name, z in state.items() if z.dim() > 1}
+    assert sizes == {"softmax.k": length, "softmax.v": length, "others.k": SEED_TOKENS, "others.v": SEED_TOKENS}
+    assert torch.equal(state["softmax.k"][:, SEED_TOKENS : 2 * SEED_TOKENS], state["softmax.k"][:, :SEED_TOKENS])
+    split(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True)
+    assert cache.layers[1].states[0]["softmax.k"].shape[1] == length + 1
+
+
 def test_memory_a_student_constant_a_hybrid_by_its_layers_and_time_for_all(models, tmp_path):
     timed_models = [TimedModel(name, model) for name, model in models.items()]
     points = {(p.name, p.length): p for n in (64, 128, 512) for p in time_decoding(timed_models, n, steps=2)}

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from limbeck.core.errors import LimbeckError
 from limbeck.core.system import measure_peak_memory, synchronize_device
+from limbeck.mixers import State
 from limbeck.models import RecurrentLayer, build_cache_kwargs, cache_bytes
 
 SEED_TOKENS = 1024  # tokens of context that are really read, see `prefill_cache`
@@ -118,10 +119,16 @@ def prefill_cache(
     else:
         cache = DynamicCache(config=model.config)
     backbone = model.get_decoder()
-    backbone(input_ids=text, **build_cache_kwargs(backbone, cache))
+    if length == seed:
+        backbone(input_ids=text, **build_cache_kwargs(backbone, cache))
+        return cache
+    # The last token is read alone: a state's tensors that are longer after it are those that grow.
+    backbone(input_ids=text[:, :-1], **build_cache_kwargs(backbone, cache))
+    states = [list(layer.states) if isinstance(layer, RecurrentLayer) else [] for layer in cache.layers]
+    backbone(input_ids=text[:, -1:], **build_cache_kwargs(backbone, cache))
     if all(is_extendable(layer) for layer in cache.layers):
-        for layer in cache.layers:
-            _extend_layer(layer, seed, length)
+        for layer, before in zip(cache.layers, states):
+            _extend_layer(layer, before, seed, length)
         return cache
     for begin in range(seed, length, seed):
         backbone(input_ids=text[:, : length - begin], **build_cache_kwargs(backbone, cache))
@@ -138,9 +145,12 @@ def is_extendable(layer) -> bool:
     return isinstance(layer, RecurrentLayer) or type(layer) in (DynamicLayer, StaticLayer)
 
 
-def _extend_layer(layer, seed: int, length: int) -> None:
-    """Extend a cache layer from `seed` to `length` tokens."""
+def _extend_layer(layer, before: list[State], seed: int, length: int) -> None:
+    """Extend a cache layer from `seed` to `length` tokens; `before` are its states one token earlier."""
     if isinstance(layer, RecurrentLayer):
+        for old, state in zip(before, layer.states):
+            for name in [name for name, z in state.items() if z.shape != old[name].shape]:
+                state[name] = torch.cat([state[name]] * -(-length // seed), 1)[:, :length].contiguous()
         if isinstance(layer.length, Tensor):  # in a static cache
             layer.length.fill_(length)
         else:

@@ -23,6 +23,7 @@ from torch import Tensor
 from limbeck.core.errors import LimbeckError
 from limbeck.mixers import registry
 from limbeck.mixers.base import Mixer
+from limbeck.mixers.branches import label_branch_state, select_branch_state
 from limbeck.mixers.options import Options
 from limbeck.mixers.registry import register
 from limbeck.mixers.sliding_window import SlidingWindow
@@ -86,7 +87,7 @@ class HeadSplit(Mixer):
             )
         if registry.get(o.mixer) is HeadSplit:
             raise LimbeckError("'head_split' cannot be the mixer of the other groups", expected="another mixer")
-        # Which part each group belongs to, in runs of neighbors: groups are taken and put back by slices.
+        # Which part each group belongs to, in runs of neighbors: groups are taken and put back by splitting.
         parts = [PARTS[group not in chosen] for group in range(groups)]
         self.runs = [(part, [group for group, _ in run]) for part, run in groupby(enumerate(parts), lambda g: g[1])]
         self.sizes = {part: parts.count(part) for part in PARTS if part in parts}
@@ -101,20 +102,20 @@ class HeadSplit(Mixer):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        outputs, new = {}, {}
-        for part in self.sizes:
-            own = {key.removeprefix(f"{part}."): z for key, z in (state or {}).items() if key.startswith(f"{part}.")}
-            given = (*self._take(part, q, k, v), x)
-            outputs[part], after = getattr(self, part)(*given, tokens=tokens, state=own or None)
-            new.update({f"{part}.{key}": z for key, z in after.items()})
+        outputs: dict[str, Tensor] = {}
+        new: State = {}
+        for part, own in self._divide(q, k, v).items():
+            before = select_branch_state(state or {}, part) or None
+            outputs[part], after = getattr(self, part)(*own, x, tokens=tokens, state=before)
+            new.update(label_branch_state(after, part))
         return self._join(outputs, 2), new
 
     def forward_matrix(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
     ) -> tuple[Tensor, Tensor]:
         both = {
-            part: getattr(self, part).forward_matrix(*self._take(part, q, k, v), x, tokens=tokens)
-            for part in self.sizes
+            part: getattr(self, part).forward_matrix(*own, x, tokens=tokens)
+            for part, own in self._divide(q, k, v).items()
         }
         outputs, matrices = ({part: pair[n] for part, pair in both.items()} for n in (0, 1))
         return self._join(outputs, 2), self._join(matrices, 1)
@@ -123,8 +124,8 @@ class HeadSplit(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: Tokens | None = None
     ) -> Tensor:
         parts = {
-            part: getattr(self, part).forward_rows(*self._take(part, q, k, v), x, rows, tokens=tokens)
-            for part in self.sizes
+            part: getattr(self, part).forward_rows(*own, x, rows, tokens=tokens)
+            for part, own in self._divide(q, k, v).items()
         }
         return self._join(parts, 1)
 
@@ -154,14 +155,17 @@ class HeadSplit(Mixer):
             )
         return options
 
-    def _take(self, part: str, *tensors: Tensor) -> list[Tensor]:
-        """Take a part's heads of tensors [B, T, heads or groups, width]."""
-        taken = []
+    def _divide(self, *tensors: Tensor) -> dict[str, list[Tensor]]:
+        """Divide the heads of tensors [B, T, heads or groups, width] among the parts."""
+        divided: dict[str, list[Tensor]] = {part: [] for part in self.sizes}
         for z in tensors:
+            # One split instead of slices: the gradients of slices are as large as the whole and are added up.
             n = z.shape[2] // self.teacher_shape.kv_heads
-            pieces = [z[:, :, n * run[0] : n * (run[-1] + 1)] for name, run in self.runs if name == part]
-            taken.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2))
-        return taken
+            pieces = z.split([n * len(run) for _, run in self.runs], 2)
+            for part, own in divided.items():
+                taken = [piece for piece, (name, _) in zip(pieces, self.runs) if name == part]
+                own.append(taken[0] if len(taken) == 1 else torch.cat(taken, 2))
+        return divided
 
     def _join(self, parts: dict[str, Tensor], dim: int) -> Tensor:
         """Put the heads of both parts back in their order, along dimension `dim`."""

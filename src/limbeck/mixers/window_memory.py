@@ -30,6 +30,7 @@ from limbeck.mixers.registry import register
 from limbeck.mixers.types import State, Tokens
 from limbeck.ops import short_conv, sliding_window
 from limbeck.ops.common import repeat_kv
+from limbeck.ops.window_state import gather_tokens
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ class WindowMemory(Branches):
         real = torch.ones_like(q[..., 0, 0], dtype=torch.bool) if tokens.valid is None else tokens.valid
         window, sinks = self.options.window, self.options.sinks
         at, left = sliding_window.find_evicted(real, window=window, sinks=sinks, segments=tokens.segments)
-        old_k, old_v = (sliding_window.gather_tokens(z, at) for z in (k, v))
+        old_k, old_v = (gather_tokens(z, at) for z in (k, v))
         queries = q
         if self.options.code_rank:
             codes = self.code(x)
-            queries, old_k, x = self._read_codes(codes, sliding_window.gather_tokens(codes, at), x)
+            queries, old_k, x = self._read_codes(codes, gather_tokens(codes, at), x)
         past = Tokens(left, tokens.segments)
         y_far, far = self.linear.forward_matrix(queries, old_k, old_v, x, tokens=past)
         y_near = torch.einsum("bhij,bjhv->bihv", near.to(v.dtype), repeat_kv(v, heads))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from limbeck.ops.fla import accelerated
-from limbeck.ops.sliding_window import gather_tokens
+from limbeck.ops.window_state import gather_tokens
 
 
 @accelerated("convolution")

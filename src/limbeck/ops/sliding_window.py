@@ -21,6 +21,17 @@ from torch import Tensor
 
 from limbeck.core.errors import LimbeckError
 from limbeck.ops import common
+from limbeck.ops.window_state import (
+    compute_final_state,
+    gather_tokens,
+    is_full,
+    locate_sinks,
+    pack_valid_tokens,
+    prepend_state,
+    reset_new_documents,
+    shift_state,
+    unpack_valid_tokens,
+)
 
 # Queries in a block: fewer are slow, more see more keys than they need. Wide windows take a quarter of their width.
 BLOCK = 64
@@ -53,8 +64,9 @@ def chunked(
         keys, values, count = prepend_state(q, k, v, window, sinks, state)
         if state is not None and q.shape[1] == 1 and valid is None:
             keys, values, count = reset_new_documents(keys, values, count, segments)
-            o = _next(q, keys, values, count, window, sinks, scale, F.scaled_dot_product_attention).to(v.dtype)
-            return o, shift_state(keys, values, count, sinks)
+            full = is_full(count, window, sinks)
+            o = _next(q, keys, values, count, window, sinks, scale, F.scaled_dot_product_attention, full).to(v.dtype)
+            return o, shift_state(keys, values, count, sinks, full)
         held = keys.shape[1] - k.shape[1]  # S + window − 1, or none
         packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
         o = _attend(packed, keys, values, _first(number, count), held, window, sinks, scale).to(v.dtype)
@@ -97,9 +109,10 @@ def evicting(
             keys, values, count = reset_new_documents(keys, values, count, segments)
             oldest = slice(sinks, sinks + 1)
             near = [torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1) if sinks else x[:, 1:] for x in (keys, values)]
-            o = _next(q, near[0], near[1], count, window, sinks, scale, attend)
+            full = is_full(count, window, sinks)
+            o = _next(q, near[0], near[1], count, window, sinks, scale, attend, full)
             left = (count >= window + sinks).unsqueeze(1)
-            new = shift_state(keys, values, count, sinks)
+            new = shift_state(keys, values, count, sinks, full)
             return o.to(v.dtype) if normalize else o, (keys[:, oldest], values[:, oldest], left), new
         held = keys.shape[1] - length
         packed, keys, values, number = pack_valid_tokens(q, keys, values, held, segments, valid)
@@ -206,13 +219,16 @@ def _next(
     sinks: int,
     scale: float,
     attend: AttentionFunction,
+    full: bool,
 ) -> Tensor:
     """Attend from one token to a state, in few operations: decoding spends its time on calls, not on arithmetic."""
-    # The number of tokens that it takes to fill each place; a sink counts once it has left the window.
-    needed = torch.arange(sinks + window - 1, -1, -1, device=q.device)
-    if sinks:
-        needed = torch.cat([needed[:sinks].flip(0), needed[sinks:]])
-    seen = (count.unsqueeze(1) >= needed)[:, None, None]
+    seen = None
+    if not full:
+        # The number of tokens that it takes to fill each place; a sink counts once it has left the window.
+        needed = torch.arange(sinks + window - 1, -1, -1, device=q.device)
+        if sinks:
+            needed = torch.cat([needed[:sinks].flip(0), needed[sinks:]])
+        seen = (count.unsqueeze(1) >= needed)[:, None, None]
     near = (
         (keys, values)
         if keys.shape[2] == values.shape[2]
@@ -229,14 +245,17 @@ class _Exponentials(torch.autograd.Function):
     """Compute Σ exp(s − c) v with s = scale · q·k, c the largest s of a row, and v with a last column of ones."""
 
     @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, scale: float) -> Tensor:
         dtype = common.compute_dtype(q, k, v)
         v = F.pad(v.to(dtype), (0, 1), value=1.0)
-        return _Exponentials.apply(scale * q.to(dtype), k.to(dtype), v, ~attn_mask)
+        hidden = None if attn_mask is None else ~attn_mask
+        return _Exponentials.apply(scale * q.to(dtype), k.to(dtype), v, hidden)
 
     @staticmethod
     def forward(ctx, q, k, v, hidden):
-        weights = (q @ k.mT).masked_fill_(hidden, -torch.inf)
+        weights = q @ k.mT
+        if hidden is not None:
+            weights.masked_fill_(hidden, -torch.inf)
         largest, at = weights.max(-1, keepdim=True)
         weights.sub_(largest).exp_()
         ctx.save_for_backward(q, k, v, weights, at)
@@ -281,6 +300,8 @@ def _attend(
 ) -> Tensor:
     """Attend in blocks: outputs [B, T, H, V]. The first `held` keys are the state's; `first` is as in `_first`."""
     batch, length, heads = q.shape[:3]
+    if not held and first.shape[1] == 1 and length <= window and attend is F.scaled_dot_product_attention:
+        return _attend_to_all(q, keys, values, scale)
     past = window - 1 if held else 0  # tokens of the state's window
     block = max(BLOCK, window // 4)
     if length <= block:
@@ -323,6 +344,14 @@ def _attend(
     return o.flatten(3, 4).flatten(1, 2)[:, :length]
 
 
+def _attend_to_all(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Attend to all tokens before, where the window is at least as long as the text: outputs [B, T, H, V]."""
+    dtype, heads = _common_dtype(q, keys, values), q.shape[2]
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, keys, values))
+    k, v = common.repeat_kv(k, heads, 1), common.repeat_kv(v, heads, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+
 def _regions(x: Tensor, past: int, reach: int, block: int, end: int) -> Tensor:
     """Gather what each block sees of x [B, past+T, G, D], new tokens after the state's: [B, N, reach+block, G, D]."""
     if past == reach and x.shape[1] == reach + block:  # a single block
@@ -330,108 +359,3 @@ def _regions(x: Tensor, past: int, reach: int, block: int, end: int) -> Tensor:
     blocks = F.pad(x, (0, 0, 0, 0, reach - past, end)).unflatten(1, (-1, block))
     wide = reach // block
     return torch.cat([blocks[:, n : blocks.shape[1] - wide + n] for n in range(wide + 1)], 2)
-
-
-# ------------------------------------------------------------------ the state: sinks and last tokens
-
-
-def pack_valid_tokens(
-    q: Tensor, keys: Tensor, values: Tensor, held: int, segments: Tensor | None, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Sort valid tokens of q, keys, values and document numbers first, so that masked ones do not add to distances."""
-    if valid is None:
-        return q, keys, values, segments
-    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
-    behind = torch.cat([torch.arange(held, device=q.device).expand(len(q), -1), held + order], 1)
-    number = None if segments is None else segments.gather(1, order)
-    return gather_tokens(q, order), gather_tokens(keys, behind), gather_tokens(values, behind), number
-
-
-def unpack_valid_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Put rows [B, T, ...] of packed tokens back in their places; those of masked tokens are zero."""
-    if valid is None:
-        return x
-    return gather_tokens(x, (valid.cumsum(1) - 1).clamp(min=0)) * valid.view(*valid.shape, *[1] * (x.dim() - 2))
-
-
-def prepend_state(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, state: dict[str, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return keys and values with the state's before them, and the count of the incoming document."""
-    if state is None:
-        return k, v, torch.zeros(len(q), dtype=torch.long, device=q.device)
-    for name, x in (("k", k), ("v", v)):
-        shape = [len(q), sinks + window - 1, *x.shape[2:]]
-        if list(state[name].shape) != shape:
-            raise LimbeckError(
-                f"the state's {name} has shape {list(state[name].shape)}",
-                expected=f"{shape} with window={window} and sinks={sinks}",
-            )
-    keys, values = (torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
-    return keys, values, state["count"]
-
-
-def reset_new_documents(
-    keys: Tensor, values: Tensor, count: Tensor, segments: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty the state of `prepend_state` where its single new token begins a document."""
-    if segments is None:
-        return keys, values, count
-    continues = segments == 0
-    mask = continues[..., None, None]
-    keys, values = (torch.cat([x[:, :-1] * mask, x[:, -1:]], 1) for x in (keys, values))
-    return keys, values, count * continues[:, 0]
-
-
-def shift_state(keys: Tensor, values: Tensor, count: Tensor, sinks: int) -> dict[str, Tensor]:
-    """Return the state after a single token, the last of the keys."""
-    state = {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
-    if sinks:
-        is_sink = (count.unsqueeze(1) == torch.arange(sinks, device=count.device))[..., None, None]
-        for name, x in (("k", keys), ("v", values)):
-            state[name] = torch.cat([torch.where(is_sink, x[:, -1:], x[:, :sinks]), x[:, sinks + 1 :]], 1)
-    return state
-
-
-def compute_final_state(
-    keys: Tensor,
-    values: Tensor,
-    count: Tensor,
-    held: int,
-    length: int,
-    window: int,
-    sinks: int,
-    segments: Tensor | None,
-    valid: Tensor | None,
-) -> dict[str, Tensor]:
-    """Return the state after the last token: that of its document."""
-    total = torch.full_like(count, length) if valid is None else valid.sum(1)
-    if segments is None:
-        count = count + total
-    else:
-        last = segments == segments[:, -1:]
-        count = (last if valid is None else last & valid).sum(1) + count * (segments[:, -1] == 0)
-    token = (total - count).unsqueeze(1) + torch.arange(sinks, device=count.device)
-    where = locate_sinks(token, held, window - 1 if held else 0)
-    filled = torch.arange(sinks, device=count.device) < count.unsqueeze(1)
-    recent = torch.arange(1 - window, 0, device=count.device)  # counted from the next token
-    if segments is None and valid is None and keys.shape[1] - bool(held) * sinks >= window - 1:
-        after = slice(keys.shape[1] - window + 1, None)  # empty places stay empty
-    else:
-        after = slice(0, 0)
-        where = torch.cat([where, held + total.unsqueeze(1) + recent], 1)
-        filled = torch.cat([filled, -recent <= count.unsqueeze(1)], 1)
-    where = where.clamp(0, keys.shape[1] - 1)
-    k, v = (torch.cat([gather_tokens(x, where) * filled[..., None, None], x[:, after]], 1) for x in (keys, values))
-    return {"k": k, "v": v, "count": count}
-
-
-def locate_sinks(token: Tensor, held: int, past: int) -> Tensor:
-    """Find sinks [..., S] among the keys: with the other tokens, or in the state's places for sinks."""
-    return torch.where(token >= -past, held + token, torch.arange(token.shape[-1], device=token.device))
-
-
-def gather_tokens(x: Tensor, at: Tensor) -> Tensor:
-    """Select x [B, L, ...] at positions [B, M]: [B, M, ...]."""
-    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + at
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, at.shape)

@@ -183,7 +183,7 @@ class Students:
 
     def _prepare(self, recipe: str, changes: dict[str, Any]) -> Job:
         """Prepare a run of a recipe; it chooses its groups of heads."""
-        settings = {**changes, **self.changes, "out": str(self.folder / "run")}
+        settings = {**self.changes, **changes, "out": str(self.folder / "run")}
         return prepare_job(Recipe.load(recipe, settings), (self.teacher.model, self.teacher.tokenizer))
 
     @cached_property

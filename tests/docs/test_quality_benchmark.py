@@ -29,7 +29,6 @@ def run(quality, teacher_folder, corpus, tmp_path, capsys):
     """Run the script on the tiny teacher and a short text; returns the rows of its table, by name."""
     text = [
         f"teacher={teacher_folder}", f"data.source={corpus}", "data.seq_len=48", "data.held_out=0.2",
-        "stages.0.seq_len=48", "stages.0.batch_size=1", f"stages.0.data={{source: {corpus}, held_out: 0.2}}",
         "student.options.window=4",
     ]  # fmt: skip
 

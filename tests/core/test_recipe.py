@@ -32,6 +32,26 @@ def test_every_shipped_recipe_is_complete_and_survives_yaml(name, tmp_path):
     assert Recipe.load(path) == recipe
 
 
+@pytest.mark.parametrize(
+    ("name", "differs"),
+    [
+        ("limbeck_3h", {"name", "data.max_tokens", "stages.0.tokens", "stages.0.data.max_tokens"}),
+        ("hybrid", {"name", "student.options.window", "student.softmax_heads", "student.softmax_window"}),
+    ],
+)
+def test_the_sizes_of_the_main_recipe_differ_in_nothing_else(name, differs):
+    recipes = [_flatten(Recipe.load(one).model_dump(mode="json")) for one in ("limbeck", name)]
+    assert {key for key in recipes[0] | recipes[1] if recipes[0].get(key) != recipes[1].get(key)} == differs
+
+
+def _flatten(value, path=()) -> dict:
+    """Dotted keys and plain values."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if parts is None:
+        return {".".join(map(str, path)): value}
+    return {key: plain for name, part in parts for key, plain in _flatten(part, (*path, name)).items()}
+
+
 def test_options_go_over_the_recipe():
     base = Recipe.load("quickstart")
     recipe = build(teacher="some/model", student="gla", stages="0,3", tokens=10_000, data="x.jsonl", out=Path("here"))

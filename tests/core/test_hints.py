@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from helpers.paths import ROOT
-from limbeck import Recipe
+from limbeck import Recipe, mixers
 from limbeck.core.config import _models_in
 from limbeck.core.recipe import TeacherRecipe
 from limbeck.evaluation import measure
@@ -106,7 +106,8 @@ def test_a_hint_names_what_exists(place, text, verbs, keys):
         assert plain in keys or plain == "N" or plain.startswith("N."), f"no key {key}"
     bare = re.findall(r"(?<!--set )(?<![\w.])([a-z_]+\.[\w.]+=[^\s,]+)", text)
     assert not bare, "a key is given by --set"
-    names = {part for key in keys for part in key.split(".")} | FOREIGN
+    names = {part for key in keys for part in key.split(".")} | set(mixers.list_mixers())
+    names |= FOREIGN
     ours = re.sub(r"limbeck\.[\w.]+", "", re.sub(r"[\w/]+\.json\b|LIMBECK_CACHE|HF_\w+|[A-Z_]{3,}", "", text))
     for word in re.findall(r"(?<![\w.{/'-])[a-z]+(?:_[a-z]+)+(?!\w)", ours):
-        assert word in names, f"{word} is neither a key of a recipe nor a setting of a measure"
+        assert word in names, f"{word} is no key of a recipe, no setting of a measure and no mixer"

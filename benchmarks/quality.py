@@ -182,7 +182,7 @@ class Students:
         return replace(subject, teacher_or_none=None)
 
     def _prepare(self, recipe: str, changes: dict[str, Any]) -> Job:
-        """Prepare a run of a recipe, which chooses its groups of heads; without stages, whose text is not read."""
+        """Prepare a run of a recipe, which chooses its groups of heads; without stages, whose text is not read here."""
         settings = {**self.changes, **changes, "stages": [], "out": str(self.folder / "run")}
         return prepare_job(Recipe.load(recipe, settings), (self.teacher.model, self.teacher.tokenizer))
 

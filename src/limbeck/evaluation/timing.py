@@ -124,7 +124,9 @@ def prefill_cache(
         return cache
     # The last token is read alone: a state's tensors that are longer after it are those that grow.
     backbone(input_ids=text[:, :-1], **build_cache_kwargs(backbone, cache))
-    states = [list(layer.states) if isinstance(layer, RecurrentLayer) else [] for layer in cache.layers]
+    states = [
+        [state or {} for state in layer.states] if isinstance(layer, RecurrentLayer) else [] for layer in cache.layers
+    ]
     backbone(input_ids=text[:, -1:], **build_cache_kwargs(backbone, cache))
     if all(is_extendable(layer) for layer in cache.layers):
         for layer, before in zip(cache.layers, states):
@@ -149,6 +151,7 @@ def _extend_layer(layer, before: list[State], seed: int, length: int) -> None:
     """Extend a cache layer from `seed` to `length` tokens; `before` are its states one token earlier."""
     if isinstance(layer, RecurrentLayer):
         for old, state in zip(before, layer.states):
+            assert state is not None  # the last token has just written it
             for name in [name for name, z in state.items() if z.shape != old[name].shape]:
                 state[name] = torch.cat([state[name]] * -(-length // seed), 1)[:, :length].contiguous()
         if isinstance(layer.length, Tensor):  # in a static cache

@@ -17,7 +17,6 @@ TINY = {
     "data.seq_len": "32",
     "data.held_out": "0.2",
     "stages.0.seq_len": "96",
-    "stages.0.data.held_out": "0.2",
     "stages.0.tokens": "768",
     "evaluation": "{tokens: 128, prompt: null, new_tokens: 0}",
     "trackers": "[]",
@@ -61,6 +60,18 @@ def test_a_text_of_the_command_line_is_read_everywhere():
     assert [one.source for one in stage.data.sources] == ["mine.jsonl", "repeated-text:mine.jsonl"]
     assert [one.weight for one in stage.data.sources] == [one.weight for one in before.data.sources]
     assert (stage.data.documents, stage.data.held_out) == ("whole", made.data.held_out)
+
+
+def test_settings_of_the_text_reach_the_stage_that_reads_it():
+    nothing = dict.fromkeys(("name", "teacher", "student", "layers", "stages", "tokens", "data", "out"))
+    settings = ["data.source=mine.jsonl", "data.text_field=body", "data.held_out=0.3", "data.max_tokens=1000"]
+    (stage,) = build_recipe(**nothing, settings=settings).stages
+    assert [one.source for one in stage.data.sources] == ["mine.jsonl", "repeated-text:mine.jsonl"]
+    assert {one.text_field for one in stage.data.sources} == {"body"}
+    assert (stage.data.held_out, stage.data.max_tokens) == (0.3, 1000)
+    settings = ["data.source=mine.jsonl", "stages.0.data.source=other.jsonl", "stages.0.data.sources=null"]
+    (stage,) = build_recipe(**nothing, settings=settings).stages
+    assert stage.data.source == "other.jsonl"
 
 
 @pytest.mark.parametrize(("words", "name"), [({"student": "gla"}, "quickstart-gla"), ({"stages": "0,3"}, "quickstart")])

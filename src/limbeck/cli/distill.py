@@ -12,7 +12,7 @@ from limbeck.core.console import console, format_duration, output
 from limbeck.core.errors import LimbeckError
 
 if TYPE_CHECKING:
-    from limbeck.core.recipe import Recipe
+    from limbeck.core.recipe import Data, Recipe
 
 
 @app.command(
@@ -148,7 +148,6 @@ def build_recipe(
             raw["data"]["max_tokens"] = None
         if data is not None:
             raw["data"] |= {"text_field": "text", "chat": None}
-            _replace_text(raw, Recipe.load(name).data.source)
     if stages is not None:
         raw["stages"] = parse_stages(stages, raw)
     if tokens is not None:
@@ -163,21 +162,36 @@ def build_recipe(
     for text in settings:
         key, value = split_assignment(text, "stages.hidden.lr=1e-3")
         set_by_dotted_key(raw, key, value)
+    if Path(name).suffix not in (".yaml", ".yml"):
+        _share_text(raw, Recipe.load(name).data)
     return Recipe.parse(raw, name)
 
 
-def _replace_text(raw: dict[str, Any], built_in: str) -> None:
-    """Give the text of a command line to the stages that read the recipe's own text too, alone or in a mixture."""
-    text = {key: raw["data"][key] for key in ("source", "text_field", "chat")}
+def _share_text(raw: dict[str, Any], before: "Data") -> None:
+    """Let the stages that read a built-in recipe's own text, alone or in a mixture, read what it has become.
+
+    Args:
+        raw: the recipe with all that the command line changed.
+        before: the text of the built-in recipe.
+    """
+    # late, for a fast --help
+    from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
+
+    now = raw["data"]
     for stage in raw["stages"]:
-        if (own := stage["data"]) is None:
+        data = stage.get("data")
+        if data is None or now.get("sources"):
             continue
-        for part in own["sources"] or [own]:
-            if part["source"] == built_in:
-                part |= text
-        own["max_tokens"] = None
-        if own["sources"]:
-            del own["source"]  # their names in one
+        for part in data.get("sources") or [data]:
+            source = part.get("source", "")
+            prefix = REPEATED_TEXT_PREFIX if source.startswith(REPEATED_TEXT_PREFIX) else ""
+            if source.removeprefix(prefix) in (before.source, now["source"]):
+                part |= {"source": prefix + now["source"], "text_field": now["text_field"], "chat": now["chat"]}
+        for key in ("max_tokens", "held_out"):  # one text is divided in one way
+            if key in data and data[key] == getattr(before, key):
+                data[key] = now[key]
+        if data.get("sources"):
+            data.pop("source", None)  # their names in one
 
 
 def _fit_student(target: str, teacher: str, mixer: str | None) -> dict[str, Any]:

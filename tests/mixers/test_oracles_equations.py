@@ -347,5 +347,5 @@ def test_mixer_is_its_equation(case, form):
 def test_every_mixer_has_an_equation():
     covered = {name for _, name, _ in CASES.values()}
     covered |= {m for m in mixers.list_mixers() if f"linear_attention-{m}" in CASES}  # registered feature maps
-    covered.add("hybrid")  # made of two others: tests/mixers/test_hybrids.py
+    covered |= {"hybrid", "head_split"}  # made of two others: tests/mixers/test_hybrids.py, test_head_split.py
     assert set(mixers.list_mixers()) <= covered

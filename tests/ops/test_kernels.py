@@ -115,7 +115,8 @@ SHAPE = HeadShape(hidden=24, heads=4, kv_heads=2, key_width=8, value_width=8, sc
 @pytest.mark.parametrize("name", [n for n in mixers.list_mixers() if n not in ("softmax", "sliding_window")])
 def test_every_mixer_is_the_same_by_kernels(naive, name):
     """With its published switches, padding on the left, packed documents, and one more token after them."""
-    options = {"slots": 16} if name == "gsa" else {}
+    split = {"mixer": "gated_deltanet", "mixer_options": {"rope": True}}
+    options = {"gsa": {"slots": 16}, "head_split": split}.get(name, {})
     mixer = mixers.build(name, SHAPE, options, preset="published" if mixers.get(name).published else "default")
     torch.manual_seed(0)
     mixer = mixer.double()

@@ -144,6 +144,9 @@ def test_names_and_numbers_as_people_read_them(name, label, value, shown):
 
 def test_numbers_with_their_errors():
     assert values.format_value("acc", 0.5, 0.0123) == "50.0 ± 1.2 %"
+    assert values.format_value("recall, 8 pairs, among all tokens", 0.78125, 0.073) == "0.7812 ± 0.073"
+    assert values.format_value("perplexity, first 512 tokens", 17.43) == "17.43"
+    assert values.format_value("break_even_tokens", 170.7) == "171"
     assert values.format_value("loss_difference", 0.71234, 0.0312) == "0.7123 ± 0.031"
     assert values.format_value("cache_bytes", 3.02e9) == "3.02 GB"
 

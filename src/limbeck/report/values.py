@@ -28,6 +28,8 @@ from limbeck.report.text_tables import format_csv
 WORDS = {"kl": "KL", "js": "JS", "ce": "CE", "cka": "CKA", "top1": "top-1", "top5": "top-5", "acc": "accuracy"}
 UNITS = {"milliseconds": "ms", "seconds": "s", "per_second": "a second"}
 FRACTION_NAMES = ("agreement", "share", "accuracy", "acc", "acc_norm", "overlap", "mass")
+# a number of tokens; names of other values may end with the word too: "perplexity, first 512 tokens"
+COUNT = re.compile(r"(.*_)?tokens")
 WORKLOAD = re.compile(r"(?P<name>[^@]+)@((?P<length>\d+)x(?P<batch>\d+)|batch(?P<only_batch>\d+)|(?P<tokens>\d+))")
 
 EARLY_FRACTION = 0.1  # part of a stage's steps over which `early_loss` is the mean
@@ -59,13 +61,13 @@ def format_value(name: str, value: float, error: float | None = None) -> str:
     name = name.split("@")[0]
     if not math.isfinite(value):
         return "not finite"
-    if abs(value) >= 1e9 and not name.endswith(("bytes", "tokens")):  # a student that diverged
+    if abs(value) >= 1e9 and not (name.endswith("bytes") or COUNT.fullmatch(name)):  # a student that diverged
         return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
     if name.endswith("bytes"):
         return format_bytes(value)
     if is_fraction(name) and abs(value) <= 1:
         return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
-    if name.endswith("tokens") or abs(value) >= 10000:
+    if COUNT.fullmatch(name) or abs(value) >= 10000:
         return f"{value:,.0f}" if error is None else f"{value:,.0f} ± {error:,.0f}"
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 

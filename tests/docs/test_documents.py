@@ -143,6 +143,7 @@ def place_for(folder: Path, teacher: Path, corpus: Path) -> None:
     raw = {"name": "quickstart", "teacher": str(teacher), "data": data, "stages": stages, "evaluation": evaluation}
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**raw, "trackers": []}), encoding="utf-8")
     (folder / "softmax_layers.json").write_text(json.dumps({"softmax_layers": [0, 9, 18]}), encoding="utf-8")
+    (folder / "softmax_heads.json").write_text(json.dumps({"softmax_heads": ["0.0", "9.1"]}), encoding="utf-8")
 
 
 def exit_code(words: list[str]) -> int:

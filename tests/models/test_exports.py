@@ -511,12 +511,14 @@ def test_a_conversation_longer_than_the_context_is_refused(words, tmp_path):
 
 
 def test_runs_of_before_these_options_go_on():
-    (plain,) = summarize_student_layers(Student(mixer="gated_deltanet"), layers=4, length=64)
+    (plain,) = summarize_student_layers(Student(mixer="gated_deltanet"), groups=[2] * 4, length=64)
     assert not set(LATER_OPTIONS) & set(plain["options"])
     assert set(plain["options"]) | set(LATER_OPTIONS) == set(vars(limbeck.mixers.resolve_options("gated_deltanet")))
     for name, value in LATER_OPTIONS.items():
         other = 1e-5 if isinstance(value, float) else not value
-        (told,) = summarize_student_layers(Student(mixer="gated_deltanet", options={name: other}), layers=4, length=64)
+        (told,) = summarize_student_layers(
+            Student(mixer="gated_deltanet", options={name: other}), groups=[2] * 4, length=64
+        )
         assert told["options"] == {**plain["options"], name: other}
 
 

@@ -279,7 +279,7 @@ def test_other_verbs_end_with_one_line(verb, teacher_folder, corpus, own_cache, 
     """The signal comes while they are at their real work, in this process: what they raise ends in the same place."""
     words = {
         "generate": ["generate", str(teacher_folder), "The license", "--tokens", "100000"],
-        "eval": ["eval", str(teacher_folder), "--data", str(corpus), "--length", "32", "--measure", "positions"],
+        "eval": ["eval", str(teacher_folder), "--data", str(corpus), "--measure", "speed", "--set", "speed.rounds=100"],
         "study": ["study", "controlled", "--size", "smoke", "--out", str(tmp_path / "study")],
     }[verb]
     script = (

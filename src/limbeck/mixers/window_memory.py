@@ -86,8 +86,8 @@ class WindowMemory(Branches):
             codes = self.code(x)
             old_codes, new["codes"] = short_conv.delay(codes, self.options.window, tokens.valid, state.get("codes"))
             q, old_k, x = self._read_codes(codes, old_codes, x)
-        # Reading values would break a compiled graph and stall an accelerator in every decoding step.
-        may_read = not torch.compiler.is_compiling() and (q.shape[1] > 1 or q.device.type == "cpu")
+        # Reading values would break a compiled graph, and stall an accelerator.
+        may_read = not torch.compiler.is_compiling() and q.device.type == "cpu"
         all_left = may_read and bool(left.all())
         past = Tokens(None if all_left else left, tokens.segments)
         far, memory = self.linear(q, old_k, old_v, x, tokens=past, state=select_branch_state(state, "linear"))

@@ -44,6 +44,7 @@ UNFIT = {
     "gsa": "its second recurrence decays by value channel, and LinearAttention by key channel",
     "lolcats": "one normalizer for window and state, which neither LinearAttention nor Attention gives",
     "mlstm": "its running maximum over the past, for which there is no operator",
+    "window_memory": "its memory reads a token only when the window drops it, which its own code does",
     "rwkv7": "it erases along another vector than it writes to, and LinearAttention along its key",
 }
 

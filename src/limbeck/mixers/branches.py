@@ -7,13 +7,13 @@ name; common options other than `rope` are passed on to it. `branches` leaves on
 changing what was learned, to measure what each contributes.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from limbeck.core.errors import LimbeckError
 from limbeck.mixers import registry
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, separate_common_options
 from limbeck.mixers.sliding_window import SlidingWindow
 from limbeck.mixers.types import HeadShape, State
 
@@ -35,17 +35,13 @@ class Branches(Mixer):
     controlled = {"rope": True}
 
     def __init__(self, teacher_shape: HeadShape, options: BranchesOptions):
-        common = {f.name: getattr(options, f.name) for f in fields(Options)}
-        self.switches = {name: value for name, value in common.items() if value != getattr(Options(), name)}
-        super().__init__(teacher_shape, replace(options, **{**vars(Options()), "rope": options.rope}))
+        self.switches, own = separate_common_options(options)
+        super().__init__(teacher_shape, own)
 
     @classmethod
     def for_length(cls, options: BranchesOptions, length: int) -> BranchesOptions:
-        linear = registry.get(options.linear)
-        linear_options = registry.resolve_options(options.linear, options.linear_options)
-        before, after = vars(linear_options), vars(linear.for_length(linear_options, length))
-        changed = {name: value for name, value in after.items() if value != before[name]}
-        return replace(options, linear_options={**options.linear_options, **changed}) if changed else options
+        inner = registry.fit_options_to_length(options.linear, options.linear_options, length)
+        return replace(options, linear_options=inner)
 
     @classmethod
     def list_inner_mixers(cls, options: BranchesOptions) -> list[str]:

@@ -13,7 +13,7 @@ The cache of the softmax groups grows. With `softmax_window` it does not: they s
 Start: that of the two mixers.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +24,7 @@ from limbeck.core.errors import LimbeckError
 from limbeck.mixers import registry
 from limbeck.mixers.base import Mixer
 from limbeck.mixers.branches import label_branch_state, select_branch_state
-from limbeck.mixers.options import Options
+from limbeck.mixers.options import Options, separate_common_options
 from limbeck.mixers.registry import register
 from limbeck.mixers.sliding_window import SlidingWindow
 from limbeck.mixers.softmax import Softmax
@@ -55,16 +55,13 @@ class HeadSplit(Mixer):
     controlled = {"rope": True}
 
     def __init__(self, teacher_shape: HeadShape, options: HeadSplitOptions):
-        common = {f.name: getattr(options, f.name) for f in fields(Options)}
-        self.switches = {name: value for name, value in common.items() if value != getattr(Options(), name)}
-        super().__init__(teacher_shape, replace(options, **{**vars(Options()), "rope": options.rope}))
+        self.switches, own = separate_common_options(options)
+        super().__init__(teacher_shape, own)
 
     @classmethod
     def for_length(cls, options: HeadSplitOptions, length: int) -> HeadSplitOptions:
-        resolved = registry.resolve_options(options.mixer, options.mixer_options)
-        before, after = vars(resolved), vars(registry.get(options.mixer).for_length(resolved, length))
-        changed = {name: value for name, value in after.items() if value != before[name]}
-        return replace(options, mixer_options={**options.mixer_options, **changed}) if changed else options
+        inner = registry.fit_options_to_length(options.mixer, options.mixer_options, length)
+        return replace(options, mixer_options=inner)
 
     @classmethod
     def state_grows(cls, options: HeadSplitOptions) -> bool:

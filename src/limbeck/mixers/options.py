@@ -8,7 +8,7 @@ A mixer's own dataclass inherits from `Options`, adds its own fields and sets it
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -62,6 +62,17 @@ class Options:
 # so that runs of before go on.
 LATER_OPTIONS = {"qk_norm": True, "norm_eps": 1e-6, "gate_bias": True, "strength_bias": True}
 _AT_LEAST_ZERO = ("conv", "norm_eps", "gate_rank", "heads", "state", "horizon", "code_rank")
+
+
+def separate_common_options(options: Any) -> tuple[dict[str, Any], Any]:
+    """Separate the common options, for mixers that pass them on to a mixer inside.
+
+    Returns:
+        The common options that differ from their defaults, and the options with all of them but `rope` at the defaults.
+    """
+    defaults = vars(Options())
+    changed = {name: getattr(options, name) for name in defaults if getattr(options, name) != defaults[name]}
+    return changed, replace(options, **{**defaults, "rope": options.rope})
 
 
 def _is_instance(value: Any, kind: Any) -> bool:

@@ -133,6 +133,13 @@ def resolve_options(name: str, given: dict[str, Any] | None = None, preset: str 
     return cls.options_class.parse({**cls.defaults, **preset_values, **(given or {})}, cls.name)
 
 
+def fit_options_to_length(name: str, given: dict[str, Any], length: int) -> dict[str, Any]:
+    """Return a mixer's given options, with those that depend on the length of training sequences set for `length`."""
+    resolved = resolve_options(name, given)
+    before, after = vars(resolved), vars(get(name).for_length(resolved, length))
+    return {**given, **{option: value for option, value in after.items() if value != before[option]}}
+
+
 def build(name: str, shape: HeadShape, given: dict[str, Any] | None = None, preset: str = "default") -> Mixer:
     """Build a mixer for an attention of that shape; arguments as in `resolve_options`."""
     return get(name)(shape, resolve_options(name, given, preset))

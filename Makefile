@@ -2,7 +2,8 @@
 # make test          the fast tests                  make test-full     all of them
 # make test-oldest   the core tests with the oldest transformers that pyproject.toml allows
 # make test-triton   flash-linear-attention's kernels beside ours, on a CPU in Triton's interpreter
-# make lint          ruff, codespell, mypy           make docs          links, commands and tables of the documents
+# make lint          ruff, codespell, mypy           make docs          tests of the documents; the site, in site/
+# make reference     the parts of docs/reference that come from the code
 # PYTHON=python3.12 picks another interpreter; PIP_ARGS=... goes to every pip install.
 
 PYTHON ?= python3
@@ -13,10 +14,10 @@ DONE := .venv/.installed
 # the oldest transformers that is supported, and what it needs older than constraints.txt has it
 OLDEST := transformers==5.5.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
 TRITON := triton==3.9.0
-DOCUMENTS := tests/docs/test_links.py tests/docs/test_tables.py tests/docs/test_documents.py
+DOCUMENTS := tests/docs/test_links.py tests/docs/test_tables.py tests/docs/test_documents.py tests/docs/test_site.py
 CORE := tests/models/test_student.py tests/models/test_saving.py tests/mixers/test_hybrids.py tests/mixers/test_contract.py
 
-.PHONY: setup demo test test-full test-oldest test-triton docs lint assets clean
+.PHONY: setup demo test test-full test-oldest test-triton docs reference lint assets clean
 
 setup: $(DONE)
 
@@ -43,8 +44,18 @@ test: setup
 test-full: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full
 
-docs: setup
+docs: .venv/.installed-docs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full $(DOCUMENTS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: site/index.html; to write with a preview: $(BIN)/mkdocs serve"
+
+.venv/.installed-docs: $(DONE)
+	@echo "setup: what builds the site (half a minute)"
+	@$(BIN)/python -m pip install -q -q $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+reference: setup
+	@$(BIN)/python docs/generate.py
 
 .venv/oldest/.installed: WANTED := $(OLDEST)
 .venv/triton/.installed: WANTED := $(TRITON)
@@ -68,4 +79,4 @@ lint: setup
 	@$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -29,8 +29,8 @@ OWN = ("recipe.yaml", "mine.yaml")  # files that a reader makes with `limbeck re
 def commands_of(text: str) -> list[str]:
     """The `limbeck ...` commands of a page: lines of its code blocks, and in running text."""
     found = []
-    for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.S | re.M):
-        for line in block.replace("\\\n", " ").splitlines():
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines() if language in ("", "bash", "sh", "console") else ():
             found += re.findall(r"^(?:\$ )?(?:.* -m )?(limbeck (?!=).*)$", line.strip())
     running = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     found += re.findall(r"(?<!`)`(limbeck [a-z][^`]*)`(?!`)", running)

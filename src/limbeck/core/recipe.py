@@ -272,7 +272,7 @@ class Hidden(Trained):
 
 
 class Lora(_Part):
-    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/peft.md)."""
+    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/training.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["lora"]
     rank: Annotated[int, Field(gt=0)] = 8

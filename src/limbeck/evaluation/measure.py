@@ -290,7 +290,7 @@ def _has_same_texts(cached: Measurement, subject: Subject, settings: dict[str, A
 def render_schema_tables() -> str:
     """Render the two tables of docs/reference/files.md from the classes."""
     tables = []
-    for title, cls in (("A file", Measurement), ("Provenance", Provenance)):
+    for title, cls in (("Fields of a measurement", Measurement), ("Provenance", Provenance)):
         rows = [
             f"| `{name}` | {_format_json_type(schema)} | {schema['description']} |"
             for name, schema in cls.model_json_schema()["properties"].items()

@@ -4,7 +4,7 @@
     small = quantize_int8(student)                                          # the given student is not changed
 
 A student is never trained with quantized weights: it starts from those of the unquantized checkpoint.
-docs/guides/peft.md has measurements of both.
+docs/guides/training.md and docs/guides/generation.md lead to measurements of both.
 """
 
 import copy

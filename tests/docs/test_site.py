@@ -1,0 +1,79 @@
+"""The documentation site: its pages are in the menu, and what comes from the code is what the code says."""
+
+import importlib.util
+import re
+
+import pytest
+import yaml
+
+from helpers.paths import ROOT
+from limbeck.core import recipe as recipes
+from limbeck.study import spec
+
+DOCS = ROOT / "docs"
+PARTS = [recipes.Recipe, recipes.TeacherRecipe, recipes.Student, recipes.Rule, recipes.Data, recipes.Source]
+PARTS += [*recipes.STAGES.values(), recipes.NextTokenConfig, recipes.RepeatsConfig]
+PARTS += [recipes.EarlyStopping, recipes.Lora, recipes.Evaluation, spec.Study, spec.Grid, spec.StudentSpec]
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec_of = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec_of)
+    spec_of.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_code_says(generate):
+    outdated = generate.write_pages(check=True)
+    assert not outdated, f"not current: {', '.join(outdated)}; run: make reference"
+
+
+def test_an_outdated_part_is_found_and_written(generate, tmp_path, monkeypatch):
+    page = tmp_path / "study.md"
+    page.write_text((DOCS / "reference" / "study.md").read_text(encoding="utf-8").replace("Seeds;", "Trees;"), "utf-8")
+    monkeypatch.setattr(generate, "PAGES", tmp_path)
+    assert generate.write_pages(check=True) == ["study.md"]
+    assert "Trees;" in page.read_text(encoding="utf-8")
+    assert generate.write_pages() == ["study.md"]
+    assert page.read_text(encoding="utf-8") == (DOCS / "reference" / "study.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+def test_every_key_says_what_it_is(part):
+    """In a string below it, as the others do; a comment is seen by nobody but the reader of the code."""
+    silent = [key for key, field in part.model_fields.items() if not field.description]
+    assert not silent, f"{part.__name__}: put a string below {', '.join(silent)}"
+    described = part.model_json_schema()["properties"]
+    assert all("description" in described[key] for key in part.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"type": "integer", "exclusiveMinimum": 0}, "integer > 0"),
+        (
+            {"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"type": "null"}]},
+            "number ≥ 0, < 1 or null",
+        ),
+        ({"enum": ["a", "b"]}, "`a`, `b`"),
+        ({"type": "array", "items": {"$ref": "#/$defs/Rule"}}, "list of [student.rules](#studentrules)"),
+    ],
+)
+def test_types_are_named(generate, schema, named):
+    assert generate.name_type(schema, {"Rule": "student.rules"}) == named
+
+
+def test_the_menu_has_every_page_once():
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+    site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+    menu = re.findall(r"[\w/]+\.md", str(site["nav"]))
+    hooks = (DOCS / "hooks.py").read_text(encoding="utf-8")
+    elsewhere = dict(re.findall(r'^    "(\S+)": "(\S+)",$', hooks, re.M))
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    pages = [page for page in pages if not re.match(r"project/results/\w[\w-]*/", page)]
+    assert sorted(menu) == sorted([*pages, *elsewhere.values()])
+    assert all((ROOT / page).is_file() for page in elsewhere)

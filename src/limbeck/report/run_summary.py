@@ -10,7 +10,7 @@ import shlex
 from typing import Any
 
 from limbeck.core.console import format_bytes, format_duration
-from limbeck.evaluation.baselines import describe_against_window
+from limbeck.evaluation.baselines import describe_against_window, find_repeat_losses
 from limbeck.models import format_ranges
 from limbeck.report.text_tables import escape_markdown, format_code_span, format_markdown_table
 
@@ -179,6 +179,7 @@ def describe_window(result: dict[str, Any]) -> str:
         window["sinks"],
         same_memory=window["state_bytes"] <= window["student_state_bytes"],
         text=text,
+        repeat=find_repeat_losses(section, section, "student_", "window_"),
     )
 
 

@@ -325,7 +325,7 @@ def test_the_document_names_the_settings():
 
     from limbeck.evaluation.lm_eval_tasks import TaskSettings
 
-    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / "evaluation.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `tasks.")]
     told = {row[0].strip("`").removeprefix("tasks."): row[1].strip("`") for row in rows}
     plain = TaskSettings().model_dump(mode="json")

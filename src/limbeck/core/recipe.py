@@ -92,7 +92,7 @@ class Source(_Part):
 
 
 class Data(_Part):
-    """The text: where it comes from and how it is cut into sequences (docs/data.md)."""
+    """The text: where it comes from and how it is cut into sequences (docs/guides/data.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["data"]
     source: str = "embedded"
@@ -205,7 +205,7 @@ class Hidden(Trained):
 
 
 class Lora(_Part):
-    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/peft.md)."""
+    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/peft.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["lora"]
     rank: Annotated[int, Field(gt=0)] = 8
@@ -241,7 +241,7 @@ class Logits(Trained):
     # read from the cache, by this and later runs; with top_kl and ce
     cache_teacher: Literal["top-k"] | None = None
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, more time
-    # full: shard every block's weights and optimizer state over the processes, FSDP (docs/scaling.md)
+    # full: shard every block's weights and optimizer state over the processes, FSDP (docs/guides/scaling.md)
     sharding: Literal["none", "full"] = "none"
 
     @model_validator(mode="after")
@@ -291,7 +291,7 @@ class Evaluation(_Part):
     tokens: Annotated[int, Field(gt=0)] = 8192
     prompt: str | None = "The history of science is"
     new_tokens: Annotated[int, Field(ge=0)] = 48
-    # the exam (docs/evaluation.md): the longest documents of a text, one a sequence; 0: none
+    # the exam (docs/guides/evaluation.md): the longest documents of a text, one a sequence; 0: none
     exam_documents: Annotated[int, Field(ge=0)] = 4
     # tokens of each; None: 2,048 or the teacher's context, and no exam for a teacher with less than 512
     exam_tokens: Annotated[int, Field(ge=16)] | None = None
@@ -386,7 +386,7 @@ class Recipe(Document):
     # dtype of matrix products (autocast); weights are float32. auto: bf16 or fp16 on a GPU, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     tf32: bool = False  # TF32 for float32 products, on NVIDIA GPUs from Ampere on
-    # torch.compile for blocks and losses; auto: on a GPU (docs/gpu.md)
+    # torch.compile for blocks and losses; auto: on a GPU (docs/guides/gpu.md)
     compile: bool | Literal["auto"] = "auto"
     # how packed documents are separated on a GPU; auto: variable-length FlashAttention, where the family supports it;
     # mask: the attention masks of transformers
@@ -395,7 +395,7 @@ class Recipe(Document):
     deterministic: bool = False  # bit-identical reruns on the same GPU; an error where impossible
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     save_total_limit: Annotated[int, Field(gt=0)] = 2  # checkpoints of the current stage
-    # trackers beside metrics.jsonl; auto: TensorBoard if it is installed (docs/training.md)
+    # trackers beside metrics.jsonl; auto: TensorBoard if it is installed (docs/guides/training.md)
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | Literal["auto"] = "auto"
     out: str | None = None
 

@@ -307,7 +307,7 @@ def _has_same_texts(cached: Measurement, subject: Subject, settings: dict[str, A
 
 
 def render_schema_tables() -> str:
-    """Render the two tables of docs/measurements.md from the classes."""
+    """Render the two tables of docs/reference/files.md from the classes."""
     tables = []
     for title, cls in (("A file", Measurement), ("Provenance", Provenance)):
         rows = [

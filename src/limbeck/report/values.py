@@ -7,7 +7,7 @@
     values["agreement.perplexity"], values["held_out.kl"], values["stages.logits.early_loss"]
     values[get_window_name("agreement.perplexity")]            # of the untrained window beside the student
 
-What a name ends with says its unit (docs/measurements.md); files and CSV hold the plain numbers. Flat names are
+What a name ends with says its unit (docs/reference/files.md); files and CSV hold the plain numbers. Flat names are
 `<measure>.<name>` of every measurement, `<measure>.window_<name>` of the untrained window beside it, and what every run
 has: `held_out.*` and `exam.*` (its own evaluation, `teacher_`, `student_` and `window_` before a value's name),
 `window.*`, `memory.*` (cache sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).

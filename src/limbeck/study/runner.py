@@ -5,7 +5,7 @@ results["claims"], results["arms"][0]["values"]
 
 runs/<study>-<size>/
   study.yaml                            the study as it is run
-  study.json                            all arms' numbers and the claims (docs/studies.md)
+  study.json                            all arms' numbers and the claims (docs/guides/studies.md)
   table.md, values.csv, claims.md
   failures.json                         the errors of failed arms
   <arm>/                                an ordinary run directory, and result.json

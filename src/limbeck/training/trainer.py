@@ -8,7 +8,7 @@ passes of the teacher.
 
 Losses are divided by counts taken over the whole step before its first backward pass, so micro-batches change nothing.
 With several processes each takes its rows of a step; counts are summed over processes before the first backward pass
-and gradients after the last, so a step equals that of one process with all rows (docs/scaling.md).
+and gradients after the last, so a step equals that of one process with all rows (docs/guides/scaling.md).
 
 A resumed stage continues bit for bit on a CPU: weights, optimizer, averages and data position are its whole state.
 """

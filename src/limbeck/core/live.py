@@ -21,7 +21,7 @@ from typing import Literal
 CURVE_POINTS = 256  # that a curve keeps; more are averaged in pairs
 MIN_SHARE = 0.02  # of a phase, before its own speed says when it ends
 
-State = Literal["to come", "running", "done", "failed"]
+State = Literal["to come", "running", "stopped", "done", "failed"]
 
 
 @dataclass
@@ -167,6 +167,12 @@ class View:
         if phase.began is None:  # it was done before this process
             phase.share_before = 1.0
         phase.state, phase.share, phase.seconds, phase.result = "failed" if failed else "done", 1.0, seconds, result
+
+    def stop(self) -> None:
+        """Say that the work has ended before its end: by an error, or because somebody stopped it."""
+        for phase in self.phases:
+            if phase.state == "running":
+                phase.state, phase.seconds = "stopped", phase.seconds + self.clock() - (phase.began or self.clock())
 
     def record(
         self, loss: float | None = None, tokens_per_second: float | None = None, held_out: float | None = None

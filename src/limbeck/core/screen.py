@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from textwrap import wrap
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Group
@@ -28,9 +29,15 @@ from limbeck.core.system import get_device_memory, get_resident_memory
 REFRESHES = 2  # a second
 LOG_RATIO = 10.0  # a curve over a wider range than this is drawn on a logarithmic scale
 BLOCKS = "▁▂▃▄▅▆▇█"
-MARKS = {"done": ("✓", "green"), "running": ("▸", "bold cyan"), "to come": ("·", "dim"), "failed": ("✗", "red")}
+MARKS = {
+    "to come": ("·", "dim"),
+    "running": ("▸", "bold cyan"),
+    "stopped": ("‖", "yellow"),
+    "done": ("✓", "green"),
+    "failed": ("✗", "red"),
+}
 # for terminals whose encoding has no such characters
-PLAIN = str.maketrans("✓▸·✗━─…→▁▂▃▄▅▆▇█", "+>.x=-~>_..--^^#")
+PLAIN = str.maketrans("✓▸‖·✗━─…▁▂▃▄▅▆▇█", "+>|.x=-~_..--^^#")
 
 
 def is_drawn() -> bool:
@@ -84,6 +91,7 @@ def _draw(view: View) -> Iterator[None]:
             try:
                 yield
             except BaseException:
+                view.stop()
                 live.transient = False
                 raise
     finally:
@@ -111,11 +119,11 @@ def render(view: View, width: int, height: int, now: float | None = None, plain:
         _render_machine(deepest, now),
     ]
     foot = [
-        _render_left(view, now),
+        *_render_left(view, now),
         Text(f"  {view.folder}/ has all that is done; " if view.folder else "  ", "dim").append(
             "Ctrl-C is safe, the same command goes on"
         ),
-        *([Text(f"  {view.notice}", "bold yellow")] if view.notice else []),
+        *(Text(f"  {line}", "bold yellow") for line in wrap(view.notice, max(width - 2, 1))),
     ]
     rows = _render_phases(view, width, max(height - len(details) - len(foot) - 4, 3), now)
     lines = [head, Text(), *rows, Text(), *details, Text(), *foot]
@@ -130,7 +138,7 @@ def render(view: View, width: int, height: int, now: float | None = None, plain:
 def _render_phases(view: View, width: int, rows: int, now: float) -> list[Text]:
     """Render a line for each phase; where there are too many, those around the running ones."""
     phases = view.phases
-    first = next((i for i, phase in enumerate(phases) if phase.state in ("running", "to come")), len(phases))
+    first = next((i for i, phase in enumerate(phases) if phase.state in ("running", "stopped", "to come")), len(phases))
     begin, end = 0, len(phases)
     if len(phases) > rows:
         begin = min(max(first - 2, 0), len(phases) - (rows - 2))
@@ -152,9 +160,10 @@ def _render_phase(view: View, phase: Phase, name_width: int, amount_width: int, 
     mark, style = MARKS[phase.state]
     line = Text.assemble((f"  {mark} ", style), (set_cell_size(phase.name, name_width), style), "  ")
     line.append(f"{phase.amount:>{amount_width}}  " if amount_width else "")
-    if phase.state == "running":
-        elapsed = phase.seconds + (now - phase.began if phase.began is not None else 0.0)
-        left = view.phase_seconds_left(phase, now)
+    if phase.state in ("running", "stopped"):
+        is_running = phase.state == "running"
+        elapsed = phase.seconds + (now - phase.began if is_running and phase.began is not None else 0.0)
+        left = view.phase_seconds_left(phase, now) if is_running else None
         tail = "" if left is None else f"  {format_duration(left)} left"
         line.append(f"{format_duration(elapsed):>12}  ")
         share = phase.share
@@ -167,7 +176,7 @@ def _render_phase(view: View, phase: Phase, name_width: int, amount_width: int, 
         return line.append(tail)
     about = phase.planned is not None and view.in_seconds and phase.state == "to come"
     time_text = f"~ {format_duration(phase.planned or 0)}" if about else ""
-    if phase.state != "to come":
+    if phase.state != "to come" and phase.seconds:
         time_text = format_duration(phase.seconds)
     return line.append(f"{time_text:>12}  ", "dim" if about else "").append(phase.result, "dim")
 
@@ -247,16 +256,18 @@ def _render_machine(view: View, now: float) -> Text:
     return Text.assemble(("  machine   ", "dim"), ", ".join(parts))
 
 
-def _render_left(view: View, now: float) -> Text:
+def _render_left(view: View, now: float) -> list[Text]:
     """Render the time that is left of all phases, and when that is."""
+    if any(phase.state == "stopped" for phase in view.phases):
+        return []
     line = Text("  left      ", "dim")
     left = view.seconds_left(now)
     if left is None:
         waits = any(phase.planned is None and phase.state == "running" for phase in view.phases)
-        return line.append("known when the plan has been measured" if waits and view.in_seconds else "not known yet")
+        return [line.append("known when the plan has been measured" if waits and view.in_seconds else "not known yet")]
     end = time.localtime(time.time() + left)
     stamp = time.strftime("%H:%M" if left < 43_200 else "%a %H:%M", end)
-    return line.append(f"{format_duration(left)} of the whole", "bold").append(f", until {stamp}", "dim")
+    return [line.append(f"{format_duration(left)} of the whole", "bold").append(f", until {stamp}", "dim")]
 
 
 def _spread(left: Text, right: Text, width: int) -> Text:

@@ -67,8 +67,8 @@ def test_all_stages_are_there_and_no_line_is_too_wide(width):
     if width >= 80:
         assert "hidden: 40 of 100 steps" in text
         assert "held-out loss 3.4100 to 3.1000, exam perplexity: teacher 19.40, student 25.63"[: width - 20] in text
-        assert "checkpoint of step 35 0 s ago" in text
-        assert "Ctrl-C is safe, the same command goes on" in text
+        assert "checkpoint of step 35, 0 s ago" in text
+        assert "Ctrl-C is safe: the same command goes on from runs/x/" in text
     assert all(line.isascii() for line in texts(view, width, plain=True))
 
 

@@ -120,9 +120,7 @@ def render(view: View, width: int, height: int, now: float | None = None, plain:
     ]
     foot = [
         *_render_left(view, now),
-        Text(f"  {view.folder}/ has all that is done; " if view.folder else "  ", "dim").append(
-            "Ctrl-C is safe, the same command goes on"
-        ),
+        Text("  Ctrl-C is safe: the same command goes on" + (f" from {view.folder}/" if view.folder else ""), "dim"),
         *(Text(f"  {line}", "bold yellow") for line in wrap(view.notice, max(width - 2, 1))),
     ]
     rows = _render_phases(view, width, max(height - len(details) - len(foot) - 4, 3), now)
@@ -141,11 +139,11 @@ def _render_phases(view: View, width: int, rows: int, now: float) -> list[Text]:
     first = next((i for i, phase in enumerate(phases) if phase.state in ("running", "stopped", "to come")), len(phases))
     begin, end = 0, len(phases)
     if len(phases) > rows:
-        begin = min(max(first - 2, 0), len(phases) - (rows - 2))
+        begin = min(max(first - min(2, rows - 3), 0), len(phases) - (rows - 2))
         end = begin + rows - 2
     shown = phases[begin:end]
     longest = max((cell_len(phase.name) for phase in shown), default=0)
-    name_width = min(longest, max(16, width // 3))
+    name_width = min(longest, max(16, width // 2 - 12))
     amount_width = max((len(phase.amount) for phase in shown), default=0)
     lines = [_render_phase(view, phase, name_width, amount_width, width, now) for phase in shown]
     if begin:
@@ -158,14 +156,15 @@ def _render_phases(view: View, width: int, rows: int, now: float) -> list[Text]:
 
 def _render_phase(view: View, phase: Phase, name_width: int, amount_width: int, width: int, now: float) -> Text:
     mark, style = MARKS[phase.state]
-    line = Text.assemble((f"  {mark} ", style), (set_cell_size(phase.name, name_width), style), "  ")
+    name = phase.name if cell_len(phase.name) <= name_width else f"{set_cell_size(phase.name, name_width - 1)}…"
+    line = Text.assemble((f"  {mark} ", style), (set_cell_size(name, name_width), style), "  ")
     line.append(f"{phase.amount:>{amount_width}}  " if amount_width else "")
     if phase.state in ("running", "stopped"):
         is_running = phase.state == "running"
         elapsed = phase.seconds + (now - phase.began if is_running and phase.began is not None else 0.0)
         left = view.phase_seconds_left(phase, now) if is_running else None
         tail = "" if left is None else f"  {format_duration(left)} left"
-        line.append(f"{format_duration(elapsed):>12}  ")
+        line.append(f"{format_duration(elapsed):>14}  ")
         share = phase.share
         if not share and left is not None:  # nothing counts it, so time does
             share = elapsed / max(elapsed + left, 1e-9)
@@ -178,12 +177,12 @@ def _render_phase(view: View, phase: Phase, name_width: int, amount_width: int, 
     time_text = f"~ {format_duration(phase.planned or 0)}" if about else ""
     if phase.state != "to come" and phase.seconds:
         time_text = format_duration(phase.seconds)
-    return line.append(f"{time_text:>12}  ", "dim" if about else "").append(phase.result, "dim")
+    return line.append(f"{time_text:>14}  ", "dim" if about else "").append(phase.result, "dim")
 
 
 def _render_stages(view: View) -> Text:
     """Render the phases of an inner view on one line."""
-    line = Text("  in it     ", "dim")
+    line = Text.assemble(("  in it     ", "dim"))
     for phase in view.phases:
         mark, style = MARKS[phase.state]
         line.append(f"{mark} {phase.name}", style).append(f" {phase.share:.0%}  " if phase.state == "running" else "  ")
@@ -252,7 +251,7 @@ def _render_machine(view: View, now: float) -> Text:
             parts.append(f"{label} {format_bytes(size)}")
     if view.saved is not None:
         step, at = view.saved
-        parts.append(f"checkpoint of step {step:,} {format_duration(now - at)} ago")
+        parts.append(f"checkpoint of step {step:,}, {format_duration(now - at)} ago")
     return Text.assemble(("  machine   ", "dim"), ", ".join(parts))
 
 
@@ -260,7 +259,7 @@ def _render_left(view: View, now: float) -> list[Text]:
     """Render the time that is left of all phases, and when that is."""
     if any(phase.state == "stopped" for phase in view.phases):
         return []
-    line = Text("  left      ", "dim")
+    line = Text.assemble(("  left      ", "dim"))
     left = view.seconds_left(now)
     if left is None:
         waits = any(phase.planned is None and phase.state == "running" for phase in view.phases)

@@ -73,7 +73,7 @@ def plot_lines(series: Series, title: str, x_label: str, width: int, log_x: bool
                 styles[y // 4][x // 2] = style
         row = min((r for r in range(ROWS) if r not in ends), key=lambda r: abs(r - dots[-1][1] // 4))
         ends[row] = (name, style)
-    text = Text(f"{title}\n", "bold")
+    text = Text.assemble((f"{title}\n", "bold"))
     for row in range(ROWS):
         y = {0: y_high, ROWS - 1: y_low}.get(row)
         text.append(f"{'' if y is None else f'{y:.4g}':>{LABEL_WIDTH}} ┤", "dim")

@@ -69,9 +69,12 @@ def watch(view: View) -> Iterator[View]:
 def _draw(view: View) -> Iterator[None]:
     """Draw a view again and again until the end of the block."""
 
+    drawn: list[Text] = []
+
     def draw() -> Group:
-        lines = render(view, console.width, console.height - 1, plain=console.options.ascii_only)
-        return Group(*lines)
+        if not console.quiet:  # what is not written now must be as high as what is on the screen
+            drawn[:] = render(view, console.width, console.height - 1, plain=console.options.ascii_only)
+        return Group(*drawn)
 
     def take_notice(text: str) -> None:
         view.notice = text

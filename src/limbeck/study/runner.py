@@ -19,6 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
@@ -80,8 +82,7 @@ class ProgressReporter:
         error = next(iter(result.failures.values()), "").partition("\n")[0]
         self.view.finish(result.task, error, failed=bool(error))
         for name, error in result.failures.items():
-            console.print(f"arm {name} failed: ", end="", style="bold red")
-            console.print(error.splitlines()[0], markup=False)
+            console.print(Text.assemble((f"arm {name} failed: ", "bold red"), error.splitlines()[0]))
         self.done_weight += self.weights.pop(result.task)
         if result.task.kind == "alone":
             self.num_done += 1

@@ -101,6 +101,11 @@ def test_a_resumed_stage_counts_its_own_steps_alone_and_shows_the_time_before():
         (row,) = [line for line in texts(view) if "hidden" in line and "steps" not in line]
         assert "10 min 50 s" in row
         assert "70%" in row
+        clock.now += 150
+    view.plan([Phase("end", "evaluate", 60.0)])
+    view.finish(1, seconds=800.0)
+    # 40 % of 300 planned seconds took 200 here
+    assert view.seconds_left(clock.now) == pytest.approx(60 * 200 / 120)
 
 
 @pytest.mark.parametrize("height", [12, 24])

@@ -33,7 +33,7 @@ class Phase:
     amount: how much work it is, for people: "20,000 tokens".
     share: of it that is done, 0 to 1.
     seconds: that it took, in earlier processes too; of a running phase those of earlier processes.
-    share_before: of it that was done when this process began it.
+    share_before, seconds_before: what earlier processes did of it.
     counted_by: title of the bar that counts it, where that is not its name.
     """
 
@@ -45,6 +45,7 @@ class Phase:
     share: float = 0.0
     seconds: float = 0.0
     share_before: float = 0.0
+    seconds_before: float = 0.0
     result: str = ""
     counted_by: str = ""
     began: float | None = None  # in this process
@@ -197,7 +198,7 @@ class View:
         for phase in self.phases:
             if phase.state == "running":
                 phase.share = phase.share_before = step / max(steps, 1)
-                phase.seconds = seconds
+                phase.seconds = phase.seconds_before = seconds
 
     @contextmanager
     def count(self, title: str, total: float | None, unit: str, initial: float) -> Iterator[Callable[..., None]]:
@@ -255,7 +256,7 @@ class View:
             if not phase.planned or phase.began is None or here < MIN_SHARE:
                 continue
             planned += phase.planned * here
-            taken += phase.seconds if phase.state in ("done", "failed") else now - phase.began
+            taken += now - phase.began if phase.state == "running" else phase.seconds - phase.seconds_before
         if planned:
             return taken / planned
         return 1.0 if self.in_seconds else None

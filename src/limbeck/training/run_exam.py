@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from limbeck.core import recipe as recipes
 from limbeck.core.errors import LimbeckError
+from limbeck.core.live import current
 from limbeck.core.storage import atomic_write_text, cache_root
 from limbeck.core.version import __version__
 from limbeck.data.documents import fingerprint_source
@@ -154,6 +155,8 @@ def evaluate_exam(
     for name, (model, content) in models.items():
         identity = None if content is None or rehearsal else {**content, **text}
         records[name] = _compute_once(job, identity, lambda m=model, n=name: _examine(job, m, documents, length, n))  # type: ignore[misc]
+        if not rehearsal:
+            current().show(f"exam perplexity: {name}", f"{records[name]['values']['perplexity']:.2f}")
     return {
         "text": evaluation.exam_text,
         "documents": len(documents.tokens),

@@ -128,20 +128,45 @@ def test_what_is_wrong_with_a_study_is_said(raw, tmp_path, change, says):
         Study.parse({**raw, **change}).arms(tmp_path)
 
 
-@pytest.mark.parametrize("size", ["smoke", "laptop", "gpu"])
-@pytest.mark.parametrize("name", list_builtin_studies())
-def test_every_built_in_study_is_one_in_three_sizes(name, size, tmp_path):
+REAL_TEACHER = ("real-stages", "real-teacher")  # studies of the embedded teacher on a CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        (name, size)
+        for name in list_builtin_studies()
+        for size in (("smoke", "cpu") if name in REAL_TEACHER else ("smoke", "laptop", "gpu"))
+    ],
+)
+def test_every_built_in_study_is_one_in_its_sizes(name, size, tmp_path):
     study = Study.load(name, size)
     arms = study.arms(tmp_path)
     assert {arm.axes["teacher"] for arm in arms} <= {
         "smoke": {"tiny"},
         "laptop": {"tiny", "small"},
         "gpu": {"embedded"},
+        "cpu": {"embedded"},
     }[size]
     assert len({arm.axes["seed"] for arm in arms}) == (3 if size == "laptop" else 1)
     assert len(arms) > 1
     assert study.description
     assert study.claims
+
+
+def test_a_built_in_recipe_is_an_arm_with_the_same_tokens(raw, tmp_path):
+    arms = {arm.name: arm for arm in with_grid(raw, stages=["2+3"], recipes=["limbeck"], seeds=[0, 1]).arms(tmp_path)}
+    one = arms["limbeck_3_seed1"].recipe
+    assert one.student.softmax_heads == 7
+    assert (one.teacher, one.seed) == (raw["base"]["teacher"], 1)
+    assert one.evaluation == arms["gla_2+3_seed0"].recipe.evaluation
+    assert sum(stage.tokens for stage in one.stages) == 512 + 128
+    assert arms["limbeck_3_seed1"].axes["student"] == "limbeck"
+    with pytest.raises(LimbeckError, match="unknown recipe 'limbek'"):
+        with_grid(raw, recipes=["limbek"]).arms(tmp_path)
+    named = {"name": "limbeck", "mixer": "gla"}
+    with pytest.raises(LimbeckError, match="two arms are named limbeck_3_seed0"):
+        with_grid(raw, students=[named], stages=["3"], recipes=["limbeck"]).arms(tmp_path)
 
 
 # ---------------------------------------------------------------------- sharing

@@ -228,7 +228,7 @@ def test_questions_are_those_of_the_seed(small_pack):
 
 def test_the_measure_generated(subject, tmp_path, monkeypatch):
     measure = measures.get_measure("generated")
-    given = {"tasks": ["lambada", "sums", "squad", "gsm8k"], "questions": 5, "examples": 1}
+    given = {"tasks": ["lambada", "sums", "squad"], "questions": 5, "examples": 1}
     monkeypatch.setattr(subject.model.config, "max_position_embeddings", 4096)
     monkeypatch.setattr(subject.teacher.model.config, "max_position_embeddings", 4096)
     found = measures.run_measure(measure, subject, given)
@@ -253,6 +253,7 @@ def test_the_measure_generated(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(generated, "write_answers", write)
     subject.teacher.ignore_cache = True
     monkeypatch.setattr(generated, "load_or_ask", lambda subject, name, asked, ask: ask())
+    given["tasks"] = ["lambada", "sums", "squad", "gsm8k"]
     best = measures.run_measure(measure, subject, {**given, "likelihood": False}, ignore_cache=True)
     assert best.values["mean generated_accuracy"] == best.values["recovery of generated_accuracy"] == 1
     assert best.values["squad, F1"] == 1
@@ -287,12 +288,12 @@ def test_the_divergence_of_sampled_text_is_that_of_all_texts():
     joint, other_joint = (a[:, None] + b for a, b in zip(first, second))
     exact = float((joint.exp() * (joint - other_joint)).sum() / 2)
     assert exact > 1e-4
-    prefixes = prefix.expand(600, -1)
+    prefixes = prefix.expand(150, -1)
     written = decode(one, prefixes, 2, choose=sampled_text.sampler(0, torch.device("cpu")))
     found = sampled_text.compare_on_text(one, other, prefixes, written)
     for estimate in (found.kl, found.log_ratio):
         per_text = estimate.mean(1)
-        assert float(per_text.mean()) == pytest.approx(exact, abs=4 * float(per_text.std()) / math.sqrt(600))
+        assert float(per_text.mean()) == pytest.approx(exact, abs=4 * float(per_text.std()) / math.sqrt(150))
     assert found.kl.min() >= -1e-12
     assert found.kl.mean(1).std() < found.log_ratio.mean(1).std()
     assert float(sampled_text.compare_on_text(one, one, prefixes[:3], written[:3]).kl.abs().max()) == 0

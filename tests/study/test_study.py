@@ -18,6 +18,7 @@ from limbeck.study import Study, list_builtin_studies, run_study
 from limbeck.study import results as record
 from limbeck.study.shared_training import train_shared_stages
 from limbeck.study.sharing import group_arms_by_pass, pass_key
+from limbeck.study.tables import format_results_table
 from limbeck.training import trainer
 from limbeck.training.pipeline import distill
 from limbeck.training.run_directory import RunDirectory
@@ -387,6 +388,14 @@ def test_teachers_whose_names_are_alike_as_file_names_have_a_file_each(raw, tmp_
 
 
 @pytest.mark.slow
+def test_a_task_at_which_the_teacher_guesses_is_marked(raw):
+    values = {"tasks.piqa acc": 0.6, "tasks.arc_easy acc": 0.3, "tasks.mean score": 0.6}
+    arms = [{"axes": {"student": "gla", "seed": 0}, "values": values, "teacher_at_chance": ["tasks.arc_easy"]}]
+    table = format_results_table(Study.parse({**raw, "measures": {"tasks": {"limit": 3}}}), arms)
+    assert "arc easy acc (teacher at chance)" in table
+    assert table.count("(teacher at chance)") == 1
+
+
 def test_an_arm_that_diverged_is_told_in_tables_and_stops_nothing(raw, tmp_path):
     study, folder = with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1, 2]), tmp_path / "study"
     run_study(study, folder)

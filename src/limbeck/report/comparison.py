@@ -26,7 +26,7 @@ from limbeck.report.figures.measures import draw_measure
 from limbeck.report.figures.style import save_figure, use_style
 from limbeck.report.privacy import get_basename, is_local_path
 from limbeck.report.text_tables import format_csv, format_markdown_table
-from limbeck.report.values import format_name, format_value
+from limbeck.report.values import format_name, format_value, mark_at_chance
 
 MAX_MODEL_COLUMNS = 6  # models that fit beside each other
 
@@ -109,9 +109,7 @@ def _find_at_chance(measurements: list[Measurement], measure: str) -> list[str]:
 
 def _label(measurements: list[Measurement], measure: str, name: str) -> str:
     """Name a value in words; marks those of tasks on which the teacher is at chance."""
-    tasks = _find_at_chance(measurements, measure)
-    marked = any(name == task or name.startswith(f"{task} ") for task in tasks)
-    return format_name(name) + " (teacher at chance)" * marked
+    return mark_at_chance(format_name(name), name, _find_at_chance(measurements, measure))
 
 
 def measurements_to_csv(measurements: list[Measurement]) -> str:

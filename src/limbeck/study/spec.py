@@ -80,6 +80,8 @@ class Grid(_StrictModel):
     """Budgets in tokens over all stages, divided as in `base`; null: those of `base`."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     """Seeds; the replicates of the study's statistics."""
+    recipes: list[str] = []
+    """Further arms: built-in recipes with their own students, texts and stages, with the tokens of the other arms."""
     settings: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = {}
     """Further axes: name of the axis, name of a value, keys of the recipe as in `--set`; a stage is named, not numbered
     (stages.hidden.lr).
@@ -204,6 +206,12 @@ class Study(_StrictModel):
                 raise LimbeckError(
                     f"{self.name}: two arms are named {name}", expected="a name for each value of an axis"
                 )
+        for name, teacher, tokens, seed in itertools.product(
+            grid.recipes, grid.teachers or unset, grid.tokens or unset, grid.seeds
+        ):
+            arm = self._build_recipe_arm(name, teacher, tokens, seed, folder)
+            if by_name.setdefault(arm.name, arm) is not arm:
+                raise LimbeckError(f"{self.name}: two arms are named {arm.name}", expected="other names of students")
         unapplied = {key for axis in grid.settings.values() for settings in axis.values() for key in settings} - applied
         if unapplied:
             raise LimbeckError(
@@ -211,6 +219,20 @@ class Study(_StrictModel):
                 expected="keys of the recipe, stages by name: stages.hidden.target",
             )
         return _drop_duplicates(list(by_name.values()))
+
+    def _build_recipe_arm(self, name: str, teacher: str | None, tokens: int | None, seed: int, folder: Path) -> "Arm":
+        """Build the arm of a built-in recipe: teacher, evaluation and the sum of tokens are those of the other arms."""
+        raw = Recipe.load(name).model_dump(mode="json")
+        others = self._build_raw_recipe(expand_students(self.grid.students)[0], self.grid.stages[0], teacher, tokens)
+        scale_token_budgets(raw["stages"], sum(stage["tokens"] for stage in others["stages"]))
+        raw |= {key: others[key] for key in ("teacher", "evaluation", "trackers") if key in others}
+        student = raw["student"]
+        axes = {"student": name, "stages": _format_stage_numbers(raw["stages"])}
+        axes |= {key: student[key] for key in ("copy_projections", "layers", "softmax_layers")}
+        axes |= {"teacher": raw["teacher"], "tokens": tokens, "seed": seed}
+        arm_name = _format_arm_name(axes, {}, teacher)
+        raw |= {"seed": seed, "name": arm_name, "out": str(folder / arm_name)}
+        return Arm(arm_name, axes, Recipe.parse(raw, f"study {self.name}, arm {arm_name}"))
 
     def _build_raw_recipe(
         self, student: StudentSpec, stages: str, teacher: str | None, tokens: int | None

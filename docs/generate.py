@@ -102,15 +102,15 @@ def render_parts(parts: list[tuple[str, type[BaseModel], list[str] | None]]) -> 
         rows = [
             [
                 f"`{key}`",
+                " ".join((field.description or "").split()),
                 name_type(schema[key], sections),
                 show_default(field.is_required(), field.get_default(call_default_factory=True)),
-                " ".join((field.description or "").split()),
             ]
             for key, field in sorted(cls.model_fields.items(), key=lambda item: item[0] not in ("name", "stage"))
             if keys is None or key in keys
         ]
         about = re.sub(r"docs/(\w+)/(\w+)\.md", r"[\2](../\1/\2.md)", (cls.__doc__ or "").split("\n\n")[0])
-        rendered.append(f"### {heading}\n\n{about}\n\n" + table(["key", "type", "default", "meaning"], rows))
+        rendered.append(f"### {heading}\n\n{about}\n\n" + table(["key", "meaning", "type", "default"], rows))
     return "\n\n".join(rendered)
 
 
@@ -181,15 +181,15 @@ def render_command(name: str, verb: Any) -> str:
         "```",
     ]
     if arguments:
-        rows = [[f"`{argument_name(p)}`", default_of(p), tidy(p.help)] for p in arguments]
-        lines += ["", table(["argument", "default", "meaning"], rows)]
+        rows = [[f"`{argument_name(p)}`", tidy(p.help), default_of(p)] for p in arguments]
+        lines += ["", table(["argument", "meaning", "default"], rows)]
     rows = [
-        [" ".join(f"`{opt}`" for opt in [*p.opts, *p.secondary_opts]), type_of(p), default_of(p), tidy(p.help)]
+        [" ".join(f"`{opt}`" for opt in [*p.opts, *p.secondary_opts]), tidy(p.help), type_of(p), default_of(p)]
         for p in verb.params
         if p.param_type_name == "option" and not getattr(p, "hidden", False) and "--help" not in p.opts
     ]
     if rows:
-        lines += ["", table(["option", "value", "default", "meaning"], rows)]
+        lines += ["", table(["option", "meaning", "value", "default"], rows)]
     examples = re.findall(r"^\s+(limbeck .*)$", verb.epilog or "", re.M)
     if examples:
         lines += ["", "```", *examples, "```"]

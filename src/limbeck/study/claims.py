@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from limbeck.core.objectives import Objectives
 from limbeck.study.statistics import (
     ArmResult,
     Contrasts,
@@ -240,6 +241,20 @@ def _cache_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
     return by_seed
 
 
+def _beats_ce_and_kl(name: str) -> Claim:
+    """Build the claim that a further objective of stage 3 helps; the study names its arms NAME and NAME_in_time."""
+    plain = {"objective": ("ce_kl",)}
+    return Claim(
+        f"The objective {name} beside CE + KL gives a better student than CE + KL alone.",
+        "a question to its paper, see docs/objectives.md",
+        "nats a token",
+        _fixed_hypotheses(
+            _hypothesis("at equal tokens", _loss_gap({"objective": (name,)}, plain)),
+            _hypothesis("at equal time, so with fewer tokens", _loss_gap({"objective": (f"{name}_in_time",)}, plain)),
+        ),
+    )
+
+
 CLAIMS: dict[str, Claim] = {
     "dynamic-decay-beats-kernel-only": Claim(
         "Students whose decay depends on the input end at a lower loss than linear attention by a feature map alone.",
@@ -424,4 +439,5 @@ CLAIMS: dict[str, Claim] = {
             _hypothesis("the paper's split is better", _loss_gap({"split": ("paper",)}, {"split": ("even",)}))
         ),
     ),
+    **{f"{name.replace('_', '-')}-helps": _beats_ce_and_kl(name) for name in Objectives.model_fields},
 }

@@ -6,7 +6,7 @@
 Weights are random but for the embedded teacher's: what a step costs does not depend on them. All stages take turns on
 one thread; time is that of the process, ratios are the median over the turns. A step is a forward and backward pass
 with the teacher's pass, without optimizer. For `on_policy` it is the mean of a step on text and one on what the student
-writes, as its share has it. The study `objectives` takes its budgets at equal time from here.
+writes, as its share has it.
 """
 
 import argparse

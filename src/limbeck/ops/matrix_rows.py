@@ -24,13 +24,20 @@ def sample_query_positions(ids: Tensor, count: int, seed: int) -> Tensor:
     """Draw `count` different positions of each sequence of tokens ids [B, T], sorted: [B, min(count, T)]."""
     length = ids.shape[1]
     count = min(count, length)
-    weights = torch.arange(1, length + 1)
-    samples = []
-    for row in ids.cpu():
-        # Seeded by the tokens themselves, so that resuming a run or splitting a step differently draws the same ones.
-        generator = torch.Generator().manual_seed((int((row * weights).sum()) * 1_000_003 + seed) % 2**63)
-        samples.append(torch.randperm(length, generator=generator)[:count].sort().values)
+    samples = [
+        torch.randperm(length, generator=generator)[:count].sort().values for generator in make_generators(ids, seed)
+    ]
     return torch.stack(samples).to(ids.device)
+
+
+def make_generators(ids: Tensor, seed: int) -> list[torch.Generator]:
+    """Return a generator of random numbers for each sequence of tokens ids [B, T].
+
+    It is seeded by the tokens themselves, so resuming a run or splitting a step differently draws the same numbers.
+    """
+    weights = torch.arange(1, ids.shape[1] + 1)
+    sums = (int((row * weights).sum()) for row in ids.cpu())
+    return [torch.Generator().manual_seed((total * 1_000_003 + seed) % 2**63) for total in sums]
 
 
 def gather_rows(x: Tensor, rows: Tensor, dim: int) -> Tensor:

@@ -188,8 +188,8 @@ class Matrix(Trained):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     # the [T, T] matrices of one sequence at a time take the least memory, and are the fastest too
     micro_batch_size: Annotated[int, Field(gt=0)] | None = 1
-    # number of queries, that is rows of each matrix, that are compared; None: all
-    sampled_queries: Annotated[int, Field(gt=0)] | None = None
+    # number of queries, that is rows of each matrix, that are compared, drawn anew for each sequence; None: all
+    sampled_queries: Annotated[int, Field(gt=0)] | None = 64
     layer_early_stopping: EarlyStopping | None = None  # None: train every layer to the end
 
 

@@ -237,8 +237,9 @@ class Matrix(Trained):
     """Sequences per forward pass. The [T, T] matrices of one at a time take the least memory, and are the
     fastest too.
     """
-    sampled_queries: Annotated[int, Field(gt=0)] | None = None
-    """Number of queries, that is rows of each matrix, that are compared; null: all."""
+    sampled_queries: Annotated[int, Field(gt=0)] | None = 64
+    """Number of queries, that is rows of each matrix, that are compared, drawn anew for each sequence; null:
+    all."""
     layer_early_stopping: EarlyStopping | None = None
     """When a layer counts as converged and is skipped; null: every layer trains to the end."""
 

@@ -210,10 +210,7 @@ class MatrixStage(LayerwiseStage):
         target = output[1]
         if self.sampled_queries is not None and not self.teacher_computes_rows:
             target = gather_rows(target, self.sampled_queries, 2)
-        if self.sampled_queries is None:
-            _, matrix = module(*args, **kwargs, output_matrix=True)
-        else:
-            matrix = compute_mixing_rows(module, args, kwargs, self.sampled_queries)
+        matrix = compute_mixing_rows(module, args, kwargs, self.sampled_queries)
         return matrix_distance(matrix, target) / counts["sequences"]
 
 

@@ -153,6 +153,7 @@ class TokenLogits:
 
     def __init__(self, s: Tensor, teacher: Tensor | TopLogProbs | None, labels: Tensor):
         self.s, self.teacher, self.labels = s, teacher, labels[:, None]
+        self._divergences: dict[bool, Tensor] = {}
 
     @property
     def t(self) -> Tensor:
@@ -179,8 +180,11 @@ class TokenLogits:
 
     def kl_divergence(self, reverse: bool = False) -> Tensor:
         """Compute KL(teacher || student) of each token [n], with `reverse` KL(student || teacher)."""
-        weight, sign = (self.p, -1) if reverse else (self.q, 1)
-        return sign * (dot(weight, self.t) - dot(weight, self.s) - self.other[1] + self.student[1])
+        if reverse not in self._divergences:  # it is both an objective and a metric
+            weight, sign = (self.p, -1) if reverse else (self.q, 1)
+            products = dot(weight, self.t) - dot(weight, self.s)
+            self._divergences[reverse] = sign * (products - self.other[1] + self.student[1])
+        return self._divergences[reverse]
 
     def with_temperature(self, temperature: float) -> "TokenLogits":
         """Return both logits divided by the temperature."""

@@ -121,16 +121,20 @@ def describe_against_window(
     memory = "in the same memory" if same_memory else "which takes more memory"
     name = f"untrained sliding window of {tokens} with {sinks} sinks"
     figures = f"{window_perplexity:.2f} against {student:.2f}{text}"
+    forgotten = ""
+    if repeat is not None and repeat.window - repeat.student > math.log(student / window_perplexity):
+        forgotten = (
+            f"forgets a passage read {repeat.distance:,} tokens before, on which it loses {repeat.window:.2f} nats a "
+            f"token and the student {repeat.student:.2f}."
+        )
     if f"{student:.2f}" == f"{window_perplexity:.2f}":
-        return f"It is as good as an {name}, {memory} ({figures}), and no better."
+        equal = f"An {name}, {memory}, is as good ({figures})"
+        return f"{equal}, but {forgotten}" if forgotten else f"{equal}, so the training has gained nothing."
     if student < window_perplexity:
         return f"It beats an {name}, {memory} ({student:.2f} against {window_perplexity:.2f}{text})."
     better = f"An {name}, {memory}, is better ({figures})"
-    if repeat is not None and repeat.window - repeat.student > math.log(student / window_perplexity):
-        return (
-            f"{better}, but forgets a passage read {repeat.distance:,} tokens before, on which it loses "
-            f"{repeat.window:.2f} nats a token and the student {repeat.student:.2f}."
-        )
+    if forgotten:
+        return f"{better}, but {forgotten}"
     return f"{better}: this student is not worth its training."
 
 

@@ -9,10 +9,9 @@ from rich.table import Table
 from limbeck.cli import app
 from limbeck.cli.options import OptionalData, OptionalMixer, OptionalTeacher, Plan, examples, split_assignment
 from limbeck.core.console import console, format_duration, output
-from limbeck.core.errors import LimbeckError
 
 if TYPE_CHECKING:
-    from limbeck.core.recipe import Data, Recipe
+    from limbeck.core.recipe import Recipe
 
 
 @app.command(
@@ -116,93 +115,22 @@ def build_recipe(
     settings: list[str],
     target: str | None = None,
 ) -> "Recipe":
-    """Build the recipe of a command line: the named one, or the one that suits it, with the options laid over it."""
+    """Build the recipe of a command line; `limbeck.training.recipe_options` lays the options over the named one."""
     # late, for a fast --help
-    import yaml
+    from limbeck.training import recipe_options
 
-    from limbeck.core.config import parse_stages, scale_token_budgets, set_by_dotted_key
-    from limbeck.core.recipe import Recipe
-
-    # the quickstart's stages suit any mixer, those of `limbeck` its own student
-    name = name or ("limbeck" if student is None and stages is None and target is None else "quickstart")
-    options = {
-        "teacher": teacher,
-        "student.mixer": student,
-        "student.layers": layers,
-        "data.source": data,
-        "out": str(out) if out else None,
-    }
-    overrides: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    if data is not None:
-        overrides["data.sources"] = None
-    base = Recipe.load(name, overrides)
-    raw = yaml.safe_load(base.to_yaml())
-    if out is None and student is not None:
-        # late: it imports torch
-        from limbeck import mixers
-
-        raw["name"] = f"{base.name}-{mixers.get(student).name}"
-    # what a built-in recipe says of its own text and budget does not hold for another one
-    if Path(name).suffix not in (".yaml", ".yml"):
-        if data is not None or tokens is not None:
-            raw["data"]["max_tokens"] = None
-        if data is not None:
-            raw["data"] |= {"text_field": "text", "chat": None}
-    if stages is not None:
-        raw["stages"] = parse_stages(stages, raw)
-    if tokens is not None:
-        if tokens < 1:
-            raise LimbeckError(f"--tokens {tokens}", expected="a positive number")
-        scale_token_budgets(raw["stages"], tokens)
-    if student is not None and student != Recipe.load(name).student.mixer:
-        raw["student"]["options"] = {}  # those were another mixer's
-    if target is not None:
-        raw["student"] |= _fit_student(target, base.teacher, student)
-        raw["name"] += f"-{target}"
-    for text in settings:
-        key, value = split_assignment(text, "stages.hidden.lr=1e-3")
-        set_by_dotted_key(raw, key, value)
-    if Path(name).suffix not in (".yaml", ".yml"):
-        _share_text(raw, Recipe.load(name).data)
-    return Recipe.parse(raw, name)
-
-
-def _share_text(raw: dict[str, Any], before: "Data") -> None:
-    """Let the stages that read a built-in recipe's own text, alone or in a mixture, read what it has become.
-
-    Args:
-        raw: the recipe with all that the command line changed.
-        before: the text of the built-in recipe.
-    """
-    # late, for a fast --help
-    from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
-
-    now = raw["data"]
-    for stage in raw["stages"]:
-        data = stage.get("data")
-        if data is None or now.get("sources"):
-            continue
-        for part in data.get("sources") or [data]:
-            source = part.get("source", "")
-            prefix = REPEATED_TEXT_PREFIX if source.startswith(REPEATED_TEXT_PREFIX) else ""
-            if source.removeprefix(prefix) in (before.source, now["source"]):
-                part |= {"source": prefix + now["source"], "text_field": now["text_field"], "chat": now["chat"]}
-        for key in ("max_tokens", "held_out"):  # one text is divided in one way
-            if key in data and data[key] == getattr(before, key):
-                data[key] = now[key]
-        if data.get("sources"):
-            data.pop("source", None)  # their names in one
-
-
-def _fit_student(target: str, teacher: str, mixer: str | None) -> dict[str, Any]:
-    """Return the keys of `student` with which a student of this teacher can be exported to a format."""
-    # late, for a fast --help
-    from limbeck.models.export import get_exporter
-    from limbeck.models.loading import load_config, resolve_teacher
-
-    fit = get_exporter(target).fit(load_config(resolve_teacher(teacher)), mixer)
-    settings: dict[str, Any] = {"mixer": fit.mixer, "preset": "default", "options": fit.options, "rules": []}
-    return settings if fit.softmax_layers is None else {**settings, "softmax_layers": fit.softmax_layers}
+    return recipe_options.build_recipe(
+        name,
+        teacher=teacher,
+        student=student,
+        layers=layers,
+        stages=stages,
+        tokens=tokens,
+        data=data,
+        out=out,
+        overrides=dict(split_assignment(text, "stages.hidden.lr=1e-3") for text in settings),
+        target=target,
+    )
 
 
 def print_plan(plan: Any) -> None:

@@ -96,13 +96,7 @@ def eval(
     settings = _parse_measure_settings(set or [], [one.name for one in chosen])
     if tasks is not None:
         settings["tasks"]["names"] = [name.strip() for name in tasks.split(",")]
-    for one in chosen:
-        for key, value in (("tokens", tokens), ("length", length)):
-            if value is not None and key in one.settings.model_fields:
-                settings[one.name].setdefault(key, value)
-        parsed = measures.parse_settings(one, settings[one.name])
-        if one.check_settings is not None:
-            one.check_settings(parsed)
+    measures.complete_settings(chosen, settings, tokens, length)
     if out is not None:
         check_writable(out)
     # late, after the options are checked: it loads the evaluations of every measure
@@ -111,16 +105,10 @@ def eval(
     from limbeck.evaluation.subject import SubjectLoader
 
     subjects = SubjectLoader(teacher, data, seed, out)
-    measurements: list[measures.Measurement] = []
     with watch(measures.make_view(chosen, models)):
-        for name in models:
-            subject = subjects.load(name)
-            measurements += [measures.run_measure(one, subject, settings[one.name], again) for one in chosen]
-            for one in chosen:
-                beside = baselines.measure_baselines(
-                    one, subject, settings[one.name], again, measurements, window=not no_window, control=control
-                )
-                measurements += [other for other in beside if other not in measurements]
+        measurements = baselines.run_measures(
+            map(subjects.load, models), chosen, settings, ignore_cache=again, window=not no_window, control=control
+        )
     _show(measurements, out)
     folders = dict.fromkeys(subjects.output_dirs[name] for name in models)
     saved = [str(folder) for folder in folders if not find_write_error(folder)]

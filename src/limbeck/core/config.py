@@ -9,6 +9,7 @@
 Recipes, studies and the settings of evaluations are read with it.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -168,6 +169,24 @@ def format_validation_error(
             f"{origin}: {where}: unknown stage '{tag}'{suggest_closest(tag, tagged)}", expected=", ".join(tagged)
         )
     return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
+
+
+class _OtherDefault:
+    """Stands in a signature for a default that would fill lines."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def build_short_signature(model: type[BaseModel]) -> inspect.Signature:
+    """Build the signature that `help` shows: the keys and plain defaults; the types of all parts would fill a page."""
+    plain = (str, int, float, bool, type(None))
+    parameters = []
+    for name, field in model.model_fields.items():
+        default = field.default if isinstance(field.default, plain) else _OtherDefault()
+        default = inspect.Parameter.empty if field.is_required() else default
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    return inspect.Signature(parameters)
 
 
 def _model_at(

@@ -6,10 +6,10 @@
         for document in documents:
             advance(1, note="9.1k tokens")
 
-In a log file the bar becomes a line about every ten percent; while a view of the whole work is on the screen
-(`limbeck.core.screen`), it is a line of that. Output to a pipe or file has no width limit: tables are as
-wide as they need to be and Markdown stays Markdown. On a terminal that is too narrow for a table, each of its rows
-becomes a block of lines.
+In a log file the bar becomes a line about every ten percent, in a notebook a line that is redrawn in its place; while
+a view of the whole work is on the screen (`limbeck.core.screen`), it is a line of that. Output to a pipe or file has no
+width limit: tables are as wide as they need to be and Markdown stays Markdown. On a terminal that is too narrow for a
+table, each of its rows becomes a block of lines.
 """
 
 import time
@@ -23,6 +23,8 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from limbeck.core.notebook import NotebookPanel, is_notebook
 
 NO_LIMIT = 1_000_000  # columns where there is no terminal
 # What takes the place of bars and lines, the last one first; called with the arguments of `progress`.
@@ -68,8 +70,12 @@ class UncroppedConsole(Console):
 
 # No markup: "[/tmp]" or ":x:" in a name is a part of the name. To emphasize, pass a style,
 # `console.print(text, style="dim")`, or a `Text` for a part of a line.
-console = UncroppedConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-output = UncroppedConsole(highlight=False, markup=False, emoji=False)
+panel = NotebookPanel() if is_notebook() else None  # what a notebook has in the place of stderr
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "force_jupyter": False}
+if panel is not None:
+    _PLAIN["force_terminal"] = False  # kernels ask for colors, which a saved notebook shows as codes
+console = UncroppedConsole(stderr=True, file=panel, soft_wrap=True, **_PLAIN)
+output = UncroppedConsole(**_PLAIN)
 
 
 def _split_markdown(markup: str) -> Iterator[RenderableType]:
@@ -137,6 +143,10 @@ def progress(title: str, total: float | None, unit: str = "", initial: float = 0
     """
     if progress_counters:
         with progress_counters[-1](title, total, unit, initial) as advance:
+            yield advance
+        return
+    if panel is not None:
+        with panel.show_bar(title, total, unit, initial) as advance:
             yield advance
         return
     if not console.is_terminal:

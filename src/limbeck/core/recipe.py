@@ -18,7 +18,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from limbeck.core.config import Part, format_validation_error, read_yaml, set_by_dotted_key
+from limbeck.core.config import (
+    Part,
+    build_short_signature,
+    format_validation_error,
+    read_yaml,
+    set_by_dotted_key,
+)
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.core.objectives import Objectives
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
@@ -414,6 +420,27 @@ class Document(Part):
     data: Data = Data()
     """The text that the stages train on."""
 
+    def __init__(self, /, *args: Any, **values: Any) -> None:
+        """Validate keyword arguments, the keys of the YAML file; raises LimbeckError for what is wrong with them."""
+        name = type(self).__name__
+        if args:
+            raise LimbeckError(
+                f"{name} takes its keys by name, not {args[0]!r}",
+                expected=f'{name}(teacher="embedded", data={{"source": "corpus.jsonl"}}, ...)',
+                hint=f'{name}.load("{args[0] if isinstance(args[0], str) else "quickstart"}")',
+            )
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise format_validation_error(error, name, type(self), self.tagged) from error
+
+    # pydantic then validates a file's values without this method, so that `parse` names the file in its errors
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        cls.__signature__ = build_short_signature(cls)
+
     @classmethod
     def load(
         cls, source: str | Path = "limbeck", overrides: dict[str, Any] | None = None, *, stored: bool = False
@@ -468,7 +495,25 @@ class Document(Part):
 
 
 class Recipe(Document):
-    """All settings of a distillation run."""
+    """All settings of a distillation run: teacher, student, text, stages, evaluation.
+
+    A recipe is a YAML file in Python: `limbeck recipe quickstart` prints one with comments. It does not change once it
+    is made, and an unknown key is refused with a suggestion.
+
+    Example:
+        >>> recipe = limbeck.Recipe.load("quickstart", {"student.mixer": "gla", "stages.hidden.tokens": 20_000})
+        >>> recipe.student.mixer, recipe.stages[1].tokens
+        ('gla', 20000)
+        >>> recipe = limbeck.Recipe(
+        ...     teacher="Qwen/Qwen3-0.6B",
+        ...     student={"mixer": "mlstm"},
+        ...     data={"source": "corpus.jsonl", "seq_len": 1024},
+        ...     stages=[{"stage": "calibrate", "tokens": 65_536}, {"stage": "logits", "tokens": 1_000_000}],
+        ... )
+        >>> print(recipe.to_yaml())  # the whole recipe, defaults included
+        name: custom
+        ...
+    """
 
     name: str = "custom"
     """Name of the recipe; run directories are called after it."""

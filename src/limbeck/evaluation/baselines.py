@@ -12,7 +12,7 @@ Xiao et al. 2023 (arXiv 2309.17453). Sizes are those of real caches.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,6 +136,32 @@ def describe_against_window(
     if forgotten:
         return f"{better}, but {forgotten}"
     return f"{better}: this student is not worth its training."
+
+
+def run_measures(
+    subjects: Iterable[Subject],
+    measures: Sequence[Measure],
+    settings: Mapping[str, dict[str, Any]],
+    *,
+    ignore_cache: bool = False,
+    window: bool = True,
+    control: bool = False,
+) -> list[Measurement]:
+    """Run measures on one model after another, and on what stands beside each (`measure_baselines`).
+
+    Args:
+        subjects: may load each model only when its turn comes.
+        settings: of each measure by name, those that differ from the defaults.
+    """
+    measurements: list[Measurement] = []
+    for subject in subjects:
+        measurements += [run_measure(one, subject, settings[one.name], ignore_cache) for one in measures]
+        for one in measures:
+            beside = measure_baselines(
+                one, subject, settings[one.name], ignore_cache, measurements, window=window, control=control
+            )
+            measurements += [other for other in beside if other not in measurements]
+    return measurements
 
 
 def measure_baselines(

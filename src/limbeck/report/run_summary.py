@@ -1,6 +1,6 @@
 """The summary of a run: Markdown for the screen and the run directory, and the parts that the model card shows too.
 
-    print(format_summary(result))          # result: what limbeck.training.pipeline.distill returns
+    print(format_summary(result))          # result: what limbeck.distill returns, or the content of eval.json
 
 The card (`limbeck.report.model_card`) and the summary show the same tables of quality and memory and the same sentences
 about the untrained window and the break-even length, so each is written here once.
@@ -23,7 +23,40 @@ EVAL_TOKENS = 50_000  # that the command to type next measures on, or all that t
 CACHE_LENGTHS = (512, 32_768)  # tokens at which the caches are compared: a paragraph, a long document
 
 
-def format_summary(result: dict[str, Any]) -> str:
+class RunSummary(dict):
+    """What a run came to: the content of its eval.json, shown as tables in a notebook and by `print`.
+
+    summary = limbeck.distill("quickstart")
+    summary["held_out"]["student_perplexity"], summary.path / "curves.png"
+    AutoModelForCausalLM.from_pretrained(summary.student_folder)
+    """
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self["run"])
+
+    @property
+    def student_folder(self) -> Path:
+        """The folder of the student, for `from_pretrained`."""
+        return self.path / "student"
+
+    def __repr__(self) -> str:
+        held_out = self["held_out"]
+        return (
+            f"<run {self['run']}: {self['mixer']} in {self['layers']} layers of {self['teacher']}, perplexity "
+            f"{held_out['student_perplexity']:.2f}, the teacher's {held_out['teacher_perplexity']:.2f}>"
+        )
+
+    def __str__(self) -> str:
+        return format_summary(self)
+
+    def _repr_markdown_(self) -> str:
+        """Return what a notebook shows; its cells are code already, so the next commands are left out."""
+        return format_summary(self, commands=False)
+
+
+def format_summary(result: dict[str, Any], commands: bool = True) -> str:
     """Format a run as Markdown: quality beside the teacher, stages, parameters, memory, samples, the next commands."""
     held_out, memory, parameters = result["held_out"], result["memory"], result["parameters"]
     columns = ["stage", "tokens", "time", "tokens/s", "trained parameters", "result"]
@@ -63,9 +96,9 @@ def format_summary(result: dict[str, Any]) -> str:
         + (f" Peak of resident memory: {format_bytes(peak)}." if peak else ""),
         _format_plan(result),
         f"Prompt: *{escape_markdown(result['prompt'])}*\n\n{format_samples(result)}" if result["samples"] else "",
-        "Next:",
-        "\n".join(f"    {command}" for command in next_commands(result)),
     ]
+    if commands:
+        blocks += ["Next:", "\n".join(f"    {command}" for command in next_commands(result))]
     return "\n\n".join(block.strip("\n") for block in blocks if block) + "\n"
 
 

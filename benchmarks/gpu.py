@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py all --json gpu.json                # every section, at most --seconds each
     python benchmarks/gpu.py stages --json gpu.json             # one; its rows replace those in the file
-    python benchmarks/gpu.py report --json gpu.json --report docs/gpu.md
+    python benchmarks/gpu.py report --json gpu.json --report docs/guides/gpu.md
     python benchmarks/gpu.py all --dry                          # on a CPU with tiny shapes: does it run?
 
 Weights are random and of the real shape, unless --teacher names a folder. A section that runs out of seconds says so in
-its rows. What each section measures is told at the top of its file in benchmarks/gpu_sections/, and in docs/gpu.md.
+its rows. What each section measures is told at the top of its file in benchmarks/gpu_sections/, and in
+docs/guides/gpu.md.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Does the main job still give what is written down? Runs it several times, from teachers that differ in a last digit.
 
     python benchmarks/main_job.py                        # three runs of the quickstart, a quarter of an hour each
-    python benchmarks/main_job.py --recipe smoke --runs 5
+    python benchmarks/main_job.py --recipe quickstart_smoke --runs 5
 
 Some hundred steps of batch 1 are chaotic: runs that agree to seven digits in the first step of stage 3 differ in the
 third digit five steps later, and by some per cent at their end. One run says little; this prints every run, their mean

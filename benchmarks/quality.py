@@ -1,4 +1,4 @@
-"""What students are worth beside windows that nobody trained: the table of docs/quality.md.
+"""What students are worth beside windows that nobody trained: the table of docs/project/quality.md.
 
     python benchmarks/quality.py                                        # all rows that need no training
     python benchmarks/quality.py --rows teacher window-64 heads-9       # some of them

@@ -3,6 +3,7 @@
     python benchmarks/token_cost.py decode                        # four minutes, 8 GB at 65,536 tokens
     python benchmarks/token_cost.py train                         # seven minutes, 6 GB
     python benchmarks/token_cost.py decode --window 64 --contexts 512 --students "window,memory,hybrid"
+    python benchmarks/token_cost.py decode --out decoding.json    # for benchmarks/picture.py
 
 All have the embedded teacher's weights and untrained gates: what a token costs does not depend on what they learnt. All
 run on one thread and take turns. Time is that of the process, so that other work on the machine counts less; ratios
@@ -11,15 +12,18 @@ optimizer; its memory is the peak over what was resident before the pass, gradie
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import limbeck
+from limbeck.core.storage import atomic_write_text
 from limbeck.core.system import measure_peak_memory
 from limbeck.data.packing import Batch
 from limbeck.evaluation.timing import make_dummy_input_ids, prefill_cache
@@ -56,6 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="of decoding")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a training step")
     parser.add_argument("--rounds", type=int, default=3, help="of training")
+    parser.add_argument("--out", type=Path, help="a file for the figures of decoding, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -67,8 +72,11 @@ def main() -> None:
         return
     models = {name: make_model(teacher, name, args.window, share_weights=True) for name in names}
     print(f"{'context':>8}  {'model':20} {'ms a token':>10} {'ratio':>6} {'cache':>10}")
+    rows: list[dict[str, Any]] = []
     for context in (int(n) for n in args.contexts.split(",")):
-        print_decoding(models, context, args.steps)
+        rows += print_decoding(models, context, args.steps)
+        if args.out:
+            atomic_write_text(args.out, json.dumps(rows, indent=1) + "\n")
 
 
 def parse_names(given: str) -> list[str]:
@@ -109,8 +117,8 @@ def compute_ratio(own: list[float], reference: list[float]) -> float:
 
 
 @torch.no_grad()
-def print_decoding(models: dict[str, Any], context: int, steps: int) -> None:
-    """Print time and cache of each model's next token after so many tokens."""
+def print_decoding(models: dict[str, Any], context: int, steps: int) -> list[dict[str, Any]]:
+    """Print and return time and cache of each model's next token after so many tokens."""
     caches = {name: prefill_cache(model, context) for name, model in models.items()}
     sizes = {name: cache_bytes(cache) / 1e6 for name, cache in caches.items()}
     ids = torch.full((1, 1), 5)
@@ -121,9 +129,14 @@ def print_decoding(models: dict[str, Any], context: int, steps: int) -> None:
     work = {name: (lambda name=name: decode(name)) for name in models}
     take_turns(work, UNTIMED)
     times = take_turns(work, steps)
+    rows = []
     for name, seconds in times.items():
         ratio, milliseconds = compute_ratio(seconds, next(iter(times.values()))), 1000 * statistics.median(seconds)
+        rows.append(
+            {"context": context, "model": name, "milliseconds": milliseconds, "ratio": ratio, "cache_mb": sizes[name]}
+        )
         print(f"{context:8,}  {name:20} {milliseconds:10.1f} {ratio:6.2f} {sizes[name]:7.1f} MB", flush=True)
+    return rows
 
 
 def print_training(teacher, names: list[str], window: int, length: int, rounds: int) -> None:

@@ -5,7 +5,7 @@
     limbeck.distill(limbeck.Recipe.load("limbeck"))                   # stages, evaluation, export
     AutoModelForCausalLM.from_pretrained("runs/quickstart/student")   # works once limbeck is imported
 
-The README shows the command line; docs/architecture.md how it is built.
+The README shows the command line; docs/concepts/architecture.md how it is built.
 """
 
 import logging

@@ -129,7 +129,7 @@ def test_bad_settings_make_a_recipe_or_are_refused():
     )
     def each(texts, stages, layers, tokens):
         with contextlib.suppress(LimbeckError):
-            build_recipe("smoke", None, None, layers, stages, tokens, None, None, texts)
+            build_recipe("quickstart_smoke", None, None, layers, stages, tokens, None, None, texts)
 
     each()
 
@@ -143,7 +143,7 @@ def test_bad_command_lines_end_with_a_word_and_leave_nothing(teacher_folder, cor
     @given(st.lists(st.one_of(st.sampled_from(OPTIONS), WORDS), max_size=5), st.booleans())
     def each(words, good_first):
         out, err = io.StringIO(), io.StringIO()
-        arguments = ["distill", *(["smoke", *good, *words] if good_first else [*words, *good])]
+        arguments = ["distill", *(["quickstart_smoke", *good, *words] if good_first else [*words, *good])]
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(sys, "argv", ["limbeck", *arguments])
             code = 0

@@ -1,4 +1,4 @@
-"""The rooms of the package and the one direction in which they import each other (docs/architecture.md draws it)."""
+"""The rooms of the package and the one direction in which they import each other: docs/concepts/architecture.md."""
 
 import ast
 from pathlib import Path

@@ -32,7 +32,7 @@ def test_every_section_runs_through_on_a_cpu(tmp_path):
         assert section["rows"] or section["notes"], name
     # dry figures are no figures
     report = tmp_path / "gpu.md"
-    report.write_text((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"), encoding="utf-8")
+    report.write_text((ROOT / "docs" / "guides" / "gpu.md").read_text(encoding="utf-8"), encoding="utf-8")
     refused = gpu("report", "--json", str(path), "--report", str(report))
     assert refused.returncode == 1
     assert "mean nothing" in refused.stderr

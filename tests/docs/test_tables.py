@@ -12,8 +12,8 @@ SHAPE = mixers.HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_wi
 
 
 def tables(title: str) -> list[list[str]]:
-    """The rows of the tables under one heading of docs/students.md."""
-    text = (DOCS / "students.md").read_text(encoding="utf-8")
+    """The rows of the tables under one heading of docs/concepts/mixers.md."""
+    text = (DOCS / "concepts" / "mixers.md").read_text(encoding="utf-8")
     section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in row] for row in rows]

@@ -174,7 +174,7 @@ def test_what_was_measured_before_without_any_model(subject, tmp_path, monkeypat
 
 def test_the_document_is_the_schema():
     """Its tables are the output of `limbeck.evaluation.measure.render_schema_tables`."""
-    assert render_schema_tables() in (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    assert render_schema_tables() in (ROOT / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
 
 
 def test_a_model_keeps_its_colour():

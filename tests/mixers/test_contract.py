@@ -130,7 +130,7 @@ def test_cases():
 
 def test_the_document_lists_the_checks_and_shows_the_example():
     root = ROOT
-    text = (root / "docs" / "own_mixer.md").read_text(encoding="utf-8")
+    text = (root / "docs" / "guides" / "own_mixer.md").read_text(encoding="utf-8")
     for check in CHECKS.values():
         assert f"| `{check.name}` | {check.summary} |" in text
     example = (root / "examples" / "lightning" / "limbeck_lightning.py").read_text(encoding="utf-8")

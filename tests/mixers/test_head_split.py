@@ -236,7 +236,7 @@ class Mine(Mixer):
         ({"softmax_heads": ["1.0", "1.0"]}, "names 1.0 twice"),
         ({"softmax_heads": "1"}, "softmax_heads has '1'"),
         ({"softmax_heads": [1.1]}, "'1.1', in quotes"),
-        ({"softmax_heads": "nothing.json"}, "cannot read the softmax heads"),
+        ({"softmax_heads": "nothing.json"}, "cannot read softmax_heads"),
         ({"softmax_heads": "0.0,0.1,1.0,1.1"}, "leaves nothing to convert"),
         ({"softmax_heads": "1.0", "softmax_layers": "1"}, "layer 1 keeps softmax as a whole"),
         ({"softmax_heads": "1.0", "layers": "0"}, "layer 1 keeps softmax as a whole"),
@@ -255,7 +255,7 @@ def test_impossible_conversions(given, message):
 def test_files_that_are_no_selection(content, tmp_path):
     file = tmp_path / "heads.json"
     file.write_text(content, encoding="utf-8")
-    with pytest.raises(LimbeckError, match="cannot read the softmax heads"):
+    with pytest.raises(LimbeckError, match="cannot read softmax_heads"):
         resolve_softmax_heads(str(file), [2, 2])
 
 

@@ -1,4 +1,4 @@
-"""What docs/families.md says of transformers' families is what comes out when they are tried."""
+"""What docs/reference/families.md says of transformers' families is what comes out when they are tried."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from limbeck.testing.student_checks import (
     make_student,
 )
 
-DOCS = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "reference" / "families.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCS.splitlines() if line.startswith("| `")]
 TABLE = {row[0].strip("`"): row[1:] for row in ROWS if len(row) == 5}
 WALKS = 8
@@ -51,7 +51,8 @@ SAMPLE = {
     "mamba": "gla",
 }
 as_documented = pytest.mark.skipif(
-    transformers.__version__ not in DOCS, reason=f"docs/families.md is not of transformers {transformers.__version__}"
+    transformers.__version__ not in DOCS,
+    reason=f"docs/reference/families.md is not of transformers {transformers.__version__}",
 )
 
 

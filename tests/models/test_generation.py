@@ -358,7 +358,7 @@ def test_a_copy_of_the_cache_is_a_point_to_go_on_from():
 @hybrids
 @torch.no_grad()
 def test_a_step_compiled_by_hand_on_a_static_cache(layers):
-    """As docs/generation.md has it: one graph."""
+    """As docs/guides/generation.md has it: one graph."""
     torch._dynamo.reset()
     model, ids = MixerVariant("gated_deltanet").build_student("llama", layers=layers), sample_ids(1, 12)
     counter = CompileCounterWithBackend("aot_eager")

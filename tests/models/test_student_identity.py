@@ -413,7 +413,7 @@ def test_a_trace_is_refused_and_an_export_of_fixed_shape_works():
 @pytest.mark.parametrize("layers", ["all", [0]])
 @torch.no_grad()
 def test_a_step_is_exported_as_the_documents_say(layers):
-    page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guides" / "generation.md").read_text(encoding="utf-8")
     code = page.split("## Export")[1].split("```python")[1].split("```")[0]
     student = MixerVariant("gated_deltanet").build_student("llama", layers=layers)
     scope = {"torch": torch, "StaticCache": StaticCache, "student": student, "prompt": IDS[:, :10]}

@@ -344,7 +344,7 @@ def test_shapes_that_do_not_fit_are_told_by_torch(naive, name, argument, shape):
 
 
 def test_the_document_lists_every_kernel():
-    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "kernels.md").read_text(encoding="utf-8")
     for adapter in fla.KERNEL_ADAPTERS:
         row = f"| `{adapter.operator}.{adapter.form}` |"
         assert any(row in line and adapter.kernel.removeprefix("fla.") in line for line in text.splitlines()), adapter

@@ -112,7 +112,7 @@ def test_a_run_on_an_own_text(call, paragraphs):
 
 @pytest.mark.parametrize("setting", ["student.softmax_layers=0", "student.layers=1", "stages.logits.ce=0.5"])
 def test_one_more_setting_of_the_default_recipe(setting, call, paragraphs):
-    """What docs/hybrids.md and `limbeck select` say to type."""
+    """What docs/guides/hybrids.md and `limbeck select` say to type."""
     code, said, _ = call([" ".join(paragraphs)] * 3, "--set", setting, "--plan")
     assert code == 0, said
     assert "trained parameters" in said

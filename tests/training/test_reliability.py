@@ -1,4 +1,4 @@
-"""The fault test of docs/reliability.md in its short form."""
+"""The fault test of docs/project/reliability.md in its short form."""
 
 import subprocess
 import sys

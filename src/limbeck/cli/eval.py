@@ -106,19 +106,21 @@ def eval(
     if out is not None:
         check_writable(out)
     # late, after the options are checked: it loads the evaluations of every measure
+    from limbeck.core.screen import watch
     from limbeck.evaluation import baselines
     from limbeck.evaluation.subject import SubjectLoader
 
     subjects = SubjectLoader(teacher, data, seed, out)
     measurements: list[measures.Measurement] = []
-    for name in models:
-        subject = subjects.load(name)
-        measurements += [measures.run_measure(one, subject, settings[one.name], again) for one in chosen]
-        for one in chosen:
-            beside = baselines.measure_baselines(
-                one, subject, settings[one.name], again, measurements, window=not no_window, control=control
-            )
-            measurements += [other for other in beside if other not in measurements]
+    with watch(measures.make_view(chosen, models)):
+        for name in models:
+            subject = subjects.load(name)
+            measurements += [measures.run_measure(one, subject, settings[one.name], again) for one in chosen]
+            for one in chosen:
+                beside = baselines.measure_baselines(
+                    one, subject, settings[one.name], again, measurements, window=not no_window, control=control
+                )
+                measurements += [other for other in beside if other not in measurements]
     _show(measurements, out)
     folders = dict.fromkeys(subjects.output_dirs[name] for name in models)
     saved = [str(folder) for folder in folders if not find_write_error(folder)]

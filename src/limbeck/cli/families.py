@@ -28,7 +28,9 @@ def families(
     all_: Annotated[
         bool, typer.Option("--all", help="Check all families of the installed transformers (takes minutes).")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as in docs/families.md.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as in docs/reference/families.md.")
+    ] = False,
 ) -> None:
     """Check model families: convert a tiny random model of each and test the student."""
     # late, for a fast --help

@@ -23,9 +23,12 @@ STAGE_NAMES = {"0": "calibrate", "1": "matrix", "2": "hidden", "3": "logits"}
 
 
 class Part(BaseModel):
-    """A part of a recipe: frozen, without unknown keys."""
+    """A part of a recipe: frozen, without unknown keys.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    The string below a key describes it: in help(), the JSON schema, `limbeck recipe` and docs/reference/recipe.md.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     renamed: ClassVar[Mapping[str, str]] = {}  # old names of its keys
 
 

@@ -6,14 +6,15 @@
         for document in documents:
             advance(1, note="9.1k tokens")
 
-In a log file the bar becomes a line about every ten percent. Output to a pipe or file has no width limit: tables are as
+In a log file the bar becomes a line about every ten percent; while a view of the whole work is on the screen
+(`limbeck.core.screen`), it is a line of that. Output to a pipe or file has no width limit: tables are as
 wide as they need to be and Markdown stays Markdown. On a terminal that is too narrow for a table, each of its rows
 becomes a block of lines.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -24,6 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 NO_LIMIT = 1_000_000  # columns where there is no terminal
+# What takes the place of bars and lines, the last one first; called with the arguments of `progress`.
+progress_counters: list[Callable[..., AbstractContextManager[Callable[..., None]]]] = []
 
 
 class UncroppedConsole(Console):
@@ -132,6 +135,10 @@ def progress(title: str, total: float | None, unit: str = "", initial: float = 0
         unit: what is counted.
         initial: amount done before, by a run that is resumed.
     """
+    if progress_counters:
+        with progress_counters[-1](title, total, unit, initial) as advance:
+            yield advance
+        return
     if not console.is_terminal:
         yield from _log_progress(title, total, unit, initial)
         return
@@ -185,6 +192,8 @@ def format_bytes(n: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration for people: 14 min 03 s."""
+    """Format a duration for people: 14 min 03 s, 2 h 05 min."""
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 100:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -3,7 +3,7 @@
     for text in iter_documents("corpus.jsonl"):
         ...
     key = fingerprint_source("corpus.jsonl")          # changes when the content does
-    shards, _ = list_source_shards("big/")            # parts that can be read independently (docs/data.md)
+    shards, _ = list_source_shards("big/")            # parts that can be read independently (docs/guides/data.md)
 
 | source | documents |
 | --- | --- |

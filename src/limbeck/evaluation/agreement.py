@@ -7,8 +7,8 @@
 
 Both models see the same packed sequences; numbers are per target, documents kept apart. The measure adds the same
 numbers by position and by token frequency, and both models' own continuations (`limbeck.evaluation.free_running`).
-Definitions: docs/analysis.md. Logits exist for a chunk of tokens at a time, so memory does not grow with length times
-vocabulary.
+Definitions: docs/reference/measures.md. Logits exist for a chunk of tokens at a time, so memory does not grow with
+length times vocabulary.
 
 Divergences are computed here rather than with the losses of training, so that a mistake there cannot hide itself.
 Legend: B batch, T time, D model width, V vocabulary, n valid targets.

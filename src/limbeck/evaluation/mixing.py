@@ -7,7 +7,7 @@
 Every layer gets the teacher's input, so a layer's matrix does not suffer from the layers below. The teacher's
 attention, the student's matrix and the untrained student's (`fresh`) come from the same pass; the softmax layers of a
 hybrid are measured too, but the means in the table are over converted layers. Only the matrices of one layer and one
-sequence exist at a time. Definitions: docs/analysis.md. Legend: B batch, H heads, T time.
+sequence exist at a time. Definitions: docs/reference/measures.md. Legend: B batch, H heads, T time.
 """
 
 import itertools

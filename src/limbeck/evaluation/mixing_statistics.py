@@ -8,7 +8,8 @@
     compute_half_life(decays, heads=9)                            # [9] tokens; None for a mixer without decay
 
 Entries of most recurrent mixers may be negative, and their rows have any sum. So a row is described by the absolute
-values of its entries divided by their sum, and its negative part is a number of its own. Formulas: docs/analysis.md.
+values of its entries divided by their sum, and its negative part is a number of its own. Formulas:
+docs/reference/measures.md.
 
 A half-life counts the decay only. What a delta rule overwrites is forgotten sooner; softmax and windows have no decay.
 Legend: H heads, T time, K key width, h heads of the mixer, P = |M| / row sums of |M|; position[t] is the number of

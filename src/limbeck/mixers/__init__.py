@@ -6,9 +6,9 @@
     mixers.get("gla").summary
     mixers.build("gla", HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_width=64))
 
-base.py says what a mixer is; each file opens with its mixer's equations, which docs/students.md has side by side.
-Legend: B batch, T time, H heads, K key width, V value width, D model width; S_t the state [K, V] of one head, k_t, v_t
-and q_t the teacher's key, value and query, x_t [D] the layer's input.
+base.py says what a mixer is; each file opens with its mixer's equations, which docs/concepts/mixers.md has side by
+side. Legend: B batch, T time, H heads, K key width, V value width, D model width; S_t the state [K, V] of one head,
+k_t, v_t and q_t the teacher's key, value and query, x_t [D] the layer's input.
 """
 
 from limbeck.mixers import (  # noqa: F401

@@ -7,8 +7,8 @@
     mixers.select_mixers("paper-v3")                 # ["linear_attention", "retnet", "gla", ...]
 
 A mixer is registered by the decorator `register`. A package announces its own as an entry point of the group
-`limbeck.mixers`; those are imported when a name is first looked up that is not one of Limbeck's. docs/own_mixer.md
-walks through both ways.
+`limbeck.mixers`; those are imported when a name is first looked up that is not one of Limbeck's.
+docs/guides/own_mixer.md walks through both ways.
 """
 
 import hashlib

@@ -235,11 +235,11 @@ def get_recurrent_layer(cache: Cache, index: int, module: nn.Module) -> Recurren
         if torch.compiler.is_exporting():
             # Where export traces with dynamo no error can be raised, but a graph break takes a reason; elsewhere this
             # call does nothing and the error below is raised.
-            torch._dynamo.graph_break(msg=f"{_EXPORT_ERROR}; see docs/generation.md, Export")
+            torch._dynamo.graph_break(msg=f"{_EXPORT_ERROR}; see docs/guides/generation.md, Export")
             raise LimbeckError(
                 _EXPORT_ERROR,
                 expected="a cache that the student has read a prompt into, its tensors buffers of the exported module",
-                hint="the step in docs/generation.md, under Export",
+                hint="the step in docs/guides/generation.md, under Export",
             )
         check_layer_is_empty(layer, index)
         if getattr(layer, "is_compileable", False) and getattr(layer, "is_initialized", False) is True:

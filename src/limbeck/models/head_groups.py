@@ -5,13 +5,12 @@ kept = resolve_softmax_heads("softmax_heads.json", groups)          # those that
 describe_softmax_heads(student.config.limbeck)                      # "softmax in 2 of 90 head groups: 18.2, 20.2"
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from limbeck.core.errors import LimbeckError
-from limbeck.models.layers import SPLIT_MIXER, format_ranges
+from limbeck.models.layers import SPLIT_MIXER, format_ranges, read_selection
 
 HeadGroups = dict[int, list[int]]  # groups by layer, both counted from 0
 
@@ -37,8 +36,15 @@ def resolve_softmax_heads(softmax_heads: int | str | list[str], groups: Sequence
     if softmax_heads in ("none", "", []):
         return {}
     if isinstance(softmax_heads, str):
-        from_file = softmax_heads.endswith(".json")
-        softmax_heads = _read_selection(Path(softmax_heads)) if from_file else softmax_heads.split(",")
+        if softmax_heads.endswith(".json"):
+            softmax_heads = read_selection(
+                Path(softmax_heads),
+                "softmax_heads",
+                '["layer.group", ...]',
+                "limbeck select softmax_heads.json --heads",
+            )
+        else:
+            softmax_heads = softmax_heads.split(",")
     kept: HeadGroups = {}
     for name in softmax_heads:
         layer, group = _parse_name(name, groups)
@@ -93,17 +99,3 @@ def _parse_name(name: str, groups: Sequence[int]) -> tuple[int, int]:
             expected=f"groups from {layer}.0 to {layer}.{groups[int(layer)] - 1}",
         )
     return int(layer), int(group)
-
-
-def _read_selection(path: Path) -> list[str]:
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["softmax_heads"]
-        if not isinstance(names, list):
-            raise TypeError("softmax_heads is no list")
-        return names
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LimbeckError(
-            f"cannot read the softmax heads from {path}: {error}",
-            expected='a JSON file with "softmax_heads": ["layer.group", ...]',
-            hint="limbeck select softmax_heads.json --heads",
-        ) from error

@@ -47,7 +47,13 @@ def parse_softmax_layers(softmax_layers: str | list[int], count: int) -> list[in
             n = int(number)
             return list(range(n - 1, count, n)) if word == "every" else space_evenly(count, n)
         if softmax_layers.endswith(".json"):
-            softmax_layers = _read_selection(Path(softmax_layers))
+            softmax_layers = read_selection(
+                Path(softmax_layers),
+                "softmax_layers",
+                "[numbers]",
+                "limbeck select softmax_layers.json",
+                old_key="keep",
+            )
     chosen = _parse_numbers(softmax_layers, problem)
     if chosen and (min(chosen) < 0 or max(chosen) >= count):
         raise problem
@@ -116,14 +122,23 @@ def _parse_numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
         raise problem from error
 
 
-def _read_selection(path: Path) -> list[int]:
+def read_selection(path: Path, key: str, form: str, hint: str, old_key: str | None = None) -> list[Any]:
+    """Read the list of a file that `limbeck select` wrote.
+
+    Args:
+        key: its name in the file; `old_key`, that of earlier versions.
+        form: how the list looks, for the error; `hint`, the command that writes it.
+
+    Raises:
+        LimbeckError: no such file, no JSON, or no list of this name.
+    """
     try:
         selection = json.loads(path.read_text(encoding="utf-8"))
-        # files of earlier versions say "keep"
-        return [int(i) for i in selection["softmax_layers" if "keep" not in selection else "keep"]]
+        chosen = selection[old_key if old_key in selection else key]
+        if not isinstance(chosen, list):
+            raise TypeError(f"{key} is no list")
+        return chosen
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LimbeckError(
-            f"cannot read the softmax layers from {path}: {error}",
-            expected='a JSON file with "softmax_layers": [numbers]',
-            hint="limbeck select softmax_layers.json",
+            f"cannot read {key} from {path}: {error}", expected=f'a JSON file with "{key}": {form}', hint=hint
         ) from error

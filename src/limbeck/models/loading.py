@@ -7,7 +7,7 @@
 
 transformers initializes missing weights at random, attaches adapters, asks on standard input whether to run custom
 code, and applies settings that a past session left in a config. Here each of these is an error or is reset
-(docs/saving.md).
+(docs/guides/saving.md).
 
 A saved student is checked because what is written may differ from what is meant: only an adapter is saved instead of
 the model, a tensor is taken for tied, a tokenizer loses a setting.

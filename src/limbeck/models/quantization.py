@@ -3,8 +3,8 @@
     teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", device, bits=8)    # `teacher_bits` in recipes
     small = quantize_int8(student)                                          # the given student is not changed
 
-A student is never trained with quantized weights: it starts from those of the unquantized checkpoint. docs/peft.md has
-measurements of both.
+A student is never trained with quantized weights: it starts from those of the unquantized checkpoint.
+docs/guides/peft.md has measurements of both.
 """
 
 import copy

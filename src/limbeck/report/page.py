@@ -45,6 +45,7 @@ from limbeck.report.tables import (
     list_conditions,
     select_value_name,
 )
+from limbeck.report.teacher_info import get_teacher_name
 from limbeck.report.text_tables import escape_markdown
 from limbeck.report.values import values_to_csv
 
@@ -220,7 +221,7 @@ def summarize_collection(collection: RunCollection, groups: list[SeedGroup]) -> 
     """
     runs = [run for run in collection.runs if run.student != TEACHER]
     trained = [run for run in runs if run.stages]
-    teachers = list(dict.fromkeys(run.axes["teacher"] for run in runs if "teacher" in run.axes))
+    teachers = list(dict.fromkeys(get_teacher_name(run.axes["teacher"]) for run in runs if "teacher" in run.axes))
     students, seeds, conditions = collection.students, collection.seeds, list_conditions(groups)
     subject = _count(len(students), "student")
     if teachers:

@@ -7,7 +7,7 @@
     values["agreement.perplexity"], values["held_out.kl"], values["stages.logits.early_loss"]
     values[get_window_name("agreement.perplexity")]            # of the untrained window beside the student
 
-What a name ends with says its unit (docs/measurements.md); files and CSV hold the plain numbers. Flat names are
+What a name ends with says its unit (docs/reference/files.md); files and CSV hold the plain numbers. Flat names are
 `<measure>.<name>` of every measurement, `<measure>.window_<name>` of the untrained window beside it, and what every run
 has: `held_out.*` and `exam.*` (its own evaluation, `teacher_`, `student_` and `window_` before a value's name),
 `window.*`, `memory.*` (cache sizes), `parameters.*` and `stages.<stage>.*` (losses and budgets).
@@ -17,7 +17,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,12 @@ def format_mean_std(name: str, numbers: list[float]) -> str:
 def is_fraction(name: str) -> bool:
     """Whether a name stands for a part of a whole, which is shown in percent."""
     return any(name == part or name.endswith(f"_{part}") or f"_{part}_" in f"_{name}_" for part in FRACTION_NAMES)
+
+
+def mark_at_chance(label: str, name: str, tasks: Iterable[str]) -> str:
+    """Mark the label of a value that belongs to one of the tasks on which the teacher is at chance."""
+    marked = any(name == task or name.startswith(f"{task} ") for task in tasks)
+    return f"{label} (teacher at chance)" if marked else label
 
 
 def flatten_values(

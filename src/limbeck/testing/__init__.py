@@ -10,8 +10,8 @@
     def test_contract(check, family):
         CHECKS[check](MixerVariant("my_mixer"), family)             # raises AssertionError if it fails
 
-`CHECKS[name].summary` says what a check demands; docs/own_mixer.md lists all of them. `limbeck.testing.survey` tries
-which families of transformers can be converted.
+`CHECKS[name].summary` says what a check demands; docs/guides/own_mixer.md lists all of them. `limbeck.testing.survey`
+tries which families of transformers can be converted.
 """
 
 # These modules register their checks in CHECKS, in this order: the first failure is then the nearest to its cause.

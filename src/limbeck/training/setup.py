@@ -96,7 +96,9 @@ class Job:
         return self.texts[dataset_key(data)].held_out_sequences(data.seq_len)
 
 
-def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
+def prepare_job(
+    recipe: Recipe, loaded: LoadedTeacher | None = None, before_choice: Callable[["Job"], None] | None = None
+) -> Job:
     """Check a recipe and load its teacher and text.
 
     Within `limbeck.core.cache.cache_dry_run`, for a plan, not even the caches are written: the job has no texts and
@@ -104,6 +106,7 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
 
     Args:
         loaded: the recipe's teacher, if it is in memory already.
+        before_choice: called before heads are chosen, which takes minutes, with a job that is ready but for them.
 
     Raises:
         LimbeckError: anything that is wrong with the recipe.
@@ -162,6 +165,8 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     if get_process_info().is_main:
         _advise_bos(job)
     if heads_are_open:
+        if before_choice is not None:
+            before_choice(job)
         job.student = choose_softmax_heads(recipe, teacher, sites, job.text)
         job.sites = [sites[i] for i in assign_student_mixers(job.student, groups, recipe.longest)]
         if get_process_info().is_main:

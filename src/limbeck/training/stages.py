@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from limbeck.core import recipe as recipes
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info, main_process_first
+from limbeck.core.live import current
 from limbeck.data.packing import SequenceDataset, count_eval_sequences, take_sequences_with_targets
 from limbeck.models import find_attention_sites, unshare_weights
 from limbeck.models.backbone import supports_packed_positions
 from limbeck.models.compilation import compile_blocks
+from limbeck.report.run_summary import format_outcome
 from limbeck.training.alignment import HiddenStage, MatrixStage
 from limbeck.training.calibration import calibrate
 from limbeck.training.fsdp import shard_blocks
@@ -41,12 +43,14 @@ from limbeck.training.trainer import Stage, Trainer
 
 def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     """Train the student through all stages, in place."""
-    runner = StageRunner(job, run, student)
+    runner, view = StageRunner(job, run, student), current()
     while (context := runner.next_stage()) is not None:
         settings = context.settings
+        view.begin(context.index)
         if isinstance(settings, recipes.Calibrate):
             facts, learned = calibrate(job.make_pair(student), settings, context.data, context.position)
             runner.finish_stage(context, learned, facts)
+            view.finish(context.index, format_outcome({"stage": settings.stage, **facts}), facts["seconds"])
             continue
         stage = make_stage(job, student, settings, context.index)
         with main_process_first():
@@ -57,6 +61,7 @@ def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
             )
             facts = {**trainer.train(), **cache_facts}
         runner.finish_stage(context, _learned_parameters(stage), facts)
+        view.finish(context.index, format_outcome({"stage": settings.stage, **facts}), facts["seconds"])
 
 
 @dataclass

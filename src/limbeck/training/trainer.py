@@ -8,7 +8,7 @@ passes of the teacher.
 
 Losses are divided by counts taken over the whole step before its first backward pass, so micro-batches change nothing.
 With several processes each takes its rows of a step; counts are summed over processes before the first backward pass
-and gradients after the last, so a step equals that of one process with all rows (docs/scaling.md).
+and gradients after the last, so a step equals that of one process with all rows (docs/guides/scaling.md).
 
 A resumed stage continues bit for bit on a CPU: weights, optimizer, averages and data position are its whole state.
 """
@@ -26,10 +26,13 @@ from torch import Tensor, nn, no_grad
 from limbeck.core.console import console, progress
 from limbeck.core.distributed import all_reduce_scalars, broadcast_from_main, get_local_rows, sync_stop_and_save
 from limbeck.core.errors import LimbeckError
+from limbeck.core.live import current
 from limbeck.core.recipe import Trained
+from limbeck.core.screen import is_drawn
 from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
 from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import Batch, SequenceDataset, count_eval_sequences, take_sequences_with_targets
+from limbeck.report.figures.curves import read_metrics
 from limbeck.training.fsdp import ShardedParameters
 from limbeck.training.optim import (
     ExponentialMovingAverage,
@@ -149,6 +152,8 @@ class Trainer:
             TrainingInterrupted: the process was signaled to stop; a checkpoint was saved.
         """
         saved_at = time.monotonic()
+        if self.step:
+            self._show_earlier_steps()
         with (
             self.training_mode(),
             graceful_shutdown() as stop_requested,
@@ -160,11 +165,13 @@ class Trainer:
                 self.log_step(metrics, time.monotonic() - step_began)
                 speed = self.tokens_per_step * self.step / max(self.state["seconds"], 1e-9)
                 advance(1, note=f"loss {metrics['loss']:.4g}, {speed:.0f} tokens/s")
+                current().record(metrics["loss"], metrics["tokens_per_second"], metrics.get("held_out_loss"))
                 checkpoint_due = time.monotonic() - saved_at > self.run.recipe.checkpoint_seconds
                 stop, save = sync_stop_and_save(stop_requested(), checkpoint_due)
                 if stop or (save and self.step < self.steps):  # after the last step the result itself is saved
                     self.save_checkpoint()
                     saved_at = time.monotonic()
+                    current().save(self.step)
                 if stop:
                     raise TrainingInterrupted(f"Interrupted at step {self.step}/{self.steps}; checkpoint saved.")
         return self.finish()
@@ -380,6 +387,15 @@ class Trainer:
         self.best = weights.get("best")
         self.optimizer.load_state_dict(self.optimizer.map_state_tensors(optimizer, self.sharded_parameters.local_shard))
         console.print(f"{self.name}: resuming at step {self.step}/{self.steps}")
+
+    def _show_earlier_steps(self) -> None:
+        """Show what earlier processes have done of this stage."""
+        view = current()
+        view.resume(self.step, self.steps, self.state["seconds"])
+        if not is_drawn():
+            return
+        for step in read_metrics(self.run.metrics_path).get((self.index, self.name), []):
+            view.record(step["loss"], step.get("tokens_per_second"), step.get("held_out_loss"))
 
 
 def accumulate_gradients(stage: Stage, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@
     EXPORTER.verify(student, tokenizer, folder)              # onnxruntime beside the student
     session = GraphSession(folder)                           # logits and states of a call
 
-A graph computes in float32, whatever the student's precision. docs/export.md has a program that generates text with
-nothing but onnxruntime and tokenizers.
+A graph computes in float32, whatever the student's precision. docs/guides/export.md has a program that generates text
+with nothing but onnxruntime and tokenizers.
 
 Shapes: B batch, T tokens.
 """
@@ -69,7 +69,7 @@ def plan(student: Any, tokenizer: Any, quantization: str) -> ExportPlan:
     """Describe the files that `write` makes."""
     # by tensor, so that a tied head counts once
     size = sum(4 * parameter.numel() for parameter in student.parameters())
-    notes = ["opset 27: onnxruntime 1.32 or newer", "feed the states back: docs/export.md, ONNX"]
+    notes = ["opset 27: onnxruntime 1.32 or newer", "feed the states back: docs/guides/export.md, ONNX"]
     return ExportPlan("ONNX graph, opset 27", {MODEL_FILE: size}, notes)
 
 

@@ -7,8 +7,8 @@
 
 Reading order: call.py (an operator's call), adapters.py (to a kernel's call and back), catalogue.py (the table of
 kernels), verify.py (is a kernel right here?), dispatch.py (which backend computes a call). Operators get here by the
-decorator `accelerated`, which registers their forms in torch; nothing here imports an operator. docs/kernels.md has the
-table of kernels and of what they do not support.
+decorator `accelerated`, which registers their forms in torch; nothing here imports an operator.
+docs/reference/kernels.md has the table of kernels and of what they do not support.
 """
 
 from limbeck.ops.fla.adapters import KernelAdapter

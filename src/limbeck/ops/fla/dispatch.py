@@ -194,6 +194,6 @@ def _record(call: OperatorCall, reason: str | None) -> None:
 def _unsupported_error(call: OperatorCall, reason: str) -> LimbeckError:
     return LimbeckError(
         f"backend is fla, but no kernel takes {call.operator} {call.form} [{call.describe()}]: {reason}",
-        expected="a call listed in docs/kernels.md",
+        expected="a call listed in docs/reference/kernels.md",
         hint="backend: auto",
     )

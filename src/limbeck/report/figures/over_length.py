@@ -3,10 +3,10 @@
     with use_style(order_for_colors(collection.students)):
         panels = build_length_panels(groups) + build_analysis_panels(groups)
 
-Length panels are built from the names of values (docs/measurements.md), with the mean over seeds in a band from minimum
-to maximum. Analysis panels are the measures' own figures, a line per model: of a grid one condition is shown, the one
-with the lowest perplexity over its students, and of each student the first seed; the captions say so. Measures without
-results have no panel.
+Length panels are built from the names of values (docs/reference/files.md), with the mean over seeds in a band from
+minimum to maximum. Analysis panels are the measures' own figures, a line per model: of a grid one condition is shown,
+the one with the lowest perplexity over its students, and of each student the first seed; the captions say so.
+Measures without results have no panel.
 """
 
 import json

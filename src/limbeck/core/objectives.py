@@ -24,11 +24,11 @@ class OnPolicy(Part):
     """The student continues prompts from the text, and is compared with its teacher on what it wrote (MiniLLM, GKD)."""
 
     weight: Weight = 1.0
-    """Weight in the stage's loss."""
+    """Factor on the divergence in the loss."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the sequences that are continued instead of read."""
+    """Share of the sequences, which are continued instead of read."""
     divergence: Literal["forward", "reverse", "jsd"] = "reverse"
-    """`forward` KL(teacher ‖ student), `reverse` KL(student ‖ teacher), or `jsd`, between the two."""
+    """KL(teacher ‖ student), KL(student ‖ teacher), or the generalized Jensen-Shannon divergence."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """With jsd: the teacher's share of the mixture."""
     new_tokens: Annotated[int, Field(gt=0)] = 64
@@ -41,9 +41,9 @@ class Gram(Part):
     """Angles between the tokens of a document, in the student as in the teacher (EmbedDistill)."""
 
     weight: Weight = 1.0
-    """Weight in the stage's loss."""
+    """Factor on the distance in the loss."""
     blocks: Blocks = "uniform 4"
-    """Blocks whose outputs are compared: `all`, `uniform 4`, `every 4`, or numbers."""
+    """Blocks whose outputs are compared: `all`, `uniform 4` (all of fewer), `every 4`, numbers."""
     chunk: Annotated[int, Field(ge=2)] = 64
     """Tokens of a document that are compared with each other."""
 
@@ -52,15 +52,15 @@ class Features(Part):
     """Outputs of several blocks through learned maps, against the teacher's (feature alignment)."""
 
     weight: Weight = 1.0
-    """Weight in the stage's loss."""
+    """Factor on the distance in the loss."""
     blocks: Blocks = "uniform 4"
-    """Blocks whose outputs are compared, as in `gram`."""
+    """Blocks whose outputs are compared, as of gram."""
     block_weights: list[Weight] | None = None
-    """A weight for each of the blocks; null: equal ones."""
+    """One for each of the blocks, whatever their sum; null: equal ones."""
     loss: Literal["l2", "relative", "mse", "cosine"] = "relative"
-    """How outputs are compared, as in stage 2."""
+    """The distance, as in stage 2."""
     maps: Literal["linear", "none"] = "linear"
-    """`linear`: a matrix a block, which starts as the identity; `none`: outputs are compared as they are."""
+    """`linear`: a matrix a block, which starts as the identity."""
     lr: Weight | None = None
     """Peak learning rate of the maps; null: the stage's."""
 
@@ -69,11 +69,11 @@ class Exits(Part):
     """Predictions from the middle of the student, against the teacher's with the label enhanced (OFA-KD)."""
 
     weight: Weight = 0.3
-    """Weight in the stage's loss."""
+    """Factor in the loss."""
     blocks: Blocks = "uniform 2"
-    """Blocks that exits lead from, as in `gram`."""
+    """Blocks that exits lead from, as of gram."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
-    """Exponent of the enhancement of the label."""
+    """Exponent of the enhancement."""
     lr: Weight | None = None
     """Peak learning rate of the exits' maps; null: the stage's."""
 
@@ -82,13 +82,13 @@ class AdaptedFeatures(Part):
     """Outputs of several blocks against the teacher's, which adapt to the student (FOFA)."""
 
     weight: Weight = 1.0
-    """Weight in the stage's loss."""
+    """Factor on the distance in the loss."""
     blocks: Blocks = "uniform 4"
-    """Blocks whose outputs are compared, as in `gram`."""
+    """Blocks whose outputs are compared, as of gram."""
     rank: Annotated[int, Field(gt=0)] = 8
     """Rank of the prompts that adapt the teacher's outputs."""
     stay: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of how far they move from the teacher's own."""
+    """Weight of how far these move from the teacher's own."""
     lr: Weight | None = None
     """Peak learning rate of the prompts; null: the stage's."""
 
@@ -97,7 +97,7 @@ class OnlineTeacher(Part):
     """Small modules in the teacher that learn along with the student (online distillation)."""
 
     blocks: Blocks = "uniform 4"
-    """Blocks with a module behind each, as in `gram`."""
+    """Blocks with a module behind each, as of gram."""
     rank: Annotated[int, Field(gt=0)] = 8
     """Rank of the modules."""
     ce: Annotated[float, Field(ge=0)] = 1.0
@@ -114,16 +114,16 @@ class StochasticTeacher(Part):
     passes: Annotated[int, Field(gt=0)] = 4
     """Passes with dropout, beside the one without."""
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of what each block adds that is dropped."""
+    """Share that is dropped of what each block adds."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
-    """Temperature of the passes' weights; the smaller, the more the nearest pass counts."""
+    """Temperature of the weights; the smaller, the more the nearest pass counts."""
 
 
 class Teachers(Part):
     """Further teachers with the same tokenizer beside the recipe's (reinforced multi-teacher selection)."""
 
     names: Annotated[list[str], Field(min_length=1)]
-    """The further teachers: folders or names, as `teacher`."""
+    """Their folders or names, as `teacher`."""
     rule: Literal["reinforce", "best", "average"] = "reinforce"
     """`reinforce`: a small policy selects teachers for each sequence and learns from the student's gain on held-out
     text; `best`: the one with the lowest loss on the sequence; `average`: all alike.
@@ -139,13 +139,21 @@ class Objectives(Part):
 
     changes_teacher: ClassVar[tuple[str, ...]] = ("online_teacher", "stochastic_teacher", "teachers")
     on_policy: OnPolicy | None = None
+    """A divergence on what the student writes itself (MiniLLM, arXiv 2306.08543; GKD, arXiv 2306.13649)."""
     gram: Gram | None = None
+    """Angles between the tokens of a document (EmbedDistill, arXiv 2301.12005)."""
     features: Features | None = None
+    """Outputs of several blocks through learned maps (feature alignment, arXiv 2412.19449)."""
     exits: Exits | None = None
+    """Predictions from the middle of the student (OFA-KD, arXiv 2310.19444)."""
     adapted_features: AdaptedFeatures | None = None
+    """Outputs of several blocks, the teacher's adapted by low-rank prompts (FOFA, arXiv 2501.08885)."""
     online_teacher: OnlineTeacher | None = None
+    """Small modules in the teacher that learn along (online distillation, arXiv 2409.12512)."""
     stochastic_teacher: StochasticTeacher | None = None
+    """Several passes of the teacher with dropout (SSD, arXiv 2504.14307)."""
     teachers: Teachers | None = None
+    """Several teachers, selected for each sequence (reinforced selection, arXiv 2012.06048)."""
 
     @model_validator(mode="after")
     def _check_one_teacher(self) -> "Objectives":

@@ -313,7 +313,9 @@ class Logits(Trained):
     top_kl: Annotated[float, Field(ge=0)] = 0.0
     """Weight of τ² KL over the teacher's `top_k` most likely tokens and all others as one."""
     enhanced: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the cross-entropy on the teacher's distribution with the label's part raised by `gamma`."""
+    """Weight of τ² times the cross-entropy on the teacher's distribution with the label's part raised by `gamma`
+    (OFA-KD, arXiv 2310.19444).
+    """
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """The temperature τ of both distributions; `ce` is at 1."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -321,9 +323,9 @@ class Logits(Trained):
     top_k: Annotated[int, Field(gt=0)] = 32
     """With top_kl: number of the teacher's most likely tokens."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
-    """With enhanced: the label's part is (1 + q) ** gamma."""
+    """With enhanced: the exponent of the label's part, (1 + q)^γ."""
     objectives: Objectives = Objectives()
-    """Further objectives, of neighboring systems, by name (docs/guides/objectives.md)."""
+    """Further objectives, of neighboring systems (docs/guides/objectives.md)."""
     chunk_size: Annotated[int, Field(gt=0)] | None = None
     """Tokens whose logits exist at once; null: 128 on a CPU, on a GPU as many as make half a gigabyte of them."""
     cache_teacher: Literal["top-k"] | None = None

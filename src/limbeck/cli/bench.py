@@ -11,7 +11,7 @@ from limbeck.core.console import console, format_bytes, output
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import check_writable
 
-INT8_MODES = ("weights", "dynamic", "none")
+INT8_MODES = ("dynamic", "none")
 
 
 @app.command(
@@ -30,7 +30,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Prompts to time at each length.")] = 3,
     prefill: Annotated[int, typer.Option(help="The longest prompt to time; 0 for none.")] = 8192,
     int8: Annotated[
-        str, typer.Option(help="Also time the teacher in int8 on a CPU: weights, dynamic (activations too) or none.")
+        str, typer.Option(help="Also time the teacher in int8 on a CPU: dynamic (activations too) or none.")
     ] = "dynamic",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's")] = None,
     out: ComparisonFolder = None,
@@ -105,7 +105,7 @@ def _load_candidates(models: list[str], teacher: str | None, int8: str, out: Pat
     for subject in loaded:
         candidates.append(Candidate.from_subject(subject))
         if int8 != "none" and not subject.is_student and subject.device.type == "cpu":
-            candidates.append(candidates[-1].to_int8(activations=int8 == "dynamic"))
+            candidates.append(candidates[-1].to_int8())
     return candidates
 
 

@@ -35,6 +35,9 @@ def chat(
     temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
     context: Annotated[int, typer.Option(help="With llama.cpp: tokens of the whole conversation.")] = 4096,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Keep weights in float16 on the CPU: faster; with limbeck only.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Talk to a student; an empty line or the end of the input ends it. Its state is carried over, never read again."""
@@ -45,7 +48,10 @@ def chat(
         raise LimbeckError("invalid setting", expected="tokens, context >= 1, temperature >= 0, 0 < top-p <= 1")
     if engine not in ENGINES:
         raise LimbeckError(f"unknown engine '{engine}'", expected=" or ".join(ENGINES))
-    backend, tokenizer, ends = _open_llama_cpp(Path(model), context) if engine == "llama.cpp" else _open_model(model)
+    if fp16 and engine != "limbeck":
+        raise LimbeckError(f"--fp16 with --engine {engine}", expected="the file's own precision", hint="leave it out")
+    is_file = engine == "llama.cpp"
+    backend, tokenizer, ends = _open_llama_cpp(Path(model), context) if is_file else _open_model(model, fp16)
     talk = Conversation(backend, tokenizer, Sampling(temperature, top_p, tokens), system=system, ends=ends, seed=seed)
     while message := _read_message():
         start = time.monotonic()
@@ -55,20 +61,21 @@ def chat(
         console.print(f"{num_tokens} tokens, {rate:.1f} tokens/s; {talk.num_tokens} in the state{again}", style="dim")
 
 
-def _open_model(name: str) -> tuple[Any, Any, list[int]]:
+def _open_model(name: str, fp16: bool) -> tuple[Any, Any, list[int]]:
     """Load a model: engine, tokenizer, end tokens."""
     # late, for a fast --help
     import torch
 
     from limbeck.models.conversation import StudentEngine, list_end_tokens
     from limbeck.models.loading import load_model_and_tokenizer, resolve_teacher
+    from limbeck.models.quantization import pack_float16
 
     folder = Path(name) / "student"
     is_run = folder.is_dir()
     model, tokenizer = load_model_and_tokenizer(
         str(folder) if is_run else resolve_teacher(name), require_student=is_run
     )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    model = pack_float16(model) if fp16 else model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return StudentEngine(model), tokenizer, list_end_tokens(model)
 
 

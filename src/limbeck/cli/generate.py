@@ -32,11 +32,11 @@ def generate(
     temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
     seed: Seed = 0,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Store weights in int8 on the CPU: a third of the memory.")
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Keep weights in float16 on the CPU: faster, and nearly exact.")
     ] = False,
     int8_dynamic: Annotated[
-        bool, typer.Option("--int8-dynamic", help="Also compute with int8 activations: faster, less exact.")
+        bool, typer.Option("--int8-dynamic", help="Compute in int8 on the CPU: faster still, less exact.")
     ] = False,
 ) -> None:
     """Continue a text."""
@@ -58,11 +58,13 @@ def generate(
     loaded, tokenizer = load_model_and_tokenizer(
         str(student_folder) if is_run else resolve_teacher(model), require_student=is_run
     )
-    if int8 or int8_dynamic:
-        # late: quantization needs the optional torchao
+    if fp16 and int8_dynamic:
+        raise LimbeckError("--fp16 and --int8-dynamic are given", expected="one of them")
+    if fp16 or int8_dynamic:
+        # late, for a fast --help
         from limbeck.models import quantization
 
-        loaded = quantization.quantize_int8(loaded, quantize_activations=int8_dynamic)
+        loaded = quantization.pack_float16(loaded) if fp16 else quantization.quantize_int8(loaded)
     else:
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     console.print(text, end="", style="dim")

@@ -145,6 +145,10 @@ class View:
         if phase.state in ("done", "failed"):  # it is done once more
             phase.share = phase.seconds = 0.0
         phase.state, phase.began, phase.share_before = "running", self.clock(), phase.share
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin new curves: what is recorded from here on is another loss."""
         self.loss, self.held_out, self.tokens_per_second, self.saved = Curve(), Curve(), None, None
 
     def add(self, name: str) -> None:

@@ -16,25 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from limbeck.core.config import format_validation_error, read_yaml, set_by_dotted_key
+from limbeck.core.config import Part, format_validation_error, read_yaml, set_by_dotted_key
 from limbeck.core.errors import LimbeckError, suggest_closest
+from limbeck.core.objectives import Objectives
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
 from limbeck.core.repeated_text import has_repeated_text, name_repeated_text
 from limbeck.core.storage import cache_root
 
 BUILT_IN = Path(__file__).parent / "recipes"
-
-
-class _Part(BaseModel):
-    """A part of a recipe: frozen, without unknown keys.
-
-    The string below a key describes it: in help(), the JSON schema, `limbeck recipe` and docs/reference/recipe.md.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    renamed: ClassVar[Mapping[str, str]] = {}  # old names of its keys
 
 
 def _as_text(value: Any) -> Any:
@@ -56,7 +47,7 @@ def _refuse_numbers(value: Any) -> Any:
 HeadGroupNames = Annotated[Annotated[int, Field(ge=1)] | str | list[str], BeforeValidator(_refuse_numbers)]
 
 
-class Rule(_Part):
+class Rule(Part):
     """A different mixer for some of the layers."""
 
     layers: Layers
@@ -69,7 +60,7 @@ class Rule(_Part):
     """Options of the mixer, by name."""
 
 
-class Student(_Part):
+class Student(Part):
     """Which mixer replaces attention in which layers, and how it is initialized."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["student"]
@@ -97,7 +88,7 @@ class Student(_Part):
     """Start from the teacher's q, k, v and output projections; false: from random ones."""
 
 
-class Source(_Part):
+class Source(Part):
     """One of several sources of text."""
 
     source: str
@@ -110,7 +101,7 @@ class Source(_Part):
     """Whether records are conversations; null: detected by a field `messages`."""
 
 
-class Data(_Part):
+class Data(Part):
     """The text: where it comes from and how it is cut into sequences (docs/guides/data.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["data"]
@@ -158,7 +149,7 @@ class Data(_Part):
         return self.sources or [Source(source=self.source, text_field=self.text_field, chat=self.chat)]
 
 
-class _Stage(_Part):
+class _Stage(Part):
     """Settings that all stages share."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["stage"]
@@ -226,7 +217,7 @@ class Trained(_Stage):
         return self
 
 
-class EarlyStopping(_Part):
+class EarlyStopping(Part):
     """Per-layer early stopping in stages 1 and 2: a converged layer is skipped in later steps."""
 
     patience: Annotated[int, Field(gt=0)] = 50
@@ -246,8 +237,9 @@ class Matrix(Trained):
     """Sequences per forward pass. The [T, T] matrices of one at a time take the least memory, and are the
     fastest too.
     """
-    sampled_queries: Annotated[int, Field(gt=0)] | None = None
-    """Number of queries, that is rows of each matrix, that are compared; null: all."""
+    sampled_queries: Annotated[int, Field(gt=0)] | None = 64
+    """Number of queries, that is rows of each matrix, that are compared, drawn anew for each sequence; null:
+    all."""
     layer_early_stopping: EarlyStopping | None = None
     """When a layer counts as converged and is skipped; null: every layer trains to the end."""
 
@@ -271,7 +263,7 @@ class Hidden(Trained):
     """When a layer counts as converged and is skipped; null: every layer trains to the end."""
 
 
-class Lora(_Part):
+class Lora(Part):
     """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/training.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["lora"]
@@ -314,12 +306,18 @@ class Logits(Trained):
     """Weight of τ² times the generalized Jensen-Shannon divergence (GKD, arXiv 2306.13649)."""
     top_kl: Annotated[float, Field(ge=0)] = 0.0
     """Weight of τ² KL over the teacher's `top_k` most likely tokens and all others as one."""
+    enhanced: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy on the teacher's distribution with the label's part raised by `gamma`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """The temperature τ of both distributions; `ce` is at 1."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """With jsd: the teacher's share of the mixture."""
     top_k: Annotated[int, Field(gt=0)] = 32
     """With top_kl: number of the teacher's most likely tokens."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """With enhanced: the label's part is (1 + q) ** gamma."""
+    objectives: Objectives = Objectives()
+    """Further objectives, of neighboring systems, by name (docs/guides/objectives.md)."""
     chunk_size: Annotated[int, Field(gt=0)] | None = None
     """Tokens whose logits exist at once; null: 128 on a CPU, on a GPU as many as make half a gigabyte of them."""
     cache_teacher: Literal["top-k"] | None = None
@@ -333,13 +331,21 @@ class Logits(Trained):
 
     @model_validator(mode="after")
     def _check_losses(self) -> "Logits":
-        if not any((self.ce, self.kl, self.reverse_kl, self.jsd, self.top_kl)):
-            raise ValueError("at least one of ce, kl, reverse_kl, jsd and top_kl has to be greater than 0")
-        if self.cache_teacher and (self.kl or self.reverse_kl or self.jsd or self.temperature != 1):
+        needs_all = self.kl or self.reverse_kl or self.jsd or self.enhanced  # of the teacher's logits
+        if not any((self.ce, needs_all, self.top_kl)):
+            raise ValueError("at least one of ce, kl, reverse_kl, jsd, top_kl and enhanced has to be greater than 0")
+        if self.cache_teacher and (needs_all or self.temperature != 1):
             raise ValueError(
                 "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1"
                 " (--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
             )
+        changing = [name for name in self.objectives.changes_teacher if name in self.objectives.active()]
+        if changing and not (needs_all or self.top_kl):
+            listeners = "kl, reverse_kl, jsd, top_kl and enhanced"
+            raise ValueError(f"{changing[0]} changes what the teacher says, so one of {listeners} has to be above 0")
+        if self.objectives.active() and (self.cache_teacher or self.sharding == "full"):
+            other = "cache_teacher, which runs no teacher" if self.cache_teacher else "sharding: full"
+            raise ValueError(f"objectives need whole passes of both models, so they cannot be combined with {other}")
         return self
 
     @model_validator(mode="before")
@@ -372,7 +378,7 @@ StageRecipe = Annotated[Calibrate | Matrix | Hidden | Logits, Field(discriminato
 STAGES: dict[str, type[_Stage]] = {"calibrate": Calibrate, "matrix": Matrix, "hidden": Hidden, "logits": Logits}
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """Evaluation on held-out text at the end of a run."""
 
     tokens: Annotated[int, Field(gt=0)] = 8192
@@ -399,7 +405,7 @@ def is_stored(path: Path) -> bool:
     return path.name in ("recipe.yaml", "study.yaml") and any((path.parent / name).exists() for name in siblings)
 
 
-class Document(_Part):
+class Document(Part):
     """A recipe as a YAML file: of a run (`Recipe`), or of a small teacher (`TeacherRecipe`)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["recipe"]

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from limbeck.core.errors import LimbeckError
 from limbeck.data.special_tokens import encode_prompt, run_tokenizer
+from limbeck.models.backbone import LMHead
+from limbeck.models.cache import build_cache_kwargs, get_output_cache
 from limbeck.models.export.llama_cpp import LlamaCpp
 
 
@@ -36,14 +38,16 @@ class StudentEngine:
     """A model of transformers, with its cache."""
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self.backbone, self.head = model, model.get_decoder(), LMHead(model)
         self.cache: Any = None
 
     def read(self, ids: list[int]) -> Tensor:
+        tokens = torch.tensor([ids], device=self.model.device)
         with torch.no_grad():
-            out = self.model(torch.tensor([ids], device=self.model.device), past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
-        return out.logits[0, -1]
+            # the head on the last token alone: on a long message it would cost a third of the pass
+            out = self.backbone(input_ids=tokens, **build_cache_kwargs(self.backbone, self.cache))
+            self.cache = get_output_cache(out)
+            return self.head(out.last_hidden_state[0, -1:])[0]
 
     def reset(self) -> None:
         self.cache = None

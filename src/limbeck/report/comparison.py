@@ -95,7 +95,7 @@ def _list_remarks(measurements: list[Measurement]) -> list[str]:
     lines = [*find_text_mismatches(measurements), *describe_windows(measurements)]
     at_chance = {one.measure: _find_at_chance(measurements, one.measure) for one in measurements}
     return lines + [
-        f"{measure}: the teacher is at chance on {', '.join(tasks)}: they are in no mean"
+        f"{measure}: the teacher is at chance on {'; '.join(tasks)}: they are in no mean"
         for measure, tasks in at_chance.items()
         if tasks
     ]

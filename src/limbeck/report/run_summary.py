@@ -217,7 +217,7 @@ def next_commands(result: dict[str, Any]) -> list[str]:
     evaluate = f"limbeck eval {run} --measure {measures} --tokens {tokens}"
     if result.get("exports"):
         hand_on = f"limbeck export {run} --to {result['exports'][0]}"
-    elif is_local_path(result["teacher"]):  # whose license nobody has told
+    elif is_local_path(result["teacher"]) or Path(result["teacher"]).is_dir():  # whose license nobody has told
         hand_on = f"limbeck report {run}"
     else:
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(result["run"]).name).strip("-")

@@ -108,7 +108,7 @@ def describe_task(task: StudyTask) -> str:
     """Name a task for the live view."""
     if task.kind == "alone":
         return task.arms[0]
-    return f"shared stages of {len(task.arms)} runs"
+    return f"{len(task.arms)} at once: {', '.join(task.arms)}"
 
 
 FAILURES_FILE = "failures.json"

@@ -50,6 +50,7 @@ def train_jointly(trainers: list[Trainer]) -> list[dict[str, Any] | Exception]:
         steps_left = sum(max(trainer.steps - trainer.step, 0) for trainer in trainers)
         teacher_seconds = _teacher_seconds_per_step(first) if steps_left else 0.0
         saved_at = time.monotonic()
+        current().clear()
         with progress(f"{first.name}, {len(trainers)} students", steps_left, "steps") as advance:
             while running := [i for i, one in enumerate(trainers) if i not in errors and not one.is_done]:
                 step = min(trainers[i].step for i in running)

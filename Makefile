@@ -2,7 +2,8 @@
 # make test          the fast tests                  make test-full     all of them
 # make test-oldest   the core tests with the oldest transformers that pyproject.toml allows
 # make test-triton   flash-linear-attention's kernels beside ours, on a CPU in Triton's interpreter
-# make lint          ruff, codespell, mypy           make docs          tests of the documents; the site, in site/
+# make lint          ruff, codespell, mypy           make docs          tests of the documents, and make site
+# make site          the documents as a site, in site/
 # make reference     the parts of docs/reference that come from the code
 # PYTHON=python3.12 picks another interpreter; PIP_ARGS=... goes to every pip install.
 
@@ -17,7 +18,7 @@ TRITON := triton==3.9.0
 DOCUMENTS := tests/docs/test_links.py tests/docs/test_tables.py tests/docs/test_documents.py tests/docs/test_site.py
 CORE := tests/models/test_student.py tests/models/test_saving.py tests/mixers/test_hybrids.py tests/mixers/test_contract.py
 
-.PHONY: setup demo test test-full test-oldest test-triton docs reference lint assets clean
+.PHONY: setup demo test test-full test-oldest test-triton docs site reference lint assets clean
 
 setup: $(DONE)
 
@@ -44,10 +45,13 @@ test: setup
 test-full: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full
 
-docs: .venv/.installed-docs
+docs: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full $(DOCUMENTS)
+	@$(MAKE) --no-print-directory site
+
+site: .venv/.installed-docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "docs: site/index.html; to write with a preview: $(BIN)/mkdocs serve"
+	@echo "site: open site/index.html; for search and a preview while you write: $(BIN)/mkdocs serve"
 
 .venv/.installed-docs: $(DONE)
 	@echo "setup: what builds the site (half a minute)"

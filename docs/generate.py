@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 PAGES = Path(__file__).parent / "reference"
 KINDS = {"int": "number", "float": "number", "path": "path", "list": "text", "str": "text", "text": "text"}
@@ -55,6 +56,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def render_recipe() -> str:
     """Render the keys of a recipe, part by part."""
+    from limbeck.core import objectives
     from limbeck.core import recipe as recipes
 
     stage, trained = recipes.Logits.__mro__[2], recipes.Trained
@@ -69,6 +71,8 @@ def render_recipe() -> str:
         *((f"Stage {name}", cls, own_keys(cls)) for name, cls in recipes.STAGES.items()),
         ("layer_early_stopping", recipes.EarlyStopping, None),
         ("lora", recipes.Lora, None),
+        ("objectives", objectives.Objectives, None),
+        *((f"objectives.{key}", find_part(field), None) for key, field in objectives.Objectives.model_fields.items()),
         ("evaluation", recipes.Evaluation, None),
         ("A small teacher", recipes.TeacherRecipe, None),
     ]
@@ -102,16 +106,33 @@ def render_parts(parts: list[tuple[str, type[BaseModel], list[str] | None]]) -> 
         rows = [
             [
                 f"`{key}`",
-                " ".join((field.description or "").split()),
+                describe(field),
                 name_type(schema[key], sections),
                 show_default(field.is_required(), field.get_default(call_default_factory=True)),
             ]
             for key, field in sorted(cls.model_fields.items(), key=lambda item: item[0] not in ("name", "stage"))
             if keys is None or key in keys
         ]
-        about = re.sub(r"docs/(\w+)/(\w+)\.md", r"[\2](../\1/\2.md)", (cls.__doc__ or "").split("\n\n")[0])
+        about = link_pages((cls.__doc__ or "").split("\n\n")[0])
         rendered.append(f"### {heading}\n\n{about}\n\n" + table(["key", "meaning", "type", "default"], rows))
     return "\n\n".join(rendered)
+
+
+def describe(field: FieldInfo) -> str:
+    """Return the string below a key, or what its part says of itself."""
+    about = field.description or getattr(find_part(field), "__doc__", None) or ""
+    return link_pages(" ".join(about.split("\n\n")[0].split()))
+
+
+def find_part(field: FieldInfo) -> Any:
+    """Return the pydantic model that a field holds; None for plain values."""
+    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+
+
+def link_pages(text: str) -> str:
+    """Turn the path of a page into a link to it."""
+    return re.sub(r"docs/(\w+)/(\w+)\.md", r"[\2](../\1/\2.md)", text)
 
 
 def name_type(schema: dict[str, Any], sections: dict[str, str]) -> str:

@@ -67,7 +67,7 @@ class Grid(_StrictModel):
     teachers: Annotated[list[str], Field(min_length=1)] | None = None  # None: that of `base`
     tokens: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] | None = None  # over all stages
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
-    # further arms: built-in recipes with their own students, texts and stages, with the tokens of the other arms
+    # further arms: recipes, built-in or YAML files, with their own students, texts and stages; tokens as in other arms
     recipes: list[str] = []
     # further axes: name -> value's name -> keys of the recipe; a stage is named, not numbered (stages.hidden.lr)
     settings: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = {}
@@ -199,13 +199,13 @@ class Study(_StrictModel):
         return _drop_duplicates(list(by_name.values()))
 
     def _build_recipe_arm(self, name: str, teacher: str | None, tokens: int | None, seed: int, folder: Path) -> "Arm":
-        """Build the arm of a built-in recipe: teacher, evaluation and the sum of tokens are those of the other arms."""
+        """Build the arm of a recipe: teacher, evaluation and the sum of tokens are those of the other arms."""
         raw = Recipe.load(name).model_dump(mode="json")
         others = self._build_raw_recipe(expand_students(self.grid.students)[0], self.grid.stages[0], teacher, tokens)
         scale_token_budgets(raw["stages"], sum(stage["tokens"] for stage in others["stages"]))
         raw |= {key: others[key] for key in ("teacher", "evaluation", "trackers") if key in others}
         student = raw["student"]
-        axes = {"student": name, "stages": _format_stage_numbers(raw["stages"])}
+        axes = {"student": Path(name).stem, "stages": _format_stage_numbers(raw["stages"])}
         axes |= {key: student[key] for key in ("copy_projections", "layers", "softmax_layers")}
         axes |= {"teacher": raw["teacher"], "tokens": tokens, "seed": seed}
         arm_name = _format_arm_name(axes, {}, teacher)

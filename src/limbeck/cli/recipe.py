@@ -1,10 +1,6 @@
 """limbeck recipe: print a recipe or a study as a file to start your own from."""
 
-import ast
-import inspect
-import io
 import textwrap
-import tokenize
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -45,7 +41,7 @@ def recipe(
 
 
 def render_with_comments(settings: Any, indent: str = "") -> Iterator[str]:
-    """Write settings as lines of YAML, each key with the comment that its field has in the code.
+    """Write settings as lines of YAML, each key with the description of its field as a comment.
 
     Args:
         settings: a pydantic model.
@@ -54,9 +50,9 @@ def render_with_comments(settings: Any, indent: str = "") -> Iterator[str]:
     import yaml
     from pydantic import BaseModel
 
-    comments = _read_field_comments(type(settings))
-    for key in sorted(type(settings).model_fields, key=lambda key: key not in ("name", "stage")):
-        value, comment = getattr(settings, key), comments.get(key, "")
+    fields = type(settings).model_fields
+    for key in sorted(fields, key=lambda key: key not in ("name", "stage")):
+        value, comment = getattr(settings, key), " ".join((fields[key].description or "").split())
         nested: list[str] = []
         if isinstance(value, BaseModel):
             nested, text = list(render_with_comments(value, indent + "  ")), f"{indent}{key}:"
@@ -77,27 +73,3 @@ def render_with_comments(settings: Any, indent: str = "") -> Iterator[str]:
             yield from (f"{indent}# {line}" for line in textwrap.wrap(comment, LINE_WIDTH - len(indent) - 2))
             yield text
         yield from nested
-
-
-def _read_field_comments(kind: type) -> dict[str, str]:
-    """Read the comment of each field, behind it or right above it, from the code of a class and its bases."""
-    result: dict[str, str] = {}
-    for cls in reversed(kind.__mro__):
-        if not cls.__module__.startswith("limbeck."):
-            continue
-        source = textwrap.dedent(inspect.getsource(cls))
-        comments, whole_line = {}, set()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                comments[token.start[0]] = token.string.lstrip("# ")
-                if not token.line[: token.start[1]].strip():
-                    whole_line.add(token.start[0])
-        (tree,) = ast.parse(source).body
-        for node in getattr(tree, "body", []):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                above = node.lineno
-                while above - 1 in whole_line:
-                    above -= 1
-                lines = [comments[i] for i in range(above, (node.end_lineno or node.lineno) + 1) if i in comments]
-                result[node.target.id] = " ".join(lines).replace("None", "null")  # as YAML calls it
-    return result

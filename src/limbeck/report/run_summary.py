@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.core.console import format_bytes, format_duration
-from limbeck.evaluation.baselines import describe_against_window
+from limbeck.evaluation.baselines import describe_against_window, find_repeat_losses
 from limbeck.models import format_ranges
 from limbeck.report.privacy import is_local_path
 from limbeck.report.teacher_info import get_teacher_name
@@ -185,6 +185,7 @@ def describe_window(result: dict[str, Any]) -> str:
         window["sinks"],
         same_memory=window["state_bytes"] <= window["student_state_bytes"],
         text=text,
+        repeat=find_repeat_losses(section, section, "student_", "window_"),
     )
 
 

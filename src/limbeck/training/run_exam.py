@@ -38,7 +38,7 @@ from limbeck.evaluation.exam import (
     load_exam_documents,
     run_exam,
 )
-from limbeck.evaluation.free_running import compute_distinct_bigrams, greedy_decode
+from limbeck.evaluation.free_running import compute_distinct_bigrams, decode
 from limbeck.evaluation.long_text import get_context_length
 from limbeck.models.fingerprint import canonical_json
 from limbeck.models.packed import force_attention_masks
@@ -178,7 +178,7 @@ def _examine(job: Job, model: PreTrainedModel, documents: ExamDocuments, length:
         values, errors = result.summarize()
         if job.recipe.evaluation.prompt:
             prompt = torch.tensor([encode_prompt(job.tokenizer, job.recipe.evaluation.prompt)], device=model.device)
-            values["distinct_bigrams"] = compute_distinct_bigrams(greedy_decode(model, prompt, BIGRAM_TOKENS))
+            values["distinct_bigrams"] = compute_distinct_bigrams(decode(model, prompt, BIGRAM_TOKENS))
     return {
         "values": values,
         "errors": errors,

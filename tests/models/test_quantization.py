@@ -163,7 +163,7 @@ def test_quantised_weights_make_no_student(bitsandbytes, teacher_folder, tmp_pat
 
 
 def test_without_bitsandbytes_the_extra_is_named(recipe, monkeypatch):
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     made = recipe()
     with pytest.raises(LimbeckError, match=r"limbeck\[quantised\]"):
         pipeline.distill(made)
@@ -222,7 +222,7 @@ def test_int8_is_not_saved_and_not_made_of_few_bits(torchao, bitsandbytes, teach
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(LimbeckError, match=r"limbeck\[quantised\]"):
         quantization.quantize_int8(make_tiny_model("llama"))
 

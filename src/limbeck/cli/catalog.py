@@ -19,8 +19,8 @@ SHAPE = {"hidden": 576, "heads": 9, "kv_heads": 3, "key_width": 64, "value_width
 
 @cache
 def read_catalog() -> dict[str, Any]:
-    """Read the stored catalog; see `build_catalog`."""
-    return json.loads(CATALOG.read_text(encoding="utf-8"))
+    """Read the stored catalog, or build it where there is none; see `build_catalog`."""
+    return json.loads(CATALOG.read_text(encoding="utf-8") if CATALOG.is_file() else render_catalog())
 
 
 def has_other_mixers() -> bool:

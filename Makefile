@@ -1,5 +1,6 @@
 # make demo          sets everything up and distills a first student (RECIPE=smoke for a short one)
 # make test          the fast tests                  make test-full     all of them
+# make test-wheel    the wheel as users install it: an environment of its own, core dependencies alone, each verb tried
 # make test-oldest   the core tests with the oldest transformers that pyproject.toml allows
 # make test-triton   flash-linear-attention's kernels beside ours, on a CPU in Triton's interpreter
 # make lint          ruff, codespell, mypy           make docs          tests of the documents, and make site
@@ -18,7 +19,7 @@ TRITON := triton==3.9.0
 DOCUMENTS := tests/docs/test_links.py tests/docs/test_tables.py tests/docs/test_documents.py tests/docs/test_site.py
 CORE := tests/models/test_student.py tests/models/test_saving.py tests/mixers/test_hybrids.py tests/mixers/test_contract.py
 
-.PHONY: setup demo test test-full test-oldest test-triton docs site reference lint assets clean
+.PHONY: setup demo test test-full test-oldest test-triton test-wheel docs site reference lint assets clean
 
 setup: $(DONE)
 
@@ -75,6 +76,9 @@ test-oldest: .venv/oldest/.installed
 
 test-triton: .venv/triton/.installed
 	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full tests/ops/test_triton.py
+
+test-wheel:
+	@$(PYTHON) tests/check_wheel.py --pip-args="$(PIP_ARGS)"
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -158,7 +158,7 @@ def test_quantised_weights_make_no_student(bitsandbytes, teacher_folder, tmp_pat
 
 
 def test_without_bitsandbytes_the_extra_is_named(recipe, monkeypatch):
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     made = recipe()
     with pytest.raises(LimbeckError, match=r"limbeck\[quantised\]"):
         pipeline.distill(made)

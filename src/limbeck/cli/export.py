@@ -1,35 +1,38 @@
 """limbeck export: write a student in the format of another engine, and compare the two."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from limbeck.cli import app
-from limbeck.cli.options import examples
+from limbeck.cli.completion import EXPORT_FORMATS, complete_choices
+from limbeck.cli.options import Json, Plan, Quiet
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console, output
 
 if TYPE_CHECKING:
     from limbeck.models.export import Exporter, ExportPlan, Verification
 
 
-@app.command(
-    epilog=examples(
-        "limbeck export runs/rwkv7_gguf --to gguf --quantization q8_0",
-        "limbeck export runs/qwen3_5 --to qwen3_5 --out exports/student",
-        "limbeck export runs/quickstart --to onnx --plan",
-    )
+@verb(
+    "limbeck export runs/rwkv7_gguf --to gguf --quantization q8_0",
+    "limbeck export runs/qwen3_5 --to qwen3_5 --out exports/student",
+    "limbeck export runs/quickstart --to onnx --plan",
 )
 def export(
     student: Annotated[Path, typer.Argument(help="A run directory, or a student's folder.")],
-    to: Annotated[str, typer.Option(help="The format: gguf, qwen3_5 or onnx.")],
+    to: Annotated[
+        str, typer.Option(help="The format: gguf, qwen3_5 or onnx.", autocompletion=complete_choices(EXPORT_FORMATS))
+    ],
     quantization: Annotated[
         str | None, typer.Option(help="The precision of the weights; for gguf f16, q8_0 or f32.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder to write; by default export/ in the run directory.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what would be written, then exit.")] = False,
+    plan: Plan = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     verify: Annotated[
         bool | None,
@@ -39,8 +42,13 @@ def export(
             show_default=False,
         ),
     ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a student for llama.cpp, transformers or onnxruntime: exactly the same model, or the reasons why not."""
+    """Write a student for llama.cpp, transformers or onnxruntime.
+
+    What is written is exactly the same model; otherwise it is refused, with the reasons.
+    """
     # late, for a fast --help
     from limbeck.models import export as exports
     from limbeck.models.loading import load_model_and_tokenizer
@@ -53,14 +61,27 @@ def export(
         exports.check_free(folder, force=force)
     loaded, tokenizer = load_model_and_tokenizer(str(source), require_student=True)
     quantization = exports.check_exportable(exporter, loaded, tokenizer, quantization)
-    print_export_plan(exporter, exporter.plan(loaded, tokenizer, quantization), folder)
+    planned = exporter.plan(loaded, tokenizer, quantization)
+    document = {"format": exporter.name, "engine": exporter.engine, "folder": folder, **dataclasses.asdict(planned)}
+    if not as_json:
+        print_export_plan(exporter, planned, folder)
     if plan:
+        if as_json:
+            print_json(document)
         return
     exports.write_export(exporter, loaded, tokenizer, folder, quantization, force=force)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     console.print(f"written to {folder}/: {', '.join(str(path.relative_to(folder)) for path in files)}", style="dim")
+    result = None
     if verify is not False:
-        _verify(exporter, loaded, tokenizer, folder, required=bool(verify))
+        result = _verify(exporter, loaded, tokenizer, folder, required=bool(verify))
+    if as_json:
+        written = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+        print_json({**document, "files": written, "verification": result})
+    elif result is not None:
+        output.print(format_verification(result))
+    if result is not None and not result.passed:
+        raise typer.Exit(1)
 
 
 def print_export_plan(exporter: "Exporter", plan: "ExportPlan", folder: Path) -> None:
@@ -72,8 +93,10 @@ def print_export_plan(exporter: "Exporter", plan: "ExportPlan", folder: Path) ->
         output.print(f"  {note}", soft_wrap=True)
 
 
-def _verify(exporter: "Exporter", student: Any, tokenizer: Any, folder: Path, *, required: bool) -> None:
-    """Compare with the engine and keep the result; exits with code 1 if the difference is above the bound."""
+def _verify(
+    exporter: "Exporter", student: Any, tokenizer: Any, folder: Path, *, required: bool
+) -> "Verification | None":
+    """Compare with the engine and keep the result; None, and a note, where the engine is not installed."""
     # late, for a fast --help
     from limbeck.models.export import EngineMissingError, save_verification
 
@@ -83,12 +106,9 @@ def _verify(exporter: "Exporter", student: Any, tokenizer: Any, folder: Path, *,
         if required:
             raise
         console.print(f"not verified: {error.found}; {error.hint}")
-        return
-    path = save_verification(folder, result)
-    output.print(format_verification(result))
-    console.print(f"kept in {path}", style="dim")
-    if not result.passed:
-        raise typer.Exit(1)
+        return None
+    console.print(f"kept in {save_verification(folder, result)}", style="dim")
+    return result
 
 
 def format_verification(result: "Verification") -> str:

@@ -25,6 +25,7 @@ from limbeck.core.config import (
     read_yaml,
     set_by_dotted_key,
 )
+from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.core.objectives import Objectives
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
@@ -40,6 +41,17 @@ def _as_text(value: Any) -> Any:
 
 
 Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
+
+
+def _read_count(value: Any) -> Any:
+    """Read a count of tokens as people write it, 20M; leave any other text to be refused with its key's name."""
+    try:
+        return parse_count(value)
+    except LimbeckError:
+        return value
+
+
+Count = Annotated[int, BeforeValidator(_read_count)]
 
 
 def _refuse_numbers(value: Any) -> Any:
@@ -119,11 +131,11 @@ class Data(Part):
     """The field of a record that holds the text."""
     chat: bool | None = None
     """Records are conversations and only answers are targets; null: detected by a field `messages`."""
-    seq_len: Annotated[int, Field(ge=16)] = 512
+    seq_len: Annotated[Count, Field(ge=16)] = 512
     """Tokens in a sequence."""
     held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """Share of the documents reserved for evaluation."""
-    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    max_tokens: Annotated[Count, Field(gt=0)] | None = None
     """Tokenize at most so many tokens of each source; null: all."""
     documents: Literal["packed", "whole"] = "packed"
     """`packed`: documents fill the sequences one after the other; `whole`: each sequence is the beginning of one
@@ -159,9 +171,9 @@ class _Stage(Part):
     """Settings that all stages share."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["stage"]
-    tokens: Annotated[int, Field(gt=0)]
+    tokens: Annotated[Count, Field(gt=0)]
     """Tokens that the stage reads; a text that is shorter is read again."""
-    seq_len: Annotated[int, Field(ge=16)] | None = None
+    seq_len: Annotated[Count, Field(ge=16)] | None = None
     """Tokens in a sequence; null: as in the recipe's `data`."""
     data: Data | None = None
     """A text for this stage alone; null: the recipe's."""
@@ -389,7 +401,7 @@ STAGES: dict[str, type[_Stage]] = {"calibrate": Calibrate, "matrix": Matrix, "hi
 class Evaluation(Part):
     """Evaluation on held-out text at the end of a run."""
 
-    tokens: Annotated[int, Field(gt=0)] = 8192
+    tokens: Annotated[Count, Field(gt=0)] = 8192
     """Held-out tokens on which student and teacher are compared."""
     prompt: str | None = "The history of science is"
     """Text that teacher and student continue; null: none."""
@@ -397,7 +409,7 @@ class Evaluation(Part):
     """Tokens of that continuation."""
     exam_documents: Annotated[int, Field(ge=0)] = 4
     """The exam: so many of the longest documents of a text, each alone in its sequence; 0: none."""
-    exam_tokens: Annotated[int, Field(ge=16)] | None = None
+    exam_tokens: Annotated[Count, Field(ge=16)] | None = None
     """Tokens of each; null: 2,048 or the teacher's context, and no exam for a teacher with less than 512."""
     exam_text: str = "embedded:held-out-wikipedia"
     """The exam's text, a source as in `data.source`."""

@@ -429,6 +429,19 @@ def resolve_teacher(name: str) -> str:
     return name
 
 
+def resolve_model(name: str) -> tuple[str, bool]:
+    """Return what to load for a model given as a run directory, a folder, "embedded" or a name.
+
+    Returns:
+        What to pass to `from_pretrained`, and whether it is the student of a run.
+
+    Raises:
+        LimbeckError: see `resolve_teacher`.
+    """
+    folder = Path(name).expanduser() / "student"
+    return (str(folder), True) if folder.is_dir() else (resolve_teacher(name), False)
+
+
 def _own_teacher_folder(name: str) -> Path:
     """Return the folder of a teacher that Limbeck trains itself; it is trained first if it is not in the cache."""
     if (make := get_teacher_maker()) is not None:

@@ -8,7 +8,6 @@ docs/guides/training.md and docs/guides/generation.md lead to measurements of bo
 """
 
 import copy
-import importlib.util
 import logging
 import warnings
 from typing import Any, NoReturn
@@ -18,8 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from limbeck.core.errors import LimbeckError
-
-EXTRA = "pip install 'limbeck[quantised]'"
+from limbeck.core.extras import require
 
 
 def build_teacher_kwargs(bits: int | None, device: torch.device) -> dict[str, Any]:
@@ -30,8 +28,8 @@ def build_teacher_kwargs(bits: int | None, device: torch.device) -> dict[str, An
     """
     if bits is None:
         return {}
-    _require_library("bitsandbytes", "a quantized teacher")
-    _require_library("accelerate", "a quantized teacher")
+    require("bitsandbytes", "a quantized teacher", extra="quantised")
+    require("accelerate", "a quantized teacher", extra="quantised")
     # bitsandbytes warns at every product that it casts to float16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if bits == 8:
@@ -236,8 +234,3 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
         "a student with packed weights cannot be saved: transformers could not load it again",
         expected="the float student saved, and pack_float16 or quantize_int8 after loading it",
     )
-
-
-def _require_library(library: str, what: str) -> None:
-    if importlib.util.find_spec(library) is None:
-        raise LimbeckError(f"{what} needs the library {library}", hint=EXTRA)

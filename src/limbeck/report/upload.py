@@ -89,7 +89,7 @@ def _offline_error() -> LimbeckError:
     return LimbeckError(
         "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) disables the Hub",
         expected="both unset",
-        hint="env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE limbeck push ...; --dry-run works offline",
+        hint="env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE limbeck push ...; --plan works offline",
     )
 
 
@@ -122,7 +122,7 @@ def _convert_error(error: BaseException, endpoint: str, repo_id: str) -> Limbeck
             return LimbeckError(
                 f"cannot reach {endpoint}: {_shorten(cause)}",
                 expected="a network connection to the Hub",
-                hint="run the same command later, or --dry-run, which needs no network",
+                hint="run the same command later, or --plan, which needs no network",
             )
     return LimbeckError(
         f"the upload to {repo_id} failed: {_shorten(chain[-1])}",

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import require
 
 ArmResult = dict[str, Any]
 Metric = Callable[[ArmResult], float | None]
@@ -356,10 +356,8 @@ def _t_test_p(values: list[float], null: float) -> float:
 
 
 def _import_scipy_stats() -> Any:
-    try:  # an optional dependency, of the extra `study`
-        from scipy import stats
-    except ImportError as error:
-        raise LimbeckError(
-            "claims are tested with scipy, which is not installed", hint="pip install 'limbeck[study]'"
-        ) from error
+    require("scipy", "tests of claims")
+    # late: an optional dependency
+    from scipy import stats
+
     return stats

@@ -207,11 +207,17 @@ def next_commands(result: dict[str, Any]) -> list[str]:
     again = f"limbeck distill {recipe} --student {other} --out {shlex.quote(f'{run}-{other}')}"
     if result.get("softmax_heads"):  # its stages suit students that start as a window
         again = f"limbeck distill {recipe} --tokens 500000 --out {shlex.quote(f'{run}-longer')}"
-    return [
+    commands = [
         f"limbeck generate {shlex.quote(run)} 'Once upon a time'",
         f"limbeck eval {shlex.quote(run)} --tokens 50000",
         again,
     ]
+    if result.get("fits_gguf"):  # not in results of earlier versions
+        commands += [
+            f"limbeck export {shlex.quote(run)} --to gguf --quantization q8_0",
+            f"limbeck chat {shlex.quote(run)} --engine llama.cpp",
+        ]
+    return commands
 
 
 def _capitalize(text: str) -> str:

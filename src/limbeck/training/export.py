@@ -17,6 +17,7 @@ from limbeck.core.system import get_peak_memory
 from limbeck.evaluation.timing import measure_cache_sizes
 from limbeck.models import group_layers_by_mixer
 from limbeck.models.conversion import count_student_parameters
+from limbeck.models.export import get_exporter
 from limbeck.models.generation import generate_continuation
 from limbeck.models.head_groups import describe_softmax_heads
 from limbeck.models.loading import check_export
@@ -125,6 +126,7 @@ def evaluate_run(
         "mixer": recipe.student.mixer,
         "mixers": group_layers_by_mixer(student.config.limbeck, job.num_layers),
         "softmax_heads": describe_softmax_heads(student.config.limbeck),
+        "fits_gguf": not get_exporter("gguf").check(student, job.tokenizer),
         "layers": f"{len(job.sites)} of {job.num_layers}",
         "text": recipe.data.source,
         "held_out": evaluate_held_out(job, student, window, tokens),

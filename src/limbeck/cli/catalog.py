@@ -45,7 +45,7 @@ def build_catalog() -> dict[str, Any]:
     from limbeck.evaluation import measure
 
     measures = map(measure.get_measure, measure.MEASURE_MODULES)
-    own = [name for name in mixers.list_mixers() if mixers.get_origin(name) is None]
+    own = [name for name in mixers.list_mixers() if mixers.registry.get_origin(name) is None]
     return {
         "presets": list(mixers.PRESETS),
         "mixer_sets": {name: [one for one in names if one in own] for name, names in mixers.list_mixer_sets().items()},

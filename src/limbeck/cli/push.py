@@ -26,6 +26,12 @@ def push(
     teacher: Annotated[
         str | None, typer.Option(help="The teacher's Hub name, if the run has a local folder or there is no run.")
     ] = None,
+    exports: Annotated[
+        bool,
+        typer.Option(
+            "--exports/--no-exports", help="Send along what `limbeck export` wrote of this student.", show_default=True
+        ),
+    ] = True,
     endpoint: Annotated[str | None, typer.Option(help="The URL of a Hub other than huggingface.co.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Upload without asking for confirmation.")] = False,
     quiet: Quiet = False,
@@ -49,7 +55,7 @@ def push(
             )
         upload.check_hub_access()
         name = upload.get_full_repo_name(repo, endpoint)
-    planned = upload_plan.plan_upload(folder, name, private=private, license=license, teacher=teacher)
+    planned = upload_plan.plan_upload(folder, name, private=private, license=license, teacher=teacher, exports=exports)
     print_upload_plan(planned)
     if plan:
         print_card(planned.model_card)
@@ -71,8 +77,12 @@ def print_upload_plan(plan: Any) -> None:
         line = f"{item.size:>{width},}  {'LFS' if item.is_lfs else 'git':7}  {item.sha256}  {item.path_in_repo}"
         output.print(line, soft_wrap=True)
     output.print(f"{len(plan.files)} files, {plan.size:,} bytes")
+    if plan.exports_size:
+        output.print(f"of which {plan.exports_size:,} bytes are exports; --no-exports leaves them out", soft_wrap=True)
     if plan.skipped_files:
         output.print(f"not uploaded: {', '.join(plan.skipped_files)}")
+    for name, problem in plan.skipped_exports.items():
+        output.print(f"not uploaded: {name} {problem}", soft_wrap=True)
 
 
 def print_card(card: str) -> None:

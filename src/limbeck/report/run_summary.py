@@ -250,11 +250,13 @@ def next_commands(result: dict[str, Any]) -> list[str]:
     evaluate = f"limbeck eval {run} --measure {measures} --tokens {tokens}"
     if result.get("exports"):
         hand_on = f"limbeck export {run} --to {result['exports'][0]}"
+        if result["exports"][0] == "gguf":
+            hand_on += f" --quantization q8_0 && limbeck chat {run} --engine llama.cpp"
     elif is_local_path(result["teacher"]) or Path(result["teacher"]).is_dir():  # whose license nobody has told
         hand_on = f"limbeck report {run}"
     else:
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(result["run"]).name).strip("-")
-        hand_on = f"limbeck push {run} your-name/{name or 'student'} --dry-run"
+        hand_on = f"limbeck push {run} your-name/{name or 'student'} --plan"
     return [talk, evaluate, hand_on]
 
 

@@ -135,7 +135,8 @@ def test_help_opens_with_an_example():
 
 @pytest.mark.parametrize("name", ["Recipe", "convert", "distill", "evaluate", "load"])
 def test_the_examples_of_the_docstrings_run(name, place):
-    names = {"limbeck": limbeck, "documents": DOCUMENTS, "AutoModelForCausalLM": AutoModelForCausalLM}
+    documents = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))]
+    names = {"limbeck": limbeck, "documents": documents, "AutoModelForCausalLM": AutoModelForCausalLM}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     (example,) = doctest.DocTestFinder(recurse=False).find(getattr(limbeck, name), name, globs=names)
     assert example.examples

@@ -36,7 +36,7 @@ def generate(
         bool, typer.Option("--fp16", help="Keep weights in float16 on the CPU: faster, and nearly exact.")
     ] = False,
     int8_dynamic: Annotated[
-        bool, typer.Option("--int8-dynamic", help="Compute in int8 on the CPU: faster still, less exact.")
+        bool, typer.Option("--int8-dynamic", help="Compute in int8 on the CPU: smaller, and much less exact.")
     ] = False,
 ) -> None:
     """Continue a text."""

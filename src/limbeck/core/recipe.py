@@ -513,7 +513,8 @@ class Recipe(Document):
         ...     stages=[{"stage": "calibrate", "tokens": 65_536}, {"stage": "logits", "tokens": 1_000_000}],
         ... )
         >>> print(recipe.to_yaml())  # the whole recipe, defaults included
-        name: custom
+        data:
+          source: corpus.jsonl
         ...
     """
 

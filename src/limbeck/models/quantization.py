@@ -157,10 +157,10 @@ class Float16Linear(nn.Module):
 def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:
     """Copy a model for decoding on a CPU, with weights and inputs of the backbone's linear layers in int8.
 
-    Faster than float16 and less exact: an input has one scale per call, and rare large entries use up the range of all
-    others. Layers whose input is wider than the model (an MLP's last) stay in float, because their inputs have most of
-    these entries. So do embeddings, norms, head and the mixers' own parameters (gates, decays, feature maps): the
-    mixers' are few, and an error in a decay is raised to the power of the length.
+    Smaller than float16 and much less exact: an input has one scale per call, and rare large entries use up the range
+    of all others. Layers whose input is wider than the model (an MLP's last) stay in float, because their inputs have
+    most of these entries. So do embeddings, norms, head and the mixers' own parameters (gates, decays, feature maps):
+    the mixers' are few, and an error in a decay is raised to the power of the length.
 
     Args:
         model: in float32, on a CPU; students and teachers.

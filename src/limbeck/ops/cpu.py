@@ -126,9 +126,8 @@ class _RunChunks(torch.autograd.Function):
             outputs: Any = block.cut_values(o)
             us: Any = [None] * whole.count
             if updates is not None:
-                us = (
-                    block.cut_values(updates) if keeps else [block.cut(updates)[0][:, :, : x.shape[2]] for x in block.q]
-                )
+                one = block.cut(updates)[0]
+                us = block.cut_values(updates) if keeps else [one[:, :, : x.shape[2]] for x in block.q]
             for n in range(whole.count):
                 x = block.chunk(n)
                 before, into = (block.state(states[i % slots]) for i in (n, n + 1))

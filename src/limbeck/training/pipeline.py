@@ -64,7 +64,8 @@ def distill(
     The options are those of the command line. A hint in an error, `--set KEY=VALUE`, is `overrides={KEY: VALUE}` here.
 
     Example:
-        >>> summary = limbeck.distill("quickstart_smoke", teacher="my-teacher", data=documents, out="runs/mine")
+        >>> no_exam = {"evaluation.exam_documents": 0}
+        >>> summary = limbeck.distill("quickstart_smoke", teacher="my-teacher", data=documents, overrides=no_exam)
         >>> summary["held_out"]["student_perplexity"] > 1
         True
         >>> student = AutoModelForCausalLM.from_pretrained(summary.student_folder)

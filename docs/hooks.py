@@ -1,10 +1,11 @@
-"""What the site needs besides the pages in docs/: pages that live elsewhere in the repository, and links to files.
+"""What the site needs besides the pages in docs/: pages and notebooks that live elsewhere, and links to files.
 
 mkdocs calls `on_files` once and `on_page_markdown` for every page. A page of `PAGES_ELSEWHERE` gets its place in the
 site; a link from a page to one of them is turned to that place, and a link to any other file of the repository is
 shown as its path, because the site does not have it.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,10 @@ PAGES_ELSEWHERE = {
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
     "benchmarks/README.md": "project/benchmarks.md",
+    "examples/notebooks/README.md": "start/notebooks.md",
+    "examples/notebooks/distill_your_own_model.ipynb": "start/distill_your_own_model.md",
+    "examples/notebooks/compare_mixers.ipynb": "start/compare_mixers.md",
+    "examples/notebooks/write_a_mixer.ipynb": "start/write_a_mixer.md",
 }
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
@@ -27,8 +32,25 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that live outside docs/."""
     for source, place in PAGES_ELSEWHERE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, place, content=text))
+        content = notebook_to_markdown(json.loads(text)) if source.endswith(".ipynb") else text
+        files.append(File.generated(config, place, content=content))
     return files
+
+
+def notebook_to_markdown(notebook: dict[str, Any]) -> str:
+    """Write a notebook as Markdown: its text, its code, and the text and pictures that the code left."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = "".join(data["image/png"]).replace("\n", "")
+                parts.append(f'<img alt="what the code above draws" src="data:image/png;base64,{picture}">')
+            elif text := "".join(output.get("text", data.get("text/plain", ""))):
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:

@@ -1,5 +1,6 @@
 """The documentation site: its pages are in the menu, and what comes from the code is what the code says."""
 
+import importlib
 import importlib.util
 import re
 from typing import get_args
@@ -13,6 +14,7 @@ from limbeck.core import recipe as recipes
 from limbeck.study import spec
 
 DOCS = ROOT / "docs"
+DOORS = ("limbeck", "limbeck.mixers", "limbeck.testing")
 
 
 def parts_of(kind) -> list[type[BaseModel]]:
@@ -73,6 +75,16 @@ def test_every_key_says_what_it_is(part, generate):
 )
 def test_types_are_named(generate, schema, named):
     assert generate.name_type(schema, {"Rule": "student.rules"}) == named
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_page_on_python_has_every_public_name(door):
+    page = (DOCS / "reference" / "python.md").read_text(encoding="utf-8")
+    shown = set(re.findall(rf"^::: {re.escape(door)}\.(\w+)$", page, re.M))
+    for block in re.findall(rf"^::: {re.escape(door)}\n.*?members: \[(.*?)\]", page, re.S | re.M):
+        shown |= set(block.split(", "))
+    shown -= {other.removeprefix(f"{door}.") for other in DOORS}
+    assert shown == {name for name in importlib.import_module(door).__all__ if not name.startswith("__")}
 
 
 def test_the_menu_has_every_page_once():

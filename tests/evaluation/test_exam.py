@@ -206,9 +206,19 @@ def test_the_sentence_says_who_is_better():
     assert better == (
         "It beats an untrained sliding window of 1 token with 4 sinks, in the same memory (17.00 against 18.05)."
     )
-    assert "as good as" in baselines.describe_against_window(18.052, 18.051, 128, 4)
+    assert "gained nothing" in baselines.describe_against_window(18.052, 18.051, 128, 4)
     for diverged in (math.nan, math.inf):
         assert "not worth its training" in baselines.describe_against_window(diverged, 18.05, 128, 4)
+    remembers = baselines.describe_against_window(23.88, 23.86, 168, 4, repeat=baselines.RepeatLosses(512, 0.22, 3.31))
+    assert remembers.endswith(
+        "is better (23.86 against 23.88), but forgets a passage read 512 tokens before, on which it loses 3.31 nats a "
+        "token and the student 0.22."
+    )
+    # what it remembers is not worth what it forgot of the language: ln(52.4 / 19.1) = 1.01
+    dear = baselines.describe_against_window(52.4, 19.1, 142, 4, repeat=baselines.RepeatLosses(512, 2.3, 3.2))
+    assert dear == worse
+    nothing = baselines.describe_against_window(math.nan, 19.1, 142, 4, repeat=baselines.RepeatLosses(512, 0.1, 3.2))
+    assert "not worth its training" in nothing
     assert "which takes more memory" in baselines.describe_against_window(9.0, 8.0, 1, 4, same_memory=False)
 
 

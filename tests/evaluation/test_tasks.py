@@ -18,7 +18,14 @@ from limbeck.core.errors import LimbeckError
 from limbeck.data.offline import packs
 from limbeck.data.offline.packs import Pack, ensure_pack, write_rows
 from limbeck.evaluation import measure
-from limbeck.evaluation.recovery import TaskScore, compute_recovery, critical_tolerance, required_tolerances
+from limbeck.evaluation.measure import MeasureResult
+from limbeck.evaluation.recovery import (
+    TaskScore,
+    compute_recovery,
+    critical_tolerance,
+    record_mean,
+    required_tolerances,
+)
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.models import convert
 
@@ -214,14 +221,22 @@ def test_shares_by_hand():
     teacher = {"a": scored(80), "b": scored(60), "c": scored(50), "d": scored(26)}
     student = {"a": scored(72), "b": scored(60), "c": scored(40), "d": scored(30)}
     values, errors, details = compute_recovery(student, teacher)
-    assert values["recovery"] == pytest.approx((0.9 + 1 + 0.8 + 30 / 26) / 4)
-    # d is left out: its teacher guesses
+    # d is left out of everything: its teacher guesses
     assert details["teacher_at_chance"] == ["d"]
+    assert details["recovery_tasks"] == ["a", "b", "c"]
+    assert values["recovery"] == pytest.approx((0.9 + 1 + 0.8) / 3)
     assert values["recovery_above_chance"] == pytest.approx((47 / 55 + 1 + 15 / 25) / 3)
-    assert values["C at tolerance 0"] == 0.5
-    assert values["C at tolerance 0.1"] == 0.75
-    assert values["alpha*"] == 0
+    assert values["C at tolerance 0"] == pytest.approx(1 / 3)
+    assert values["C at tolerance 0.1"] == pytest.approx(2 / 3)
+    assert values["alpha*"] == pytest.approx(0.1)
     assert 0.02 < errors["recovery"] < 0.2
+    result = MeasureResult({})
+    record_mean(result, "mean score", student, teacher)
+    assert result.values["mean score"] == pytest.approx((0.72 + 0.6 + 0.4) / 3)
+    assert result.details["teacher_at_chance"] == ["d"]
+    # of the teacher itself too, and there is no mean where nothing is left
+    record_mean(result, "of nothing", {"d": student["d"]}, {"d": teacher["d"]})
+    assert "of nothing" not in result.values
 
 
 def test_a_teacher_near_chance_gives_a_share_with_an_error_that_means_something():
@@ -238,7 +253,7 @@ def test_a_teacher_near_chance_gives_a_share_with_an_error_that_means_something(
             assert math.isfinite(values[name])
             assert 0.01 < errors[name] < 3
     values, _, details = compute_recovery({"a": scored(1, 0.0)}, {"a": scored(0, 0.0)})
-    assert "recovery" not in values
+    assert values == {}
     assert details["recovery_tasks"] == []
 
 
@@ -303,7 +318,8 @@ def test_a_context_that_is_too_long_is_an_error(subject, definitions, name):
     subject.model.config.max_position_embeddings = 24
     with pytest.raises(LimbeckError, match=r"too long: \d+ tokens\nexpected: at most \d+, "):
         taken(subject, definitions, name)
-    assert taken(subject, definitions, name, overlong="left").values["mean score"] >= 0
+    metric = {"choices": "choices acc", "answers": "answers exact_match"}[name]
+    assert taken(subject, definitions, name, overlong="left").values[metric] >= 0
 
 
 def test_the_command_line(own_cache, student_folder, teacher_folder, definitions, tmp_path):
@@ -317,7 +333,11 @@ def test_the_command_line(own_cache, student_folder, teacher_folder, definitions
     assert done.exit_code == 0
     lines = (tmp_path / "out" / "values.csv").read_text(encoding="utf-8").splitlines()
     assert any(",tasks,words perplexity," in line for line in lines)
-    assert any(",tasks,alpha*," in line for line in lines)
+    # a teacher of random weights is at chance on both, so they are marked and there is no mean
+    assert not any(",tasks,mean score," in line for line in lines)
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "choices acc (teacher at chance)" in table
+    assert "at chance on choices; words: they are in no mean" in table
     assert (tmp_path / "out" / "tasks.svg").stat().st_size > 1000
 
 

@@ -91,7 +91,17 @@ def test_an_installed_mixer_goes_the_whole_way(site, tmp_path, teacher_folder, c
     run, main = tmp_path / "run", "from limbeck.cli import main; import sys; sys.argv[0] = 'limbeck'; main()"
     options = ["--teacher", str(teacher_folder), "--data", str(corpus), "--out", str(run)]
     settings = ["stages.2.batch_size=1", "data.seq_len=32", "evaluation.tokens=64", "evaluation.new_tokens=2"]
-    command = ["distill", "quickstart_smoke", "--student", "lightning", *options, "--stages", "1,2,3", "--tokens", "192"]
+    command = [
+        "distill",
+        "quickstart_smoke",
+        "--student",
+        "lightning",
+        *options,
+        "--stages",
+        "1,2,3",
+        "--tokens",
+        "192",
+    ]
     done = python("-c", main, *command, *(part for s in settings for part in ("--set", s)), path=site)
     assert done.returncode == 0, done.stdout + done.stderr
     said = python("-c", main, "generate", str(run), "copyright", "--tokens", "2", path=site)

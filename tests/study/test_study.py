@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from limbeck.study import Study, list_builtin_studies, run_study
 from limbeck.study import results as record
 from limbeck.study.shared_training import train_shared_stages
 from limbeck.study.sharing import group_arms_by_pass, pass_key
+from limbeck.study.tables import format_results_table
 from limbeck.training import trainer
 from limbeck.training.pipeline import distill
 from limbeck.training.run_directory import RunDirectory
@@ -128,20 +130,46 @@ def test_what_is_wrong_with_a_study_is_said(raw, tmp_path, change, says):
         Study.parse({**raw, **change}).arms(tmp_path)
 
 
-@pytest.mark.parametrize("size", ["smoke", "laptop", "gpu"])
-@pytest.mark.parametrize("name", list_builtin_studies())
-def test_every_built_in_study_is_one_in_three_sizes(name, size, tmp_path):
+REAL_TEACHER = ("real-stages", "real-starts", "real-teacher")  # studies of the embedded teacher on a CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        (name, size)
+        for name in list_builtin_studies()
+        for size in (("smoke", "cpu") if name in REAL_TEACHER else ("smoke", "laptop", "gpu"))
+    ],
+)
+def test_every_built_in_study_is_one_in_its_sizes(name, size, tmp_path):
     study = Study.load(name, size)
     arms = study.arms(tmp_path)
     assert {arm.axes["teacher"] for arm in arms} <= {
         "smoke": {"tiny"},
         "laptop": {"tiny", "small"},
         "gpu": {"embedded"},
+        "cpu": {"embedded"},
     }[size]
-    assert len({arm.axes["seed"] for arm in arms}) == (3 if size == "laptop" else 1)
+    seeds = {"laptop": {3}, "cpu": {1, 3}}
+    assert len({arm.axes["seed"] for arm in arms}) in seeds.get(size, {1})
     assert len(arms) > 1
     assert study.description
     assert study.claims
+
+
+def test_a_built_in_recipe_is_an_arm_with_the_same_tokens(raw, tmp_path):
+    arms = {arm.name: arm for arm in with_grid(raw, stages=["2+3"], recipes=["limbeck"], seeds=[0, 1]).arms(tmp_path)}
+    one = arms["limbeck_3_seed1"].recipe
+    assert one.student.softmax_heads == 7
+    assert (one.teacher, one.seed) == (raw["base"]["teacher"], 1)
+    assert one.evaluation == arms["gla_2+3_seed0"].recipe.evaluation
+    assert sum(stage.tokens for stage in one.stages) == 512 + 128
+    assert arms["limbeck_3_seed1"].axes["student"] == "limbeck"
+    with pytest.raises(LimbeckError, match="unknown recipe 'limbek'"):
+        with_grid(raw, recipes=["limbek"]).arms(tmp_path)
+    named = {"name": "limbeck", "mixer": "gla"}
+    with pytest.raises(LimbeckError, match="two arms are named limbeck_3_seed0"):
+        with_grid(raw, students=[named], stages=["3"], recipes=["limbeck"]).arms(tmp_path)
 
 
 # ---------------------------------------------------------------------- sharing
@@ -263,6 +291,27 @@ def test_a_study_its_tables_and_an_arm_that_is_added(raw, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+def test_a_recipe_of_its_own_runs_beside_the_students(raw, tmp_path):
+    stages = [{"stage": "logits", "tokens": 64, "batch_size": 2}]
+    student = {"mixer": "sliding_window", "options": {"window": 8}}
+    recipe = {"student": student, "data": raw["base"]["data"], "stages": stages}
+    path = tmp_path / "window.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    study = with_grid(
+        {**raw, "claims": ["window-beats-linear-students"]}, students=["gla"], stages=["2+3"], recipes=[str(path)]
+    )
+    results = run_study(study, tmp_path / "study")
+    assert {arm["name"]: arm["status"] for arm in results["arms"]} == {
+        "gla_2+3_seed0": "finished",
+        "window_3_seed0": "finished",
+    }
+    (finding,) = results["claims"][0]["findings"]
+    linear, window = (arm["values"]["agreement.perplexity"] for arm in results["arms"])
+    assert finding["effect"] == pytest.approx(math.log(linear) - math.log(window))
+    table = (tmp_path / "study" / "table.md").read_text(encoding="utf-8")
+    assert "| window | 3 |" in table
+
+
 def test_what_is_kept_and_a_measure_that_is_added(raw, tmp_path):
     study = with_grid({**raw, "save_artifacts": "students", "measures": {}}, students=["gla"], stages=["2"])
     folder = tmp_path / "study"
@@ -361,6 +410,14 @@ def test_teachers_whose_names_are_alike_as_file_names_have_a_file_each(raw, tmp_
 
 
 @pytest.mark.slow
+def test_a_task_at_which_the_teacher_guesses_is_marked(raw):
+    values = {"tasks.piqa acc": 0.6, "tasks.arc_easy acc": 0.3, "tasks.mean score": 0.6}
+    arms = [{"axes": {"student": "gla", "seed": 0}, "values": values, "teacher_at_chance": ["tasks.arc_easy"]}]
+    table = format_results_table(Study.parse({**raw, "measures": {"tasks": {"limit": 3}}}), arms)
+    assert "arc easy acc (teacher at chance)" in table
+    assert table.count("(teacher at chance)") == 1
+
+
 def test_an_arm_that_diverged_is_told_in_tables_and_stops_nothing(raw, tmp_path):
     study, folder = with_grid(raw, students=["gla"], stages=["2"], seeds=[0, 1, 2]), tmp_path / "study"
     run_study(study, folder)

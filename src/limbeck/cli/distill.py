@@ -6,21 +6,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from limbeck.cli import app
-from limbeck.cli.options import OptionalData, OptionalMixer, OptionalTeacher, Plan, examples, split_assignment
+from limbeck.cli.completion import EXPORT_FORMATS, complete_choices, complete_recipes
+from limbeck.cli.options import (
+    Json,
+    Layers,
+    OptionalData,
+    OptionalMixer,
+    OptionalPreset,
+    OptionalTeacher,
+    Plan,
+    Quiet,
+    SoftmaxHeads,
+    SoftmaxLayers,
+    SoftmaxWindow,
+    Stages,
+    collect_student,
+    count_option,
+    split_assignment,
+)
+from limbeck.cli.results import print_json, to_plain
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console, format_duration, output
 
 if TYPE_CHECKING:
     from limbeck.core.recipe import Recipe
 
 
-@app.command(
-    epilog=examples(
-        "limbeck distill",
-        "limbeck distill --student gla --tokens 2000000 --out runs/gla",
-        "limbeck distill --data corpus.jsonl --teacher Qwen/Qwen3-0.6B --plan",
-        "limbeck distill --for gguf",
-    )
+@verb(
+    "limbeck distill",
+    "limbeck distill --student gla --tokens 2M --out runs/gla",
+    "limbeck distill --data corpus.jsonl --teacher Qwen/Qwen3-0.6B --plan",
+    "limbeck distill --for gguf",
 )
 def distill(
     recipe: Annotated[
@@ -28,38 +44,50 @@ def distill(
         typer.Argument(
             help="A built-in recipe or a YAML file.",
             show_default="limbeck; with --student, --stages or --for: quickstart",
+            autocompletion=complete_recipes,
         ),
     ] = None,
     teacher: OptionalTeacher = None,
     student: OptionalMixer = None,
-    layers: Annotated[str | None, typer.Option(help="The layers to convert: 'all' or numbers such as 0,2,5-9.")] = None,
-    stages: Annotated[
-        str | None, typer.Option(help="Stages to run: 0 calibrate, 1 matrix, 2 hidden, 3 logits; e.g. 0,2,3.")
-    ] = None,
+    preset: OptionalPreset = None,
+    layers: Layers = None,
+    softmax_layers: SoftmaxLayers = None,
+    softmax_heads: SoftmaxHeads = None,
+    softmax_window: SoftmaxWindow = None,
+    stages: Stages = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Training tokens over all stages, divided among them as in the recipe.")
+        int | None, count_option("Training tokens over all stages, divided among them as in the recipe.")
     ] = None,
     data: OptionalData = None,
     target: Annotated[
         str | None,
         typer.Option(
-            "--for", help="Set the mixer and its options so that `limbeck export` can write gguf, qwen3_5 or onnx."
+            "--for",
+            help="Set the mixer and its options so that `limbeck export` can write gguf, qwen3_5 or onnx.",
+            autocompletion=complete_choices(EXPORT_FORMATS),
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.hidden.lr=1e-3.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any key of the recipe, e.g. stages.hidden.lr=1e-3.")
+    ] = None,
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Sweep the learning rate of each stage, then exit.")
     ] = False,
     plan: Plan = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Distill a teacher into a subquadratic student. Without arguments: a real one. The same command resumes."""
-    chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [], target)
+    keys = collect_student(
+        preset=preset, softmax_layers=softmax_layers, softmax_heads=softmax_heads, softmax_window=softmax_window
+    )
+    chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [], target, keys)
     if find_lr:
-        _find_learning_rates(chosen)
+        _find_learning_rates(chosen, as_json)
         return
     if plan:
-        _print_run_plan(chosen)
+        _print_run_plan(chosen, as_json)
         return
     # late, for a fast --help
     from rich.markdown import Markdown
@@ -68,11 +96,14 @@ def distill(
     from limbeck.training import pipeline
 
     result = pipeline.distill(chosen, confirm=print_plan)
-    output.print(Markdown(format_summary(result)))
+    if as_json:
+        print_json(result)
+    else:
+        output.print(Markdown(format_summary(result)))
     console.print(f"written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/", style="dim")
 
 
-def _print_run_plan(recipe: "Recipe") -> None:
+def _print_run_plan(recipe: "Recipe", as_json: bool) -> None:
     """Print what a run would cost, and what it would prepare first; nothing is written."""
     # late, for a fast --help
     from limbeck.core.cache import cache_dry_run
@@ -82,19 +113,26 @@ def _print_run_plan(recipe: "Recipe") -> None:
     with cache_dry_run() as notes:
         recipe = setup.assign_run_directory(recipe)
         job = setup.prepare_job(recipe)
-        print_plan(pipeline.measure_plan(job, make_plan(recipe, job.teacher, job.sites)))
+        plan = pipeline.measure_plan(job, make_plan(recipe, job.teacher, job.sites))
+        if as_json:
+            print_json({"plan": plan, "notes": list(dict.fromkeys(notes))})
+        else:
+            print_plan(plan, output)
     for note in dict.fromkeys(notes):
         console.print(note)
 
 
-def _find_learning_rates(recipe: "Recipe") -> None:
+def _find_learning_rates(recipe: "Recipe", as_json: bool) -> None:
     # late, for a fast --help
     from limbeck.training import lr_finder
     from limbeck.training.setup import assign_run_directory, run_path
 
     recipe = assign_run_directory(recipe)
     sweeps = lr_finder.find_learning_rates(recipe)
-    output.print(lr_finder.build_lr_table(sweeps))
+    if as_json:
+        print_json({"sweeps": [to_plain(sweep) | {"suggested_lr": sweep.suggested_lr} for sweep in sweeps]})
+    else:
+        output.print(lr_finder.build_lr_table(sweeps))
     folder = Path(f"{run_path(recipe)}-rates")
     files = ", ".join(path.name for path in lr_finder.write_lr_sweeps(sweeps, folder))
     console.print(f"written to {folder}/: {files}", style="dim")
@@ -114,8 +152,14 @@ def build_recipe(
     out: Path | None,
     settings: list[str],
     target: str | None = None,
+    student_keys: dict[str, Any] | None = None,
 ) -> "Recipe":
-    """Build the recipe of a command line; `limbeck.training.recipe_options` lays the options over the named one."""
+    """Build the recipe of a command line; `limbeck.training.recipe_options` lays the options over the named one.
+
+    Args:
+        settings: KEY=VALUE, as --set has them.
+        student_keys: keys of `student` that have options of their own.
+    """
     # late, for a fast --help
     from limbeck.training import recipe_options
 
@@ -130,11 +174,16 @@ def build_recipe(
         out=out,
         overrides=dict(split_assignment(text, "stages.hidden.lr=1e-3") for text in settings),
         target=target,
+        student_keys=student_keys,
     )
 
 
-def print_plan(plan: Any) -> None:
-    """Print a `limbeck.training.plan.Plan`: tokens, steps, parameters and time of each stage, memory and disk."""
+def print_plan(plan: Any, to: Any = console) -> None:
+    """Print a `limbeck.training.plan.Plan`: tokens, steps, parameters and time of each stage, memory and disk.
+
+    Args:
+        to: a console: standard output if the plan is all that is asked for.
+    """
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "tokens", "steps", "trained parameters", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -146,8 +195,8 @@ def print_plan(plan: Any) -> None:
             f"{row.trained_parameters:,}",
             format_duration(row.seconds),
         )
-    console.print(table)
-    console.print(
+    to.print(table)
+    to.print(
         f"about {format_duration(plan.seconds)} in total, {plan.memory_bytes / 1e9:.1f} GB of memory, "
         f"{plan.disk_bytes / 1e9:.1f} GB of disk; matrix products run at {plan.flops_per_second / 1e9:.0f} GFLOP/s here"
     )

@@ -1,38 +1,44 @@
 """limbeck recipe: print a recipe or a study as a file to start your own from."""
 
-import ast
-import inspect
-import io
 import textwrap
-import tokenize
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
-from limbeck.cli import app
-from limbeck.cli.options import STUDIES_FOLDER, examples
+from limbeck.cli.completion import complete_recipes_and_studies
+from limbeck.cli.options import STUDIES_FOLDER, Json, Quiet
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import output
 from limbeck.core.errors import LimbeckError, suggest_closest
 
 LINE_WIDTH = 120  # of a line with its comment; longer comments stand above their line
 
 
-@app.command(
-    epilog=examples("limbeck recipe quickstart > recipe.yaml", "limbeck recipe paper-experiment-1 > study.yaml")
-)
+@verb("limbeck recipe quickstart > recipe.yaml", "limbeck recipe paper-experiment-1 > study.yaml")
 def recipe(
     name: Annotated[
-        str, typer.Argument(help="A built-in recipe, study or teacher, or a YAML file of a recipe.")
+        str,
+        typer.Argument(
+            help="A built-in recipe, study or teacher, or a YAML file of a recipe.",
+            autocompletion=complete_recipes_and_studies,
+        ),
     ] = "quickstart",
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Print a recipe with all of its keys and what each one means, to start your own from."""
+    """Print a recipe with every key explained, to start from."""
     # late, for a fast --help
+    from limbeck.core.config import read_yaml
     from limbeck.core.recipe import BUILT_IN, Recipe
 
     recipes = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
     folders = STUDIES_FOLDER, BUILT_IN / "teachers"
     others = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if name in others and as_json:
+        print_json(read_yaml(others[name], "file of settings", "keys and values"))
+        return
     if name in others:
         output.out(others[name].read_text(encoding="utf-8"), end="")
         return
@@ -41,11 +47,14 @@ def recipe(
             f"unknown recipe '{name}'{suggest_closest(name, [*recipes, *others])}",
             expected=f"a YAML file, or one of: {', '.join([*recipes, *others])}",
         )
+    if as_json:
+        print_json(Recipe.load(name))
+        return
     output.out("\n".join(render_with_comments(Recipe.load(name))))
 
 
 def render_with_comments(settings: Any, indent: str = "") -> Iterator[str]:
-    """Write settings as lines of YAML, each key with the comment that its field has in the code.
+    """Write settings as lines of YAML, each key with the description of its field as a comment.
 
     Args:
         settings: a pydantic model.
@@ -54,9 +63,9 @@ def render_with_comments(settings: Any, indent: str = "") -> Iterator[str]:
     import yaml
     from pydantic import BaseModel
 
-    comments = _read_field_comments(type(settings))
-    for key in sorted(type(settings).model_fields, key=lambda key: key not in ("name", "stage")):
-        value, comment = getattr(settings, key), comments.get(key, "")
+    fields = type(settings).model_fields
+    for key in sorted(fields, key=lambda key: key not in ("name", "stage")):
+        value, comment = getattr(settings, key), " ".join((fields[key].description or "").split())
         nested: list[str] = []
         if isinstance(value, BaseModel):
             nested, text = list(render_with_comments(value, indent + "  ")), f"{indent}{key}:"
@@ -77,27 +86,3 @@ def render_with_comments(settings: Any, indent: str = "") -> Iterator[str]:
             yield from (f"{indent}# {line}" for line in textwrap.wrap(comment, LINE_WIDTH - len(indent) - 2))
             yield text
         yield from nested
-
-
-def _read_field_comments(kind: type) -> dict[str, str]:
-    """Read the comment of each field, behind it or right above it, from the code of a class and its bases."""
-    result: dict[str, str] = {}
-    for cls in reversed(kind.__mro__):
-        if not cls.__module__.startswith("limbeck."):
-            continue
-        source = textwrap.dedent(inspect.getsource(cls))
-        comments, whole_line = {}, set()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                comments[token.start[0]] = token.string.lstrip("# ")
-                if not token.line[: token.start[1]].strip():
-                    whole_line.add(token.start[0])
-        (tree,) = ast.parse(source).body
-        for node in getattr(tree, "body", []):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                above = node.lineno
-                while above - 1 in whole_line:
-                    above -= 1
-                lines = [comments[i] for i in range(above, (node.end_lineno or node.lineno) + 1) if i in comments]
-                result[node.target.id] = " ".join(lines).replace("None", "null")  # as YAML calls it
-    return result

@@ -2,6 +2,7 @@
 
 errors.py        LimbeckError, the one exception for users
 console.py       messages, tables and progress bars
+live.py          what is known of a long piece of work; screen.py draws it on the terminal
 config.py        settings from YAML and the command line
 recipe.py        recipes of runs and of small teachers; old_keys.py renames keys of earlier versions
 storage.py       files and folders that are complete or absent, locks, full disks

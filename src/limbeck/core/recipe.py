@@ -16,22 +16,23 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from limbeck.core.config import build_short_signature, format_validation_error, read_yaml, set_by_dotted_key
+from limbeck.core.config import (
+    Part,
+    build_short_signature,
+    format_validation_error,
+    read_yaml,
+    set_by_dotted_key,
+)
+from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError, suggest_closest
+from limbeck.core.objectives import Objectives
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
 from limbeck.core.repeated_text import has_repeated_text, name_repeated_text
 from limbeck.core.storage import cache_root
 
 BUILT_IN = Path(__file__).parent / "recipes"
-
-
-class _Part(BaseModel):
-    """A part of a recipe: frozen, without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    renamed: ClassVar[Mapping[str, str]] = {}  # old names of its keys
 
 
 def _as_text(value: Any) -> Any:
@@ -40,6 +41,17 @@ def _as_text(value: Any) -> Any:
 
 
 Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
+
+
+def _read_count(value: Any) -> Any:
+    """Read a count of tokens as people write it, 20M; leave any other text to be refused with its key's name."""
+    try:
+        return parse_count(value)
+    except LimbeckError:
+        return value
+
+
+Count = Annotated[int, BeforeValidator(_read_count)]
 
 
 def _refuse_numbers(value: Any) -> Any:
@@ -53,60 +65,86 @@ def _refuse_numbers(value: Any) -> Any:
 HeadGroupNames = Annotated[Annotated[int, Field(ge=1)] | str | list[str], BeforeValidator(_refuse_numbers)]
 
 
-class Rule(_Part):
+class Rule(Part):
     """A different mixer for some of the layers."""
 
     layers: Layers
-    mixer: str | None = None  # the student's by default
+    """The layers that this rule is for: numbers and ranges, `0-2,5`."""
+    mixer: str | None = None
+    """Their mixer; null: the student's."""
     preset: Literal["default", "published", "controlled"] | None = None
+    """Defaults of the mixer's options; null: the student's preset."""
     options: dict[str, Any] = {}
+    """Options of the mixer, by name."""
 
 
-class Student(_Part):
+class Student(Part):
     """Which mixer replaces attention in which layers, and how it is initialized."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["student"]
     mixer: str = "gated_deltanet"
+    """What replaces attention: a name that `limbeck students` lists, or a Python file."""
     layers: Layers = "all"
-    # defaults of the mixer's options: Limbeck's, its authors', or the same for all mixers but for the recurrence
+    """The layers that are converted: `all`, or numbers and ranges, `10-29`."""
     preset: Literal["default", "published", "controlled"] = "default"
+    """Defaults of the mixer's options: Limbeck's, its authors', or the same for all mixers but for the recurrence."""
     options: dict[str, Any] = {}
-    # layers that keep softmax attention: none, numbers, "every 4", "uniform 7", or a file written by `limbeck select`
+    """Options of the mixer, by name (`limbeck students NAME --options`)."""
     softmax_layers: Layers = "none"
-    # groups of heads that keep softmax in converted layers: none, layer.group as in ["18.2", "20.0"], a file written by
-    # `limbeck select --heads`, or a number: so many are chosen so at the start of the run
+    """Layers that keep softmax attention: none, numbers, "every 4", "uniform 7", or a file written by
+    `limbeck select`.
+    """
     softmax_heads: HeadGroupNames = "none"
-    # tokens that those groups see, besides the first four, so that their memory does not grow; 0 for all
+    """Groups of heads that keep softmax in converted layers: none, layer.group as in ["18.2", "20.0"], a file written
+    by `limbeck select --heads`, or a number: so many are chosen so at the start of the run.
+    """
     softmax_window: Annotated[int, Field(ge=0)] = 0
-    rules: list[Rule] = []  # later rules override earlier ones
-    copy_projections: bool = True  # start from the teacher's q, k, v and output projections; false: random ones
+    """Tokens that those groups see, besides the first four, so that their memory does not grow; 0 for all."""
+    rules: list[Rule] = []
+    """Other mixers for some of the layers; later rules override earlier ones."""
+    copy_projections: bool = True
+    """Start from the teacher's q, k, v and output projections; false: from random ones."""
 
 
-class Source(_Part):
+class Source(Part):
     """One of several sources of text."""
 
     source: str
-    weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the sequences is weight / all weights
+    """As `data.source`."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the sequences is this weight / the sum of all weights."""
     text_field: str = "text"
+    """The field of a record that holds the text."""
     chat: bool | None = None
+    """Whether records are conversations; null: detected by a field `messages`."""
 
 
-class Data(_Part):
+class Data(Part):
     """The text: where it comes from and how it is cut into sequences (docs/guides/data.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["data"]
     source: str = "embedded"
-    sources: Annotated[list[Source], Field(min_length=1)] | None = None  # instead of `source`: several, by weight
+    """A file, a folder, a dataset of the Hub (`owner/name`), or `embedded`: the text that comes with Limbeck."""
+    sources: Annotated[list[Source], Field(min_length=1)] | None = None
+    """Instead of `source`: several, by weight."""
     text_field: str = "text"
-    # records are conversations and only answers are targets; None: detected by a field `messages`
+    """The field of a record that holds the text."""
     chat: bool | None = None
-    seq_len: Annotated[int, Field(ge=16)] = 512  # tokens in a sequence
-    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # share of the documents reserved for evaluation
-    max_tokens: Annotated[int, Field(gt=0)] | None = None  # tokenize at most this much of each source
-    # whole: each sequence is the beginning of one document of at least seq_len tokens
+    """Records are conversations and only answers are targets; null: detected by a field `messages`."""
+    seq_len: Annotated[Count, Field(ge=16)] = 512
+    """Tokens in a sequence."""
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """Share of the documents reserved for evaluation."""
+    max_tokens: Annotated[Count, Field(gt=0)] | None = None
+    """Tokenize at most so many tokens of each source; null: all."""
     documents: Literal["packed", "whole"] = "packed"
-    streaming: bool = False  # tokenize shard by shard during training, not everything first
-    cache_gb: Annotated[float, Field(gt=0)] = 20.0  # with streaming: disk space for tokens
+    """`packed`: documents fill the sequences one after the other; `whole`: each sequence is the beginning of one
+    document of at least `seq_len` tokens.
+    """
+    streaming: bool = False
+    """Tokenize shard by shard during training, not everything first."""
+    cache_gb: Annotated[float, Field(gt=0)] = 20.0
+    """With streaming: disk space for tokens, in GB."""
 
     @model_validator(mode="after")
     def _check_sources(self) -> "Data":
@@ -129,43 +167,66 @@ class Data(_Part):
         return self.sources or [Source(source=self.source, text_field=self.text_field, chat=self.chat)]
 
 
-class _Stage(_Part):
+class _Stage(Part):
     """Settings that all stages share."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["stage"]
-    tokens: Annotated[int, Field(gt=0)]
-    seq_len: Annotated[int, Field(ge=16)] | None = None  # tokens in a sequence; None: as in data
-    data: Data | None = None  # a text for this stage alone
-    batch_size: Annotated[int, Field(gt=0)] = 4  # sequences per optimizer step
-    micro_batch_size: Annotated[int, Field(gt=0)] | None = None  # sequences per forward pass; None: the whole batch
+    tokens: Annotated[Count, Field(gt=0)]
+    """Tokens that the stage reads; a text that is shorter is read again."""
+    seq_len: Annotated[Count, Field(ge=16)] | None = None
+    """Tokens in a sequence; null: as in the recipe's `data`."""
+    data: Data | None = None
+    """A text for this stage alone; null: the recipe's."""
+    batch_size: Annotated[int, Field(gt=0)] = 4
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: Annotated[int, Field(gt=0)] | None = None
+    """Sequences per forward pass; null: the whole batch."""
 
 
 class Calibrate(_Stage):
     """Stage 0: solve for the output projections by least squares, without gradients."""
 
     stage: Literal["calibrate"]
-    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # share of the mean diagonal
-    weight: Literal["none", "inverse_norm"] = "none"  # weight of each token in the least squares
+    """Stage 0: output projections by least squares."""
+    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Ridge of the least squares, as a share of the mean diagonal of the Gram matrix; `auto`: of several
+    the one with the lowest loss on the sequences that follow.
+    """
+    weight: Literal["none", "inverse_norm"] = "none"
+    """Weight of each token in the least squares: the same for all, or one over the norm of its target."""
 
 
 class Trained(_Stage):
     """Settings of a stage that trains by gradient descent."""
 
     lr: Annotated[float, Field(gt=0)]
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1  # last learning rate / peak learning rate
+    """Peak learning rate."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate / peak learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    # with wsd: share of the steps, at the end, in which the learning rate decays
+    """How the learning rate falls. `wsd` stays at the peak, then falls as one minus the square root (arXiv
+    2405.18392).
+    """
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the teacher's matrices; the mixers' parameters use adamw
+    """With wsd: share of the steps, at the end, in which the learning rate decays."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: for the teacher's matrices; the mixers' parameters use AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0  # gradients are clipped to this norm
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # the result is this running average of the weights
-    eval_steps: Annotated[int, Field(gt=0)] | None = None  # steps between evaluations on held-out text
+    """On the teacher's matrices, not on a mixer's own parameters, norms and biases."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm: all together in stage 3, layer by layer in stages 1 and 2."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The result is the running average of the weights with this decay per step; null: the last weights."""
+    eval_steps: Annotated[int, Field(gt=0)] | None = None
+    """Steps between evaluations on held-out text; null: none."""
     eval_sequences: Annotated[int, Field(gt=0)] = 8
-    # stop after so many evaluations without a lower loss, and keep the best weights
+    """Held-out sequences of such an evaluation."""
     patience: Annotated[int, Field(gt=0)] | None = None
+    """Stop after so many evaluations without a lower loss, and keep the best weights; null: never."""
 
     @model_validator(mode="after")
     def _check_patience(self) -> "Trained":
@@ -174,85 +235,137 @@ class Trained(_Stage):
         return self
 
 
-class EarlyStopping(_Part):
+class EarlyStopping(Part):
     """Per-layer early stopping in stages 1 and 2: a converged layer is skipped in later steps."""
 
-    patience: Annotated[int, Field(gt=0)] = 50  # steps without a lower running mean of the layer's loss
-    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01  # relative decrease that counts as lower
+    patience: Annotated[int, Field(gt=0)] = 50
+    """Steps without a lower running mean of the layer's loss."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Relative decrease that counts as lower."""
 
 
 class Matrix(Trained):
     """Stage 1: match mixing matrices to the teacher's attention matrices."""
 
     stage: Literal["matrix"]
+    """Stage 1: mixing matrices against the teacher's attention matrices (MOHAWK, arXiv 2408.10189, eq. 1)."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    # the [T, T] matrices of one sequence at a time take the least memory, and are the fastest too
+    """Peak learning rate."""
     micro_batch_size: Annotated[int, Field(gt=0)] | None = 1
-    # number of queries, that is rows of each matrix, that are compared; None: all
-    sampled_queries: Annotated[int, Field(gt=0)] | None = None
-    layer_early_stopping: EarlyStopping | None = None  # None: train every layer to the end
+    """Sequences per forward pass. The [T, T] matrices of one at a time take the least memory, and are the
+    fastest too.
+    """
+    sampled_queries: Annotated[int, Field(gt=0)] | None = 64
+    """Number of queries, that is rows of each matrix, that are compared, drawn anew for each sequence; null:
+    all."""
+    layer_early_stopping: EarlyStopping | None = None
+    """When a layer counts as converged and is skipped; null: every layer trains to the end."""
 
 
 class Hidden(Trained):
     """Stage 2: match each layer's output to the teacher's, on the teacher's input."""
 
     stage: Literal["hidden"]
+    """Stage 2: the output of each layer against the teacher's."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
     target: Literal["attention", "block"] = "attention"
+    """Compare the output of the attention, or of the whole block."""
     loss: Literal["l2", "relative", "mse", "cosine"] = "relative"
-    train: Literal["mixer", "attention", "block"] = "attention"  # mixer: only its new parameters
-    layer_early_stopping: EarlyStopping | None = None  # None: train every layer to the end
+    """Of student output y and teacher output t, mean over tokens: `l2` ‖y − t‖ (MOHAWK, eq. 2), `relative` ‖y −
+    t‖²/‖t‖², `mse` ‖y − t‖²/D (LoLCATs, arXiv 2410.10254, eq. 7), `cosine` 1 − cos(y, t).
+    """
+    train: Literal["mixer", "attention", "block"] = "attention"
+    """Trained weights: only the mixer's new parameters, all of the attention, or the block."""
+    layer_early_stopping: EarlyStopping | None = None
+    """When a layer counts as converged and is skipped; null: every layer trains to the end."""
 
 
-class Lora(_Part):
-    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/peft.md)."""
+class Lora(Part):
+    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/training.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["lora"]
     rank: Annotated[int, Field(gt=0)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0  # the adapter's output is multiplied by alpha / rank
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on the adapter's input
-    # "attention": linear layers of the converted attention; "all-linear": those of the backbone; or their names
+    """Rank of each adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The adapter's output is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
     target_modules: str | list[str] = "attention"
+    """`attention`: linear layers of the converted attention; `all-linear`: those of the backbone; or a list of name
+    suffixes.
+    """
 
 
 class Logits(Trained):
     """Stage 3: train the whole student on the teacher's logits and on labels."""
 
     stage: Literal["logits"]
+    """Stage 3: the whole student against labels and the teacher's logits."""
     lr: Annotated[float, Field(gt=0)] = 5e-4
-    lr_other: Annotated[float, Field(ge=0)] | None = None  # outside the converted attention; None: a fifth of lr
+    """Peak learning rate of the converted attention."""
+    lr_other: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate outside the converted attention; null: a fifth of `lr`."""
     batch_size: Annotated[int, Field(gt=0)] = 1
-    # body: everything but embeddings and head; lora: adapters on linear layers, and all mixer parameters
+    """Sequences per optimizer step, over all processes."""
     train: Literal["attention", "body", "all", "lora"] = "body"
-    lora: Lora | None = None  # if set, adapters train instead of the body
-    ce: Annotated[float, Field(ge=0)] = 0.0  # weight of the cross-entropy on the labels
-    kl: Annotated[float, Field(ge=0)] = 1.0  # of KL(teacher || student)
-    reverse_kl: Annotated[float, Field(ge=0)] = 0.0  # of KL(student || teacher)
-    jsd: Annotated[float, Field(ge=0)] = 0.0  # of the generalized Jensen-Shannon divergence
-    top_kl: Annotated[float, Field(ge=0)] = (
-        0.0  # of KL over the teacher's `top_k` most likely tokens and all others as one
-    )
+    """Trained weights: the converted attention; `body`: everything but embeddings and head; all; `lora`: adapters on
+    linear layers, and all mixer parameters.
+    """
+    lora: Lora | None = None
+    """Settings of the adapters; if set, adapters train instead of the body."""
+    ce: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy on the labels."""
+    kl: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of τ² KL(teacher ‖ student) (Hinton et al., arXiv 1503.02531)."""
+    reverse_kl: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of τ² KL(student ‖ teacher) (MiniLLM, arXiv 2306.08543, token by token)."""
+    jsd: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of τ² times the generalized Jensen-Shannon divergence (GKD, arXiv 2306.13649)."""
+    top_kl: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of τ² KL over the teacher's `top_k` most likely tokens and all others as one."""
+    enhanced: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of τ² times the cross-entropy on the teacher's distribution with the label's part raised by `gamma`
+    (OFA-KD, arXiv 2310.19444).
+    """
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share of the mixture
+    """The temperature τ of both distributions; `ce` is at 1."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With jsd: the teacher's share of the mixture."""
     top_k: Annotated[int, Field(gt=0)] = 32
-    # tokens whose logits exist at once; None: 128 on a CPU, on a GPU as many as make half a gigabyte of them
+    """With top_kl: number of the teacher's most likely tokens."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """With enhanced: the exponent of the label's part, (1 + q)^γ."""
+    objectives: Objectives = Objectives()
+    """Further objectives, of neighboring systems (docs/guides/objectives.md)."""
     chunk_size: Annotated[int, Field(gt=0)] | None = None
-    # "top-k": the teacher's `top_k` most likely tokens at each position of the stage's text are computed once and then
-    # read from the cache, by this and later runs; with top_kl and ce
+    """Tokens whose logits exist at once; null: 128 on a CPU, on a GPU as many as make half a gigabyte of them."""
     cache_teacher: Literal["top-k"] | None = None
-    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, more time
-    # full: shard every block's weights and optimizer state over the processes, FSDP (docs/guides/scaling.md)
+    """"top-k": the teacher's `top_k` most likely tokens at each position of the stage's text are computed once and then
+    read from the cache, by this and later runs; with top_kl and ce.
+    """
+    checkpoint_activations: bool = False
+    """Recompute blocks in the backward pass: less memory, more time."""
     sharding: Literal["none", "full"] = "none"
+    """`full`: shard every block's weights and optimizer state over the processes (FSDP2)."""
 
     @model_validator(mode="after")
     def _check_losses(self) -> "Logits":
-        if not any((self.ce, self.kl, self.reverse_kl, self.jsd, self.top_kl)):
-            raise ValueError("at least one of ce, kl, reverse_kl, jsd and top_kl has to be greater than 0")
-        if self.cache_teacher and (self.kl or self.reverse_kl or self.jsd or self.temperature != 1):
+        needs_all = self.kl or self.reverse_kl or self.jsd or self.enhanced  # of the teacher's logits
+        if not any((self.ce, needs_all, self.top_kl)):
+            raise ValueError("at least one of ce, kl, reverse_kl, jsd, top_kl and enhanced has to be greater than 0")
+        if self.cache_teacher and (needs_all or self.temperature != 1):
             raise ValueError(
                 "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1"
                 " (--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
             )
+        changing = [name for name in self.objectives.changes_teacher if name in self.objectives.active()]
+        if changing and not (needs_all or self.top_kl):
+            listeners = "kl, reverse_kl, jsd, top_kl and enhanced"
+            raise ValueError(f"{changing[0]} changes what the teacher says, so one of {listeners} has to be above 0")
+        if self.objectives.active() and (self.cache_teacher or self.sharding == "full"):
+            other = "cache_teacher, which runs no teacher" if self.cache_teacher else "sharding: full"
+            raise ValueError(f"objectives need whole passes of both models, so they cannot be combined with {other}")
         return self
 
     @model_validator(mode="before")
@@ -285,17 +398,21 @@ StageRecipe = Annotated[Calibrate | Matrix | Hidden | Logits, Field(discriminato
 STAGES: dict[str, type[_Stage]] = {"calibrate": Calibrate, "matrix": Matrix, "hidden": Hidden, "logits": Logits}
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """Evaluation on held-out text at the end of a run."""
 
-    tokens: Annotated[int, Field(gt=0)] = 8192
+    tokens: Annotated[Count, Field(gt=0)] = 8192
+    """Held-out tokens on which student and teacher are compared."""
     prompt: str | None = "The history of science is"
+    """Text that teacher and student continue; null: none."""
     new_tokens: Annotated[int, Field(ge=0)] = 48
-    # the exam (docs/guides/evaluation.md): the longest documents of a text, one a sequence; 0: none
+    """Tokens of that continuation."""
     exam_documents: Annotated[int, Field(ge=0)] = 4
-    # tokens of each; None: 2,048 or the teacher's context, and no exam for a teacher with less than 512
-    exam_tokens: Annotated[int, Field(ge=16)] | None = None
+    """The exam: so many of the longest documents of a text, each alone in its sequence; 0: none."""
+    exam_tokens: Annotated[Count, Field(ge=16)] | None = None
+    """Tokens of each; null: 2,048 or the teacher's context, and no exam for a teacher with less than 512."""
     exam_text: str = "embedded:held-out-wikipedia"
+    """The exam's text, a source as in `data.source`."""
 
     def matches(self, recorded: Mapping[str, Any]) -> bool:
         """Whether an evaluation on record had these settings; those that an earlier version lacks are not compared."""
@@ -308,13 +425,14 @@ def is_stored(path: Path) -> bool:
     return path.name in ("recipe.yaml", "study.yaml") and any((path.parent / name).exists() for name in siblings)
 
 
-class Document(_Part):
+class Document(Part):
     """A recipe as a YAML file: of a run (`Recipe`), or of a small teacher (`TeacherRecipe`)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["recipe"]
     built_in: ClassVar[Path] = BUILT_IN  # folder of the recipes that come with Limbeck
     tagged: ClassVar[Mapping[str, type[_Stage]]] = STAGES  # stages by name
     data: Data = Data()
+    """The text that the stages train on."""
 
     def __init__(self, /, *args: Any, **values: Any) -> None:
         """Validate keyword arguments, the keys of the YAML file; raises LimbeckError for what is wrong with them."""
@@ -413,31 +531,49 @@ class Recipe(Document):
     """
 
     name: str = "custom"
+    """Name of the recipe; run directories are called after it."""
     teacher: str = "embedded"
-    teacher_bits: Literal[8, 4] | None = None  # quantize the teacher's linear layers; None: float32
+    """A folder, a model of the Hub (`owner/name`, `owner/name@revision`), `embedded`, or a small teacher (`small`,
+    `tiny`).
+    """
+    teacher_bits: Literal[8, 4] | None = None
+    """Quantize the teacher's linear layers to so many bits; null: float32."""
     student: Student = Student()
+    """Which mixer replaces attention in which layers, and how it starts."""
     data: Data = Data()
+    """The text that the stages train on, unless a stage has its own."""
     stages: list[StageRecipe] = []
+    """The stages, in the order in which they run."""
     evaluation: Evaluation = Evaluation()
-    # after each stage: put the weights from before it back if the student got worse on held-out text
+    """Evaluation on held-out text at the end of the run."""
     keep_better: bool = False
+    """After each stage: put the weights from before it back if the student got worse on held-out text."""
     seed: int = Field(0, ge=0, lt=2**62)
+    """Seed of everything random: initial weights, the order of the text, dropout, sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # dtype of matrix products (autocast); weights are float32. auto: bf16 or fp16 on a GPU, else fp32
+    """Where to train; `auto`: a CUDA GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    tf32: bool = False  # TF32 for float32 products, on NVIDIA GPUs from Ampere on
-    # torch.compile for blocks and losses; auto: on a GPU (docs/guides/gpu.md)
+    """Dtype of matrix products (autocast); weights are float32. auto: bf16 or fp16 on a GPU, else fp32."""
+    tf32: bool = False
+    """TF32 for float32 products, on NVIDIA GPUs from Ampere on."""
     compile: bool | Literal["auto"] = "auto"
-    # how packed documents are separated on a GPU; auto: variable-length FlashAttention, where the family supports it;
-    # mask: the attention masks of transformers
+    """torch.compile for blocks and losses of stage 3; auto: on a GPU."""
     attention: Literal["auto", "mask"] = "auto"
-    backend: Literal["auto", "torch", "fla"] = "auto"  # of the operators; fla: an unsupported call is an error
-    deterministic: bool = False  # bit-identical reruns on the same GPU; an error where impossible
+    """How packed documents are separated on a GPU; auto: variable-length FlashAttention, where the family supports it;
+    mask: the attention masks of transformers.
+    """
+    backend: Literal["auto", "torch", "fla"] = "auto"
+    """Of the operators: kernels of flash-linear-attention or PyTorch; `fla`: an unsupported call is an error."""
+    deterministic: bool = False
+    """Bit-identical reruns on the same GPU; an error where impossible."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
-    save_total_limit: Annotated[int, Field(gt=0)] = 2  # checkpoints of the current stage
-    # trackers beside metrics.jsonl; auto: TensorBoard if it is installed (docs/guides/training.md)
+    """Seconds between checkpoints."""
+    save_total_limit: Annotated[int, Field(gt=0)] = 2
+    """Checkpoints of the current stage that are kept."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | Literal["auto"] = "auto"
+    """Trackers beside metrics.jsonl; auto: TensorBoard if it is installed."""
     out: str | None = None
+    """The run directory; null: the first of `runs/NAME`, `runs/NAME-2`, ... that is free or holds this same run."""
 
     @property
     def longest(self) -> int:
@@ -457,13 +593,16 @@ class NextTokenConfig(Trained):
     """Next-token prediction on text."""
 
     stage: Literal["next_token"]
+    """Next-token prediction on text."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate."""
 
 
 class RepeatsConfig(NextTokenConfig):
     """Next-token prediction on repeated sequences of random tokens (`limbeck.data.synthetic`), before any text."""
 
     stage: Literal["repeats"]  # type: ignore[assignment]
+    """Next-token prediction on repeated sequences of random tokens."""
 
 
 class TeacherRecipe(Document):
@@ -473,17 +612,27 @@ class TeacherRecipe(Document):
     tagged: ClassVar[Mapping[str, type[Trained]]] = {"repeats": RepeatsConfig, "next_token": NextTokenConfig}
 
     name: str
-    model: dict[str, Any]  # fields of the transformers config, including `model_type`
-    init: Literal["random", "look_back"] = "random"  # initial weights, see `limbeck.training.induction_init`
-    vocab_size: Annotated[int, Field(ge=300)]  # of the byte-level BPE, including special tokens
+    """Name of the teacher, as in `--teacher NAME`."""
+    model: dict[str, Any]
+    """Fields of the transformers config, including `model_type`."""
+    init: Literal["random", "look_back"] = "random"
+    """Initial weights: random, or with approximate induction heads."""
+    vocab_size: Annotated[int, Field(ge=300)]
+    """Of the byte-level BPE, including special tokens."""
     data: Data
+    """The text that it is trained on."""
     stages: Annotated[
         list[Annotated[NextTokenConfig | RepeatsConfig, Field(discriminator="stage")]], Field(min_length=1)
     ]
+    """Its stages, in order."""
     seed: int = Field(0, ge=0, lt=2**62)
+    """Seed of everything random."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds between checkpoints."""
     save_total_limit: Annotated[int, Field(gt=0)] = 2
+    """Checkpoints of the current stage that are kept."""
     trackers: list[str] = []
+    """Trackers beside metrics.jsonl."""
 
     @property
     def key(self) -> str:

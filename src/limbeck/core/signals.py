@@ -28,6 +28,7 @@ TERMINATION_SIGNALS = [s for s in (getattr(signal, n, None) for n in ("SIGINT", 
 HANDLED_SIGNALS = [*TERMINATION_SIGNALS, *(s for s in (getattr(signal, "SIGUSR1", None),) if s is not None)]
 # One Ctrl-C may arrive twice within so short a time: from the terminal, and passed on by a parent process.
 REPEAT_WINDOW_S = 0.3
+listeners: list[Callable[[str], None]] = []  # show what `say` has to say, in its place
 Handler = Callable[[int, FrameType | None], None]
 Handlers = dict[signal.Signals, Any]
 
@@ -117,6 +118,9 @@ def restore_handlers(handlers: Handlers) -> None:
 
 def say(text: str) -> None:
     """Write a line to stderr from a signal handler; if the terminal is gone, discard all later output."""
+    if listeners:  # a line in the midst of what is drawn there would be drawn over
+        listeners[-1](text)
+        return
     try:
         os.write(2, f"{text}\n".encode())
     except OSError:
@@ -140,8 +144,9 @@ def _install(handler: Handler) -> Handlers:
 def _exit_now(number: int) -> NoReturn:
     """End this process without cleaning up; the next one removes its temporary files."""
     with suppress(OSError):
-        show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides the cursor
-        os.write(2, f"{show_cursor}stopped\n".encode())
+        # what draws progress hides the cursor and leaves it at the end of its last line
+        end_drawing = "\x1b[?25h\n" if os.isatty(2) else ""
+        os.write(2, f"{end_drawing}stopped\n".encode())
     os._exit(exit_code_of(number))
 
 

@@ -9,6 +9,7 @@ describe_cpu_contention(threads=2)                       # a sentence if other p
 import ctypes
 import gc
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -49,6 +50,24 @@ def get_peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def get_command_line() -> str:
+    """Return the command line of this process, as one types it."""
+    program = Path(sys.argv[0]).name
+    if program == "ipykernel_launcher.py":  # its arguments say where this session's files are, and nothing else
+        return "in a notebook"
+    return shlex.join(["limbeck" if program in ("limbeck", "__main__.py") else program, *sys.argv[1:]])
+
+
+def get_resident_memory() -> int | None:
+    """Return the bytes that this process has in memory now; where the system does not tell, its peak."""
+    return _read_proc_bytes(PROCESS / "status", "VmRSS") or get_peak_memory()
+
+
+def get_device_memory() -> int:
+    """Return the bytes that this process holds on its GPU, without waiting for it; 0 if it uses none."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
 
 
 def measure_peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:

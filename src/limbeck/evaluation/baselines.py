@@ -11,6 +11,7 @@ Xiao et al. 2023 (arXiv 2309.17453). Sizes are those of real caches.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,26 +76,66 @@ def build_softmax_control(teacher: PreTrainedModel) -> PreTrainedModel:
     return convert(teacher, "softmax", share_weights=True).eval().requires_grad_(False)
 
 
+class RepeatLosses(NamedTuple):
+    """Losses in nats a token on a passage that was read `distance` tokens before."""
+
+    distance: int
+    student: float
+    window: float
+
+
+def find_repeat_losses(
+    student: Mapping[str, Any], window: Mapping[str, Any], student_prefix: str = "", window_prefix: str = ""
+) -> RepeatLosses | None:
+    """Find the losses on a repeated passage at the shortest distance that both have; None without any."""
+    name = "repeat_loss@"
+    distances = (int(key.split("@")[1]) for key in student if key.startswith(student_prefix + name))
+    for distance in sorted(distances):
+        if (key := f"{window_prefix}{name}{distance}") in window:
+            return RepeatLosses(distance, student[f"{student_prefix}{name}{distance}"], window[key])
+    return None
+
+
 def describe_against_window(
-    student: float, window_perplexity: float, window: int, sinks: int, same_memory: bool = True, text: str = ""
+    student: float,
+    window_perplexity: float,
+    window: int,
+    sinks: int,
+    same_memory: bool = True,
+    text: str = "",
+    repeat: RepeatLosses | None = None,
 ) -> str:
     """Say in one sentence whether a student beats the untrained window of its memory, by their perplexities.
+
+    A student with the higher perplexity is not worth its training, unless what it saves on a repeated passage is more,
+    in nats a token, than what it loses on the text.
 
     Args:
         student, window_perplexity: on the same text; a student that diverged has NaN or infinity.
         window, sinks: in tokens.
         same_memory: False where even a window of one token takes more memory than the student.
         text: where they were measured, as in " on held-out text".
+        repeat: what both pay for a passage that comes again.
     """
     tokens = f"{window:,} token{'s' * (window != 1)}"
     memory = "in the same memory" if same_memory else "which takes more memory"
     name = f"untrained sliding window of {tokens} with {sinks} sinks"
     figures = f"{window_perplexity:.2f} against {student:.2f}{text}"
+    forgotten = ""
+    if repeat is not None and repeat.window - repeat.student > math.log(student / window_perplexity):
+        forgotten = (
+            f"forgets a passage read {repeat.distance:,} tokens before, on which it loses {repeat.window:.2f} nats a "
+            f"token and the student {repeat.student:.2f}."
+        )
     if f"{student:.2f}" == f"{window_perplexity:.2f}":
-        return f"It is as good as an {name}, {memory} ({figures}), and no better."
+        equal = f"An {name}, {memory}, is as good ({figures})"
+        return f"{equal}, but {forgotten}" if forgotten else f"{equal}, so the training has gained nothing."
     if student < window_perplexity:
         return f"It beats an {name}, {memory} ({student:.2f} against {window_perplexity:.2f}{text})."
-    return f"An {name}, {memory}, is better ({figures}): this student is not worth its training."
+    better = f"An {name}, {memory}, is better ({figures})"
+    if forgotten:
+        return f"{better}, but {forgotten}"
+    return f"{better}: this student is not worth its training."
 
 
 def run_measures(
@@ -228,6 +269,7 @@ def describe_windows(measurements: list[Measurement]) -> list[str]:
                     facts["window"],
                     facts["sinks"],
                     text=text,
+                    repeat=find_repeat_losses(student.values, window.values),
                 )
                 sentences[student.model] = f"{student.model}: {sentence}"
     return list(sentences.values())

@@ -9,6 +9,7 @@ Legend: N prefixes, P prefix length, S new tokens.
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ def compare_free_running(
     """
     prefixes = prefixes.to(student.device)
     with progress("free running", 2 * new_tokens, "tokens") as advance:
-        teacher_text = greedy_decode(teacher, prefixes, new_tokens, advance)
-        student_text = greedy_decode(student, prefixes, new_tokens, advance)
+        teacher_text = decode(teacher, prefixes, new_tokens, advance)
+        student_text = decode(student, prefixes, new_tokens, advance)
     equal = teacher_text == student_text
     still_equal = equal.long().cumprod(1)
     equal_tokens = still_equal.sum(1).double()
@@ -81,14 +82,29 @@ def compare_free_running(
     }
 
 
+def choose_likeliest(logits: Tensor) -> Tensor:
+    """Choose the likeliest token of each row of logits [N, V]: [N]."""
+    return logits.argmax(-1)
+
+
 @torch.no_grad()
-def greedy_decode(model: PreTrainedModel, prefixes: Tensor, new_tokens: int, advance=lambda amount: None) -> Tensor:
-    """Decode the likeliest next token `new_tokens` times: [N, S]. Only the last token's logits are computed."""
+def decode(
+    model: PreTrainedModel,
+    prefixes: Tensor,
+    new_tokens: int,
+    advance: Callable[[float], None] = lambda amount: None,
+    choose: Callable[[Tensor], Tensor] = choose_likeliest,
+) -> Tensor:
+    """Continue prefixes [N, P] by `new_tokens` tokens: [N, S]. Only the last token's logits are computed.
+
+    Args:
+        choose: picks tokens [N] by their logits [N, V].
+    """
     head, backbone = LMHead(model), model.get_decoder()
     cache, ids, tokens = DynamicCache(config=model.config), prefixes, []
     for _ in range(new_tokens):
         hidden = backbone(input_ids=ids, **build_cache_kwargs(backbone, cache)).last_hidden_state
-        ids = head(hidden[:, -1]).argmax(-1, keepdim=True)
+        ids = choose(head(hidden[:, -1]))[:, None]
         tokens.append(ids)
         advance(1)
     return torch.cat(tokens, 1)

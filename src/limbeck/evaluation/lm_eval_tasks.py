@@ -13,11 +13,9 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
-import random
 import re
 import string
 from collections import Counter
@@ -31,9 +29,11 @@ import tqdm
 from pydantic import Field
 
 from limbeck.core.errors import LimbeckError, summarize_error
+from limbeck.core.extras import require
 from limbeck.core.storage import atomic_write_text, cache_root
+from limbeck.data.offline.question_sets import draw_items
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
-from limbeck.evaluation.recovery import TaskScore, compute_recovery
+from limbeck.evaluation.recovery import TaskScore, compute_recovery, record_mean
 from limbeck.evaluation.subject import Subject
 from limbeck.evaluation.truncation import OverlongPolicy
 from limbeck.models.fingerprint import find_model_folder, fingerprint_folder
@@ -96,16 +96,17 @@ def measure_tasks(subject: Subject, settings: TaskSettings) -> MeasureResult:
     primary = {name: score for name, score in scores.items() if score.metric}
     if not primary:
         return result
-    result.values["mean score"] = sum(score.primary_value for score in primary.values()) / len(primary)
-    result.errors["mean score"] = sum(score.stderr**2 for score in primary.values()) ** 0.5 / len(primary)
+    judged = primary
     if subject.is_student and subject.teacher_or_none is not None:
-        teacher_scores = score_tasks(subject.teacher, list(primary), catalog, settings)
-        values, errors, details = compute_recovery(primary, teacher_scores, subject.seed)
+        judged = score_tasks(subject.teacher, list(primary), catalog, settings)
+    record_mean(result, "mean score", primary, judged)
+    if judged is not primary:
+        values, errors, details = compute_recovery(primary, judged, subject.seed)
         result.values |= values
         result.errors |= errors
         result.details |= details
         result.details["teacher"] = {
-            name: {"score": score.primary_value, "error": score.stderr} for name, score in teacher_scores.items()
+            name: {"score": score.primary_value, "error": score.stderr} for name, score in judged.items()
         }
     return result
 
@@ -120,8 +121,7 @@ def check_task_settings(settings: TaskSettings) -> None:
 
 def require_lm_eval() -> None:
     """Raises LimbeckError if lm-evaluation-harness is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise LimbeckError("benchmarks need lm-evaluation-harness", hint="pip install 'limbeck[eval]'")
+    require("lm_eval", "benchmarks")
 
 
 def lm_eval_version() -> str:
@@ -208,10 +208,9 @@ def _silence_output() -> Iterator[None]:
 
 def _select_items(leaf: str, total: int, seed: int, settings: TaskSettings) -> list[int]:
     """Select the indices of the items to score, ascending."""
-    count = min(total, settings.limit or total)
     if settings.choose == "first":
-        return list(range(count))
-    return sorted(random.Random(f"{seed} {leaf}").sample(range(total), count))
+        return list(range(min(total, settings.limit or total)))
+    return draw_items(leaf, total, settings.limit, seed)
 
 
 def _parse_output(

@@ -13,8 +13,6 @@ To add a measure: write a module with a subclass of `MeasureSettings` (every fie
 import json
 import math
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,12 +27,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from limbeck.core.config import format_validation_error
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError, suggest_closest, summarize_error
+from limbeck.core.live import Phase, View, current
 from limbeck.core.storage import atomic_write_text, find_write_error
-from limbeck.core.system import flush_denormals
+from limbeck.core.system import flush_denormals, get_command_line
 from limbeck.core.version import __version__
 from limbeck.data.documents import fingerprint_source
 from limbeck.evaluation.subject import Subject
 from limbeck.models.fingerprint import fingerprint_folder
+
+SHOWN_VALUES = 3  # of a measurement in the live view
 
 
 class _StrictModel(BaseModel):
@@ -111,6 +112,9 @@ MEASURE_MODULES = {
     "agreement": "limbeck.evaluation.agreement:MEASURE",
     "exam": "limbeck.evaluation.exam:MEASURE",
     "tasks": "limbeck.evaluation.lm_eval_tasks:MEASURE",
+    "letters": "limbeck.evaluation.letters:MEASURE",
+    "generated": "limbeck.evaluation.generated:MEASURE",
+    "sampled": "limbeck.evaluation.sampled_text:MEASURE",
     "positions": "limbeck.evaluation.long_text:MEASURE",
     "needle": "limbeck.evaluation.retrieval:NEEDLE",
     "recall": "limbeck.evaluation.associative_recall:MEASURE",
@@ -210,8 +214,11 @@ def run_measure(
     settings = parse_settings(measure, overrides)
     plain_settings = settings.model_dump(mode="json")
     path = subject.output_dir / f"{measure.name}.json"
+    view, row = current(), _name_row(measure, subject.name)
+    view.add(row)
     cached = None if ignore_cache else _load_cached(path, subject, plain_settings)
     if cached is not None:
+        view.finish(row, describe_values(cached.values))
         console.print(f"{measure.name} of {subject.name}: using the cached result {path}", markup=False)
         return cached
     write_error = find_write_error(subject.output_dir)
@@ -233,12 +240,28 @@ def run_measure(
         details=result.details,
         provenance=collect_provenance(subject, time.monotonic() - start),
     )
+    view.finish(row, describe_values(result.values))
     if write_error is None:
         try:
             measurement.save(subject.output_dir)
         except LimbeckError as error:  # the disk may be full by now; hours of work should still be shown
             _warn_not_saved(error, measure)
     return measurement
+
+
+def make_view(measures: Sequence[Measure], models: Sequence[str]) -> View:
+    """Make a live view with a row for each measure of each model; baselines add theirs when they are measured."""
+    names = [_name_row(measure, model) for model in models for measure in measures]
+    return View("evaluation", [Phase(name, name, 1.0) for name in names], in_seconds=False, collects=True)
+
+
+def _name_row(measure: Measure, model: str) -> str:
+    return f"{measure.name} of {model}"
+
+
+def describe_values(values: dict[str, float]) -> str:
+    """Name the first values of a measurement, for a line of the live view."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:SHOWN_VALUES])
 
 
 def _warn_not_saved(error: LimbeckError, measure: Measure) -> None:
@@ -249,12 +272,8 @@ def _warn_not_saved(error: LimbeckError, measure: Measure) -> None:
 
 def collect_provenance(subject: Subject, seconds: float) -> Provenance:
     """Collect the command, versions, seeds and fingerprints behind a measurement that took `seconds`."""
-    program = Path(sys.argv[0]).name
-    command = shlex.join(["limbeck" if program in ("limbeck", "__main__.py") else program, *sys.argv[1:]])
-    if program == "ipykernel_launcher.py":  # its arguments say where this session's files are, and nothing else
-        command = "limbeck.evaluate in a notebook"
     return Provenance(
-        command=command,
+        command=get_command_line(),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         seconds=round(seconds, 2),
         seed=subject.seed,
@@ -315,7 +334,7 @@ def _has_same_texts(cached: Measurement, subject: Subject, settings: dict[str, A
 def render_schema_tables() -> str:
     """Render the two tables of docs/reference/files.md from the classes."""
     tables = []
-    for title, cls in (("A file", Measurement), ("Provenance", Provenance)):
+    for title, cls in (("Fields of a measurement", Measurement), ("Provenance", Provenance)):
         rows = [
             f"| `{name}` | {_format_json_type(schema)} | {schema['description']} |"
             for name, schema in cls.model_json_schema()["properties"].items()

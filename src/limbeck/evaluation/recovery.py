@@ -2,16 +2,18 @@
 
     values, errors, details = compute_recovery(student, teacher)           # both: task -> TaskScore
     values["recovery"], values["recovery_above_chance"], values["alpha*"]
+    record_mean(result, "mean score", student, teacher)               # without tasks on which the teacher only guesses
 
-* recovery: student / teacher, over the tasks on which the teacher scores at all (two standard errors above zero).
-* recovery above chance: (student − chance) / (teacher − chance), as in RADLADS (Goldstein et al. 2025). Tasks on which
-  the teacher is less than two standard errors above chance are left out: there is nothing to recover.
+* recovery: student / teacher.
+* recovery above chance: (student − chance) / (teacher − chance), as in RADLADS (Goldstein et al. 2025).
 * C_α: share of the tasks on which student ≥ (1 − α) · teacher, the tolerance-corrected win-and-tie rate of Hauzenberger
   et al. 2026 (arXiv 2603.15590); α* is the least α with C_α ≥ 1/2.
 
-All are means over tasks of equal weight. Standard errors of both recoveries come from the delta method for a ratio of
-means over the same items: a bootstrap would draw samples in which the teacher is at chance and divide by almost zero.
-Those of C_α and α* are bootstrapped over the items of each task, the same items for both models.
+All are means over tasks of equal weight. Tasks on which the teacher is less than two standard errors above chance are
+left out of all of them: there is nothing to recover, and what a student scores there is noise. Standard errors of both
+recoveries come from the delta method for a ratio of means over the same items: a bootstrap would draw samples in which
+the teacher is at chance and divide by almost zero. Those of C_α and α* are bootstrapped over the items of each task,
+the same items for both models.
 """
 
 import math
@@ -19,6 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from limbeck.evaluation.measure import MeasureResult
 
 TOLERANCES = (0.0, 0.01, 0.05, 0.1)
 RESAMPLES = 1000
@@ -71,21 +75,19 @@ def compute_recovery(
         seed: seed of the bootstrap.
 
     Returns:
-        values, their standard errors, and details: required tolerances by task, and the tasks of each mean.
+        values, their standard errors, and details: required tolerances by task, the tasks that count and the others.
+        No values if no task counts.
     """
-    names = list(student)
-    scoring = [name for name in names if teacher[name].primary_value > STDERRS_ABOVE_CHANCE * teacher[name].stderr]
-    above_chance = [name for name in names if not teacher[name].is_at_chance]
-    values, errors = {}, {}
-    for label, tasks, subtract_chance in (
-        ("recovery", scoring, False),
-        ("recovery_above_chance", above_chance, True),
-    ):
-        if tasks:
-            ratios = [
-                _ratio_with_stderr(student[name], teacher[name], teacher[name].chance if subtract_chance else 0.0)
-                for name in tasks
-            ]
+    at_chance = list_at_chance(teacher)
+    names = [name for name in student if name not in at_chance]
+    values: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for label, subtract_chance in (("recovery", False), ("recovery_above_chance", True)):
+        ratios = [
+            _ratio_with_stderr(student[name], teacher[name], teacher[name].chance if subtract_chance else 0.0)
+            for name in names
+        ]
+        if ratios:
             values[label] = float(np.mean([ratio for ratio, _ in ratios]))
             # Tasks are independent, so the variance of their mean is the sum over the square of their number.
             errors[label] = math.sqrt(sum(error**2 for _, error in ratios)) / len(ratios)
@@ -99,16 +101,38 @@ def compute_recovery(
         items = np.stack([student[name].items, teacher[name].items])  # [2, items]
         draws = rng.integers(0, items.shape[1], size=(RESAMPLES, items.shape[1]))
         student_draws[:, task], teacher_draws[:, task] = items[:, draws].mean(axis=-1)
-    bootstrap = _tolerance_statistics(student_draws, teacher_draws)
-    for label, value in _tolerance_statistics(student_scores, teacher_scores).items():
-        values[label], errors[label] = float(value), float(np.std(bootstrap[label], ddof=1))
+    if names:
+        bootstrap = _tolerance_statistics(student_draws, teacher_draws)
+        for label, value in _tolerance_statistics(student_scores, teacher_scores).items():
+            values[label], errors[label] = float(value), float(np.std(bootstrap[label], ddof=1))
     details = {
         "tolerance_needed": dict(zip(names, required_tolerances(student_scores, teacher_scores).tolist())),
-        "recovery_tasks": scoring,
-        "recovery_above_chance_tasks": above_chance,
-        "teacher_at_chance": [name for name in names if name not in above_chance],
+        "recovery_tasks": names,
+        "teacher_at_chance": at_chance,
     }
     return values, errors, details
+
+
+def list_at_chance(teacher: dict[str, TaskScore]) -> list[str]:
+    """List the tasks on which a teacher is less than two standard errors above guessing: nothing there can be lost."""
+    return [name for name, score in teacher.items() if score.is_at_chance]
+
+
+def record_mean(result: MeasureResult, name: str, scores: dict[str, TaskScore], teacher: dict[str, TaskScore]) -> None:
+    """Put the mean of a model's scores into a result, over the tasks on which its teacher is above chance.
+
+    The others are named in `details["teacher_at_chance"]`, and tables mark them. There is no mean if no task is left.
+
+    Args:
+        teacher: its teacher's scores on the same tasks; its own if it is one, or if its teacher is unknown.
+    """
+    at_chance = list_at_chance(teacher)
+    marked = result.details.setdefault("teacher_at_chance", [])
+    marked += [task for task in at_chance if task not in marked]
+    kept = [score for task, score in scores.items() if task not in at_chance]
+    if kept:
+        result.values[name] = sum(score.primary_value for score in kept) / len(kept)
+        result.errors[name] = sum(score.stderr**2 for score in kept) ** 0.5 / len(kept)
 
 
 def _ratio_with_stderr(student: TaskScore, teacher: TaskScore, chance: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@
 Each question is scored twice. By generation, as RULER does (arXiv 2404.06654): the value occurs anywhere in the
 greedily generated text. By likelihood, for models too small to follow instructions: the value is the likeliest among
 itself and distractors of the same form that do not occur in the prompt; chance is one in their number.
-`details["cells"]` holds both by length and depth, for a heat map.
+`details["cells"]` holds both by length and depth, for a heat map. Each answer is kept in the cache, by content.
 
 RULER samples the depth of each needle; here every depth gets the same number of samples, so that a map can be drawn.
 The depth of a pass key (Landmark Attention, arXiv 2305.16300, section 4.2) is sampled.
@@ -29,6 +29,7 @@ from limbeck.data.special_tokens import encode_plain_texts, encode_prompt
 from limbeck.evaluation.haystacks import Haystack, Question, build_needle_question, build_passkey_question
 from limbeck.evaluation.long_text import PrefilledPrompt, get_context_length
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
+from limbeck.evaluation.stored_answers import load_or_ask
 from limbeck.evaluation.subject import Subject
 
 Lengths = Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)]  # tokens of prompt and answer together
@@ -95,11 +96,7 @@ def measure_needle(subject: Subject, settings: NeedleSettings) -> MeasureResult:
                             settings.new_tokens,
                             settings.distractors,
                         )
-                        answers[f"niah {task}"].append(
-                            answer_question(
-                                subject.model, subject.tokenizer, question, settings.new_tokens, settings.piece
-                            )
-                        )
+                        answers[f"niah {task}"].append(_load_or_answer(subject, question, settings))
                         advance(1, note=f"S-NIAH-{task}, {length} tokens")
     return summarize_answers(answers, settings.distractors + 1)
 
@@ -116,9 +113,7 @@ def measure_passkey(subject: Subject, settings: PasskeySettings) -> MeasureResul
                 question = build_passkey_question(
                     length, depth, subject.tokenizer, rng, settings.new_tokens, settings.distractors
                 )
-                answers.append(
-                    answer_question(subject.model, subject.tokenizer, question, settings.new_tokens, settings.piece)
-                )
+                answers.append(_load_or_answer(subject, question, settings))
                 advance(1, note=f"{length} tokens")
     return summarize_answers({"passkey": answers}, settings.distractors + 1)
 
@@ -141,6 +136,19 @@ class RetrievalAnswer:
     chosen: bool
     rank: int
     share: float
+
+
+def _load_or_answer(
+    subject: Subject, question: Question, settings: NeedleSettings | PasskeySettings
+) -> RetrievalAnswer:
+    """Answer a question, or load the answer: at 8,192 tokens one takes a CPU a minute, so a killed run resumes."""
+
+    def ask() -> dict[str, Any]:
+        answer = answer_question(subject.model, subject.tokenizer, question, settings.new_tokens, settings.piece)
+        return asdict(answer)
+
+    asked = [asdict(question), settings.new_tokens]
+    return RetrievalAnswer(**load_or_ask(subject, "retrieval", asked, ask))
 
 
 def answer_question(

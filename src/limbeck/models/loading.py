@@ -7,7 +7,7 @@
 
 transformers initializes missing weights at random, attaches adapters, asks on standard input whether to run custom
 code, and applies settings that a past session left in a config. Here each of these is an error or is reset
-(docs/guides/saving.md).
+(docs/guides/generation.md).
 
 A saved student is checked because what is written may differ from what is meant: only an adapter is saved instead of
 the model, a tensor is taken for tied, a tokenizer loses a setting.
@@ -427,6 +427,19 @@ def resolve_teacher(name: str) -> str:
             expected="'embedded', 'small', a folder made by save_pretrained, or on the hub owner/name or owner/name@v1",
         )
     return name
+
+
+def resolve_model(name: str) -> tuple[str, bool]:
+    """Return what to load for a model given as a run directory, a folder, "embedded" or a name.
+
+    Returns:
+        What to pass to `from_pretrained`, and whether it is the student of a run.
+
+    Raises:
+        LimbeckError: see `resolve_teacher`.
+    """
+    folder = Path(name).expanduser() / "student"
+    return (str(folder), True) if folder.is_dir() else (resolve_teacher(name), False)
 
 
 def _own_teacher_folder(name: str) -> Path:

@@ -4,7 +4,7 @@
     collection = load_collection([Path("runs/gla"), Path("runs/mlstm"), Path("compared")])   # runs, and measurements
     collection.runs[0].values["agreement.perplexity"]
 
-No model is loaded. Values have the names of `limbeck.report.values`, as in study.json (docs/guides/studies.md). Local
+No model is loaded. Values have the names of `limbeck.report.values`, as in study.json (docs/reference/files.md). Local
 paths are cut down to their last part, since reports are handed on.
 """
 
@@ -27,6 +27,7 @@ from limbeck.evaluation.baselines import find_window
 from limbeck.evaluation.measure import Measurement
 from limbeck.report.comparison import load_measurements
 from limbeck.report.privacy import get_basename, is_local_path, strip_local_paths
+from limbeck.report.teacher_info import get_teacher_name
 from limbeck.report.values import flatten_values
 
 STUDY_FORMAT = 1  # of study.json
@@ -44,6 +45,7 @@ class Run:
     stages: what eval.json records of each finished stage.
     recipe, manifest: from the run directory; empty without one.
     windows: measurements of the untrained window of its memory.
+    prompt, samples: a text and how each model goes on; empty for the runs of a study.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Run:
     manifest: dict[str, Any] = field(default_factory=dict)
     measurements: dict[str, Measurement] = field(default_factory=dict)
     windows: list[Measurement] = field(default_factory=list)
+    prompt: str = ""
+    samples: dict[str, str] = field(default_factory=dict)
 
     @property
     def student(self) -> str:
@@ -93,9 +97,21 @@ class RunCollection:
     commands: list[str] = field(default_factory=list)
 
     @property
+    def kind(self) -> str:
+        """What the report is of."""
+        if self.study is not None:
+            return "Study"
+        return "Run" if len([run for run in self.runs if run.student != TEACHER]) == 1 else "Comparison of runs"
+
+    @property
     def finished_runs(self) -> list[Run]:
         """The runs that have values."""
         return [run for run in self.runs if run.status == "finished"]
+
+    @property
+    def sampled_runs(self) -> list[Run]:
+        """The runs with samples of text."""
+        return [run for run in self.runs if run.samples]
 
     @property
     def students(self) -> list[str]:
@@ -205,11 +221,16 @@ def _load_runs(folders: list[Path]) -> RunCollection:
             summary = read_json(path, f"limbeck distill {folder / 'recipe.yaml'} --out {folder}   (evaluates again)")
             run.status, run.stages = "finished", summary["stages"]
             run.seconds = sum(stage["seconds"] for stage in run.stages)
+            run.prompt, run.samples = summary.get("prompt") or "", summary.get("samples") or {}
             measured = [*run.measurements.values(), *run.windows]
             run.values, run.errors = flatten_values(summary, measured, folder / "metrics.jsonl")
         runs.append(run)
+    title = about = ""
+    if len(runs) == 1 and runs[0].recipe:
+        student, teacher = runs[0].axes["mixer"], get_teacher_name(runs[0].axes["teacher"])
+        title, about = runs[0].name, f"The {student} student of {teacher}, seed {runs[0].axes['seed']}."
     environments = [{key: run.manifest.get(key) for key in ENVIRONMENT} for run in runs if run.manifest]
-    return RunCollection("", "", runs, [], environment=environments[0] if environments else {})
+    return RunCollection(title, about, runs, [], environment=environments[0] if environments else {})
 
 
 def _recipe_axes(recipe: dict[str, Any]) -> dict[str, str]:
@@ -291,12 +312,20 @@ def _format_axis_value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _strip_word(word: str) -> str:
+    """Cut a local path in a word of a command, `path` or `key=path`, down to its last part."""
+    key, equals, value = word.rpartition("=")
+    return f"{key}{equals}{get_basename(value)}" if is_local_path(value) else word
+
+
 def _list_commands(collection: RunCollection, paths: list[Path]) -> list[str]:
     """List the recorded command lines, without local paths, and the one that makes this report."""
-    commands = [shlex.split(one.provenance.command) for run in collection.runs for one in run.measurements.values()]
+    recorded = [command for run in collection.runs for command in run.manifest.get("commands", [])]
+    recorded += [one.provenance.command for run in collection.runs for one in run.measurements.values()]
+    commands = [shlex.split(command) for command in recorded]
     if collection.study is not None and not any("study" in words for words in commands):
         commands.append(["limbeck", "study", "study.yaml"])
     for words in commands:  # a worker process records "-c" as its program
         words[0] = "limbeck" if words[0] == "-c" else words[0]
-    lines = [shlex.join(get_basename(word) if is_local_path(word) else word for word in words) for words in commands]
+    lines = [shlex.join(map(_strip_word, words)) for words in commands]
     return [*dict.fromkeys(lines), shlex.join(["limbeck", "report", *(path.resolve().name for path in paths)])]

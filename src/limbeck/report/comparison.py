@@ -18,15 +18,16 @@ from rich.text import Text
 
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import find_missing
 from limbeck.core.storage import atomic_write_text
 from limbeck.evaluation.baselines import describe_windows
-from limbeck.evaluation.measure import Measure, Measurement
+from limbeck.evaluation.measure import Measurement
 from limbeck.report.figures import speed
 from limbeck.report.figures.measures import draw_measure
 from limbeck.report.figures.style import save_figure, use_style
 from limbeck.report.privacy import get_basename, is_local_path
 from limbeck.report.text_tables import format_csv, format_markdown_table
-from limbeck.report.values import format_name, format_value
+from limbeck.report.values import format_name, format_value, mark_at_chance
 
 MAX_MODEL_COLUMNS = 6  # models that fit beside each other
 
@@ -34,7 +35,7 @@ MAX_MODEL_COLUMNS = 6  # models that fit beside each other
 def build_comparison_table(measurements: list[Measurement]) -> RenderableType:
     """Build the comparison for the screen: numbers by models, or models by numbers where there are many models."""
     models, groups = _models(measurements), _value_names(measurements)
-    remarks = [Text(line) for line in (*find_text_mismatches(measurements), *describe_windows(measurements))]
+    remarks = [Text(line) for line in _list_remarks(measurements)]
     if len(models) > MAX_MODEL_COLUMNS:
         parts: list[RenderableType] = []
         for measure, names in groups.items():
@@ -51,7 +52,7 @@ def build_comparison_table(measurements: list[Measurement]) -> RenderableType:
 def format_comparison(measurements: list[Measurement]) -> str:
     """Format the comparison as Markdown, in the layout of `build_comparison_table`."""
     models, groups = _models(measurements), _value_names(measurements)
-    remarks = [f"{line}\n" for line in (*find_text_mismatches(measurements), *describe_windows(measurements))]
+    remarks = [f"{line}\n" for line in _list_remarks(measurements)]
     if len(models) > MAX_MODEL_COLUMNS:
         tables = []
         for measure, names in groups.items():
@@ -90,6 +91,28 @@ def find_text_mismatches(measurements: list[Measurement]) -> list[str]:
     return lines
 
 
+def _list_remarks(measurements: list[Measurement]) -> list[str]:
+    """List the sentences under the table."""
+    lines = [*find_text_mismatches(measurements), *describe_windows(measurements)]
+    at_chance = {one.measure: _find_at_chance(measurements, one.measure) for one in measurements}
+    return lines + [
+        f"{measure}: the teacher is at chance on {'; '.join(tasks)}: they are in no mean"
+        for measure, tasks in at_chance.items()
+        if tasks
+    ]
+
+
+def _find_at_chance(measurements: list[Measurement], measure: str) -> list[str]:
+    """Find the tasks of a measure on which some teacher does no better than guessing."""
+    named = [one.details.get("teacher_at_chance", []) for one in measurements if one.measure == measure]
+    return list(dict.fromkeys(task for tasks in named for task in tasks))
+
+
+def _label(measurements: list[Measurement], measure: str, name: str) -> str:
+    """Name a value in words; marks those of tasks on which the teacher is at chance."""
+    return mark_at_chance(format_name(name), name, _find_at_chance(measurements, measure))
+
+
 def measurements_to_csv(measurements: list[Measurement]) -> str:
     """Format all numbers as CSV, a line a number, unrounded: model, measure, name, value, standard error."""
     rows = [
@@ -101,11 +124,17 @@ def measurements_to_csv(measurements: list[Measurement]) -> str:
 
 
 def write_comparison(measurements: list[Measurement], folder: Path) -> list[Path]:
-    """Write table, CSV, the figures of the measures that have one, and accuracy against speed if both were measured."""
+    """Write table, CSV, the figures of the measures that have one, and accuracy against speed if both were measured.
+
+    Figures are left out, and that is said, where matplotlib is not installed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "table.md", folder / "values.csv"]
     atomic_write_text(paths[0], format_comparison(measurements))
     atomic_write_text(paths[1], measurements_to_csv(measurements))
+    if (extra := find_missing("matplotlib")) is not None:
+        console.print(f"no figures drawn: they need matplotlib; {extra.command}")
+        return paths
     with use_style(_models(measurements)):
         figures = {}
         for name in dict.fromkeys(one.measure for one in measurements):
@@ -119,17 +148,6 @@ def write_comparison(measurements: list[Measurement], folder: Path) -> list[Path
                 paths.append(folder / f"{name}.{ending}")
                 save_figure(figure, paths[-1])
     return paths
-
-
-def build_measure_table(measures: list[Measure]) -> Table:
-    """Build the table of what can be measured, with every setting and its default."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("measure", "what", "settings"):
-        table.add_column(column, overflow="fold")
-    for one in measures:
-        defaults: dict[str, Any] = one.settings().model_dump(mode="json")
-        table.add_row(one.name, one.description, ", ".join(f"{key}={value}" for key, value in defaults.items()))
-    return table
 
 
 def load_measurements(paths: list[Path]) -> list[Measurement]:
@@ -186,14 +204,14 @@ def _value_rows(measurements: list[Measurement], measure: str, names: list[str],
     if any(texts := [describe_text(measurements, measure, model) for model in models]):
         rows.append(["text", *texts])
     cells = ([_cell(measurements, measure, name, model) for model in models] for name in names)
-    return rows + [[format_name(name), *row] for name, row in zip(names, cells)]
+    return rows + [[_label(measurements, measure, name), *row] for name, row in zip(names, cells)]
 
 
 def _model_rows(
     measurements: list[Measurement], measure: str, names: list[str], models: list[str]
 ) -> tuple[list[str], list[list[Any]]]:
     """A measure's columns and rows where models are rows; a second column names the texts."""
-    columns = ["", *map(format_name, names)]
+    columns = ["", *(_label(measurements, measure, name) for name in names)]
     rows = [[model, *(_cell(measurements, measure, name, model) for name in names)] for model in models]
     if any(texts := [describe_text(measurements, measure, model) for model in models]):
         columns.insert(1, "text")

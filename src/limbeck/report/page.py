@@ -19,6 +19,7 @@ from typing import Any
 
 from limbeck.core.console import progress
 from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import require
 from limbeck.core.storage import convert_write_errors, find_write_error
 from limbeck.core.version import __version__
 from limbeck.report.claims import ClaimView, build_claim_views
@@ -45,6 +46,7 @@ from limbeck.report.tables import (
     list_conditions,
     select_value_name,
 )
+from limbeck.report.teacher_info import get_teacher_name
 from limbeck.report.text_tables import escape_markdown
 from limbeck.report.values import values_to_csv
 
@@ -195,10 +197,10 @@ def _build_section(rendered: list[RenderedPanel], order: list[str]) -> PanelSect
 
 
 def _load_templates() -> Any:
-    try:  # an optional dependency, of the extra `report`
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-    except ImportError as error:
-        raise LimbeckError("reports need jinja2", hint="pip install 'limbeck[report]'") from error
+    require("jinja2", "report pages")
+    # late: an optional dependency
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=select_autoescape(["html"]),
@@ -220,7 +222,7 @@ def summarize_collection(collection: RunCollection, groups: list[SeedGroup]) -> 
     """
     runs = [run for run in collection.runs if run.student != TEACHER]
     trained = [run for run in runs if run.stages]
-    teachers = list(dict.fromkeys(run.axes["teacher"] for run in runs if "teacher" in run.axes))
+    teachers = list(dict.fromkeys(get_teacher_name(run.axes["teacher"]) for run in runs if "teacher" in run.axes))
     students, seeds, conditions = collection.students, collection.seeds, list_conditions(groups)
     subject = _count(len(students), "student")
     if teachers:

@@ -6,16 +6,20 @@ The card (`limbeck.report.model_card`) and the summary show the same tables of q
 about the untrained window and the break-even length, so each is written here once.
 """
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from limbeck.core.console import format_bytes, format_duration
-from limbeck.evaluation.baselines import describe_against_window
+from limbeck.evaluation.baselines import describe_against_window, find_repeat_losses
 from limbeck.models import format_ranges
+from limbeck.report.privacy import is_local_path
+from limbeck.report.teacher_info import get_teacher_name
 from limbeck.report.text_tables import escape_markdown, format_code_span, format_markdown_table
 
 MODELS = ("teacher", "student", "window")  # of the columns, as the values of the exam begin
+EVAL_TOKENS = 50_000  # that the command to type next measures on, or all that there are
 CACHE_LENGTHS = (512, 32_768)  # tokens at which the caches are compared: a paragraph, a long document
 
 
@@ -63,7 +67,7 @@ def format_summary(result: dict[str, Any], commands: bool = True) -> str:
             format_duration(stage["seconds"]),
             f"{stage['tokens'] / max(stage.get('fit_seconds', stage['seconds']), 1e-9):.0f}",
             f"{stage['trained_parameters']:,}",
-            _format_outcome(stage),
+            format_outcome(stage),
         ]
         for stage in result["stages"]
     ]
@@ -72,8 +76,9 @@ def format_summary(result: dict[str, Any], commands: bool = True) -> str:
         rows = [[*row, loss] for row, loss in zip([["before training", *[""] * 5], *rows], losses)]
     stages = format_markdown_table(columns, rows, num_text_columns=len(columns))
     peak = result["peak_memory_bytes"]
+    teacher = escape_markdown(get_teacher_name(result["teacher"]))
     blocks = [
-        f"# {escape_markdown(result['mixer'])} in {result['layers']} layers of {escape_markdown(result['teacher'])}",
+        f"# {escape_markdown(result['mixer'])} in {result['layers']} layers of {teacher}",
         "; ".join(f"{name} in layers {format_ranges(layers)}" for name, layers in result["mixers"].items()) + "."
         if len(result["mixers"]) > 1
         else "",
@@ -213,6 +218,7 @@ def describe_window(result: dict[str, Any]) -> str:
         window["sinks"],
         same_memory=window["state_bytes"] <= window["student_state_bytes"],
         text=text,
+        repeat=find_repeat_losses(section, section, "student_", "window_"),
     )
 
 
@@ -234,25 +240,31 @@ def format_samples(result: dict[str, Any]) -> str:
 
 
 def next_commands(result: dict[str, Any]) -> list[str]:
-    """List the commands to type next for this very run: its recipe brings teacher, text and tokens along."""
-    run = str(result["run"])
-    other = "gla" if "mlstm" in result["mixers"] else "mlstm"
-    recipe = shlex.quote(f"{run}/recipe.yaml")
-    again = f"limbeck distill {recipe} --student {other} --out {shlex.quote(f'{run}-{other}')}"
-    if result.get("softmax_heads"):  # its stages suit students that start as a window
-        again = f"limbeck distill {recipe} --tokens 500000 --out {shlex.quote(f'{run}-longer')}"
-    return [
-        f"limbeck generate {shlex.quote(run)} 'Once upon a time'",
-        f"limbeck eval {shlex.quote(run)} --tokens 50000",
-        again,
-    ]
+    """List the three commands to type next for this very run: talk to the student, measure it, hand it on."""
+    run = shlex.quote(str(result["run"]))
+    talk = f"limbeck generate {run} {shlex.quote(result['prompt'] or 'Once upon a time')}"
+    if result.get("chats"):
+        talk = f"limbeck chat {run}"
+    measures = "agreement,exam" if "student_perplexity" in (result.get("exam") or {}) else "agreement"
+    tokens = min(EVAL_TOKENS, result.get("held_out_tokens") or EVAL_TOKENS)
+    evaluate = f"limbeck eval {run} --measure {measures} --tokens {tokens}"
+    if result.get("exports"):
+        hand_on = f"limbeck export {run} --to {result['exports'][0]}"
+        if result["exports"][0] == "gguf":
+            hand_on += f" --quantization q8_0 && limbeck chat {run} --engine llama.cpp"
+    elif is_local_path(result["teacher"]) or Path(result["teacher"]).is_dir():  # whose license nobody has told
+        hand_on = f"limbeck report {run}"
+    else:
+        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(result["run"]).name).strip("-")
+        hand_on = f"limbeck push {run} your-name/{name or 'student'} --plan"
+    return [talk, evaluate, hand_on]
 
 
 def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _format_outcome(stage: dict[str, Any]) -> str:
+def format_outcome(stage: dict[str, Any]) -> str:
     """Format what a stage came to: the unexplained part of a calibration, else the loss and what was left out."""
     if stage["stage"] == "calibrate":
         return f"{100 * stage['unexplained']:.1f} % unexplained, ridge {stage['ridge']:g}"

@@ -50,6 +50,14 @@ EMBEDDED_TEACHER = TeacherInfo(
 )
 
 
+def get_teacher_name(teacher: str) -> str:
+    """Return the name of a recipe's teacher for people: that of the embedded one, or without folders."""
+    if teacher == "embedded":
+        return EMBEDDED_TEACHER.display_name
+    name = split_revision(teacher)[0]
+    return get_basename(name) if is_local_path(name) else name
+
+
 def resolve_teacher_info(
     teacher: str | None, license: str | None = None, teacher_override: str | None = None, family: str = ""
 ) -> TeacherInfo:

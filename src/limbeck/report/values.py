@@ -17,7 +17,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,12 @@ def format_mean_std(name: str, numbers: list[float]) -> str:
 def is_fraction(name: str) -> bool:
     """Whether a name stands for a part of a whole, which is shown in percent."""
     return any(name == part or name.endswith(f"_{part}") or f"_{part}_" in f"_{name}_" for part in FRACTION_NAMES)
+
+
+def mark_at_chance(label: str, name: str, tasks: Iterable[str]) -> str:
+    """Mark the label of a value that belongs to one of the tasks on which the teacher is at chance."""
+    marked = any(name == task or name.startswith(f"{task} ") for task in tasks)
+    return f"{label} (teacher at chance)" if marked else label
 
 
 def flatten_values(

@@ -7,21 +7,32 @@ compared in nats a token (the logarithm of perplexity), so an effect of 0.01 is 
 arXiv 2504.14366, v2 of May 2025 and v3 of January 2026; a statement is our wording of its finding.
 """
 
-import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from limbeck.core.objectives import Objectives
+from limbeck.study.effects import (
+    cache_growth,
+    gain_over_untrained_window,
+    log_perplexity,
+    loss_growth_terms,
+    make_window_comparison,
+    select_by_length,
+    select_mean,
+    select_value,
+    token_time_gain,
+    token_time_growth,
+)
 from limbeck.study.statistics import (
     ArmResult,
     Contrasts,
     Effect,
     Finding,
-    Metric,
     Term,
     decide_verdict,
     difference,
+    gap_at_equal_time,
     rank_correlation_by_seed,
 )
 
@@ -51,54 +62,6 @@ class Claim:
     source: str
     unit: str
     hypotheses: Callable[[list[ArmResult]], list[Hypothesis]]
-
-
-def select_value(name: str) -> Metric:
-    """Build the metric that reads one value of an arm's record."""
-    return lambda row: row["values"].get(name)
-
-
-def log_perplexity(row: ArmResult) -> float | None:
-    """Read the loss on held-out text, in nats a token: of the measure `agreement`, else of the run's own evaluation."""
-    perplexity = row["values"].get("agreement.perplexity", row["values"].get("held_out.student_perplexity"))
-    if perplexity is None:
-        return None
-    # NaN stays NaN, and is reported as an arm that diverged
-    return math.log(perplexity) if perplexity > 0 else math.nan
-
-
-def select_by_length(measure: str, name: str, last: bool) -> Metric:
-    """Build the metric that reads a value at the shortest or longest of the lengths where it was measured.
-
-    Args:
-        name: pattern of the value's name, with the length in tokens as its group; several values of one length are
-            averaged.
-        last: whether to read it at the longest length.
-    """
-    pattern = re.compile(rf"{measure}\.{name}$")
-
-    def metric(row: ArmResult) -> float | None:
-        values_by_length: dict[int, list[float]] = {}
-        for key, value in row["values"].items():
-            if match := pattern.match(key):
-                values_by_length.setdefault(int(match[1]), []).append(value)
-        if len(values_by_length) < 2:
-            return None
-        chosen = values_by_length[max(values_by_length) if last else min(values_by_length)]
-        return sum(chosen) / len(chosen)
-
-    return metric
-
-
-def select_mean(measure: str, name: str) -> Metric:
-    """Build the metric that averages all values whose name matches the pattern."""
-    pattern = re.compile(rf"{measure}\.{name}$")
-
-    def metric(row: ArmResult) -> float | None:
-        values = [value for key, value in row["values"].items() if pattern.match(key)]
-        return sum(values) / len(values) if values else None
-
-    return metric
 
 
 def evaluate_claim(name: str, claim: Claim, rows: list[ArmResult]) -> dict[str, Any]:
@@ -136,6 +99,8 @@ FIXED_DECAY = ("retnet",)
 DYNAMIC_DECAY = ("gla", "metala", "mlstm", "mamba2", "hgrn2", "rwkv6", "gsa", "gated_deltanet", "kda", "rwkv7")
 DELTA = ("deltanet", "gated_deltanet", "kda", "rwkv7")
 ADDITIVE = (*KERNEL_ONLY, *FIXED_DECAY, "gla", "metala", "mlstm", "mamba2", "hgrn2", "rwkv6", "gsa")
+LINEAR = (*ADDITIVE, *DELTA)
+WINDOWS = ("sliding_window",)  # also with groups of heads that see further
 CONTROLS = ("softmax",)  # arms that are no subquadratic student
 NEGLIGIBLE_EFFECT = 0.02  # nats a token: what counts as little
 
@@ -185,18 +150,19 @@ def _best_of_all(name: str) -> Callable[[list[ArmResult]], list[Hypothesis]]:
     return build
 
 
+def _better_than_other_starts(rows: list[ArmResult]) -> list[Hypothesis]:
+    """Build a hypothesis for each other value of the axis `start`: that a calibrated student has the lower loss."""
+    starts = dict.fromkeys(row["axes"]["start"] for row in rows if "start" in row["axes"])
+    return [
+        _hypothesis(f"calibrated is better than {start}", _loss_gap({"start": ("calibrated",)}, {"start": (start,)}))
+        for start in starts or ("copied",)
+        if not start.startswith("calibrated")  # with other amounts of text: "calibrated-33k"
+    ]
+
+
 def _order_agreement(axis: str) -> Callable[[list[ArmResult]], Contrasts]:
     """Correlate the students' order by loss between neighboring values of an axis; see `rank_correlation_by_seed`."""
     return lambda rows: rank_correlation_by_seed(rows, axis, log_perplexity)
-
-
-def _loss_growth_terms(where: dict, weight: float) -> tuple[Term, Term]:
-    """Return the rise of the loss from the first to the last stretch of a long text, as terms of an effect."""
-    name = r"loss, tokens \d+ to (\d+)"
-    return (
-        Term(weight, select_by_length("positions", name, last=True), where),
-        Term(-weight, select_by_length("positions", name, last=False), where),
-    )
 
 
 _OTHERS = {"mixer": (*KERNEL_ONLY, *FIXED_DECAY, "deltanet")}
@@ -206,38 +172,21 @@ _NIAH = r"niah \d, (\d+) tokens, among \d+"
 _COPIED, _FRESH = {"copy_projections": (True,)}, {"copy_projections": (False,)}
 
 
-def _token_time_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
-    """Compute how much a token's time grows from the shortest to the longest context, as a share of the former."""
-    last, first = (select_by_length("speed", r"token_milliseconds@(\d+)x1", last=is_last) for is_last in (True, False))
-    by_seed: dict[str, list[float]] = {}
-    for row in rows:
-        shortest, longest = first(row), last(row)
-        if shortest and longest:
-            by_seed.setdefault(str(row["axes"]["seed"]), []).append(longest / shortest - 1)
-    return by_seed
-
-
-def _token_time_gain(rows: list[ArmResult]) -> dict[str, list[float]]:
-    """Compute the logarithm of the teacher's time for a token over the student's, after the longest context."""
-    time = select_by_length("speed", r"token_milliseconds@(\d+)x1", last=True)
-    by_seed: dict[str, list[float]] = {}
-    for row in rows:
-        student_time, teacher_time = time(row), time({"values": row.get("teacher") or {}})
-        if student_time and teacher_time:
-            by_seed.setdefault(str(row["axes"]["seed"]), []).append(math.log(teacher_time / student_time))
-    return by_seed
-
-
-def _cache_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
-    """Compute the bytes by which a token makes the student's cache grow, as a share of the teacher's."""
-    by_seed: dict[str, list[float]] = {}
-    for row in rows:
-        student_bytes, teacher_bytes = (
-            row["values"].get(f"memory.{model}_bytes_per_token") for model in ("student", "teacher")
-        )
-        if student_bytes is not None and teacher_bytes:
-            by_seed.setdefault(str(row["axes"]["seed"]), []).append(student_bytes / teacher_bytes)
-    return by_seed
+def _beats_ce_and_kl(name: str) -> Claim:
+    """Build the claim that a further objective of stage 3 helps, beside CE + KL on as many tokens and for as long."""
+    longer = "ce_kl", "ce_kl_x2", "ce_kl_x4"  # arms of the study, by what they read
+    return Claim(
+        f"The objective {name} beside CE + KL gives a better student than CE + KL alone.",
+        "a question to its paper, see docs/guides/objectives.md",
+        "nats a token",
+        _fixed_hypotheses(
+            _hypothesis("at equal tokens", _loss_gap({"objective": (name,)}, {"objective": ("ce_kl",)})),
+            Hypothesis(
+                "at equal time, in which CE + KL reads more tokens",
+                lambda rows: gap_at_equal_time(rows, log_perplexity, "objective", name, longer, "logits"),
+            ),
+        ),
+    )
 
 
 CLAIMS: dict[str, Claim] = {
@@ -297,7 +246,7 @@ CLAIMS: dict[str, Claim] = {
         _fixed_hypotheses(
             _hypothesis(
                 "rise of the loss, others minus these",
-                Effect((*_loss_growth_terms(_OTHERS, 1.0), *_loss_growth_terms(_DYNAMIC, -1.0))),
+                Effect((*loss_growth_terms(_OTHERS, 1.0), *loss_growth_terms(_DYNAMIC, -1.0))),
             )
         ),
     ),
@@ -327,19 +276,19 @@ CLAIMS: dict[str, Claim] = {
         "A student's cache does not grow with the text.",
         "v2, figure 4",
         "share of the teacher's growth",
-        _fixed_hypotheses(Hypothesis("growth of the cache a token", _cache_growth, "little", 0.001, discrete=True)),
+        _fixed_hypotheses(Hypothesis("growth of the cache a token", cache_growth, "little", 0.001, discrete=True)),
     ),
     "time-constant-in-length": Claim(
         "A token takes a student as long behind a long text as behind a short one.",
         "v2, figure 4",
         "share of the time at the shortest length",
-        _fixed_hypotheses(Hypothesis("growth of a token's time", _token_time_growth, "little", 0.1)),
+        _fixed_hypotheses(Hypothesis("growth of a token's time", token_time_growth, "little", 0.1)),
     ),
     "faster-than-the-teacher-at-length": Claim(
         "Behind the longest text that was measured a student's token takes less time than the teacher's.",
         "v2, figure 4",
         "logarithm of the teacher's time over the student's",
-        _fixed_hypotheses(Hypothesis("gain in a token's time", _token_time_gain, "more", 0.0)),
+        _fixed_hypotheses(Hypothesis("gain in a token's time", token_time_gain, "more", 0.0)),
     ),
     "order-stable-over-teachers": Claim(
         "Which student is better than which does not depend on the size of the teacher.",
@@ -424,4 +373,43 @@ CLAIMS: dict[str, Claim] = {
             _hypothesis("the paper's split is better", _loss_gap({"split": ("paper",)}, {"split": ("even",)}))
         ),
     ),
+    "window-beats-linear-students": Claim(
+        "At equal budget a sliding window ends at a lower loss than linear students.",
+        "arXiv 2608.28444, of windows without training; here trained",
+        "nats a token",
+        _fixed_hypotheses(
+            Hypothesis("loss of linear students, minus the best window's", make_window_comparison(WINDOWS, LINEAR))
+        ),
+    ),
+    "training-beats-untrained-window": Claim(
+        "A trained student is better than the untrained sliding window of its memory.",
+        "arXiv 2608.28444, which finds the opposite for retrieval",
+        "nats a token",
+        _fixed_hypotheses(
+            Hypothesis("loss of the untrained window, minus the student's", gain_over_untrained_window),
+        ),
+    ),
+    "heads-beat-layers": Claim(
+        "Softmax kept in groups of heads is better than in whole layers, with as many heads.",
+        "arXiv 2602.11374",
+        "nats a token",
+        _fixed_hypotheses(
+            _hypothesis("lower loss on held-out text", _loss_gap({"softmax": ("heads",)}, {"softmax": ("layers",)})),
+            _hypothesis(
+                "lower loss on a passage that comes again",
+                difference(
+                    select_by_length("exam", r"student_repeat_loss@(\d+)", last=True),
+                    {"softmax": ("layers",)},
+                    {"softmax": ("heads",)},
+                ),
+            ),
+        ),
+    ),
+    "calibration-beats-other-starts": Claim(
+        "A student whose output projections are solved in closed form is better than with any other start.",
+        "our own; other starts from arXiv 2606.16429 and 2605.08301",
+        "nats a token",
+        _better_than_other_starts,
+    ),
+    **{f"objective-{name.replace('_', '-')}-helps": _beats_ce_and_kl(name) for name in Objectives.model_fields},
 }

@@ -92,6 +92,9 @@ def write_arm_result(
         "evaluation": arm.recipe.evaluation.model_dump(mode="json"),
         "values": values,
         "errors": errors,
+        "teacher_at_chance": [
+            f"{one.measure}.{task}" for one in measurements for task in one.details.get("teacher_at_chance", [])
+        ],
         "seconds": sum(stage["seconds"] for stage in summary["stages"]),
         "saved_seconds": sum(stage.get("saved_seconds", 0.0) for stage in summary["stages"]),
         "stages": summary["stages"],

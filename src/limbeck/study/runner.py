@@ -6,7 +6,7 @@ run_study({"name": "mine", "base": {...}, "grid": {...}})    # the content of a 
 
 runs/<study>-<size>/
   study.yaml                            the study as it is run
-  study.json                            all arms' numbers and the claims (docs/guides/studies.md)
+  study.json                            all arms' numbers and the claims (docs/reference/files.md)
   table.md, values.csv, claims.md
   failures.json                         the errors of failed arms
   <arm>/                                an ordinary run directory, and result.json
@@ -20,9 +20,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
+from limbeck.core.live import Phase, View
+from limbeck.core.screen import watch
 from limbeck.core.storage import (
     check_disk_space,
     check_link,
@@ -42,7 +46,7 @@ from limbeck.training.run_directory import check_run
 
 
 class ProgressReporter:
-    """Prints which arms are done, of how many, and about how long the rest takes.
+    """Prints which arms are done, of how many, and about how long the rest takes; keeps the live view.
 
     A task weighs as much as the plan estimates for it; without a plan all weigh the same.
 
@@ -50,29 +54,44 @@ class ProgressReporter:
         first, later: the study's lists, see `limbeck.study.plan`.
         workers: how many tasks run side by side, 0 if unknown.
         plan: the times of the tasks.
+        view: where each task is a phase.
     """
 
-    def __init__(self, first: list[StudyTask], later: list[StudyTask], workers: int, plan: StudyPlan | None):
+    def __init__(
+        self, first: list[StudyTask], later: list[StudyTask], workers: int, plan: StudyPlan | None, view: View
+    ):
+        self.workers, self.view = workers, view
         tasks = [(task, True) for task in first] + [(task, False) for task in later]
         self.weights = {task: plan.estimate_task_seconds(task, is_first) if plan else 1.0 for task, is_first in tasks}
         self.arms = len({name for task in self.weights for name in task.arms})
         self.num_done = 0
+        self.running: set[StudyTask] = set()
         self.done_weight = 0.0  # weight of the tasks that have ended
         self.start = time.monotonic()
+        view.plan([Phase(task, describe_task(task), self.weights[task]) for task, _ in tasks])
         if self.arms:
             console.print(f"{self.arms} arms to run" + (f", {workers} side by side" if workers > 1 else ""))
 
+    def begin(self, tasks: list[StudyTask]) -> None:
+        """Show which tasks of a list are running: the first that are not done, one for each worker."""
+        for task in [task for task in tasks if task in self.weights][: self.workers]:
+            if task not in self.running:
+                self.running.add(task)
+                self.view.begin(task)
+
     def report(self, result: TaskResult) -> None:
         """Print the result of a task."""
+        error = next(iter(result.failures.values()), "").partition("\n")[0]
+        self.view.finish(result.task, error, failed=bool(error))
         for name, error in result.failures.items():
-            console.print(f"arm {name} failed: ", end="", style="bold red")
-            console.print(error.splitlines()[0], markup=False)
+            console.print(Text.assemble((f"arm {name} failed: ", "bold red"), error.splitlines()[0]))
         self.done_weight += self.weights.pop(result.task)
         if result.task.kind == "alone":
             self.num_done += 1
             message = f"{self.num_done} of {self.arms} arms done: {result.task.arms[0]}"
         else:
             for task in [task for task in self.weights if result.failures.keys() & set(task.arms)]:
+                self.view.finish(task, "failed before", failed=True)
                 del self.weights[task]  # an arm that failed in a group is not tried alone
             self.num_done += len(result.failures)
             num_trained = len(result.task.arms) - len(result.failures)
@@ -85,6 +104,13 @@ class ProgressReporter:
         if not self.done_weight or not remaining:
             return ""
         return f"; about {(time.monotonic() - self.start) * remaining / self.done_weight / 60:.1f} min left"
+
+
+def describe_task(task: StudyTask) -> str:
+    """Name a task for the live view."""
+    if task.kind == "alone":
+        return task.arms[0]
+    return f"{len(task.arms)} at once: {', '.join(task.arms)}"
 
 
 FAILURES_FILE = "failures.json"
@@ -211,15 +237,22 @@ def _run_tasks(study: Study, folder: Path, arms: list[Arm], executor: Executor, 
     states = {arm.name: results.get_arm_state(arm, study) for arm in arms}
     _remove_failures(folder, [name for name, state in states.items() if state != "finished"])
     first, later = schedule_tasks(arms, states, executor.workers)
-    progress = ProgressReporter(first, later, executor.workers, plan)
+    finished = [Phase(name, name, state="done", share=1.0) for name, state in states.items() if state == "finished"]
     failed: set[str] = set()
-    for tasks in (first, later):
-        for result in executor.run(study, folder, [task for task in tasks if not failed.intersection(task.arms)]):
-            failed |= set(result.failures)
-            _add_failures(folder, result.failures)
-            progress.report(result)
-            if result.task.kind == "alone":
-                tables.write_study_results(study, folder, arms, _read_failures(folder), claims=[])
+    with watch(
+        View(f"study {study.title}", finished, str(folder), in_seconds=plan is not None, workers=executor.workers)
+    ) as view:
+        progress = ProgressReporter(first, later, executor.workers, plan, view)
+        for tasks in (first, later):
+            tasks = [task for task in tasks if not failed.intersection(task.arms)]
+            progress.begin(tasks)
+            for result in executor.run(study, folder, tasks):
+                failed |= set(result.failures)
+                _add_failures(folder, result.failures)
+                progress.report(result)
+                progress.begin(tasks)
+                if result.task.kind == "alone":
+                    tables.write_study_results(study, folder, arms, _read_failures(folder), claims=[])
     check_same_teacher({arm.path: arm.recipe for arm in arms})  # a checkpoint may have been replaced meanwhile
     for arm in arms:
         if results.get_arm_state(arm, study) == "finished":

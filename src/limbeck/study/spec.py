@@ -39,7 +39,9 @@ RESERVED_AXES = ("student", "stages", "copy_projections", "layers", "softmax_lay
 
 
 class _StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """A part of a study. The string below a key describes it in help(), the JSON schema and docs/reference/study.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     renamed: ClassVar[Mapping[str, str]] = {}  # old and new names of its keys
 
 
@@ -47,28 +49,45 @@ class StudentSpec(_StrictModel):
     """A student with a name: its mixer, and its options, preset or rules."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")]
+    """Its name in the study's tables and in the names of runs."""
     mixer: str
+    """Its mixer: a name that `limbeck students` lists, or a Python file."""
     preset: Literal["default", "published", "controlled"] | None = None
+    """Defaults of the mixer's options; null: that of `base`."""
     options: dict[str, Any] = {}
+    """Options of the mixer, by name."""
     rules: list[recipes.Rule] = []
+    """Other mixers for some of the layers."""
 
 
 class Grid(_StrictModel):
     """The axes of a study; an arm has one value of each."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["grid"]
-    students: (
-        str | Annotated[list[str | StudentSpec], Field(min_length=1)]
-    )  # mixers, sets of mixers, or students with options
-    stages: Annotated[list[str], Field(min_length=1)]  # "3", "2+3", "hidden+logits": stages that `base` has
+    students: str | Annotated[list[str | StudentSpec], Field(min_length=1)]
+    """Mixers, sets of mixers (`paper-v2`, `paper-v3`, `all`), or students with options."""
+    stages: Annotated[list[str], Field(min_length=1)]
+    """Combinations of stages that `base` has: "3", "2+3", "hidden+logits"."""
     copy_projections: Annotated[list[bool], Field(min_length=1)] = [True]
+    """Values of `student.copy_projections`."""
     layers: Annotated[list[str | list[int]], Field(min_length=1)] = ["all"]
+    """Values of `student.layers`."""
     softmax_layers: Annotated[list[str | list[int]], Field(min_length=1)] = ["none"]
-    teachers: Annotated[list[str], Field(min_length=1)] | None = None  # None: that of `base`
-    tokens: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] | None = None  # over all stages
+    """Values of `student.softmax_layers`."""
+    teachers: Annotated[list[str], Field(min_length=1)] | None = None
+    """Teachers; null: that of `base`."""
+    tokens: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] | None = None
+    """Budgets in tokens over all stages, divided as in `base`; null: those of `base`."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
-    # further axes: name -> value's name -> keys of the recipe; a stage is named, not numbered (stages.hidden.lr)
+    """Seeds; the replicates of the study's statistics."""
+    recipes: list[str] = []
+    """Further arms: recipes, built-in or YAML files, with their own students, texts and stages, and the tokens of the
+    other arms.
+    """
     settings: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = {}
+    """Further axes: name of the axis, name of a value, keys of the recipe as in `--set`; a stage is named, not numbered
+    (stages.hidden.lr).
+    """
 
 
 class Study(_StrictModel):
@@ -76,14 +95,21 @@ class Study(_StrictModel):
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["study"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Name of the study; its folder is `runs/NAME-SIZE`."""
     description: str = ""
+    """The question that it answers, in a sentence."""
     size: str | None = None
-    base: dict[str, Any]  # what all arms share: keys of a recipe
+    """The size that was chosen with `--size`; set by Limbeck."""
+    base: dict[str, Any]
+    """What all arms share: keys of a recipe. Its list `stages` has the settings of every stage that the grid uses."""
     grid: Grid
-    measures: dict[str, dict[str, Any]] = {"agreement": {}}  # name -> settings that differ from the defaults
+    """The axes."""
+    measures: dict[str, dict[str, Any]] = {"agreement": {}}
+    """Measures of `limbeck eval` by name, each with the settings that differ from its defaults."""
     claims: list[str] = []
-    # what stays of a finished arm: numbers and logs; its student too; everything
+    """Claims that are tested, by name."""
     save_artifacts: Literal["none", "students", "all"] = "none"
+    """What stays of a finished arm: numbers and logs; its student too; everything."""
 
     @classmethod
     def load(cls, source: str | Path, size: str | None = None) -> "Study":
@@ -182,6 +208,12 @@ class Study(_StrictModel):
                 raise LimbeckError(
                     f"{self.name}: two arms are named {name}", expected="a name for each value of an axis"
                 )
+        for name, teacher, tokens, seed in itertools.product(
+            grid.recipes, grid.teachers or unset, grid.tokens or unset, grid.seeds
+        ):
+            arm = self._build_recipe_arm(name, teacher, tokens, seed, folder)
+            if by_name.setdefault(arm.name, arm) is not arm:
+                raise LimbeckError(f"{self.name}: two arms are named {arm.name}", expected="other names of students")
         unapplied = {key for axis in grid.settings.values() for settings in axis.values() for key in settings} - applied
         if unapplied:
             raise LimbeckError(
@@ -189,6 +221,20 @@ class Study(_StrictModel):
                 expected="keys of the recipe, stages by name: stages.hidden.target",
             )
         return _drop_duplicates(list(by_name.values()))
+
+    def _build_recipe_arm(self, name: str, teacher: str | None, tokens: int | None, seed: int, folder: Path) -> "Arm":
+        """Build the arm of a recipe: teacher, evaluation and the sum of tokens are those of the other arms."""
+        raw = Recipe.load(name).model_dump(mode="json")
+        others = self._build_raw_recipe(expand_students(self.grid.students)[0], self.grid.stages[0], teacher, tokens)
+        scale_token_budgets(raw["stages"], sum(stage["tokens"] for stage in others["stages"]))
+        raw |= {key: others[key] for key in ("teacher", "evaluation", "trackers") if key in others}
+        student = raw["student"]
+        axes = {"student": Path(name).stem, "stages": _format_stage_numbers(raw["stages"])}
+        axes |= {key: student[key] for key in ("copy_projections", "layers", "softmax_layers")}
+        axes |= {"teacher": raw["teacher"], "tokens": tokens, "seed": seed}
+        arm_name = _format_arm_name(axes, {}, teacher)
+        raw |= {"seed": seed, "name": arm_name, "out": str(folder / arm_name)}
+        return Arm(arm_name, axes, Recipe.parse(raw, f"study {self.name}, arm {arm_name}"))
 
     def _build_raw_recipe(
         self, student: StudentSpec, stages: str, teacher: str | None, tokens: int | None

@@ -13,10 +13,12 @@ from typing import Any
 from limbeck.report.collection import STUDY_FORMAT
 from limbeck.report.privacy import get_basename
 from limbeck.report.text_tables import format_markdown_table
-from limbeck.report.values import format_mean_std, get_window_name, get_window_tokens, values_to_csv
+from limbeck.report.values import format_mean_std, get_window_name, get_window_tokens, mark_at_chance, values_to_csv
 from limbeck.study import results as record
 from limbeck.study.spec import Arm, Study
 from limbeck.training.run_directory import collect_environment
+
+ARM_KEYS = ("values", "errors", "teacher_at_chance", "seconds", "saved_seconds", "stages")  # of an arm in study.json
 
 
 def write_study_results(
@@ -34,7 +36,7 @@ def write_study_results(
                 "status": status,
                 "run": arm.path.name,
                 "failure": failures.get(arm.name) if not result else None,
-                **{key: (result or {}).get(key) for key in ("values", "errors", "seconds", "saved_seconds", "stages")},
+                **{key: (result or {}).get(key) for key in ARM_KEYS},
             }
         )
     teachers, versions = _collect_teacher_results(study, arms), _count_versions(arms, study)
@@ -94,7 +96,9 @@ def format_results_table(
             names = [name for name in names if name.startswith("exam.student_")]
         if not names:
             continue
-        headings = [*varied, "seeds", *(name.partition(".")[2].replace("_", " ") for name in names)]
+        at_chance = {task for arm in finished for task in arm.get("teacher_at_chance") or ()}
+        labels = (mark_at_chance(name.partition(".")[2].replace("_", " "), name, at_chance) for name in names)
+        headings = [*varied, "seeds", *labels]
         rows = []
         for labels, members in groups.items():
             numbers = [[arm["values"][name] for arm in members if name in arm["values"]] for name in names]

@@ -3,6 +3,7 @@
 result = export_and_evaluate(job, run, student)          # writes student/, summary.md and eval.json
 """
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -12,16 +13,20 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import atomic_folder, compute_sha256, read_manifest
 from limbeck.core.system import get_peak_memory
 from limbeck.evaluation.timing import measure_cache_sizes
 from limbeck.models import group_layers_by_mixer
 from limbeck.models.conversion import count_student_parameters
+from limbeck.models.export import get_exporter
 from limbeck.models.generation import generate_continuation
 from limbeck.models.head_groups import describe_softmax_heads
 from limbeck.models.loading import check_export
 from limbeck.report.figures.curves import draw_loss_curves
 from limbeck.report.run_summary import format_summary
+from limbeck.report.teacher_info import get_teacher_name
+from limbeck.report.text_plot import plot_run
 from limbeck.training.run_directory import RunDirectory
 from limbeck.training.run_exam import build_run_window, describe_run_window, evaluate_exam, evaluate_held_out
 from limbeck.training.setup import Job
@@ -37,11 +42,26 @@ def export_and_evaluate(
     stages = [{**s.model_dump(mode="json"), **run.load_stage_metrics(i)} for i, s in enumerate(recipe.stages)]
     plan = json.loads((run.path / "plan.json").read_text(encoding="utf-8"))
     result = evaluate_run(job, student, stages, plan, recipe.evaluation.tokens, recipe.evaluation.new_tokens)
-    if plot_curves and importlib.util.find_spec("matplotlib") and run.metrics_path.exists():
-        draw_loss_curves(run.metrics_path, run.path / "curves.png")
+    if plot_curves:
+        _draw_pictures(job, run, result)
     run.write_file("summary.md", format_summary(result))
     run.write_file("eval.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _draw_pictures(job: Job, run: RunDirectory, result: dict[str, Any]) -> None:
+    """Draw the training losses into the run directory, and a picture of the run on the terminal if there is one."""
+    recipe = job.recipe
+    if run.metrics_path.exists():
+        if importlib.util.find_spec("matplotlib"):
+            title = f"{run.path.name}: {recipe.student.mixer} student of {get_teacher_name(recipe.teacher)}"
+            draw_loss_curves(run.metrics_path, run.path / "curves.png", title)
+        else:
+            console.print("no curves.png: figures need matplotlib; pip install 'limbeck[report]'")
+    if console.is_interactive and not console.options.ascii_only:
+        plot = plot_run(result, console.width)
+        if plot is not None:
+            console.print(plot)
 
 
 def _export(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
@@ -133,6 +153,9 @@ def evaluate_run(
         "parameters": vars(parameters),
         "stages": stages,
         "memory": memory,
+        "chats": bool(getattr(job.tokenizer, "chat_template", None)),
+        "exports": _list_export_formats(job, student),
+        "held_out_tokens": job.text.held_out_tokens,
         "prompt": evaluation.prompt,
         "samples": samples,
         "evaluation": evaluation.model_dump(mode="json"),
@@ -141,6 +164,16 @@ def evaluate_run(
         "peak_memory_bytes": get_peak_memory(),
         "plan": plan,
     }
+
+
+def _list_export_formats(job: Job, student: PreTrainedModel) -> list[str]:
+    """List the formats of other engines that a student fits as it is, of those that can be told without running it."""
+    found = []
+    for name in ("gguf", "qwen3_5"):
+        with contextlib.suppress(ImportError, LimbeckError):  # an optional package is missing
+            if not get_exporter(name).check(student, job.tokenizer):
+                found.append(name)
+    return found
 
 
 def provenance(job: Job) -> dict[str, Any]:

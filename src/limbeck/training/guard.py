@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from limbeck.core.console import console
 from limbeck.core.distributed import run_on_main
+from limbeck.core.live import current
 from limbeck.data.packing import SequenceDataset, count_eval_sequences
 from limbeck.evaluation.agreement import clustered_standard_error
 from limbeck.models.backbone import LMHead, run_backbone
@@ -111,6 +112,8 @@ class StageGuard:
             "length": self.held_out.length,
         }
         console.print(f"{stage}: {describe_verdict(facts)}")
+        values = " to ".join(_format_loss(facts[name]) for name in ("before", "after"))
+        current().show("held-out loss", values + ("" if kept else f", {stage} not taken"))
         return facts
 
     def _measure(self) -> SequenceLosses:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.console import progress
+from limbeck.core.live import current
 from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
 from limbeck.core.system import synchronize_device
 from limbeck.data.packing import Batch
@@ -49,6 +50,7 @@ def train_jointly(trainers: list[Trainer]) -> list[dict[str, Any] | Exception]:
         steps_left = sum(max(trainer.steps - trainer.step, 0) for trainer in trainers)
         teacher_seconds = _teacher_seconds_per_step(first) if steps_left else 0.0
         saved_at = time.monotonic()
+        current().clear()
         with progress(f"{first.name}, {len(trainers)} students", steps_left, "steps") as advance:
             while running := [i for i, one in enumerate(trainers) if i not in errors and not one.is_done]:
                 step = min(trainers[i].step for i in running)
@@ -61,6 +63,8 @@ def train_jointly(trainers: list[Trainer]) -> list[dict[str, Any] | Exception]:
                     saved_seconds[i] += teacher_seconds * (len(active) - 1) / len(active)
                 speed = len(active) * first.tokens_per_step / (time.monotonic() - step_began)
                 advance(len(active), note=f"{speed:.0f} tokens/s over all students")
+                losses = [one["loss"] for one in metrics.values()]
+                current().record(sum(losses) / len(losses) if losses else None, speed)
                 stop = stop_requested()
                 if stop or time.monotonic() - saved_at > first.run.recipe.checkpoint_seconds:
                     for i in range(len(trainers)) if stop else active:

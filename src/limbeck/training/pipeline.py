@@ -18,11 +18,15 @@ from limbeck.core import recipe as recipes
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info, main_process_first, process_group, run_on_main
 from limbeck.core.errors import LimbeckError
+from limbeck.core.live import Phase, View
 from limbeck.core.recipe import Recipe
+from limbeck.core.screen import is_drawn, watch
 from limbeck.core.storage import check_disk_space, check_writable, read_json, read_manifest
+from limbeck.core.system import get_command_line
 from limbeck.data.in_memory import name_text
 from limbeck.models.temporary import frozen, quiet_transformers
-from limbeck.report.run_summary import RunSummary
+from limbeck.report.run_summary import RunSummary, format_outcome
+from limbeck.report.teacher_info import get_teacher_name
 from limbeck.training.automatic_heads import store_chosen_heads
 from limbeck.training.export import check_exported_files, export_and_evaluate, provenance
 from limbeck.training.identity import matches_run_identity
@@ -33,7 +37,7 @@ from limbeck.training.rehearsal import dry_run_export, measure_stage_times
 from limbeck.training.run_directory import RunDirectory, check_run, collect_environment, open_run, remove_stale_export
 from limbeck.training.setup import Job, assign_run_directory, build_student, prepare_job, run_path
 from limbeck.training.stages import make_stage, run_stages
-from limbeck.training.teacher_loading import LoadedTeacher, get_teacher_name
+from limbeck.training.teacher_loading import LoadedTeacher, get_teacher_source
 from limbeck.training.trainer import Stage
 
 MAX_MEASURED_STEP_SECONDS = 120.0  # stages are not rehearsed if a step is planned to take longer
@@ -92,7 +96,7 @@ def distill(
             processes all raise the error of the first that failed.
     """
     if isinstance(teacher, tuple):
-        loaded, teacher = teacher, get_teacher_name(*teacher)
+        loaded, teacher = teacher, get_teacher_source(*teacher)
     options: dict[str, Any] = {"teacher": teacher and str(teacher), "student": student, "layers": layers}
     options |= {"stages": stages, "tokens": tokens, "data": name_text(data), "out": out, "overrides": overrides}
     if not isinstance(recipe, Recipe) or any(value is not None for value in options.values()):
@@ -115,24 +119,50 @@ def _run(
             run_on_main(lambda: remove_stale_export(run_path(recipe)))
             return cached_summary
         run_on_main(lambda: check_writable(run_path(recipe)))
+        title = f"{recipe.student.mixer} student of {get_teacher_name(recipe.teacher)}"
+        with watch(View(title, [Phase("prepare", "prepare")], str(run_path(recipe)))) as view:
+            view.begin("prepare")
 
-        # set up: load the teacher, open the text, check all that the recipe asks for
-        torch.manual_seed(recipe.seed)
-        with main_process_first():  # the other processes find what the first one has put into the caches
-            job = prepare_job(recipe, loaded)
-        plan = run_on_main(lambda: _make_plan(job))
-        run_on_main(lambda: _dry_run_export_once(job))
+            # set up: load the teacher, open the text, check all that the recipe asks for
+            torch.manual_seed(recipe.seed)
+            with main_process_first():  # the other processes find what the first one has put into the caches
+                job = prepare_job(recipe, loaded, before_choice=lambda job: _show_choice(view, job))
+            plan = run_on_main(lambda: _make_plan(job))
+            view.plan([Phase("rehearse", "rehearse"), *_list_phases(plan)])
+            view.begin("rehearse")
+            run_on_main(lambda: _dry_run_export_once(job))
 
-        with open_run(job.path, recipe) as run:
-            plan = run_on_main(lambda: _measure_plan_once(job, run, plan, measure_times))
-            if confirm:
-                confirm(plan)
-            start_run(job, run)
+            with open_run(job.path, recipe) as run:
+                plan = run_on_main(lambda: _measure_plan_once(job, run, plan, measure_times))
+                if confirm:
+                    confirm(plan)
+                start_run(job, run)
+                view.plan(_list_phases(plan))
+                for index in range(len(recipe.stages)):
+                    if run.is_finished(index):
+                        facts = run.load_stage_metrics(index)
+                        outcome = format_outcome({"stage": recipe.stages[index].stage, **facts})
+                        view.finish(index, outcome, facts["seconds"])
 
-            # train, then save the student and evaluate it
-            student = build_student(job)
-            run_stages(job, run, student)
-            return run_on_main(lambda: export_and_evaluate(job, run, student, plot_curves))
+                # train, then save the student and evaluate it
+                student = build_student(job)
+                run_stages(job, run, student)
+                view.begin("evaluate")
+                return run_on_main(lambda: export_and_evaluate(job, run, student, plot_curves))
+
+
+def _show_choice(view: View, job: Job) -> None:
+    """Show that heads are chosen, and what comes after it by a plan that nothing was measured for."""
+    if is_drawn():
+        choice, rehearsal = Phase("choose", "choose heads", counted_by="price groups"), Phase("rehearse", "rehearse")
+        view.plan([choice, rehearsal, *_list_phases(make_plan(job.recipe, job.teacher, job.sites))])
+    view.begin("choose")
+
+
+def _list_phases(plan: Plan) -> list[Phase]:
+    """List stages and evaluation of a plan for the live view."""
+    stages = [Phase(i, row.stage, row.seconds, f"{row.tokens:,} tokens") for i, row in enumerate(plan.stages)]
+    return [*stages, Phase("evaluate", "evaluate", max(plan.seconds - sum(row.seconds for row in plan.stages), 0.0))]
 
 
 def _load_finished_summary(recipe: Recipe) -> dict[str, Any] | None:
@@ -227,7 +257,9 @@ def measure_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan:
 def start_run(job: Job, run: RunDirectory) -> None:
     """Check that the text is the one the run started with, and record the environment in the manifest."""
     _check_text_unchanged(job)
-    run.update_manifest(**collect_environment(), **provenance(job))
+    earlier = read_manifest(run.path).get("commands", [])
+    commands = [*earlier, *(command for command in [get_command_line()] if command not in earlier)]
+    run.update_manifest(**collect_environment(), **provenance(job), commands=commands)
     store_chosen_heads(job.recipe, job.student, job.path)
 
 

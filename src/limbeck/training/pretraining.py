@@ -6,7 +6,7 @@
 A teacher trains on the embedded text mixed with recall tasks (`limbeck.data.offline.recall`); its tokenizer is trained
 on that text too. Training uses the training loop of students with a stage of its own, next-token prediction. It can be
 killed at any time: the same command resumes it, on a CPU bit for bit. The manifest of the teacher's folder records
-training time and quality. See docs/project/small_teacher.md.
+training time and quality. See docs/guides/studies.md.
 """
 
 import math
@@ -27,7 +27,9 @@ from limbeck.core.cache import ensure_cached_folder, get_dry_run_notes, load_val
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
+from limbeck.core.live import Phase, View
 from limbeck.core.recipe import TeacherRecipe, Trained
+from limbeck.core.screen import watch
 from limbeck.core.storage import cache_root
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.offline.embedded import load_training_texts
@@ -179,26 +181,33 @@ def _train_stages(
     """Train all stages that are not finished yet; returns the results of each stage."""
     stage, results = NextTokenStage(model), []
     previous: tuple[SequenceDataset, int] | None = None  # the text stage before, and where it stopped reading
-    for index, settings in enumerate(recipe.stages):
-        length = _sequence_length(recipe, index)
-        data: SequenceDataset
-        if settings.stage == "repeats":
-            data = RepeatedSequenceDataset(model.config.vocab_size, length, recipe.seed)
-        else:
-            data = text.train_sequences(length, recipe.seed)
-        if run.is_finished(index, verify=True):
-            assign_parameters(stage.parameters(), run.load_stage_result(index))
-            facts = run.load_stage_metrics(index)
-        else:
-            # text stages read on where the previous one stopped, whatever its sequence length
-            position = data.position_after(*previous) if previous and settings.stage == "next_token" else 0
-            held_out = text.held_out_sequences(data.length)
-            facts = Trainer(stage, settings, data, run, index=index, position=position, held_out=held_out).train()
-            run.save_stage_result(index, dict(stage.parameters()), facts)
-        if settings.stage == "next_token":
-            previous = data, facts["position"]
-        fields = ("steps", "tokens", "seconds", "skipped", "first_loss", "loss", "held_out_loss")
-        results.append({name: facts[name] for name in fields})
+    phases = [
+        Phase(i, settings.stage, settings.tokens, f"{settings.tokens:,} tokens")
+        for i, settings in enumerate(recipe.stages)
+    ]
+    with watch(View(f"teacher '{recipe.name}'", phases, str(run.path), in_seconds=False)) as view:
+        for index, settings in enumerate(recipe.stages):
+            length = _sequence_length(recipe, index)
+            data: SequenceDataset
+            if settings.stage == "repeats":
+                data = RepeatedSequenceDataset(model.config.vocab_size, length, recipe.seed)
+            else:
+                data = text.train_sequences(length, recipe.seed)
+            if run.is_finished(index, verify=True):
+                assign_parameters(stage.parameters(), run.load_stage_result(index))
+                facts = run.load_stage_metrics(index)
+            else:
+                view.begin(index)
+                # text stages read on where the previous one stopped, whatever its sequence length
+                position = data.position_after(*previous) if previous and settings.stage == "next_token" else 0
+                held_out = text.held_out_sequences(data.length)
+                facts = Trainer(stage, settings, data, run, index=index, position=position, held_out=held_out).train()
+                run.save_stage_result(index, dict(stage.parameters()), facts)
+            view.finish(index, f"loss {facts['first_loss']:.3f} to {facts['loss']:.3f}", facts["seconds"])
+            if settings.stage == "next_token":
+                previous = data, facts["position"]
+            fields = ("steps", "tokens", "seconds", "skipped", "first_loss", "loss", "held_out_loss")
+            results.append({name: facts[name] for name in fields})
     return results
 
 

@@ -34,6 +34,7 @@ def build_recipe(
     out: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     target: str | None = None,
+    student_keys: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Build a recipe from another one and the options laid over it.
 
@@ -50,6 +51,7 @@ def build_recipe(
         out: the run directory.
         overrides: any other key of the recipe by its dotted name, applied last.
         target: a format of `limbeck export` that the student has to fit.
+        student_keys: further keys of the recipe's student.
 
     Raises:
         LimbeckError: no such recipe, an unknown key, or an invalid value.
@@ -89,6 +91,7 @@ def build_recipe(
     if target is not None:
         raw["student"] |= _fit_student(target, changed.teacher, student)
         raw["name"] += f"-{target}"
+    raw["student"] |= student_keys or {}
     for key, value in (overrides or {}).items():
         set_by_dotted_key(raw, key, value)
     if not is_file:

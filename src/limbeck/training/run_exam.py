@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from limbeck.core import recipe as recipes
 from limbeck.core.errors import LimbeckError
+from limbeck.core.live import current
 from limbeck.core.storage import atomic_write_text, cache_root
 from limbeck.core.version import __version__
 from limbeck.data.documents import fingerprint_source
@@ -37,7 +38,7 @@ from limbeck.evaluation.exam import (
     load_exam_documents,
     run_exam,
 )
-from limbeck.evaluation.free_running import compute_distinct_bigrams, greedy_decode
+from limbeck.evaluation.free_running import compute_distinct_bigrams, decode
 from limbeck.evaluation.long_text import get_context_length
 from limbeck.models.fingerprint import canonical_json
 from limbeck.models.packed import force_attention_masks
@@ -154,6 +155,8 @@ def evaluate_exam(
     for name, (model, content) in models.items():
         identity = None if content is None or rehearsal else {**content, **text}
         records[name] = _compute_once(job, identity, lambda m=model, n=name: _examine(job, m, documents, length, n))  # type: ignore[misc]
+        if not rehearsal:
+            current().show(f"exam perplexity: {name}", f"{records[name]['values']['perplexity']:.2f}")
     return {
         "text": evaluation.exam_text,
         "documents": len(documents.tokens),
@@ -175,7 +178,7 @@ def _examine(job: Job, model: PreTrainedModel, documents: ExamDocuments, length:
         values, errors = result.summarize()
         if job.recipe.evaluation.prompt:
             prompt = torch.tensor([encode_prompt(job.tokenizer, job.recipe.evaluation.prompt)], device=model.device)
-            values["distinct_bigrams"] = compute_distinct_bigrams(greedy_decode(model, prompt, BIGRAM_TOKENS))
+            values["distinct_bigrams"] = compute_distinct_bigrams(decode(model, prompt, BIGRAM_TOKENS))
     return {
         "values": values,
         "errors": errors,

@@ -32,7 +32,7 @@ from limbeck.data.special_tokens import find_special_token_ids
 from limbeck.data.synthetic import REPEATS_SOURCE
 from limbeck.data.token_store import Split
 from limbeck.models import Site, convert, find_attention_sites, loading
-from limbeck.models.compilation import CompileLog, should_compile
+from limbeck.models.compilation import CompileLog, list_decoder_blocks, should_compile
 from limbeck.models.hooks import DistillationPair, check_finite_loss
 from limbeck.models.packed import force_attention_masks
 from limbeck.training.automatic_heads import (
@@ -44,6 +44,7 @@ from limbeck.training.automatic_heads import (
 from limbeck.training.guard import count_guard_tokens
 from limbeck.training.identity import assign_student_mixers, build_run_identity, check_run_identity
 from limbeck.training.lora import check_peft, resolve_lora_targets
+from limbeck.training.objectives.registry import check_objectives
 from limbeck.training.precision import check_precision, resolve_autocast
 from limbeck.training.run_directory import check_run
 from limbeck.training.teacher_cache import require_packed
@@ -95,7 +96,9 @@ class Job:
         return self.texts[dataset_key(data)].held_out_sequences(data.seq_len)
 
 
-def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
+def prepare_job(
+    recipe: Recipe, loaded: LoadedTeacher | None = None, before_choice: Callable[["Job"], None] | None = None
+) -> Job:
     """Check a recipe and load its teacher and text.
 
     Within `limbeck.core.cache.cache_dry_run`, for a plan, not even the caches are written: the job has no texts and
@@ -103,6 +106,7 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
 
     Args:
         loaded: the recipe's teacher, if it is in memory already.
+        before_choice: called before heads are chosen, which takes minutes, with a job that is ready but for them.
 
     Raises:
         LimbeckError: anything that is wrong with the recipe.
@@ -137,6 +141,8 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     if recipe.attention == "mask":
         force_attention_masks(teacher)
     converted = [sites[i] for i in assign_student_mixers(student, groups, recipe.longest)]
+    blocks = len(list_decoder_blocks(teacher, sites[0].block))
+    check_objectives(recipe, blocks, tokenizer if notes is None else None)
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()
@@ -159,6 +165,8 @@ def prepare_job(recipe: Recipe, loaded: LoadedTeacher | None = None) -> Job:
     if get_process_info().is_main:
         _advise_bos(job)
     if heads_are_open:
+        if before_choice is not None:
+            before_choice(job)
         job.student = choose_softmax_heads(recipe, teacher, sites, job.text)
         job.sites = [sites[i] for i in assign_student_mixers(job.student, groups, recipe.longest)]
         if get_process_info().is_main:

@@ -63,7 +63,7 @@ def load_recipe_teacher(recipe: Recipe, device: torch.device) -> LoadedTeacher:
     return loading.load_teacher(name, device, recipe.teacher_bits)
 
 
-def get_teacher_name(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def get_teacher_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the name of a teacher in memory, a folder, a Hub name or "embedded", by which its run finds it again.
 
     Raises:

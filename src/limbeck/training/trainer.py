@@ -8,7 +8,7 @@ passes of the teacher.
 
 Losses are divided by counts taken over the whole step before its first backward pass, so micro-batches change nothing.
 With several processes each takes its rows of a step; counts are summed over processes before the first backward pass
-and gradients after the last, so a step equals that of one process with all rows (docs/guides/scaling.md).
+and gradients after the last, so a step equals that of one process with all rows (docs/guides/gpu.md).
 
 A resumed stage continues bit for bit on a CPU: weights, optimizer, averages and data position are its whole state.
 """
@@ -26,10 +26,13 @@ from torch import Tensor, nn, no_grad
 from limbeck.core.console import console, progress
 from limbeck.core.distributed import all_reduce_scalars, broadcast_from_main, get_local_rows, sync_stop_and_save
 from limbeck.core.errors import LimbeckError
+from limbeck.core.live import current
 from limbeck.core.recipe import Trained
+from limbeck.core.screen import is_drawn
 from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
 from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import Batch, SequenceDataset, count_eval_sequences, take_sequences_with_targets
+from limbeck.report.figures.curves import read_metrics
 from limbeck.training.fsdp import ShardedParameters
 from limbeck.training.optim import (
     ExponentialMovingAverage,
@@ -149,6 +152,8 @@ class Trainer:
             TrainingInterrupted: the process was signaled to stop; a checkpoint was saved.
         """
         saved_at = time.monotonic()
+        if self.step:
+            self._show_earlier_steps()
         with (
             self.training_mode(),
             graceful_shutdown() as stop_requested,
@@ -160,11 +165,13 @@ class Trainer:
                 self.log_step(metrics, time.monotonic() - step_began)
                 speed = self.tokens_per_step * self.step / max(self.state["seconds"], 1e-9)
                 advance(1, note=f"loss {metrics['loss']:.4g}, {speed:.0f} tokens/s")
+                current().record(metrics["loss"], metrics["tokens_per_second"], metrics.get("held_out_loss"))
                 checkpoint_due = time.monotonic() - saved_at > self.run.recipe.checkpoint_seconds
                 stop, save = sync_stop_and_save(stop_requested(), checkpoint_due)
                 if stop or (save and self.step < self.steps):  # after the last step the result itself is saved
                     self.save_checkpoint()
                     saved_at = time.monotonic()
+                    current().save(self.step)
                 if stop:
                     raise TrainingInterrupted(f"Interrupted at step {self.step}/{self.steps}; checkpoint saved.")
         return self.finish()
@@ -195,9 +202,10 @@ class Trainer:
         return self.apply_gradients(losses)
 
     def prepare_stage(self) -> None:
-        """Set the loss scale and the converged layers for the next step."""
+        """Set the loss scale and the converged layers for the next step, and let objectives prepare for it."""
         self.stage.loss_scale = self.scaler.value
         self.stage.stopped = self.early_stopping.stopped
+        getattr(self.stage, "begin_step", _ignore)(self.held_out)
 
     def next_batches(self) -> list[Batch]:
         """Return the micro-batches of the next step that are this process's, on the device."""
@@ -268,6 +276,7 @@ class Trainer:
             for kind, by_name in weights.items()
             for name, tensor in (by_name or {}).items()
         }
+        tensors |= {f"memory|{name}": tensor for name, tensor in get_buffers(self.stage).items()}
         optimizer = self.optimizer.map_state_tensors(self.optimizer.state_dict(), gather)
         self.run.save_checkpoint(self.index, self.step, tensors, optimizer, self.state)
 
@@ -371,11 +380,22 @@ class Trainer:
             kind, _, name = key.partition("|")
             weights.setdefault(kind, {})[name] = self.sharded_parameters.local_shard(name, tensor).to(self.device)
         assign_parameters(self.parameters, weights["last"])
+        for name, buffer in get_buffers(self.stage).items():
+            buffer.copy_(weights["memory"][name])
         if self.ema is not None:
             self.ema.values = weights["average"]
         self.best = weights.get("best")
         self.optimizer.load_state_dict(self.optimizer.map_state_tensors(optimizer, self.sharded_parameters.local_shard))
         console.print(f"{self.name}: resuming at step {self.step}/{self.steps}")
+
+    def _show_earlier_steps(self) -> None:
+        """Show what earlier processes have done of this stage."""
+        view = current()
+        view.resume(self.step, self.steps, self.state["seconds"])
+        if not is_drawn():
+            return
+        for step in read_metrics(self.run.metrics_path).get((self.index, self.name), []):
+            view.record(step["loss"], step.get("tokens_per_second"), step.get("held_out_loss"))
 
 
 def accumulate_gradients(stage: Stage, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -418,6 +438,15 @@ def total_loss(losses: dict[str, float]) -> float:
 def get_clip_groups(stage: Stage) -> list[list[str]]:
     """Return the parameter names of each layer whose gradient is clipped alone; empty if all are clipped together."""
     return getattr(stage, "clip_groups", list)()
+
+
+def get_buffers(stage: Stage) -> dict[str, Tensor]:
+    """Return what a stage remembers between steps beside its parameters, by name; empty for most."""
+    return getattr(stage, "buffers", dict)()
+
+
+def _ignore(held_out: SequenceDataset | None) -> None:
+    """Stand in for `begin_step` of stages that have none."""
 
 
 def fetch_scalars(norm: Tensor | float, losses: dict[str, Tensor]) -> tuple[float, dict[str, float]]:

@@ -33,6 +33,7 @@ from limbeck.data.offline.wheels import Wheel, describe_wheel, open_wheels
 TASKS_FOLDER = "tasks"  # folder of a pack's own task definitions
 MAKING_BYTES = 200_000_000  # disk space beside the wheels while a pack is made
 PACK_MODULES = {  # name -> module with a PACK
+    "answers": "limbeck.data.offline.answers",
     "benchmarks": "limbeck.data.offline.benchmarks",
     "long-documents": "limbeck.data.offline.long_documents",
 }

@@ -17,17 +17,13 @@ from typing import Any
 
 from limbeck.report.collection import TEACHER, Run, RunCollection
 from limbeck.report.figures import curves
+from limbeck.report.figures.curves import STAGE_TITLES
 from limbeck.report.figures.style import COLORS, create_figure, get_color, get_linestyle, use_log_scale
 from limbeck.report.tables import SeedGroup, format_condition, list_conditions
 
 BLACK_INDEX = COLORS.index("#000000")
 MAX_POINTS = 80  # of a loss curve: neighboring steps are averaged
 PANEL_SIZE = (3.7, 2.8)  # inches
-STAGE_TITLES = {  # in the order shown: the last stage comes first, because students are compared by it
-    "logits": ("Stage 3: logits", "loss, nats per token"),
-    "hidden": ("Stage 2: hidden states", "loss"),
-    "matrix": ("Stage 1: mixing matrices", "loss"),
-}
 
 
 @dataclass
@@ -164,8 +160,13 @@ def format_range(values: dict[str, float]) -> str:
     """Format the lowest and highest value with their names."""
     low, high = min(values, key=lambda name: values[name]), max(values, key=lambda name: values[name])
     if len(values) == 1:
-        return f"{values[low]:.3g}"
-    return f"from {values[low]:.3g} ({low}) to {values[high]:.3g} ({high})"
+        return _format_number(values[low])
+    return f"from {_format_number(values[low])} ({low}) to {_format_number(values[high])} ({high})"
+
+
+def _format_number(value: float) -> str:
+    """Format a number with three digits, a large one with all that it has before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def set_axis_labels(axes: Any, x: str, y: str, x_log: bool = False, y_log: bool = False) -> None:

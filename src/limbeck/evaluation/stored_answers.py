@@ -1,0 +1,47 @@
+"""Answers of a model to fixed questions, kept in the cache by content: a teacher is asked once for all its students.
+
+    answers = load_or_ask(subject, "letters", prompts, lambda: ask(subject, prompts))
+
+The key is what was asked, word for word, with the model's and tokenizer's fingerprint, so another question, a changed
+model or another form of a prompt is another entry. Answers are plain JSON values.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from limbeck.core.storage import atomic_write_text, cache_root
+from limbeck.core.version import __version__
+from limbeck.evaluation.subject import Subject
+from limbeck.models.fingerprint import find_model_folder
+
+
+def load_or_ask(subject: Subject, name: str, asked: Any, ask: Callable[[], Any]) -> Any:
+    """Load the answers of the same model to the same questions, or ask and store them.
+
+    Args:
+        name: first part of the file's name.
+        asked: all that determines the answers besides the model, as JSON values.
+        ask: computes the answers, as JSON values.
+    """
+    path = _answers_path(subject, name, asked)
+    if path is not None and not subject.ignore_cache:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            pass  # not there, or not whole
+    answers = ask()
+    if path is not None:
+        atomic_write_text(path, json.dumps(answers))
+    return answers
+
+
+def _answers_path(subject: Subject, name: str, asked: Any) -> Path | None:
+    """Path of the answers; None for a model that is in no folder on this machine and was not made from one."""
+    if subject.content is None and find_model_folder(subject.folder) is None:
+        return None
+    key = [subject.fingerprint, str(subject.model.dtype), asked, __version__]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return cache_root() / "scores" / subject.fingerprint / f"{name}-{digest}.json"

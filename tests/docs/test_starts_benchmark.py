@@ -1,0 +1,62 @@
+"""benchmarks/starts.py: a start is what its source says, and the table has a row for each."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from helpers.paths import ROOT
+from limbeck.data.packing import Batch
+from limbeck.models import get_mixers
+from limbeck.models.loading import load_teacher
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture(scope="module")
+def starts():
+    spec = importlib.util.spec_from_file_location("starts_benchmark", ROOT / "benchmarks" / "starts.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_starts_are_what_their_sources_say(starts, teacher_folder):
+    grouped, _ = load_teacher(str(teacher_folder), torch.device("cpu"))
+    groups, heads = grouped.config.num_key_value_heads, grouped.config.num_attention_heads
+    assert groups < heads
+    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.arange(24).expand(2, -1), ids)
+    teacher = starts.write_out_groups(grouped)
+    starts.check_same_function(grouped, teacher, batch)
+    scrambled = starts.write_out_groups(grouped, scrambled=True)
+    with pytest.raises(AssertionError):
+        starts.check_same_function(grouped, scrambled, batch)
+    first, other = (model.model.layers[0].self_attn.k_proj.weight for model in (grouped, scrambled))
+    assert torch.equal(other[: heads // groups], first[:1].expand(heads // groups, -1))
+    student = starts.start_taylor(grouped, teacher, batch)
+    for name, mixer in get_mixers(student).items():
+        rate = torch.nn.functional.softplus(mixer.decay.bias)
+        assert (math.log(2) / rate).min() >= 0.5 - 1e-5  # of a distance
+        assert (math.log(2) / rate).max() <= 24
+        strength = mixer.strength.bias.sigmoid()
+        assert strength.min() == pytest.approx(0.3, abs=1e-4)
+        assert strength.max() == pytest.approx(0.7, abs=1e-4)
+        before, after = (model.get_submodule(name).v_proj.weight for model in (teacher, student))
+        ratio = (after / before).unflatten(0, (heads, -1)).flatten(1)
+        torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3, atol=1e-5)  # one number a head
+    gated = starts.start_gate(grouped, teacher, batch)
+    for name, mixer in get_mixers(gated).items():
+        module = gated.get_submodule(name)
+        torch.testing.assert_close(mixer.gate.weight, (module.o_proj.weight.T + module.v_proj.weight) / 2)
+
+
+def test_the_table_has_a_row_for_each_start(starts, teacher_folder, corpus, capsys):
+    words = ["--teacher", str(teacher_folder), "--data", str(corpus), "--length", "32", "--judged", "2"]
+    starts.main([*words, "--tokens", "256,64"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert rows[0][1:4] == ["as it is", "stage 0, 64 tokens", "stage 0, 256 tokens"]
+    assert [row[0] for row in rows[1:]] == ["copied", "scrambled", "taylor", "gate"]
+    assert all(float(cell.replace(",", "")) > 1 for row in rows[1:] for cell in row[1:4])

@@ -33,7 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("calibrate", "matrix", "hidden", "logits", "prefill", "decode")
-DECODED = 8  # tokens of each sequence in a round: a single one is near the resolution of the processor's clock
+DECODED = 8  # tokens of each sequence in a round: a single one varies with what else is in the caches
 # Arguments of `convert` beside a mixer's name. The groups of heads are those of recipe limbeck with SmolLM2-135M.
 HEADS = "18.2,20.2,7.2,8.0,23.0,19.1,23.2"
 STUDENTS: dict[str, dict[str, Any]] = {

@@ -274,7 +274,7 @@ RESULT = {"run": "runs/a b", "teacher": "embedded", "prompt": "", "exam": None}
     [
         ({}, ["generate", "eval", "push"]),
         ({"chats": True, "exam": {"student_perplexity": 20.0}}, ["chat", "eval", "push"]),
-        ({"exports": ["gguf", "qwen3_5"], "held_out_tokens": 900}, ["generate", "eval", "export"]),
+        ({"exports": ["gguf", "qwen3_5"], "held_out_tokens": 900}, ["generate", "eval", "export", "chat"]),
         ({"teacher": "/models/mine"}, ["generate", "eval", "report"]),
     ],
 )

@@ -74,7 +74,10 @@ def _open_model(name: str, fp16: bool) -> tuple[Any, Any, list[int]]:
 
     checkpoint, is_run = resolve_model(name)
     model, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
-    model = pack_float16(model) if fp16 else model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    if fp16:
+        model = pack_float16(model)
+    else:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return StudentEngine(model), tokenizer, list_end_tokens(model)
 
 

@@ -240,7 +240,7 @@ def format_samples(result: dict[str, Any]) -> str:
 
 
 def next_commands(result: dict[str, Any]) -> list[str]:
-    """List the three commands to type next for this very run: talk to the student, measure it, hand it on."""
+    """List the commands to type next for this very run: talk to the student, measure it, hand it on."""
     run = shlex.quote(str(result["run"]))
     talk = f"limbeck generate {run} {shlex.quote(result['prompt'] or 'Once upon a time')}"
     if result.get("chats"):
@@ -251,7 +251,7 @@ def next_commands(result: dict[str, Any]) -> list[str]:
     if result.get("exports"):
         hand_on = f"limbeck export {run} --to {result['exports'][0]}"
         if result["exports"][0] == "gguf":
-            hand_on += f" --quantization q8_0 && limbeck chat {run} --engine llama.cpp"
+            return [talk, evaluate, f"{hand_on} --quantization q8_0", f"limbeck chat {run} --engine llama.cpp"]
     elif is_local_path(result["teacher"]) or Path(result["teacher"]).is_dir():  # whose license nobody has told
         hand_on = f"limbeck report {run}"
     else:

@@ -167,6 +167,7 @@ class NormalEquations:
         module, projection = self.student.get_submodule(site.module), self.projections[site.module]
 
         def accumulate(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            inputs: Tensor | None = None
             handle = projection.register_forward_pre_hook(_stop_with_input)
             try:
                 module(*args, **kwargs)
@@ -174,6 +175,7 @@ class NormalEquations:
                 inputs = reached.inputs
             finally:
                 handle.remove()
+            assert inputs is not None, "a converted layer ends in its output projection"
             self._accumulate(site.module, inputs.flatten(0, -2).double(), output[0].flatten(0, -2).double())
 
         return accumulate

@@ -87,7 +87,7 @@ def compute_perplexity(student, text: Path, length: int) -> float:
 
 
 def test_an_export_is_verified_and_measured_and_the_result_kept(runs, text, capsys):
-    words = ["export", str(runs / "qwen3_5"), "--to", "qwen3_5", "--text", str(text), "--tokens", "128"]
+    words = ["export", str(runs / "qwen3_5"), "--to", "qwen3_5", "--data", str(text), "--tokens", "128"]
     code, said = run(words, capsys)
     assert code == 0, said
     assert "verified: transformers" in said
@@ -113,7 +113,7 @@ def test_an_export_is_verified_and_measured_and_the_result_kept(runs, text, caps
 def test_several_precisions_are_measured_in_the_engine(runs, text, capsys):
     pytest.importorskip("gguf")
     pytest.importorskip("xllamacpp")
-    words = ["export", str(runs / "gguf"), "--to", "gguf", "--quantization", "f32,q4_0", "--text", str(text)]
+    words = ["export", str(runs / "gguf"), "--to", "gguf", "--quantization", "f32,q4_0", "--data", str(text)]
     code, said = run([*words, "--tokens", "1024"], capsys)
     assert code == 0, said
     student = make_student("tied", "gguf")
@@ -133,7 +133,7 @@ def test_several_precisions_are_measured_in_the_engine(runs, text, capsys):
 
 def test_a_text_that_is_not_there(runs, capsys, monkeypatch):
     words = ["export", str(runs / "qwen3_5"), "--to", "qwen3_5"]
-    code, said = run([*words, "--text", "no-such-file.jsonl"], capsys)
+    code, said = run([*words, "--data", "no-such-file.jsonl"], capsys)
     assert code == 2
     assert "no-such-file.jsonl" in said
     assert not (runs / "qwen3_5" / "export").exists()

@@ -177,12 +177,11 @@ def without(*modules: str, monkeypatch) -> None:
         (["matrices", "--out", "m.png"], "pip install 'limbeck[report]'"),
         (["matrices", "m.bmp"], "a file name ending in .png, .svg or .pdf"),
         (["report", "runs"], "pip install 'limbeck[report]'"),
-        (["generate", "nowhere", "x", "--int8"], "pip install 'limbeck[quantised]'"),
         (["eval", "nowhere", "--measure", "all"], "left out: tasks, which needs the extra eval"),
     ],
 )
 def test_an_absent_extra_is_named_before_any_work(arguments, words, place, capsys, monkeypatch):
-    without("matplotlib", "lm_eval", "torchao", monkeypatch=monkeypatch)
+    without("matplotlib", "lm_eval", monkeypatch=monkeypatch)
     code, _, err = limbeck(*arguments, capsys=capsys)
     assert code == 2
     assert words in err

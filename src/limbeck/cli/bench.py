@@ -12,7 +12,7 @@ from limbeck.cli.verbs import verb
 from limbeck.core.console import console, format_bytes, output
 from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError
-from limbeck.core.extras import find_missing, require
+from limbeck.core.extras import find_missing
 from limbeck.core.storage import check_writable
 
 INT8_MODES = ("dynamic", "none")
@@ -56,8 +56,6 @@ def bench(
         raise LimbeckError("no model to benchmark", expected="a run directory, a folder or a name")
     if teacher_int8 not in INT8_MODES:
         raise LimbeckError(f"--teacher-int8 {teacher_int8}", expected=", ".join(INT8_MODES))
-    if teacher_int8 == "weights":
-        require("torchao", "weights in int8")
     if out is None and (extra := find_missing("matplotlib")):
         console.print(f"left out: the figure, which needs matplotlib; {extra.command}")
     # late, for a fast --help

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from limbeck.cli.completion import complete_choices
-from limbeck.cli.options import Model, NewTokens, Quiet, Seed, Temperature, TopP, count_option
+from limbeck.cli.options import Fp16, Model, NewTokens, Quiet, Seed, Temperature, TopP, count_option
 from limbeck.cli.verbs import verb
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
@@ -33,9 +33,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     context: Annotated[int, count_option("With llama.cpp: tokens of the whole conversation.")] = 4096,
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="Keep weights in float16 on the CPU: faster; with limbeck only.")
-    ] = False,
+    fp16: Fp16 = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:

@@ -23,6 +23,7 @@ from limbeck.cli.options import (
 from limbeck.cli.results import print_json
 from limbeck.cli.verbs import verb
 from limbeck.core.console import console, output
+from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError
 from limbeck.core.extras import find_missing
 from limbeck.core.storage import check_writable, find_write_error
@@ -184,5 +185,5 @@ def _parse_measure_settings(texts: list[str], names: list[str]) -> dict[str, dic
             raise LimbeckError(
                 f"--set {text}", expected="measure.setting=value of a selected measure", hint="limbeck eval --list"
             )
-        settings[name][setting] = value
+        settings[name][setting] = parse_count(value) if setting in ("tokens", "length") else value
     return settings

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from limbeck.cli.completion import EXPORT_FORMATS, complete_choices
-from limbeck.cli.options import Json, Plan, Quiet
+from limbeck.cli.options import DATA_HELP, Json, Plan, Quiet, count_option
 from limbeck.cli.results import print_json
 from limbeck.cli.verbs import verb
 from limbeck.core.console import console, output
@@ -52,11 +52,10 @@ def export(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens of held-out text for the perplexity in the engine; 0 for none.", show_default="2048"),
+        count_option("Tokens of held-out text for the perplexity in the engine; 0 for none.", show_default="2048"),
     ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="A text for the perplexity: a file or a name.", show_default="embedded:held-out-wikipedia"),
+    data: Annotated[
+        str | None, typer.Option(help=DATA_HELP, show_default="for the perplexity, embedded:held-out-wikipedia")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -90,7 +89,7 @@ def export(
             planned_files = [{"folder": folder, **dataclasses.asdict(one)} for folder, one in zip(folders, plans)]
             print_json({**described, "exports": planned_files})
         return
-    sample = None if verify is False or tokens == 0 else _load_text(tokenizer, tokens, text)
+    sample = None if verify is False or tokens == 0 else _load_text(tokenizer, tokens, data)
     records: dict[Path, ExportRecord] = {}
     for name, folder in zip(chosen, folders):
         records[folder] = write_export(exporter, loaded, tokenizer, folder, name, source=source, force=force)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from limbeck.cli.options import Model, NewTokens, Quiet, Seed, Temperature, TopP
+from limbeck.cli.options import Fp16, Model, NewTokens, Quiet, Seed, Temperature, TopP
 from limbeck.cli.verbs import verb
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
@@ -27,9 +27,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="Keep weights in float16 on the CPU: faster, and nearly exact.")
-    ] = False,
+    fp16: Fp16 = False,
     int8_dynamic: Annotated[
         bool, typer.Option("--int8-dynamic", help="Compute in int8 on the CPU: smaller, and much less exact.")
     ] = False,

@@ -16,6 +16,7 @@ OLD_OPTIONS: dict[str, dict[str, str]] = {
     "": {"--mixer": "--mixer-file"},
     "bench": {"--batch": "--batch-sizes", "--steps": "--new-tokens", "--int8": "--teacher-int8"},
     "chat": {"--tokens": "--new-tokens"},
+    "export": {"--text": "--data"},
     "eval": {"--length": "--seq-len"},
     "families": {"--mixer": "--student"},
     "generate": {"--tokens": "--new-tokens"},

@@ -274,7 +274,7 @@ def summarize_letters(
         letters = [int(np.argmax(row)) for row in rotations]
         shares[index] = np.bincount(letters, minlength=widest) / len(letters)
         expected[:n] += 1 / n / len(questions)
-        of_question = {
+        of_question: dict[str, Any] = {
             "letter_accuracy": np.mean([option == question.answer for option in options]),
             "letter_sticks_share": np.mean([a == b for a, b in pairwise(letters)]),
             "option_sticks_share": np.mean([a == b for a, b in pairwise(options)]),

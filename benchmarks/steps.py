@@ -80,6 +80,9 @@ def main() -> None:
     if args.worker:
         serve(args)
         return
+    # Without its source a child would take the installed Limbeck, and compare it with itself.
+    if args.before and not (args.before / "src" / "limbeck" / "__init__.py").is_file():
+        parser.error(f"--before {args.before}: found no src/limbeck there, expected a checkout (git worktree add)")
     checkouts = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
     workers = {name: Worker(path) for name, path in checkouts.items()}
     rows = measure(workers, args.rounds)

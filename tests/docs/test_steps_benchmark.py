@@ -35,7 +35,8 @@ def test_every_part_has_its_floors(before, tmp_path):
         assert part in done.stdout
 
 
-def test_what_it_does_not_know_is_refused():
-    done = steps("--parts", "decode,dream")
+@pytest.mark.parametrize("wrong", [("--parts", "decode,dream"), ("--before", "no-such-dream")])
+def test_what_it_does_not_know_is_refused(wrong):
+    done = steps(*wrong)
     assert done.returncode == 2
     assert "dream" in done.stderr

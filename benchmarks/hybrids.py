@@ -1,8 +1,8 @@
 """Finished runs side by side: perplexity, and what a passage costs that stood in the context before.
 
-    limbeck select softmax_layers.json --num-softmax-layers 7 --by kl
-    limbeck distill --set student.softmax_layers=softmax_layers.json --out runs/kl
-    limbeck distill --set student.softmax_layers="uniform 7" --out runs/uniform
+    limbeck select --num-softmax-layers 7 --by kl --out softmax_layers.json
+    limbeck distill --softmax-layers softmax_layers.json --out runs/kl
+    limbeck distill --softmax-layers "uniform 7" --out runs/uniform
     python benchmarks/hybrids.py runs/kl runs/uniform
 
 Perplexity and agreement are the runs' own (eval.json). The second column of losses is measured here: held-out text as

@@ -1,17 +1,22 @@
 """Limbeck distils a pretrained softmax-attention language model into a subquadratic one.
 
     import limbeck
-    student = limbeck.convert(model, mixer="gated_deltanet")          # a Hugging Face model, linear in length
-    limbeck.distill(limbeck.Recipe.load("limbeck"))                   # stages, evaluation, export
+    student = limbeck.convert("Qwen/Qwen3-0.6B", mixer="gla")         # a Hugging Face model, linear in length
+    summary = limbeck.distill("quickstart", data=documents)           # stages, evaluation, export
+    limbeck.evaluate("runs/quickstart", measure="agreement")          # numbers beside the teacher's
     AutoModelForCausalLM.from_pretrained("runs/quickstart/student")   # works once limbeck is imported
 
-The README shows the command line; docs/concepts/architecture.md how it is built.
+Models and texts are names and paths, as on the command line, or objects in memory. The README shows the command line,
+examples/notebooks this; docs/concepts/architecture.md how it is built.
 """
 
 import logging
+import sys
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from limbeck.core.version import __version__
@@ -23,7 +28,9 @@ if TYPE_CHECKING:
     from limbeck.models.cache import cache_bytes
     from limbeck.models.config import LimbeckConfig
     from limbeck.models.conversion import convert
+    from limbeck.models.loading import load
     from limbeck.models.modeling import LimbeckForCausalLM
+    from limbeck.report.evaluate import evaluate
     from limbeck.training.pipeline import distill
 
 # what may be imported from here; saved students import from here alone, so these names stay
@@ -36,6 +43,8 @@ __all__ = [
     "cache_bytes",
     "convert",
     "distill",
+    "evaluate",
+    "load",
 ]
 
 
@@ -60,7 +69,20 @@ _HOMES = {
     "cache_bytes": "limbeck.models.cache",
     "convert": "limbeck.models.conversion",
     "distill": "limbeck.training.pipeline",
+    "evaluate": "limbeck.report.evaluate",
+    "load": "limbeck.models.loading",
 }
+
+
+class _Package(ModuleType):
+    """This package, whose functions no module hides: `limbeck.evaluate` was one, and files of 0.1 import it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
@@ -73,7 +95,10 @@ def __getattr__(name: str) -> Any:
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
-        module = import_module(home)
+        with warnings.catch_warnings():
+            # tqdm misses widgets in a notebook; what Limbeck shows there needs none
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            module = import_module(home)
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)

@@ -45,7 +45,11 @@ def python(code: str) -> str:
         (["-h"], 0, "--version"),
         (["--version"], 0, "limbeck 0."),
         (["study", "-h"], 0, "--executor"),
+        (["distill", "--help"], 0, "--student"),
         (["study", "--list"], 0, "paper-experiment-1"),
+        (["students", "paper-v3", "--preset", "published"], 0, "Kimi Delta Attention"),
+        (["eval", "--list"], 0, "agreement"),
+        (["recipe"], 0, "teacher: embedded"),
         (["distil"], 2, "Did you mean 'distill'?"),
         (["distill", "--techer", "x"], 2, "--teacher"),
     ],
@@ -270,7 +274,7 @@ RESULT = {"run": "runs/a b", "teacher": "embedded", "prompt": "", "exam": None}
     [
         ({}, ["generate", "eval", "push"]),
         ({"chats": True, "exam": {"student_perplexity": 20.0}}, ["chat", "eval", "push"]),
-        ({"exports": ["gguf", "qwen3_5"], "held_out_tokens": 900}, ["generate", "eval", "export"]),
+        ({"exports": ["gguf", "qwen3_5"], "held_out_tokens": 900}, ["generate", "eval", "export", "chat"]),
         ({"teacher": "/models/mine"}, ["generate", "eval", "report"]),
     ],
 )

@@ -1,18 +1,24 @@
 """limbeck export, limbeck chat and limbeck distill --for, from the command line."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import limbeck
 from helpers.exported import make_student, make_teacher, make_tokenizer
+from helpers.paths import ROOT
 from limbeck import LimbeckError, Recipe
 from limbeck.cli import main
 from limbeck.cli.distill import build_recipe
+from limbeck.evaluation import exported
 from limbeck.models import export as exports
 from limbeck.models.export import gguf_file, llama_cpp, qwen3_5
+from limbeck.models.export.record import RECORD_FILE, find_export_folders, load_record
+from limbeck.models.fingerprint import fingerprint_checkpoint
 
 
 def run(words: list[str], capsys) -> tuple[int, str]:
@@ -58,32 +64,101 @@ def test_a_plan_writes_nothing(runs, capsys):
     assert [path.name for path in (runs / "gguf").iterdir()] == ["student"]
 
 
-def test_an_export_is_verified_and_the_result_kept(runs, capsys):
-    words = ["export", str(runs / "qwen3_5"), "--to", "qwen3_5"]
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """Three documents, two of them long."""
+    words = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    rows = [{"text": words[begin : begin + 3000]} for begin in (0, 4000)] + [{"text": "short"}]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path / "text.jsonl"
+
+
+def read_records(run: Path) -> dict:
+    return {folder: load_record(folder) for folder in find_export_folders(run / "student")}
+
+
+def compute_perplexity(student, text: Path, length: int) -> float:
+    """Of the beginnings of the two long documents, by transformers' own loss."""
+    tokenizer = make_tokenizer()
+    rows = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()[:2]]
+    ids = torch.tensor([tokenizer(row).input_ids[:length] for row in rows])
+    with torch.no_grad():
+        return math.exp(student(ids, labels=ids).loss.item())
+
+
+def test_an_export_is_verified_and_measured_and_the_result_kept(runs, text, capsys):
+    words = ["export", str(runs / "qwen3_5"), "--to", "qwen3_5", "--text", str(text), "--tokens", "128"]
     code, said = run(words, capsys)
     assert code == 0, said
     assert "verified: transformers" in said
-    folder = runs / "qwen3_5" / "export" / "qwen3_5"
-    kept = json.loads((folder / exports.VERIFICATION_FILE).read_text(encoding="utf-8"))
-    assert kept["passed"] is True
-    assert kept["tokens"] == 64
+    ((folder, kept),) = read_records(runs / "qwen3_5").items()
+    assert folder == runs / "qwen3_5" / "export" / "qwen3_5"
+    assert kept.verification.passed
+    assert kept.verification.tokens == 64
+    assert kept.score.targets == 127
+    assert kept.score.perplexity == pytest.approx(kept.score.student_perplexity, rel=1e-4)
+    assert kept.rates is None
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(kept.files)
+    assert kept.find_problem(folder, fingerprint_checkpoint(runs / "qwen3_5" / "student")) is None
+    assert "written from other weights" in kept.find_problem(folder, "other")
     code, said = run(words, capsys)
     assert code == 2
     assert "--force" in said
     code, _ = run([*words, "--force", "--no-verify"], capsys)
     assert code == 0
-    assert not (folder / exports.VERIFICATION_FILE).exists()
+    (kept,) = read_records(runs / "qwen3_5").values()
+    assert kept.verification is kept.score is None
+
+
+def test_several_precisions_are_measured_in_the_engine(runs, text, capsys):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    words = ["export", str(runs / "gguf"), "--to", "gguf", "--quantization", "f32,q4_0", "--text", str(text)]
+    code, said = run([*words, "--tokens", "1024"], capsys)
+    assert code == 0, said
+    student = make_student("tied", "gguf")
+    wanted = compute_perplexity(student, text, 512)
+    records = {record.quantization: record for record in read_records(runs / "gguf").values()}
+    assert records["f32"].score.perplexity == pytest.approx(wanted, rel=1e-4)
+    assert records["q4_0"].score.student_perplexity == pytest.approx(wanted, rel=1e-4)
+    assert records["q4_0"].score.perplexity != pytest.approx(wanted, rel=1e-5)
+    assert records["q4_0"].size < records["f32"].size / 4
+    for record in records.values():
+        assert record.rates.engine > 0
+        assert record.rates.student == records["f32"].rates.student  # measured once
+        assert f"{record.score.perplexity:.2f}" in said
+    assert said.count("Once upon a time") == 2
+    assert said.count("tokens/s (transformers: ") == 2
+
+
+def test_a_text_that_is_not_there(runs, capsys, monkeypatch):
+    words = ["export", str(runs / "qwen3_5"), "--to", "qwen3_5"]
+    code, said = run([*words, "--text", "no-such-file.jsonl"], capsys)
+    assert code == 2
+    assert "no-such-file.jsonl" in said
+    assert not (runs / "qwen3_5" / "export").exists()
+    code, said = run([*words, "--tokens", "1"], capsys)
+    assert code == 2
+
+    def missing(*arguments):
+        raise LimbeckError("the embedded text is not here")
+
+    monkeypatch.setattr(exported, "load_exam_documents", missing)
+    code, said = run(words, capsys)
+    assert code == 0, said
+    assert "no perplexity: the embedded text is not here" in said
 
 
 def test_a_difference_above_the_bound_is_exit_code_1(runs, capsys, monkeypatch):
     monkeypatch.setattr(exports, "OWN_FACTOR", 0)
     monkeypatch.setattr(qwen3_5, "BOUNDS", dict.fromkeys(qwen3_5.BOUNDS, 0.0))
     code, said = run(
-        ["export", str(runs / "qwen3_5" / "student"), "--to", "qwen3_5", "--out", str(runs / "out")], capsys
+        ["export", str(runs / "qwen3_5" / "student"), "--to", "qwen3_5", "--out", str(runs / "out"), "--tokens", "0"],
+        capsys,
     )
     assert code == 1
     assert "NOT the same model" in said
-    assert json.loads((runs / "out" / exports.VERIFICATION_FILE).read_text(encoding="utf-8"))["passed"] is False
+    assert json.loads((runs / "out" / RECORD_FILE).read_text(encoding="utf-8"))["verification"]["passed"] is False
 
 
 def test_without_the_engine(runs, capsys, monkeypatch):

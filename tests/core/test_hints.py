@@ -98,9 +98,9 @@ def test_a_hint_names_what_exists(place, text, verbs, keys):
     for verb, rest in re.findall(r"(?<![\w-])limbeck ([a-z]+)((?: [^;,(`]*)?)", text):
         assert verb in verbs, f"no verb {verb}"
         mine = {option for one in verbs[verb].params for option in one.opts}
-        assert set(re.findall(r"(?<!\S)(--[a-z][a-z-]+)", rest)) <= mine, rest
+        assert set(re.findall(r"(?<!\S)(--[a-z][a-z0-9-]+)", rest)) <= mine, rest
     known = options | {"--nproc-per-node", "--no-deps", "--upgrade", "--head"}
-    assert set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text)) <= known
+    assert set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", text)) <= known
     for key in re.findall(r"--set ([\w.{}]+)=", text):
         plain = re.sub(r"\{\}|\b\d+\b", "N", key)
         assert plain in keys or plain == "N" or plain.startswith("N."), f"no key {key}"

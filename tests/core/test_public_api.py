@@ -10,7 +10,7 @@ from limbeck.models.registration import OLD_MODULES
 
 DOORS = {
     "limbeck": """
-        LimbeckConfig LimbeckError LimbeckForCausalLM Recipe __version__ cache_bytes convert distill
+        LimbeckConfig LimbeckError LimbeckForCausalLM Recipe __version__ cache_bytes convert distill evaluate load
     """,
     "limbeck.mixers": """
         PRESETS HeadShape Inputs Mixer Options State Tokens build get list_mixer_sets list_mixers register

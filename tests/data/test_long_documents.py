@@ -312,7 +312,7 @@ def test_the_real_pack_is_what_the_document_says():
     folder = packs.get_pack_folder(long_documents.PACK)
     if packs.load_pack_manifest(long_documents.PACK) is None:
         pytest.skip("limbeck assets --pack long-documents")
-    table = (ROOT / "docs" / "guides" / "long_documents.md").read_text(encoding="utf-8")
+    table = (ROOT / "docs" / "guides" / "long_context.md").read_text(encoding="utf-8")
     for name, (_, buckets) in long_documents.SETS.items():
         for bucket in buckets:
             file = folder / packs.PackDataset(long_documents.PATH, f"{name}_{bucket}", {}).file("test")

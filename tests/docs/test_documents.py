@@ -29,8 +29,8 @@ OWN = ("recipe.yaml", "mine.yaml")  # files that a reader makes with `limbeck re
 def commands_of(text: str) -> list[str]:
     """The `limbeck ...` commands of a page: lines of its code blocks, and in running text."""
     found = []
-    for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.S | re.M):
-        for line in block.replace("\\\n", " ").splitlines():
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines() if language in ("", "bash", "sh", "console") else ():
             found += re.findall(r"^(?:\$ )?(?:.* -m )?(limbeck (?!=).*)$", line.strip())
     running = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     found += re.findall(r"(?<!`)`(limbeck [a-z][^`]*)`(?!`)", running)
@@ -63,7 +63,7 @@ def check(line: str, verbs: dict) -> None:
     """Raise what the command line would raise, as far as that needs no model."""
     words = words_of(line)
     while words and words[0].startswith("--"):
-        words = words[2:] if words[0] == "--mixer" else words[1:]
+        words = words[2:] if words[0] in ("--mixer", "--mixer-file") else words[1:]
     if not words:
         return
     verb, *arguments = words
@@ -111,7 +111,7 @@ def check(line: str, verbs: dict) -> None:
         folders = BUILT_IN, BUILT_IN / "teachers", STUDIES_FOLDER
         assert any((folder / f"{given['name']}.yaml").is_file() for folder in folders)
     elif verb == "families":
-        mixers.get(given["mixer"])
+        mixers.get(given["student"])
 
 
 def test_a_file_that_a_command_needs_is_made_on_the_same_page():

@@ -12,8 +12,9 @@ SHAPE = mixers.HeadShape(hidden=576, heads=9, kv_heads=3, key_width=64, value_wi
 
 
 def tables(title: str) -> list[list[str]]:
-    """The rows of the tables under one heading of docs/concepts/mixers.md."""
-    text = (DOCS / "concepts" / "mixers.md").read_text(encoding="utf-8")
+    """The rows of the tables under one heading of the two pages on mixers."""
+    pages = [DOCS / "concepts" / "mixers.md", DOCS / "reference" / "mixers.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in row] for row in rows]

@@ -179,7 +179,7 @@ def test_peaks():
 
 
 def test_int8_entries(entries):
-    dynamic = entries[0].to_int8(activations=True)
+    dynamic = entries[0].to_int8()
     assert dynamic.name == f"{entries[0].name}, int8, activations too"
     assert dynamic.output_dir != entries[0].output_dir
     found = SpeedBenchmark([entries[0], dynamic], FEW.model_copy(update={"lengths": [16], "batches": [1]})).run()

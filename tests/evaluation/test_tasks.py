@@ -337,7 +337,7 @@ def test_the_command_line(own_cache, student_folder, teacher_folder, definitions
     assert not any(",tasks,mean score," in line for line in lines)
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert "choices acc (teacher at chance)" in table
-    assert "at chance on choices, words: they are in no mean" in table
+    assert "at chance on choices; words: they are in no mean" in table
     assert (tmp_path / "out" / "tasks.svg").stat().st_size > 1000
 
 

@@ -7,6 +7,7 @@ from helpers.exported import VOCABULARY, make_student, make_tokenizer
 from limbeck import LimbeckError
 from limbeck.models import export as exports
 from limbeck.models.conversation import Conversation, LlamaCppEngine, Sampling, StudentEngine, list_end_tokens
+from limbeck.models.export.record import write_export
 
 FORGETFUL = (  # shows of earlier answers nothing
     "{% for m in messages %}<s>{{ m['role'] }}\n"
@@ -141,7 +142,7 @@ def test_llama_cpp_says_the_same(words, tmp_path):
     from limbeck.models.export.llama_cpp import LlamaCpp
 
     student = make_student("tied")
-    exports.write_export(exports.get_exporter("gguf"), student, words, tmp_path / "out", "f32")
+    write_export(exports.get_exporter("gguf"), student, words, tmp_path / "out", "f32")
     with LlamaCpp(tmp_path / "out" / "student-f32.gguf") as opened:
         talks = [
             Conversation(engine, words, Sampling(max_new_tokens=8))

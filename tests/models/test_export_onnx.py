@@ -20,6 +20,7 @@ from limbeck.models import get_mixers
 from limbeck.models.export import onnx as onnx_export
 from limbeck.models.export.onnx_operators import attend_softmax, attend_window
 from limbeck.models.export.onnx_step import StudentStep
+from limbeck.models.export.record import write_export
 from limbeck.testing import make_tiny_model
 from limbeck.testing.tiny_models import make_survey_model
 
@@ -86,7 +87,7 @@ FAST = (12,)  # an export takes seconds; this one has a linear branch and a wind
 def test_onnxruntime_computes_the_student(tmp_path, family, mixer, options, softmax_layers):
     runtime()
     student = make_student(family, mixer, options, softmax_layers=softmax_layers)
-    exports.write_export(EXPORTER, student, None, tmp_path / "out")
+    write_export(EXPORTER, student, None, tmp_path / "out")
     session = onnx_export.GraphSession(tmp_path / "out")
     ids = make_ids()
     with torch.no_grad():
@@ -118,7 +119,7 @@ def test_onnxruntime_computes_the_student(tmp_path, family, mixer, options, soft
 def test_padding_between_tokens_counts_for_nothing(tmp_path):
     runtime()
     student = make_student("llama", "hybrid", {"window": 4, "sinks": 2, "conv": 3})
-    exports.write_export(EXPORTER, student, None, tmp_path / "out")
+    write_export(EXPORTER, student, None, tmp_path / "out")
     session = onnx_export.GraphSession(tmp_path / "out")
     ids = make_ids(1)
     mask = torch.ones_like(ids)
@@ -136,7 +137,7 @@ def test_padding_between_tokens_counts_for_nothing(tmp_path):
 def test_a_student_in_half_precision_is_written_in_float32_and_verified(tmp_path):
     runtime()
     student = make_student("llama", "gated_deltanet", {"conv": 2}).to(torch.bfloat16)
-    exports.write_export(EXPORTER, student, make_tokenizer(), tmp_path / "out")
+    write_export(EXPORTER, student, make_tokenizer(), tmp_path / "out")
     result = EXPORTER.verify(student, None, tmp_path / "out")
     assert result.passed
     assert result.engine == "onnxruntime"
@@ -164,7 +165,7 @@ def test_the_files_of_an_export(tmp_path):
     # small matrices are folded with what reads them, so the vocabulary is not too small
     teacher, words = make_tiny_model("llama", vocab_size=400), make_tokenizer()
     student = limbeck.convert(teacher, "gated_deltanet", options={"conv": 4}).eval()
-    exports.write_export(EXPORTER, student, words, tmp_path / "out")
+    write_export(EXPORTER, student, words, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.onnx", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     graph = onnx.load(tmp_path / "out" / "model.onnx")
@@ -200,7 +201,7 @@ def test_weights_that_a_file_cannot_hold_go_beside_it(tmp_path, monkeypatch):
     runtime()
     monkeypatch.setattr("limbeck.models.export.onnx_graph.MAX_FILE_BYTES", 10_000)
     student = make_student("llama", "retnet")
-    exports.write_export(EXPORTER, student, None, tmp_path / "out")
+    write_export(EXPORTER, student, None, tmp_path / "out")
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size > 4 * sum(
         p.numel() for p in student.parameters()
     ) * 0.9
@@ -211,7 +212,7 @@ def test_weights_that_a_file_cannot_hold_go_beside_it(tmp_path, monkeypatch):
 def test_the_example_generates_what_the_student_does(tmp_path):
     onnxruntime = runtime()
     student = make_student("llama", "hybrid", {"window": 8}, softmax_layers="1")
-    exports.write_export(EXPORTER, student, make_tokenizer(), tmp_path / "out")
+    write_export(EXPORTER, student, make_tokenizer(), tmp_path / "out")
     spec = importlib.util.spec_from_file_location("generate_onnx", ROOT / "examples" / "onnx" / "generate.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
@@ -277,7 +278,7 @@ def test_mixers_without_an_operator_are_refused_with_the_reason(tmp_path, mixer,
     assert "(layers 0-1)" in str(reason)
     assert "student.mixer=gated_deltanet" in str(reason)
     with pytest.raises(LimbeckError, match=said):
-        exports.write_export(EXPORTER, student, None, tmp_path / "out")
+        write_export(EXPORTER, student, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -331,7 +332,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, call):
     monkeypatch.setattr(onnx_export.importlib, "import_module", without)
     student = make_student("llama", "retnet")
     calls = {
-        "write": lambda: exports.write_export(EXPORTER, student, None, tmp_path / "out"),
+        "write": lambda: write_export(EXPORTER, student, None, tmp_path / "out"),
         "verify": lambda: EXPORTER.verify(student, None, tmp_path),
     }
     with pytest.raises(LimbeckError, match=f"needs {package}") as caught:
@@ -351,7 +352,7 @@ def test_a_file_that_is_no_graph_is_named(tmp_path):
 def test_a_graph_says_what_it_came_from(tmp_path):
     onnx = pytest.importorskip("onnx")
     runtime()
-    exports.write_export(EXPORTER, make_student("qwen2", "gla", softmax_layers="1"), None, tmp_path / "out")
+    write_export(EXPORTER, make_student("qwen2", "gla", softmax_layers="1"), None, tmp_path / "out")
     graph = onnx.load(tmp_path / "out" / "model.onnx")
     notes = {entry.key: entry.value for entry in graph.metadata_props}
     assert json.loads(notes["limbeck.mixers"]) == {"0": "gla"}

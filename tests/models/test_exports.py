@@ -21,6 +21,7 @@ from limbeck.mixers.options import LATER_OPTIONS
 from limbeck.models import export as exports
 from limbeck.models.conversion import set_mixer_options
 from limbeck.models.export import gguf_file, gguf_qwen35, gguf_rwkv7, gguf_tokenizer, qwen3_5
+from limbeck.models.export.record import write_export
 from limbeck.models.export.verification import compare
 from limbeck.testing import make_tiny_model
 from limbeck.training.identity import summarize_student_layers
@@ -63,7 +64,7 @@ CASES = [
 def test_llama_cpp_computes_the_student(body, target, softmax_layers, options, words, tmp_path):
     engine()
     student = make_student(body, target, softmax_layers, options)
-    exports.write_export(GGUF, student, words, tmp_path / "out", "f32")
+    write_export(GGUF, student, words, tmp_path / "out", "f32")
     result = GGUF.verify(student, words, tmp_path / "out")
     assert result.passed
     assert result.same_text_tokens
@@ -79,7 +80,7 @@ def test_llama_cpp_computes_the_student(body, target, softmax_layers, options, w
 def test_rounded_weights_stay_near(target, quantization, words, tmp_path):
     engine()
     student = make_student("tied", target)
-    exports.write_export(GGUF, student, words, tmp_path / "out", quantization)
+    write_export(GGUF, student, words, tmp_path / "out", quantization)
     result = GGUF.verify(student, words, tmp_path / "out")
     assert result.prompt_difference > EXACT
     assert result.passed
@@ -100,7 +101,7 @@ def test_rounded_weights_stay_near(target, quantization, words, tmp_path):
 )
 def test_transformers_computes_the_student_as_qwen3_5(body, softmax_layers, words, tmp_path):
     student = make_student(body, "qwen3_5", softmax_layers)
-    exports.write_export(QWEN3_5, student, words, tmp_path / "out")
+    write_export(QWEN3_5, student, words, tmp_path / "out")
     result = QWEN3_5.verify(student, words, tmp_path / "out")
     assert result.passed
     assert max(result.prompt_difference, result.step_difference) < EXACT
@@ -108,13 +109,14 @@ def test_transformers_computes_the_student_as_qwen3_5(body, softmax_layers, word
     assert config["model_type"] == "qwen3_5_text"
     assert not {"auto_map", "limbeck"} & set(config)
     assert not list((tmp_path / "out").glob("*.py"))
+    assert config.get("full_attention_interval") == {"none": 5, "every 2": 2}.get(softmax_layers)
     null_layers = 0 if softmax_layers != "none" else 1
     assert config["num_hidden_layers"] == 4 + null_layers
 
 
 def test_the_qwen3_5_folder_generates_what_the_student_does(words, tmp_path):
     student = make_student("tied", "qwen3_5")
-    exports.write_export(QWEN3_5, student, words, tmp_path / "out")
+    write_export(QWEN3_5, student, words, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.tensor([words("The license").input_ids])
     settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -124,7 +126,7 @@ def test_the_qwen3_5_folder_generates_what_the_student_does(words, tmp_path):
 
 def test_bfloat16_is_near_and_half_as_large(words, tmp_path):
     student = make_student("qwen3", "qwen3_5", "every 2")
-    exports.write_export(QWEN3_5, student, words, tmp_path / "out", "bf16")
+    write_export(QWEN3_5, student, words, tmp_path / "out", "bf16")
     result = QWEN3_5.verify(student, words, tmp_path / "out")
     assert result.passed
     assert result.prompt_difference > EXACT
@@ -133,7 +135,7 @@ def test_bfloat16_is_near_and_half_as_large(words, tmp_path):
 
 def test_a_file_with_one_changed_tensor_is_found_out(words, tmp_path):
     student = make_student("tied", "qwen3_5")
-    exports.write_export(QWEN3_5, student, words, tmp_path / "out")
+    write_export(QWEN3_5, student, words, tmp_path / "out")
     with torch.no_grad():
         student.base_model.layers[2].self_attn.mixer.decay.bias += 0.5
     assert not QWEN3_5.verify(student, words, tmp_path / "out").passed
@@ -157,6 +159,13 @@ def test_a_verification_of_numbers():
     assert noisy.passed
     assert not compare(reference, reference + 0.6, reference, own_steps=reference - 0.05, **common).passed
     assert compare(reference, reference[:, ::-1], reference, **common).same_token == 0
+    far = reference + np.array([[0.4, 0.0], [0.0, 0.0]])
+    assert compare(reference, reference, far, **common).typical_difference == pytest.approx(0.2)
+    assert not compare(reference, far, reference, **common).passed
+    rounded = {**common, "bound": 0.14, "rounded": True}
+    assert compare(reference, far, reference, **rounded).passed
+    assert not compare(reference, reference, reference + 0.3, **rounded).passed
+    assert not compare(reference, reference + 0.3, reference, own_steps=reference + 1, **rounded).passed
 
 
 # ------------------------------------------------------------------ refusals
@@ -321,15 +330,15 @@ def test_an_existing_folder_is_replaced_only_by_force(words, tmp_path):
     student = make_student("tied", "qwen3_5")
     folder = tmp_path / "out"
     folder.mkdir()
-    exports.write_export(QWEN3_5, student, words, folder)  # an empty one may stay
+    write_export(QWEN3_5, student, words, folder)  # an empty one may stay
     (folder / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(LimbeckError, match="--force"):
-        exports.write_export(QWEN3_5, student, words, folder)
+        write_export(QWEN3_5, student, words, folder)
     assert (folder / "mine.txt").exists()
-    exports.write_export(QWEN3_5, student, words, folder, force=True)
+    write_export(QWEN3_5, student, words, folder, force=True)
     assert not (folder / "mine.txt").exists()
     with pytest.raises(LimbeckError, match="is a file"):
-        exports.write_export(QWEN3_5, student, words, folder / "config.json", force=True)
+        write_export(QWEN3_5, student, words, folder / "config.json", force=True)
 
 
 @pytest.mark.parametrize("target", ["gguf", "qwen3_5"])
@@ -346,7 +355,7 @@ def test_a_full_disk_leaves_nothing_behind(target, words, tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
 
     with pytest.raises(LimbeckError, match="space"):
-        exports.write_export(replace(exporter, write=fill), student, words, folder, force=True)
+        write_export(replace(exporter, write=fill), student, words, folder, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (folder / "before.txt").read_text(encoding="utf-8") == "before"
 
@@ -357,7 +366,7 @@ def test_numbers_too_large_for_half_precision_are_refused(words, tmp_path):
     with torch.no_grad():
         student.base_model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
     with pytest.raises(LimbeckError, match="--quantization f32"):
-        exports.write_export(GGUF, student, words, tmp_path / "out", "f16")
+        write_export(GGUF, student, words, tmp_path / "out", "f16")
     assert not (tmp_path / "out").exists()
 
 
@@ -366,7 +375,7 @@ def test_what_stands_in_the_file(words, tmp_path):
     student = make_student("tied", "qwen3_5")
     student.generation_config.eos_token_id = [2, 5]
     student.generation_config.do_sample, student.generation_config.temperature = True, 0.7
-    exports.write_export(GGUF, student, words, tmp_path / "out", "q8_0")
+    write_export(GGUF, student, words, tmp_path / "out", "q8_0")
     reader = gguf.GGUFReader(tmp_path / "out" / "student-q8_0.gguf")
     keys = {name: field.contents() for name, field in reader.fields.items()}
     assert keys["general.architecture"] == "qwen35"
@@ -426,7 +435,7 @@ def check_split(tokenizer, folder: Path) -> None:
     from limbeck.models.export.llama_cpp import LlamaCpp
 
     student = make_student("tied", "qwen3_5")
-    exports.write_export(GGUF, student, tokenizer, folder / "out", "f16")
+    write_export(GGUF, student, tokenizer, folder / "out", "f16")
     text = gguf_file.SAMPLE_TEXT + (ROOT / "LICENSE").read_text(encoding="utf-8")[:3000] + "<s>user\nhi</s>"
     with LlamaCpp(folder / "out" / "student-f16.gguf") as opened:
         assert opened.tokenize(text, special=True) == tokenizer(text, add_special_tokens=False).input_ids
@@ -453,7 +462,7 @@ def test_a_tokenizer_over_characters_with_a_byte_fallback(tmp_path):
     from limbeck.models.export.llama_cpp import LlamaCpp
 
     student = make_student("tied", "qwen3_5", vocab_size=400)
-    exports.write_export(GGUF, student, tokenizer, tmp_path / "out", "f16")
+    write_export(GGUF, student, tokenizer, tmp_path / "out", "f16")
     with LlamaCpp(tmp_path / "out" / "student-f16.gguf") as opened:
         for text in ("The license grants rights", "naïve 你好"):
             assert opened.tokenize(text) == tokenizer(text, add_special_tokens=False).input_ids
@@ -485,11 +494,11 @@ def test_a_beginning_of_text_is_announced(words):
 
 def test_a_file_that_is_none_is_an_error_and_not_an_abort(tmp_path):
     engine()
-    from limbeck.models.export.llama_cpp import run_in_process
+    from limbeck.models.export.llama_cpp_process import compare_in_process
 
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(exports.EngineFailedError, match=r"bad\.gguf") as caught:
-        run_in_process(tmp_path / "bad.gguf", [1], "a", threads=1)
+        compare_in_process(tmp_path / "bad.gguf", [1], "a", threads=1)
     assert caught.value.exit_code == 1
 
 
@@ -497,7 +506,7 @@ def test_a_conversation_longer_than_the_context_is_refused(words, tmp_path):
     engine()
     from limbeck.models.export.llama_cpp import LlamaCpp
 
-    exports.write_export(GGUF, make_student("tied", "qwen3_5"), words, tmp_path / "out", "f16")
+    write_export(GGUF, make_student("tied", "qwen3_5"), words, tmp_path / "out", "f16")
     with LlamaCpp(tmp_path / "out" / "student-f16.gguf", context=16) as opened:
         last = opened.decode(range(3, 250), last_only=True)
         assert last.shape == (1, VOCABULARY)

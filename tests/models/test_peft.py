@@ -14,7 +14,6 @@ from limbeck.core.recipe import Recipe
 from limbeck.models import find_attention_sites
 from limbeck.testing import make_tiny_model
 from limbeck.training import export, pipeline, setup, stages
-from limbeck.training import lora as adapters
 from limbeck.training.lora import LoraAdapters, count_lora_parameters, resolve_lora_targets
 from limbeck.training.plan import make_plan
 
@@ -219,7 +218,7 @@ def test_unknown_targets_are_refused_with_the_names_there_are(recipe):
 
 
 def test_without_peft_the_extra_is_named(recipe, monkeypatch):
-    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     made = recipe()
     with pytest.raises(LimbeckError, match=r"limbeck\[peft\]"):
         pipeline.distill(made)

@@ -14,7 +14,14 @@ from limbeck.study.claims import (
     log_perplexity,
     select_by_length,
 )
-from limbeck.study.statistics import decide_verdict, difference, kendall_tau, rank_correlation_by_seed, t_interval
+from limbeck.study.statistics import (
+    decide_verdict,
+    difference,
+    gap_at_equal_time,
+    kendall_tau,
+    rank_correlation_by_seed,
+    t_interval,
+)
 
 STUDENTS = ("linear_attention", "rebased", "retnet", "gla", "mlstm", "deltanet")
 
@@ -347,3 +354,34 @@ def test_windows_heads_and_starts_are_judged(sign, verdict):
     if sign > 0:
         # three linear students, and those of the other questions, at 0.2 to 0.9 above the window
         assert window["effect"] == pytest.approx((0.2 + 0.3 + 0.4 + 0.2 + 0.5 + 0.2 - 0.8 + 0.5 + 0.7) / 9, abs=0.01)
+
+
+def timed(objective: str, seconds: float, loss: float, seed: int) -> dict:
+    """An arm of the study of objectives, whose stage 3 took so long."""
+    row = arm(seed=seed, agreement__perplexity=math.exp(loss))
+    row["axes"]["objective"] = objective
+    row["stages"] = [{"stage": "hidden", "seconds": 99.0}, {"stage": "logits", "seconds": seconds}]
+    return row
+
+
+def test_an_objective_is_compared_with_what_the_plain_arms_reach_in_its_time():
+    """The plain loss falls by 0.2 with each doubling; 14.14 s are half a doubling more than 10 s."""
+    plain = [("ce_kl", 10, 3.0), ("ce_kl_x2", 20, 2.8), ("ce_kl_x4", 40, 2.6)]
+    rows = [timed(*one, seed) for seed in range(3) for one in plain]
+    rows += [timed("gram", 10 * 2**0.5, 2.87 + 0.001 * seed, seed) for seed in range(3)]
+    rows += [timed("exits", 9, 2.95 + 0.001 * seed, seed) for seed in range(3)]  # as fast as plain, but for chance
+    rows += [timed("on_policy", 60, 2.5, seed) for seed in range(3)]
+    labels = ("ce_kl", "ce_kl_x2", "ce_kl_x4")
+    gaps = {
+        name: gap_at_equal_time(rows, log_perplexity, "objective", name, labels, "logits")
+        for name in ("gram", "exits", "on_policy")
+    }
+    assert gaps["gram"]["1"] == pytest.approx([2.9 - 2.871])
+    assert gaps["exits"]["2"] == pytest.approx([3.0 - 2.952])
+    assert gaps["on_policy"] == {}
+    assert len(gaps["on_policy"].left_out) == 3
+    found = {one["name"]: one for one in evaluate_claims(["objective-gram-helps", "objective-exits-helps"], rows)}
+    assert found["objective-gram-helps"]["verdict"] == "holds"
+    assert [part["verdict"] for part in found["objective-exits-helps"]["findings"]] == ["holds", "holds"]
+    slow = evaluate_claims(["objective-on-policy-helps"], rows)[0]
+    assert slow["verdict"] == "undecided", "better at equal tokens; nothing is known at equal time"

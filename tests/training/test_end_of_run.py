@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import limbeck
+from helpers.exported import make_teacher, make_tokenizer
 from limbeck import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.data.packing import Batch
 from limbeck.mixers import registry
+from limbeck.models.export import get_exporter
 from limbeck.models.hooks import check_finite_loss
 from limbeck.models.loading import check_export, load_teacher
 from limbeck.report.run_summary import format_summary
@@ -108,6 +110,20 @@ def test_the_rehearsal_leaves_nothing_and_changes_no_result(recipe, tmp_path, mo
     second = pipeline.distill(recipe(out=str(tmp_path / "again")))
     assert first["held_out"] == second["held_out"]
     assert first["samples"] == second["samples"]
+    assert "--to gguf" not in format_summary(first)
+
+
+def test_the_summary_of_a_student_that_fits_leads_to_llama_cpp(recipe, tmp_path):
+    teacher = make_teacher("tied")
+    teacher.save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    fit = get_exporter("gguf").fit(teacher.config, None)
+    student = {"mixer": fit.mixer, "options": fit.options}
+    stages = [{"stage": "calibrate", "tokens": 128}]
+    made = recipe(teacher=str(tmp_path / "teacher"), student=student, stages=stages)
+    summary = format_summary(pipeline.distill(made))
+    assert f"    limbeck export {made.out} --to gguf --quantization q8_0\n" in summary
+    assert f"    limbeck chat {made.out} --engine llama.cpp\n" in summary
 
 
 def test_a_run_that_goes_on_is_not_rehearsed_again(recipe, monkeypatch):

@@ -12,10 +12,12 @@ import logging
 import os
 import sys
 import warnings
+from importlib import import_module
 from typing import Annotated, NoReturn
 
 import typer
 
+from limbeck.cli.verbs import VERBS, app
 from limbeck.core.console import console, output
 from limbeck.core.errors import LimbeckError
 from limbeck.core.signals import TerminatedBySignal, TrainingInterrupted, raise_on_signals, restore_handlers
@@ -23,15 +25,6 @@ from limbeck.core.storage import explain_write_error
 
 RESUMABLE_COMMANDS = {"distill", "study", "assets", "eval"}  # they save their work as they go
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # they report kernels for other machines
-
-app = typer.Typer(
-    name="limbeck",
-    help="Distill a pretrained softmax-attention language model into a subquadratic one.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 def _print_version(requested: bool) -> None:
@@ -44,19 +37,20 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def global_options(
-    mixer: Annotated[
-        list[str] | None, typer.Option(help="Load the mixer in this Python file first, for students that use it.")
+    mixer_file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.py", help="Load the mixer in this file first, for students that use it."),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, then exit.")
     ] = False,
 ) -> None:
     """Options that apply to every command."""
-    if mixer:
+    if mixer_file:
         # late: most commands load no file
         from limbeck.mixers import registry
 
-        for file in mixer:
+        for file in mixer_file:
             registry.load_file(file)
 
 
@@ -86,28 +80,9 @@ def _run_command() -> None:
         raise LimbeckError("the current folder has been deleted", expected="a folder that exists", hint="cd") from error
     for text in (os.getcwd(), *(sys.argv[1:] if "generate" not in sys.argv else ())):  # prompts may hold anything
         _check_utf8(text)
-    # late: the modules of the commands import `app` from here
-    from limbeck.cli import (  # noqa: F401
-        assets,
-        bench,
-        chat,
-        check,
-        convert,
-        distill,
-        doctor,
-        eval,
-        export,
-        families,
-        generate,
-        matrices,
-        push,
-        recipe,
-        report,
-        select,
-        students,
-        study,
-    )
-
+    # late, after names that cannot be are refused
+    for name in VERBS:
+        import_module(f"limbeck.cli.{name}")
     _quiet_libraries()
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     if any(name.endswith("_SIZE") for name in os.environ):  # perhaps one of several processes

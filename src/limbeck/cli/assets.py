@@ -7,31 +7,40 @@ from typing import Annotated
 
 import typer
 
-from limbeck.cli import app
-from limbeck.cli.options import examples
+from limbeck.cli.completion import complete_choices, complete_teachers
+from limbeck.cli.options import Quiet
+from limbeck.cli.verbs import verb
 from limbeck.core.console import output
 
 
-@app.command(
-    epilog=examples("limbeck assets", "limbeck assets --teacher small --plan", "limbeck assets --pack benchmarks")
-)
+@verb("limbeck assets", "limbeck assets --teacher small --plan", "limbeck assets --pack benchmarks")
 def assets(
     tier: Annotated[
         str,
         typer.Option(
-            help="The text: quick (3.5 M tokens), pypi (19.6 M); for evaluation held-out-wikipedia, haystack."
+            help="The text: quick (3.5 M tokens), pypi (19.6 M); for evaluation held-out-wikipedia, haystack.",
+            autocompletion=complete_choices(("quick", "pypi", "held-out-wikipedia", "haystack")),
         ),
     ] = "quick",
     pack: Annotated[
-        list[str] | None, typer.Option(help="Download this pack of benchmarks and nothing else; can be repeated.")
+        list[str] | None,
+        typer.Option(metavar="PACK", help="Download this pack of benchmarks and nothing else; can be repeated."),
     ] = None,
     teacher: Annotated[
-        str, typer.Option(help="embedded; small (trained here, under an hour); tiny (two minutes); or a YAML file.")
+        str,
+        typer.Option(
+            help="embedded; small (trained here, under an hour); tiny (two minutes); or a YAML file.",
+            autocompletion=complete_teachers,
+        ),
     ] = "embedded",
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be prepared and its cost, then exit.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file again.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Prepare the embedded teacher and text, or packs of benchmarks, in the cache; what is cached stays as it is."""
+    """Prepare the embedded teacher and text, or benchmark packs.
+
+    They are put into the cache; what is cached stays as it is.
+    """
     # late, for a fast --help
     from limbeck.data.offline import embedded, packs
     from limbeck.data.offline.corpus import check_tier

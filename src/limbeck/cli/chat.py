@@ -9,44 +9,54 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck.cli import app
-from limbeck.cli.options import Seed, examples
+from limbeck.cli.completion import complete_choices
+from limbeck.cli.options import Model, NewTokens, Quiet, Seed, Temperature, TopP, count_option
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 
 ENGINES = ("limbeck", "llama.cpp")
 
 
-@app.command(
-    epilog=examples(
-        "limbeck chat runs/quickstart --temperature 0.7 --top-p 0.9",
-        "limbeck chat runs/rwkv7_gguf --engine llama.cpp",
-    )
-)
+@verb("limbeck chat runs/quickstart --temperature 0.7 --top-p 0.9", "limbeck chat runs/rwkv7_gguf --engine llama.cpp")
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="A run directory, a model folder, a Hub name, or 'embedded' for the teacher.")
-    ],
+    model: Model,
     engine: Annotated[
-        str, typer.Option(help="limbeck, or llama.cpp for the GGUF file that `limbeck export` wrote in the run.")
+        str,
+        typer.Option(
+            help="limbeck, or llama.cpp for the GGUF file that `limbeck export` wrote in the run.",
+            autocompletion=complete_choices(ENGINES),
+        ),
     ] = "limbeck",
     system: Annotated[str | None, typer.Option(help="A system message.", show_default=False)] = None,
-    tokens: Annotated[int, typer.Option(help="The maximum number of new tokens in an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
-    context: Annotated[int, typer.Option(help="With llama.cpp: tokens of the whole conversation.")] = 4096,
+    new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    context: Annotated[int, count_option("With llama.cpp: tokens of the whole conversation.")] = 4096,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Keep weights in float16 on the CPU: faster; with limbeck only.")
+    ] = False,
     seed: Seed = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Talk to a student; an empty line or the end of the input ends it. Its state is carried over, never read again."""
+    """Talk to a student in the terminal.
+
+    An empty line or the end of the input ends it. The student's state is carried over, never read again.
+    """
     # late, for a fast --help
     from limbeck.models.conversation import Conversation, Sampling
 
-    if tokens < 1 or context < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise LimbeckError("invalid setting", expected="tokens, context >= 1, temperature >= 0, 0 < top-p <= 1")
+    if new_tokens < 1 or context < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise LimbeckError("invalid setting", expected="new-tokens, context >= 1, temperature >= 0, 0 < top-p <= 1")
     if engine not in ENGINES:
         raise LimbeckError(f"unknown engine '{engine}'", expected=" or ".join(ENGINES))
-    backend, tokenizer, ends = _open_llama_cpp(Path(model), context) if engine == "llama.cpp" else _open_model(model)
-    talk = Conversation(backend, tokenizer, Sampling(temperature, top_p, tokens), system=system, ends=ends, seed=seed)
+    if fp16 and engine != "limbeck":
+        raise LimbeckError(f"--fp16 with --engine {engine}", expected="the file's own precision", hint="leave it out")
+    is_file = engine == "llama.cpp"
+    backend, tokenizer, ends = _open_llama_cpp(Path(model), context) if is_file else _open_model(model, fp16)
+    talk = Conversation(
+        backend, tokenizer, Sampling(temperature, top_p, new_tokens), system=system, ends=ends, seed=seed
+    )
     while message := _read_message():
         start = time.monotonic()
         num_tokens = _print_answer(talk, message)
@@ -55,20 +65,21 @@ def chat(
         console.print(f"{num_tokens} tokens, {rate:.1f} tokens/s; {talk.num_tokens} in the state{again}", style="dim")
 
 
-def _open_model(name: str) -> tuple[Any, Any, list[int]]:
+def _open_model(name: str, fp16: bool) -> tuple[Any, Any, list[int]]:
     """Load a model: engine, tokenizer, end tokens."""
     # late, for a fast --help
     import torch
 
     from limbeck.models.conversation import StudentEngine, list_end_tokens
-    from limbeck.models.loading import load_model_and_tokenizer, resolve_teacher
+    from limbeck.models.loading import load_model_and_tokenizer, resolve_model
+    from limbeck.models.quantization import pack_float16
 
-    folder = Path(name) / "student"
-    is_run = folder.is_dir()
-    model, tokenizer = load_model_and_tokenizer(
-        str(folder) if is_run else resolve_teacher(name), require_student=is_run
-    )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    checkpoint, is_run = resolve_model(name)
+    model, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
+    if fp16:
+        model = pack_float16(model)
+    else:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return StudentEngine(model), tokenizer, list_end_tokens(model)
 
 

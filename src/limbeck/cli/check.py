@@ -1,29 +1,41 @@
 """limbeck check: test a mixer, yours or any other, against the contract of mixers."""
 
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from limbeck.cli import app
-from limbeck.cli.options import examples
+from limbeck.cli.completion import complete_mixers
+from limbeck.cli.options import Json, Quiet
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import output, progress
 
 
-@app.command(
-    epilog=examples("limbeck check mine.py", "limbeck check mine.py:Mine --family qwen3", "limbeck check gla --quick")
-)
+@verb("limbeck check mine.py", "limbeck check mine.py:Mine --family qwen3", "limbeck check gla --quick --json")
 def check(
-    mixer: Annotated[str, typer.Argument(help="The name of a mixer, or a file: mine.py, mine.py:ClassName.")],
+    mixer: Annotated[
+        str,
+        typer.Argument(
+            help="The name of a mixer, or a file: mine.py, mine.py:ClassName.", autocompletion=complete_mixers
+        ),
+    ],
     family: Annotated[
         list[str] | None,
-        typer.Option(help="Test students of this model family only; can be repeated.", show_default="all"),
+        typer.Option(
+            metavar="FAMILY", help="Test students of this model family only; can be repeated.", show_default="all"
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Test two families, without the slow checks.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Test a mixer against the contract: state, masks, documents, matrix, gradients, precision, saving."""
+    """Test a mixer, yours or any other, against the contract.
+
+    State, masks, documents, matrix, gradients, precision, saving: what a mixer has to do, tried one by one.
+    """
     # late, for a fast --help
     from limbeck import mixers, testing
 
@@ -33,6 +45,28 @@ def check(
         for outcome in testing.run_checks(name, family, quick):
             outcomes.append(outcome)
             advance(1, note=" ".join(filter(None, (outcome.check.name, outcome.family))))
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    if as_json:
+        cases = [
+            {
+                "check": outcome.check.name,
+                "requires": outcome.check.summary,
+                "family": outcome.family,
+                "passed": outcome.failure is None,
+                "failure": str(outcome.failure) if outcome.failure else None,
+                "seconds": outcome.seconds,
+            }
+            for outcome in outcomes
+        ]
+        print_json({"mixer": name, "passed": not failed, "cases": cases})
+    else:
+        _print_outcomes(name, outcomes)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_outcomes(name: str, outcomes: list[Any]) -> None:
+    """Print a line for each check, and the first failure of each."""
     table = Table(box=None, pad_edge=False)
     table.add_column("check")
     table.add_column("what it requires")
@@ -57,5 +91,3 @@ def check(
         output.print(Text.assemble("\n", (outcome.check.name, "bold red"), family_note))
         output.print(str(outcome.failure))
     output.print(f"\n{name}: {len(outcomes) - len(failed)} of {len(outcomes)} cases passed")
-    if failed:
-        raise typer.Exit(1)

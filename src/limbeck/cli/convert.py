@@ -1,67 +1,76 @@
 """limbeck convert: replace attention by a mixer without training."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from limbeck.cli import app
-from limbeck.cli.options import MIXER_HELP, examples, split_assignment
+from limbeck.cli.old_options import take_old_out
+from limbeck.cli.options import (
+    Json,
+    Layers,
+    OldOut,
+    OptionalMixer,
+    OptionalPreset,
+    Quiet,
+    SoftmaxHeads,
+    SoftmaxLayers,
+    SoftmaxWindow,
+    collect_student,
+    split_assignment,
+)
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import atomic_folder, check_link, check_writable
 
 
-@app.command(
-    epilog=examples(
-        "limbeck convert embedded students/gla --student gla --softmax-layers 'every 4'",
-        "limbeck convert runs/hybrid students/window --set options.window=64",
-    )
+@verb(
+    "limbeck convert embedded --student gla --softmax-layers 'every 4' --out students/gla",
+    "limbeck convert embedded --student hybrid --set options.window=64 --out students/window",
+    "limbeck convert runs/hybrid --set options.branches=window --out students/window",
 )
 def convert(
     teacher: Annotated[
         str,
         typer.Argument(help="'embedded', a local folder or a Hub name; or a run, to change options of its student."),
     ],
-    out: Annotated[Path, typer.Argument(help="The new folder for the student.")],
-    student: Annotated[
-        str | None, typer.Option(help=f"{MIXER_HELP} Or a file with one.", show_default="gated_deltanet")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="The mixer's settings: default, published or controlled.", show_default="default"),
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="The layers to convert: 'all' or numbers such as 0,2,5-9.", show_default="all")
-    ] = None,
-    softmax_layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers among them that keep softmax: 0,9, 'every 4', 'uniform 7', or a file from limbeck select."
-        ),
-    ] = None,
-    softmax_heads: Annotated[
-        str | None,
-        typer.Option(
-            help="Groups of heads in other layers that keep softmax: 18.2,20.0 (layer.group), or a file from limbeck "
-            "select --heads."
-        ),
-    ] = None,
-    softmax_window: Annotated[
-        int | None, typer.Option(help="Tokens that those groups see, so that their cache does not grow.")
-    ] = None,
+    old_out: OldOut = None,
+    out: Annotated[Path | None, typer.Option(help="The new folder for the student; always needed.")] = None,
+    student: OptionalMixer = None,
+    preset: OptionalPreset = None,
+    layers: Layers = None,
+    softmax_layers: SoftmaxLayers = None,
+    softmax_heads: SoftmaxHeads = None,
+    softmax_window: SoftmaxWindow = None,
     set: Annotated[
-        list[str] | None, typer.Option(help="Any other key of a recipe's student, e.g. options.window=64.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Any other key of a recipe's student, e.g. options.window=64."),
     ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write an untrained student: the teacher with another attention in the chosen layers."""
+    """Put a mixer in the place of attention, without training.
+
+    Writes an untrained student: the teacher with another attention in the chosen layers. A run's student keeps its
+    weights and gets other options of its mixers.
+    """
+    out = take_old_out(old_out, out)
+    if out is None:
+        raise LimbeckError("no folder to write to", expected="--out FOLDER")
     check_link(out)
     check_writable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LimbeckError(f"{out} exists and is not empty", expected="a new folder")
-    options: dict[str, Any] = {"mixer": student, "preset": preset, "layers": layers, "softmax_layers": softmax_layers}
-    options |= {"softmax_heads": softmax_heads, "softmax_window": softmax_window}
-    raw: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    raw = collect_student(
+        mixer=student,
+        preset=preset,
+        layers=layers,
+        softmax_layers=softmax_layers,
+        softmax_heads=softmax_heads,
+        softmax_window=softmax_window,
+    )
     # late, for a fast --help
     from limbeck.core.config import set_by_dotted_key
 
@@ -79,19 +88,20 @@ def convert(
         is_student,
         load_model_and_tokenizer,
         load_teacher,
+        resolve_model,
         resolve_teacher,
     )
 
     chosen = recipe.Recipe.parse({"student": raw}, "convert").student
-    run = Path(teacher).expanduser()
-    folder = run / "student" if (run / "student").is_dir() else run
-    if folder.is_dir() and is_student(str(folder)):
+    given = Path(teacher).expanduser()
+    folder = resolve_model(teacher)[0] if given.is_dir() else teacher
+    if given.is_dir() and is_student(folder):
         if raw.keys() - {"options"}:
             raise LimbeckError(
                 f"{teacher} is already a student, whose layers cannot be converted again",
                 expected="a softmax teacher, or other options of the student's mixers: --set options.KEY=VALUE",
             )
-        model, tokenizer = load_model_and_tokenizer(str(folder))
+        model, tokenizer = load_model_and_tokenizer(folder)
         converted, state = set_mixer_options(model, chosen.options), "weights unchanged"
     else:
         mixers.resolve_options(chosen.mixer, chosen.options, chosen.preset)
@@ -114,6 +124,11 @@ def convert(
         tokenizer.save_pretrained(staging)
         check_export(staging, converted, tokenizer)
     counts = count_student_parameters(converted)
+    heads = describe_softmax_heads(converted.config.limbeck)
+    if as_json:
+        document = {"folder": out, "parameters": counts.total, "new_parameters": counts.added, "state": state}
+        print_json({**document, "layers": converted.config.limbeck["layers"]})
+        return
     console.print(f"{out}: {counts.total:,} parameters, {counts.added:,} of them new; {state}")
-    if heads := describe_softmax_heads(converted.config.limbeck):
+    if heads:
         console.print(heads)

@@ -6,22 +6,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from limbeck.cli import app
-from limbeck.cli.options import OptionalData, OptionalMixer, OptionalTeacher, Plan, examples, split_assignment
+from limbeck.cli.completion import EXPORT_FORMATS, complete_choices, complete_recipes
+from limbeck.cli.options import (
+    Json,
+    Layers,
+    OptionalData,
+    OptionalMixer,
+    OptionalPreset,
+    OptionalTeacher,
+    Plan,
+    Quiet,
+    SoftmaxHeads,
+    SoftmaxLayers,
+    SoftmaxWindow,
+    Stages,
+    collect_student,
+    count_option,
+    split_assignment,
+)
+from limbeck.cli.results import print_json, to_plain
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console, format_duration, output
-from limbeck.core.errors import LimbeckError
 
 if TYPE_CHECKING:
-    from limbeck.core.recipe import Data, Recipe
+    from limbeck.core.recipe import Recipe
 
 
-@app.command(
-    epilog=examples(
-        "limbeck distill",
-        "limbeck distill --student gla --tokens 2000000 --out runs/gla",
-        "limbeck distill --data corpus.jsonl --teacher Qwen/Qwen3-0.6B --plan",
-        "limbeck distill --for gguf",
-    )
+@verb(
+    "limbeck distill",
+    "limbeck distill --student gla --tokens 2M --out runs/gla",
+    "limbeck distill --data corpus.jsonl --teacher Qwen/Qwen3-0.6B --plan",
+    "limbeck distill --for gguf",
 )
 def distill(
     recipe: Annotated[
@@ -29,38 +44,50 @@ def distill(
         typer.Argument(
             help="A built-in recipe or a YAML file.",
             show_default="limbeck; with --student, --stages or --for: quickstart",
+            autocompletion=complete_recipes,
         ),
     ] = None,
     teacher: OptionalTeacher = None,
     student: OptionalMixer = None,
-    layers: Annotated[str | None, typer.Option(help="The layers to convert: 'all' or numbers such as 0,2,5-9.")] = None,
-    stages: Annotated[
-        str | None, typer.Option(help="Stages to run: 0 calibrate, 1 matrix, 2 hidden, 3 logits; e.g. 0,2,3.")
-    ] = None,
+    preset: OptionalPreset = None,
+    layers: Layers = None,
+    softmax_layers: SoftmaxLayers = None,
+    softmax_heads: SoftmaxHeads = None,
+    softmax_window: SoftmaxWindow = None,
+    stages: Stages = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Training tokens over all stages, divided among them as in the recipe.")
+        int | None, count_option("Training tokens over all stages, divided among them as in the recipe.")
     ] = None,
     data: OptionalData = None,
     target: Annotated[
         str | None,
         typer.Option(
-            "--for", help="Set the mixer and its options so that `limbeck export` can write gguf, qwen3_5 or onnx."
+            "--for",
+            help="Set the mixer and its options so that `limbeck export` can write gguf, qwen3_5 or onnx.",
+            autocompletion=complete_choices(EXPORT_FORMATS),
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="Any key of the recipe, e.g. stages.hidden.lr=1e-3.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any key of the recipe, e.g. stages.hidden.lr=1e-3.")
+    ] = None,
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Sweep the learning rate of each stage, then exit.")
     ] = False,
     plan: Plan = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Distill a teacher into a subquadratic student. Without arguments: a real one. The same command resumes."""
-    chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [], target)
+    keys = collect_student(
+        preset=preset, softmax_layers=softmax_layers, softmax_heads=softmax_heads, softmax_window=softmax_window
+    )
+    chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [], target, keys)
     if find_lr:
-        _find_learning_rates(chosen)
+        _find_learning_rates(chosen, as_json)
         return
     if plan:
-        _print_run_plan(chosen)
+        _print_run_plan(chosen, as_json)
         return
     # late, for a fast --help
     from rich.markdown import Markdown
@@ -69,11 +96,14 @@ def distill(
     from limbeck.training import pipeline
 
     result = pipeline.distill(chosen, confirm=print_plan)
-    output.print(Markdown(format_summary(result)))
+    if as_json:
+        print_json(result)
+    else:
+        output.print(Markdown(format_summary(result)))
     console.print(f"written to {result['run']}/: summary.md, eval.json, metrics.jsonl, student/", style="dim")
 
 
-def _print_run_plan(recipe: "Recipe") -> None:
+def _print_run_plan(recipe: "Recipe", as_json: bool) -> None:
     """Print what a run would cost, and what it would prepare first; nothing is written."""
     # late, for a fast --help
     from limbeck.core.cache import cache_dry_run
@@ -83,19 +113,26 @@ def _print_run_plan(recipe: "Recipe") -> None:
     with cache_dry_run() as notes:
         recipe = setup.assign_run_directory(recipe)
         job = setup.prepare_job(recipe)
-        print_plan(pipeline.measure_plan(job, make_plan(recipe, job.teacher, job.sites)))
+        plan = pipeline.measure_plan(job, make_plan(recipe, job.teacher, job.sites))
+        if as_json:
+            print_json({"plan": plan, "notes": list(dict.fromkeys(notes))})
+        else:
+            print_plan(plan, output)
     for note in dict.fromkeys(notes):
         console.print(note)
 
 
-def _find_learning_rates(recipe: "Recipe") -> None:
+def _find_learning_rates(recipe: "Recipe", as_json: bool) -> None:
     # late, for a fast --help
     from limbeck.training import lr_finder
     from limbeck.training.setup import assign_run_directory, run_path
 
     recipe = assign_run_directory(recipe)
     sweeps = lr_finder.find_learning_rates(recipe)
-    output.print(lr_finder.build_lr_table(sweeps))
+    if as_json:
+        print_json({"sweeps": [to_plain(sweep) | {"suggested_lr": sweep.suggested_lr} for sweep in sweeps]})
+    else:
+        output.print(lr_finder.build_lr_table(sweeps))
     folder = Path(f"{run_path(recipe)}-rates")
     files = ", ".join(path.name for path in lr_finder.write_lr_sweeps(sweeps, folder))
     console.print(f"written to {folder}/: {files}", style="dim")
@@ -115,98 +152,38 @@ def build_recipe(
     out: Path | None,
     settings: list[str],
     target: str | None = None,
+    student_keys: dict[str, Any] | None = None,
 ) -> "Recipe":
-    """Build the recipe of a command line: the named one, or the one that suits it, with the options laid over it."""
-    # late, for a fast --help
-    import yaml
-
-    from limbeck.core.config import parse_stages, scale_token_budgets, set_by_dotted_key
-    from limbeck.core.recipe import Recipe
-
-    # the quickstart's stages suit any mixer, those of `limbeck` its own student
-    name = name or ("limbeck" if student is None and stages is None and target is None else "quickstart")
-    options = {
-        "teacher": teacher,
-        "student.mixer": student,
-        "student.layers": layers,
-        "data.source": data,
-        "out": str(out) if out else None,
-    }
-    overrides: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    if data is not None:
-        overrides["data.sources"] = None
-    base = Recipe.load(name, overrides)
-    raw = yaml.safe_load(base.to_yaml())
-    if out is None and student is not None:
-        # late: it imports torch
-        from limbeck import mixers
-
-        raw["name"] = f"{base.name}-{mixers.get(student).name}"
-    # what a built-in recipe says of its own text and budget does not hold for another one
-    if Path(name).suffix not in (".yaml", ".yml"):
-        if data is not None or tokens is not None:
-            raw["data"]["max_tokens"] = None
-        if data is not None:
-            raw["data"] |= {"text_field": "text", "chat": None}
-    if stages is not None:
-        raw["stages"] = parse_stages(stages, raw)
-    if tokens is not None:
-        if tokens < 1:
-            raise LimbeckError(f"--tokens {tokens}", expected="a positive number")
-        scale_token_budgets(raw["stages"], tokens)
-    if student is not None and student != Recipe.load(name).student.mixer:
-        raw["student"]["options"] = {}  # those were another mixer's
-    if target is not None:
-        raw["student"] |= _fit_student(target, base.teacher, student)
-        raw["name"] += f"-{target}"
-    for text in settings:
-        key, value = split_assignment(text, "stages.hidden.lr=1e-3")
-        set_by_dotted_key(raw, key, value)
-    if Path(name).suffix not in (".yaml", ".yml"):
-        _share_text(raw, Recipe.load(name).data)
-    return Recipe.parse(raw, name)
-
-
-def _share_text(raw: dict[str, Any], before: "Data") -> None:
-    """Let the stages that read a built-in recipe's own text, alone or in a mixture, read what it has become.
+    """Build the recipe of a command line; `limbeck.training.recipe_options` lays the options over the named one.
 
     Args:
-        raw: the recipe with all that the command line changed.
-        before: the text of the built-in recipe.
+        settings: KEY=VALUE, as --set has them.
+        student_keys: keys of `student` that have options of their own.
     """
     # late, for a fast --help
-    from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
+    from limbeck.training import recipe_options
 
-    now = raw["data"]
-    for stage in raw["stages"]:
-        data = stage.get("data")
-        if data is None or now.get("sources"):
-            continue
-        for part in data.get("sources") or [data]:
-            source = part.get("source", "")
-            prefix = REPEATED_TEXT_PREFIX if source.startswith(REPEATED_TEXT_PREFIX) else ""
-            if source.removeprefix(prefix) in (before.source, now["source"]):
-                part |= {"source": prefix + now["source"], "text_field": now["text_field"], "chat": now["chat"]}
-        for key in ("max_tokens", "held_out"):  # one text is divided in one way
-            if key in data and data[key] == getattr(before, key):
-                data[key] = now[key]
-        if data.get("sources"):
-            data.pop("source", None)  # their names in one
+    return recipe_options.build_recipe(
+        name,
+        teacher=teacher,
+        student=student,
+        layers=layers,
+        stages=stages,
+        tokens=tokens,
+        data=data,
+        out=out,
+        overrides=dict(split_assignment(text, "stages.hidden.lr=1e-3") for text in settings),
+        target=target,
+        student_keys=student_keys,
+    )
 
 
-def _fit_student(target: str, teacher: str, mixer: str | None) -> dict[str, Any]:
-    """Return the keys of `student` with which a student of this teacher can be exported to a format."""
-    # late, for a fast --help
-    from limbeck.models.export import get_exporter
-    from limbeck.models.loading import load_config, resolve_teacher
+def print_plan(plan: Any, to: Any = console) -> None:
+    """Print a `limbeck.training.plan.Plan`: tokens, steps, parameters and time of each stage, memory and disk.
 
-    fit = get_exporter(target).fit(load_config(resolve_teacher(teacher)), mixer)
-    settings: dict[str, Any] = {"mixer": fit.mixer, "preset": "default", "options": fit.options, "rules": []}
-    return settings if fit.softmax_layers is None else {**settings, "softmax_layers": fit.softmax_layers}
-
-
-def print_plan(plan: Any) -> None:
-    """Print a `limbeck.training.plan.Plan`: tokens, steps, parameters and time of each stage, memory and disk."""
+    Args:
+        to: a console: standard output if the plan is all that is asked for.
+    """
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "tokens", "steps", "trained parameters", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -218,8 +195,8 @@ def print_plan(plan: Any) -> None:
             f"{row.trained_parameters:,}",
             format_duration(row.seconds),
         )
-    console.print(table)
-    console.print(
+    to.print(table)
+    to.print(
         f"about {format_duration(plan.seconds)} in total, {plan.memory_bytes / 1e9:.1f} GB of memory, "
         f"{plan.disk_bytes / 1e9:.1f} GB of disk; matrix products run at {plan.flops_per_second / 1e9:.0f} GFLOP/s here"
     )

@@ -4,51 +4,61 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from limbeck.cli import app
+from limbeck.cli.catalog import read_catalog
+from limbeck.cli.completion import complete_measures
 from limbeck.cli.options import (
     DATA_HELP,
-    TEACHER_HELP,
     ComparisonFolder,
     IgnoreCache,
+    Json,
     Models,
+    Quiet,
+    RunTeacher,
     Seed,
-    examples,
+    count_option,
     split_assignment,
 )
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console, output
 from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import find_missing
 from limbeck.core.storage import check_writable, find_write_error
 
 
-@app.command(
-    epilog=examples(
-        "limbeck eval runs/gla runs/mlstm --measure agreement,recall --out comparison",
-        "limbeck eval runs/gla --tasks arc_easy,piqa --set tasks.limit=200",
-        "limbeck eval --from runs --from comparison",
-    )
+@verb(
+    "limbeck eval runs/gla runs/mlstm --measure agreement,recall --out comparison",
+    "limbeck eval runs/gla --tasks arc_easy,piqa --set tasks.limit=200",
+    "limbeck eval --from runs --from comparison --json",
 )
 def eval(
     models: Models = None,
     measure: Annotated[
         str | None,
         typer.Option(
-            help="Evaluations to run, joined by commas, or 'all'; --list shows them.", show_default="agreement"
+            help="Measures, joined by commas, or 'all'; --list shows them.",
+            show_default="agreement",
+            autocompletion=complete_measures,
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Benchmarks of lm-evaluation-harness by name, or 'paper'; adds the measure tasks."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP, show_default="the run's")] = None,
+    teacher: RunTeacher = None,
     data: Annotated[
         str | None, typer.Option(help=DATA_HELP, show_default="the held-out part of the run's text")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to evaluate on, for measures that count them.")] = None,
-    length: Annotated[
-        int | None, typer.Option(help="The length of a sequence in tokens.", show_default="the run's")
+    tokens: Annotated[int | None, count_option("Tokens to evaluate on, for measures that count them.")] = None,
+    seq_len: Annotated[
+        int | None, count_option("The length of a sequence in tokens.", show_default="the run's")
     ] = None,
-    set: Annotated[list[str] | None, typer.Option(help="A setting of a measure, e.g. agreement.tokens=4096.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of a measure, e.g. agreement.tokens=4096."),
+    ] = None,
     out: ComparisonFolder = None,
     control: Annotated[
         bool,
@@ -63,46 +73,48 @@ def eval(
     stored: Annotated[
         list[Path] | None,
         typer.Option(
-            "--from", help="Build the table from existing result folders without loading models; can be repeated."
+            "--from",
+            metavar="FOLDER",
+            help="Build the table from existing result folders without loading models; can be repeated.",
         ),
     ] = None,
     list_measures: Annotated[
         bool, typer.Option("--list", help="List available evaluations and their settings, then exit.")
     ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Evaluate models; a student is compared with its teacher on text that it was not trained on."""
+    """Measure students beside their teachers: text, recall, tasks.
+
+    A student is compared with its teacher on text that it was not trained on.
+    """
+    if list_measures:
+        _list_measures(as_json)
+        return
+    models = models or []
+    if stored and models:
+        raise LimbeckError("models and --from together", expected="models to evaluate, or folders to read")
+    if not stored and not models:
+        raise LimbeckError(
+            "no model to evaluate", expected="a run directory, a folder or a name", hint="limbeck eval --list"
+        )
     # late, for a fast --help
     from limbeck.evaluation import measure as measures
     from limbeck.report import comparison
 
-    if list_measures:
-        output.print(comparison.build_measure_table([measures.get_measure(name) for name in measures.MEASURE_MODULES]))
-        return
     if stored:
-        if models:
-            raise LimbeckError("models and --from together", expected="models to evaluate, or folders to read")
-        _show(comparison.load_measurements(stored), out)
+        _show(comparison.load_measurements(stored), out, as_json)
         return
-    if not models:
-        raise LimbeckError(
-            "no model to evaluate", expected="a run directory, a folder or a name", hint="limbeck eval --list"
-        )
     names = [name.strip() for name in measure.split(",")] if measure else []
     if measure == "all":
-        names = list(measures.MEASURE_MODULES)
+        names = _list_possible_measures()
     if tasks is not None and "tasks" not in names:
         names.append("tasks")
     chosen = [measures.get_measure(name) for name in names or ["agreement"]]
     settings = _parse_measure_settings(set or [], [one.name for one in chosen])
     if tasks is not None:
         settings["tasks"]["names"] = [name.strip() for name in tasks.split(",")]
-    for one in chosen:
-        for key, value in (("tokens", tokens), ("length", length)):
-            if value is not None and key in one.settings.model_fields:
-                settings[one.name].setdefault(key, value)
-        parsed = measures.parse_settings(one, settings[one.name])
-        if one.check_settings is not None:
-            one.check_settings(parsed)
+    measures.complete_settings(chosen, settings, tokens, seq_len)
     if out is not None:
         check_writable(out)
     # late, after the options are checked: it loads the evaluations of every measure
@@ -111,29 +123,53 @@ def eval(
     from limbeck.evaluation.subject import SubjectLoader
 
     subjects = SubjectLoader(teacher, data, seed, out)
-    measurements: list[measures.Measurement] = []
     with watch(measures.make_view(chosen, models)):
-        for name in models:
-            subject = subjects.load(name)
-            measurements += [measures.run_measure(one, subject, settings[one.name], again) for one in chosen]
-            for one in chosen:
-                beside = baselines.measure_baselines(
-                    one, subject, settings[one.name], again, measurements, window=not no_window, control=control
-                )
-                measurements += [other for other in beside if other not in measurements]
-    _show(measurements, out)
+        measurements = baselines.run_measures(
+            map(subjects.load, models), chosen, settings, ignore_cache=again, window=not no_window, control=control
+        )
+    _show(measurements, out, as_json)
     folders = dict.fromkeys(subjects.output_dirs[name] for name in models)
     saved = [str(folder) for folder in folders if not find_write_error(folder)]
     if saved and not out:
         console.print(f"saved in {', '.join(saved)}", style="dim")
 
 
-def _show(measurements: list[Any], out: Path | None) -> None:
+def _list_measures(as_json: bool) -> None:
+    """Print what can be measured, with every setting and its default."""
+    measures = read_catalog()["measures"]
+    if as_json:
+        print_json({"measures": measures})
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("measure", "what", "settings"):
+        table.add_column(column, overflow="fold")
+    for name, one in measures.items():
+        settings = ", ".join(f"{key}={value}" for key, value in one["settings"].items())
+        table.add_row(name, one["description"], settings)
+    output.print(table)
+
+
+def _list_possible_measures() -> list[str]:
+    """List the measures but those whose extra is not installed; these are named."""
+    # late, for a fast --help
+    from limbeck.evaluation.measure import MEASURE_MODULES
+
+    missing = {"tasks": find_missing("lm_eval")}
+    for name, extra in missing.items():
+        if extra:
+            console.print(f"left out: {name}, which needs the extra {extra.name}: {extra.command}")
+    return [name for name in MEASURE_MODULES if not missing.get(name)]
+
+
+def _show(measurements: list[Any], out: Path | None, as_json: bool) -> None:
     """Print measurements side by side, and write them to a folder if there is one."""
     # late, for a fast --help
     from limbeck.report import comparison
 
-    output.print(comparison.build_comparison_table(measurements))
+    if as_json:
+        print_json({"measurements": measurements})
+    else:
+        output.print(comparison.build_comparison_table(measurements))
     for path in comparison.write_comparison(measurements, out) if out else []:
         console.print(f"written: {path}", style="dim")
 

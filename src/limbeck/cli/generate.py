@@ -6,63 +6,58 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from limbeck.cli import app
-from limbeck.cli.options import Seed, examples
+from limbeck.cli.options import Model, NewTokens, Quiet, Seed, Temperature, TopP
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 
 
-@app.command(
-    epilog=examples(
-        "limbeck generate runs/quickstart 'Once upon a time'",
-        "limbeck generate runs/quickstart - --temperature 0.8 --top-p 0.95 < prompt.txt",
-    )
+@verb(
+    "limbeck generate runs/quickstart 'Once upon a time' --new-tokens 200",
+    "limbeck generate runs/quickstart - --temperature 0.8 --top-p 0.95 < prompt.txt",
 )
 def generate(
-    model: Annotated[
-        str, typer.Argument(help="A run directory, a model folder, a Hub name, or 'embedded' for the teacher.")
-    ],
+    model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    tokens: Annotated[int, typer.Option(help="The maximum number of new tokens.")] = 100,
-    temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    new_tokens: NewTokens = 100,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Seed = 0,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Store weights in int8 on the CPU: a third of the memory.")
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Keep weights in float16 on the CPU: faster, and nearly exact.")
     ] = False,
     int8_dynamic: Annotated[
-        bool, typer.Option("--int8-dynamic", help="Also compute with int8 activations: faster, less exact.")
+        bool, typer.Option("--int8-dynamic", help="Compute in int8 on the CPU: smaller, and much less exact.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Continue a text."""
+    """Continue a text with a student or any other model."""
     # late, for a fast --help
     import torch
 
     from limbeck.models.generation import stream_text
-    from limbeck.models.loading import load_model_and_tokenizer, resolve_teacher
+    from limbeck.models.loading import load_model_and_tokenizer, resolve_model
 
-    if tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise LimbeckError("invalid setting", expected="tokens >= 1, temperature >= 0, 0 < top-p <= 1")
+    if new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise LimbeckError("invalid setting", expected="new-tokens >= 1, temperature >= 0, 0 < top-p <= 1")
     # both are UTF-8, whatever the locale
     raw = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
     text = raw.decode("utf-8", errors="replace")
     if not text:
         raise LimbeckError("the prompt is empty", expected="some text")
-    student_folder = Path(model) / "student"
-    is_run = student_folder.is_dir()
-    loaded, tokenizer = load_model_and_tokenizer(
-        str(student_folder) if is_run else resolve_teacher(model), require_student=is_run
-    )
-    if int8 or int8_dynamic:
-        # late: quantization needs the optional torchao
+    checkpoint, is_run = resolve_model(model)
+    loaded, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
+    if fp16 and int8_dynamic:
+        raise LimbeckError("--fp16 and --int8-dynamic are given", expected="one of them")
+    if fp16 or int8_dynamic:
+        # late, for a fast --help
         from limbeck.models import quantization
 
-        loaded = quantization.quantize_int8(loaded, quantize_activations=int8_dynamic)
+        loaded = quantization.pack_float16(loaded) if fp16 else quantization.quantize_int8(loaded)
     else:
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     console.print(text, end="", style="dim")
@@ -70,7 +65,7 @@ def generate(
 
     def stream() -> Generator[str, None, None]:
         nonlocal num_tokens
-        num_tokens = yield from stream_text(loaded, tokenizer, text, tokens, temperature, top_p, seed)
+        num_tokens = yield from stream_text(loaded, tokenizer, text, new_tokens, temperature, top_p, seed)
 
     try:
         with closing(stream()) as pieces:

@@ -1,32 +1,52 @@
 """limbeck matrices: draw mixing matrices beside the teacher's attention."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from limbeck.cli import app
-from limbeck.cli.options import Data, Preset, SeqLen, Teacher, examples
+from limbeck.cli.completion import complete_mixer_sets
+from limbeck.cli.old_options import take_old_out
+from limbeck.cli.options import Data, Json, OldOut, Preset, Quiet, SeqLen, Teacher
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console, output
+from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import require
 from limbeck.core.storage import check_writable
 
+FIGURES = (".png", ".svg", ".pdf")
 
-@app.command(
-    epilog=examples("limbeck matrices matrices.png", "limbeck matrices gla.svg --students gla,mlstm --layer 3")
-)
+
+@verb("limbeck matrices --out matrices.png", "limbeck matrices --students gla,mlstm --layer 3 --out gla.svg")
 def matrices(
-    out: Annotated[Path, typer.Argument(help="The figure to write: .png, .svg or .pdf.")],
+    old_out: OldOut = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The figure to write: .png, .svg or .pdf.", show_default="matrices.png")
+    ] = None,
     teacher: Teacher = "embedded",
-    students: Annotated[str, typer.Option(help="Mixers as a,b,c, or a set: paper-v2, paper-v3, all.")] = "all",
+    students: Annotated[
+        str,
+        typer.Option(help="Mixers as a,b,c, or a set: paper-v2, paper-v3, all.", autocompletion=complete_mixer_sets),
+    ] = "all",
     preset: Preset = "default",
     layer: Annotated[int, typer.Option(help="The index of the layer to align to.")] = 12,
     head: Annotated[int, typer.Option(help="The index of the head to draw.")] = 0,
     data: Data = "embedded",
     seq_len: SeqLen = 96,
     steps: Annotated[int, typer.Option(help="Alignment steps before the figure is drawn; 0 for none.")] = 150,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Align each mixer to the attention matrices of one layer, and draw the results on held-out text."""
+    """Draw mixing matrices of mixers beside the teacher's attention.
+
+    Each mixer is aligned to the attention matrices of one layer; the figure shows them on held-out text.
+    """
+    out = take_old_out(old_out, out) or Path("matrices.png")
+    if out.suffix.lower() not in FIGURES:
+        raise LimbeckError(f"unsupported figure format: {out}", expected="a file name ending in .png, .svg or .pdf")
+    require("matplotlib", "figures")
     # late, for a fast --help
     import torch
 
@@ -47,10 +67,17 @@ def matrices(
     draw_matrices(
         views, head, out, f"layer {layer}, head {head}: distance ‖cM − A‖ / ‖A‖ after {steps} steps of alignment"
     )
+    distances: list[dict[str, Any]] = [
+        {"student": view.name, "all_heads": float(view.distance.mean()), "head": float(view.distance[head])}
+        for view in views[1:]
+    ]
+    console.print(f"written: {out}", style="dim")
+    if as_json:
+        print_json({"file": out, "layer": layer, "head": head, "distances": distances})
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("student", "distance, all heads", f"head {head}"):
         table.add_column(column, justify="left" if column == "student" else "right")
-    for view in views[1:]:
-        table.add_row(view.name, f"{float(view.distance.mean()):.3f}", f"{float(view.distance[head]):.3f}")
+    for one in distances:
+        table.add_row(one["student"], f"{one['all_heads']:.3f}", f"{one['head']:.3f}")
     output.print(table)
-    console.print(f"written: {out}", style="dim")

@@ -6,29 +6,39 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck.cli import app
-from limbeck.cli.options import STUDIES_FOLDER, examples
+from limbeck.cli.completion import complete_recipes_and_studies
+from limbeck.cli.options import STUDIES_FOLDER, Json, Quiet
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import output
 from limbeck.core.errors import LimbeckError, suggest_closest
 
 LINE_WIDTH = 120  # of a line with its comment; longer comments stand above their line
 
 
-@app.command(
-    epilog=examples("limbeck recipe quickstart > recipe.yaml", "limbeck recipe paper-experiment-1 > study.yaml")
-)
+@verb("limbeck recipe quickstart > recipe.yaml", "limbeck recipe paper-experiment-1 > study.yaml")
 def recipe(
     name: Annotated[
-        str, typer.Argument(help="A built-in recipe, study or teacher, or a YAML file of a recipe.")
+        str,
+        typer.Argument(
+            help="A built-in recipe, study or teacher, or a YAML file of a recipe.",
+            autocompletion=complete_recipes_and_studies,
+        ),
     ] = "quickstart",
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Print a recipe with all of its keys and what each one means, to start your own from."""
+    """Print a recipe with every key explained, to start from."""
     # late, for a fast --help
+    from limbeck.core.config import read_yaml
     from limbeck.core.recipe import BUILT_IN, Recipe
 
     recipes = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
     folders = STUDIES_FOLDER, BUILT_IN / "teachers"
     others = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if name in others and as_json:
+        print_json(read_yaml(others[name], "file of settings", "keys and values"))
+        return
     if name in others:
         output.out(others[name].read_text(encoding="utf-8"), end="")
         return
@@ -37,6 +47,9 @@ def recipe(
             f"unknown recipe '{name}'{suggest_closest(name, [*recipes, *others])}",
             expected=f"a YAML file, or one of: {', '.join([*recipes, *others])}",
         )
+    if as_json:
+        print_json(Recipe.load(name))
+        return
     output.out("\n".join(render_with_comments(Recipe.load(name))))
 
 

@@ -5,16 +5,13 @@ from typing import Annotated
 
 import typer
 
-from limbeck.cli import app
-from limbeck.cli.options import examples
+from limbeck.cli.options import Quiet
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console
+from limbeck.core.extras import require
 
 
-@app.command(
-    epilog=examples(
-        "limbeck report runs/paper-experiment-1-laptop", "limbeck report runs/gla runs/mlstm --out both.html"
-    )
-)
+@verb("limbeck report runs/paper-experiment-1-laptop", "limbeck report runs/gla runs/mlstm --out both.html")
 def report(
     paths: Annotated[
         list[Path],
@@ -23,8 +20,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The page to write, NAME.html.", show_default="report.html in the folder")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Write one page with tables, figures, claims and provenance; Markdown, CSV and figures go beside it."""
+    """Write a page about a study, or about runs.
+
+    It has tables, figures, claims and provenance; Markdown, CSV and figures go beside it.
+    """
+    for module in ("jinja2", "matplotlib"):
+        require(module, "report pages")
     # late, for a fast --help
     from limbeck.report.page import write_report
 

@@ -8,25 +8,28 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from limbeck.cli import app
-from limbeck.cli.options import Data, Mixer, Preset, SeqLen, Teacher, examples
+from limbeck.cli.completion import complete_choices
+from limbeck.cli.old_options import take_old_out
+from limbeck.cli.options import Data, Json, Mixer, OldOut, Preset, Quiet, SeqLen, Teacher, count_option
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console, output
+from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import atomic_write_text, check_writable
 
 
-@app.command(
-    epilog=examples(
-        "limbeck select softmax_layers.json --num-softmax-layers 4",
-        "limbeck distill --set student.softmax_layers=softmax_layers.json",
-        "limbeck select softmax_heads.json --heads --num-softmax-heads 9",
-        "limbeck distill --set student.softmax_heads=softmax_heads.json",
-    )
+@verb(
+    "limbeck select --num-softmax-layers 4 --out softmax_layers.json",
+    "limbeck distill --softmax-layers softmax_layers.json",
+    "limbeck select --heads --num-softmax-heads 9 --out softmax_heads.json",
+    "limbeck distill --softmax-heads softmax_heads.json",
 )
 def select(
+    old_out: OldOut = None,
     out: Annotated[
         Path | None,
-        typer.Argument(
-            help="The file to write, for a recipe's student.softmax_layers, or student.softmax_heads.",
+        typer.Option(
+            help="The file to write, for --softmax-layers or --softmax-heads.",
             show_default="softmax_layers.json, or softmax_heads.json with --heads",
         ),
     ] = None,
@@ -40,37 +43,43 @@ def select(
         typer.Option(
             help="The score to rank layers by: kl, recall, both, halo or uniform; groups of heads: path or swap.",
             show_default="both, or path with --heads",
+            autocompletion=complete_choices(("kl", "recall", "both", "halo", "uniform", "path", "swap")),
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="With --heads: tokens that the other groups see.")] = 64,
+    window: Annotated[int, count_option("With --heads: tokens that the other groups see.")] = 64,
     teacher: Teacher = "embedded",
     student: Mixer = "gated_deltanet",
     preset: Preset = "default",
     data: Data = "embedded",
     seq_len: SeqLen = 512,
-    tokens: Annotated[int, typer.Option(help="Tokens to calibrate the mixers on.")] = 8192,
-    judged: Annotated[
-        int, typer.Option(help="Tokens to score on: held-out ones for layers, training text for groups of heads.")
+    tokens: Annotated[int, count_option("Tokens to calibrate the mixers on.")] = 8192,
+    eval_tokens: Annotated[
+        int, count_option("Tokens to score on: held-out ones for layers, training text for groups of heads.")
     ] = 2048,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Score what each layer, or group of heads, is worth on your text, and write down those worth keeping."""
+    """Choose the layers, or groups of heads, that keep softmax.
+
+    Scores what each layer, or group of heads, is worth on your text, and writes down those worth keeping.
+    """
+    out = take_old_out(old_out, out) or Path("softmax_heads.json" if heads else "softmax_layers.json")
+    if window < 1:
+        raise LimbeckError(f"--window {window}", expected="1 or more")
     if heads:
-        _select_heads(
-            out or Path("softmax_heads.json"), num_softmax_heads, by or "path", teacher, data, seq_len, judged, window
+        content = _select_heads(out, num_softmax_heads, by or "path", teacher, data, seq_len, eval_tokens, window)
+    else:
+        content = _select_layers(
+            out, num_softmax_layers, by or "both", teacher, student, preset, data, seq_len, tokens, eval_tokens
         )
-        return
-    _select_layers(
-        out or Path("softmax_layers.json"),
-        num_softmax_layers,
-        by or "both",
-        teacher,
-        student,
-        preset,
-        data,
-        seq_len,
-        tokens,
-        judged,
-    )
+    if as_json:
+        print_json({"file": out, **content})
+    elif heads:
+        _print_heads(content)
+    else:
+        _print_layers(content)
+    option = "--softmax-heads" if heads else "--softmax-layers"
+    console.print(f"written to {out}; use it with: limbeck distill {option} {out}")
 
 
 def _select_layers(
@@ -83,9 +92,9 @@ def _select_layers(
     data: str,
     seq_len: int,
     tokens: int,
-    judged: int,
-) -> None:
-    """Swap one layer at a time, print the scores and write the selection."""
+    eval_tokens: int,
+) -> dict[str, Any]:
+    """Swap one layer at a time, and write the selection; returns what is written."""
     # late, for a fast --help
     from limbeck.core import recipe as recipes
     from limbeck.data.dataset import open_text_data
@@ -101,26 +110,30 @@ def _select_layers(
     texts = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
     converted = convert(model, student, preset=preset, share_weights=True).requires_grad_(False)
     scores = layer_selection.score_layers(
-        model, converted, sites, *texts, contextlib.nullcontext, tokens=tokens, eval_tokens=judged
+        model, converted, sites, *texts, contextlib.nullcontext, tokens=tokens, eval_tokens=eval_tokens
     )
     chosen = layer_selection.select_layers(scores, num_softmax_layers, by)  # type: ignore[arg-type]
     facts = {"by": by, "teacher": teacher, "mixer": student, "preset": preset, "data": data, "tokens": tokens}
     content = layer_selection.selection_to_dict(scores, chosen, **facts)
     atomic_write_text(out, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def _print_layers(content: dict[str, Any]) -> None:
+    """Print the score of each layer."""
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "KL", "recall", "unexplained", "attention"):
         table.add_column(column, justify="right")
-    for score in scores:
-        numbers = (f"{x:.4f}" for x in (score.kl, score.recall, score.unexplained))
-        table.add_row(str(score.layer), *numbers, "softmax" if score.layer in chosen else "")
+    for score in content["prices"]:
+        numbers = (f"{score[name]:.4f}" for name in ("kl", "recall", "unexplained"))
+        table.add_row(str(score["layer"]), *numbers, "softmax" if score["layer"] in content["softmax_layers"] else "")
     output.print(table)
-    console.print(f"written to {out}; use it with: limbeck distill --set student.softmax_layers={out}")
 
 
 def _select_heads(
-    out: Path, num_softmax_heads: int, by: str, teacher: str, data: str, seq_len: int, judged: int, window: int
-) -> None:
-    """Price the groups of heads, print those that were chosen and write the selection."""
+    out: Path, num_softmax_heads: int, by: str, teacher: str, data: str, seq_len: int, eval_tokens: int, window: int
+) -> dict[str, Any]:
+    """Price the groups of heads, and write the selection; returns what is written."""
     # late, for a fast --help
     from limbeck.core import recipe as recipes
     from limbeck.data.dataset import open_text_data
@@ -135,24 +148,29 @@ def _select_heads(
     head_selection.check_count(num_softmax_heads, sum(site.shape.kv_heads for site in sites))
     settings = recipes.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model).train_sequences(seq_len, 0)
-    batch = take_sequences_with_targets(text, 0, max(1, round(judged / seq_len)))[0]
+    batch = take_sequences_with_targets(text, 0, max(1, round(eval_tokens / seq_len)))[0]
     gated = head_selection.GatedTeacher(model, sites, window)
     texts = head_selection.prepare_texts(batch, model.device)
     chosen, losses = head_selection.select_heads(gated, texts, num_softmax_heads, by)  # type: ignore[arg-type]
-    facts = {"by": by, "teacher": teacher, "data": data, "window": window, "tokens": judged, "seq_len": seq_len}
+    facts = {"by": by, "teacher": teacher, "data": data, "window": window, "tokens": eval_tokens, "seq_len": seq_len}
     content = head_selection.head_selection_to_dict(chosen, losses, **facts)
     atomic_write_text(out, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def _print_heads(content: dict[str, Any]) -> None:
+    """Print the groups that were chosen, and what they bring back."""
     table = Table(box=None, pad_edge=False)
     for column in ("group", "worth, nats per token"):
         table.add_column(column, justify="right")
     for group, worth in content["worth"].items():
         table.add_row(group, f"{worth:.4f}")
     output.print(table)
+    losses = content["loss_on_repeat"]
     console.print(
-        f"loss on repeated text: {losses['softmax']:.3f} with softmax in all {len(gated.groups)} groups, "
-        f"{losses['chosen']:.3f} in these, {losses['window']:.3f} in none"
+        f"loss on repeated text: {losses['softmax']:.3f} with softmax in all groups, {losses['chosen']:.3f} in these, "
+        f"{losses['window']:.3f} in none"
     )
-    console.print(f"written to {out}; use it with: limbeck distill --set student.softmax_heads={out}")
 
 
 def _load_teacher(name: str) -> tuple[Any, Any]:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from limbeck.cli import app
-from limbeck.cli.options import STUDIES_FOLDER, Plan, examples
+from limbeck.cli.completion import complete_choices, complete_studies
+from limbeck.cli.options import STUDIES_FOLDER, Json, Plan, Quiet
+from limbeck.cli.results import print_json
+from limbeck.cli.verbs import verb
 from limbeck.core.console import console, output
 from limbeck.core.errors import LimbeckError
 
@@ -19,18 +21,25 @@ if TYPE_CHECKING:
 MAX_PLAN_ROWS = 40  # runs that are listed one by one
 
 
-@app.command(
-    epilog=examples(
-        "limbeck study --list",
-        "limbeck study paper-experiment-1 --size laptop --plan",
-        "limbeck study mine.yaml --executor slurm --partition gpu --gpus 1 --time 4:00:00",
-    )
+@verb(
+    "limbeck study --list",
+    "limbeck study paper-experiment-1 --size laptop --plan",
+    "limbeck study mine.yaml --executor slurm --partition gpu --gpus 1 --time 4:00:00",
 )
 def study(
-    study: Annotated[str | None, typer.Argument(help="A built-in study or a YAML file; --list shows them.")] = None,
+    study: Annotated[
+        str | None,
+        typer.Argument(help="A built-in study or a YAML file; --list shows them.", autocompletion=complete_studies),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="One of the study's sizes.", show_default="its first")] = None,
     out: Annotated[Path | None, typer.Option(help="The study's folder.", show_default="runs/<study>-<size>")] = None,
-    executor: Annotated[str, typer.Option(help="Where the runs execute: local, processes, ray or slurm.")] = "local",
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="Where the runs execute: local, processes, ray or slurm.",
+            autocompletion=complete_choices(("local", "processes", "ray", "slurm")),
+        ),
+    ] = "local",
     workers: Annotated[
         int | None, typer.Option(help="Runs side by side.", show_default="one for each GPU, two on a CPU")
     ] = None,
@@ -42,17 +51,23 @@ def study(
     partition: Annotated[str | None, typer.Option(help="slurm: the partition.")] = None,
     time: Annotated[str | None, typer.Option(help="slurm: the time limit of each task, e.g. 4:00:00.")] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="slurm: any option of sbatch, e.g. --sbatch=--account=x; can be repeated.")
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="slurm: any option of sbatch, e.g. --sbatch=--account=x; can be repeated."),
     ] = None,
     task: Annotated[
         int | None, typer.Option(help="Run one Slurm array task of the study in STUDY (internal).", hidden=True)
     ] = None,
     plan: Plan = False,
     list_studies: Annotated[bool, typer.Option("--list", help="List the built-in studies, then exit.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Run a grid of experiments on one teacher or several. The same command resumes, and adds runs new in the grid."""
+    """Run a grid of distillations, and test claims about it.
+
+    With one teacher or several. The same command resumes, and adds runs that are new in the grid.
+    """
     if list_studies:
-        output.print(_build_study_table())
+        _list_studies(as_json)
         return
     # late, for a fast --help
     from limbeck.study import Study, list_builtin_studies
@@ -69,12 +84,12 @@ def study(
     executor_or_none = create_executor(executor, **options)
     folder = Path(out or f"runs/{chosen.title}")
     if plan:
-        _print_plan_only(chosen, folder, executor_or_none)
+        _print_plan_only(chosen, folder, executor_or_none, as_json)
     else:
-        _run(chosen, folder, executor_or_none)
+        _run(chosen, folder, executor_or_none, as_json)
 
 
-def _print_plan_only(study: "Study", folder: Path, executor: "Executor | None") -> None:
+def _print_plan_only(study: "Study", folder: Path, executor: "Executor | None", as_json: bool) -> None:
     """Print what is left of a study and what it would prepare first; nothing is written."""
     # late, for a fast --help
     from limbeck.core.cache import cache_dry_run
@@ -89,12 +104,20 @@ def _print_plan_only(study: "Study", folder: Path, executor: "Executor | None") 
         except LimbeckError as error:
             arms = study.arms(folder)
             notes.append(f"without --plan this would be refused: {' '.join(error.found.split())}")
-        print_study_plan(plan_study(study, arms, TaskRunner(), workers, executor.threads if executor else None))
+        plan = plan_study(study, arms, TaskRunner(), workers, executor.threads if executor else None)
+        if as_json:
+            runs = [
+                {"name": one.name, "state": one.state, "error": one.error, "tokens": one.tokens, "seconds": one.seconds}
+                for one in plan.arms
+            ]
+            print_json({"plan": plan.to_dict(), "runs": runs, "notes": list(dict.fromkeys(notes))})
+        else:
+            print_study_plan(plan, output)
     for note in dict.fromkeys(notes):
         console.print(note)
 
 
-def _run(study: "Study", folder: Path, executor: "Executor | None") -> None:
+def _run(study: "Study", folder: Path, executor: "Executor | None", as_json: bool) -> None:
     """Run what is left of a study, and print its table, its claims and where everything was written."""
     # late, for a fast --help
     from rich.markdown import Markdown
@@ -103,8 +126,11 @@ def _run(study: "Study", folder: Path, executor: "Executor | None") -> None:
     from limbeck.study.tables import format_claims
 
     results = run_study(study, folder, confirm=print_study_plan, executor=executor)
-    output.print(Markdown((folder / "table.md").read_text(encoding="utf-8")))
-    if results["claims"]:
+    if as_json:
+        print_json(results)
+    else:
+        output.print(Markdown((folder / "table.md").read_text(encoding="utf-8")))
+    if results["claims"] and not as_json:
         output.print(Markdown(format_claims(results["claims"])))
     seconds, saved_seconds = results["sharing"]["seconds"], results["sharing"]["saved_seconds"]
     console.print(
@@ -144,8 +170,12 @@ def _write_report(folder: Path) -> None:
         console.print(f"no report written: {error.found}" + (f"; {error.hint}" if error.hint else ""))
 
 
-def print_study_plan(plan: "StudyPlan") -> None:
-    """Print what is left of a study: tokens, time, what sharing saves, disk."""
+def print_study_plan(plan: "StudyPlan", to: Any = console) -> None:
+    """Print what is left of a study: tokens, time, what sharing saves, disk.
+
+    Args:
+        to: a console: standard output if the plan is all that is asked for.
+    """
     left = [arm for arm in plan.arms if arm.state != "finished"]
     table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
     for column in ("run", "", "tokens", "time", "saved by sharing"):
@@ -156,8 +186,8 @@ def print_study_plan(plan: "StudyPlan") -> None:
     if len(left) > MAX_PLAN_ROWS:
         table.add_row(f"and {len(left) - MAX_PLAN_ROWS} more")
     if left:
-        console.print(table)
-    console.print(
+        to.print(table)
+    to.print(
         f"{len(plan.arms)} runs, {len(plan.arms) - len(left)} of them finished; {plan.tokens:,} tokens, about "
         f"{plan.seconds / 60:.0f} min of training ({plan.saved_seconds / 60:.0f} min saved by sharing), "
         f"{plan.disk_bytes / 1e9:.2f} GB of disk"
@@ -165,15 +195,25 @@ def print_study_plan(plan: "StudyPlan") -> None:
     )
 
 
-def _build_study_table() -> Table:
-    """Build the table of the built-in studies from their files, without importing torch."""
+def _list_studies(as_json: bool) -> None:
+    """Print the built-in studies from their files, without importing torch."""
     # late, for a fast --help
     from limbeck.core.config import read_yaml
 
+    studies = {path.stem: read_yaml(path, "study", "a mapping") for path in sorted(STUDIES_FOLDER.glob("*.yaml"))}
+    if as_json:
+        print_json(
+            {
+                "studies": {
+                    name: {"sizes": list(raw["sizes"]), "description": raw["description"]}
+                    for name, raw in studies.items()
+                }
+            }
+        )
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("study", "sizes", "question"):
         table.add_column(column, overflow="fold")
-    for path in sorted(STUDIES_FOLDER.glob("*.yaml")):
-        raw = read_yaml(path, "study", "a mapping")
-        table.add_row(path.stem, ", ".join(raw["sizes"]), raw["description"])
-    return table
+    for name, raw in studies.items():
+        table.add_row(name, ", ".join(raw["sizes"]), raw["description"])
+    output.print(table)

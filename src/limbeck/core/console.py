@@ -6,23 +6,29 @@
         for document in documents:
             advance(1, note="9.1k tokens")
 
-In a log file the bar becomes a line about every ten percent; while a view of the whole work is on the screen
-(`limbeck.core.screen`), it is a line of that. Output to a pipe or file has no width limit: tables are as
-wide as they need to be and Markdown stays Markdown. On a terminal that is too narrow for a table, each of its rows
-becomes a block of lines.
+In a log file the bar becomes a line about every ten percent, in a notebook a line that is redrawn in its place; while
+a view of the whole work is on the screen (`limbeck.core.screen`), it is a line of that. Output to a pipe or file has no
+width limit: tables are as wide as they need to be and Markdown stays Markdown. On a terminal that is too narrow for a
+table, each of its rows becomes a block of lines. NO_COLOR and FORCE_COLOR are followed; into a
+pipe the latter brings colors and nothing else.
 """
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rich.console import Console, Group, RenderableType
-from rich.markdown import Markdown
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from limbeck.core.notebook import NotebookPanel, is_notebook
+
+if TYPE_CHECKING:
+    from rich.markdown import Markdown
 
 NO_LIMIT = 1_000_000  # columns where there is no terminal
 # What takes the place of bars and lines, the last one first; called with the arguments of `progress`.
@@ -31,6 +37,18 @@ progress_counters: list[Callable[..., AbstractContextManager[Callable[..., None]
 
 class UncroppedConsole(Console):
     """A rich console that never cuts a table or text, whatever the width."""
+
+    def __init__(self, **settings: Any) -> None:
+        if os.environ.get("FORCE_COLOR"):
+            settings.setdefault("color_system", "standard")
+        super().__init__(**settings)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether somebody looks at lines as they come; FORCE_COLOR asks for colors alone."""
+        if "FORCE_COLOR" in os.environ and self._force_terminal is None:
+            return bool(getattr(self.file, "isatty", bool)())
+        return super().is_terminal
 
     @property
     def size(self) -> Any:
@@ -44,9 +62,9 @@ class UncroppedConsole(Console):
 
     def print(self, *objects: Any, **settings: Any) -> None:
         """Print as rich does, but without cutting tables and Markdown."""
-        if not self.is_terminal and any(isinstance(item, Markdown) for item in objects):
+        if not self.is_terminal and any(map(_is_markdown, objects)):
             for item in objects:
-                if isinstance(item, Markdown):
+                if _is_markdown(item):
                     super().print(item.markup.rstrip() + "\n", markup=False, soft_wrap=True)
                 else:
                     super().print(item, **settings)
@@ -57,7 +75,7 @@ class UncroppedConsole(Console):
         """Return `item` in a form that fits the terminal: tables that are too wide become blocks of lines."""
         if isinstance(item, Group):
             return Group(*map(self.fit_to_width, item.renderables))
-        if isinstance(item, Markdown):
+        if _is_markdown(item):
             parts = _split_markdown(item.markup)
             return Group(*(self.fit_to_width(part) if isinstance(part, Table) else part for part in parts))
         if isinstance(item, Table):
@@ -68,12 +86,25 @@ class UncroppedConsole(Console):
 
 # No markup: "[/tmp]" or ":x:" in a name is a part of the name. To emphasize, pass a style,
 # `console.print(text, style="dim")`, or a `Text` for a part of a line.
-console = UncroppedConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-output = UncroppedConsole(highlight=False, markup=False, emoji=False)
+panel = NotebookPanel() if is_notebook() else None  # what a notebook has in the place of stderr
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "force_jupyter": False}
+if panel is not None:
+    _PLAIN["force_terminal"] = False  # kernels ask for colors, which a saved notebook shows as codes
+console = UncroppedConsole(stderr=True, file=panel, soft_wrap=True, **_PLAIN)
+output = UncroppedConsole(**_PLAIN)
+
+
+def _is_markdown(item: Any) -> "TypeGuard[Markdown]":
+    """Tell whether it is Markdown; without importing that, which takes as long as all else of the console."""
+    module = sys.modules.get("rich.markdown")
+    return module is not None and isinstance(item, module.Markdown)
 
 
 def _split_markdown(markup: str) -> Iterator[RenderableType]:
     """Split Markdown into its tables and the text between them."""
+    # late, for start-up time
+    from rich.markdown import Markdown
+
     text: list[str] = []
     rows: list[str] = []
     for line in [*markup.splitlines(), ""]:
@@ -139,9 +170,23 @@ def progress(title: str, total: float | None, unit: str = "", initial: float = 0
         with progress_counters[-1](title, total, unit, initial) as advance:
             yield advance
         return
+    if panel is not None:
+        with panel.show_bar(title, total, unit, initial) as advance:
+            yield advance
+        return
     if not console.is_terminal:
         yield from _log_progress(title, total, unit, initial)
         return
+    # late, for start-up time
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=28),

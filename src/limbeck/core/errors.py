@@ -2,7 +2,8 @@
 
     raise LimbeckError("unknown mixer 'gatd_deltanet'", expected="one of: gla, ...", hint="limbeck students")
 
-The command line prints it without a traceback and exits with code 2; in Python it is an ordinary exception.
+The command line prints it without a traceback and exits with code 2; in Python it is an ordinary exception, of which a
+notebook shows the message alone.
 """
 
 import difflib
@@ -31,6 +32,10 @@ class LimbeckError(Exception):
         if hint:
             lines.append(f"try: {hint}")
         super().__init__("\n".join(lines))
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what Jupyter shows in the place of a traceback: the message, for the mistake is in the user's cell."""
+        return f"{type(self).__name__}: {self}".splitlines()
 
 
 @contextmanager

@@ -16,25 +16,23 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from limbeck.core.config import format_validation_error, read_yaml, set_by_dotted_key
+from limbeck.core.config import (
+    Part,
+    build_short_signature,
+    format_validation_error,
+    read_yaml,
+    set_by_dotted_key,
+)
+from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError, suggest_closest
+from limbeck.core.objectives import Objectives
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
 from limbeck.core.repeated_text import has_repeated_text, name_repeated_text
 from limbeck.core.storage import cache_root
 
 BUILT_IN = Path(__file__).parent / "recipes"
-
-
-class _Part(BaseModel):
-    """A part of a recipe: frozen, without unknown keys.
-
-    The string below a key describes it: in help(), the JSON schema, `limbeck recipe` and docs/reference/recipe.md.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    renamed: ClassVar[Mapping[str, str]] = {}  # old names of its keys
 
 
 def _as_text(value: Any) -> Any:
@@ -43,6 +41,17 @@ def _as_text(value: Any) -> Any:
 
 
 Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
+
+
+def _read_count(value: Any) -> Any:
+    """Read a count of tokens as people write it, 20M; leave any other text to be refused with its key's name."""
+    try:
+        return parse_count(value)
+    except LimbeckError:
+        return value
+
+
+Count = Annotated[int, BeforeValidator(_read_count)]
 
 
 def _refuse_numbers(value: Any) -> Any:
@@ -56,7 +65,7 @@ def _refuse_numbers(value: Any) -> Any:
 HeadGroupNames = Annotated[Annotated[int, Field(ge=1)] | str | list[str], BeforeValidator(_refuse_numbers)]
 
 
-class Rule(_Part):
+class Rule(Part):
     """A different mixer for some of the layers."""
 
     layers: Layers
@@ -69,7 +78,7 @@ class Rule(_Part):
     """Options of the mixer, by name."""
 
 
-class Student(_Part):
+class Student(Part):
     """Which mixer replaces attention in which layers, and how it is initialized."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["student"]
@@ -97,7 +106,7 @@ class Student(_Part):
     """Start from the teacher's q, k, v and output projections; false: from random ones."""
 
 
-class Source(_Part):
+class Source(Part):
     """One of several sources of text."""
 
     source: str
@@ -110,7 +119,7 @@ class Source(_Part):
     """Whether records are conversations; null: detected by a field `messages`."""
 
 
-class Data(_Part):
+class Data(Part):
     """The text: where it comes from and how it is cut into sequences (docs/guides/data.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["data"]
@@ -122,11 +131,11 @@ class Data(_Part):
     """The field of a record that holds the text."""
     chat: bool | None = None
     """Records are conversations and only answers are targets; null: detected by a field `messages`."""
-    seq_len: Annotated[int, Field(ge=16)] = 512
+    seq_len: Annotated[Count, Field(ge=16)] = 512
     """Tokens in a sequence."""
     held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """Share of the documents reserved for evaluation."""
-    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    max_tokens: Annotated[Count, Field(gt=0)] | None = None
     """Tokenize at most so many tokens of each source; null: all."""
     documents: Literal["packed", "whole"] = "packed"
     """`packed`: documents fill the sequences one after the other; `whole`: each sequence is the beginning of one
@@ -158,13 +167,13 @@ class Data(_Part):
         return self.sources or [Source(source=self.source, text_field=self.text_field, chat=self.chat)]
 
 
-class _Stage(_Part):
+class _Stage(Part):
     """Settings that all stages share."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["stage"]
-    tokens: Annotated[int, Field(gt=0)]
+    tokens: Annotated[Count, Field(gt=0)]
     """Tokens that the stage reads; a text that is shorter is read again."""
-    seq_len: Annotated[int, Field(ge=16)] | None = None
+    seq_len: Annotated[Count, Field(ge=16)] | None = None
     """Tokens in a sequence; null: as in the recipe's `data`."""
     data: Data | None = None
     """A text for this stage alone; null: the recipe's."""
@@ -226,7 +235,7 @@ class Trained(_Stage):
         return self
 
 
-class EarlyStopping(_Part):
+class EarlyStopping(Part):
     """Per-layer early stopping in stages 1 and 2: a converged layer is skipped in later steps."""
 
     patience: Annotated[int, Field(gt=0)] = 50
@@ -246,8 +255,9 @@ class Matrix(Trained):
     """Sequences per forward pass. The [T, T] matrices of one at a time take the least memory, and are the
     fastest too.
     """
-    sampled_queries: Annotated[int, Field(gt=0)] | None = None
-    """Number of queries, that is rows of each matrix, that are compared; null: all."""
+    sampled_queries: Annotated[int, Field(gt=0)] | None = 64
+    """Number of queries, that is rows of each matrix, that are compared, drawn anew for each sequence; null:
+    all."""
     layer_early_stopping: EarlyStopping | None = None
     """When a layer counts as converged and is skipped; null: every layer trains to the end."""
 
@@ -271,8 +281,8 @@ class Hidden(Trained):
     """When a layer counts as converged and is skipped; null: every layer trains to the end."""
 
 
-class Lora(_Part):
-    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/peft.md)."""
+class Lora(Part):
+    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/training.md)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["lora"]
     rank: Annotated[int, Field(gt=0)] = 8
@@ -314,12 +324,20 @@ class Logits(Trained):
     """Weight of τ² times the generalized Jensen-Shannon divergence (GKD, arXiv 2306.13649)."""
     top_kl: Annotated[float, Field(ge=0)] = 0.0
     """Weight of τ² KL over the teacher's `top_k` most likely tokens and all others as one."""
+    enhanced: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of τ² times the cross-entropy on the teacher's distribution with the label's part raised by `gamma`
+    (OFA-KD, arXiv 2310.19444).
+    """
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """The temperature τ of both distributions; `ce` is at 1."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """With jsd: the teacher's share of the mixture."""
     top_k: Annotated[int, Field(gt=0)] = 32
     """With top_kl: number of the teacher's most likely tokens."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """With enhanced: the exponent of the label's part, (1 + q)^γ."""
+    objectives: Objectives = Objectives()
+    """Further objectives, of neighboring systems (docs/guides/objectives.md)."""
     chunk_size: Annotated[int, Field(gt=0)] | None = None
     """Tokens whose logits exist at once; null: 128 on a CPU, on a GPU as many as make half a gigabyte of them."""
     cache_teacher: Literal["top-k"] | None = None
@@ -333,13 +351,21 @@ class Logits(Trained):
 
     @model_validator(mode="after")
     def _check_losses(self) -> "Logits":
-        if not any((self.ce, self.kl, self.reverse_kl, self.jsd, self.top_kl)):
-            raise ValueError("at least one of ce, kl, reverse_kl, jsd and top_kl has to be greater than 0")
-        if self.cache_teacher and (self.kl or self.reverse_kl or self.jsd or self.temperature != 1):
+        needs_all = self.kl or self.reverse_kl or self.jsd or self.enhanced  # of the teacher's logits
+        if not any((self.ce, needs_all, self.top_kl)):
+            raise ValueError("at least one of ce, kl, reverse_kl, jsd, top_kl and enhanced has to be greater than 0")
+        if self.cache_teacher and (needs_all or self.temperature != 1):
             raise ValueError(
                 "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1"
                 " (--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
             )
+        changing = [name for name in self.objectives.changes_teacher if name in self.objectives.active()]
+        if changing and not (needs_all or self.top_kl):
+            listeners = "kl, reverse_kl, jsd, top_kl and enhanced"
+            raise ValueError(f"{changing[0]} changes what the teacher says, so one of {listeners} has to be above 0")
+        if self.objectives.active() and (self.cache_teacher or self.sharding == "full"):
+            other = "cache_teacher, which runs no teacher" if self.cache_teacher else "sharding: full"
+            raise ValueError(f"objectives need whole passes of both models, so they cannot be combined with {other}")
         return self
 
     @model_validator(mode="before")
@@ -372,10 +398,10 @@ StageRecipe = Annotated[Calibrate | Matrix | Hidden | Logits, Field(discriminato
 STAGES: dict[str, type[_Stage]] = {"calibrate": Calibrate, "matrix": Matrix, "hidden": Hidden, "logits": Logits}
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """Evaluation on held-out text at the end of a run."""
 
-    tokens: Annotated[int, Field(gt=0)] = 8192
+    tokens: Annotated[Count, Field(gt=0)] = 8192
     """Held-out tokens on which student and teacher are compared."""
     prompt: str | None = "The history of science is"
     """Text that teacher and student continue; null: none."""
@@ -383,7 +409,7 @@ class Evaluation(_Part):
     """Tokens of that continuation."""
     exam_documents: Annotated[int, Field(ge=0)] = 4
     """The exam: so many of the longest documents of a text, each alone in its sequence; 0: none."""
-    exam_tokens: Annotated[int, Field(ge=16)] | None = None
+    exam_tokens: Annotated[Count, Field(ge=16)] | None = None
     """Tokens of each; null: 2,048 or the teacher's context, and no exam for a teacher with less than 512."""
     exam_text: str = "embedded:held-out-wikipedia"
     """The exam's text, a source as in `data.source`."""
@@ -399,7 +425,7 @@ def is_stored(path: Path) -> bool:
     return path.name in ("recipe.yaml", "study.yaml") and any((path.parent / name).exists() for name in siblings)
 
 
-class Document(_Part):
+class Document(Part):
     """A recipe as a YAML file: of a run (`Recipe`), or of a small teacher (`TeacherRecipe`)."""
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["recipe"]
@@ -407,6 +433,27 @@ class Document(_Part):
     tagged: ClassVar[Mapping[str, type[_Stage]]] = STAGES  # stages by name
     data: Data = Data()
     """The text that the stages train on."""
+
+    def __init__(self, /, *args: Any, **values: Any) -> None:
+        """Validate keyword arguments, the keys of the YAML file; raises LimbeckError for what is wrong with them."""
+        name = type(self).__name__
+        if args:
+            raise LimbeckError(
+                f"{name} takes its keys by name, not {args[0]!r}",
+                expected=f'{name}(teacher="embedded", data={{"source": "corpus.jsonl"}}, ...)',
+                hint=f'{name}.load("{args[0] if isinstance(args[0], str) else "quickstart"}")',
+            )
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise format_validation_error(error, name, type(self), self.tagged) from error
+
+    # pydantic then validates a file's values without this method, so that `parse` names the file in its errors
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        cls.__signature__ = build_short_signature(cls)
 
     @classmethod
     def load(
@@ -462,7 +509,26 @@ class Document(_Part):
 
 
 class Recipe(Document):
-    """All settings of a distillation run."""
+    """All settings of a distillation run: teacher, student, text, stages, evaluation.
+
+    A recipe is a YAML file in Python: `limbeck recipe quickstart` prints one with comments. It does not change once it
+    is made, and an unknown key is refused with a suggestion.
+
+    Example:
+        >>> recipe = limbeck.Recipe.load("quickstart", {"student.mixer": "gla", "stages.hidden.tokens": 20_000})
+        >>> recipe.student.mixer, recipe.stages[1].tokens
+        ('gla', 20000)
+        >>> recipe = limbeck.Recipe(
+        ...     teacher="Qwen/Qwen3-0.6B",
+        ...     student={"mixer": "mlstm"},
+        ...     data={"source": "corpus.jsonl", "seq_len": 1024},
+        ...     stages=[{"stage": "calibrate", "tokens": 65_536}, {"stage": "logits", "tokens": 1_000_000}],
+        ... )
+        >>> print(recipe.to_yaml())  # the whole recipe, defaults included
+        data:
+          source: corpus.jsonl
+        ...
+    """
 
     name: str = "custom"
     """Name of the recipe; run directories are called after it."""

@@ -55,6 +55,8 @@ def get_peak_memory() -> int | None:
 def get_command_line() -> str:
     """Return the command line of this process, as one types it."""
     program = Path(sys.argv[0]).name
+    if program == "ipykernel_launcher.py":  # its arguments say where this session's files are, and nothing else
+        return "in a notebook"
     return shlex.join(["limbeck" if program in ("limbeck", "__main__.py") else program, *sys.argv[1:]])
 
 

@@ -18,6 +18,7 @@
 | `owner/name`, `owner/name:config`, each with or without `@split` | one a row of the Hugging Face dataset |
 | a folder with `index.json`, a `.npy` file | token ids (`limbeck.data.pretokenized`) |
 | `embedded`, `embedded:TIER` (quick, pypi, held-out-wikipedia) | the embedded text (`limbeck.data.offline.embedded`) |
+| `memory:KEY` | a text that was given in Python (`limbeck.data.in_memory`) |
 
 Documents that are empty or only white space are skipped and counted. With `chat` a document is a conversation: its
 messages as JSON, with the row's tools where it has any.
@@ -44,6 +45,7 @@ from limbeck.data.hub import (
     load_hub_dataset,
     load_saved_dataset,
 )
+from limbeck.data.in_memory import MEMORY_PREFIX, find_stored_text
 from limbeck.data.offline import embedded
 from limbeck.data.pretokenized import TokenShard, is_token_source, list_token_shards
 from limbeck.data.records import (
@@ -263,6 +265,8 @@ def resolve_source(source: str) -> tuple[Path | None, str | None]:
     """Return (path, split) of a source on this machine, (None, None) for a hub name; LimbeckError for neither."""
     if source == "embedded" or source.startswith("embedded:"):
         return embedded.ensure_embedded_corpus(source.partition(":")[2] or "quick", verify=True), None
+    if source.startswith(MEMORY_PREFIX):
+        return find_stored_text(source), None
     path = Path(source).expanduser()
     try:
         if path.exists():

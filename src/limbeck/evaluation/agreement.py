@@ -175,12 +175,14 @@ def compare_tokens(
         metrics = {
             "ce": -log_p.gather(1, target)[:, 0],
             "teacher_ce": -log_q.gather(1, target)[:, 0],
-            "kl": (log_q.exp() * (log_q - log_p)).sum(-1),
-            "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1),
             "top1": (top_s[:, 0] == top_t[:, 0]).float(),
             "top": (top_s == top_t[:, :1]).any(1).float(),
             "overlap": (top_s[:, :, None] == top_t[:, None, :]).any(1).float().mean(1),
         }
+        # Last and in place: each pass over [n, V] takes a tenth of the time of a head.
+        gap = log_q - log_p
+        metrics["kl"] = log_q.exp_().mul_(gap).sum(-1)
+        metrics["reverse_kl"] = -log_p.exp_().mul_(gap).sum(-1)
         for name, value in metrics.items():
             chunks.setdefault(name, []).append(value.float().cpu())
     return {name: torch.cat(values) for name, values in chunks.items()}

@@ -12,7 +12,7 @@ Xiao et al. 2023 (arXiv 2309.17453). Sizes are those of real caches.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,17 +121,47 @@ def describe_against_window(
     memory = "in the same memory" if same_memory else "which takes more memory"
     name = f"untrained sliding window of {tokens} with {sinks} sinks"
     figures = f"{window_perplexity:.2f} against {student:.2f}{text}"
+    forgotten = ""
+    if repeat is not None and repeat.window - repeat.student > math.log(student / window_perplexity):
+        forgotten = (
+            f"forgets a passage read {repeat.distance:,} tokens before, on which it loses {repeat.window:.2f} nats a "
+            f"token and the student {repeat.student:.2f}."
+        )
     if f"{student:.2f}" == f"{window_perplexity:.2f}":
-        return f"It is as good as an {name}, {memory} ({figures}), and no better."
+        equal = f"An {name}, {memory}, is as good ({figures})"
+        return f"{equal}, but {forgotten}" if forgotten else f"{equal}, so the training has gained nothing."
     if student < window_perplexity:
         return f"It beats an {name}, {memory} ({student:.2f} against {window_perplexity:.2f}{text})."
     better = f"An {name}, {memory}, is better ({figures})"
-    if repeat is not None and repeat.window - repeat.student > math.log(student / window_perplexity):
-        return (
-            f"{better}, but forgets a passage read {repeat.distance:,} tokens before, on which it loses "
-            f"{repeat.window:.2f} nats a token and the student {repeat.student:.2f}."
-        )
+    if forgotten:
+        return f"{better}, but {forgotten}"
     return f"{better}: this student is not worth its training."
+
+
+def run_measures(
+    subjects: Iterable[Subject],
+    measures: Sequence[Measure],
+    settings: Mapping[str, dict[str, Any]],
+    *,
+    ignore_cache: bool = False,
+    window: bool = True,
+    control: bool = False,
+) -> list[Measurement]:
+    """Run measures on one model after another, and on what stands beside each (`measure_baselines`).
+
+    Args:
+        subjects: may load each model only when its turn comes.
+        settings: of each measure by name, those that differ from the defaults.
+    """
+    measurements: list[Measurement] = []
+    for subject in subjects:
+        measurements += [run_measure(one, subject, settings[one.name], ignore_cache) for one in measures]
+        for one in measures:
+            beside = measure_baselines(
+                one, subject, settings[one.name], ignore_cache, measurements, window=window, control=control
+            )
+            measurements += [other for other in beside if other not in measurements]
+    return measurements
 
 
 def measure_baselines(

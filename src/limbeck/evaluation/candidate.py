@@ -62,15 +62,14 @@ class Candidate:
         """Create a candidate from a model as it is."""
         return cls(subject.name, subject.output_dir, subject.model, subject, str(subject.model.dtype).split(".")[-1])
 
-    def to_int8(self, activations: bool) -> "Candidate":
-        """Copy with int8 weights and its own output folder; see `limbeck.models.quantization.quantize_int8`."""
-        weight_format = "int8, activations too" if activations else "int8"
-        output_dir = self.output_dir.with_name(self.output_dir.name + ("-int8-dynamic" if activations else "-int8"))
+    def to_int8(self) -> "Candidate":
+        """Copy in int8 with its own output folder; see `limbeck.models.quantization.quantize_int8`."""
+        weight_format = "int8, activations too"
         return replace(
             self,
             name=f"{self.name}, {weight_format}",
-            output_dir=output_dir,
-            model=quantize_int8(self.model, quantize_activations=activations),
+            output_dir=self.output_dir.with_name(self.output_dir.name + "-int8-dynamic"),
+            model=quantize_int8(self.model),
             weight_format=weight_format,
         )
 

@@ -117,7 +117,7 @@ def draw_questions(name: str, count: int | None, seed: int) -> list[ChoiceQuesti
 
 def _answer(subject: Subject, name: str, questions: list[ChoiceQuestion], settings: LetterSettings) -> LetterAnswers:
     """Let a model answer, or load its answers to the same questions."""
-    examples = {subject_: made[: settings.examples] for subject_, made in load_choice_examples(name).items()}
+    examples = {about: made[: settings.examples] for about, made in load_choice_examples(name).items()}
     groups: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
         groups.setdefault(question.subject, []).append(index)
@@ -146,16 +146,14 @@ def _answer(subject: Subject, name: str, questions: list[ChoiceQuestion], settin
     return LetterAnswers(**load_or_ask(subject, f"letters-{name}", asked, ask))
 
 
-def write_letter_prompt(
-    question: ChoiceQuestion, rotation: int, examples: Sequence[ChoiceQuestion] = (), letters: str = LETTERS
-) -> str:
+def write_letter_prompt(question: ChoiceQuestion, rotation: int, examples: Sequence[ChoiceQuestion] = ()) -> str:
     """Write a question with its options rotated, behind worked examples; it ends where the letter is to come."""
     about = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
     parts = [HEADING.format(about=about)]
     for turn, example in enumerate(examples):
         n = len(example.options)
         shift = (turn - example.answer) % n  # the right option of example t is at letter t mod n
-        parts.append(f"{_write_options(example, shift)} {letters[turn % n]}")
+        parts.append(f"{_write_options(example, shift)} {LETTERS[turn % n]}")
     return "\n\n".join([*parts, _write_options(question, rotation)])
 
 

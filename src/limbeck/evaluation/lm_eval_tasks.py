@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -30,6 +29,7 @@ import tqdm
 from pydantic import Field
 
 from limbeck.core.errors import LimbeckError, summarize_error
+from limbeck.core.extras import require
 from limbeck.core.storage import atomic_write_text, cache_root
 from limbeck.data.offline.question_sets import draw_items
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
@@ -121,8 +121,7 @@ def check_task_settings(settings: TaskSettings) -> None:
 
 def require_lm_eval() -> None:
     """Raises LimbeckError if lm-evaluation-harness is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise LimbeckError("benchmarks need lm-evaluation-harness", hint="pip install 'limbeck[eval]'")
+    require("lm_eval", "benchmarks")
 
 
 def lm_eval_version() -> str:

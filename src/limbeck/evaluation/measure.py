@@ -178,6 +178,28 @@ def parse_settings(measure: Measure, overrides: dict[str, Any]) -> MeasureSettin
         raise format_validation_error(error, measure.name, measure.settings) from error
 
 
+def complete_settings(
+    measures: Sequence[Measure], settings: dict[str, dict[str, Any]], tokens: int | None, length: int | None
+) -> dict[str, dict[str, Any]]:
+    """Add what holds for all measures to the settings of each, and check them before a model is loaded.
+
+    Args:
+        settings: of each measure by name, those that differ from the defaults.
+        tokens, length: for the measures that have such a setting and no value for it; None: their defaults.
+
+    Raises:
+        LimbeckError: an unknown setting or an invalid value.
+    """
+    for one in measures:
+        for key, value in (("tokens", tokens), ("length", length)):
+            if value is not None and key in one.settings.model_fields:
+                settings[one.name].setdefault(key, value)
+        parsed = parse_settings(one, settings[one.name])
+        if one.check_settings is not None:
+            one.check_settings(parsed)
+    return settings
+
+
 def run_measure(
     measure: Measure, subject: Subject, overrides: dict[str, Any], ignore_cache: bool = False
 ) -> Measurement:
@@ -312,7 +334,7 @@ def _has_same_texts(cached: Measurement, subject: Subject, settings: dict[str, A
 def render_schema_tables() -> str:
     """Render the two tables of docs/reference/files.md from the classes."""
     tables = []
-    for title, cls in (("A file", Measurement), ("Provenance", Provenance)):
+    for title, cls in (("Fields of a measurement", Measurement), ("Provenance", Provenance)):
         rows = [
             f"| `{name}` | {_format_json_type(schema)} | {schema['description']} |"
             for name, schema in cls.model_json_schema()["properties"].items()

@@ -235,6 +235,38 @@ class SubjectLoader:
             subject.teacher_or_none = self._load_teacher(teacher, output_dir, data)
         return subject
 
+    def adopt(self, name: str, model: PreTrainedModel, output_dir: Path) -> Subject:
+        """Make a subject of a model in memory, beside the loader's teacher, whose tokenizer it has.
+
+        Args:
+            output_dir: parent of the folder of its measurements.
+
+        Raises:
+            LimbeckError: the loader has no teacher, or its teacher or text is not available.
+        """
+        if self.teacher is None:
+            raise LimbeckError(
+                f"the model '{name}' is in memory, so its teacher and tokenizer are unknown",
+                expected="a teacher: a folder, a Hub name, 'embedded', or (model, tokenizer)",
+                hint='limbeck.evaluate(student, teacher="embedded")',
+            )
+        data = Data(source=self.data or "embedded")
+        self.output_dirs[name] = folder = output_dir / _slug(name)
+        teacher = self._load_teacher(self.teacher, folder, data)
+        subject = Subject(name, "", folder, model, teacher.tokenizer, data=data, seed=self.seed)
+        if subject.is_student:
+            subject.teacher_or_none = teacher
+        return subject
+
+    def adopt_teacher(self, name: str, model: PreTrainedModel, tokenizer: Any, output_dir: Path) -> None:
+        """Use a model in memory as the teacher of all subjects.
+
+        Args:
+            output_dir: parent of the folder of its measurements.
+        """
+        self.teacher = name
+        self._teachers[name] = Subject(name, "", output_dir / _slug(name), model, tokenizer, seed=self.seed)
+
     def register_teacher(self, name: str, model: PreTrainedModel, tokenizer: Any) -> None:
         """Use a teacher that is in memory already."""
         if name not in self._teachers:

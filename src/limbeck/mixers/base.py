@@ -230,14 +230,23 @@ class Mixer(nn.Module):
         return self._readout(o, q, k, v, x), repeat_kv(matrix, self.teacher_shape.heads, 1)
 
     def forward_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: Tokens | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor | None, *, tokens: Tokens | None = None
     ) -> Tensor:
-        """Compute rows [B, R] of the mixing matrix of `forward_matrix`: [B, H, R, T]."""
+        """Compute rows [B, R] of the mixing matrix of `forward_matrix`, and nothing behind them: [B, H, R, T].
+
+        Args:
+            rows: None for all of them.
+        """
         tokens = tokens or Tokens()
         if type(self).forward_matrix is not Mixer.forward_matrix:
-            return gather_rows(self.forward_matrix(q, k, v, x, tokens=tokens)[1], rows, 2)
+            matrix = self.forward_matrix(q, k, v, x, tokens=tokens)[1]
+            return matrix if rows is None else gather_rows(matrix, rows, 2)
         q, k, v = self._prepare(q, k, v, tokens, {}, {})
-        return repeat_kv(self.attend_rows(q, k, v, x, tokens, rows), self.teacher_shape.heads, 1)
+        if rows is None:
+            matrix = self.attend_matrix(q, k, v, x, tokens)
+        else:
+            matrix = self.attend_rows(q, k, v, x, tokens, rows)
+        return repeat_kv(matrix, self.teacher_shape.heads, 1)
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, rows: Tensor) -> Tensor:
         """Compute rows [B, R] of `attend_matrix`: [B, H, R, T]; all of it in mixers that override that."""
@@ -364,10 +373,13 @@ class Mixer(nn.Module):
         return o if gate_first else self._apply_gate(o, x)
 
     def _apply_norm(self, o: Tensor) -> Tensor:
-        over = -1 if self.options.norm_over == "head" else (-2, -1)
+        width = 1 if self.options.norm_over == "head" else 2
         if self.options.output_norm == "layer":
-            o = o - o.mean(over, keepdim=True)
-        o = o * torch.rsqrt(o.square().mean(over, keepdim=True) + self.options.norm_eps) * self.norm_weight
+            o = F.layer_norm(o, o.shape[-width:], eps=self.options.norm_eps)
+        else:
+            over = tuple(range(-width, 0))
+            o = o * torch.rsqrt(o.square().mean(over, keepdim=True) + self.options.norm_eps)
+        o = o * self.norm_weight
         return o + self.norm_bias if self.options.norm_bias else o
 
     def _apply_gate(self, o: Tensor, x: Tensor) -> Tensor:

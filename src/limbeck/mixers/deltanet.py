@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, upcast
+from limbeck.mixers.options import Options, scale_to_unit_length, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import delta_rule
@@ -53,7 +52,7 @@ class DeltaNet(Mixer):
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         beta = torch.sigmoid(upcast(self.strength(x)))
         beta = 2 * beta if self.options.negative_eigenvalues else beta
-        q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
+        q, k = scale_to_unit_length(q), scale_to_unit_length(k)
         return Inputs(q, k, v, self.log_decay(x), beta)
 
     def log_decay(self, x: Tensor) -> Tensor | None:

@@ -118,7 +118,7 @@ class HeadSplit(Mixer):
         return self._join(outputs, 2), self._join(matrices, 1)
 
     def forward_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor, *, tokens: Tokens | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor | None, *, tokens: Tokens | None = None
     ) -> Tensor:
         parts = {
             part: getattr(self, part).forward_rows(*own, x, rows, tokens=tokens)

@@ -97,6 +97,11 @@ def compute_stabilizer(log_i: Tensor, log_f: Tensor, tokens: Tokens, start: Tens
         log_i, log_f: [B, T, H] log gates.
         start: [B, H] m after the last token of the call before, None at the beginning.
     """
+    if log_i.shape[1] == 1:  # the definition itself; decoding spends its time on calls
+        previous = torch.zeros_like(log_f) if start is None else start.unsqueeze(1)
+        if tokens.segments is not None:
+            previous = previous.masked_fill((tokens.segments != 0).unsqueeze(-1), 0)
+        return torch.maximum(log_f + previous, log_i), previous
     # One running maximum serves packed rows too: each document is lifted above those before it, in float64.
     f, i = log_f.double().cumsum(1), log_i.double()
     lift = torch.zeros_like(f[..., :1])

@@ -85,6 +85,11 @@ def _is_instance(value: Any, kind: Any) -> bool:
 # ------------------------------------------------------------------ gates
 
 
+def scale_to_unit_length(x: Tensor) -> Tensor:
+    """Return x [..., K] divided by its length, as `F.normalize` does in more calls; a zero vector stays zero."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)
+
+
 def upcast(x: Tensor) -> Tensor:
     """Return x in float32, or in float64 where it is that already: gates lose too much in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

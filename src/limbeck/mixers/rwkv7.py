@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from limbeck.mixers.base import Mixer
-from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, upcast
+from limbeck.mixers.options import Options, log_decays_from_half_lives, logit, scale_to_unit_length, upcast
 from limbeck.mixers.registry import register
 from limbeck.mixers.types import Inputs, State, Tokens
 from limbeck.ops import dplr
@@ -83,7 +82,7 @@ class RWKV7(Mixer):
         decay = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
         log_decay = -FASTEST * torch.sigmoid(upcast(decay))
         k, rate = self._keys(k), self._rate(x)
-        erased = F.normalize(k * self.erase_scale, dim=-1, eps=1e-6)
+        erased = scale_to_unit_length(k * self.erase_scale)
         return Inputs(
             q * self.shape.scale, self._written(k, rate), v, log_decay, erase=(-erased, rate.to(erased.dtype) * erased)
         )
@@ -94,7 +93,7 @@ class RWKV7(Mixer):
         return o + (weight.to(v.dtype) * repeat_kv(v, o.shape[2])).to(o.dtype)
 
     def _keys(self, k: Tensor) -> Tensor:
-        k = F.normalize(k, dim=-1, eps=1e-6) if self.options.unit_keys else k
+        k = scale_to_unit_length(k) if self.options.unit_keys else k
         return repeat_kv(k, self.shape.heads)
 
     def _rate(self, x: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ MIXER_IMPLEMENTATIONS = (LIMBECK_ATTENTION, LIMBECK_EAGER, LIMBECK_PACKED, LIMBE
 # the student's implementation by the transformers implementation that its softmax layers use
 STUDENT_IMPLEMENTATIONS = {"sdpa": LIMBECK_ATTENTION, "eager": LIMBECK_EAGER}
 
+ALL_ROWS = "all rows"  # `output_matrix` of a call that ends when the mixing matrix is there
+
 # Whether the running pass returns attention weights. Every pass sets it first, as some families do not pass it on.
 output_attentions_requested: ContextVar[bool] = ContextVar("output_attentions_requested", default=False)
 
@@ -147,7 +149,7 @@ def limbeck_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     limbeck_call: AttentionCall | None = None,
-    output_matrix: bool | Tensor = False,
+    output_matrix: bool | str | Tensor = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function for transformers' interface.
@@ -156,15 +158,15 @@ def limbeck_attention_forward(
         query: [B, H, T, K]; key: [B, G, T, K]; value: [B, G, T, V], as the interface lays them out.
         attention_mask: [B, 1, T, keys] bool or additive, or None for plain causal attention.
         limbeck_call: set by the pre-hook on modules with a mixer.
-        output_matrix: also return the mixing matrix [B, H, T, T] (for stage 1). With a tensor of rows [B, R] only those
-            are computed and the rest of the module does not run; see
+        output_matrix: also return the mixing matrix [B, H, T, T]. With a tensor of rows [B, R] only those are computed,
+            with ALL_ROWS all, and the rest of the module does not run (for stage 1); see
             `limbeck.models.attention_rows.compute_mixing_rows`.
 
     Returns:
         [B, T, H, V] and the mixing matrix or None.
 
     Raises:
-        MatrixRowsComputed: carries the rows, if `output_matrix` is a tensor.
+        MatrixRowsComputed: carries the rows, if `output_matrix` is a tensor or ALL_ROWS.
     """
     if not hasattr(module, "mixer"):
         documents = get_packed_documents(kwargs.get("position_ids"))
@@ -197,8 +199,9 @@ def limbeck_attention_forward(
             chunk=getattr(module.config, "attention_chunk_size", None),
         )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if isinstance(output_matrix, Tensor):
-        raise MatrixRowsComputed(module.mixer.forward_rows(q, k, v, call.x, output_matrix, tokens=tokens))
+    if isinstance(output_matrix, Tensor | str):
+        rows = None if isinstance(output_matrix, str) else output_matrix
+        raise MatrixRowsComputed(module.mixer.forward_rows(q, k, v, call.x, rows, tokens=tokens))
     if output_matrix:
         return module.mixer.forward_matrix(q, k, v, call.x, tokens=tokens)
     y, state = module.mixer(q, k, v, call.x, tokens=tokens, state=layer.read_state(call.count) if layer else None)
@@ -405,7 +408,13 @@ def _without_rope(arguments: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rotary, tuple | list) or len(rotary) != 2:
         raise LimbeckError("this family's rotary embedding cannot be switched off", expected="a mixer option rope=true")
     cos, sin = rotary
-    return {**arguments, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    if torch.compiler.is_compiling():
+        return {**arguments, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    # All layers of a pass are given the same tensor, so the identity is made once and kept on it.
+    identity = getattr(cos, "_limbeck_identity", None)
+    if identity is None:
+        identity = cos._limbeck_identity = torch.ones_like(cos), torch.zeros_like(sin)
+    return {**arguments, "position_embeddings": identity}
 
 
 def register_attention(name: str, function: Callable, mask_function: Callable | None = None) -> None:

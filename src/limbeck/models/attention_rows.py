@@ -19,7 +19,13 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from limbeck.core.errors import LimbeckError
-from limbeck.models.attention import LIMBECK_ROWS, MatrixRowsComputed, register_attention, softmax_attention_forward
+from limbeck.models.attention import (
+    ALL_ROWS,
+    LIMBECK_ROWS,
+    MatrixRowsComputed,
+    register_attention,
+    softmax_attention_forward,
+)
 from limbeck.models.temporary import instance_attribute, use_attn_implementation
 from limbeck.ops.matrix_rows import gather_rows
 
@@ -42,16 +48,17 @@ def output_attention_rows(model: PreTrainedModel, modules: list[str], rows: Tens
         yield
 
 
-def compute_mixing_rows(module: nn.Module, args: tuple, kwargs: dict, rows: Tensor) -> Tensor:
+def compute_mixing_rows(module: nn.Module, args: tuple, kwargs: dict, rows: Tensor | None) -> Tensor:
     """Compute rows [B, R] of the mixing matrix of an attention module with a mixer: [B, H, R, T].
 
     The module stops as soon as they are computed: no values are mixed and the output projection does not run.
 
     Args:
         args, kwargs: of a call of the module.
+        rows: None for all of them.
     """
     try:
-        module(*args, **kwargs, output_matrix=rows)
+        module(*args, **kwargs, output_matrix=ALL_ROWS if rows is None else rows)
     except MatrixRowsComputed as result:
         return result.rows
     raise LimbeckError(f"{type(module).__name__} has no mixing matrix", expected="a module with a mixer")

@@ -70,6 +70,40 @@ def run_backbone(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model.get_decoder()(**build_model_inputs(model, batch), use_cache=False).last_hidden_state
 
 
+@torch.no_grad()
+def find_final_norm(model: PreTrainedModel, last_block: str) -> nn.Module:
+    """Return the module between the last block and the head, found by trying; the identity if there is none.
+
+    Args:
+        last_block: name of the last decoder block.
+    """
+    backbone, after_last = model.get_decoder(), False
+    outputs: list[tuple[nn.Module, Tensor]] = []
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        if after_last and isinstance(output, Tensor):
+            outputs.append((module, output))
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal after_last
+        after_last = True
+
+    ids = torch.tensor([[3, 4]], device=next(model.parameters()).device)
+    with exclusive_access(model), disable_autocast(ids):
+        block = model.get_submodule(last_block)
+        handles = [block.register_forward_hook(note)]
+        handles += [module.register_forward_hook(record) for module in backbone.modules() if module is not block]
+        try:
+            last = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+    for module, output in outputs:
+        if output.numel() == last.numel() and output.reshape_as(last).equal(last):
+            return module
+    return nn.Identity()
+
+
 @dataclass
 class _BackboneOutput(BaseModelOutputWithPastAndCrossAttentions):
     router_logits: None = None  # read by mixtures of experts

@@ -1,6 +1,7 @@
 """Conversion of a softmax model into a student.
 
     student = limbeck.convert(model, mixer="gated_deltanet", layers="all")
+    student = limbeck.convert("Qwen/Qwen3-0.6B")           # loads the teacher first
 
 The student keeps the teacher's class, projections (grouped keys and values stay grouped), norms and head; only the
 attention function of the converted layers is replaced. Its config gets the plan (`config.limbeck`) by which it can be
@@ -10,6 +11,7 @@ loaded again. The given model is not changed.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +26,15 @@ from limbeck.models.assignment import MixerAssignment, assign_mixers
 from limbeck.models.checkpoint import make_generation_config_savable, reset_session_entries, reset_session_settings
 from limbeck.models.config import FORMAT_VERSION
 from limbeck.models.folders import check_not_wrapped
+from limbeck.models.loading import load_teacher, resolve_teacher
 from limbeck.models.modeling import UNSAVED_NAME, get_mixers, get_student_classes, install_mixers
 from limbeck.models.probe import Site, find_attention_sites, find_kv_sharing
 from limbeck.models.quantization import check_not_quantized
+from limbeck.models.temporary import quiet_transformers
 
 
 def convert(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path,
     mixer: str = "gated_deltanet",
     layers: str | list[int] = "all",
     options: dict[str, Any] | None = None,
@@ -46,8 +50,16 @@ def convert(
 ) -> PreTrainedModel:
     """Convert `model` into a student with `mixer` in place of softmax attention.
 
+    The student is an untrained model of the teacher's class: `limbeck.distill` trains one.
+
+    Example:
+        >>> student = limbeck.convert("my-teacher", mixer="gla")
+        >>> student.config.model_type
+        'limbeck'
+
     Args:
-        model: a causal language model of transformers whose family uses its attention interface.
+        model: a causal language model of transformers whose family uses its attention interface; or the folder or Hub
+            name of one, or "embedded", which is loaded in float32.
         mixer: name of the mixer (`limbeck students` lists them), or a file with one: "mine.py", "mine.py:ClassName".
         layers: "all", a list of layer numbers, or text such as "0,2,5-9"; the others keep softmax.
         options: the mixer's options; those not given are the preset's.
@@ -67,10 +79,22 @@ def convert(
         seq_len: length in tokens of the longest training sequences, for mixers that depend on it (`cosformer`); None
             for the teacher's maximum.
 
+    Returns:
+        The student, in the mode (training or evaluation), the dtype and on the device of the model. The model itself is
+        not changed.
+
     Raises:
         LimbeckError: unknown mixer, option, layer or group; the model is a student already, quantized or wrapped (PEFT,
-            torch.compile, DDP, accelerate's hooks), or its family does not use the attention interface.
+            torch.compile, DDP, accelerate's hooks), or its family does not use the attention interface; or there is no
+            model of that name.
     """
+    if isinstance(model, str | Path):
+        # before minutes of loading, so that an unknown mixer or option is reported first
+        mixers.resolve_options(mixer, options, preset)
+        with quiet_transformers():
+            model, _ = load_teacher(resolve_teacher(str(model)), torch.device("cpu"))
+        model.requires_grad_(True)
+        share_weights = True  # nobody else has this model
     check_not_wrapped(model)
     if hasattr(model.config, "limbeck"):
         raise LimbeckError("this model is a student already", expected="a softmax teacher")

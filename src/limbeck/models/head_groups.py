@@ -31,7 +31,7 @@ def resolve_softmax_heads(softmax_heads: int | str | list[str], groups: Sequence
         raise LimbeckError(
             f"softmax_heads is {softmax_heads}, a number of groups",
             expected="which ones: layer.group as in 18.2, or a file; limbeck distill chooses them by itself",
-            hint=f"limbeck select softmax_heads.json --heads --num-softmax-heads {softmax_heads}",
+            hint=f"limbeck select --heads --num-softmax-heads {softmax_heads}",
         )
     if softmax_heads in ("none", "", []):
         return {}
@@ -41,7 +41,7 @@ def resolve_softmax_heads(softmax_heads: int | str | list[str], groups: Sequence
                 Path(softmax_heads),
                 "softmax_heads",
                 '["layer.group", ...]',
-                "limbeck select softmax_heads.json --heads",
+                "limbeck select --heads --out softmax_heads.json",
             )
         else:
             softmax_heads = softmax_heads.split(",")

@@ -7,7 +7,7 @@ Only the backbone runs (`limbeck.models.backbone`), so the last hook sees the la
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -109,4 +109,46 @@ def hook_modules(teacher: PreTrainedModel, hooks: dict[str, ModuleHook], eager: 
             stack.callback(teacher.get_submodule(name).register_forward_hook(call_hook, with_kwargs=True).remove)
         if eager:
             stack.enter_context(use_attn_implementation(teacher, "eager"))
+        yield
+
+
+def first_output(output: Tensor | tuple) -> Tensor:
+    """Return what a module returns, of several tensors the first."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def record_outputs(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dictionary that a pass of the model fills with the outputs of the named modules."""
+    outputs: dict[str, Tensor] = {}
+
+    def make_hook(name: str) -> ModuleHook:
+        def record(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            outputs[name] = first_output(output)
+
+        return record
+
+    with hook_modules(model, {name: make_hook(name) for name in names}):
+        yield outputs
+
+
+@contextmanager
+def change_outputs(model: PreTrainedModel, changes: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the outputs of named decoder blocks in this thread: `change(input, output)` returns the new output.
+
+    Hooks that are added inside see the changed outputs.
+    """
+    supports_packed_positions(model)  # its first call runs a trial pass, which is not to be changed
+    thread = threading.get_ident()
+    with ExitStack() as stack:
+        for name, change in changes.items():
+
+            def call(module, args, kwargs, output, change=change):
+                if threading.get_ident() != thread:
+                    return output
+                given = args[0] if args else kwargs["hidden_states"]
+                changed = change(given, first_output(output))
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+            stack.callback(model.get_submodule(name).register_forward_hook(call, with_kwargs=True).remove)
         yield

@@ -51,7 +51,7 @@ def parse_softmax_layers(softmax_layers: str | list[int], count: int) -> list[in
                 Path(softmax_layers),
                 "softmax_layers",
                 "[numbers]",
-                "limbeck select softmax_layers.json",
+                "limbeck select --out softmax_layers.json",
                 old_key="keep",
             )
     chosen = _parse_numbers(softmax_layers, problem)

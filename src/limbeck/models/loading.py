@@ -1,13 +1,13 @@
 """Loading of models and tokenizers, teachers and students, from a folder or the hub; and the check of a saved student.
 
-    model, tokenizer = load_model_and_tokenizer(resolve_teacher("small"))    # float32, on the CPU, frozen
+    model, tokenizer = load("small")                                         # float32, on the CPU, frozen
     teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", torch.device("cpu"))
     is_student("someone/my-student")                                         # reads only the config
     check_export(folder, student, tokenizer)                  # LimbeckError unless the saved student loads bit for bit
 
 transformers initializes missing weights at random, attaches adapters, asks on standard input whether to run custom
 code, and applies settings that a past session left in a config. Here each of these is an error or is reset
-(docs/guides/saving.md).
+(docs/guides/generation.md).
 
 A saved student is checked because what is written may differ from what is meant: only an adapter is saved instead of
 the model, a tensor is taken for tied, a tokenizer loses a setting.
@@ -49,6 +49,7 @@ from limbeck.models.folders import SAVED_MODEL_FOLDER, build_adapter_error, chec
 from limbeck.models.hub import check_hub_model, split_revision
 from limbeck.models.quantization import build_teacher_kwargs, check_not_quantized, is_quantized
 from limbeck.models.registration import get_teacher_maker
+from limbeck.models.temporary import quiet_transformers
 
 GENERATIVE_HEADS = ("ForCausalLM", "ForConditionalGeneration")  # endings of classes that predict the next token
 SAFE_KWARGS = {"trust_remote_code": False}  # explicit, because without it transformers asks on standard input
@@ -68,6 +69,37 @@ def is_student(name: str) -> bool:
         raise
     except Exception:  # loading the model reports what is wrong with it
         return False
+
+
+def load(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a teacher, a run's student or any other model by its name, in float32, with its tokenizer.
+
+    Example:
+        >>> teacher, tokenizer = limbeck.load("my-teacher")
+        >>> student = limbeck.convert(teacher, mixer="gla")
+
+    Args:
+        name: a run directory, a folder, a Hub name, "embedded", or a small teacher, which is trained first if it is not
+            in the cache.
+
+    Returns:
+        The model, in evaluation mode and without gradients, and its tokenizer.
+
+    Raises:
+        LimbeckError: there is no such model, or it cannot be loaded.
+    """
+    student = Path(name).expanduser() / "student"
+    with quiet_transformers():
+        if student.is_dir():
+            return load_model_and_tokenizer(str(student), require_student=True)
+        return load_model_and_tokenizer(resolve_teacher(str(name)))
+
+
+def find_own_name(folder: str) -> str:
+    """Return the name under which Limbeck knows a folder of its cache, as "embedded"; else the folder itself."""
+    known = {str(get_embedded_teacher_folder()): "embedded"}
+    known |= {str(TeacherRecipe.load(name).folder): name for name in TeacherRecipe.names()}
+    return known.get(folder, folder)
 
 
 def load_model_and_tokenizer(
@@ -395,6 +427,19 @@ def resolve_teacher(name: str) -> str:
             expected="'embedded', 'small', a folder made by save_pretrained, or on the hub owner/name or owner/name@v1",
         )
     return name
+
+
+def resolve_model(name: str) -> tuple[str, bool]:
+    """Return what to load for a model given as a run directory, a folder, "embedded" or a name.
+
+    Returns:
+        What to pass to `from_pretrained`, and whether it is the student of a run.
+
+    Raises:
+        LimbeckError: see `resolve_teacher`.
+    """
+    folder = Path(name).expanduser() / "student"
+    return (str(folder), True) if folder.is_dir() else (resolve_teacher(name), False)
 
 
 def _own_teacher_folder(name: str) -> Path:

@@ -321,7 +321,7 @@ def resolve_mixer_class(name: str, plan: dict[str, Any]) -> type[Mixer]:
             problem,
             expected=f"the file {origin['file']}, which is saved beside the weights as {mixer_file_name(name)}",
             hint=f"read that file, then pass trust_remote_code=True, or call limbeck.mixers.get('{origin['file']}') "
-            f"first; on the command line: limbeck --mixer {origin['file']} ...",
+            f"first; on the command line: limbeck --mixer-file {origin['file']} ...",
         )
     if "package" in origin:
         raise LimbeckError(

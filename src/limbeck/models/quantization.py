@@ -1,14 +1,13 @@
-"""Quantization: of the teacher's weights during training (bitsandbytes), and of a finished student's on a CPU (int8).
+"""Fewer bits: of the teacher's weights during training (bitsandbytes), and of a finished student's on a CPU.
 
     teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", device, bits=8)    # `teacher_bits` in recipes
-    small = quantize_int8(student)                                          # the given student is not changed
+    fast = pack_float16(student)                                            # the given student is not changed
 
 A student is never trained with quantized weights: it starts from those of the unquantized checkpoint.
-docs/guides/peft.md has measurements of both.
+docs/guides/training.md and docs/guides/generation.md lead to measurements of both.
 """
 
 import copy
-import importlib.util
 import logging
 import warnings
 from typing import Any, NoReturn
@@ -18,8 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from limbeck.core.errors import LimbeckError
-
-EXTRA = "pip install 'limbeck[quantised]'"
+from limbeck.core.extras import require
 
 
 def build_teacher_kwargs(bits: int | None, device: torch.device) -> dict[str, Any]:
@@ -30,8 +28,8 @@ def build_teacher_kwargs(bits: int | None, device: torch.device) -> dict[str, An
     """
     if bits is None:
         return {}
-    _require_library("bitsandbytes", "a quantized teacher")
-    _require_library("accelerate", "a quantized teacher")
+    require("bitsandbytes", "a quantized teacher", extra="quantised")
+    require("accelerate", "a quantized teacher", extra="quantised")
     # bitsandbytes warns at every product that it casts to float16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if bits == 8:
@@ -101,35 +99,98 @@ def count_unquantized_parameters(module: nn.Module) -> int:
     return sum(shape.numel() for shape in shapes)
 
 
-def quantize_int8(student: PreTrainedModel, quantize_activations: bool = False) -> PreTrainedModel:
-    """Copy a model for decoding on a CPU, with the linear layers of its backbone in int8.
+def pack_float16(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model for decoding on a CPU, with the weights of its linear layers, head included, in float16.
 
-    Embeddings, norms, head and the mixers' own parameters (gates, decays, feature maps) stay in float: the mixers' are
-    few, and an error in a decay is raised to the power of the length. Float tensors are shared with the given model.
+    They are half as many bytes to read for each token, which is what decoding spends its time on; products are summed
+    in float32. Embeddings, norms and the mixers' own parameters stay in float32 and are shared with the given model.
 
     Args:
-        student: in float32, on a CPU; a teacher works too.
-        quantize_activations: also round a layer's input, with one scale per call. Faster, but rare large entries then
-            use up the range of all others, so the outputs differ visibly. Layers whose input is wider than the model
-            (an MLP's last) stay in float, because their inputs have most of these entries. False rounds only weights,
-            with one scale per output.
+        model: in float32, on a CPU; students and teachers.
 
     Raises:
-        LimbeckError: not on a CPU, or torchao is not installed.
+        LimbeckError: not in float32 on a CPU, a CPU without FBGEMM, or a weight beyond float16.
     """
-    if student.device.type != "cpu":
-        raise LimbeckError(f"int8 is for CPUs, the model is on {student.device}", expected="model.to('cpu')")
-    check_not_quantized(student.config, "this model")
-    small = copy.deepcopy(student, {id(p): p for p in student.parameters()})
-    names = _linear_layers(small, narrowing=not quantize_activations)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if quantize_activations:
-            _quantize_dynamic(small, names)
-        else:
-            _quantize_weights(small, names)
+    _check_packable(model, "float16")
+    if not {"fbgemm", "x86"} & {torch.backends.quantized.engine}:
+        raise LimbeckError(
+            "this CPU or build of torch has no products with float16 weights",
+            expected="an x86 CPU with AVX2 and a torch with FBGEMM",
+            hint="leave out --fp16",
+        )
+    small = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    head = small.get_output_embeddings()
+    names = _linear_layers(small, narrowing=True) | {n for n, m in small.named_modules() if m is head}
+    for name in sorted(names):
+        linear = small.get_submodule(name)
+        if type(linear) is not nn.Linear:
+            continue
+        largest = float(linear.weight.detach().abs().max())
+        if largest > torch.finfo(torch.float16).max:
+            raise LimbeckError(
+                f"{name} has weights up to {largest:.3g}, more than float16 holds", expected="at most 65,504"
+            )
+        small.set_submodule(name, Float16Linear(linear))
     small.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return small.eval()
+
+
+class Float16Linear(nn.Module):
+    """A linear layer with its weights in float16, for inference: y = x Wᵀ + b in float32 [..., outputs]."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), bias)
+        self.weight_bytes = 2 * linear.weight.numel() + (0 if bias is None else 4 * bias.numel())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model for decoding on a CPU, with weights and inputs of the backbone's linear layers in int8.
+
+    Smaller than float16 and much less exact: an input has one scale per call, and rare large entries use up the range
+    of all others. Layers whose input is wider than the model (an MLP's last) stay in float, because their inputs have
+    most of these entries. So do embeddings, norms, head and the mixers' own parameters (gates, decays, feature maps):
+    the mixers' are few, and an error in a decay is raised to the power of the length.
+
+    Args:
+        model: in float32, on a CPU; students and teachers.
+
+    Raises:
+        LimbeckError: not in float32 on a CPU, or a torch without dynamic quantization.
+    """
+    _check_packable(model, "int8")
+    try:
+        # optional: deprecated in PyTorch, so a later version may not have it
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+    except ImportError as error:
+        raise LimbeckError(
+            f"torch {torch.__version__} no longer has dynamic quantization", expected="float16 weights: --fp16"
+        ) from error
+    small = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = dict.fromkeys(_linear_layers(small, narrowing=False), per_channel_dynamic_qconfig)
+        quantize_dynamic(small, names, dtype=torch.qint8, inplace=True)
+    small.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+    return small.eval()
+
+
+def _check_packable(model: PreTrainedModel, what: str) -> None:
+    check_not_quantized(model.config, "this model")
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise LimbeckError(
+            f"{what} is for CPUs and made from float32; the model is in {model.dtype} on {model.device}",
+            expected="a model in float32 on the CPU",
+            hint="model.to('cpu', torch.float32)",
+        )
 
 
 def count_weight_bytes(model: nn.Module) -> int:
@@ -139,6 +200,8 @@ def count_weight_bytes(model: nn.Module) -> int:
         for tensor in module._parameters.values():
             if tensor is not None:
                 sizes[id(tensor)] = _tensor_bytes(tensor)
+        if isinstance(module, Float16Linear):
+            sizes[id(module)] = module.weight_bytes
         packed = getattr(module, "_packed_params", None)
         if isinstance(packed, nn.Module):
             weight, bias = packed._weight_bias()  # type: ignore[operator]
@@ -166,33 +229,8 @@ def _linear_layers(model: PreTrainedModel, narrowing: bool) -> set[str]:
     }
 
 
-def _quantize_weights(model: PreTrainedModel, names: set[str]) -> None:
-    _require_library("torchao", "int8")
-    # optional dependency
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in names)
-
-
-def _quantize_dynamic(model: PreTrainedModel, names: set[str]) -> None:
-    # torchao has this too, but without a compiler it is three times slower than float on a CPU
-    try:
-        # optional: deprecated in PyTorch, so a later version may not have it
-        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-    except ImportError as error:
-        raise LimbeckError(
-            f"torch {torch.__version__} no longer has dynamic quantization", expected="int8 of the weights only"
-        ) from error
-    quantize_dynamic(model, dict.fromkeys(names, per_channel_dynamic_qconfig), dtype=torch.qint8, inplace=True)
-
-
 def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
     raise LimbeckError(
-        "a student in int8 cannot be saved: transformers could not load it again",
-        expected="the float student saved, and quantize_int8(student) after loading it",
+        "a student with packed weights cannot be saved: transformers could not load it again",
+        expected="the float student saved, and pack_float16 or quantize_int8 after loading it",
     )
-
-
-def _require_library(library: str, what: str) -> None:
-    if importlib.util.find_spec(library) is None:
-        raise LimbeckError(f"{what} needs the library {library}", hint=EXTRA)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 # weak keys instead of an attribute of the model: a copy of a model must not share its lock
 _locks: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
@@ -69,6 +70,33 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode and stop gradients; afterwards every module and parameter is as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with eval_mode(model):
+            model.requires_grad_(False)
+            yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence progress bars and advice of transformers, which would mix with our own; afterwards they are as before."""
+    level, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def iterate_configs(config: PreTrainedConfig) -> Iterator[Any]:

@@ -115,24 +115,34 @@ class _RunChunks(torch.autograd.Function):
         o, new = v.new_empty(*q.shape[:3], v.shape[3]), state.new_empty
         if plan.triangular:
             o, new = o.zero_(), state.new_zeros
-        updates = None if beta is None else state.new_empty(o.shape)
-        states = [new(*state.shape[:3], whole.columns(n)) for n in range(whole.count + 1)]
+        # Without a backward pass two states take turns, and U is that of one chunk: both stay in cache.
+        keeps = any(ctx.needs_input_grad) or plan.triangular
+        slots, kept = (whole.count + 1, whole.length) if keeps else (2, whole.size)
+        updates = None if beta is None else state.new_empty(len(o), kept, *o.shape[2:])
+        states = [new(*state.shape[:3], whole.columns(n)) for n in range(slots)]
         first = state[..., : whole.columns(0)]
         torch.mul(first, 1 if whole.decays is None else whole.decays[0], out=states[0])
         for block in whole.blocks():
             outputs: Any = block.cut_values(o)
-            us: Any = [None] * whole.count if updates is None else block.cut_values(updates)
+            us: Any = [None] * whole.count
+            if updates is not None:
+                one = block.cut(updates)[0]
+                us = block.cut_values(updates) if keeps else [one[:, :, : x.shape[2]] for x in block.q]
             for n in range(whole.count):
-                x, before, into = block.chunk(n), block.state(states[n]), block.state(states[n + 1])
+                x = block.chunk(n)
+                before, into = (block.state(states[i % slots]) for i in (n, n + 1))
                 after = into if into.shape == before.shape else torch.empty_like(before)
                 outputs[n].copy_(x.heads(x.forward(before, after, us[n])))
                 if log_decay is not None:
                     after.mul_(block.decays[n + 1])
                 if after is not into:
                     into[..., : after.shape[2]] = after
+        last = states[whole.count % slots]
+        if not keeps:
+            return o, last
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, beta, log_decay, segments, updates, *states)
-        return o, states[-1].clone()
+        return o, last.clone()
 
     @staticmethod
     @common.strict_once_differentiable

@@ -44,6 +44,8 @@ def recurrent(
     heads = q.shape[2]
     with common.disable_autocast(q):
         current = common.prepare_initial_state(state, q, v.shape[-1], dtype)
+        if q.shape[1] == 1:
+            return _step(q, k, v, a, b, log_decay, current, segments)
         queries, read_keys = (x.to(dtype).unsqueeze(-2) for x in (q, a))  # [B, T, H, 1, K]
         keys = common.repeat_kv(k.to(dtype), heads).unsqueeze(-1)  # [B, T, H, K, 1]
         values = common.repeat_kv(v.to(dtype), heads).unsqueeze(-2)  # [B, T, H, 1, V]
@@ -59,6 +61,26 @@ def recurrent(
             current = decay[:, t] * current + rewritten + keys[:, t] * values[:, t]
             outputs.append(queries[:, t] @ current)
         return common.stack_outputs(outputs, q, v), current
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run one token in few calls, which are what decoding costs."""
+    (batch, _, heads, width), dtype = q.shape, state.dtype
+    if segments is not None:
+        state = state * (segments == 0).to(dtype)[..., None, None]
+    state = state.reshape(-1, *state.shape[2:])
+    query, read_key, write_key = (x.to(dtype).reshape(-1, 1, width) for x in (q, a, b))
+    key, value = (common.repeat_kv(x.to(dtype), heads).reshape(batch * heads, 1, -1) for x in (k, v))
+    read = torch.bmm(read_key, state)
+    state = state * log_decay.to(dtype).exp().reshape(-1, width, 1)
+    # In place only where autograd has saved nothing.
+    if torch.is_grad_enabled():
+        state = state.addcmul(write_key.mT, read).addcmul(key.mT, value)
+    else:
+        state.addcmul_(write_key.mT, read).addcmul_(key.mT, value)
+    return torch.bmm(query, state).view(batch, 1, heads, -1).to(v.dtype), state.view(batch, heads, *state.shape[1:])
 
 
 @accelerated("diagonal_plus_rank_one")

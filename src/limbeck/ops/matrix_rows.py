@@ -24,13 +24,20 @@ def sample_query_positions(ids: Tensor, count: int, seed: int) -> Tensor:
     """Draw `count` different positions of each sequence of tokens ids [B, T], sorted: [B, min(count, T)]."""
     length = ids.shape[1]
     count = min(count, length)
-    weights = torch.arange(1, length + 1)
-    samples = []
-    for row in ids.cpu():
-        # Seeded by the tokens themselves, so that resuming a run or splitting a step differently draws the same ones.
-        generator = torch.Generator().manual_seed((int((row * weights).sum()) * 1_000_003 + seed) % 2**63)
-        samples.append(torch.randperm(length, generator=generator)[:count].sort().values)
+    samples = [
+        torch.randperm(length, generator=generator)[:count].sort().values for generator in make_generators(ids, seed)
+    ]
     return torch.stack(samples).to(ids.device)
+
+
+def make_generators(ids: Tensor, seed: int) -> list[torch.Generator]:
+    """Return a generator of random numbers for each sequence of tokens ids [B, T].
+
+    It is seeded by the tokens themselves, so resuming a run or splitting a step differently draws the same numbers.
+    """
+    weights = torch.arange(1, ids.shape[1] + 1)
+    sums = (int((row * weights).sum()) for row in ids.cpu())
+    return [torch.Generator().manual_seed((total * 1_000_003 + seed) % 2**63) for total in sums]
 
 
 def gather_rows(x: Tensor, rows: Tensor, dim: int) -> Tensor:
@@ -72,15 +79,18 @@ def scan_chunk_rows(
         rate, erase_keys, overlap = corrections
         eye = torch.eye(chunk, dtype=overlap.dtype, device=overlap.device).expand_as(overlap)
         inverse = torch.linalg.solve_triangular(overlap, eye, upper=False, unitriangular=True)
+        # Unbound at once: the gradient of x[n] is as large as all of x, and there are as many of them as chunks.
+        inverses, erased, rates = (x.unbind() for x in (inverse, erase_keys, rate))
+    keys, decays = k_decayed.unbind(), None if decay is None else decay.unbind()
     carried, blocks = torch.zeros_like(own_query), []
-    for n in reversed(range(len(q_decayed))):
+    for n in reversed(range(len(keys))):
         is_here = (chunk_of_row == n)[:, None, :, None]
-        weights = torch.where(is_here, own_scores, carried @ k_decayed[n].mT)
-        carried = torch.where(is_here, own_query, carried if decay is None else carried * decay[n].mT)
+        weights = torch.where(is_here, own_scores, carried @ keys[n].mT)
+        carried = torch.where(is_here, own_query, carried if decays is None else carried * decays[n].mT)
         if corrections is not None:
-            weights = weights @ inverse[n]
-            carried = carried - weights @ erase_keys[n]
-            weights = weights * rate[n].mT
+            weights = weights @ inverses[n]
+            carried = carried - weights @ erased[n]
+            weights = weights * rates[n].mT
         blocks.append(weights)
     return torch.cat(blocks[::-1], -1)[..., :length]
 

@@ -90,21 +90,23 @@ def _step(
     vector: bool,
     beta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run one token in as few passes over the state as possible: they are all that a step of decoding costs."""
-    heads, dtype, is_copy = q.shape[2], state.dtype, False
-    query = q.to(dtype).transpose(1, 2)  # [B, H, 1, K]
-    key, write = (repeat_kv(x.to(dtype), heads).transpose(1, 2) for x in (k, v))
-    if log_decay is not None:
-        decay = expand_log_decay(log_decay, q, vector=vector, dtype=dtype).exp().view(*key.shape[:2], -1, 1)
-        state, is_copy = state * decay, True
+    """Run one token in as few passes over the state and as few calls as possible: they are what decoding costs."""
+    (batch, _, heads, _), dtype, is_copy = q.shape, state.dtype, False
+    rows = batch * heads
+    query = q.to(dtype).reshape(rows, 1, -1)
+    key, write = (repeat_kv(x.to(dtype), heads).reshape(rows, 1, -1) for x in (k, v))
     if segments is not None:
         state, is_copy = state * (segments == 0).to(dtype)[..., None, None], True
+    state = state.reshape(rows, *state.shape[2:])
+    if log_decay is not None:
+        decay = expand_log_decay(log_decay, q, vector=vector, dtype=dtype).exp().reshape(rows, -1, 1)
+        state, is_copy = state * decay, True
     if beta is not None:
-        write = (write - key @ state) * beta.to(dtype).view(*key.shape[:2], 1, 1)
+        write = torch.baddbmm(write, key, state, alpha=-1) * beta.to(dtype).reshape(rows, 1, 1)
     # Never write to the caller's state, nor to one that autograd may have saved.
     add = state.addcmul_ if is_copy and not torch.is_grad_enabled() else state.addcmul
     state = add(key.mT, write)
-    return (query @ state).transpose(1, 2).to(v.dtype), state
+    return torch.bmm(query, state).view(batch, 1, heads, -1).to(v.dtype), state.view(batch, heads, *state.shape[1:])
 
 
 def run_chunked(

@@ -56,7 +56,7 @@ def is_full(count: Tensor, window: int, sinks: int) -> bool:
     # Reading values would break a compiled graph and stall an accelerator in every decoding step.
     if torch.compiler.is_compiling() or count.device.type != "cpu":
         return False
-    return bool((count >= sinks + window - 1).all())
+    return min(count.tolist(), default=0) >= sinks + window - 1
 
 
 def reset_new_documents(
@@ -77,15 +77,14 @@ def shift_state(keys: Tensor, values: Tensor, count: Tensor, sinks: int, has_sin
     Args:
         has_sinks: whether it is known that every sequence has all of its sinks.
     """
-    state = {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
-    if sinks and has_sinks:
-        for name, x in (("k", keys), ("v", values)):
-            state[name] = torch.cat([x[:, :sinks], x[:, sinks + 1 :]], 1)
-    elif sinks:
+    if not sinks:
+        return {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
+    first = {"k": keys[:, :sinks], "v": values[:, :sinks]}
+    if not has_sinks:
         is_sink = (count.unsqueeze(1) == torch.arange(sinks, device=count.device))[..., None, None]
-        for name, x in (("k", keys), ("v", values)):
-            state[name] = torch.cat([torch.where(is_sink, x[:, -1:], x[:, :sinks]), x[:, sinks + 1 :]], 1)
-    return state
+        first = {name: torch.where(is_sink, x[:, -1:], first[name]) for name, x in (("k", keys), ("v", values))}
+    state = {name: torch.cat([first[name], x[:, sinks + 1 :]], 1) for name, x in (("k", keys), ("v", values))}
+    return {**state, "count": count + 1}
 
 
 def compute_final_state(

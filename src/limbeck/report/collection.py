@@ -4,7 +4,7 @@
     collection = load_collection([Path("runs/gla"), Path("runs/mlstm"), Path("compared")])   # runs, and measurements
     collection.runs[0].values["agreement.perplexity"]
 
-No model is loaded. Values have the names of `limbeck.report.values`, as in study.json (docs/guides/studies.md). Local
+No model is loaded. Values have the names of `limbeck.report.values`, as in study.json (docs/reference/files.md). Local
 paths are cut down to their last part, since reports are handed on.
 """
 

@@ -18,9 +18,10 @@ from rich.text import Text
 
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import find_missing
 from limbeck.core.storage import atomic_write_text
 from limbeck.evaluation.baselines import describe_windows
-from limbeck.evaluation.measure import Measure, Measurement
+from limbeck.evaluation.measure import Measurement
 from limbeck.report.figures import speed
 from limbeck.report.figures.measures import draw_measure
 from limbeck.report.figures.style import save_figure, use_style
@@ -95,7 +96,7 @@ def _list_remarks(measurements: list[Measurement]) -> list[str]:
     lines = [*find_text_mismatches(measurements), *describe_windows(measurements)]
     at_chance = {one.measure: _find_at_chance(measurements, one.measure) for one in measurements}
     return lines + [
-        f"{measure}: the teacher is at chance on {', '.join(tasks)}: they are in no mean"
+        f"{measure}: the teacher is at chance on {'; '.join(tasks)}: they are in no mean"
         for measure, tasks in at_chance.items()
         if tasks
     ]
@@ -123,11 +124,17 @@ def measurements_to_csv(measurements: list[Measurement]) -> str:
 
 
 def write_comparison(measurements: list[Measurement], folder: Path) -> list[Path]:
-    """Write table, CSV, the figures of the measures that have one, and accuracy against speed if both were measured."""
+    """Write table, CSV, the figures of the measures that have one, and accuracy against speed if both were measured.
+
+    Figures are left out, and that is said, where matplotlib is not installed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "table.md", folder / "values.csv"]
     atomic_write_text(paths[0], format_comparison(measurements))
     atomic_write_text(paths[1], measurements_to_csv(measurements))
+    if (extra := find_missing("matplotlib")) is not None:
+        console.print(f"no figures drawn: they need matplotlib; {extra.command}")
+        return paths
     with use_style(_models(measurements)):
         figures = {}
         for name in dict.fromkeys(one.measure for one in measurements):
@@ -141,17 +148,6 @@ def write_comparison(measurements: list[Measurement], folder: Path) -> list[Path
                 paths.append(folder / f"{name}.{ending}")
                 save_figure(figure, paths[-1])
     return paths
-
-
-def build_measure_table(measures: list[Measure]) -> Table:
-    """Build the table of what can be measured, with every setting and its default."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("measure", "what", "settings"):
-        table.add_column(column, overflow="fold")
-    for one in measures:
-        defaults: dict[str, Any] = one.settings().model_dump(mode="json")
-        table.add_row(one.name, one.description, ", ".join(f"{key}={value}" for key, value in defaults.items()))
-    return table
 
 
 def load_measurements(paths: list[Path]) -> list[Measurement]:

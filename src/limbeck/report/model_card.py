@@ -6,6 +6,7 @@ Every number comes from the run's own files. A student without a run gets a card
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ from limbeck.data.hub import HUB_NAME_PATTERN
 from limbeck.data.records import SUPPORTED_EXTENSIONS
 from limbeck.mixers import registry
 from limbeck.models import format_ranges
+from limbeck.models.export.record import ExportRecord
 from limbeck.models.head_groups import describe_softmax_heads
 from limbeck.models.layers import SPLIT_MIXER, name_base_mixer
+from limbeck.report.engines import describe_engines
 from limbeck.report.run_summary import (
     describe_break_even,
     describe_exam,
@@ -55,7 +58,11 @@ class PublishedRun:
 
 
 def generate_model_card(
-    repo_id: str, plan: dict[str, Any], teacher_info: TeacherInfo, run: PublishedRun | None = None
+    repo_id: str,
+    plan: dict[str, Any],
+    teacher_info: TeacherInfo,
+    run: PublishedRun | None = None,
+    exports: Sequence[tuple[str, ExportRecord]] = (),
 ) -> str:
     """Write the whole README.md.
 
@@ -63,14 +70,16 @@ def generate_model_card(
         repo_id: the repository, `owner/name`.
         plan: the student's `config.limbeck`.
         teacher_info: what `limbeck.report.teacher_info.resolve_teacher_info` returns.
+        exports: folders in the repository and records of what is sent along for other engines.
 
     Raises:
         LimbeckError: the metadata cannot be read back.
     """
-    parts = [_opening(repo_id, plan, teacher_info, run), _use(repo_id, plan), _layers(plan)]
+    parts = [_opening(repo_id, plan, teacher_info, run), _use(repo_id, plan), describe_engines(repo_id, exports)]
+    parts.append(_layers(plan))
     if run:
         parts += [_training(run), _results(run), _memory(run), _sample(run)]
-    parts += [_limits(teacher_info, run), _recipe(run), _citation(plan)]
+    parts += [_limits(teacher_info, run, exports), _recipe(run), _citation(plan)]
     return assemble_model_card(
         build_card_metadata(plan, teacher_info, run), "\n\n".join(part for part in parts if part) + "\n"
     )
@@ -247,8 +256,9 @@ def _sample(run: PublishedRun) -> str:
     return f"## Sample\n\nGreedy continuations of: *{prompt}*\n\n{format_samples(run.result)}"
 
 
-def _limits(teacher_info: TeacherInfo, run: PublishedRun | None) -> str:
+def _limits(teacher_info: TeacherInfo, run: PublishedRun | None, exports: Sequence[tuple[str, ExportRecord]]) -> str:
     points = []
+    plain = [f"`{folder}`" for folder, record in exports if record.format == "qwen3_5"]
     if run is None:
         points.append("Nothing was measured. If it was only converted, its text is not usable before distillation.")
     else:
@@ -269,7 +279,8 @@ def _limits(teacher_info: TeacherInfo, run: PublishedRun | None) -> str:
     points += [
         f"It inherits what {teacher_info.display_name} learned, its mistakes and biases included. Whether the "
         "teacher's instruction following and refusals survived was not tested.",
-        "Its code is the package limbeck; transformers alone cannot load it.",
+        "Its code is the package limbeck; transformers alone cannot load it"
+        + (f", but loads the copy in {' and '.join(plain)}." if plain else "."),
     ]
     return "\n".join(["## Limits", "", *(f"- {point}" for point in points)])
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from limbeck.core.console import progress
 from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import require
 from limbeck.core.storage import convert_write_errors, find_write_error
 from limbeck.core.version import __version__
 from limbeck.report.claims import ClaimView, build_claim_views
@@ -196,10 +197,10 @@ def _build_section(rendered: list[RenderedPanel], order: list[str]) -> PanelSect
 
 
 def _load_templates() -> Any:
-    try:  # an optional dependency, of the extra `report`
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-    except ImportError as error:
-        raise LimbeckError("reports need jinja2", hint="pip install 'limbeck[report]'") from error
+    require("jinja2", "report pages")
+    # late: an optional dependency
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=select_autoescape(["html"]),

@@ -1,6 +1,6 @@
 """The summary of a run: Markdown for the screen and the run directory, and the parts that the model card shows too.
 
-    print(format_summary(result))          # result: what limbeck.training.pipeline.distill returns
+    print(format_summary(result))          # result: what limbeck.distill returns, or the content of eval.json
 
 The card (`limbeck.report.model_card`) and the summary show the same tables of quality and memory and the same sentences
 about the untrained window and the break-even length, so each is written here once.
@@ -23,7 +23,40 @@ EVAL_TOKENS = 50_000  # that the command to type next measures on, or all that t
 CACHE_LENGTHS = (512, 32_768)  # tokens at which the caches are compared: a paragraph, a long document
 
 
-def format_summary(result: dict[str, Any]) -> str:
+class RunSummary(dict):
+    """What a run came to: the content of its eval.json, shown as tables in a notebook and by `print`.
+
+    summary = limbeck.distill("quickstart")
+    summary["held_out"]["student_perplexity"], summary.path / "curves.png"
+    AutoModelForCausalLM.from_pretrained(summary.student_folder)
+    """
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self["run"])
+
+    @property
+    def student_folder(self) -> Path:
+        """The folder of the student, for `from_pretrained`."""
+        return self.path / "student"
+
+    def __repr__(self) -> str:
+        held_out = self["held_out"]
+        return (
+            f"<run {self['run']}: {self['mixer']} in {self['layers']} layers of {self['teacher']}, perplexity "
+            f"{held_out['student_perplexity']:.2f}, the teacher's {held_out['teacher_perplexity']:.2f}>"
+        )
+
+    def __str__(self) -> str:
+        return format_summary(self)
+
+    def _repr_markdown_(self) -> str:
+        """Return what a notebook shows; its cells are code already, so the next commands are left out."""
+        return format_summary(self, commands=False)
+
+
+def format_summary(result: dict[str, Any], commands: bool = True) -> str:
     """Format a run as Markdown: quality beside the teacher, stages, parameters, memory, samples, the next commands."""
     held_out, memory, parameters = result["held_out"], result["memory"], result["parameters"]
     columns = ["stage", "tokens", "time", "tokens/s", "trained parameters", "result"]
@@ -63,9 +96,9 @@ def format_summary(result: dict[str, Any]) -> str:
         + (f" Peak of resident memory: {format_bytes(peak)}." if peak else ""),
         _format_plan(result),
         f"Prompt: *{escape_markdown(result['prompt'])}*\n\n{format_samples(result)}" if result["samples"] else "",
-        "Next:",
-        "\n".join(f"    {command}" for command in next_commands(result)),
     ]
+    if commands:
+        blocks += ["Next:", "\n".join(f"    {command}" for command in next_commands(result))]
     return "\n\n".join(block.strip("\n") for block in blocks if block) + "\n"
 
 
@@ -207,7 +240,7 @@ def format_samples(result: dict[str, Any]) -> str:
 
 
 def next_commands(result: dict[str, Any]) -> list[str]:
-    """List the three commands to type next for this very run: talk to the student, measure it, hand it on."""
+    """List the commands to type next for this very run: talk to the student, measure it, hand it on."""
     run = shlex.quote(str(result["run"]))
     talk = f"limbeck generate {run} {shlex.quote(result['prompt'] or 'Once upon a time')}"
     if result.get("chats"):
@@ -217,11 +250,13 @@ def next_commands(result: dict[str, Any]) -> list[str]:
     evaluate = f"limbeck eval {run} --measure {measures} --tokens {tokens}"
     if result.get("exports"):
         hand_on = f"limbeck export {run} --to {result['exports'][0]}"
+        if result["exports"][0] == "gguf":
+            return [talk, evaluate, f"{hand_on} --quantization q8_0", f"limbeck chat {run} --engine llama.cpp"]
     elif is_local_path(result["teacher"]) or Path(result["teacher"]).is_dir():  # whose license nobody has told
         hand_on = f"limbeck report {run}"
     else:
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(result["run"]).name).strip("-")
-        hand_on = f"limbeck push {run} your-name/{name or 'student'} --dry-run"
+        hand_on = f"limbeck push {run} your-name/{name or 'student'} --plan"
     return [talk, evaluate, hand_on]
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from limbeck.core.errors import LimbeckError
+from limbeck.models.export.record import EXPORT_FOLDER
 from limbeck.report.upload_plan import UploadPlan
 
 LOGIN_HINT = "hf auth login   (or set HF_TOKEN)"
@@ -22,8 +23,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin")
 def push_to_hub(upload_plan: UploadPlan, endpoint: str | None = None) -> str:
     """Upload a plan and return the URL of the commit (of the last one, if nothing has changed).
 
-    Weights and code of an earlier push that the plan does not have are deleted in the same commit, because transformers
-    would load them. All other files of the repository stay.
+    Weights, code and exports of an earlier push that the plan does not have are deleted in the same commit:
+    transformers would load them, or they would be of another student. All other files of the repository stay.
 
     Args:
         endpoint: the URL of a Hub other than huggingface.co.
@@ -52,6 +53,7 @@ def push_to_hub(upload_plan: UploadPlan, endpoint: str | None = None) -> str:
             )
         sent = {item.path_in_repo for item in upload_plan.files}
         stale = [n for n in existing if n not in sent and n.endswith((*WEIGHT_SUFFIXES, ".py"))]
+        stale += [n for n in existing if n not in {*sent, *stale} and n.startswith(f"{EXPORT_FOLDER}/")]
         additions = [
             CommitOperationAdd(
                 item.path_in_repo, item.content if isinstance(item.content, bytes) else str(item.content)
@@ -89,7 +91,7 @@ def _offline_error() -> LimbeckError:
     return LimbeckError(
         "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) disables the Hub",
         expected="both unset",
-        hint="env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE limbeck push ...; --dry-run works offline",
+        hint="env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE limbeck push ...; --plan works offline",
     )
 
 
@@ -122,7 +124,7 @@ def _convert_error(error: BaseException, endpoint: str, repo_id: str) -> Limbeck
             return LimbeckError(
                 f"cannot reach {endpoint}: {_shorten(cause)}",
                 expected="a network connection to the Hub",
-                hint="run the same command later, or --dry-run, which needs no network",
+                hint="run the same command later, or --plan, which needs no network",
             )
     return LimbeckError(
         f"the upload to {repo_id} failed: {_shorten(chain[-1])}",

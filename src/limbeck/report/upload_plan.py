@@ -1,4 +1,4 @@
-"""What `limbeck push` would send: the files of a student's folder and its card, checked for completeness and privacy.
+"""What `limbeck push` would send: a student's folder, its exports and its card, checked for completeness and privacy.
 
     upload_plan = plan_upload("runs/quickstart", "owner/name")
     for item in upload_plan.files:
@@ -22,6 +22,8 @@ from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.core.storage import compute_sha256, read_json, read_manifest
 from limbeck.models.config import MODEL_TYPE
+from limbeck.models.export.record import EXPORT_FOLDER, ExportRecord, find_export_folders, load_record
+from limbeck.models.fingerprint import fingerprint_checkpoint
 from limbeck.models.folders import check_safetensors
 from limbeck.models.loading import load_config, load_model
 from limbeck.models.modeling import mixer_file_name
@@ -33,6 +35,7 @@ MODEL_CARD_FILE = "README.md"
 # code is sent by name only, so that a stray script stays here
 UPLOADED_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt", ".tiktoken", ".spm", ".md")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # never edited: any text may be a token
+WEIGHT_FILES = (".safetensors", ".model", ".tiktoken", ".spm", ".index.json", ".gguf", ".onnx", ".onnx.data")
 LFS_THRESHOLD_BYTES = 10_000_000  # the size from which the Hub keeps a file in LFS whatever its name
 
 
@@ -48,7 +51,7 @@ class UploadFile:
     @property
     def is_lfs(self) -> bool:
         """Whether the Hub keeps it in LFS, by the Hub's defaults."""
-        return self.path_in_repo.endswith((".safetensors", ".model")) or self.size > LFS_THRESHOLD_BYTES
+        return self.path_in_repo.endswith((".safetensors", ".model", ".onnx")) or self.size > LFS_THRESHOLD_BYTES
 
     @classmethod
     def from_content(cls, path_in_repo: str, content: Path | bytes) -> "UploadFile":
@@ -67,11 +70,17 @@ class UploadPlan:
     files: list[UploadFile]
     model_card: str
     skipped_files: list[str] = field(default_factory=list)  # files of the folder that are not sent
+    skipped_exports: dict[str, str] = field(default_factory=dict)  # why not, as a clause, by folder
 
     @property
     def size(self) -> int:
         """Total bytes."""
         return sum(item.size for item in self.files)
+
+    @property
+    def exports_size(self) -> int:
+        """Bytes of the exports."""
+        return sum(item.size for item in self.files if item.path_in_repo.startswith(f"{EXPORT_FOLDER}/"))
 
 
 def plan_upload(
@@ -81,6 +90,7 @@ def plan_upload(
     private: bool = False,
     license: str | None = None,
     teacher: str | None = None,
+    exports: bool = True,
 ) -> UploadPlan:
     """Check a student, generate its card, and list everything to upload.
 
@@ -90,6 +100,7 @@ def plan_upload(
         private: create the repository as private.
         license: the Hub's identifier, if the teacher's license cannot be determined.
         teacher: the teacher's Hub name or folder, if the run does not name it (a local path, no run).
+        exports: send along what `limbeck export` wrote of this student.
 
     Raises:
         LimbeckError: no student, an unfinished run, missing or damaged files, no license, an invalid repository name,
@@ -113,18 +124,24 @@ def plan_upload(
     if recipe:
         local_folders += find_local_folders(recipe.model_dump(mode="json"))
         _check_prompt(recipe, recipe_file)
-    card = _load_or_generate_card(folder, repo_id, plan, teacher_info, run)
+    records, skipped_exports = _choose_exports(folder) if exports else ({}, {})
+    sent_exports = [(f"{EXPORT_FOLDER}/{place.name}", record) for place, record in records.items()]
+    card = _load_or_generate_card(folder, repo_id, plan, teacher_info, run, sent_exports)
     check_no_local_paths(card, "the card", local_folders)
     files = [UploadFile.from_content(MODEL_CARD_FILE, card.encode())]
     skipped_files = []
     code = {"modeling_limbeck.py", *(mixer_file_name(name) for name in plan.get("origins", {}))}
     for name, file in _list_files(folder):
-        if name == MODEL_CARD_FILE:
+        if name == MODEL_CARD_FILE or name.startswith(f"{EXPORT_FOLDER}/"):
             continue
         if not (name in code or name.endswith(UPLOADED_SUFFIXES) or name.startswith(("LICENSE", "LICENCE", "NOTICE"))):
             skipped_files.append(name)
         else:
             files.append(UploadFile.from_content(name, _strip_settings(name, file, local_folders)))
+    for place, record in records.items():
+        for name in record.files:
+            content = _strip_settings(Path(name).name, place / name, local_folders)
+            files.append(UploadFile.from_content(f"{EXPORT_FOLDER}/{place.name}/{name}", content))
     files += [
         UploadFile.from_content(p.name, p)
         for p in teacher_info.license_files
@@ -132,9 +149,26 @@ def plan_upload(
     ]
     what = " and ".join(dict.fromkeys(entry["mixer"] for entry in plan["layers"]))
     commit_message = f"{what} in {len(plan['layers'])} layers of {teacher_info.display_name}"
-    return UploadPlan(
-        repo_id, private, commit_message, sorted(files, key=lambda item: item.path_in_repo), card, skipped_files
-    )
+    files.sort(key=lambda item: item.path_in_repo)
+    return UploadPlan(repo_id, private, commit_message, files, card, skipped_files, skipped_exports)
+
+
+def _choose_exports(folder: Path) -> tuple[dict[Path, ExportRecord], dict[str, str]]:
+    """Choose the exports that hold what the student's folder holds: their records, and why others stay here."""
+    chosen: dict[Path, ExportRecord] = {}
+    skipped: dict[str, str] = {}
+    places = find_export_folders(folder)
+    student = fingerprint_checkpoint(folder) if places else ""
+    for place in places:
+        record = load_record(place)
+        problem = None if record is None else record.find_problem(place, student)
+        if record is None:
+            skipped[f"{EXPORT_FOLDER}/{place.name}"] = "has no record; limbeck export ... --force writes it again"
+        elif problem is not None:
+            skipped[f"{EXPORT_FOLDER}/{place.name}"] = problem
+        else:
+            chosen[place] = record
+    return chosen, skipped
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -233,12 +267,17 @@ def _resume_command(path: Path, recipe: Recipe) -> str:
 
 
 def _load_or_generate_card(
-    folder: Path, repo_id: str, plan: dict[str, Any], teacher_info: TeacherInfo, run: PublishedRun | None
+    folder: Path,
+    repo_id: str,
+    plan: dict[str, Any],
+    teacher_info: TeacherInfo,
+    run: PublishedRun | None,
+    exports: list[tuple[str, ExportRecord]],
 ) -> str:
     """Take the folder's own README.md if its user wrote one, else generate the card."""
     own = folder / MODEL_CARD_FILE
     if not own.is_file():
-        return generate_model_card(repo_id, plan, teacher_info, run)
+        return generate_model_card(repo_id, plan, teacher_info, run, exports)
     text = own.read_text(encoding="utf-8")
     try:
         data = ModelCard(text).data.to_dict()
@@ -263,7 +302,7 @@ def _list_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _strip_settings(name: str, file: Path, local_folders: list[Path]) -> Path | bytes:
     """Remove local paths from settings; every other file is sent untouched, and refused if it names a local folder."""
-    if name in VOCABULARY_FILES or name.endswith((".safetensors", ".model", ".tiktoken", ".spm", ".index.json")):
+    if name in VOCABULARY_FILES or name.endswith(WEIGHT_FILES):
         return file
     text = file.read_text(encoding="utf-8", errors="replace")
     if name.endswith(".json"):

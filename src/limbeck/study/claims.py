@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from limbeck.core.objectives import Objectives
 from limbeck.study.effects import (
     cache_growth,
     gain_over_untrained_window,
@@ -31,6 +32,7 @@ from limbeck.study.statistics import (
     Term,
     decide_verdict,
     difference,
+    gap_at_equal_time,
     rank_correlation_by_seed,
 )
 
@@ -168,6 +170,23 @@ _DYNAMIC, _KERNEL = {"mixer": DYNAMIC_DECAY}, {"mixer": KERNEL_ONLY}
 _STAGE_3, _STAGES_23, _STAGES_123 = {"stages": ("3",)}, {"stages": ("2+3",)}, {"stages": ("1+2+3",)}
 _NIAH = r"niah \d, (\d+) tokens, among \d+"
 _COPIED, _FRESH = {"copy_projections": (True,)}, {"copy_projections": (False,)}
+
+
+def _beats_ce_and_kl(name: str) -> Claim:
+    """Build the claim that a further objective of stage 3 helps, beside CE + KL on as many tokens and for as long."""
+    longer = "ce_kl", "ce_kl_x2", "ce_kl_x4"  # arms of the study, by what they read
+    return Claim(
+        f"The objective {name} beside CE + KL gives a better student than CE + KL alone.",
+        "a question to its paper, see docs/guides/objectives.md",
+        "nats a token",
+        _fixed_hypotheses(
+            _hypothesis("at equal tokens", _loss_gap({"objective": (name,)}, {"objective": ("ce_kl",)})),
+            Hypothesis(
+                "at equal time, in which CE + KL reads more tokens",
+                lambda rows: gap_at_equal_time(rows, log_perplexity, "objective", name, longer, "logits"),
+            ),
+        ),
+    )
 
 
 CLAIMS: dict[str, Claim] = {
@@ -392,4 +411,5 @@ CLAIMS: dict[str, Claim] = {
         "nats a token",
         _better_than_other_starts,
     ),
+    **{f"objective-{name.replace('_', '-')}-helps": _beats_ce_and_kl(name) for name in Objectives.model_fields},
 }

@@ -1,11 +1,12 @@
 """Run a study from its current state to its end; the same command starts it, resumes it, and runs added arms.
 
 results = run_study(Study.load("paper-experiment-1", "gpu"))
-results["claims"], results["arms"][0]["values"]
+results["claims"], results["arms"][0]["values"]              # a notebook shows the tables
+run_study({"name": "mine", "base": {...}, "grid": {...}})    # the content of a study file
 
 runs/<study>-<size>/
   study.yaml                            the study as it is run
-  study.json                            all arms' numbers and the claims (docs/guides/studies.md)
+  study.json                            all arms' numbers and the claims (docs/reference/files.md)
   table.md, values.csv, claims.md
   failures.json                         the errors of failed arms
   <arm>/                                an ordinary run directory, and result.json
@@ -34,6 +35,7 @@ from limbeck.core.storage import (
     lock_folder,
     read_json,
 )
+from limbeck.models.temporary import quiet_transformers
 from limbeck.study import results, tables
 from limbeck.study.claims import evaluate_claims
 from limbeck.study.plan import StudyPlan, plan_study, schedule_tasks
@@ -114,15 +116,34 @@ def describe_task(task: StudyTask) -> str:
 FAILURES_FILE = "failures.json"
 
 
+class StudyResults(dict):
+    """What study.json holds; a notebook shows the tables and the claims.
+
+    folder: of the study, with report and values.
+    """
+
+    def __init__(self, results: dict[str, Any], folder: Path):
+        super().__init__(results)
+        self.folder = folder
+
+    def __str__(self) -> str:
+        claims = tables.format_claims(self["claims"]) if self["claims"] else ""
+        return "\n".join(filter(None, [(self.folder / "table.md").read_text(encoding="utf-8"), claims]))
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
 def run_study(
-    study: Study,
-    out: Path | None = None,
+    study: Study | str | Path | dict[str, Any],
+    out: str | Path | None = None,
     confirm: Callable[[StudyPlan], None] | None = None,
     executor: Executor | None = None,
-) -> dict[str, Any]:
+) -> StudyResults:
     """Run what is left of a study, and write its tables.
 
     Args:
+        study: a study; the name of a built-in one in its first size, or a YAML file; or the content of such a file.
         out: its folder, runs/<name>-<size> by default.
         confirm: called with the plan before work begins, if a plan is made here.
         executor: where the arms run (`limbeck.study.executors`); one after another in this process by default.
@@ -134,12 +155,15 @@ def run_study(
         LimbeckError: anything wrong with the study or its folder. An arm that fails raises nothing, it is reported.
         TrainingInterrupted: SIGTERM came; the same command resumes.
     """
+    if not isinstance(study, Study):
+        study = Study.parse(study) if isinstance(study, dict) else Study.load(study)
     folder = Path(out or f"runs/{study.title}")
     arms = check_study(study, folder)
     check_writable(folder)
     task_runner = TaskRunner()
     active_executor = executor or SequentialExecutor(task_runner)
     with ExitStack() as stack:
+        stack.enter_context(quiet_transformers())
         if existed := folder.is_dir():
             # so that a second process fails before the rehearsal, not after it
             stack.enter_context(lock_folder(folder))
@@ -161,7 +185,7 @@ def run_study(
         _run_tasks(study, folder, arms, active_executor, plan)
         failures = _read_failures(folder)
         claims = evaluate_claims(study.claims, _collect_claim_rows(study, arms))
-        return tables.write_study_results(study, folder, arms, failures, claims)
+        return StudyResults(tables.write_study_results(study, folder, arms, failures, claims), folder)
 
 
 def check_study(study: Study, folder: Path) -> list[Arm]:

@@ -81,7 +81,9 @@ class Grid(_StrictModel):
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     """Seeds; the replicates of the study's statistics."""
     recipes: list[str] = []
-    """Further arms: built-in recipes with their own students, texts and stages, with the tokens of the other arms."""
+    """Further arms: recipes, built-in or YAML files, with their own students, texts and stages, and the tokens of the
+    other arms.
+    """
     settings: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = {}
     """Further axes: name of the axis, name of a value, keys of the recipe as in `--set`; a stage is named, not numbered
     (stages.hidden.lr).
@@ -221,13 +223,13 @@ class Study(_StrictModel):
         return _drop_duplicates(list(by_name.values()))
 
     def _build_recipe_arm(self, name: str, teacher: str | None, tokens: int | None, seed: int, folder: Path) -> "Arm":
-        """Build the arm of a built-in recipe: teacher, evaluation and the sum of tokens are those of the other arms."""
+        """Build the arm of a recipe: teacher, evaluation and the sum of tokens are those of the other arms."""
         raw = Recipe.load(name).model_dump(mode="json")
         others = self._build_raw_recipe(expand_students(self.grid.students)[0], self.grid.stages[0], teacher, tokens)
         scale_token_budgets(raw["stages"], sum(stage["tokens"] for stage in others["stages"]))
         raw |= {key: others[key] for key in ("teacher", "evaluation", "trackers") if key in others}
         student = raw["student"]
-        axes = {"student": name, "stages": _format_stage_numbers(raw["stages"])}
+        axes = {"student": Path(name).stem, "stages": _format_stage_numbers(raw["stages"])}
         axes |= {key: student[key] for key in ("copy_projections", "layers", "softmax_layers")}
         axes |= {"teacher": raw["teacher"], "tokens": tokens, "seed": seed}
         arm_name = _format_arm_name(axes, {}, teacher)

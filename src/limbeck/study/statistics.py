@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import require
 
 ArmResult = dict[str, Any]
 Metric = Callable[[ArmResult], float | None]
@@ -185,6 +185,55 @@ def rank_correlation_by_seed(rows: list[ArmResult], axis: str, metric: Metric) -
     return result
 
 
+def gap_at_equal_time(
+    rows: list[ArmResult], metric: Metric, axis: str, name: str, references: tuple[str, ...], stage: str
+) -> Contrasts:
+    """Compute how much lower the metric of `name` is than that of references that trained as long, by seed.
+
+    The references differ in their number of tokens. Between them the metric is interpolated, linearly in the logarithm
+    of the seconds that the stage took. An arm that took less than the shortest is compared with that one; one that took
+    longer than the longest is left out.
+
+    Args:
+        axis: whose values `name` and `references` are.
+        stage: whose seconds count.
+    """
+
+    def read(row: ArmResult) -> tuple[float, float] | None:
+        value = metric(row)
+        seconds = sum(one["seconds"] for one in row.get("stages", []) if one["stage"] == stage)
+        return None if value is None or seconds <= 0 else (math.log(seconds), value)
+
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    arms: list[tuple[tuple[str, str], tuple[float, float]]] = []
+    for row in rows:
+        axes = row["axes"]
+        key = _get_seed(row), _axes_key({a: v for a, v in axes.items() if a not in ("seed", axis)})
+        point = read(row)
+        if point is not None and axes.get(axis) in references:
+            curves.setdefault(key, []).append(point)
+        elif point is not None and axes.get(axis) == name:
+            arms.append((key, point))
+    result = Contrasts()
+    for key, (time, value) in arms:
+        curve = sorted(curves.get(key, []))
+        if not math.isfinite(value):
+            result.diverged.append(f"{name} (seed {key[0]})")
+        if not curve or time > curve[-1][0]:
+            result.left_out.append(f"{name} (seed {key[0]}), which took longer than all it could be compared with")
+            continue
+        result.setdefault(key[0], []).append(_interpolate(curve, time) - value)
+    return result
+
+
+def _interpolate(curve: list[tuple[float, float]], at: float) -> float:
+    """Interpolate sorted points (x, y) linearly; before the first its y."""
+    for (left, low), (right, high) in itertools.pairwise(curve):
+        if left <= at <= right:
+            return low if right == left else low + (high - low) * (at - left) / (right - left)
+    return curve[0][1]
+
+
 def kendall_tau(first: dict[str, float], second: dict[str, float], names: list[str]) -> float:
     """Compute Kendall's tau-a of two orders; a pair that is tied in either neither agrees nor disagrees."""
 
@@ -307,10 +356,8 @@ def _t_test_p(values: list[float], null: float) -> float:
 
 
 def _import_scipy_stats() -> Any:
-    try:  # an optional dependency, of the extra `study`
-        from scipy import stats
-    except ImportError as error:
-        raise LimbeckError(
-            "claims are tested with scipy, which is not installed", hint="pip install 'limbeck[study]'"
-        ) from error
+    require("scipy", "tests of claims")
+    # late: an optional dependency
+    from scipy import stats
+
     return stats

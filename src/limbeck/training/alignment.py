@@ -20,7 +20,7 @@ from limbeck.core.console import console
 from limbeck.data.packing import Batch
 from limbeck.models.attention_rows import compute_mixing_rows, output_attention_rows, supports_row_output
 from limbeck.models.backbone import run_backbone, supports_packed_positions
-from limbeck.models.hooks import DistillationPair, ModuleHook, hook_modules
+from limbeck.models.hooks import DistillationPair, ModuleHook, first_output, hook_modules
 from limbeck.ops.matrix_rows import gather_rows, sample_query_positions
 from limbeck.training.losses import hidden_distance, matrix_distance
 
@@ -210,10 +210,7 @@ class MatrixStage(LayerwiseStage):
         target = output[1]
         if self.sampled_queries is not None and not self.teacher_computes_rows:
             target = gather_rows(target, self.sampled_queries, 2)
-        if self.sampled_queries is None:
-            _, matrix = module(*args, **kwargs, output_matrix=True)
-        else:
-            matrix = compute_mixing_rows(module, args, kwargs, self.sampled_queries)
+        matrix = compute_mixing_rows(module, args, kwargs, self.sampled_queries)
         return matrix_distance(matrix, target) / counts["sequences"]
 
 
@@ -241,9 +238,5 @@ class HiddenStage(LayerwiseStage):
         return [name_of[self.train](site) for site in self.sites]
 
     def loss(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple, counts: Counts) -> Tensor:
-        hidden, target = _first(module(*args, **kwargs)), _first(output)
+        hidden, target = first_output(module(*args, **kwargs)), first_output(output)
         return hidden_distance(hidden, target, loss=self.kind) / counts["tokens"]
-
-
-def _first(output: Tensor | tuple) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -167,13 +167,16 @@ class NormalEquations:
         module, projection = self.student.get_submodule(site.module), self.projections[site.module]
 
         def accumulate(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-            inputs: list[Tensor] = []
-            handle = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            inputs: Tensor | None = None
+            handle = projection.register_forward_pre_hook(_stop_with_input)
             try:
                 module(*args, **kwargs)
+            except _ProjectionReached as reached:
+                inputs = reached.inputs
             finally:
                 handle.remove()
-            self._accumulate(site.module, inputs[0].flatten(0, -2).double(), output[0].flatten(0, -2).double())
+            assert inputs is not None, "a converted layer ends in its output projection"
+            self._accumulate(site.module, inputs.flatten(0, -2).double(), output[0].flatten(0, -2).double())
 
         return accumulate
 
@@ -247,6 +250,18 @@ class NormalEquations:
             return None
         w = torch.cholesky_solve(fty + strength * w0, factor)
         return w if bool(w.isfinite().all()) else None
+
+
+class _ProjectionReached(Exception):
+    """Carries the input of an output projection out of its attention module: nothing behind it is needed."""
+
+    def __init__(self, inputs: Tensor):
+        super().__init__("the input of an output projection is read in stage 0 only")
+        self.inputs = inputs
+
+
+def _stop_with_input(projection: nn.Module, args: tuple) -> None:
+    raise _ProjectionReached(args[0])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
-from limbeck.core.recipe import Recipe, Student
+from limbeck.core.recipe import Logits, Recipe, Student
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.storage import read_manifest
 from limbeck.data import documents
@@ -64,7 +64,15 @@ def build_run_identity(
             "files": fingerprint_model_files(folder) if folder else None,
         },
         "student": summarize_student_layers(student, groups, recipe.longest),
+        **({"further_teachers": further} if (further := _fingerprint_further_teachers(recipe)) else {}),
     }
+
+
+def _fingerprint_further_teachers(recipe: Recipe) -> dict[str, dict[str, str] | None]:
+    """Return the fingerprints of the files of the teachers that an objective of stage 3 names."""
+    chosen = [stage.objectives.teachers for stage in recipe.stages if isinstance(stage, Logits)]
+    folders = {name: find_model_folder(name) for one in chosen if one is not None for name in one.names}
+    return {name: fingerprint_model_files(folder) if folder else None for name, folder in folders.items()}
 
 
 def assign_student_mixers(student: Student, groups: Sequence[int], length: int) -> dict[int, MixerAssignment]:
@@ -127,6 +135,10 @@ def check_run_identity(path: Path, now: dict[str, Any]) -> None:
             changed += describe_differences(f"the teacher '{name}', {key}", settings[key], after["config"][key])
     if manifest.get("student"):
         changed += describe_differences("the student", manifest["student"], now["student"])
+    further = now.get("further_teachers", {})
+    for name, before_files in manifest.get("further_teachers", {}).items():
+        if before_files is not None and further.get(name) not in (None, before_files):
+            changed.append(f"the teacher '{name}' has changed: its files differ")
     raise_if_changed(
         f"the run {path} started with another teacher or student",
         path,

@@ -5,7 +5,7 @@
 Copying from the context takes two steps (an induction head, arXiv 2209.11895): one head fetches the previous token at
 each position, and a later head finds the position whose previous token is the current one. Neither helps without the
 other, so from a random initialization both depend on chance: the small teacher had no trace of them after 1.66 M tokens
-(docs/project/small_teacher.md). Here both are part of the initial weights, as in mimetic initialization (arXiv
+(docs/guides/studies.md). Here both are part of the initial weights, as in mimetic initialization (arXiv
 2305.09828), but weak enough to be reshaped by training; all other weights stay random.
 
 - Embeddings get a component u that all tokens share. In the first layer one head forms queries and keys from u alone,

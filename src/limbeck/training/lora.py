@@ -8,7 +8,6 @@
 The adapters are added to the student in place, so its head, hooks and caches keep working.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.core.errors import LimbeckError, suggest_closest
+from limbeck.core.extras import require
 from limbeck.models import Site, unshare_weights
 from limbeck.models.backbone import supports_packed_positions
 from limbeck.models.modeling import get_mixers
@@ -28,8 +28,7 @@ GROUPS = ("attention", "all-linear")
 
 def check_peft() -> None:
     """Raise LimbeckError if peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise LimbeckError("LoRA requires the library peft", hint="pip install 'limbeck[peft]'")
+    require("peft", "LoRA")
 
 
 def resolve_lora_targets(

@@ -112,9 +112,11 @@ class ObjectiveWeights:
     reverse_kl: float = 0.0  # KL(student || teacher)
     jsd: float = 0.0  # generalized Jensen-Shannon divergence
     top_kl: float = 0.0  # KL over the teacher's most likely tokens and one entry for all others
+    enhanced: float = 0.0  # cross-entropy on the teacher's distribution with the label's part enhanced
     temperature: float = 1.0  # of the divergences, which are multiplied by its square
     beta: float = 0.5  # of jsd: the teacher's share of the mixture
     top_k: int = 32  # of top_kl
+    gamma: float = 1.0  # exponent of enhanced
 
     def active(self) -> dict[str, float]:
         """Return the objectives with a nonzero weight."""
@@ -151,6 +153,7 @@ class TokenLogits:
 
     def __init__(self, s: Tensor, teacher: Tensor | TopLogProbs | None, labels: Tensor):
         self.s, self.teacher, self.labels = s, teacher, labels[:, None]
+        self._divergences: dict[bool, Tensor] = {}
 
     @property
     def t(self) -> Tensor:
@@ -177,8 +180,11 @@ class TokenLogits:
 
     def kl_divergence(self, reverse: bool = False) -> Tensor:
         """Compute KL(teacher || student) of each token [n], with `reverse` KL(student || teacher)."""
-        weight, sign = (self.p, -1) if reverse else (self.q, 1)
-        return sign * (dot(weight, self.t) - dot(weight, self.s) - self.other[1] + self.student[1])
+        if reverse not in self._divergences:  # it is both an objective and a metric
+            weight, sign = (self.p, -1) if reverse else (self.q, 1)
+            products = dot(weight, self.t) - dot(weight, self.s)
+            self._divergences[reverse] = sign * (products - self.other[1] + self.student[1])
+        return self._divergences[reverse]
 
     def with_temperature(self, temperature: float) -> "TokenLogits":
         """Return both logits divided by the temperature."""
@@ -237,12 +243,26 @@ def top_kl(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, LogitG
     return value, LogitGradient(dense=rows.p * (1 - ratio)[:, None], index=index, scattered=correction)
 
 
+def enhanced_cross_entropy(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, LogitGradient]:
+    """Compute −(1 + q_y)^γ log p_y − Σ_{c ≠ y} q_c log p_c, y the label (OFA-KD, arXiv 2310.19444, section 3).
+
+    With γ = 1 it is the cross-entropy on the label plus KL(q || p), up to the teacher's entropy.
+    """
+    q_label = rows.q.gather(1, rows.labels)
+    extra = (1 + q_label) ** weights.gamma - q_label  # [n, 1], what the label has beyond its part in the teacher
+    label_loss = rows.student[1] - rows.s.gather(1, rows.labels)[:, 0]
+    value = (rows.student[1] - dot(rows.q, rows.s) + extra[:, 0] * label_loss).sum()
+    gradient = LogitGradient(student=1.0, teacher=-1.0, dense=rows.p * extra, index=rows.labels, scattered=-extra)
+    return value, gradient
+
+
 OBJECTIVES: dict[str, Callable[[TokenLogits, ObjectiveWeights], tuple[Tensor, LogitGradient]]] = {
     "ce": cross_entropy,
     "kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jensen_shannon,
     "top_kl": top_kl,
+    "enhanced": enhanced_cross_entropy,
 }
 
 

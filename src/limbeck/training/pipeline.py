@@ -1,13 +1,15 @@
 """The main job: teacher in, stages, evaluation, and a student that can be loaded by transformers.
 
-    summary = distill(Recipe.load("limbeck"))             # the same call resumes, and does nothing when all is done
+    summary = distill("limbeck")                          # the same call resumes, and does nothing when all is done
 
 Everything that can be wrong with a recipe is found before anything is written.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,47 +23,95 @@ from limbeck.core.recipe import Recipe
 from limbeck.core.screen import is_drawn, watch
 from limbeck.core.storage import check_disk_space, check_writable, read_json, read_manifest
 from limbeck.core.system import get_command_line
-from limbeck.report.run_summary import format_outcome
+from limbeck.data.in_memory import name_text
+from limbeck.models.temporary import frozen, quiet_transformers
+from limbeck.report.run_summary import RunSummary, format_outcome
 from limbeck.report.teacher_info import get_teacher_name
 from limbeck.training.automatic_heads import store_chosen_heads
 from limbeck.training.export import check_exported_files, export_and_evaluate, provenance
 from limbeck.training.identity import matches_run_identity
 from limbeck.training.plan import Plan, make_plan
 from limbeck.training.precision import numerics_context
+from limbeck.training.recipe_options import build_recipe
 from limbeck.training.rehearsal import dry_run_export, measure_stage_times
 from limbeck.training.run_directory import RunDirectory, check_run, collect_environment, open_run, remove_stale_export
 from limbeck.training.setup import Job, assign_run_directory, build_student, prepare_job, run_path
 from limbeck.training.stages import make_stage, run_stages
-from limbeck.training.teacher_loading import LoadedTeacher
+from limbeck.training.teacher_loading import LoadedTeacher, get_teacher_source
 from limbeck.training.trainer import Stage
 
 MAX_MEASURED_STEP_SECONDS = 120.0  # stages are not rehearsed if a step is planned to take longer
 
 
 def distill(
-    recipe: Recipe,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    teacher: str | Path | LoadedTeacher | None = None,
+    student: str | None = None,
+    layers: str | list[int] | None = None,
+    stages: str | None = None,
+    tokens: int | None = None,
+    data: Any = None,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
     confirm: Callable[[Plan], None] | None = None,
     loaded: LoadedTeacher | None = None,
     measure_times: bool = True,
     plot_curves: bool = True,
-) -> dict[str, Any]:
-    """Run a recipe to its end, from where it was interrupted if it was.
+) -> RunSummary:
+    """Distill a teacher into a subquadratic student: run a recipe to its end, from where it was interrupted if it was.
+
+    The options are those of the command line. A hint in an error, `--set KEY=VALUE`, is `overrides={KEY: VALUE}` here.
+
+    Example:
+        >>> no_exam = {"evaluation.exam_documents": 0}
+        >>> summary = limbeck.distill("quickstart_smoke", teacher="my-teacher", data=documents, overrides=no_exam)
+        >>> summary["held_out"]["student_perplexity"] > 1
+        True
+        >>> student = AutoModelForCausalLM.from_pretrained(summary.student_folder)
 
     Args:
-        recipe: what to do; `recipe.out` is the run directory, by default the first of runs/<name>, runs/<name>-2, ...
-            that is free or holds this run.
+        recipe: a built-in recipe ("limbeck", "quickstart", "smoke", ...), a YAML file or a `Recipe`. None: "limbeck",
+            or "quickstart" where `student` or `stages` is given, whose stages fit any mixer.
+        teacher: "embedded", "small", a folder or a Hub name; or a model in memory with its tokenizer, (model,
+            tokenizer), in float32.
+        student: the mixer in place of softmax attention.
+        layers: the layers to convert, "all" or numbers.
+        stages: the stages to run: "0,2,3".
+        tokens: training tokens over all stages, divided among them as in the recipe.
+        data: a file, a folder, a dataset's name or "embedded"; or the text itself: a list of strings, a list of records
+            or a `datasets.Dataset`.
+        out: the run directory; by default the first of runs/<name>, runs/<name>-2, ... that is free or holds this run.
+        overrides: any other key of the recipe by its dotted name: {"stages.hidden.lr": 5e-4}.
         confirm: called with the plan before long work begins (the command line prints it).
-        loaded: the teacher and its tokenizer, if they are in memory already.
+        loaded: the recipe's teacher and its tokenizer, if they are in memory already.
         measure_times: run a step of each stage first, for the plan's times; otherwise they are estimated from FLOPs.
         plot_curves: draw the losses into the run directory (if matplotlib is installed).
 
     Returns:
-        The summary that is also written to eval.json.
+        The summary that is also written to eval.json: a dict, which a notebook shows as tables.
 
     Raises:
         LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then. With several
             processes all raise the error of the first that failed.
     """
+    if isinstance(teacher, tuple):
+        loaded, teacher = teacher, get_teacher_source(*teacher)
+    options: dict[str, Any] = {"teacher": teacher and str(teacher), "student": student, "layers": layers}
+    options |= {"stages": stages, "tokens": tokens, "data": name_text(data), "out": out, "overrides": overrides}
+    if not isinstance(recipe, Recipe) or any(value is not None for value in options.values()):
+        recipe = build_recipe(recipe, **options)
+    with frozen(loaded[0]) if loaded else nullcontext(), quiet_transformers():
+        return RunSummary(_run(recipe, confirm, loaded, measure_times, plot_curves))
+
+
+def _run(
+    recipe: Recipe,
+    confirm: Callable[[Plan], None] | None,
+    loaded: LoadedTeacher | None,
+    measure_times: bool,
+    plot_curves: bool,
+) -> dict[str, Any]:
     with process_group(), numerics_context(recipe):
         recipe = recipe.model_copy(update={"out": run_on_main(lambda: assign_run_directory(recipe).out)})
         cached_summary = run_on_main(lambda: _load_finished_summary(recipe))

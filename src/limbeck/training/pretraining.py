@@ -6,7 +6,7 @@
 A teacher trains on the embedded text mixed with recall tasks (`limbeck.data.offline.recall`); its tokenizer is trained
 on that text too. Training uses the training loop of students with a stage of its own, next-token prediction. It can be
 killed at any time: the same command resumes it, on a CPU bit for bit. The manifest of the teacher's folder records
-training time and quality. See docs/project/small_teacher.md.
+training time and quality. See docs/guides/studies.md.
 """
 
 import math

@@ -167,7 +167,10 @@ def _time_training(settings: recipes.Trained, stage: Any, draw: Callable, length
 
         backward(WARMUP_TOKENS, 1)
         update()  # the first one creates the optimizer state
-        micro_seconds = _timed(lambda: backward(length, micro))
+        micro_seconds = 0.0
+        for share, prepare in getattr(stage, "rehearsal_kinds", lambda: [(1.0, lambda: None)])():
+            prepare()  # where a stage treats some sequences in another way, each kind is timed by itself
+            micro_seconds += share * _timed(lambda: backward(length, micro))
         step_seconds = math.ceil(settings.batch_size / micro) * micro_seconds + _timed(update)
     finally:
         for parameter in parameters.values():

@@ -32,7 +32,7 @@ from limbeck.data.special_tokens import find_special_token_ids
 from limbeck.data.synthetic import REPEATS_SOURCE
 from limbeck.data.token_store import Split
 from limbeck.models import Site, convert, find_attention_sites, loading
-from limbeck.models.compilation import CompileLog, should_compile
+from limbeck.models.compilation import CompileLog, list_decoder_blocks, should_compile
 from limbeck.models.hooks import DistillationPair, check_finite_loss
 from limbeck.models.packed import force_attention_masks
 from limbeck.training.automatic_heads import (
@@ -44,6 +44,7 @@ from limbeck.training.automatic_heads import (
 from limbeck.training.guard import count_guard_tokens
 from limbeck.training.identity import assign_student_mixers, build_run_identity, check_run_identity
 from limbeck.training.lora import check_peft, resolve_lora_targets
+from limbeck.training.objectives.registry import check_objectives
 from limbeck.training.precision import check_precision, resolve_autocast
 from limbeck.training.run_directory import check_run
 from limbeck.training.teacher_cache import require_packed
@@ -140,6 +141,8 @@ def prepare_job(
     if recipe.attention == "mask":
         force_attention_masks(teacher)
     converted = [sites[i] for i in assign_student_mixers(student, groups, recipe.longest)]
+    blocks = len(list_decoder_blocks(teacher, sites[0].block))
+    check_objectives(recipe, blocks, tokenizer if notes is None else None)
     for stage in recipe.stages:
         if isinstance(stage, recipes.Logits) and stage.lora is not None:
             check_peft()

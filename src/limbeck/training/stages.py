@@ -32,6 +32,8 @@ from limbeck.training.guard import StageGuard
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.lora import LoraAdapters, resolve_lora_targets
 from limbeck.training.losses import ObjectiveWeights
+from limbeck.training.objectives.stage import PREFIX as OBJECTIVE_PREFIX
+from limbeck.training.objectives.stage import ObjectivesStage
 from limbeck.training.optim import count_training_steps
 from limbeck.training.run_directory import RunDirectory
 from limbeck.training.setup import Job, dataset_key
@@ -58,8 +60,7 @@ def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
                 stage, settings, data, run, index=context.index, position=context.position, held_out=held_out
             )
             facts = {**trainer.train(), **cache_facts}
-        adapters = getattr(stage, "adapters", None)
-        runner.finish_stage(context, stage.parameters() if adapters is None else adapters.merge(), facts)
+        runner.finish_stage(context, _learned_parameters(stage), facts)
         view.finish(context.index, format_outcome({"stage": settings.stage, **facts}), facts["seconds"])
 
 
@@ -144,15 +145,24 @@ def make_stage(
         names = resolve_lora_targets(student, job.sites, lora.target_modules)
         seed = job.recipe.seed + 1000 * index
         adapters = LoraAdapters(student, names, lora.rank, lora.alpha, lora.dropout, seed)
-    return LogitsStage(
-        pair,
-        ObjectiveWeights(**{field.name: getattr(settings, field.name) for field in fields(ObjectiveWeights)}),
-        train=settings.train,
-        chunk_size=settings.chunk_size,
-        adapters=adapters,
-        checkpoint_activations=settings.checkpoint_activations,
-        compiled=job.compile_enabled,
-    )
+    weights = ObjectiveWeights(**{field.name: getattr(settings, field.name) for field in fields(ObjectiveWeights)})
+    options: dict[str, Any] = {
+        "train": settings.train,
+        "chunk_size": settings.chunk_size,
+        "adapters": adapters,
+        "checkpoint_activations": settings.checkpoint_activations,
+        "compiled": job.compile_enabled,
+    }
+    if settings.objectives.active():
+        return ObjectivesStage(pair, weights, settings.objectives, job.recipe.seed + 1000 * index, **options)
+    return LogitsStage(pair, weights, **options)
+
+
+def _learned_parameters(stage: Stage) -> dict[str, nn.Parameter]:
+    """Return what a stage hands on: the student's parameters that it trained, with its adapters merged."""
+    adapters = getattr(stage, "adapters", None)
+    learned = stage.parameters() if adapters is None else adapters.merge()
+    return {name: parameter for name, parameter in learned.items() if not name.startswith(OBJECTIVE_PREFIX)}
 
 
 def trains_beyond_attention(settings: Any) -> bool:
@@ -194,6 +204,9 @@ def _compiled(job: Job, student: PreTrainedModel, settings: Any) -> contextlib.A
     if not isinstance(settings, recipes.Logits) or not job.compile_enabled:
         return contextlib.nullcontext()
     stack = contextlib.ExitStack()
+    if settings.objectives.active():
+        job.compile_failures.record_fallback("objectives read and change what blocks return")
+        return stack
     if settings.sharding == "full" and get_process_info().world_size > 1:
         job.compile_failures.record_fallback("sharded blocks are gathered when they run")
         return stack

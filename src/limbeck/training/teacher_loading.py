@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.core.cache import NotCachedError, get_dry_run_notes
+from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe, TeacherRecipe
 from limbeck.models import loading
 from limbeck.models.hub import check_hub_model
@@ -60,6 +61,28 @@ def load_recipe_teacher(recipe: Recipe, device: torch.device) -> LoadedTeacher:
         notes.append(f"would be downloaded first, once: {name}, {model.num_parameters() / 1e9:.2f} B parameters")
         return model, None  # type: ignore[return-value]
     return loading.load_teacher(name, device, recipe.teacher_bits)
+
+
+def get_teacher_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name of a teacher in memory, a folder, a Hub name or "embedded", by which its run finds it again.
+
+    Raises:
+        LimbeckError: it came from none, or its weights are not float32.
+    """
+    name = model.name_or_path
+    if not name:
+        raise LimbeckError(
+            "the teacher in memory has no name, by which the run could find it again",
+            expected="a model that was loaded from a folder or the Hub",
+            hint='model.save_pretrained("my-teacher"), tokenizer.save_pretrained("my-teacher"), teacher="my-teacher"',
+        )
+    if model.dtype != torch.float32:
+        raise LimbeckError(
+            f"the teacher's weights are {str(model.dtype).removeprefix('torch.')}",
+            expected="float32",
+            hint=f'teacher="{name}", or from_pretrained("{name}", dtype=torch.float32)',
+        )
+    return loading.find_own_name(name)
 
 
 def _build_placeholder(name: str, device: torch.device) -> PreTrainedModel:

@@ -8,7 +8,7 @@ passes of the teacher.
 
 Losses are divided by counts taken over the whole step before its first backward pass, so micro-batches change nothing.
 With several processes each takes its rows of a step; counts are summed over processes before the first backward pass
-and gradients after the last, so a step equals that of one process with all rows (docs/guides/scaling.md).
+and gradients after the last, so a step equals that of one process with all rows (docs/guides/gpu.md).
 
 A resumed stage continues bit for bit on a CPU: weights, optimizer, averages and data position are its whole state.
 """
@@ -202,9 +202,10 @@ class Trainer:
         return self.apply_gradients(losses)
 
     def prepare_stage(self) -> None:
-        """Set the loss scale and the converged layers for the next step."""
+        """Set the loss scale and the converged layers for the next step, and let objectives prepare for it."""
         self.stage.loss_scale = self.scaler.value
         self.stage.stopped = self.early_stopping.stopped
+        getattr(self.stage, "begin_step", _ignore)(self.held_out)
 
     def next_batches(self) -> list[Batch]:
         """Return the micro-batches of the next step that are this process's, on the device."""
@@ -275,6 +276,7 @@ class Trainer:
             for kind, by_name in weights.items()
             for name, tensor in (by_name or {}).items()
         }
+        tensors |= {f"memory|{name}": tensor for name, tensor in get_buffers(self.stage).items()}
         optimizer = self.optimizer.map_state_tensors(self.optimizer.state_dict(), gather)
         self.run.save_checkpoint(self.index, self.step, tensors, optimizer, self.state)
 
@@ -378,6 +380,8 @@ class Trainer:
             kind, _, name = key.partition("|")
             weights.setdefault(kind, {})[name] = self.sharded_parameters.local_shard(name, tensor).to(self.device)
         assign_parameters(self.parameters, weights["last"])
+        for name, buffer in get_buffers(self.stage).items():
+            buffer.copy_(weights["memory"][name])
         if self.ema is not None:
             self.ema.values = weights["average"]
         self.best = weights.get("best")
@@ -434,6 +438,15 @@ def total_loss(losses: dict[str, float]) -> float:
 def get_clip_groups(stage: Stage) -> list[list[str]]:
     """Return the parameter names of each layer whose gradient is clipped alone; empty if all are clipped together."""
     return getattr(stage, "clip_groups", list)()
+
+
+def get_buffers(stage: Stage) -> dict[str, Tensor]:
+    """Return what a stage remembers between steps beside its parameters, by name; empty for most."""
+    return getattr(stage, "buffers", dict)()
+
+
+def _ignore(held_out: SequenceDataset | None) -> None:
+    """Stand in for `begin_step` of stages that have none."""
 
 
 def fetch_scalars(norm: Tensor | float, losses: dict[str, Tensor]) -> tuple[float, dict[str, float]]:

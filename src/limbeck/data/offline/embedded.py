@@ -52,12 +52,13 @@ RESERVED_FRACTION = 0.1  # of the documents, by hash: what runs hold out lies in
 
 @dataclass(frozen=True)
 class Asset:
-    """One asset of `list_assets`: its folder, whether it is whole there, and its size in bytes."""
+    """One asset of `list_assets`: its folder, whether it is whole there, its size in bytes, and how to get it."""
 
     name: str
     folder: Path
     present: bool
     bytes: int
+    command: str
 
 
 def ensure_embedded_teacher(*, verify: bool = False) -> Path:
@@ -106,14 +107,18 @@ def load_training_texts() -> list[str]:
 
 def list_assets() -> list[Asset]:
     """List the teachers and each tier of the text, and what of them is in the cache, by size only (fast)."""
-    folders = [("teacher", get_embedded_teacher_folder())]
-    folders += [(f"teacher {name}", TeacherRecipe.load(name).folder) for name in TeacherRecipe.names()]
-    folders += [(f"text {tier}", _corpus_path(tier)) for tier in (*TIERS, RECALL)]
+    folders = [("teacher", get_embedded_teacher_folder(), "limbeck assets")]
+    folders += [
+        (f"teacher {name}", TeacherRecipe.load(name).folder, f"limbeck assets --teacher {name}")
+        for name in TeacherRecipe.names()
+    ]
+    folders += [(f"text {tier}", _corpus_path(tier), f"limbeck assets --tier {tier}") for tier in TIERS]
+    folders.append((f"text {RECALL}", _corpus_path(RECALL), "made when a recipe first asks for it"))
     assets = []
-    for name, folder in folders:
+    for name, folder, command in folders:
         manifest = load_valid_manifest(folder)
         size = sum(entry["bytes"] for entry in manifest["files"].values()) if manifest else 0
-        assets.append(Asset(name, folder, manifest is not None, size))
+        assets.append(Asset(name, folder, manifest is not None, size, command))
     return assets
 
 

@@ -3,11 +3,13 @@
     EXPORTER.check(student)                                      # [] if one of the layouts fits
     EXPORTER.write(student, tokenizer, folder, "q8_0")           # student-q8_0.gguf
     EXPORTER.verify(student, tokenizer, folder)
+    EXPORTER.score(folder, sequences), EXPORTER.speak(folder, ids, 32)
 
 The layout follows from the student's mixers: RWKV-7 is `arwkv7`, Gated DeltaNet is `qwen35`. Matrices are written in
 the chosen precision, vectors and small factors in float32.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,19 +20,55 @@ from torch import Tensor
 
 from limbeck.core.errors import LimbeckError
 from limbeck.core.version import __version__
-from limbeck.models.export import Exporter, ExportPlan, Fit, Reason, Verification, gguf_qwen35, gguf_rwkv7, qwen3_5
+from limbeck.models.export import (
+    Exporter,
+    ExportPlan,
+    Fit,
+    Reason,
+    Speech,
+    Verification,
+    gguf_qwen35,
+    gguf_rwkv7,
+    qwen3_5,
+)
 from limbeck.models.export.body import list_mixers_by_layer
 from limbeck.models.export.container import Container
 from limbeck.models.export.gguf_tokenizer import check_tokenizer, describe_tokenizer
-from limbeck.models.export.llama_cpp import get_version, run_in_process
+from limbeck.models.export.llama_cpp import get_version
+from limbeck.models.export.llama_cpp_process import compare_in_process, score_in_process, speak_in_process
 from limbeck.models.export.verification import compare, compute_logits, compute_step_logits, sample_tokens
 
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision of weights: llama.cpp's number of such files, bits of a number, and the precision of the head."""
+
+    file_type: int
+    bits: float
+    head: str | None = None  # None: the same
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether `BLOCK` numbers share a scale."""
+        return self.bits % 16 != 0
+
+
 LAYOUTS: dict[str, ModuleType] = {"rwkv7": gguf_rwkv7, "gated_deltanet": gguf_qwen35}
-FILE_TYPES = {"f16": 1, "q8_0": 7, "f32": 0}  # llama_ftype
-# Largest difference of a logit, in standard deviations of all logits. What rounding leaves is far below them, a tensor
-# in a wrong place far above; in q8_0 llama.cpp rounds activations too.
-BOUNDS = {"f32": 1e-3, "f16": 0.2, "q8_0": 2.0}
-BLOCK = 32  # numbers that share a scale in q8_0
+# Of each precision: llama_ftype, bits of a number, and the precision of the head. As in llama.cpp's own files, the head
+# of a file with four or five bits has more of them: every logit is a product with it.
+FORMATS = {
+    "f16": Precision(1, 16),
+    "q8_0": Precision(7, 8.5),
+    "q5_1": Precision(9, 6, head="q8_0"),
+    "q5_0": Precision(8, 5.5, head="q8_0"),
+    "q4_1": Precision(3, 5, head="q8_0"),
+    "q4_0": Precision(2, 4.5, head="q8_0"),
+    "f32": Precision(0, 32),
+}
+# Difference of a logit, in standard deviations of all logits: the largest one in f32, the typical one of rounded
+# weights, where logits that have nothing to do with the student's come to 1.4. llama.cpp rounds activations too.
+BOUNDS = {"f32": 1e-3, "f16": 0.1, "q8_0": 0.6, "q5_1": 0.8, "q5_0": 0.8, "q4_1": 1.0, "q4_0": 1.0}
+BLOCK = 32  # numbers that share a scale in q8_0, q5 and q4
 SAMPLE_TEXT = "In 1984, the 12 guests said: «It's fine!»\n\n\tI'm 3.5% naïve, aren't  you?"
 
 
@@ -67,17 +105,19 @@ def choose_type(container: Container, name: str, quantization: str) -> str:
     """Return the precision of a tensor: float32 for exact ones, float16 for rows that do not fill blocks."""
     if name in container.exact:
         return "f32"
-    if quantization == "q8_0" and container.tensors[name].shape[-1] % BLOCK:
+    precision = FORMATS[quantization]
+    if precision.in_blocks and container.tensors[name].shape[-1] % BLOCK:
         return "f16"
-    return quantization
+    # without a head of its own, the embeddings are the head
+    head = "output.weight" if "output.weight" in container.tensors else "token_embd.weight"
+    return precision.head or quantization if name == head else quantization
 
 
 def plan(student: Any, tokenizer: Any, quantization: str) -> ExportPlan:
     """Return the file that would be written, and its size."""
     container = build(student)
-    per_number = {"f32": 4.0, "f16": 2.0, "q8_0": (BLOCK + 2) / BLOCK}
     size = sum(
-        tensor.numel() * per_number[choose_type(container, name, quantization)]
+        tensor.numel() * FORMATS[choose_type(container, name, quantization)].bits / 8
         for name, tensor in container.tensors.items()
     )
     notes = [f"{len(container.tensors)} tensors, vocabulary and chat template"]
@@ -93,28 +133,33 @@ def file_name(quantization: str) -> str:
 
 def write(student: Any, tokenizer: Any, folder: Path, quantization: str) -> None:
     """Write the file."""
+    name = f"{type(student).__name__.removesuffix('ForCausalLM').removeprefix('Limbeck')} student"
+    write_container(build(student), name, student, tokenizer, folder / file_name(quantization), quantization)
+
+
+def write_container(container: Container, name: str, model: Any, tokenizer: Any, file: Path, quantization: str) -> None:
+    """Write keys and tensors of a model, with its vocabulary and its settings of generation, to a GGUF file."""
     gguf = import_gguf()
-    container = build(student)
-    writer = gguf.GGUFWriter(folder / file_name(quantization), container.layout)
+    writer = gguf.GGUFWriter(file, container.layout)
     try:
-        _add_keys(writer, student, tokenizer, container, quantization)
+        writer.add_name(name)
+        _add_keys(writer, model, tokenizer, container, quantization)
         _add_tensors(gguf, writer, container, quantization)
     finally:
         writer.close()
 
 
-def _add_keys(writer: Any, student: Any, tokenizer: Any, container: Container, quantization: str) -> None:
-    vocabulary = student.get_input_embeddings().num_embeddings
-    writer.add_name(f"{type(student).__name__.removesuffix('ForCausalLM').removeprefix('Limbeck')} student")
+def _add_keys(writer: Any, model: Any, tokenizer: Any, container: Container, quantization: str) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
     writer.add_string("general.converter", f"limbeck {__version__}")
-    writer.add_file_type(FILE_TYPES[quantization])
-    if quantization == "q8_0":
+    writer.add_file_type(FORMATS[quantization].file_type)
+    if FORMATS[quantization].in_blocks:
         writer.add_quantization_version(2)
     for key, value in {**container.keys, "vocab_size": vocabulary}.items():
         _add_key(writer, f"{container.layout}.{key}", value)
-    for key, value in describe_tokenizer(tokenizer, vocabulary, student.generation_config).items():
+    for key, value in describe_tokenizer(tokenizer, vocabulary, model.generation_config).items():
         _add_key(writer, f"tokenizer.{key}", value)
-    for key, value in _sampling(student.generation_config).items():
+    for key, value in _sampling(model.generation_config).items():
         _add_key(writer, f"general.sampling.{key}", value)
 
 
@@ -144,11 +189,11 @@ def _add_tensors(gguf: Any, writer: Any, container: Container, quantization: str
     """Announce all tensors, then write one at a time, so that no second student is in memory."""
     kinds = {name: choose_type(container, name, quantization) for name in container.tensors}
     for name, tensor in container.tensors.items():
-        kind = gguf.GGMLQuantizationType[kinds[name].upper()]
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind) if kinds[name] == "q8_0" else tuple(tensor.shape)
-        dtype = np.dtype({"f32": np.float32, "f16": np.float16, "q8_0": np.uint8}[kinds[name]])
+        kind, in_blocks = gguf.GGMLQuantizationType[kinds[name].upper()], FORMATS[kinds[name]].in_blocks
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind) if in_blocks else tuple(tensor.shape)
+        dtype = np.dtype({"f32": np.float32, "f16": np.float16}.get(kinds[name], np.uint8))
         size = int(np.prod(shape)) * dtype.itemsize
-        writer.add_tensor_info(name, shape, dtype, size, raw_dtype=kind if kinds[name] == "q8_0" else None)
+        writer.add_tensor_info(name, shape, dtype, size, raw_dtype=kind if in_blocks else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -185,9 +230,10 @@ def import_gguf() -> Any:
 def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
     """Run the file in llama.cpp beside the student, as a prompt and step by step, and split a text with both."""
     version = get_version()
-    file = next(folder / file_name(kind) for kind in FILE_TYPES if (folder / file_name(kind)).is_file())
+    file = find_file(folder)
+    weights = file.stem.removeprefix("student-")
     ids = sample_tokens(student)
-    run = run_in_process(file, ids, SAMPLE_TEXT, threads=torch.get_num_threads())
+    run = compare_in_process(file, ids, SAMPLE_TEXT, threads=torch.get_num_threads())
     return compare(
         compute_logits(student, ids),
         run.prompt,
@@ -195,9 +241,25 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
         own_steps=compute_step_logits(student, ids),
         engine="llama.cpp",
         version=version,
-        bound=BOUNDS[file.stem.removeprefix("student-")],
+        bound=BOUNDS[weights],
+        rounded=weights != "f32",
         same_text_tokens=run.tokens == tokenizer(SAMPLE_TEXT, add_special_tokens=False).input_ids,
     )
+
+
+def score(folder: Path, sequences: list[list[int]]) -> float:
+    """Sum llama.cpp's loss in nats over all tokens but the first of each sequence."""
+    return score_in_process(find_file(folder), sequences, threads=torch.get_num_threads())
+
+
+def speak(folder: Path, ids: list[int], count: int) -> Speech:
+    """Continue a prompt in llama.cpp by `count` tokens."""
+    return speak_in_process(find_file(folder), ids, count, threads=torch.get_num_threads())
+
+
+def find_file(folder: Path) -> Path:
+    """Return the file that `write` left in a folder."""
+    return next(folder / file_name(kind) for kind in FORMATS if (folder / file_name(kind)).is_file())
 
 
 def fit(config: Any, mixer: str | None = None) -> Fit:
@@ -222,6 +284,8 @@ EXPORTER = Exporter(
     plan=plan,
     write=write,
     verify=verify,
+    score=score,
     fit=fit,
-    quantizations=tuple(FILE_TYPES),
+    quantizations=tuple(FORMATS),
+    speak=speak,
 )

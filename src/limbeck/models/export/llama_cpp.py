@@ -4,24 +4,17 @@
         logits = engine.decode([1, 2, 3])                 # [3, vocabulary]; the state goes on from call to call
         engine.reset()
         ids = engine.tokenize("Hello")
-    run = run_in_process("student-f16.gguf", ids, "Hello", threads=1)
 
-Only what a verification and a conversation need. Structs are described up to the last field that is set here, with room
-behind them, because llama.cpp adds fields at their ends; the defaults that the library fills in show whether the fields
-are where they are expected.
+Only what a verification, a score and a conversation need. Structs are described up to the last field that is set here,
+with room behind them, because llama.cpp adds fields at their ends; the defaults that the library fills in show whether
+the fields are where they are expected.
 """
 
 import ctypes
 import importlib.metadata
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
-from dataclasses import dataclass
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +38,7 @@ class ModelParams(ctypes.Structure):
 
 
 class ContextParams(ctypes.Structure):
-    """`llama_context_params` up to the types of the cache."""
+    """`llama_context_params` up to whether sequences share the cache's cells."""
 
     _fields_ = [
         ("n_ctx", c_uint32),
@@ -71,6 +64,13 @@ class ContextParams(ctypes.Structure):
         ("cb_eval_user_data", c_void_p),
         ("type_k", c_int32),
         ("type_v", c_int32),
+        ("between", c_void_p * 3),
+        ("embeddings", c_bool),
+        ("offload_kqv", c_bool),
+        ("no_perf", c_bool),
+        ("op_offload", c_bool),
+        ("swa_full", c_bool),
+        ("kv_unified", c_bool),
         ("room", ctypes.c_char * 512),
     ]
 
@@ -109,6 +109,13 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
+    "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
+    "llama_model_is_recurrent": (c_bool, [c_void_p]),
+    "llama_model_is_hybrid": (c_bool, [c_void_p]),
+    "llama_state_seq_get_size": (c_size_t, [c_void_p, c_int32]),
+    "llama_state_seq_get_data": (c_size_t, [c_void_p, c_void_p, c_size_t, c_int32]),
+    "llama_state_seq_set_data": (c_size_t, [c_void_p, c_void_p, c_size_t, c_int32]),
 }
 _errors: list[str] = []  # what the library logged as an error since the last load
 
@@ -159,7 +166,8 @@ def load_library() -> ctypes.CDLL:
     library.llama_backend_init()
     defaults = library.llama_context_default_params()
     seen = [defaults.n_ctx, defaults.n_batch, defaults.n_ubatch, defaults.n_seq_max, defaults.flash_attn_type]
-    if [*seen, defaults.type_k, defaults.type_v] != [512, 2048, 512, 1, -1, F16, F16]:
+    flags = [defaults.embeddings, defaults.offload_kqv, defaults.swa_full, defaults.kv_unified]
+    if [*seen, defaults.type_k, defaults.type_v, *flags] != [512, 2048, 512, 1, -1, F16, F16, False, True, True, False]:
         raise _unknown_interface(version, "its context parameters are laid out in another way")
     return library
 
@@ -179,9 +187,11 @@ class LlamaCpp:
         file: the GGUF file.
         context: tokens for which there is room.
         threads: of the CPU.
+        exact: keep the cache of softmax layers in float32, where it would be the largest difference, and read a prompt
+            at once; else as llama.cpp does by itself.
     """
 
-    def __init__(self, file: str | Path, context: int = 512, threads: int = 1):
+    def __init__(self, file: str | Path, context: int = 512, threads: int = 1, *, exact: bool = True):
         self.library = load_library()
         self.model: Any = None
         self.context: Any = None
@@ -193,11 +203,15 @@ class LlamaCpp:
         if not self.model:
             raise self._error(f"llama.cpp does not load {file}")
         params = self.library.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = self.length
+        params.n_ctx = params.n_batch = self.length
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = 0
-        # in half precision, the cache of softmax layers would be the largest difference
-        params.type_k = params.type_v = F32
+        if exact:
+            params.n_ubatch = self.length
+            params.flash_attn_type = 0
+            params.type_k = params.type_v = F32
+        else:
+            # a second sequence, for `repeat_context`
+            params.n_seq_max, params.kv_unified = 2, True
         self.context = self.library.llama_init_from_model(self.model, params)
         if not self.context:
             self.close()
@@ -235,6 +249,38 @@ class LlamaCpp:
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
         self.position = 0
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether all layers have a state of fixed size."""
+        return bool(self.library.llama_model_is_recurrent(self.model))
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the sequence's cache and states."""
+        return int(self.library.llama_state_seq_get_size(self.context, 0))
+
+    def repeat_context(self, times: int) -> None:
+        """Put the cache's cells there `times` times, for measurements of speed: as many cells as after a longer text.
+
+        The copies keep their positions, so what the model says next means nothing. What a token costs depends on the
+        number of cells and not on what is in them.
+
+        Raises:
+            LimbeckError: the model has layers without cells, or no room for the copies.
+        """
+        if self.is_recurrent or self.library.llama_model_is_hybrid(self.model):
+            raise LimbeckError("the model has layers with a state of fixed size", expected="softmax layers alone")
+        if times * self.position > self.length:
+            raise LimbeckError(f"{times * self.position} tokens", expected=f"{self.length} at most")
+        memory, size = self.library.llama_get_memory(self.context), self.state_bytes
+        state = ctypes.create_string_buffer(size)
+        self.library.llama_state_seq_get_data(self.context, state, size, 0)
+        for _ in range(times - 1):
+            if not self.library.llama_state_seq_set_data(self.context, state, size, 1):
+                raise self._error("llama.cpp does not take its own state back")
+            self.library.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+            self.library.llama_memory_seq_rm(memory, 1, -1, -1)
+
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Split a text into tokens.
 
@@ -268,64 +314,3 @@ class LlamaCpp:
         return EngineFailedError(
             problem + said, expected="a GGUF file that this version reads", hint=f"another version than {get_version()}"
         )
-
-
-# ------------------------------------------------------------------ in a process of its own
-
-
-@dataclass(frozen=True)
-class EngineRun:
-    """What llama.cpp makes of some tokens: logits [T, vocabulary] at once and step by step; and of a text: tokens."""
-
-    prompt: np.ndarray
-    steps: np.ndarray
-    tokens: list[int]
-
-
-def run_in_process(file: str | Path, ids: Sequence[int], text: str, threads: int) -> EngineRun:
-    """Run a file in a child process, because llama.cpp ends its process where it finds an error in a graph.
-
-    Raises:
-        EngineFailedError: the file does not load, or the child was ended.
-        EngineMissingError: llama.cpp is not installed.
-    """
-    get_version()
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run.npz"
-        task = json.dumps({"file": str(file), "ids": list(ids), "text": text, "threads": threads, "out": str(out)})
-        child = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=task,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-            check=False,
-        )
-        if child.returncode == EngineMissingError.exit_code:
-            load_library()  # raises the same error here
-        if child.returncode or not out.is_file():
-            lines = child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"]
-            raise EngineFailedError(
-                f"llama.cpp does not run {file}: {lines[0]}",
-                expected="a GGUF file that this version reads",
-                hint=f"another version than {get_version()}",
-            )
-        with np.load(out) as saved:
-            return EngineRun(saved["prompt"], saved["steps"], saved["tokens"].tolist())
-
-
-def _run_task(task: dict[str, Any]) -> None:
-    with LlamaCpp(task["file"], len(task["ids"]), threads=task["threads"]) as engine:
-        prompt = engine.decode(task["ids"])
-        engine.reset()
-        steps = np.concatenate([engine.decode([token]) for token in task["ids"]])
-        np.savez(task["out"], prompt=prompt, steps=steps, tokens=np.array(engine.tokenize(task["text"]), np.int64))
-
-
-if __name__ == "__main__":
-    try:
-        _run_task(json.loads(sys.stdin.read()))
-    except LimbeckError as error:
-        sys.exit(f"{error}" if not isinstance(error, EngineMissingError) else error.exit_code)

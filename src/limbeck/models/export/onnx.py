@@ -28,7 +28,7 @@ from limbeck.models.export import EngineMissingError, Exporter, ExportPlan, Fit,
 from limbeck.models.export.onnx_graph import INPUTS, build_graph, present_name, save_graph
 from limbeck.models.export.onnx_operators import LINEAR_OPERATORS
 from limbeck.models.export.onnx_step import StudentStep, copy_in_float32
-from limbeck.models.export.verification import NUM_TOKENS, compare, compute_logits, sample_tokens
+from limbeck.models.export.verification import NUM_TOKENS, compare, compute_logits, sample_tokens, sum_losses
 from limbeck.models.layers import format_ranges
 from limbeck.models.modeling import get_mixers
 from limbeck.models.quantization import is_quantized
@@ -36,6 +36,7 @@ from limbeck.models.quantization import is_quantized
 MODEL_FILE = "model.onnx"
 BOUND = 1e-3  # largest difference of logits in a verification, in standard deviations
 TOLERANCE = 1e-3  # of the step beside the student before it is written, likewise
+CHUNK = 128  # tokens that are read at once
 MOST_TOKENS = 512  # of a verification that is to see tokens leave a window
 # Mixers that are put together from others, or compute around an operator in a way that a graph can follow.
 COMPOSED = ("hybrid", "head_split", "rwkv6", "sliding_window", "softmax")
@@ -106,6 +107,18 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
         version=session.version,
         bound=BOUND,
     )
+
+
+def score(folder: Path, sequences: list[list[int]]) -> float:
+    """Sum onnxruntime's loss in nats over all tokens but the first of each sequence."""
+    session, loss = GraphSession(folder), 0.0
+    for ids in sequences:
+        states = session.make_empty_states(1)
+        for begin in range(0, len(ids) - 1, CHUNK):
+            targets = ids[begin + 1 : begin + CHUNK + 1]
+            logits, states = session.run([ids[begin : begin + len(targets)]], states)
+            loss += sum_losses(logits[0], targets)
+    return loss
 
 
 def fit(config: Any, mixer: str | None) -> Fit:
@@ -239,5 +252,6 @@ EXPORTER = Exporter(
     plan=plan,
     write=write,
     verify=verify,
+    score=score,
     fit=fit,
 )

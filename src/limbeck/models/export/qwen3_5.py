@@ -37,7 +37,13 @@ from limbeck.models.export.body import (
 )
 from limbeck.models.export.container import widen
 from limbeck.models.export.mixer_checks import Only, check_mixers
-from limbeck.models.export.verification import compare, compute_logits, compute_step_logits, sample_tokens
+from limbeck.models.export.verification import (
+    compare,
+    compute_logits,
+    compute_step_logits,
+    sample_tokens,
+    sum_model_losses,
+)
 
 MIXER = "gated_deltanet"
 CONV = 4
@@ -58,7 +64,8 @@ OPTIONS = {
 }
 FREE = {"write", "shortest", "longest", "qk_norm", "norm_eps"}  # the last two only where the body does not decide
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # largest difference of a logit, in standard deviations of all
+# Difference of a logit, in standard deviations of all logits: the largest one, of rounded weights the typical one.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 def check(student: Any, tokenizer: Any = None) -> list[Reason]:
@@ -164,7 +171,16 @@ def make_config(student: Any) -> Qwen3_5TextConfig:
         pad_token_id=old.pad_token_id,
     )
     config.architectures = ["Qwen3_5ForCausalLM"]
+    if interval := find_interval(kinds):
+        config.full_attention_interval = interval
     return config
+
+
+def find_interval(kinds: list[str]) -> int | None:
+    """Return N where every Nth layer is softmax and no other; engines that do not read `layer_types` go by it."""
+    interval = kinds.index("full_attention") + 1
+    fits = all((kind == "full_attention") == (layer % interval == 0) for layer, kind in enumerate(kinds, 1))
+    return interval if fits else None
 
 
 def map_tensors(student: Any) -> dict[str, Tensor]:
@@ -296,7 +312,14 @@ def verify(student: Any, tokenizer: Any, folder: Path) -> Verification:
         engine="transformers",
         version=transformers.__version__,
         bound=BOUNDS[config.dtype or torch.float32],
+        rounded=config.dtype == torch.bfloat16,
     )
+
+
+def score(folder: Path, sequences: list[list[int]]) -> float:
+    """Sum the written model's loss in nats over all tokens but the first of each sequence, computed in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return sum_model_losses(model, sequences)
 
 
 def fit(config: Any, mixer: str | None = None) -> Fit:
@@ -324,6 +347,7 @@ EXPORTER = Exporter(
     plan=plan,
     write=write,
     verify=verify,
+    score=score,
     fit=fit,
     quantizations=tuple(DTYPES),
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.core.errors import LimbeckError
+from limbeck.core.extras import require
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914", "#882255")
 COLOR_NAMES = ("blue", "vermilion", "green", "pink", "orange", "sky blue", "black", "brown", "purple")
@@ -140,8 +141,8 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def _import_matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise LimbeckError("figures need matplotlib", hint="pip install 'limbeck[report]'") from error
+    require("matplotlib", "figures")
+    # late: an optional dependency
+    import matplotlib
+
     return matplotlib

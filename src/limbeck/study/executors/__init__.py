@@ -4,7 +4,7 @@
     run_study(study, executor=create_executor("slurm", partition="gpu", gpus=1, time="4:00:00"))
 
 All implement `limbeck.study.tasks.Executor`: they run the same tasks on the same folder, so a study can be started with
-one and resumed with another. `worker.py` is the other end of all three; docs/guides/studies.md has a command for each.
+one and resumed with another. `worker.py` is the other end of all three; docs/guides/gpu.md has a command for each.
 """
 
 from dataclasses import fields

@@ -1,0 +1,392 @@
+"""How fast stages, prompts and decoding are, beside the floor that the machine sets in the same run.
+
+    python benchmarks/steps.py                                            # the default student: ten minutes, 5 GB
+    python benchmarks/steps.py --student gated_deltanet --parts decode,prefill --rounds 15
+    python benchmarks/steps.py --before ../before --parts decode          # two checkouts in turns, and their ratio
+    python benchmarks/steps.py --parts decode --peer                      # beside llama.cpp, with a student that fits
+
+A step of a stage is whole: teacher's pass, forward, backward, clipping, AdamW. Beside each are two floors, measured in
+the same rounds: its operations at the speed of the products of the model's own shapes on as many tokens, and its bytes
+at the speed of one read of the model's weights. Only products with weights are counted, so a mixer's own work is above
+the floor. The larger floor is the one that counts; `share` is what part of the time it is.
+
+Everything runs on one thread, in child processes that wait for each other: one a checkout, and all parts take turns, so
+that other work on the machine meets all alike. Times are those of the processor, medians over the rounds. Weights are
+the embedded teacher's and gates untrained: what a step costs does not depend on what was learned.
+
+    git worktree add ../before HEAD~5                                     # a checkout to compare with
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("calibrate", "matrix", "hidden", "logits", "prefill", "decode")
+DECODED = 8  # tokens of each sequence in a round: a single one varies with what else is in the caches
+# Arguments of `convert` beside a mixer's name. The groups of heads are those of recipe limbeck with SmolLM2-135M.
+HEADS = "18.2,20.2,7.2,8.0,23.0,19.1,23.2"
+STUDENTS: dict[str, dict[str, Any]] = {
+    "limbeck": {"mixer": "sliding_window", "options": {"window": 96}, "softmax_heads": HEADS, "softmax_window": 1024},
+}
+WEIGHTS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes; float16 as `limbeck generate --fp16` has it
+PEER_STUDENT = "gated_deltanet"  # in the layout that llama.cpp knows
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part of the benchmark: what runs in a round, for how many tokens, and what it cannot do without.
+
+    operations: floating-point operations of its products with weights.
+    read_bytes: of the weights, as often as they are read.
+    """
+
+    run: Callable[[], Any]
+    tokens: int
+    operations: float
+    read_bytes: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="limbeck", help="limbeck, a mixer's name, or teacher for softmax")
+    parser.add_argument("--options", type=json.loads, default={}, help="of the mixer, as JSON")
+    parser.add_argument("--teacher", default="embedded", help="also tiny, a random model of two layers")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a training step")
+    parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prefill")
+    parser.add_argument("--context", type=int, default=1024, help="tokens before a decoded one")
+    parser.add_argument("--sequences", type=int, default=1, help="decoded at once")
+    parser.add_argument("--weights", default="float32", choices=WEIGHTS, help="in prefill and decode")
+    parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
+    parser.add_argument("--before", type=Path, help="a checkout to compare with")
+    parser.add_argument("--peer", action="store_true", help="decode with llama.cpp too, as far as its package is there")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.parts = args.parts.split(",")
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"--parts {','.join(unknown)}: expected some of {','.join(PARTS)}")
+    if args.worker:
+        serve(args)
+        return
+    checkouts = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
+    workers = {name: Worker(path) for name, path in checkouts.items()}
+    rows = measure(workers, args.rounds)
+    print(f"{args.student}, weights in {args.weights}, {args.rounds} rounds on one thread")
+    print_table(rows)
+    if args.json:
+        args.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------ in the parent
+
+
+class Worker:
+    """A child process that has the models and runs one part when it is told to."""
+
+    def __init__(self, checkout: Path):
+        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve() / "src"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--worker"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.child = subprocess.Popen(command, env=environment, **pipes)
+        self.parts: dict[str, dict[str, Any]] = self._read()
+
+    def run(self, part: str) -> float:
+        """Run a part once; returns its seconds."""
+        assert self.child.stdin is not None
+        self.child.stdin.write(part + "\n")
+        self.child.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Let the child end."""
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        self.child.wait()
+
+    def _read(self) -> Any:
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        if not line:
+            sys.exit(f"a child process ended with code {self.child.wait()}; its message is above")
+        return json.loads(line)
+
+
+def measure(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
+    """Run all parts of all checkouts in turns; returns a row for each part."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for turn in range(rounds + 1):
+        for part in next(iter(workers.values())).parts:
+            for name, worker in workers.items():
+                seconds = worker.run(part)
+                if turn:  # the first one warms up
+                    times.setdefault((part, name), []).append(seconds)
+    for worker in workers.values():
+        worker.close()
+    own = workers["now"].parts
+    operation = statistics.median(times["operations", "now"]) / own["operations"]["operations"]
+    byte = statistics.median(times["bytes", "now"]) / own["bytes"]["read_bytes"]
+    rows = []
+    for part, facts in own.items():
+        seconds = times[part, "now"]
+        median = statistics.median(seconds)
+        row = {"part": part, **facts, "seconds": median, "min": min(seconds), "max": max(seconds)}
+        if part not in ("operations", "bytes"):
+            row["floor_operations"], row["floor_bytes"] = facts["operations"] * operation, facts["read_bytes"] * byte
+            row["share"] = max(row["floor_operations"], row["floor_bytes"]) / median
+        else:
+            row["rate"] = max(facts["operations"], facts["read_bytes"]) / median
+        if "before" in workers:
+            row["before"] = statistics.median(times[part, "before"])
+            row["ratio"] = statistics.median(b / n for b, n in zip(times[part, "before"], seconds))
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print speed, floors and shares, and how many times as fast as before."""
+    for row in rows:
+        if "rate" in row:
+            print(f"{row['part']}: {row['rate'] / 1e9:.1f} G a second")
+    print(
+        f"{'part':12} {'tokens/s':>9} {'ms':>9} {'min':>9} {'max':>9} {'operations':>10} {'bytes':>8} {'share':>6}",
+        end="",
+    )
+    print(f" {'before':>9} {'times as fast':>13}" if "ratio" in rows[0] else "")
+    for row in rows:
+        if "rate" in row:
+            continue
+        spread = " ".join(f"{1000 * row[name]:9.1f}" for name in ("seconds", "min", "max"))
+        floors = f"{1000 * row['floor_operations']:10.1f} {1000 * row['floor_bytes']:8.1f} {row['share']:6.0%}"
+        print(f"{row['part']:12} {row['tokens'] / row['seconds']:9.1f} {spread} {floors}", end="")
+        print(f" {1000 * row['before']:9.1f} {row['ratio']:13.2f}" if "ratio" in row else "")
+
+
+# ------------------------------------------------------------------ in a child
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Say what parts there are, then run those whose names come in, one a line."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    works = make_works(args)
+    facts = {
+        name: {"tokens": w.tokens, "operations": w.operations, "read_bytes": w.read_bytes} for name, w in works.items()
+    }
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        start = time.process_time()
+        works[line.strip()].run()
+        print(json.dumps(time.process_time() - start), file=answers, flush=True)
+
+
+def make_works(args: argparse.Namespace) -> dict[str, Work]:
+    """Load the models and make what is asked for, and the two parts that give the floors."""
+    import torch
+
+    import limbeck
+    from limbeck.models import find_attention_sites
+
+    torch.set_num_threads(1)
+    teacher = load_teacher(args.teacher)
+    sites = find_attention_sites(teacher)
+    settings = {"mixer": args.student, **STUDENTS.get(args.student, {})}
+    settings["options"] = {**settings.get("options", {}), **args.options}
+
+    def make_student(**more: Any) -> Any:
+        if args.student == "teacher":
+            return teacher
+        return limbeck.convert(teacher, **settings, **more).eval().requires_grad_(False)
+
+    table, head = teacher.get_input_embeddings().weight, teacher.get_output_embeddings().weight
+    body = sum(p.numel() for p in teacher.parameters()) - head.numel() - (0 if table is head else table.numel())
+    works = {"operations": make_products(teacher, sites[0].block, args.length), "bytes": make_read(teacher)}
+    student = make_student(share_weights=True)
+    for part in args.parts:
+        if part == "logits":  # the only one that changes weights outside the attention
+            works[part] = make_training(part, teacher, make_student(), sites, args.length, body, head.numel())
+        elif part in ("calibrate", "matrix", "hidden"):
+            works[part] = make_training(part, teacher, student, sites, args.length, body, head.numel())
+    decoder = student
+    if args.weights == "bfloat16":
+        decoder = make_student().to(torch.bfloat16)
+    elif args.weights == "float16":
+        from limbeck.models.quantization import pack_float16
+
+        decoder = pack_float16(student)
+    for part in args.parts:
+        if part == "prefill":
+            works[part] = make_prefill(decoder, args.prompt, body, head.numel(), WEIGHTS[args.weights])
+        elif part == "decode":
+            works[part] = make_decoding(decoder, args, body + head.numel(), WEIGHTS[args.weights])
+    if args.peer:
+        works |= make_peer(teacher, args, body + head.numel())
+    return works
+
+
+def load_teacher(name: str) -> Any:
+    """Load a teacher by name, or make the tiny one."""
+    if name == "tiny":
+        from limbeck.testing.tiny_models import make_tiny_model
+
+        return make_tiny_model("llama").eval().requires_grad_(False)
+    import torch
+
+    from limbeck.models import loading
+
+    return loading.load_teacher(loading.resolve_teacher(name), torch.device("cpu"))[0].eval().requires_grad_(False)
+
+
+def make_products(teacher: Any, block: str, length: int) -> Work:
+    """Make the products of one block's linear layers on so many tokens, which give the speed of operations."""
+    import torch
+
+    layers = [m for m in teacher.get_submodule(block).modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {m.in_features: torch.randn(length, m.in_features) for m in layers}
+
+    @torch.no_grad()
+    def run() -> None:
+        for layer in layers:
+            layer(inputs[layer.in_features])
+
+    return Work(run, length, 2.0 * length * sum(m.weight.numel() for m in layers), 0)
+
+
+def make_read(teacher: Any) -> Work:
+    """Make one read of the model's weights, which gives the speed of memory."""
+    import torch
+
+    flat = torch.cat([p.detach().flatten() for p in teacher.parameters()])
+    return Work(lambda: torch.dot(flat, flat), 1, 0, flat.numel() * flat.element_size())
+
+
+def make_training(part: str, teacher: Any, student: Any, sites: list, length: int, body: int, head: int) -> Work:
+    """Make one step of a stage on a sequence of `length` tokens."""
+    import torch
+
+    from limbeck.data.packing import Batch
+    from limbeck.evaluation.timing import make_dummy_input_ids
+    from limbeck.models.hooks import DistillationPair
+    from limbeck.training.alignment import HiddenStage, MatrixStage
+    from limbeck.training.calibration import NormalEquations
+    from limbeck.training.logit_distillation import LogitsStage
+    from limbeck.training.losses import ObjectiveWeights
+
+    ids = make_dummy_input_ids(teacher, length)
+    batch = Batch(ids, torch.arange(length)[None], torch.cat([ids[:, 1:], torch.full((1, 1), -100)], 1))
+    pair = DistillationPair(teacher, student, sites, nullcontext)
+    modules = [teacher.get_submodule(site.module) for site in sites]
+    attention = sum(m.weight.numel() for a in modules for m in a.modules() if isinstance(m, torch.nn.Linear))
+    outputs = sum(a.get_submodule(s.output).weight.numel() for a, s in zip(modules, sites))
+    if part == "calibrate":
+        equations = NormalEquations(pair)
+        # Both sums are products in float64, at half the speed.
+        sums = 2 * sum(2 * (s.shape.heads * s.shape.value_width) * (s.shape.heads * s.shape.value_width) for s in sites)
+        sums += 2 * 2 * outputs
+        run = torch.no_grad()(lambda: equations.add(batch))
+        return Work(run, length, length * (2.0 * body + 2 * (attention - outputs) + sums), 4 * body)
+    stage: Any
+    if part == "matrix":
+        from limbeck.core.recipe import Matrix
+
+        stage = MatrixStage(pair, sampled_queries=Matrix(stage="matrix", tokens=1).sampled_queries)
+        # Values and outputs are behind the matrix; the layer's input takes no gradient.
+        operations = 2 * body + 4 * sum(
+            a.get_submodule(name).weight.numel() for a in modules for name, m in a.named_children() if name in QUERY_KEY
+        )
+    elif part == "hidden":
+        stage, operations = HiddenStage(pair), 2 * body + 4 * attention + 2 * outputs
+    else:
+        stage, operations = LogitsStage(pair, ObjectiveWeights()), 2 * (body + head) + 6 * body + 4 * head
+    parameters = list(stage.parameters().values())
+    # Rates of zero: the weights stay what they are, and so does the work.
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        stage.backward(batch, stage.count(batch))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+    learning = sum(p.numel() for p in parameters)
+    return Work(step, length, float(length * operations), 4 * (body + 7 * learning))
+
+
+QUERY_KEY = ("q_proj", "k_proj")
+
+
+def make_prefill(model: Any, length: int, body: int, head: int, size: int) -> Work:
+    """Make a prompt of so many tokens, up to the first new one."""
+    import torch
+
+    from limbeck.evaluation.timing import generate_first_token, make_dummy_input_ids
+
+    ids = make_dummy_input_ids(model, length)
+    run = torch.no_grad()(lambda: generate_first_token(model, ids))
+    return Work(run, length, 2.0 * body * length + 2 * head, size * (body + head))
+
+
+def make_decoding(model: Any, args: argparse.Namespace, weights: int, size: int) -> Work:
+    """Make some decoded tokens of each sequence, after a prompt that is read now."""
+    import torch
+
+    from limbeck.evaluation.timing import prefill_cache
+    from limbeck.models import build_cache_kwargs
+
+    cache = prefill_cache(model, args.context, batch=args.sequences)
+    ids = torch.full((args.sequences, 1), 5)
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(DECODED):
+            model(input_ids=ids, **build_cache_kwargs(model, cache))
+
+    tokens = DECODED * args.sequences
+    return Work(run, tokens, 2.0 * weights * tokens, DECODED * size * weights)
+
+
+def make_peer(teacher: Any, args: argparse.Namespace, weights: int) -> dict[str, Work]:
+    """Make some decoded tokens of a student that llama.cpp runs too, here and there, in float32."""
+    import torch
+
+    import limbeck
+    from limbeck.models import loading
+    from limbeck.models.export import get_exporter, write_export
+    from limbeck.models.export.gguf_file import file_name
+    from limbeck.models.export.llama_cpp import LlamaCpp
+
+    exporter = get_exporter("gguf")
+    fit = exporter.fit(teacher.config, PEER_STUDENT)
+    student = limbeck.convert(teacher, fit.mixer, options=fit.options, share_weights=True)
+    tokenizer = loading.load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))[1]
+    folder = tempfile.TemporaryDirectory()
+    write_export(exporter, student, tokenizer, Path(folder.name) / "student", "f32")
+    engine = LlamaCpp(Path(folder.name) / "student" / file_name("f32"), context=args.context + 4096, threads=1)
+    engine.decode([5] * args.context, last_only=True)
+    folder.cleanup()
+    here = make_decoding(student, argparse.Namespace(context=args.context, sequences=1), weights, 4)
+
+    def run() -> None:
+        for _ in range(DECODED):
+            engine.decode([5], last_only=True)
+
+    there = Work(run, DECODED, here.operations, here.read_bytes)
+    return {"decode, fits llama.cpp": here, "the same in llama.cpp": there}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Lay a few options over a recipe: another teacher, student, text or budget, as the command line and Python give them.
+
+    recipe = build_recipe("quickstart", teacher="Qwen/Qwen3-0.6B", data="corpus.jsonl", tokens=1_000_000)
+    recipe = build_recipe(None, student="gla", overrides={"stages.hidden.lr": 5e-4})
+
+An option changes more than its own key: a built-in recipe's field names and limits do not hold for another text, and a
+mixer's options not for another mixer.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck import mixers
+from limbeck.core.config import parse_stages, scale_token_budgets, set_by_dotted_key
+from limbeck.core.errors import LimbeckError
+from limbeck.core.recipe import Data, Recipe
+from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
+from limbeck.models.export import get_exporter
+from limbeck.models.loading import load_config, resolve_teacher
+
+
+def build_recipe(
+    base: str | Path | Recipe | None = None,
+    *,
+    teacher: str | None = None,
+    student: str | None = None,
+    layers: str | list[int] | None = None,
+    stages: str | None = None,
+    tokens: int | None = None,
+    data: str | None = None,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    target: str | None = None,
+    student_keys: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Build a recipe from another one and the options laid over it.
+
+    Args:
+        base: a recipe, the name of a built-in one, or a YAML file. None for the one that suits the options: `limbeck`,
+            whose stages fit its own student, or `quickstart`, whose stages fit any, where `student`, `stages` or
+            `target` is given.
+        teacher: 'embedded', the name of a small teacher, a local folder or a Hub name.
+        student: the mixer that replaces softmax attention.
+        layers: the layers to convert.
+        stages: the stages to run, "0,2,3".
+        tokens: training tokens over all stages, divided among them as in the recipe.
+        data: the text, as `limbeck.data.documents` names it.
+        out: the run directory.
+        overrides: any other key of the recipe by its dotted name, applied last.
+        target: a format of `limbeck export` that the student has to fit.
+        student_keys: further keys of the recipe's student.
+
+    Raises:
+        LimbeckError: no such recipe, an unknown key, or an invalid value.
+    """
+    if base is None:
+        base = "limbeck" if student is None and stages is None and target is None else "quickstart"
+    options: dict[str, Any] = {
+        "teacher": teacher,
+        "student.mixer": student,
+        "student.layers": layers,
+        "data.source": data,
+        "out": str(out) if out else None,
+    }
+    changes = {key: value for key, value in options.items() if value is not None}
+    if data is not None:
+        changes["data.sources"] = None
+    original, changed = _load(base, {}), _load(base, changes)
+    is_file = not isinstance(base, Recipe) and Path(base).suffix in (".yaml", ".yml")
+    is_built_in = not isinstance(base, Recipe) and not is_file
+    raw = yaml.safe_load(changed.to_yaml())
+    if out is None and student is not None:
+        raw["name"] = f"{original.name}-{mixers.get(student).name}"
+    # what a built-in recipe says of its own text and budget does not hold for another one
+    if is_built_in:
+        if data is not None or tokens is not None:
+            raw["data"]["max_tokens"] = None
+        if data is not None:
+            raw["data"] |= {"text_field": "text", "chat": None}
+    if stages is not None:
+        raw["stages"] = parse_stages(stages, raw)
+    if tokens is not None:
+        if tokens < 1:
+            raise LimbeckError(f"--tokens {tokens}", expected="a positive number")
+        scale_token_budgets(raw["stages"], tokens)
+    if student is not None and student != original.student.mixer:
+        raw["student"]["options"] = {}  # those were another mixer's
+    if target is not None:
+        raw["student"] |= _fit_student(target, changed.teacher, student)
+        raw["name"] += f"-{target}"
+    raw["student"] |= student_keys or {}
+    for key, value in (overrides or {}).items():
+        set_by_dotted_key(raw, key, value)
+    if not is_file:
+        _share_text(raw, original.data)
+    return Recipe.parse(raw, "recipe" if isinstance(base, Recipe) else str(base))
+
+
+def _load(base: str | Path | Recipe, changes: dict[str, Any]) -> Recipe:
+    """Return a recipe with some keys changed; a file's are changed before it is read as a whole."""
+    if not isinstance(base, Recipe):
+        return Recipe.load(base, changes)
+    raw = yaml.safe_load(base.to_yaml())
+    for key, value in changes.items():
+        set_by_dotted_key(raw, key, value)
+    return Recipe.parse(raw)
+
+
+def _share_text(raw: dict[str, Any], before: Data) -> None:
+    """Let the stages that read a recipe's own text, alone or in a mixture, read what it has become.
+
+    Args:
+        raw: the recipe with all that the options changed.
+        before: the text of the recipe without them.
+    """
+    now = raw["data"]
+    for stage in raw["stages"]:
+        data = stage.get("data")
+        if data is None or now.get("sources"):
+            continue
+        for part in data.get("sources") or [data]:
+            source = part.get("source", "")
+            prefix = REPEATED_TEXT_PREFIX if source.startswith(REPEATED_TEXT_PREFIX) else ""
+            if source.removeprefix(prefix) in (before.source, now["source"]):
+                part |= {"source": prefix + now["source"], "text_field": now["text_field"], "chat": now["chat"]}
+        for key in ("max_tokens", "held_out"):  # one text is divided in one way
+            if key in data and data[key] == getattr(before, key):
+                data[key] = now[key]
+        if data.get("sources"):
+            data.pop("source", None)  # their names in one
+
+
+def _fit_student(target: str, teacher: str, mixer: str | None) -> dict[str, Any]:
+    """Return the keys of `student` with which a student of this teacher can be exported to a format."""
+    fit = get_exporter(target).fit(load_config(resolve_teacher(teacher)), mixer)
+    settings: dict[str, Any] = {"mixer": fit.mixer, "preset": "default", "options": fit.options, "rules": []}
+    return settings if fit.softmax_layers is None else {**settings, "softmax_layers": fit.softmax_layers}

@@ -1,0 +1,41 @@
+"""benchmarks/steps.py runs through with the tiny teacher, and gives speeds, floors and shares of every part."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers.paths import ROOT
+
+PARTS = ["calibrate", "matrix", "hidden", "logits", "prefill", "decode"]
+
+
+def steps(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmarks" / "steps.py"), "--teacher", "tiny", "--rounds", "1"]
+    sizes = ["--length", "24", "--prompt", "24", "--context", "24"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([*command, *sizes, *args], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+@pytest.mark.parametrize("before", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_part_has_its_floors(before, tmp_path):
+    path = tmp_path / "steps.json"
+    comparison = ["--before", str(ROOT)] if before else []
+    done = steps("--student", "gated_deltanet", "--json", str(path), *comparison)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["part"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == ["operations", "bytes", *PARTS]
+    for part in PARTS:
+        row = rows[part]
+        assert row["tokens"] == (8 if part == "decode" else 24)
+        assert min(row[name] for name in ("floor_operations", "floor_bytes", "min", "share")) > 0, row
+        assert ("ratio" in row) == before
+        assert part in done.stdout
+
+
+def test_what_it_does_not_know_is_refused():
+    done = steps("--parts", "decode,dream")
+    assert done.returncode == 2
+    assert "dream" in done.stderr

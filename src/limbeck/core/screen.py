@@ -123,7 +123,9 @@ def render(view: View, width: int, height: int, now: float | None = None, plain:
     ]
     foot = [
         *_render_left(view, now),
-        Text("  Ctrl-C is safe: the same command goes on" + (f" from {view.folder}/" if view.folder else ""), "dim"),
+        Text(f"  {'' if is_stopped(view) else 'Ctrl-C is safe: '}the same command goes on", "dim").append(
+            f" from {view.folder}/" if view.folder else ""
+        ),
         *(Text(f"  {line}", "bold yellow") for line in wrap(view.notice, max(width - 2, 1))),
     ]
     rows = _render_phases(view, width, max(height - len(details) - len(foot) - 4, 3), now)
@@ -258,9 +260,14 @@ def _render_machine(view: View, now: float) -> Text:
     return Text.assemble(("  machine   ", "dim"), ", ".join(parts))
 
 
+def is_stopped(view: View) -> bool:
+    """Tell whether the work has ended before its end."""
+    return any(phase.state == "stopped" for phase in view.phases)
+
+
 def _render_left(view: View, now: float) -> list[Text]:
     """Render the time that is left of all phases, and when that is."""
-    if any(phase.state == "stopped" for phase in view.phases):
+    if is_stopped(view):
         return []
     line = Text.assemble(("  left      ", "dim"))
     left = view.seconds_left(now)

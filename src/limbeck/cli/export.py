@@ -65,7 +65,9 @@ def export(
 
     exporter = exports.get_exporter(to)
     source = find_student_folder(student)
-    names = list(dict.fromkeys(name.strip() for name in quantization.split(","))) if quantization else [None]
+    names: list[str | None] = [None]
+    if quantization:
+        names = list(dict.fromkeys(name.strip() for name in quantization.split(",")))
     parent = out or student / EXPORT_FOLDER
     folders = [out if out and len(names) == 1 else parent / (f"{to}-{name}" if name else to) for name in names]
     if not plan:
@@ -125,7 +127,8 @@ def _measure(
     from limbeck.evaluation.exported import PROMPT, ExportMeasurer
     from limbeck.models.export import EngineMissingError
 
-    measurer, measured = ExportMeasurer(exporter, student, tokenizer, text), []
+    measurer = ExportMeasurer(exporter, student, tokenizer, text)
+    measured: list[ExportRecord] = []
     for folder, record in records.items():
         try:
             result = measurer.measure(folder, record)

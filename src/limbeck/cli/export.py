@@ -67,7 +67,7 @@ def export(
     source = find_student_folder(student)
     names: list[str | None] = [None]
     if quantization:
-        names = list(dict.fromkeys(name.strip() for name in quantization.split(",")))
+        names = [*dict.fromkeys(name.strip() for name in quantization.split(","))]
     parent = out or student / EXPORT_FOLDER
     folders = [out if out and len(names) == 1 else parent / (f"{to}-{name}" if name else to) for name in names]
     if not plan:

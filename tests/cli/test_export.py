@@ -122,7 +122,7 @@ def test_several_precisions_are_measured_in_the_engine(runs, text, capsys):
     assert records["f32"].score.perplexity == pytest.approx(wanted, rel=1e-4)
     assert records["q4_0"].score.student_perplexity == pytest.approx(wanted, rel=1e-4)
     assert records["q4_0"].score.perplexity != pytest.approx(wanted, rel=1e-5)
-    assert records["q4_0"].size < records["f32"].size / 4
+    assert records["q4_0"].size < records["f32"].size / 2
     for record in records.values():
         assert record.rates.engine > 0
         assert record.rates.student == records["f32"].rates.student  # measured once

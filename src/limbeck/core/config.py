@@ -183,7 +183,7 @@ def build_short_signature(model: type[BaseModel]) -> inspect.Signature:
     plain = (str, int, float, bool, type(None))
     parameters = []
     for name, field in model.model_fields.items():
-        default = field.default if isinstance(field.default, plain) else _OtherDefault()
+        default: Any = field.default if isinstance(field.default, plain) else _OtherDefault()
         default = inspect.Parameter.empty if field.is_required() else default
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
     return inspect.Signature(parameters)

@@ -73,7 +73,8 @@ def continue_greedily(engine: Engine, ids: list[int], count: int) -> tuple[list[
     Returns:
         the tokens, and how many came in a second; the prompt and the first step, which warms up, are not counted.
     """
-    logits, tokens, start = engine.read(ids), [], 0.0
+    tokens: list[int] = []
+    logits, start = engine.read(ids), 0.0
     for number in range(count):
         tokens.append(int(logits.argmax()))
         if number == 1:

@@ -156,7 +156,8 @@ def load_record(folder: Path) -> ExportRecord | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        for name, kind in (("verification", Verification), ("score", TextScore), ("rates", Rates)):
+        kinds: dict[str, Any] = {"verification": Verification, "score": TextScore, "rates": Rates}
+        for name, kind in kinds.items():
             if content[name] is not None:
                 content[name].pop("passed", None)
                 content[name] = kind(**content[name])

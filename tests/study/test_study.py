@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -289,27 +288,6 @@ def test_a_study_its_tables_and_an_arm_that_is_added(raw, tmp_path):
     grown = run_study(with_grid(raw, students=["gla", "deltanet", "retnet"]), folder)
     assert [arm["status"] for arm in grown["arms"]] == ["finished"] * 6
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-
-
-def test_a_recipe_of_its_own_runs_beside_the_students(raw, tmp_path):
-    stages = [{"stage": "logits", "tokens": 64, "batch_size": 2}]
-    student = {"mixer": "sliding_window", "options": {"window": 8}}
-    recipe = {"student": student, "data": raw["base"]["data"], "stages": stages}
-    path = tmp_path / "window.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    study = with_grid(
-        {**raw, "claims": ["window-beats-linear-students"]}, students=["gla"], stages=["2+3"], recipes=[str(path)]
-    )
-    results = run_study(study, tmp_path / "study")
-    assert {arm["name"]: arm["status"] for arm in results["arms"]} == {
-        "gla_2+3_seed0": "finished",
-        "window_3_seed0": "finished",
-    }
-    (finding,) = results["claims"][0]["findings"]
-    linear, window = (arm["values"]["agreement.perplexity"] for arm in results["arms"])
-    assert finding["effect"] == pytest.approx(math.log(linear) - math.log(window))
-    table = (tmp_path / "study" / "table.md").read_text(encoding="utf-8")
-    assert "| window | 3 |" in table
 
 
 def test_what_is_kept_and_a_measure_that_is_added(raw, tmp_path):

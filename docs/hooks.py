@@ -36,7 +36,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def notebook_to_markdown(notebook: dict[str, Any]) -> str:
-    """Write a notebook as Markdown: its text, its code, and the text and pictures that the code left."""
+    """Write a notebook as Markdown: its text, its code, and the tables, text and pictures that the code left."""
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -46,6 +46,8 @@ def notebook_to_markdown(notebook: dict[str, Any]) -> str:
             if "image/png" in data:
                 picture = "".join(data["image/png"]).replace("\n", "")
                 parts.append(f'<img alt="what the code above draws" src="data:image/png;base64,{picture}">')
+            elif "text/markdown" in data:
+                parts.append("".join(data["text/markdown"]))
             elif text := "".join(output.get("text", data.get("text/plain", ""))):
                 parts.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"

@@ -20,8 +20,6 @@ PAGES_ELSEWHERE = {
     "CHANGELOG.md": "project/changelog.md",
     "benchmarks/README.md": "project/benchmarks.md",
     "examples/notebooks/README.md": "start/notebooks.md",
-    "examples/notebooks/distill_your_own_model.ipynb": "start/distill_your_own_model.md",
-    "examples/notebooks/compare_mixers.ipynb": "start/compare_mixers.md",
     "examples/notebooks/write_a_mixer.ipynb": "start/write_a_mixer.md",
 }
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
@@ -38,7 +36,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def notebook_to_markdown(notebook: dict[str, Any]) -> str:
-    """Write a notebook as Markdown: its text, its code, and the text and pictures that the code left."""
+    """Write a notebook as Markdown: its text, its code, and the tables, text and pictures that the code left."""
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -48,6 +46,8 @@ def notebook_to_markdown(notebook: dict[str, Any]) -> str:
             if "image/png" in data:
                 picture = "".join(data["image/png"]).replace("\n", "")
                 parts.append(f'<img alt="what the code above draws" src="data:image/png;base64,{picture}">')
+            elif "text/markdown" in data:
+                parts.append("".join(data["text/markdown"]))
             elif text := "".join(output.get("text", data.get("text/plain", ""))):
                 parts.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"

@@ -99,7 +99,7 @@ def test_a_hint_names_what_exists(place, text, verbs, keys):
         assert verb in verbs, f"no verb {verb}"
         mine = {option for one in verbs[verb].params for option in one.opts}
         assert set(re.findall(r"(?<!\S)(--[a-z][a-z0-9-]+)", rest)) <= mine, rest
-    known = options | {"--nproc-per-node", "--no-deps", "--upgrade", "--head"}
+    known = options | {"--nproc-per-node", "--no-deps", "--upgrade", "--head", "--mixer-file"}
     assert set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", text)) <= known
     for key in re.findall(r"--set ([\w.{}]+)=", text):
         plain = re.sub(r"\{\}|\b\d+\b", "N", key)

@@ -87,10 +87,11 @@ def require(module: str, what: str, extra: str | None = None) -> None:
     found = find_missing(module)
     if found is not None:
         name = extra or found.name
+        command = Extra(name, {}).command
         raise LimbeckError(
             f"{MODULES.get(module, module)} is not installed, which is needed for {what}",
             expected=f"the extra {name} ({PURPOSES.get(name, 'for developers')})",
-            hint=f"pip install 'limbeck[{name}]'",
+            hint=command,
         )
 
 

@@ -140,7 +140,7 @@ class SpeedBenchmark:
                     f"{estimate.length:,} tokens at batch size {estimate.batch} need {estimate.bytes / 1e9:.1f} GB "
                     f"for caches and activations, {free / 1e9:.1f} GB are free",
                     expected=f"at most {longest:,} tokens at this batch size" if longest else "a smaller batch",
-                    hint=f"--lengths {longest}" if longest else "--batch 1",
+                    hint=f"--lengths {longest}" if longest else "--batch-sizes 1",
                 )
 
     @flush_denormals()

@@ -127,7 +127,7 @@ def fit(config: Any, mixer: str | None) -> Fit:
         raise LimbeckError(
             f"no student with {mixer} fits ONNX: {UNFIT[mixer]}",
             expected="a mixer with an operator of ONNX",
-            hint="--mixer gated_deltanet",
+            hint="--student gated_deltanet",
         )
     return Fit(mixer or "gated_deltanet", {})
 

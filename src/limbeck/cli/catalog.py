@@ -14,7 +14,15 @@ from typing import Any
 
 CATALOG = Path(__file__).with_name("catalog.json")
 # of the attention whose numbers the catalog gives, SmolLM2-135M's; its fields are those of `limbeck.mixers.HeadShape`
-SHAPE = {"hidden": 576, "heads": 9, "kv_heads": 3, "key_width": 64, "value_width": 64, "scale": 0.125, "layers": 30}
+SHAPE: dict[str, Any] = {
+    "hidden": 576,
+    "heads": 9,
+    "kv_heads": 3,
+    "key_width": 64,
+    "value_width": 64,
+    "scale": 0.125,
+    "layers": 30,
+}
 
 
 @cache

@@ -139,8 +139,8 @@ def _answer(subject: Subject, name: str, questions: list[ChoiceQuestion], settin
                 for index, one in zip(indices, found):
                     letters[index] = one
                 if settings.likelihood:
-                    for index, one in zip(indices, _ask_likelihoods(subject, chosen, examples[about])):
-                        likelihoods[index] = one
+                    for index, likely in zip(indices, _ask_likelihoods(subject, chosen, examples[about])):
+                        likelihoods[index] = likely
         return asdict(LetterAnswers(letters, likelihoods if settings.likelihood else []))
 
     return LetterAnswers(**load_or_ask(subject, f"letters-{name}", asked, ask))

@@ -111,7 +111,9 @@ def evaluate(
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
         folder = Path(out) if out is not None else None
-        loader = SubjectLoader(None if isinstance(teacher, tuple) else teacher and str(teacher), source, seed, folder)
+        loader = SubjectLoader(
+            None if isinstance(teacher, tuple) or not teacher else str(teacher), source, seed, folder
+        )
         scratch = folder or Path(stack.enter_context(TemporaryDirectory()))
         if isinstance(teacher, tuple):
             stack.enter_context(frozen(teacher[0]))

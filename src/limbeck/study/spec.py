@@ -229,7 +229,7 @@ class Study(_StrictModel):
         scale_token_budgets(raw["stages"], sum(stage["tokens"] for stage in others["stages"]))
         raw |= {key: others[key] for key in ("teacher", "evaluation", "trackers") if key in others}
         student = raw["student"]
-        axes = {"student": Path(name).stem, "stages": _format_stage_numbers(raw["stages"])}
+        axes: dict[str, Any] = {"student": Path(name).stem, "stages": _format_stage_numbers(raw["stages"])}
         axes |= {key: student[key] for key in ("copy_projections", "layers", "softmax_layers")}
         axes |= {"teacher": raw["teacher"], "tokens": tokens, "seed": seed}
         arm_name = _format_arm_name(axes, {}, teacher)

@@ -97,8 +97,8 @@ def format_results_table(
         if not names:
             continue
         at_chance = {task for arm in finished for task in arm.get("teacher_at_chance") or ()}
-        labels = (mark_at_chance(name.partition(".")[2].replace("_", " "), name, at_chance) for name in names)
-        headings = [*varied, "seeds", *labels]
+        columns = [mark_at_chance(name.partition(".")[2].replace("_", " "), name, at_chance) for name in names]
+        headings = [*varied, "seeds", *columns]
         rows = []
         for labels, members in groups.items():
             numbers = [[arm["values"][name] for arm in members if name in arm["values"]] for name in names]

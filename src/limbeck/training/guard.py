@@ -101,7 +101,7 @@ class StageGuard:
             self._put_back(learned)
         self.weights = {}
         difference, error = compare_losses(before, after)
-        facts = {
+        facts: dict[str, Any] = {
             "kept": kept,
             "before": _finite(before.mean),
             "after": _finite(after.mean),

@@ -18,6 +18,8 @@ Memory: the passes over what was written are those over a sequence of text, and 
 own cache of constant size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -46,7 +48,8 @@ class OnPolicyObjective(Objective):
         super().__init__(settings, models, seed)
         divergence = {"forward": "kl", "reverse": "reverse_kl", "jsd": "jsd"}[settings.divergence]
         self.divergence = divergence
-        self.weights = ObjectiveWeights(**{"kl": 0.0, divergence: 1.0, "beta": settings.beta})
+        weights: dict[str, Any] = {"kl": 0.0, divergence: 1.0, "beta": settings.beta}
+        self.weights = ObjectiveWeights(**weights)
 
     @classmethod
     def check(cls, settings: OnPolicy, around: Surroundings, key: str) -> None:

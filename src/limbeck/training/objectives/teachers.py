@@ -22,6 +22,7 @@ sees, and with `reinforce` a pass of the student over `reward_sequences` held-ou
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,11 @@ class MixedTeachers:
     length: int
 
     def for_tokens(self, tokens: Tensor) -> Tensor:
-        logits = [one.for_tokens(tokens) for one in self.teachers]
-        width = min(one.shape[-1] for one in logits)  # type: ignore[union-attr]
-        weights = self.weights[tokens // self.length].to(logits[0].dtype).unbind(-1)  # type: ignore[union-attr]
-        mixed = sum(w[:, None] * one[:, :width].softmax(-1) for w, one in zip(weights, logits))  # type: ignore[index]
-        return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()  # type: ignore[union-attr]
+        logits: list[Any] = [one.for_tokens(tokens) for one in self.teachers]
+        width = min(one.shape[-1] for one in logits)
+        weights = self.weights[tokens // self.length].to(logits[0].dtype).unbind(-1)
+        mixed: Any = sum(w[:, None] * one[:, :width].softmax(-1) for w, one in zip(weights, logits))
+        return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
 
 
 class TeachersObjective(Objective):

@@ -279,8 +279,8 @@ def test_the_verb(folders, teacher_folder, tmp_path, monkeypatch):
     for wrong, says in (
         (("--lengths", "1,x"), "--lengths 1,x"),
         (("--lengths", "0"), "speed: lengths"),
-        (("--batch", ""), "--batch "),
-        (("--int8", "4"), "--int8 4"),
+        (("--batch-sizes", ""), "--batch-sizes "),
+        (("--teacher-int8", "4"), "--teacher-int8 4"),
         (("--threads", "0"), "--threads 0"),
     ):
         result = bench(*wrong)

@@ -153,11 +153,11 @@ def test_a_verification_of_numbers():
     assert not replace(result, step_difference=0.2).passed
     assert not replace(result, prompt_difference=math.nan).passed
     assert not replace(result, same_text_tokens=False).passed
-    noisy = compare(reference, reference + 0.4, reference, own_steps=reference - 0.05, **common)
+    noisy = compare(reference, reference + 0.14, reference, own_steps=reference - 0.05, **common)
     assert noisy.own_difference == pytest.approx(0.05)
-    assert noisy.limit == pytest.approx(0.5)
+    assert noisy.limit == pytest.approx(0.15)
     assert noisy.passed
-    assert not compare(reference, reference + 0.6, reference, own_steps=reference - 0.05, **common).passed
+    assert not compare(reference, reference + 0.2, reference, own_steps=reference - 0.05, **common).passed
     assert compare(reference, reference[:, ::-1], reference, **common).same_token == 0
     far = reference + np.array([[0.4, 0.0], [0.0, 0.0]])
     assert compare(reference, reference, far, **common).typical_difference == pytest.approx(0.2)
@@ -319,7 +319,7 @@ def test_layers_of_different_sizes(words):
 def test_unknown_names():
     with pytest.raises(LimbeckError, match="did you mean 'gguf'"):
         exports.get_exporter("guff")
-    with pytest.raises(LimbeckError, match="f16, q8_0, f32"):
+    with pytest.raises(LimbeckError, match="f16, q8_0, q5_1"):
         exports.check_exportable(GGUF, None, None, "q4_k")
 
 

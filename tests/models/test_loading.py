@@ -494,7 +494,6 @@ WRAPPED = {
     "parallel": (torch.nn.DataParallel, "DataParallel, around a model.*model.module"),
     "in parts": (in_parts, "accelerate's hooks"),
     "own class": (lambda model: Own(model.config), "Own is a class of test_loading"),
-    "a name": (lambda model: "some/model", "is a name, not a model"),
     "no model": (lambda model: torch.nn.Linear(2, 2), "this is a torch.nn.modules.linear.Linear"),
 }
 

@@ -429,7 +429,7 @@ def test_transformers_exporter_says_what_to_do_instead():
     model.generation_config.cache_implementation, model.generation_config.use_cache = "static", True
     module = executorch.TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=32, device="cpu")
     for strict, error in ((None, Exception), (True, Exception), (False, LimbeckError)):
-        with pytest.raises(error, match=r"run a first pass that fills the cache(.|\n)*docs/generation\.md"):
+        with pytest.raises(error, match=r"run a first pass that fills the cache(.|\n)*docs/guides/generation\.md"):
             module.export(input_ids=IDS[:, :1], cache_position=torch.tensor([0]), strict=strict)
 
 

@@ -366,7 +366,7 @@ def test_the_manifest_says_what_ran(naive, tmp_path):
     from limbeck import Recipe
     from limbeck.training.run_directory import open_run
 
-    recipe = Recipe.load("smoke", {"backend": "auto"})
+    recipe = Recipe.load("quickstart_smoke", {"backend": "auto"})
     with open_run(tmp_path / "run", recipe) as run:
         run.save_stage_result(0, {"w": torch.zeros(1)}, {})
         ops.scalar_decay.chunked(**small("scalar_decay").tensors)

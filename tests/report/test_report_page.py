@@ -344,7 +344,7 @@ def test_the_page_in_a_browser(written, tmp_path):
     assert found["loaded"] == []
     assert found["width"] == [360, 360]
     assert found["wide"] == []
-    assert found["before"] == ["teacher", "gla", "deltanet"]
+    assert found["before"] == ["teacher", "untrained window, 8 tokens", "gla", "deltanet"]
     order, numbers, first = found["up"]
     assert (order, first) == ("ascending", "teacher")
     assert numbers == sorted(numbers)

@@ -6,7 +6,6 @@ A default belongs to the verb. A count may be written 20000, 20_000, 2e4, 20k, 2
 its student where a model is asked, and for its teacher where a teacher is.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,6 @@ from limbeck.cli.completion import (
     complete_stages,
     complete_teachers,
 )
-from limbeck.cli.results import reserve_stdout
 from limbeck.core.console import console
 from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError
@@ -42,14 +40,6 @@ def _find_teacher(name: str | None) -> str | None:
     teacher = str(read_yaml(recipe, "recipe", "the recipe of a run").get("teacher", "embedded"))
     console.print(f"{name} is a run; its teacher is {teacher}", style="dim")
     return teacher
-
-
-def _set_quiet(context: typer.Context, requested: bool) -> bool:
-    """Keep progress and notes from being printed until the verb ends."""
-    if requested:
-        context.call_on_close(partial(setattr, console, "quiet", False))
-        console.quiet = True
-    return requested
 
 
 _TEACHER: dict[str, Any] = {"autocompletion": complete_teachers, "callback": _find_teacher}
@@ -125,11 +115,11 @@ Plan = Annotated[bool, typer.Option("--plan", help="Print the estimated time and
 OldOut = Annotated[Path | None, typer.Argument(hidden=True)]
 Json = Annotated[
     bool,
-    typer.Option("--json", callback=reserve_stdout, help="Print the result as one JSON document."),
+    typer.Option("--json", help="Print the result as one JSON document."),
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", callback=_set_quiet, help="Print results and errors only, no progress or notes."),
+    typer.Option("--quiet", "-q", help="Print results and errors only, no progress or notes."),
 ]
 
 

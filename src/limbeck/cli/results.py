@@ -1,6 +1,6 @@
 """Results for programs: `--json` prints one JSON document on standard output, and nothing else gets there.
 
-    def students(..., as_json: Json = False) -> None:     # the option's callback calls `reserve_stdout`
+    def students(..., as_json: Json = False) -> None:     # `limbeck.cli.verbs` calls it inside `reserve_stdout`
         ...
         if as_json:
             print_json({"mixers": ...})
@@ -13,21 +13,22 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
-
-import typer
 
 _documents: list[TextIO] = []  # where the document goes, while everything else goes to standard error
 
 
-def reserve_stdout(context: typer.Context, requested: bool) -> bool:
-    """Send everything that is printed to standard error until the verb ends, but for `print_json`."""
-    if requested and not context.resilient_parsing:
-        context.call_on_close(_documents.clear)
-        _documents[:] = [sys.stdout]
-        context.with_resource(contextlib.redirect_stdout(sys.stderr))
-    return requested
+@contextlib.contextmanager
+def reserve_stdout() -> Iterator[None]:
+    """Send everything that is printed inside to standard error, but for `print_json`."""
+    _documents[:] = [sys.stdout]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _documents.clear()
 
 
 def print_json(document: Any) -> None:

@@ -8,12 +8,15 @@ of its docstring is its line in `limbeck --help` and has to fit there (64 charac
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from limbeck.cli.old_options import rename_old_options
+from limbeck.cli.results import reserve_stdout
+from limbeck.core.console import console
 
 GROUPS = {
     "Make": ("distill", "convert", "select"),
@@ -26,10 +29,18 @@ VERBS = tuple(name for names in GROUPS.values() for name in names)
 
 
 class Verb(TyperCommand):
-    """A verb, which takes the old names of its options too."""
+    """A verb: it takes the old names of its options too, and --json and --quiet hold while it runs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, rename_old_options(self.name or "", args))
+
+    def invoke(self, ctx: Any) -> Any:
+        with reserve_stdout() if ctx.params.get("as_json") else nullcontext():
+            console.quiet = bool(ctx.params.get("quiet"))
+            try:
+                return super().invoke(ctx)
+            finally:
+                console.quiet = False
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         shown = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]

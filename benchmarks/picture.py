@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.core.errors import LimbeckError
-from limbeck.report.figures.style import COLORS, create_figure, save_figure, use_style
+from limbeck.report.figures.style import COLORS, create_figure, save_figure, use_log_scale, use_style
 
 DECODED = {"teacher": "teacher", "recipe": "student"}  # names in the benchmark
 STYLES: dict[str, dict[str, Any]] = {
@@ -72,13 +72,14 @@ def draw_picture(exam: dict[str, Any], rows: list[dict[str, Any]], out: Path) ->
             (cache, "memory for the past", "MB, float32"),
             (time, "time of the next token", "ms, one CPU thread"),
         ):
-            axes.set(title=title, ylabel=label, xlabel="tokens before", xscale="log", yscale="log")
+            axes.set(title=title, ylabel=label, xlabel="tokens before", xscale="log")
+            use_log_scale(axes.yaxis)
             contexts = sorted({row["context"] for row in rows})
             axes.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
             axes.minorticks_off()
         for model, name in (("teacher", "teacher"), ("window", "window, untrained"), ("student", "student")):
             distances, losses = zip(*list_repeats(exam, model))
-            label = f"{name}: perplexity {exam[f'{model}_perplexity']:.1f}"
+            label = f"{name}: perplexity {exam[f'{model}_perplexity']:.2f}"
             repeat.plot(distances, losses, label=label, **STYLES[model])
             repeat.set_xticks(distances)
         repeat.set(

@@ -68,7 +68,7 @@ def test_a_notebook_runs(name, tmp_path, own_cache, teacher_folder):
     import nbformat
 
     notebook = nbformat.read(FOLDER / name, as_version=4)
-    values = {"TEACHER": str(teacher_folder), "TEXT": str(ROOT / "docs"), **SMALL[name]}
+    values = {"TEACHER": str(teacher_folder), "TEXT": str(ROOT / "docs" / "guides"), **SMALL[name]}
     (parameters,) = (cell for cell in notebook.cells if "parameters" in tags_of(cell))
     assert set(re.findall(r"^(\w+) =", parameters.source, re.M)) == set(values)
     parameters.source = "\n".join(f"{key} = {value!r}" for key, value in values.items())

@@ -118,7 +118,8 @@ def restore_handlers(handlers: Handlers) -> None:
 
 def say(text: str) -> None:
     """Write a line to stderr from a signal handler; if the terminal is gone, discard all later output."""
-    if listeners:  # a line in the midst of what is drawn there would be drawn over
+    # a line in the midst of what is drawn on a terminal would be drawn over; one that has closed is none any more
+    if listeners and os.isatty(2):
         listeners[-1](text)
         return
     try:

@@ -16,6 +16,7 @@ MAX_BYTES = 150_000
 PRIVATE = re.compile(r"(?<![\w.])/(?:root|home|tmp|Users|work|opt|usr)/|\x1b\[")  # absolute paths, terminal codes
 # for a random teacher and the project's own documents as text
 SMALL = {
+    "distill_your_own_model.ipynb": {"DOCUMENTS": 8, "TOKENS": 256, "LENGTH": 64},
     "write_a_mixer.ipynb": {"TOKENS": 3072, "FAMILIES": ["llama"]},
 }
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from limbeck.cli import main
+from helpers.command_line import run_limbeck
 from limbeck.core import console as consoles
 from limbeck.report.run_summary import next_commands
 
@@ -138,15 +138,8 @@ def tiny_recipe(folder: Path, teacher: Path, corpus: Path, **more) -> Path:
 
 def limbeck(*arguments: str, capsys) -> tuple[int, str]:
     """Exit code and all that is said."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["limbeck", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-    seen = capsys.readouterr()
-    return code, seen.out + seen.err
+    code, out, err = run_limbeck(arguments, capsys)
+    return code, out + err
 
 
 def files(*folders: Path) -> set[Path]:

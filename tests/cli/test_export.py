@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import limbeck
+from helpers.command_line import run_limbeck
 from helpers.exported import make_student, make_teacher, make_tokenizer
 from helpers.paths import ROOT
 from limbeck import LimbeckError, Recipe
-from limbeck.cli import main
 from limbeck.cli.distill import build_recipe
 from limbeck.evaluation import exported
 from limbeck.models import export as exports
@@ -23,15 +23,8 @@ from limbeck.models.fingerprint import fingerprint_checkpoint
 
 def run(words: list[str], capsys) -> tuple[int, str]:
     """Run a command; its exit code, and all it printed on one line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["limbeck", *words])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-    seen = capsys.readouterr()
-    return code, " ".join((seen.out + seen.err).split())
+    code, out, err = run_limbeck(words, capsys)
+    return code, " ".join((out + err).split())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.table import Table
 
-from limbeck.cli import main
+from helpers.command_line import run_limbeck
 from limbeck.cli.results import to_plain
 from limbeck.core import extras
 from limbeck.core.console import UncroppedConsole
@@ -32,15 +32,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def limbeck(*arguments: str, capsys) -> tuple[int, str, str]:
     """Exit code, standard output, standard error."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["limbeck", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-    seen = capsys.readouterr()
-    return code, seen.out, seen.err
+    return run_limbeck(arguments, capsys)
 
 
 @pytest.fixture

@@ -88,11 +88,9 @@ def load(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         LimbeckError: there is no such model, or it cannot be loaded.
     """
-    student = Path(name).expanduser() / "student"
     with quiet_transformers():
-        if student.is_dir():
-            return load_model_and_tokenizer(str(student), require_student=True)
-        return load_model_and_tokenizer(resolve_teacher(str(name)))
+        checkpoint, is_run = resolve_model(str(name))
+        return load_model_and_tokenizer(checkpoint, require_student=is_run)
 
 
 def find_own_name(folder: str) -> str:

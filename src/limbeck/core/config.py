@@ -131,17 +131,17 @@ def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _enter(target: dict[str, Any], part: str, key: str) -> Any:
-    """Return the value at a part of a key; where there is none, a mapping without keys, put there."""
-    if target.get(part) is None:
+    """Return the value at a part of a key; where it is missing or null, a mapping without keys, put there."""
+    if part in target and target[part] is None:
         rest = key.rpartition("data.")[2]
-        # the default of a text is the embedded one; a stage without a text of its own reads the recipe's
+        # null says that the stage reads the recipe's text, and a mapping without a source would be the embedded one
         if part == "data" and "stage" in target and rest.split(".")[0] not in ("source", "sources"):
             raise LimbeckError(
                 f"--set {key}: the stage has no text of its own, it reads the recipe's",
                 expected=f"a text for the stage first, {key.removesuffix(rest)}source=corpus.jsonl; or data.{rest}",
             )
         target[part] = {}
-    return target[part]
+    return target.setdefault(part, {})
 
 
 def _index(items: list[Any], part: str, key: str) -> int:

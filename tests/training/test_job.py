@@ -147,8 +147,9 @@ def student_parameters(run):
 
 
 @pytest.mark.fast_cases(1)
-@pytest.mark.parametrize("mixer", ["gla", "linear_attention", "mlstm", "retnet", "softmax"])
-def test_every_mixer_goes_through_every_stage(recipe, mixer):
+@pytest.mark.parametrize("mixer", ["gla", "linear_attention", "softmax"])
+def test_mixers_go_through_every_stage(recipe, mixer):
+    """With gates, without, and without parameters of its own; named recipes run others."""
     result = pipeline.distill(recipe(student={"mixer": mixer, "copy_projections": mixer != "gla"}))
     assert result["held_out"]["targets"] > 100
 
@@ -168,9 +169,6 @@ def test_the_control_arm_comes_out_as_the_teacher(recipe):
         ("hidden", {"optimizer": "muon", "lr_scheduler": "wsd", "weight_decay": 0.1}),
         ("logits", {"ema_decay": 0.9, "eval_steps": 2, "patience": 3}),
         ("matrix", {}),
-        ("hidden", {}),
-        ("logits", {}),
-        ("logits", {"kl": 0, "jsd": 0.5, "top_kl": 0.5, "ema_decay": 0.9}),
     ],
     ids=str,
 )

@@ -216,7 +216,8 @@ def _compile_config(backend) -> CompileConfig:
     return config
 
 
-COMPILED = ["gated_deltanet", "linear_attention", "mamba2", "gla", "mlstm", "sliding_window", "hybrid", "window_memory"]
+# one of each kind of state: a matrix, with a convolution, with a normalizer, a ring of keys, two mixers, a memory
+COMPILED = ["gated_deltanet", "mamba2", "mlstm", "sliding_window", "hybrid", "window_memory"]
 
 
 @pytest.mark.parametrize(

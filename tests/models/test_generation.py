@@ -216,7 +216,7 @@ def _compile_config(backend) -> CompileConfig:
     return config
 
 
-# one of each kind of state: a matrix, with a convolution, with a normalizer, a ring of keys, two mixers, a memory
+# one of each kind of state: a matrix by delta rule or decay, with a normalizer, a ring of keys, two mixers, a memory
 COMPILED = ["gated_deltanet", "mamba2", "mlstm", "sliding_window", "hybrid", "window_memory"]
 
 

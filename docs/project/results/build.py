@@ -4,9 +4,9 @@
     python docs/project/results/build.py --add runs/real-teacher-cpu --name real-teacher       # takes a study in first
     python docs/project/results/build.py --check                          # exit code 1 if README.md is not current
 
-A study is a folder with a `study.json` as `limbeck study` writes it, without what no page shows: numbers have six digits,
-an arm is a line. `limbeck report docs/project/results/NAME` makes a study's own page of it, with all of its numbers.
-A generated part of README.md stands between `<!-- generated: NAME -->` and `<!-- end -->`; the rest is written by hand.
+A study is a folder with a `study.json` as `limbeck study` writes it, without what no page shows: numbers have six
+digits, an arm is a line. `limbeck report docs/project/results/NAME` makes a study's own page of it. A generated part of
+README.md stands between `<!-- generated: NAME -->` and `<!-- end -->`; the rest is written by hand.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 from limbeck.core.console import format_bytes
 from limbeck.core.errors import LimbeckError
-from limbeck.report.collection import TEACHER, RunCollection, load_collection
+from limbeck.report.collection import TEACHER, Run, RunCollection, load_collection
 from limbeck.report.figures.panels import order_for_colors
 from limbeck.report.figures.students import (
     EXAM_PERPLEXITY,
@@ -42,16 +42,18 @@ from limbeck.study.statistics import RankCorrelation, correlate_ranks
 
 HERE = Path(__file__).parent
 REAL = "real-teacher"
-# studies of the small teacher that its order is read from: the first has the real teacher's grid; in the others a condition
+# studies of the small teacher that its order is read from, and under which condition; the first has the grid of REAL
 ORDERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("small-teacher", {}),
     ("experiment-1", {"stages": "2+3", "copy_projections": "yes"}),
 )
-LOSSES = (EXAM_PERPLEXITY, "agreement.perplexity", "held_out.student_perplexity")  # the first that a study has orders it
+# the first of these that a study has is what it orders students by
+LOSSES = (EXAM_PERPLEXITY, "agreement.perplexity", "held_out.student_perplexity")
 UNUSED = re.compile(
     r"held_out\.(targets|sequences|length|reverse_kl|top5_.*)|exam\.(documents|repeat_tokens)|window\.(sinks|length)"
     r"|parameters\.(added|copied|fresh)|agreement\.(reverse_kl|top5_.*)|stages\.\w+\.first_loss|memory\.length"
 )
+VERDICTS = ("holds", "does not hold", "undecided")
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 NOT_RUN = (
     "*Not measured yet.* `limbeck study real-teacher` runs the study, and\n"
@@ -170,42 +172,40 @@ def render_students(root: Path) -> str:
     runs = [run for group in ranked for run in group.runs]
     distances = list_distances(ranked[0])
     tasks = sorted({name for run in runs for name in run.values if re.fullmatch(r"tasks\.\w+ acc(uracy)?", name)})
-    heads = ["student", "state", "tokens", "perplexity, first 512", "perplexity", "its untrained window", "difference, nats"]
+    heads = ["student", "state", "tokens", "perplexity, first 512", "perplexity", "its window", "difference, nats"]
     heads += [f"repeat, {at:,}" for at in distances] + [name.partition(".")[2] for name in tasks] + ["minutes"]
-    teacher = [f"exam.teacher_{name}" for name in ("perplexity@512", "perplexity")]
-    grows = fmean(run.values["memory.teacher_bytes_per_token"] for run in runs)
-    rows = [
-        ["teacher", f"grows, {format_bytes(grows)} a token", "", *(_mean_of_runs(name, runs) for name in teacher), "", ""]
-        + [_mean_of_runs(f"exam.teacher_repeat_loss@{at}", runs) for at in distances]
-        + [_mean(name, [group for group in groups if group.student == TEACHER]) for name in tasks]
-        + [""]
-    ]
+    growth = fmean(run.values["memory.teacher_bytes_per_token"] for run in runs)
+    row = ["teacher", f"grows, {format_bytes(growth)} a token", ""]
+    row += [_format_mean(f"exam.teacher_{name}", runs) for name in ("perplexity@512", "perplexity")] + ["", ""]
+    row += [_format_mean(f"exam.teacher_repeat_loss@{at}", runs) for at in distances]
+    row += [_format_mean(name, [run for run in collection.runs if run.student == TEACHER]) for name in tasks] + [""]
+    rows = [row]
+    names = ["exam.student_perplexity@512", EXAM_PERPLEXITY, "exam.window_perplexity", "exam.window_loss_difference"]
+    names += [f"exam.student_repeat_loss@{at}" for at in distances] + tasks
     for group in ranked:
-        mine = [group]
-        names = ["exam.student_perplexity@512", EXAM_PERPLEXITY, "exam.window_perplexity", "exam.window_loss_difference"]
-        cells = [_mean(name, mine) for name in names + [f"exam.student_repeat_loss@{at}" for at in distances] + tasks]
-        tokens = fmean(run.tokens for run in group.runs)
-        minutes = fmean((run.seconds or 0.0) for run in group.runs) / 60
-        rows.append([group.student, format_bytes(read_state_bytes(group)), f"{tokens:,.0f}", *cells, f"{minutes:.0f}"])
-    left = sorted({group.student for group in groups if group.student != TEACHER} - {group.student for group in ranked})
+        tokens, minutes = (fmean(numbers) for numbers in zip(*((r.tokens, (r.seconds or 0) / 60) for r in group.runs)))
+        row = [group.student, format_bytes(read_state_bytes(group)), f"{tokens:,.0f}"]
+        rows.append([*row, *(_format_mean(name, group.runs) for name in names), f"{minutes:.0f}"])
     sentences = [_describe_seeds(collection), *describe_windows(groups)]
-    sentences += [f"Diverged, and without a row: {', '.join(left)}."] if left else []
-    unfinished = [run.name for run in collection.runs if run.status != "finished"]
-    sentences += [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
-    return f"{format_markdown_table(heads, rows)}\n\n{' '.join(sentences)}"
+    left = {run.student for run in collection.runs} - {group.student for group in ranked} - {TEACHER}
+    sentences += [f"Without a row, because it diverged or is not finished: {', '.join(sorted(left))}."] if left else []
+    return f"{format_markdown_table(heads, rows)}\n{' '.join(sentences)}"
 
 
 def render_figures(root: Path) -> str:
     """Render the first two figures."""
     if load_study(root, REAL) is None:
-        return NOT_RUN
-    return (
-        "![Perplexity of the exam over the bytes of a student's state](figures/exam.svg)\n\n"
-        "*Figure 1. The exam over memory. Bars: standard error over documents. Dashed: what the teacher is worth with a "
-        "window of so many bytes, untrained.*\n\n"
-        "![Loss on a passage that comes again, by distance](figures/repeat.svg)\n\n"
-        "*Figure 2. A passage that comes again: who remembers it pays what the teacher pays.*"
-    )
+        return ""
+    return """
+![Perplexity of the exam over the bytes of a student's state](figures/exam.svg)
+
+*Figure 1. The exam over memory. Bars: standard error over documents. Dashed: the teacher with a window of so many
+bytes, which nobody trained. Black: the teacher.*
+
+![Loss on a passage that comes again, by distance](figures/repeat.svg)
+
+*Figure 2. A passage that comes again. Who remembers it pays what the teacher pays.*
+"""
 
 
 def render_order(root: Path) -> str:
@@ -215,54 +215,57 @@ def render_order(root: Path) -> str:
         return NOT_RUN
     rows = []
     for name, condition in ORDERS:
-        found = correlate_with_real(root, name, condition)
-        if found is not None:
-            correlation, seeds = found
+        correlation, study = correlate_with_real(root, name, condition), load_study(root, name)
+        if correlation is not None and study is not None:
             interval = "" if correlation.low is None else f"{correlation.low:.2f} to {correlation.high:.2f}"
             p = "" if correlation.p is None else f"{correlation.p:.2g}"
-            rows.append(
-                [f"[{name}]({name}/study.json)", str(seeds), str(len(correlation.names)), f"{correlation.rho:.2f}", interval, p]
-            )
+            counts = [str(len(study[0].seeds)), str(len(correlation.names))]
+            rows.append([f"[{name}]({name}/study.json)", *counts, f"{correlation.rho:.2f}", interval, p])
     if not rows:
         return "*No study of the small teacher shares three students with the real one.*"
     heads = ["order on the small teacher", "its seeds", "students in both", "Spearman's ρ", "95 % interval", "p"]
-    return (
-        f"{format_markdown_table(heads, rows)}\n\n{_describe_seeds(real[0])} The interval is over students: it says how the order "
-        "of other students could differ, not how another seed could.\n\n"
-        "![The order of students on both teachers](figures/orders.svg)\n\n"
-        "*Figure 3. The order of students, the best on top, on the small teacher and on the real one.*"
-    )
+    return f"""{format_markdown_table(heads, rows)}
+{_describe_trust(real[0])} The interval is over students: it says how the order of other students could differ, not how
+another seed could.
+
+![The order of students on both teachers](figures/orders.svg)
+
+*Figure 3. The order of students, the best on top, on the small teacher and on the real one.*
+"""
 
 
 def render_claims(root: Path) -> str:
-    """Render the verdicts of all studies."""
-    rows = []
-    for study in list_studies(root):
-        collection, _ = load_study(root, study) or (None, None)
-        for claim in collection.claims if collection else []:
-            rows.append([claim["statement"], claim["source"], study, *_describe_claim(claim)])
-    rows.sort(key=lambda row: row[0])
-    for previous, row in reversed(list(zip(rows, rows[1:]))):
-        if row[0] == previous[0]:
-            row[0] = row[1] = ""
-    return format_markdown_table(["statement", "source", "study", "verdict", "effect", "95 % interval"], rows)
+    """Render the verdicts of all studies by statement: those that hold somewhere first, undecided ones last."""
+    by_statement: dict[tuple[str, str], list[list[str]]] = {}
+    for name in list_studies(root):
+        study = load_study(root, name)
+        for claim in study[0].claims if study else []:
+            row = [f"[{name}]({name}/study.json)", *_describe_claim(claim)]
+            by_statement.setdefault((claim["statement"], claim["source"]), []).append(row)
+    ranked = sorted(by_statement.items(), key=lambda item: min(VERDICTS.index(row[1].split(",")[0]) for row in item[1]))
+    rows = [
+        [f"{statement} ({source})" if number == 0 else "", *row]
+        for (statement, source), found in ranked
+        for number, row in enumerate(found)
+    ]
+    return format_markdown_table(["statement", "study", "verdict", "effect", "95 % interval"], rows, 3)
 
 
 def render_cost(root: Path) -> str:
     """Render what each study cost."""
     rows = []
     for name in list_studies(root):
-        collection, _ = load_study(root, name) or (None, None)
-        if collection is None or collection.study is None:
+        study = load_study(root, name)
+        if study is None or study[0].study is None:
             continue
+        collection, settings = study[0], study[0].study
         runs = [run for run in collection.runs if run.student != TEACHER]
-        command = f"`limbeck study {collection.study['name']} --size {collection.study.get('size')}`"
-        seconds, saved = collection.sharing["seconds"], collection.sharing["saved_seconds"]
+        command = f"`limbeck study {settings['name']} --size {settings.get('size')}`"
+        seconds, saved = (f"{collection.sharing[key] / 60:.1f}" for key in ("seconds", "saved_seconds"))
         counts = [len(runs), len(collection.seeds), sum(run.status != "finished" for run in runs)]
-        tokens = f"{sum(run.tokens for run in runs):,}"
-        rows.append([name, command, *map(str, counts), tokens, f"{seconds / 60:.0f}", f"{saved / 60:.0f}"])
+        rows.append([name, command, *map(str, counts), f"{sum(run.tokens for run in runs):,}", seconds, saved])
     heads = ["study", "command", "arms", "seeds", "failed or open", "tokens", "minutes of training", "saved by sharing"]
-    return format_markdown_table(heads, rows)
+    return format_markdown_table(heads, rows, 2)
 
 
 PARTS = {
@@ -274,12 +277,10 @@ PARTS = {
 }
 
 
-def correlate_with_real(root: Path, name: str, condition: dict[str, str]) -> tuple[RankCorrelation, int] | None:
-    """Correlate the order of students in a study of the small teacher with that on the real one; and its seeds."""
+def correlate_with_real(root: Path, name: str, condition: dict[str, str]) -> RankCorrelation | None:
+    """Correlate the order of students in a study of the small teacher with that on the real one; None without both."""
     orders = read_orders(root, name, condition)
-    found = orders and correlate_ranks(*orders)
-    study = load_study(root, name)
-    return (found, len(study[0].seeds)) if found and study else None
+    return orders and correlate_ranks(*orders)
 
 
 def read_orders(root: Path, name: str, condition: dict[str, str]) -> tuple[dict[str, float], dict[str, float]] | None:
@@ -322,39 +323,37 @@ def draw_figures(root: Path) -> None:
 # ------------------------------------------------------------------ cells and sentences
 
 
-def _mean(name: str, groups: list[SeedGroup]) -> str:
-    """Format a mean over seeds, with its standard error over the units of one seed where there is one seed."""
-    runs = [run for group in groups for run in group.runs if name in run.values]
-    errors = [run.errors[name] for run in runs if name in run.errors]
+def _format_mean(name: str, runs: list[Run]) -> str:
+    """Format a mean over seeds; of one seed with the standard error over documents or questions."""
+    runs = [run for run in runs if name in run.values]
     if not runs:
         return ""
-    value, error = fmean(run.values[name] for run in runs), errors[0] if len(runs) == len(errors) == 1 else None
-    return format_value(name, value, error)
-
-
-def _mean_of_runs(name: str, runs: list[Any]) -> str:
-    values = [run.values[name] for run in runs if name in run.values]
-    return format_value(name, fmean(values)) if values else ""
+    error = runs[0].errors.get(name) if len({run.axes.get("seed") for run in runs}) == 1 else None
+    return format_value(name, fmean(run.values[name] for run in runs), error)
 
 
 def _describe_seeds(collection: RunCollection) -> str:
-    """Say how far the numbers can be trusted."""
+    """Say what the numbers of a table are, and how far they can be trusted."""
     if len(collection.seeds) == 1:
-        return (
-            "**One seed**: ± is the standard error over documents or questions, and says nothing of how another seed would "
-            "come out; neighbors in the order may be so by chance."
-        )
+        return f"{_describe_trust(collection)} ± is the standard error over documents or questions."
     return f"Means of {len(collection.seeds)} seeds."
+
+
+def _describe_trust(collection: RunCollection) -> str:
+    """Say how many seeds an order rests on."""
+    if len(collection.seeds) == 1:
+        return "**One seed** of the real teacher's students: neighbors in their order may be so by chance."
+    return f"The real teacher's students have {len(collection.seeds)} seeds."
 
 
 def _describe_claim(claim: dict[str, Any]) -> list[str]:
     """Describe a verdict: the verdict with its number of seeds, the effect with its unit, the interval."""
     findings = claim["findings"]
     seeds = max((len(one["by_seed"]) for one in findings), default=0)
-    verdict = f"**{claim['verdict']}**" + (f", {seeds} seed{'s' * (seeds != 1)}" if seeds else ", not measured")
+    verdict = claim["verdict"] + (f", {seeds} seed{'s' * (seeds != 1)}" if seeds else ", not measured")
     if len(findings) > 1:
         held = sum(one["verdict"] == "holds" for one in findings)
-        return [verdict, f"{held} of {len(findings)} parts hold", ""]
+        return [verdict, f"{held} of {len(findings)} parts hold" if seeds else "", ""]
     if not findings or findings[0]["effect"] is None:
         return [verdict, "", ""]
     one = findings[0]

@@ -249,8 +249,8 @@ def kendall_tau(first: dict[str, float], second: dict[str, float], names: list[s
 class RankCorrelation:
     """Spearman's rank correlation of two orders, over `names`; low, high: its 95 % interval; p: of no correlation.
 
-    Interval and p are None for fewer than `MIN_RANKED` names, and for two equal or opposite orders, where the interval has
-    no width. They treat the names as a sample of many: they say how far other names could differ, not other seeds.
+    Interval and p are None for fewer than `MIN_RANKED` names, and for two equal or opposite orders, where the interval
+    has no width. They treat the names as a sample of many: they say how far other names could differ, not other seeds.
     """
 
     rho: float
@@ -261,7 +261,7 @@ class RankCorrelation:
 
 
 def correlate_ranks(first: dict[str, float], second: dict[str, float]) -> RankCorrelation | None:
-    """Correlate the orders of the names that both sides have a finite value for; None for fewer than three, or ties alone.
+    """Correlate the orders of the names that have a finite value on both sides; None for two of them, or ties alone.
 
     Ties share their mean rank. The interval is Fisher's z with the variance (1 + rho^2 / 2) / (n - 3) of Bonett and
     Wright (Psychometrika 65, 2000), the p value that of the t statistic with n - 2 degrees of freedom.

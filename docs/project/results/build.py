@@ -51,8 +51,9 @@ ORDERS: tuple[tuple[str, dict[str, str]], ...] = (
 LOSSES = (EXAM_PERPLEXITY, "agreement.perplexity", "held_out.student_perplexity")
 UNUSED = re.compile(
     r"held_out\.(targets|sequences|length|reverse_kl|top5_.*)|exam\.(documents|repeat_tokens)|window\.(sinks|length)"
-    r"|parameters\.(added|copied|fresh)|agreement\.(reverse_kl|top5_.*)|stages\.\w+\.first_loss|memory\.length"
+    r"|parameters\.(added|copied|fresh)|agreement\.(window_)?(reverse_kl|top5_.*)|stages\.\w+\.first_loss|memory\.length"
 )
+ENVIRONMENT = ("limbeck", "python", "torch", "transformers", "threads", "gpu", "opened")
 VERDICTS = ("holds", "does not hold", "undecided")
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 NOT_RUN = (
@@ -101,7 +102,8 @@ def shrink_study(content: dict[str, Any]) -> dict[str, Any]:
         }
         for arm in content["arms"]
     ]
-    return _round(strip_local_paths({**content, "arms": arms}))
+    environment = {key: value for key, value in content["environment"].items() if key in ENVIRONMENT}
+    return _round(strip_local_paths({**content, "environment": environment, "arms": arms}))
 
 
 def format_study(content: dict[str, Any]) -> str:
@@ -189,19 +191,24 @@ def render_students(root: Path) -> str:
     sentences = [_describe_seeds(collection), *describe_windows(groups)]
     left = {run.student for run in collection.runs} - {group.student for group in ranked} - {TEACHER}
     sentences += [f"Without a row, because it diverged or is not finished: {', '.join(sorted(left))}."] if left else []
-    return f"{format_markdown_table(heads, rows)}\n{' '.join(sentences)}"
+    measured = [index for index, cells in enumerate(zip(*rows)) if any(cells)]
+    table = format_markdown_table([heads[i] for i in measured], [[row[i] for i in measured] for row in rows])
+    return f"{table}\n{' '.join(sentences)}"
 
 
 def render_figures(root: Path) -> str:
     """Render the first two figures."""
-    if load_study(root, REAL) is None:
+    found = load_study(root, REAL)
+    if found is None:
         return ""
-    return """
-![Perplexity of the exam over the bytes of a student's state](figures/exam.svg)
+    text = """![Perplexity of the exam over the bytes of a student's state](figures/exam.svg)
 
 *Figure 1. The exam over memory. Bars: standard error over documents. Dashed: the teacher with a window of so many
 bytes, which nobody trained. Black: the teacher.*
-
+"""
+    if not any(list_distances(group) for group in found[1]):
+        return text
+    return f"""{text}
 ![Loss on a passage that comes again, by distance](figures/repeat.svg)
 
 *Figure 2. A passage that comes again. Who remembers it pays what the teacher pays.*
@@ -307,8 +314,9 @@ def draw_figures(root: Path) -> None:
     with use_style(order_for_colors(collection.students)):
         for name, draw in (("exam", draw_exam_over_state), ("repeat", draw_repeat_by_distance)):
             figure = create_figure(7.2, 3.8)
-            add_legend(figure, draw(figure.subplots(), groups))
-            save_figure(figure, root / "figures" / f"{name}.svg")
+            if drawn := draw(figure.subplots(), groups):
+                add_legend(figure, drawn)
+                save_figure(figure, root / "figures" / f"{name}.svg")
         for name, condition in ORDERS:
             orders = read_orders(root, name, condition)
             found = orders and correlate_ranks(*orders)

@@ -78,7 +78,7 @@ def draw_exam_over_state(axes: Any, groups: list[SeedGroup]) -> list[str]:
     windows = sorted({(run.values[names[0]], run.values[names[1]]) for run in runs if run.values.keys() >= set(names)})
     if windows:
         axes.plot([x / 1e6 for x, _ in windows], [y for _, y in windows], marker="|", **_WINDOW_STYLE)
-    set_axis_labels(axes, "state at the end of a document, MB", "perplexity of the exam", y_log=True)
+    set_axis_labels(axes, "state at the end of a document, MB", "perplexity of the exam", x_log=True, y_log=True)
     return [*(group.student for group in ranked), TEACHER, *([WINDOW] if windows else [])]
 
 

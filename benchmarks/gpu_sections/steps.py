@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpu_sections.bench import Bench
-from limbeck.core.recipe import STAGES
+from limbeck.core.stage_settings import STAGES
 from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import Batch
 from limbeck.models import find_attention_sites

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from limbeck import LimbeckError
 from limbeck.cli import main
-from limbeck.core.recipe import Hidden, Recipe
+from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import Hidden
 from limbeck.training import pipeline, setup
 from limbeck.training.optim import ExponentialMovingAverage, count_training_steps, get_lr_multiplier
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import limbeck
-from limbeck.core.recipe import Hidden as Settings
+from limbeck.core.stage_settings import Hidden as Settings
 from limbeck.data.packing import Batch
 from limbeck.models import find_attention_sites
 from limbeck.models.backbone import supports_packed_positions

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import limbeck
 from limbeck import LimbeckError, cli
-from limbeck.core.recipe import EarlyStopping, Recipe
+from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import EarlyStopping
 from limbeck.models.hooks import DistillationPair
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline, setup, trackers, trainer

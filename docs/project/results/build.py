@@ -337,7 +337,8 @@ def _format_mean(name: str, runs: list[Run]) -> str:
     if not runs:
         return ""
     error = runs[0].errors.get(name) if len({run.axes.get("seed") for run in runs}) == 1 else None
-    return format_value(name, fmean(run.values[name] for run in runs), error)
+    # a task's metric is the last word of its name, and says the unit
+    return format_value(name.rpartition(" ")[2], fmean(run.values[name] for run in runs), error)
 
 
 def _describe_seeds(collection: RunCollection) -> str:

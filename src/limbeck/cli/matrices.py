@@ -51,7 +51,7 @@ def matrices(
     import torch
 
     from limbeck import mixers
-    from limbeck.core import recipe as recipes
+    from limbeck.core import text_settings
     from limbeck.data.dataset import open_text_data
     from limbeck.evaluation.matrices import align_mixing_matrices
     from limbeck.models.loading import load_teacher, resolve_teacher
@@ -60,7 +60,7 @@ def matrices(
     check_writable(out.parent)
     names = mixers.select_mixers(students)
     model, tokenizer = load_teacher(resolve_teacher(teacher), torch.device("cpu"))
-    settings = recipes.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
+    settings = text_settings.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model)
     train, held_out = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
     views = align_mixing_matrices(model, train, held_out, layer, names, steps, preset)

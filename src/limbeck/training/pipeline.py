@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from limbeck.core import recipe as recipes
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info, main_process_first, process_group, run_on_main
 from limbeck.core.errors import LimbeckError
 from limbeck.core.live import Phase, View
 from limbeck.core.recipe import Recipe
 from limbeck.core.screen import is_drawn, watch
+from limbeck.core.stage_settings import Calibrate
 from limbeck.core.storage import check_disk_space, check_writable, read_json, read_manifest
 from limbeck.core.system import get_command_line
 from limbeck.data.in_memory import name_text
@@ -245,7 +245,7 @@ def measure_plan(job: Job, plan: Plan, stages: list[int] | None = None) -> Plan:
 
     def make(number: int) -> Stage:
         settings = recipe.stages[number]
-        assert not isinstance(settings, recipes.Calibrate)
+        assert not isinstance(settings, Calibrate)
         return make_stage(job, student, settings, number)
 
     with torch.random.fork_rng():  # the run itself draws the same numbers with and without this

@@ -27,9 +27,9 @@ from limbeck.core.console import console, progress
 from limbeck.core.distributed import all_reduce_scalars, broadcast_from_main, get_local_rows, sync_stop_and_save
 from limbeck.core.errors import LimbeckError
 from limbeck.core.live import current
-from limbeck.core.recipe import Trained
 from limbeck.core.screen import is_drawn
 from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
+from limbeck.core.stage_settings import Trained
 from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import Batch, SequenceDataset, count_eval_sequences, take_sequences_with_targets
 from limbeck.report.figures.curves import read_metrics

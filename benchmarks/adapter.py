@@ -11,9 +11,9 @@ start           converted, not trained
 distilled       trained on plain text, which has nothing of the task, to answer as the teacher
 of the adapted  the same, to answer as the teacher with its adapter merged in, from whose weights it begins
 
-"+ adapter" is the teacher's adapter put on the student as it is: their layers have the same names and widths. "survives"
-is the part of what the adapter gains on the teacher: for the student with the adapter against the same student without
-it, for the student of the adapted teacher against that of the plain one.
+"+ adapter" is the teacher's adapter put on the student as it is: their layers have the same names and widths.
+"survives" is the part of what the adapter gains on the teacher: for the student with the adapter against the same
+student without it, for the student of the adapted teacher against that of the plain one.
 """
 
 import argparse

@@ -7,7 +7,7 @@ Every start is judged on the exam (long held-out articles, which no start has se
 
 copied      the teacher's projections; decays as the mixer begins (Gated DeltaNet: half-lives of 14 tokens).
 scrambled   the same with the rows of k and v repeated instead of their heads, as in Taylor-Calibrate's public code.
-halved      the same with blocks of 32 rows repeated, as in public code for heads of 32; here heads are wider.
+halved      the same with halves of heads repeated, as public code does that takes every head for 32 wide (here 64).
 taylor      Taylor-Calibrate (arXiv 2606.16429), its closed part: a head's decay rate is ln 2 over the mean distance
             that the teacher's head attends to, its write strength 0.3 to 0.7 by how sharply (where the mixer has one),
             its values scaled to fit. The gate, and the 300 gradient steps a layer that follow there, are left out.
@@ -41,7 +41,6 @@ from limbeck.training.calibration import NormalEquations
 
 RATES = (1e-3, 5.0)  # of decay, least and most
 SCALES = (0.1, 10.0)  # of values
-HALVED_ROWS = 32
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -134,8 +133,9 @@ def start_scrambled(mixer: str, grouped: PreTrainedModel, teacher: PreTrainedMod
 
 
 def start_halved(mixer: str, grouped: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> PreTrainedModel:
-    """Convert the teacher with blocks of 32 rows of k and v repeated, whatever the width of its heads."""
-    return start_copied(mixer, grouped, write_out_groups(grouped, block=HALVED_ROWS), batch)
+    """Convert the teacher with halves of its heads of k and v repeated instead of whole heads."""
+    width = grouped.config.hidden_size // grouped.config.num_attention_heads
+    return start_copied(mixer, grouped, write_out_groups(grouped, block=width // 2), batch)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "-q"]
-        timed("build", [*pip, "wheel", "--no-deps", "-w", folder, *given.pip_args.split(), str(ROOT)])
+        source = copy_source(Path(folder, "source"))
+        timed("build", [*pip, "wheel", "--no-deps", "-w", folder, *given.pip_args.split(), str(source)])
         (wheel,) = Path(folder).glob("*.whl")
         check_content(wheel)
         python = install(wheel, given.environment.absolute(), given.pip_args.split())
@@ -91,13 +93,21 @@ def timed(what: str, command: list[str]) -> None:
     print(f"{what}: {time.monotonic() - start:.0f} s", flush=True)
 
 
+def copy_source(folder: Path) -> Path:
+    """Copy what a wheel is built from: a build in the checkout leaves files there that the next wheel would have."""
+    shutil.copytree(SOURCE, folder / "src" / "limbeck", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
 def check_content(wheel: Path) -> None:
-    """The wheel holds every file of the package: code, recipes, studies, templates, the catalog, py.typed."""
+    """The wheel holds every file of the package and no other: code, recipes, studies, templates, catalog, py.typed."""
     files = {path.relative_to(SOURCE.parent).as_posix() for path in SOURCE.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    missing = files - set(zipfile.ZipFile(wheel).namelist())
-    if missing:
-        sys.exit(f"not in the wheel: {', '.join(sorted(missing))}")
+    content = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    if files != content:
+        sys.exit(f"not in the wheel: {sorted(files - content)}; in the wheel alone: {sorted(content - files)}")
     print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB, {len(files)} files")
 
 

@@ -19,7 +19,7 @@ from limbeck.training.alignment import HiddenStage, MatrixStage
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.optim import StageOptimizer, clip_gradients, get_lr_multiplier
-from limbeck.training.trainer import get_clip_groups
+from limbeck.training.stage_protocol import get_clip_groups
 
 
 def moved_by(model: nn.Module, **settings) -> dict[str, tuple[str, float]]:

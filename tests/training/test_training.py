@@ -23,6 +23,7 @@ from limbeck.training.alignment import HiddenStage
 from limbeck.training.lr_finder import LearningRateSweep, find_learning_rates
 from limbeck.training.optim import GROWTH_INTERVAL, INITIAL_SCALE, LayerEarlyStopping, LossScaler, needs_loss_scaling
 from limbeck.training.precision import numerics_context, resolve_autocast
+from limbeck.training.stage_protocol import accumulate_gradients
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 HIDDEN = {"stage": "hidden", "tokens": 1024, "batch_size": 4}
@@ -148,7 +149,7 @@ def test_a_loss_that_is_scaled_has_the_same_gradient():
         for p in stage.parameters().values():
             p.requires_grad_(True)
         stage.loss_scale = scale
-        trainer.accumulate_gradients(stage, [batch])
+        accumulate_gradients(stage, [batch])
         LossScaler(facts, enabled=True).unscale_gradients(stage.parameters().values())
         gradients.append({n: p.grad.clone() for n, p in stage.parameters().items() if p.grad is not None})
         student.zero_grad()

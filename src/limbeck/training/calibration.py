@@ -19,14 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck.core.collectives import all_reduce_scalars, all_reduce_tensors, broadcast_from_main
 from limbeck.core.console import console, progress
-from limbeck.core.distributed import (
-    all_reduce_scalars,
-    all_reduce_tensors,
-    broadcast_from_main,
-    get_local_rows,
-    run_on_main,
-)
+from limbeck.core.distributed import get_local_rows, run_on_main
 from limbeck.core.errors import LimbeckError
 from limbeck.core.stage_settings import Calibrate
 from limbeck.data.packing import Batch, SequenceDataset, take_sequences_with_targets

@@ -36,8 +36,8 @@ from limbeck.training.optim import LossScaler, StageOptimizer, clip_gradients, n
 from limbeck.training.precision import numerics_context
 from limbeck.training.run_directory import RunDirectory
 from limbeck.training.setup import Job, build_student, prepare_job
+from limbeck.training.stage_protocol import accumulate_gradients, get_clip_groups, total_loss
 from limbeck.training.stages import load_stage_weights, make_stage, trains_beyond_attention
-from limbeck.training.trainer import accumulate_gradients, get_clip_groups, total_loss
 
 MIN_LR, MAX_LR, NUM_POINTS = 1e-6, 1.0, 40
 DIVERGENCE_FACTOR = 3.0  # the sweep ends when the loss exceeds the first loss by this factor

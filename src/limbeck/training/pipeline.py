@@ -36,9 +36,9 @@ from limbeck.training.recipe_options import build_recipe
 from limbeck.training.rehearsal import dry_run_export, measure_stage_times
 from limbeck.training.run_directory import RunDirectory, check_run, collect_environment, open_run, remove_stale_export
 from limbeck.training.setup import Job, assign_run_directory, build_student, prepare_job, run_path
+from limbeck.training.stage_protocol import Stage
 from limbeck.training.stages import make_stage, run_stages
 from limbeck.training.teacher_loading import LoadedTeacher, get_teacher_source
-from limbeck.training.trainer import Stage
 
 MAX_MEASURED_STEP_SECONDS = 120.0  # stages are not rehearsed if a step is planned to take longer
 

@@ -38,7 +38,7 @@ from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.optim import StageOptimizer, clip_gradients, count_training_steps
 from limbeck.training.setup import Job
-from limbeck.training.trainer import get_clip_groups
+from limbeck.training.stage_protocol import get_clip_groups
 
 WARMUP_TOKENS = 64  # of the first step, which is not timed
 

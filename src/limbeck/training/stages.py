@@ -38,8 +38,9 @@ from limbeck.training.objectives.stage import ObjectivesStage
 from limbeck.training.optim import count_training_steps
 from limbeck.training.run_directory import RunDirectory
 from limbeck.training.setup import Job, dataset_key
+from limbeck.training.stage_protocol import Stage
 from limbeck.training.teacher_cache import attach_teacher_logits, require_packed
-from limbeck.training.trainer import Stage, Trainer
+from limbeck.training.trainer import Trainer
 
 
 def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:

@@ -46,7 +46,7 @@ USES: list[tuple[list[str], str]] = [
     (["doctor"], "extra report"),
     (["families", "llama"], "works"),
     (["check", "softmax", "--quick"], "cases passed"),
-    (["assets", "--plan"], "teacher"),
+    (["assets", "--plan"], "limbeck[gguf]"),
     (["distill", "tiny.yaml", "--out", "run"], "written to run/"),
     (["distill", "--plan"], "limbeck[gguf]"),
     (["convert", "teacher", "--student", "gla", "--out", "student"], "new"),
@@ -172,7 +172,9 @@ def make_place() -> None:
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.train_from_iterator(paragraphs, trainers.BpeTrainer(vocab_size=97, special_tokens=["<pad>", "<s>", "</s>"]))
     make_tiny_model("llama").save_pretrained("teacher")
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained("teacher")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained("teacher")
     lines = "".join(json.dumps({"text": p}) + "\n" for p in paragraphs)
     for name, text in (("corpus.jsonl", lines), ("tiny.yaml", RECIPE), ("study.yaml", STUDY)):
         Path(name).write_text(text, encoding="utf-8")

@@ -42,10 +42,11 @@ from limbeck.study.statistics import RankCorrelation, correlate_ranks
 
 HERE = Path(__file__).parent
 REAL = "real-teacher"
-# studies of the small teacher that its order is read from, and under which condition; the first has the grid of REAL
+# studies of small teachers that an order is read from, and under which condition; the first that is there is drawn
 ORDERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("small-teacher", {}),
     ("experiment-1", {"stages": "2+3", "copy_projections": "yes"}),
+    ("tiny-teacher", {}),
 )
 # the first of these that a study has is what it orders students by
 LOSSES = (EXAM_PERPLEXITY, "agreement.perplexity", "held_out.student_perplexity")

@@ -42,10 +42,11 @@ from limbeck.study.statistics import RankCorrelation, correlate_ranks
 
 HERE = Path(__file__).parent
 REAL = "real-teacher"
-# studies of the small teacher that its order is read from, and under which condition; the first has the grid of REAL
+# studies of small teachers that an order is read from, and under which condition; the first that is there is drawn
 ORDERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("small-teacher", {}),
     ("experiment-1", {"stages": "2+3", "copy_projections": "yes"}),
+    ("tiny-teacher", {}),
 )
 # the first of these that a study has is what it orders students by
 LOSSES = (EXAM_PERPLEXITY, "agreement.perplexity", "held_out.student_perplexity")
@@ -54,6 +55,7 @@ UNUSED = re.compile(
     r"|parameters\.(added|copied|fresh)|agreement\.(window_)?(reverse_kl|top5_.*)|stages\.\w+\.first_loss|memory\.length"
 )
 ENVIRONMENT = ("limbeck", "python", "torch", "transformers", "threads", "gpu", "opened")
+DIFFERENCE = "exam.window_loss_difference"
 VERDICTS = ("holds", "does not hold", "undecided")
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 NOT_RUN = (
@@ -182,13 +184,14 @@ def render_students(root: Path) -> str:
     row += [_format_mean(f"exam.teacher_repeat_loss@{at}", runs) for at in distances]
     row += [_format_mean(name, [run for run in collection.runs if run.student == TEACHER]) for name in tasks] + [""]
     rows = [row]
-    names = ["exam.student_perplexity@512", EXAM_PERPLEXITY, "exam.window_perplexity", "exam.window_loss_difference"]
+    names = ["exam.student_perplexity@512", EXAM_PERPLEXITY, "exam.window_perplexity", DIFFERENCE]
     names += [f"exam.student_repeat_loss@{at}" for at in distances] + tasks
     for group in ranked:
         tokens, minutes = (fmean(numbers) for numbers in zip(*((r.tokens, (r.seconds or 0) / 60) for r in group.runs)))
         row = [group.student, format_bytes(read_state_bytes(group)), f"{tokens:,.0f}"]
         rows.append([*row, *(_format_mean(name, group.runs) for name in names), f"{minutes:.0f}"])
-    sentences = [_describe_seeds(collection), *describe_windows(groups)]
+    sentences = [_describe_seeds(collection)]
+    sentences += [_describe_differences(ranked)] if len(collection.seeds) == 1 else describe_windows(groups)
     left = {run.student for run in collection.runs} - {group.student for group in ranked} - {TEACHER}
     sentences += [f"Without a row, because it diverged or is not finished: {', '.join(sorted(left))}."] if left else []
     measured = [index for index, cells in enumerate(zip(*rows)) if any(cells)]
@@ -336,9 +339,26 @@ def _format_mean(name: str, runs: list[Run]) -> str:
     runs = [run for run in runs if name in run.values]
     if not runs:
         return ""
-    error = runs[0].errors.get(name) if len({run.axes.get("seed") for run in runs}) == 1 else None
+    error = _get_error(runs[0], name) if len({run.axes.get("seed") for run in runs}) == 1 else None
     # a task's metric is the last word of its name, and says the unit
     return format_value(name.rpartition(" ")[2], fmean(run.values[name] for run in runs), error)
+
+
+def _get_error(run: Run, name: str) -> float | None:
+    return run.errors.get(name, run.values.get(f"{name}_standard_error"))
+
+
+def _describe_differences(groups: list[SeedGroup]) -> str:
+    """Say which students of one seed differ from the untrained window of their memory by two standard errors."""
+    sides: dict[str, list[str]] = {"better": [], "worse": [], "not told apart from it": []}
+    for group in groups:
+        run = group.runs[0]
+        difference, error = run.values.get(DIFFERENCE), _get_error(run, DIFFERENCE)
+        if difference is not None and error is not None and group.student not in CONTROLS:
+            side = "not told apart from it" if abs(difference) < 2 * error else "better" if difference < 0 else "worse"
+            sides[side].append(group.student)
+    found = [f"{side}: {', '.join(names)}" for side, names in sides.items() if names]
+    return f"Beside the window, by two standard errors of the difference: {'; '.join(found)}." if found else ""
 
 
 def _describe_seeds(collection: RunCollection) -> str:

@@ -53,7 +53,7 @@ USES: list[tuple[list[str], str]] = [
     (["select", *TEXT, "--num-softmax-layers", "1", "--tokens", "64", "--eval-tokens", "64"], "softmax_layers.json"),
     (["generate", "run", "The", "--new-tokens", "2"], "tokens/s"),
     (["chat", "run", "--new-tokens", "2"], "tokens/s"),
-    (["eval", "run", "--measure", "agreement,recall", "--tokens", "64", "--seq-len", "32"], "agreement"),
+    (["eval", "run", "--measure", "agreement", "--tokens", "64", "--seq-len", "32"], "agreement"),
     (["bench", "run", "--lengths", "32", "--new-tokens", "1", "--rounds", "1", "--prefill", "0"], "limbeck[report]"),
     (["study", "study.yaml"], "written to"),
     (["matrices", *TEXT, "--layer", "0"], "limbeck[report]"),

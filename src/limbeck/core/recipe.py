@@ -213,7 +213,7 @@ class Trained(_Stage):
     """With wsd: share of the steps, at the end, in which the learning rate decays."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: for the teacher's matrices; the mixers' parameters use AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """On the teacher's matrices, not on a mixer's own parameters, norms and biases."""
@@ -443,10 +443,7 @@ class Document(Part):
                 expected=f'{name}(teacher="embedded", data={{"source": "corpus.jsonl"}}, ...)',
                 hint=f'{name}.load("{args[0] if isinstance(args[0], str) else "quickstart"}")',
             )
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise format_validation_error(error, name, type(self), self.tagged) from error
+        super().__init__(**values)
 
     # pydantic then validates a file's values without this method, so that `parse` names the file in its errors
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 PAGES = Path(__file__).parent / "reference"
 KINDS = {"int": "number", "float": "number", "path": "path", "list": "text", "str": "text", "text": "text"}
+EVERYWHERE = {"--help", "--json", "--quiet"}  # options that the page explains once
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -204,13 +205,16 @@ def render_command(name: str, verb: Any) -> str:
     if arguments:
         rows = [[f"`{argument_name(p)}`", tidy(p.help), default_of(p)] for p in arguments]
         lines += ["", table(["argument", "meaning", "default"], rows)]
+    options = [p for p in verb.params if p.param_type_name == "option" and not getattr(p, "hidden", False)]
     rows = [
         [" ".join(f"`{opt}`" for opt in [*p.opts, *p.secondary_opts]), tidy(p.help), type_of(p), default_of(p)]
-        for p in verb.params
-        if p.param_type_name == "option" and not getattr(p, "hidden", False) and "--help" not in p.opts
+        for p in options
+        if not EVERYWHERE & {*p.opts}
     ]
     if rows:
         lines += ["", table(["option", "meaning", "value", "default"], rows)]
+    if common := [f"`{p.opts[0]}`" for p in options if (EVERYWHERE - {"--help"}) & {*p.opts}]:
+        lines += ["", f"Also {' and '.join(common)}."]
     examples = re.findall(r"^\s+(limbeck .*)$", verb.epilog or "", re.M)
     if examples:
         lines += ["", "```", *examples, "```"]

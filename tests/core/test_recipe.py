@@ -117,11 +117,30 @@ def test_values_of_the_command_line(text, value):
         ({"stages": [{"stage": "hidden"}]}, "stages.0.tokens"),
         ({"stages": [{"stage": "logits", "tokens": 3, "ce": 0, "kl": 0}]}, "has to be greater than 0"),
         ({"evaluation": {"tokens": 0}}, "evaluation.tokens"),
+        ({"stages": [{"tokens": 3}]}, "stages.0 does not say which stage it is"),
+        # infinity is above zero, so a bound alone would let it through
+        ({"stages": [{"stage": "hidden", "tokens": 3, "lr": float("inf")}]}, "stages.0.lr is inf"),
+        ({"stages": [{"stage": "logits", "tokens": 3, "kl": float("nan")}]}, "stages.0.kl is nan"),
+        (
+            {"stages": [{"stage": "logits", "tokens": 3, "objectives": {"gram": {"weight": float("inf")}}}]},
+            "weight is inf",
+        ),
+        ({"stages": [{"stage": "logits", "tokens": 3, "betas": [0.9, 1.5]}]}, "stages.0.betas"),
+        ({"stages": [{"stage": "hidden", "tokens": 3, "lr": True}]}, "stages.0.lr is True"),
+        ({"trackers": "wandb"}, "trackers is 'wandb'"),
+        ({"stages": [{"stage": "logits", "tokens": 3, "lora": {"alpha": float("inf")}}]}, "alpha is inf"),
     ],
 )
 def test_a_wrong_recipe_names_the_place(raw, word):
     with pytest.raises(LimbeckError, match=re.escape(word)):
         Recipe.parse(raw)
+
+
+def test_one_block_is_a_list_of_one():
+    """As YAML reads `blocks: 3`, for the objectives as for layers."""
+    gram = {"stage": "logits", "tokens": 3, "objectives": {"gram": {"blocks": 1}}}
+    recipe = Recipe.parse({"student": {"softmax_layers": 1}, "stages": [gram]})
+    assert recipe.student.softmax_layers == recipe.stages[0].objectives.gram.blocks == "1"
 
 
 def test_the_readmes_python_names_what_exists():

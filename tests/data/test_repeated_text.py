@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from limbeck import LimbeckError
@@ -331,7 +330,7 @@ def test_whole_documents_of_a_recipe(tokenizer, corpus):
     starts = [tokens[begin : begin + 100].tolist() for begin, end in pairwise(offsets) if end - begin >= 100]
     assert batch.input_ids.tolist() == starts
     assert text.key == packed.key, "the same tokens"
-    with pytest.raises(ValidationError, match="without streaming"):
+    with pytest.raises(LimbeckError, match="without streaming"):
         Data(source="a", documents="whole", streaming=True)
 
 

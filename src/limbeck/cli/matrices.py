@@ -46,6 +46,8 @@ def matrices(
     out = take_old_out(old_out, out) or Path("matrices.png")
     if out.suffix.lower() not in FIGURES:
         raise LimbeckError(f"unsupported figure format: {out}", expected="a file name ending in .png, .svg or .pdf")
+    if steps < 0:
+        raise LimbeckError(f"--steps {steps}", expected="0 or more")
     require("matplotlib", "figures")
     # late, for a fast --help
     import torch
@@ -54,12 +56,14 @@ def matrices(
     from limbeck.core import text_settings
     from limbeck.data.dataset import open_text_data
     from limbeck.evaluation.matrices import align_mixing_matrices
+    from limbeck.models import find_attention_sites
     from limbeck.models.loading import load_teacher, resolve_teacher
-    from limbeck.report.figures.mixing import draw_matrices
+    from limbeck.report.figures.mixing import check_head, draw_matrices
 
     check_writable(out.parent)
     names = mixers.select_mixers(students)
     model, tokenizer = load_teacher(resolve_teacher(teacher), torch.device("cpu"))
+    check_head(head, find_attention_sites(model)[0].shape.heads)
     settings = text_settings.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model)
     train, held_out = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)

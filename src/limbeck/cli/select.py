@@ -64,8 +64,9 @@ def select(
     Scores what each layer, or group of heads, is worth on your text, and writes down those worth keeping.
     """
     out = take_old_out(old_out, out) or Path("softmax_heads.json" if heads else "softmax_layers.json")
-    if window < 1:
-        raise LimbeckError(f"--window {window}", expected="1 or more")
+    for option, count in {"window": window, "tokens": tokens, "eval-tokens": eval_tokens}.items():
+        if count < 1:
+            raise LimbeckError(f"--{option} {count}", expected="1 or more")
     if heads:
         content = _select_heads(out, num_softmax_heads, by or "path", teacher, data, seq_len, eval_tokens, window)
     else:

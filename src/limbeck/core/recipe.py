@@ -140,10 +140,7 @@ class Document(Part):
                 expected=f'{name}(teacher="embedded", data={{"source": "corpus.jsonl"}}, ...)',
                 hint=f'{name}.load("{args[0] if isinstance(args[0], str) else "quickstart"}")',
             )
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise format_validation_error(error, name, type(self), self.tagged) from error
+        super().__init__(**values)
 
     # pydantic then validates a file's values without this method, so that `parse` names the file in its errors
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

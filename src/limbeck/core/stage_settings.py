@@ -64,7 +64,7 @@ class Trained(StageSettings):
     """With wsd: share of the steps, at the end, in which the learning rate decays."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: for the teacher's matrices; the mixers' parameters use AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """On the teacher's matrices, not on a mixer's own parameters, norms and biases."""

@@ -94,6 +94,20 @@ def load(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_model_and_tokenizer(checkpoint, require_student=is_run)
 
 
+def check_given_teacher(teacher: Any) -> None:
+    """Raise LimbeckError for anything but a name, a folder, None, or a model in memory with its tokenizer."""
+    kinds = (PreTrainedModel, PreTrainedTokenizerBase)
+    is_pair = isinstance(teacher, tuple) and len(teacher) == 2 and all(map(isinstance, teacher, kinds))
+    if teacher is None or isinstance(teacher, str | Path) or is_pair:
+        return
+    parts = ", ".join(type(part).__name__ for part in teacher) if isinstance(teacher, tuple) else ""
+    raise LimbeckError(
+        f"the teacher is {f'({parts})' if parts else f'a {type(teacher).__name__}'}",
+        expected="a folder, a Hub name or 'embedded'; or a model of transformers with its tokenizer",
+        hint="teacher=(model, tokenizer)",
+    )
+
+
 def find_own_name(folder: str) -> str:
     """Return the name under which Limbeck knows a folder of its cache, as "embedded"; else the folder itself."""
     known = {str(get_embedded_teacher_folder()): "embedded"}

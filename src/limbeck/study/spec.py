@@ -245,7 +245,11 @@ class Study(_StrictModel):
         raw["teacher"] = teacher or raw.get("teacher", Recipe.model_fields["teacher"].default)
         settings: dict[str, Any] = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
         settings |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
-        raw["student"] = {**raw.get("student", {}), **{key: value for key, value in settings.items() if value}}
+        if not isinstance(raw.get("student") or {}, dict):
+            raise LimbeckError(
+                f"{self.name}: base.student is {raw['student']!r}", expected="keys of a recipe's student"
+            )
+        raw["student"] = {**(raw.get("student") or {}), **{key: value for key, value in settings.items() if value}}
         raw["stages"] = parse_stages(stages.replace("+", ","), raw)
         if tokens is not None:
             scale_token_budgets(raw["stages"], tokens)

@@ -24,6 +24,7 @@ from limbeck.core.stage_settings import Calibrate
 from limbeck.core.storage import check_disk_space, check_writable, read_json, read_manifest
 from limbeck.core.system import get_command_line
 from limbeck.data.in_memory import name_text
+from limbeck.models.loading import check_given_teacher
 from limbeck.models.temporary import frozen, quiet_transformers
 from limbeck.report.run_summary import RunSummary, format_outcome
 from limbeck.report.teacher_info import get_teacher_name
@@ -95,6 +96,7 @@ def distill(
         LimbeckError: anything wrong with the recipe, the data or the machine; nothing was written then. With several
             processes all raise the error of the first that failed.
     """
+    check_given_teacher(teacher)
     if isinstance(teacher, tuple):
         loaded, teacher = teacher, get_teacher_source(*teacher)
     options: dict[str, Any] = {"teacher": teacher and str(teacher), "student": student, "layers": layers}

@@ -83,7 +83,7 @@ def broken(draw) -> dict:
 def test_bad_recipes_are_read_or_refused():
     outcomes, told = {"read": 0, "refused": 0}, []
 
-    @settings(max_examples=1400, **QUIET)
+    @settings(max_examples=700, **QUIET)
     @given(broken())
     def each(raw):
         try:

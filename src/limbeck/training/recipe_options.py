@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from limbeck import mixers
 from limbeck.core.config import parse_stages, scale_token_budgets, set_by_dotted_key
 from limbeck.core.counts import parse_count
@@ -74,7 +72,7 @@ def build_recipe(
     original, changed = _load(base, {}), _load(base, changes)
     is_file = not isinstance(base, Recipe) and Path(base).suffix in (".yaml", ".yml")
     is_built_in = not isinstance(base, Recipe) and not is_file
-    raw = yaml.safe_load(changed.to_yaml())
+    raw = changed.model_dump(mode="json")
     if out is None and student is not None:
         raw["name"] = f"{original.name}-{mixers.get(student).name}"
     # what a built-in recipe says of its own text and budget does not hold for another one
@@ -107,7 +105,7 @@ def _load(base: str | Path | Recipe, changes: dict[str, Any]) -> Recipe:
     """Return a recipe with some keys changed; a file's are changed before it is read as a whole."""
     if not isinstance(base, Recipe):
         return Recipe.load(base, changes)
-    raw = yaml.safe_load(base.to_yaml())
+    raw = base.model_dump(mode="json")
     for key, value in changes.items():
         set_by_dotted_key(raw, key, value)
     return Recipe.parse(raw)

@@ -31,7 +31,9 @@ def matrices(
         typer.Option(help="Mixers as a,b,c, or a set: paper-v2, paper-v3, all.", autocompletion=complete_mixer_sets),
     ] = "all",
     preset: Preset = "default",
-    layer: Annotated[int, typer.Option(help="The index of the layer to align to.")] = 12,
+    layer: Annotated[
+        int | None, typer.Option(help="The index of the layer to align to.", show_default="two fifths of the way up")
+    ] = None,
     head: Annotated[int, typer.Option(help="The index of the head to draw.")] = 0,
     data: Data = "embedded",
     seq_len: SeqLen = 96,
@@ -55,11 +57,17 @@ def matrices(
     from limbeck.data.dataset import open_text_data
     from limbeck.evaluation.matrices import align_mixing_matrices
     from limbeck.models.loading import load_teacher, resolve_teacher
+    from limbeck.models.probe import find_attention_sites
     from limbeck.report.figures.mixing import draw_matrices
 
     check_writable(out.parent)
     names = mixers.select_mixers(students)
     model, tokenizer = load_teacher(resolve_teacher(teacher), torch.device("cpu"))
+    # before the text is tokenized
+    sites = find_attention_sites(model)
+    layer = len(sites) * 2 // 5 if layer is None else layer
+    _check_index("layer", layer, len(sites))
+    _check_index("head", head, sites[layer].shape.heads)
     settings = recipes.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model)
     train, held_out = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
@@ -81,3 +89,8 @@ def matrices(
     for one in distances:
         table.add_row(one["student"], f"{one['all_heads']:.3f}", f"{one['head']:.3f}")
     output.print(table)
+
+
+def _check_index(what: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise LimbeckError(f"{what} is {index}, the teacher has {count}", expected=f"0 to {count - 1}")

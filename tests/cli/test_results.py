@@ -14,7 +14,7 @@ from rich.table import Table
 from helpers.command_line import run_limbeck
 from limbeck.cli.results import to_plain
 from limbeck.core import extras
-from limbeck.core.console import UncroppedConsole
+from limbeck.core.console import UncroppedConsole, console, output
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -171,6 +171,25 @@ def test_every_extra_for_users_has_its_purpose_and_what_is_missing_is_named(monk
     assert extras.find_missing("accelerate").name == "gguf"
 
 
+@pytest.mark.parametrize("arguments", [["students", "gla", "--json"], ["students", "gla"], ["recipe", "quickstart"]])
+def test_of_several_processes_the_first_one_prints(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for one in (console, output):
+        monkeypatch.setattr(one, "quiet", False)  # and so again afterwards
+    monkeypatch.setenv("RANK", "0")
+    assert limbeck(*arguments, capsys=capsys)[1]
+    monkeypatch.setenv("RANK", "1")
+    assert limbeck(*arguments, capsys=capsys) == (0, "", "")
+    assert console.quiet, "what runs after a verb, such as an error's message, is that of the first process too"
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"], ["-q"]])
+def test_quiet_holds_for_notes_on_options_too(quiet, place, capsys):
+    code, _, err = limbeck("bench", "--batch", "x", *quiet, capsys=capsys)
+    assert (code, "note: --batch is now" in err) == (2, not quiet)
+    assert "error: no model to benchmark" in err
+
+
 def without(*modules: str, monkeypatch) -> None:
     find = extras.importlib.util.find_spec
     monkeypatch.setattr(
@@ -183,6 +202,8 @@ def without(*modules: str, monkeypatch) -> None:
     [
         (["matrices", "--out", "m.png"], "pip install 'limbeck[report]'"),
         (["matrices", "m.bmp"], "a file name ending in .png, .svg or .pdf"),
+        (["matrices", "--steps=-1"], "--steps -1"),
+        (["select", "--eval-tokens", "0"], "--eval-tokens 0"),
         (["report", "runs"], "pip install 'limbeck[report]'"),
         (["eval", "nowhere", "--measure", "all"], "left out: tasks, which needs the extra eval"),
     ],

@@ -72,6 +72,17 @@ def test_all_stages_are_there_and_no_line_is_too_wide(width):
     assert all(line.isascii() for line in texts(view, width, plain=True))
 
 
+def test_a_terminal_of_any_width_is_drawn():
+    view = View(
+        "gla student of SmolLM2", [Phase(0, "hidden", planned=300.0, amount="20,000 tokens")], folder="runs/gla"
+    )
+    view.begin(0)
+    for step in range(90):
+        view.record(5 / (step + 1), 118.0, held_out=3.3)
+    for width in range(1, 60):
+        assert all(line.cell_len <= width for line in render(view, width, 24)), width
+
+
 def test_time_left_follows_what_the_run_has_taken_so_far():
     """Of 300 planned seconds 40 % took 200, the first stage 60 for 30: 260 for 150 planned so far."""
     clock = Clock()
@@ -180,3 +191,8 @@ def test_the_picture_of_a_run_fits_and_names_each_model_where_it_ends(width):
     assert names == ["window", "student", "teacher"]
     assert "2,047" in lines[-1]
     assert plot_run({"run": "nowhere", "exam": None}, width) is None
+    by_position["student"] = dict.fromkeys(by_position["student"], float("nan"))
+    plot = plot_run({"run": "nowhere", "exam": {"by_position": by_position}}, width)
+    assert plot is not None, "a student that diverged is left out"
+    assert "student" not in plot.plain
+    assert plot_run({"run": "nowhere", "exam": {"by_position": {"student": by_position["student"]}}}, width) is None

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from limbeck import LimbeckError
-from limbeck.core.recipe import Data, Recipe, TeacherRecipe
+from limbeck.core.recipe import Recipe, TeacherRecipe
 from limbeck.core.signals import TrainingInterrupted
+from limbeck.core.text_settings import Data
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.packing import IGNORE_INDEX
 from limbeck.data.synthetic import MIN_PIECE_TOKENS, RepeatedTextDataset, RepeatedTextSource
@@ -330,7 +330,7 @@ def test_whole_documents_of_a_recipe(tokenizer, corpus):
     starts = [tokens[begin : begin + 100].tolist() for begin, end in pairwise(offsets) if end - begin >= 100]
     assert batch.input_ids.tolist() == starts
     assert text.key == packed.key, "the same tokens"
-    with pytest.raises(ValidationError, match="without streaming"):
+    with pytest.raises(LimbeckError, match="without streaming"):
         Data(source="a", documents="whole", streaming=True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -20,6 +20,7 @@ from limbeck.core.recipe import Recipe
 from limbeck.data.packing import IGNORE_INDEX, PackedDataset
 from limbeck.data.special_tokens import (
     compile_control_pattern,
+    encode_continuations,
     encode_plain_texts,
     encode_prompt,
     find_special_token_ids,
@@ -193,6 +194,23 @@ def test_added_tokens_that_are_not_special_stay(own_cache):
     assert tok.convert_tokens_to_ids("<|call|>") not in ids
     assert compile_control_pattern(tok).findall("<think> <|call|></s>") == ["<|call|>", "</s>"]
     assert encode_prompt(tok, "<|call|>") == [tok.convert_tokens_to_ids("<|call|>")], "a prompt may be rendered"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "unigram", "prepended"])
+def test_an_answer_is_read_as_it_stands_behind_its_prompt(kind):
+    """The tokenizers of Llama 2 and Mistral put a space of their own before every text, an answer's too."""
+    tok = tokenizer(unigram=kind == "unigram")
+    if kind == "prepended":
+        raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        special = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+        raw.train_from_iterator(" ".join(PARAGRAPHS).split(), trainer)
+        tok = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    prompt, answers = "Question: who grants it?\nAnswer:", [" the License", " 12", " you or I"]
+    expected = [encode_prompt(tok, prompt + answer)[len(encode_prompt(tok, prompt)) :] for answer in answers]
+    assert encode_continuations(tok, answers) == expected
+    assert all(expected)
 
 
 @pytest.mark.parametrize("post", ["<s> $A", "<s> $A </s>", "<s> [de] $A"])

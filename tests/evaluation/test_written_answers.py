@@ -17,8 +17,9 @@ from limbeck.data.offline.packs import Pack, ensure_pack, load_pack_manifest, wr
 from limbeck.data.offline.question_sets import ChoiceQuestion
 from limbeck.evaluation import generated, letters, sampled_text
 from limbeck.evaluation import measure as measures
-from limbeck.evaluation.free_running import decode
+from limbeck.evaluation.free_running import compare_free_running, count_common_tokens, decode
 from limbeck.evaluation.prompt_batches import SharedPrefix, count_shared_tokens
+from limbeck.evaluation.stored_answers import load_or_ask
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.evaluation.written_questions import TASKS, get_task
 from limbeck.report import comparison
@@ -259,6 +260,13 @@ def test_the_measure_generated(subject, tmp_path, monkeypatch):
     assert best.values["squad, F1"] == 1
 
 
+def test_answers_that_cannot_be_kept_are_given_all_the_same(subject, tmp_path, monkeypatch, capsys):
+    (tmp_path / "no-folder").write_text("", encoding="utf-8")
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "no-folder"))
+    assert load_or_ask(subject, "answers", ["a question"], lambda: [1]) == [1]
+    assert "are not kept for the next time" in capsys.readouterr().err
+
+
 def test_a_prompt_longer_than_the_context_is_an_error(subject, monkeypatch):
     monkeypatch.setattr(subject.model.config, "max_position_embeddings", 16)
     for name in ("letters", "generated"):
@@ -297,6 +305,28 @@ def test_the_divergence_of_sampled_text_is_that_of_all_texts():
     assert found.kl.min() >= -1e-12
     assert found.kl.mean(1).std() < found.log_ratio.mean(1).std()
     assert float(sampled_text.compare_on_text(one, one, prefixes[:3], written[:3]).kl.abs().max()) == 0
+
+
+def test_a_vocabulary_padded_on_one_side_changes_nothing():
+    """Tokens that one model alone has are never written, and count nowhere."""
+    teacher, student = model_of("teacher"), model_of("gla")
+    padded = model_of("teacher")
+    padded.resize_token_embeddings(VOCAB_SIZE + 8, mean_resizing=False)
+    with torch.no_grad():
+        head = padded.get_output_embeddings().weight
+        head[VOCAB_SIZE:] = 3 * head[:8]  # likely ones
+    prefixes = torch.arange(3, 15).view(3, 4)
+    width = count_common_tokens(padded, student)
+    assert width == VOCAB_SIZE
+    cpu = torch.device("cpu")
+    written = decode(padded, prefixes, 6, choose=sampled_text.sampler(0, cpu), width=width)
+    assert torch.equal(written, decode(teacher, prefixes, 6, choose=sampled_text.sampler(0, cpu)))
+    for pair, plain in (((padded, student), (teacher, student)), ((student, padded), (student, teacher))):
+        found, expected = (sampled_text.compare_on_text(*models, prefixes, written) for models in (pair, plain))
+        assert torch.allclose(found.kl, expected.kl, atol=1e-12)
+        running, usual = (compare_free_running(*models, prefixes, 6) for models in (pair, plain))
+        for name in ("equal_tokens", "text_perplexity", "teacher_text_perplexity"):
+            assert running[name] == pytest.approx(usual[name])
 
 
 def test_the_measure_sampled(subject):

@@ -5,9 +5,11 @@ import torch
 
 from helpers.exported import VOCABULARY, make_student, make_tokenizer
 from limbeck import LimbeckError
+from limbeck.evaluation.sampled_text import sampler
 from limbeck.models import export as exports
 from limbeck.models.conversation import Conversation, LlamaCppEngine, Sampling, StudentEngine, list_end_tokens
 from limbeck.models.export.record import write_export
+from limbeck.models.generation import stream_text
 
 FORGETFUL = (  # shows of earlier answers nothing
     "{% for m in messages %}<s>{{ m['role'] }}\n"
@@ -123,6 +125,19 @@ def test_sampling():
     assert Sampling().choose(logits, torch.Generator()) == 1
 
 
+def test_a_model_that_diverged_draws_nothing(words):
+    student = make_student("tied")
+    with torch.no_grad():
+        student.base_model.norm.weight.fill_(torch.nan)
+    for draw in (
+        lambda: Sampling(0.7).choose(torch.full([4], torch.nan), torch.Generator()),
+        lambda: "".join(stream_text(student, words, "hi", 3, 0.7, 1.0, 0)),
+        lambda: sampler(0, torch.device("cpu"))(torch.full([2, 4], torch.nan)),
+    ):
+        with pytest.raises(LimbeckError, match="not finite"):
+            draw()
+
+
 def test_end_tokens():
     student = make_student("tied")
     student.generation_config.eos_token_id = [2, 5]
@@ -134,6 +149,14 @@ def test_end_tokens():
 def test_without_a_chat_template():
     with pytest.raises(LimbeckError, match="limbeck generate"):
         Conversation(Script([]), make_tokenizer(template=None), Sampling())
+
+
+def test_a_template_without_a_system_message_says_so():
+    """As Gemma's, which raises an error."""
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    talk = Conversation(Script([]), make_tokenizer(template=template), Sampling(), system="Be kind.")
+    with pytest.raises(LimbeckError, match=r"no system role(.|\n)*leave out --system"):
+        next(talk.reply("hi"))
 
 
 def test_llama_cpp_says_the_same(words, tmp_path):

@@ -21,7 +21,7 @@ from limbeck.mixers.options import LATER_OPTIONS
 from limbeck.models import export as exports
 from limbeck.models.conversion import set_mixer_options
 from limbeck.models.export import gguf_file, gguf_qwen35, gguf_rwkv7, gguf_tokenizer, qwen3_5
-from limbeck.models.export.record import write_export
+from limbeck.models.export.record import RECORD_FILE, write_export
 from limbeck.models.export.verification import compare
 from limbeck.testing import make_tiny_model
 from limbeck.training.identity import summarize_student_layers
@@ -339,6 +339,13 @@ def test_an_existing_folder_is_replaced_only_by_force(words, tmp_path):
     assert not (folder / "mine.txt").exists()
     with pytest.raises(LimbeckError, match="is a file"):
         write_export(QWEN3_5, student, words, folder / "config.json", force=True)
+    # a run's folder, or the home of somebody, is no export: force would take all that is in it
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model.safetensors").write_text("weights", encoding="utf-8")
+    for force in (False, True):
+        with pytest.raises(LimbeckError, match="none of them is the record of an export"):
+            write_export(QWEN3_5, student, words, tmp_path, force=force)
+    assert (tmp_path / "student" / "model.safetensors").read_text(encoding="utf-8") == "weights"
 
 
 @pytest.mark.parametrize("target", ["gguf", "qwen3_5"])
@@ -348,7 +355,7 @@ def test_a_full_disk_leaves_nothing_behind(target, words, tmp_path, monkeypatch)
     student = make_student("tied", target)
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "before.txt").write_text("before", encoding="utf-8")
+    (folder / RECORD_FILE).write_text("before", encoding="utf-8")
 
     def fill(given, tokenizer, temporary: Path, quantization):
         exporter.write(given, tokenizer, temporary, quantization)
@@ -357,7 +364,7 @@ def test_a_full_disk_leaves_nothing_behind(target, words, tmp_path, monkeypatch)
     with pytest.raises(LimbeckError, match="space"):
         write_export(replace(exporter, write=fill), student, words, folder, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (folder / "before.txt").read_text(encoding="utf-8") == "before"
+    assert (folder / RECORD_FILE).read_text(encoding="utf-8") == "before"
 
 
 def test_numbers_too_large_for_half_precision_are_refused(words, tmp_path):
@@ -429,6 +436,17 @@ def test_llama_cpp_splits_texts_by_the_same_rule(rule, tmp_path):
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     assert gguf_tokenizer.find_splitting_rule(raw) == rule
     check_split(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(("change", "refused"), [("NFC", None), ("Lowercase", "Lowercase"), ("both", "Lowercase")])
+def test_a_tokenizer_that_changes_texts_is_refused(change, refused):
+    """llama.cpp splits a text as it stands."""
+    tokenizer = make_tokenizer()
+    kinds = {"NFC": normalizers.NFC(), "Lowercase": normalizers.Lowercase()}
+    both = normalizers.Sequence(list(kinds.values()))
+    tokenizer.backend_tokenizer.normalizer = kinds.get(change, both)
+    reasons = gguf_tokenizer.check_tokenizer(tokenizer, VOCABULARY)
+    assert [f"({refused})" in str(reason) for reason in reasons] == ([True] if refused else [])
 
 
 def check_split(tokenizer, folder: Path) -> None:

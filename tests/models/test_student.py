@@ -215,7 +215,7 @@ def test_layers(spec, layers):
     assert parse_layers(spec, 4) == layers
 
 
-@pytest.mark.parametrize("spec", ["", "4", "1-9", "first", [], [-1], "2-1"])
+@pytest.mark.parametrize("spec", ["", "4", "1-9", "first", [], [-1], "2-1", "0,3-2"])
 def test_impossible_layers(spec):
     with pytest.raises(LimbeckError, match="layers is"):
         parse_layers(spec, 4)

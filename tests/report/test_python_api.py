@@ -85,6 +85,9 @@ def test_text_in_memory(own_cache):
     assert store_text(DOCUMENTS[:-1]) != source
     with pytest.raises(LimbeckError, match="document 2 of the text is a int"):
         store_text(["a", 2])
+    for wrong in (["a", "half of a pair \ud83d"], ["a", {("no", "name"): "b"}]):
+        with pytest.raises(LimbeckError, match="document 2 of the text cannot be kept"):
+            store_text(wrong)
     with pytest.raises(LimbeckError, match="no documents"):
         store_text([])
     with pytest.raises(LimbeckError, match=r"several splits(.|\n)*data=dataset\['train'\]"):
@@ -107,6 +110,11 @@ def test_mistakes_are_told_in_three_lines(place, capsys):
         (lambda: Recipe("quickstart"), 'Recipe.load("quickstart")'),
         (lambda: Recipe(stages=[{"stage": "hiden", "tokens": 1}]), "unknown stage 'hiden'"),
         (lambda: limbeck.evaluate(teacher), "its teacher and tokenizer are unknown"),
+        (lambda: limbeck.distill(teacher=teacher), "the teacher is a LlamaForCausalLM"),
+        (lambda: limbeck.distill(teacher=("my-teacher", tokenizer)), "the teacher is (str, "),
+        (lambda: limbeck.evaluate("my-teacher", (tokenizer, teacher)), "the teacher is ("),
+        (lambda: limbeck.distill("quickstart", tokens="2 many"), "'2 many' is not a count"),
+        (lambda: limbeck.distill("quickstart", tokens=float("nan")), "expected: a positive number"),
         (lambda: limbeck.evaluate(42, "my-teacher"), "a int in the place of a model"),
         (lambda: limbeck.evaluate("my-teacher", measure="agreemnt"), "did you mean 'agreement'"),
         (lambda: limbeck.evaluate("my-teacher", settings={"exam": {}}), "which is not measured"),

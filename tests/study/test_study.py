@@ -114,6 +114,12 @@ def test_budgets_students_and_sizes(raw, tmp_path):
     ("change", "says"),
     [
         ({"measure": {}}, "did you mean 'measures'"),
+        ({"base": {"student": "gla"}}, "base.student is 'gla'"),
+        ({"base": {"stages": ["logits"]}}, r"stages is \['logits'\]"),
+        (
+            {"base": {"stages": [{"stage": "logits"}]}, "grid": {"students": "gla", "stages": ["3"], "tokens": [9]}},
+            "has tokens",
+        ),
         ({"grid": {"student": "gla", "stages": ["3"]}}, "did you mean 'students'"),
         ({"measures": ["agreemnt"]}, "did you mean 'agreement'"),
         ({"measures": {"agreement": {"token": 3}}}, "did you mean 'tokens'"),

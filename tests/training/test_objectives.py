@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -460,6 +461,63 @@ def test_what_cannot_be_is_refused_before_anything_is_written(recipe, tmp_path, 
     ):
         with pytest.raises(LimbeckError, match=complaint):
             recipe("refused", objectives, **changes)
+
+
+# ---------------------------------------------------------------------- several together
+
+
+def test_modules_in_the_teacher_learn_from_their_own_loss_alone():
+    """Other objectives look at the teacher's blocks, and no gradient goes through these into the modules."""
+    both = {"online_teacher": SETTINGS["online_teacher"], "features": {"weight": 5, "blocks": "all", "loss": "mse"}}
+    batch = batch_of(9, 14, rows=2)
+    alone, together = (
+        gradients(make_stage("gla", chosen), [batch])[1]
+        for chosen in ({"online_teacher": SETTINGS["online_teacher"]}, both)
+    )
+    modules = [name for name in alone if name.startswith(f"{PREFIX}online_teacher.up")]
+    assert len(modules) == 2
+    for name in modules:
+        assert float(alone[name].abs().max()) > 1e-9
+        assert torch.equal(alone[name], together[name]), name
+
+
+def test_what_one_objective_draws_says_nothing_of_another():
+    """Of the sequences that are left to the text, each teacher is selected as often as the policy says."""
+    chosen = {"on_policy": {"share": 0.5, "new_tokens": 6}, "teachers": SETTINGS["teachers"]}
+    stage = make_stage("gla", chosen)
+    batch = batch_of(16, rows=800)
+    text = batch.select_rows(~stage.objectives["on_policy"].choose_rows(batch))
+    rows = len(text.input_ids)
+    with torch.no_grad():
+        weights = stage.objectives["teachers"]._draw(SimpleNamespace(batch=text), torch.zeros(rows, 2, 3))
+    # probability one half each, and both where none is selected: one alone in a quarter of the sequences
+    for teacher in range(2):
+        assert float((weights[:, teacher] == 1).double().mean()) == pytest.approx(0.25, abs=4 * (3 / 16 / rows) ** 0.5)
+
+
+def test_the_policys_gradient_is_scaled_as_all_others_are():
+    """The trainer divides every gradient by the loss scale of fp16, those that no backward pass made too."""
+    stage = make_stage("gla", {"teachers": SETTINGS["teachers"]})
+    policy, found = stage.objectives["teachers"], []
+    for scale in (1.0, 1024.0):
+        policy.held_out_loss.fill_(9.0)
+        policy.baseline.fill_(0.5)
+        policy.seen.fill_(2)
+        policy.bias_score.copy_(torch.tensor([1.0, -3.0]))
+        stage.loss_scale = scale
+        stage.begin_step(HeldOut())
+        found.append(policy.bias.grad.clone())
+    assert float(found[0].abs().min()) > 0
+    assert torch.equal(found[1], 1024 * found[0])
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1, {"loss", "on_policy"}), (1e-9, {"loss", "ce", "kl", "gram"})])
+def test_a_step_logs_no_mean_of_nothing(share, expected):
+    """A step that has no text, or nothing that the student wrote, has no loss on it: not one of zero."""
+    stage = make_stage("gla", {"on_policy": {"share": share, "new_tokens": 6}, "gram": {}})
+    losses = gradients(stage, [batch_of(9, 14, rows=2)])[0]
+    assert losses.keys() - {"teacher_ce", "agree"} == expected
+    assert all(value > 0 for value in losses.values())
 
 
 # ---------------------------------------------------------------------- on-policy

@@ -48,17 +48,19 @@ def matrices(
     out = take_old_out(old_out, out) or Path("matrices.png")
     if out.suffix.lower() not in FIGURES:
         raise LimbeckError(f"unsupported figure format: {out}", expected="a file name ending in .png, .svg or .pdf")
+    if steps < 0:
+        raise LimbeckError(f"--steps {steps}", expected="0 or more")
     require("matplotlib", "figures")
     # late, for a fast --help
     import torch
 
     from limbeck import mixers
-    from limbeck.core import recipe as recipes
+    from limbeck.core import text_settings
     from limbeck.data.dataset import open_text_data
-    from limbeck.evaluation.matrices import align_mixing_matrices
+    from limbeck.evaluation.matrices import align_mixing_matrices, check_layer
+    from limbeck.models import find_attention_sites
     from limbeck.models.loading import load_teacher, resolve_teacher
-    from limbeck.models.probe import find_attention_sites
-    from limbeck.report.figures.mixing import draw_matrices
+    from limbeck.report.figures.mixing import check_head, draw_matrices
 
     check_writable(out.parent)
     names = mixers.select_mixers(students)
@@ -66,9 +68,9 @@ def matrices(
     # before the text is tokenized
     sites = find_attention_sites(model)
     layer = len(sites) * 2 // 5 if layer is None else layer
-    _check_index("layer", layer, len(sites))
-    _check_index("head", head, sites[layer].shape.heads)
-    settings = recipes.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
+    check_layer(layer, len(sites))
+    check_head(head, sites[layer].shape.heads)
+    settings = text_settings.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model)
     train, held_out = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
     views = align_mixing_matrices(model, train, held_out, layer, names, steps, preset)
@@ -89,8 +91,3 @@ def matrices(
     for one in distances:
         table.add_row(one["student"], f"{one['all_heads']:.3f}", f"{one['head']:.3f}")
     output.print(table)
-
-
-def _check_index(what: str, index: int, count: int) -> None:
-    if not 0 <= index < count:
-        raise LimbeckError(f"{what} is {index}, the teacher has {count}", expected=f"0 to {count - 1}")

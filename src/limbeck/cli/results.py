@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from limbeck.core.console import output
+
 _documents: list[TextIO] = []  # where the document goes, while everything else goes to standard error
 
 
@@ -32,7 +34,12 @@ def reserve_stdout() -> Iterator[None]:
 
 
 def print_json(document: Any) -> None:
-    """Print the one document of a verb. NaN and infinity, which JSON lacks, become null."""
+    """Print the one document of a verb. NaN and infinity, which JSON lacks, become null.
+
+    Of several processes the first one prints it.
+    """
+    if output.quiet:
+        return
     stream = _documents[0] if _documents else sys.stdout
     # letters beyond ASCII as \\u escapes: a pipe may have any encoding
     print(json.dumps(to_plain(document), indent=1, allow_nan=False), file=stream, flush=True)

@@ -7,8 +7,8 @@
 of its docstring is its line in `limbeck --help` and has to fit there (64 characters).
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -28,19 +28,27 @@ GROUPS = {
 VERBS = tuple(name for names in GROUPS.values() for name in names)
 
 
+@contextmanager
+def _quiet(asked: bool) -> Iterator[None]:
+    """Print no message inside, where that is asked for; all but the first of several processes print none anyway."""
+    before = console.quiet
+    console.quiet = before or asked
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 class Verb(TyperCommand):
     """A verb: it takes the old names of its options too, and --json and --quiet hold while it runs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, rename_old_options(self.name or "", args))
+        with _quiet(not {"--quiet", "-q"}.isdisjoint(args)):
+            return super().parse_args(ctx, rename_old_options(self.name or "", args))
 
     def invoke(self, ctx: Any) -> Any:
-        with reserve_stdout() if ctx.params.get("as_json") else nullcontext():
-            console.quiet = bool(ctx.params.get("quiet"))
-            try:
-                return super().invoke(ctx)
-            finally:
-                console.quiet = False
+        with reserve_stdout() if ctx.params.get("as_json") else nullcontext(), _quiet(bool(ctx.params.get("quiet"))):
+            return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         shown = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]

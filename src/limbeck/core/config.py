@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError, suggest_closest
 
 STAGE_NAMES = {"0": "calibrate", "1": "matrix", "2": "hidden", "3": "logits"}
@@ -29,14 +31,44 @@ class Part(BaseModel):
     The string below a key describes it: in help(), the JSON schema, `limbeck recipe` and docs/reference/recipe.md.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # infinity is above zero, so a bound alone does not refuse it
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     renamed: ClassVar[Mapping[str, str]] = {}  # old names of its keys
+    tagged: ClassVar[Mapping[str, type[BaseModel]]] = {}  # the parts of a union in it, by their tag
+
+    def __init__(self, /, **values: Any) -> None:
+        """Validate the keys; raises LimbeckError for what is wrong with them."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise format_validation_error(error, type(self).__name__, type(self), self.tagged) from error
+
+    # pydantic then validates a file's values without this method, so that errors name the file
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_yes_and_no(cls, raw: Any) -> Any:
+        """Refuse true and false, YAML's yes and no too, where they would be read as the numbers 1 and 0."""
+        for name, field in cls.model_fields.items() if isinstance(raw, dict) else ():
+            if isinstance(raw.get(name), bool) and not _accepts_bool(field.annotation):
+                problem = PydanticCustomError("yes_or_no", "Input should not be yes or no, true or false")
+                where: InitErrorDetails = {"type": problem, "loc": (name,), "input": raw[name]}
+                raise ValidationError.from_exception_data(cls.__name__, [where])
+        return raw
+
+
+def _accepts_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(map(_accepts_bool, get_args(annotation)))
 
 
 def parse_stages(text: str, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """Parse "0,2,3", "0+2+3" or "calibrate,hidden,logits"; each stage gets the settings that `recipe` has for it."""
     settings_by_name: dict[str, list[dict[str, Any]]] = {}
-    for stage in recipe.get("stages", []):
+    given = recipe.get("stages") or []
+    if not isinstance(given, list) or not all(isinstance(stage, dict) for stage in given):
+        raise LimbeckError(f"stages is {given!r}", expected="a list such as [{stage: logits, tokens: 20000}]")
+    for stage in given:
         settings_by_name.setdefault(stage.get("stage"), []).append(stage)
     stages = []
     for part in text.replace("+", ",").split(","):
@@ -60,9 +92,11 @@ def format_stage_name(name: str) -> str:
 
 def scale_token_budgets(stages: list[dict[str, Any]], tokens: int) -> None:
     """Scale the stages' token budgets so that they add up to `tokens`."""
-    total = sum(stage["tokens"] for stage in stages)
-    for stage in stages:
-        stage["tokens"] = max(1, round(stage["tokens"] * tokens / total))
+    before = [parse_count(stage.get("tokens")) for stage in stages]
+    if wrong := [count for count in before if not isinstance(count, int | float) or not count > 0]:
+        raise LimbeckError(f"a stage has tokens: {wrong[0]}", expected="a positive number in every stage")
+    for stage, count in zip(stages, before):
+        stage["tokens"] = max(1, round(count * tokens / sum(before)))
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C: ten times faster
@@ -104,7 +138,14 @@ def parse_value(text: str) -> Any:
 
 
 def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set raw["a"]["b"] for the key "a.b"; lists take an index, stages also their name: "stages.hidden.lr"."""
+    """Set raw["a"]["b"] for the key "a.b"; lists take an index, stages also their name: "stages.hidden.lr".
+
+    A part that is null, such as an objective or the settings of an adapter, is created: its other keys have their
+    defaults.
+
+    Raises:
+        LimbeckError: there is no such key, or the part has no defaults that go without saying.
+    """
     target: Any = raw
     *path, last = key.split(".")
     try:
@@ -112,7 +153,7 @@ def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
             if isinstance(target, list):
                 target = target[_index(target, part, key)]
             else:
-                target = target.setdefault(part, {})
+                target = _enter(target, part, key)
         if isinstance(target, list):
             target[int(last)] = value
         else:
@@ -121,6 +162,20 @@ def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
         raise LimbeckError(
             f"--set {key}: the recipe has no such key", expected="for example stages.hidden.tokens=8192"
         ) from error
+
+
+def _enter(target: dict[str, Any], part: str, key: str) -> Any:
+    """Return the value at a part of a key; where it is missing or null, a mapping without keys, put there."""
+    if part in target and target[part] is None:
+        rest = key.rpartition("data.")[2]
+        # null says that the stage reads the recipe's text, and a mapping without a source would be the embedded one
+        if part == "data" and "stage" in target and rest.split(".")[0] not in ("source", "sources"):
+            raise LimbeckError(
+                f"--set {key}: the stage has no text of its own, it reads the recipe's",
+                expected=f"a text for the stage first, {key.removesuffix(rest)}source=corpus.jsonl; or data.{rest}",
+            )
+        target[part] = {}
+    return target.setdefault(part, {})
 
 
 def _index(items: list[Any], part: str, key: str) -> int:
@@ -137,6 +192,10 @@ def _index(items: list[Any], part: str, key: str) -> int:
     )
 
 
+# what pydantic puts into the place of an error, where a key takes values of several types
+_UNION_MEMBER = re.compile(r"str|int|float|bool|none|(list|dict|tuple|literal|function-\w+|constrained-\w+)\b.*")
+
+
 def format_validation_error(
     error: ValidationError, origin: str, root: type[BaseModel], tagged: Mapping[str, type[BaseModel]] | None = None
 ) -> LimbeckError:
@@ -149,7 +208,7 @@ def format_validation_error(
     tagged = tagged or {}
     # An unknown key is reported before a missing one: usually it is that same key, mistyped.
     first = min(error.errors(), key=lambda issue: issue["type"] != "extra_forbidden")
-    path = [str(p) for p in first["loc"] if p not in tagged]
+    path = [str(p) for p in first["loc"] if p not in tagged and not _UNION_MEMBER.fullmatch(str(p))]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
         model = _model_at(first["loc"][:-1], root, tagged)
@@ -163,12 +222,17 @@ def format_validation_error(
         return LimbeckError(
             f"{origin}: unknown key '{where}'{suggest_closest(path[-1], fields)}", expected=", ".join(fields) or None
         )
+    if first["type"] == "union_tag_not_found":
+        return LimbeckError(f"{origin}: {where} does not say which stage it is", expected=f"stage: {', '.join(tagged)}")
     if first["type"] == "union_tag_invalid":
         tag = str(first["ctx"]["tag"])
         return LimbeckError(
             f"{origin}: {where}: unknown stage '{tag}'{suggest_closest(tag, tagged)}", expected=", ".join(tagged)
         )
-    return LimbeckError(f"{origin}: {where} is {first['input']!r}: {first['msg']}")
+    # a whole part of the recipe would hide what is wrong with it
+    value = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
+    place = f"{where}{value}: " if where else ""
+    return LimbeckError(f"{origin}: {place}{first['msg'].removeprefix('Value error, ')}")
 
 
 class _OtherDefault:

@@ -10,14 +10,21 @@ What each one computes is in `limbeck.training.objectives`, in a module of its n
 them.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from limbeck.core.config import Part
 
 Weight = Annotated[float, Field(gt=0)]
-Blocks = str | list[int]
+
+
+def _read_blocks(value: Any) -> Any:
+    """Read a single block's number, as YAML has it in `blocks: 3`, as "3"."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Blocks = Annotated[str | list[int], BeforeValidator(_read_blocks)]
 
 
 class OnPolicy(Part):

@@ -208,9 +208,9 @@ def _render_curves(view: View, width: int) -> list[Text]:
 
 
 def average_neighbors(values: Sequence[float], count: int) -> list[float]:
-    """Average neighbors so that at most `count` values are left."""
-    if len(values) <= count:
-        return list(values)
+    """Average neighbors so that at most `count` values are left, none where there is no room."""
+    if count < 1 or len(values) <= count:
+        return list(values[: max(count, 0)])
     edges = [round(i * len(values) / count) for i in range(count + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 

@@ -108,5 +108,11 @@ def _iter_lines(text: Any) -> Iterator[bytes]:
         if not isinstance(document, str | dict):
             raise LimbeckError(f"document {number} of the text is a {type(document).__name__}", expected=EXPECTED)
         record = {"text": document} if isinstance(document, str) else document
-        # dates and the like, which JSON does not have, are in fields that nobody reads as text
-        yield json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n"
+        try:
+            # dates and the like, which JSON does not have, are in fields that nobody reads as text
+            yield json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n"
+        except (TypeError, ValueError) as error:  # a key that is no name, a circle, half of a surrogate pair
+            raise LimbeckError(
+                f"document {number} of the text cannot be kept: {error}",
+                expected="text that UTF-8 can hold, in records whose keys are names",
+            ) from error

@@ -75,6 +75,15 @@ def encode_plain_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return encoded
 
 
+def encode_continuations(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Encode texts that continue a prompt, as they stand inside a text, control tokens in them split as plain text.
+
+    Alone, " Paris" would get a second space from the tokenizers of Llama 2 and Mistral.
+    """
+    pieces = (tokenize_inner_piece(tokenizer, text, split_special_tokens=True) for text in texts)
+    return [output["input_ids"][skip:] for output, skip in pieces]
+
+
 def _encode_around(tokenizer: Any, text: str, unsplit: list[str]) -> list[int]:
     ids: list[int] = []
     for piece in re.split(f"({'|'.join(map(re.escape, unsplit))})", text):

@@ -23,11 +23,13 @@ from limbeck.data.packing import SequenceDataset
 from limbeck.models import build_cache_kwargs
 from limbeck.models.backbone import LMHead
 
+SHORTER_HINT = "--set agreement.prefix=16, or --set agreement.prefixes=0 for none"
 
-def extract_prefixes(data: SequenceDataset, count: int, length: int) -> Tensor:
+
+def extract_prefixes(data: SequenceDataset, count: int, length: int, hint: str = SHORTER_HINT) -> Tensor:
     """Extract the first `count` non-overlapping spans of `length` tokens within one document: [N, P].
 
-    Fewer if the text has no more; raises LimbeckError if it has none.
+    Fewer if the text has no more; raises LimbeckError with this hint if it has none.
     """
     prefixes: list[Tensor] = []
     for index in range(data.n_sequences):
@@ -42,7 +44,7 @@ def extract_prefixes(data: SequenceDataset, count: int, length: int) -> Tensor:
         raise LimbeckError(
             f"no document of {length} tokens in the text",
             expected="longer documents or shorter prefixes",
-            hint="--set agreement.prefix=16, or --set agreement.prefixes=0 for none",
+            hint=hint,
         )
     return torch.stack(prefixes)
 
@@ -62,10 +64,10 @@ def compare_free_running(
         distinct_bigrams: share of different pairs among the adjacent pairs of the student's text;
         teacher_distinct_bigrams: of the teacher's. Repetitive text has a low perplexity, but few distinct bigrams.
     """
-    prefixes = prefixes.to(student.device)
+    prefixes, width = prefixes.to(student.device), count_common_tokens(teacher, student)
     with progress("free running", 2 * new_tokens, "tokens") as advance:
-        teacher_text = decode(teacher, prefixes, new_tokens, advance)
-        student_text = decode(student, prefixes, new_tokens, advance)
+        teacher_text = decode(teacher, prefixes, new_tokens, advance, width=width)
+        student_text = decode(student, prefixes, new_tokens, advance, width=width)
     equal = teacher_text == student_text
     still_equal = equal.long().cumprod(1)
     equal_tokens = still_equal.sum(1).double()
@@ -75,11 +77,16 @@ def compare_free_running(
         "equal_tokens_error": stderr,
         "equal_share": equal.double().mean(0).tolist(),
         "together": still_equal.double().mean(0).tolist(),
-        "text_perplexity": compute_perplexity(teacher, prefixes, student_text),
-        "teacher_text_perplexity": compute_perplexity(teacher, prefixes, teacher_text),
+        "text_perplexity": compute_perplexity(teacher, prefixes, student_text, width),
+        "teacher_text_perplexity": compute_perplexity(teacher, prefixes, teacher_text, width),
         "distinct_bigrams": compute_distinct_bigrams(student_text),
         "teacher_distinct_bigrams": compute_distinct_bigrams(teacher_text),
     }
+
+
+def count_common_tokens(first: PreTrainedModel, second: PreTrainedModel) -> int:
+    """Count the tokens that both models know: the vocabulary of one may be padded with some that have no text."""
+    return min(len(model.get_output_embeddings().weight) for model in (first, second))
 
 
 def choose_likeliest(logits: Tensor) -> Tensor:
@@ -94,29 +101,35 @@ def decode(
     new_tokens: int,
     advance: Callable[[float], None] = lambda amount: None,
     choose: Callable[[Tensor], Tensor] = choose_likeliest,
+    width: int | None = None,
 ) -> Tensor:
     """Continue prefixes [N, P] by `new_tokens` tokens: [N, S]. Only the last token's logits are computed.
 
     Args:
         choose: picks tokens [N] by their logits [N, V].
+        width: of the vocabulary that is written from; None for all of it.
     """
     head, backbone = LMHead(model), model.get_decoder()
     cache, ids, tokens = DynamicCache(config=model.config), prefixes, []
     for _ in range(new_tokens):
         hidden = backbone(input_ids=ids, **build_cache_kwargs(backbone, cache)).last_hidden_state
-        ids = choose(head(hidden[:, -1]))[:, None]
+        ids = choose(head(hidden[:, -1])[:, :width])[:, None]
         tokens.append(ids)
         advance(1)
     return torch.cat(tokens, 1)
 
 
 @torch.no_grad()
-def compute_perplexity(model: PreTrainedModel, prefixes: Tensor, text: Tensor) -> float:
-    """Compute the perplexity of texts [N, S] after prefixes [N, P], holding the logits of one text at a time."""
+def compute_perplexity(model: PreTrainedModel, prefixes: Tensor, text: Tensor, width: int | None = None) -> float:
+    """Compute the perplexity of texts [N, S] after prefixes [N, P], holding the logits of one text at a time.
+
+    Args:
+        width: as of `decode`.
+    """
     head, backbone, total = LMHead(model), model.get_decoder(), 0.0
     for prefix, continuation in zip(prefixes, text):
         hidden = backbone(input_ids=torch.cat([prefix, continuation])[None], use_cache=False).last_hidden_state
-        logits = head(hidden[0, len(prefix) - 1 : -1]).float()
+        logits = head(hidden[0, len(prefix) - 1 : -1])[:, :width].float()
         total += float(F.cross_entropy(logits, continuation, reduction="sum"))
     return math.exp(min(total / text.numel(), 700))
 

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from limbeck.core.console import progress
-from limbeck.data.special_tokens import encode_plain_texts, encode_prompt
+from limbeck.data.special_tokens import encode_continuations, encode_prompt
 from limbeck.evaluation.lm_eval_tasks import best_f1
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
 from limbeck.evaluation.prompt_batches import SharedPrefix
@@ -142,7 +142,8 @@ def _compare_likelihoods(subject: Subject, questions: list[WrittenQuestion], adv
     found = []
     for row, question in zip(rows, questions):
         answers = [question.answers[0], *question.wrong]
-        sums = shared.log_likelihoods(row, encode_plain_texts(subject.tokenizer, [f" {answer}" for answer in answers]))
+        continuations = encode_continuations(subject.tokenizer, [f" {answer}" for answer in answers])
+        sums = shared.log_likelihoods(row, continuations)
         found.append([float(value) / len(f" {answer}".encode()) for value, answer in zip(sums, answers)])
         advance(1)
     return found
@@ -152,7 +153,8 @@ def _encode(subject: Subject, prompts: list[str], new_tokens: int, name: str) ->
     """Encode prompts; raises LimbeckError for one that leaves no room for its answer in the model's context."""
     room = compute_max_prompt_length(resolve_max_length(subject.model, subject.tokenizer), new_tokens, name, 1)
     rows = [encode_prompt(subject.tokenizer, prompt) for prompt in prompts]
-    return [truncate_prompt(row, room, "refuse", f"generated: a prompt of {name}") for row in rows]
+    hint = "--set generated.examples=1, or 0"
+    return [truncate_prompt(row, room, "refuse", f"generated: a prompt of {name}", hint) for row in rows]
 
 
 def score_answers(task: WrittenTask, questions: list[WrittenQuestion], answers: dict[str, Any]) -> dict[str, TaskScore]:

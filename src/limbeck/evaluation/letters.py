@@ -33,7 +33,7 @@ from limbeck.data.offline.question_sets import (
     load_choice_examples,
     load_choice_questions,
 )
-from limbeck.data.special_tokens import encode_plain_texts, encode_prompt
+from limbeck.data.special_tokens import encode_continuations, encode_prompt
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
 from limbeck.evaluation.prompt_batches import SharedPrefix
 from limbeck.evaluation.recovery import TaskScore, record_mean
@@ -217,7 +217,9 @@ def check_length(what: str, tokens: int, room: int) -> None:
     """Raise LimbeckError if a prompt is longer than the model's context."""
     if tokens > room:
         raise LimbeckError(
-            f"{what} has {tokens} tokens", expected=f"at most the model's context, {room}", hint="fewer examples"
+            f"{what} has {tokens} tokens",
+            expected=f"at most the model's context, {room}",
+            hint="--set letters.examples=1, or 0",
         )
 
 
@@ -234,7 +236,7 @@ def _ask_likelihoods(
     shared = SharedPrefix(subject.model, rows)
     found = []
     for row, question in zip(rows, questions):
-        options = encode_plain_texts(subject.tokenizer, [f" {option}" for option in question.options])
+        options = encode_continuations(subject.tokenizer, [f" {option}" for option in question.options])
         sums = shared.log_likelihoods(row, options)
         found.append([float(value) / max(1, len(text.encode())) for value, text in zip(sums, question.options)])
     return found

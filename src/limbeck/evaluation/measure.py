@@ -128,7 +128,7 @@ MEASURE_MODULES = {
 class MeasureSettings(BaseModel):
     """Base class of a measure's settings; every field has a default."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from limbeck.core.console import console, progress
 from limbeck.core.errors import LimbeckError
-from limbeck.data.special_tokens import encode_plain_texts, encode_prompt
+from limbeck.data.special_tokens import encode_continuations, encode_prompt
 from limbeck.evaluation.haystacks import Haystack, Question, build_needle_question, build_passkey_question
 from limbeck.evaluation.long_text import PrefilledPrompt, get_context_length
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
@@ -165,7 +165,7 @@ def answer_question(
 
     # Generation stops as soon as the value is there: what follows cannot change the score.
     text = decode(prompt.generate(new_tokens, lambda tokens: value in decode(tokens).lower()))
-    candidates = encode_plain_texts(tokenizer, [question.answer, *question.wrong_answers])
+    candidates = encode_continuations(tokenizer, [question.answer, *question.wrong_answers])
     scores = prompt.log_likelihoods(candidates).double()
     rank = int((scores[1:] >= scores[0]).sum())
     return RetrievalAnswer(

@@ -28,10 +28,11 @@ from transformers import PreTrainedModel
 
 from limbeck.core.console import progress
 from limbeck.core.errors import LimbeckError
-from limbeck.evaluation.free_running import compute_distinct_bigrams, decode, extract_prefixes
+from limbeck.evaluation.free_running import compute_distinct_bigrams, count_common_tokens, decode, extract_prefixes
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
 from limbeck.evaluation.subject import Subject
 from limbeck.models.backbone import LMHead
+from limbeck.models.generation import check_finite
 
 
 class SampledSettings(MeasureSettings):
@@ -75,7 +76,9 @@ def measure_sampled(subject: Subject, settings: SampledSettings) -> MeasureResul
             hint=f"--set sampled.length={settings.prefix}",
         )
     text, data = subject.load_held_out(length, settings.tokens)
-    prefixes = extract_prefixes(text, settings.samples, settings.prefix)
+    hint = f"a shorter one: --set sampled.prefix={max(settings.prefix // 2, 1)}"
+    prefixes = extract_prefixes(text, settings.samples, settings.prefix, hint)
+    width = count_common_tokens(teacher.model, subject.model)
     if len(prefixes) < 2:
         raise LimbeckError("the text has one prefix only", expected="two or more", hint="a shorter sampled.prefix")
     values: dict[str, float] = {}
@@ -84,7 +87,8 @@ def measure_sampled(subject: Subject, settings: SampledSettings) -> MeasureResul
     with progress(f"sampled, {subject.name}", 2 * settings.new_tokens + 2 * len(prefixes), "steps") as advance:
         for name, writer, reader in (("student", subject, teacher), ("teacher", teacher, subject)):
             prompt = prefixes.to(writer.device)
-            written = decode(writer.model, prompt, settings.new_tokens, advance, sampler(subject.seed, writer.device))
+            draw = sampler(subject.seed, writer.device)
+            written = decode(writer.model, prompt, settings.new_tokens, advance, draw, width)
             found = compare_on_text(writer.model, reader.model, prompt, written, advance)
             for key, tokens in (("kl", found.kl), ("kl_plain", found.log_ratio), ("entropy", found.entropy)):
                 per_text = tokens.mean(1)
@@ -106,7 +110,7 @@ def sampler(seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(logits: Tensor) -> Tensor:
-        return torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+        return torch.multinomial(check_finite(logits.float().softmax(-1)), 1, generator=generator)[:, 0]
 
     return draw
 
@@ -121,10 +125,11 @@ def compare_on_text(
 ) -> Divergence:
     """Compare two models' next tokens along texts [N, S] that the writer wrote behind prefixes [N, P]."""
     columns: dict[str, list[Tensor]] = {"kl": [], "log_ratio": [], "entropy": []}
+    width = count_common_tokens(writer, reader)
     for prefix, text in zip(prefixes, written):
         ids = torch.cat([prefix, text])[None]
         # the logits of one text at a time
-        log_p, log_q = (_log_probs(model, ids, len(text)) for model in (writer, reader))
+        log_p, log_q = (_log_probs(model, ids, len(text), width) for model in (writer, reader))
         p = log_p.exp()
         chosen = text.to(log_p.device)[:, None]
         columns["kl"].append((p * (log_p - log_q)).sum(-1))
@@ -134,10 +139,10 @@ def compare_on_text(
     return Divergence(**{name: torch.stack(rows).cpu() for name, rows in columns.items()})
 
 
-def _log_probs(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
-    """Compute the log-probabilities [S, V] of the last `count` tokens' places, in float64."""
+def _log_probs(model: PreTrainedModel, ids: Tensor, count: int, width: int) -> Tensor:
+    """Compute the log-probabilities [S, width] of the last `count` tokens' places, in float64."""
     hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    return LMHead(model)(hidden[0, -count - 1 : -1]).double().log_softmax(-1)
+    return LMHead(model)(hidden[0, -count - 1 : -1])[:, :width].double().log_softmax(-1)
 
 
 MEASURE = Measure(

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import atomic_write_text, cache_root
 from limbeck.core.version import __version__
 from limbeck.evaluation.subject import Subject
@@ -34,7 +36,10 @@ def load_or_ask(subject: Subject, name: str, asked: Any, ask: Callable[[], Any])
             pass  # not there, or not whole
     answers = ask()
     if path is not None:
-        atomic_write_text(path, json.dumps(answers))
+        try:
+            atomic_write_text(path, json.dumps(answers))
+        except LimbeckError as error:  # the answers took long, and are right without a cache
+            console.print(f"{error.found}: the answers of {subject.name} are not kept for the next time")
     return answers
 
 

@@ -68,13 +68,18 @@ def compute_max_prompt_length(
     return room
 
 
-def truncate_prompt(ids: Sequence[int], room: int, overlong: OverlongPolicy, name: str = "a prompt") -> list[int]:
+MIDDLE_HINT = "--set tasks.overlong=middle   (keeps the first and the last half of a prompt, as LongBench does)"
+
+
+def truncate_prompt(
+    ids: Sequence[int], room: int, overlong: OverlongPolicy, name: str = "a prompt", hint: str = MIDDLE_HINT
+) -> list[int]:
     """Return `ids` if they fit into `room` tokens, else truncate them as `overlong` says.
 
     Args:
         overlong: "refuse" raises an error; "middle" keeps the first and the last half, with an odd `room` one token
             more at the end, where the question is; "left" keeps the last `room` tokens, as lm-evaluation-harness does.
-        name: subject of the error message.
+        name, hint: subject of the error message, and what to do.
 
     Raises:
         LimbeckError: `ids` do not fit and `overlong` is "refuse".
@@ -85,7 +90,7 @@ def truncate_prompt(ids: Sequence[int], room: int, overlong: OverlongPolicy, nam
         raise LimbeckError(
             f"{name} is too long: {len(ids)} tokens",
             expected=f"at most {room}, so that prompt and answer together fit",
-            hint="--set tasks.overlong=middle   (keeps the first and the last half of a prompt, as LongBench does)",
+            hint=hint,
         )
     if overlong == "left":
         return list(ids[len(ids) - room :])

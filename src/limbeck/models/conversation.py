@@ -23,6 +23,7 @@ from limbeck.data.special_tokens import encode_prompt, run_tokenizer
 from limbeck.models.backbone import LMHead
 from limbeck.models.cache import build_cache_kwargs, get_output_cache
 from limbeck.models.export.llama_cpp import LlamaCpp
+from limbeck.models.generation import check_finite
 
 
 class Engine(Protocol):
@@ -95,7 +96,8 @@ class Sampling:
         """Choose a token by logits [vocabulary]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities, order = torch.softmax(logits.double().cpu() / self.temperature, -1).sort(descending=True)
+        probabilities = check_finite(torch.softmax(logits.double().cpu() / self.temperature, -1))
+        probabilities, order = probabilities.sort(descending=True)
         # the first token that passes the total still belongs to the set
         kept = probabilities.cumsum(-1) - probabilities < self.top_p
         return int(order[torch.multinomial(probabilities * kept, 1, generator=generator)])
@@ -138,7 +140,7 @@ class Conversation:
     def reply(self, message: str) -> Generator[str, None, int]:
         """Yield the answer to a message in pieces; return its number of tokens."""
         self.messages.append({"role": "user", "content": message})
-        rendered = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        rendered = self._render()
         logits = self._read_text(rendered)
         answer: list[int] = []
         shown, ended = "", None
@@ -159,6 +161,20 @@ class Conversation:
         # with control tokens that were not shown: the state has them, and a template that lacks them cannot continue it
         self.text = rendered + self.tokenizer.decode(answer if ended is None else [*answer, ended])
         return len(answer)
+
+    def _render(self) -> str:
+        """Write the messages as the chat template does; raises LimbeckError for those that it refuses."""
+        # late: transformers needs it for templates alone
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise LimbeckError(
+                f"the chat template refuses the conversation: {error}",
+                expected="the roles that it knows",
+                hint="leave out --system" if self.messages[0]["role"] == "system" else "limbeck generate",
+            ) from error
 
     def _read_text(self, rendered: str) -> Tensor:
         """Read what a rendered conversation adds to the text so far, or all of it if it does not continue that text."""

@@ -130,15 +130,36 @@ def _generate(
             "top_p": top_p,
             "top_k": 0,
         }  # transformers' default is 50
-    out = with_default_generation_config(model, tokenizer).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-        stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-        **sampling,
-    )
+    try:
+        out = with_default_generation_config(model, tokenizer).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+            **sampling,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise not_finite_error() from error
     return out[0, ids.shape[1] :]
+
+
+def check_finite(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return probabilities to draw tokens by; raises LimbeckError for those of a model that has diverged."""
+    if not probabilities.isfinite().all():
+        raise not_finite_error()
+    return probabilities
+
+
+def not_finite_error() -> LimbeckError:
+    """Return the error where no token can be drawn."""
+    return LimbeckError(
+        "the model's logits are not finite, so no token can be drawn by them",
+        expected="a model whose training did not diverge",
+        hint="limbeck eval, which shows its perplexity beside its teacher's",
+    )
 
 
 def check_decoding(model: PreTrainedModel, *args, **kwargs) -> None:

@@ -116,7 +116,10 @@ def _parse_numbers(text: str | list[int], problem: LimbeckError) -> set[int]:
         chosen: set[int] = set()
         for part in text.split(","):
             first, _, last = part.strip().partition("-")
-            chosen.update(range(int(first), int(last or first) + 1))
+            numbers = range(int(first), int(last or first) + 1)
+            if not numbers:
+                raise ValueError(f"{part.strip()} runs backward")
+            chosen.update(numbers)
         return chosen
     except (TypeError, ValueError) as error:
         raise problem from error

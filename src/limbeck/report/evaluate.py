@@ -19,6 +19,7 @@ from limbeck.data.in_memory import name_text
 from limbeck.evaluation.baselines import run_measures
 from limbeck.evaluation.measure import MEASURE_MODULES, Measurement, complete_settings, get_measure
 from limbeck.evaluation.subject import Subject, SubjectLoader
+from limbeck.models.loading import check_given_teacher
 from limbeck.models.temporary import frozen, quiet_transformers
 from limbeck.report.comparison import format_comparison, write_comparison
 
@@ -97,6 +98,7 @@ def evaluate(
     Raises:
         LimbeckError: no such model, measure, setting or text; or a model in memory without a teacher.
     """
+    check_given_teacher(teacher)
     names = [measure] if isinstance(measure, str) else list(measure)
     chosen = [get_measure(name) for name in names]
     if unknown := set(settings or {}) - set(names):

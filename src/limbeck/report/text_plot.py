@@ -50,9 +50,10 @@ def plot_lines(series: Series, title: str, x_label: str, width: int, log_x: bool
         log_x: a logarithmic x axis.
     """
     lines = {
-        name: [(math.log2(x) if log_x else x, y) for x, y in points if math.isfinite(y)]
+        name: [(math.log2(x) if log_x else x, y) for x, y in points if y is not None and math.isfinite(y)]
         for name, points in series.items()
     }
+    lines = {name: line for name, line in lines.items() if line}  # a model that diverged has no finite loss
     points = [point for line in lines.values() for point in line]
     if max(map(len, lines.values()), default=0) < 2:
         return None

@@ -31,6 +31,7 @@ from limbeck.core.config import (
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.core.old_keys import OLD_KEYS, study_from_old_keys
 from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import STAGES
 from limbeck.evaluation import measure
 from limbeck.study.claims import CLAIMS
 
@@ -244,7 +245,11 @@ class Study(_StrictModel):
         raw["teacher"] = teacher or raw.get("teacher", Recipe.model_fields["teacher"].default)
         settings: dict[str, Any] = {"mixer": student.mixer, "options": student.options, "preset": student.preset}
         settings |= {"rules": [rule.model_dump(exclude_none=True) for rule in student.rules]}
-        raw["student"] = {**raw.get("student", {}), **{key: value for key, value in settings.items() if value}}
+        if not isinstance(raw.get("student") or {}, dict):
+            raise LimbeckError(
+                f"{self.name}: base.student is {raw['student']!r}", expected="keys of a recipe's student"
+            )
+        raw["student"] = {**(raw.get("student") or {}), **{key: value for key, value in settings.items() if value}}
         raw["stages"] = parse_stages(stages.replace("+", ","), raw)
         if tokens is not None:
             scale_token_budgets(raw["stages"], tokens)
@@ -331,10 +336,10 @@ def _apply_setting(raw: dict[str, Any], key: str, value: Any) -> bool:
     if first != "stages" or stage.isdigit():
         set_by_dotted_key(raw, key, value)
         return True
-    if stage not in recipes.STAGES:
+    if stage not in STAGES:
         raise LimbeckError(
-            f"grid.settings: {key}{suggest_closest(stage, recipes.STAGES)}",
-            expected=f"stages.{'|'.join(recipes.STAGES)}.key",
+            f"grid.settings: {key}{suggest_closest(stage, STAGES)}",
+            expected=f"stages.{'|'.join(STAGES)}.key",
         )
     matching = [stage_settings for stage_settings in raw["stages"] if stage_settings["stage"] == stage]
     for stage_settings in matching:

@@ -212,7 +212,7 @@ def reverse_kl(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, Lo
 
 
 def jensen_shannon(rows: TokenLogits, weights: ObjectiveWeights) -> tuple[Tensor, LogitGradient]:
-    """Compute β KL(q || m) + (1 − β) KL(p || m) with m = β q + (1 − β) p (arXiv 2306.13649, equation 2)."""
+    """Compute β KL(q || m) + (1 − β) KL(p || m) with m = β q + (1 − β) p (arXiv 2306.13649, equation 1)."""
     beta, p, q = weights.beta, rows.p, rows.q
     log_m = torch.lerp(p, q, beta).clamp_min_(torch.finfo(p.dtype).tiny).log_()
     gap = rows.s - rows.student[1][:, None] - log_m  # log(p / m)

@@ -7,6 +7,7 @@ An option changes more than its own key: a built-in recipe's field names and lim
 mixer's options not for another mixer.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import yaml
 
 from limbeck import mixers
 from limbeck.core.config import parse_stages, scale_token_budgets, set_by_dotted_key
+from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError
-from limbeck.core.recipe import Data, Recipe
+from limbeck.core.recipe import Recipe
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
+from limbeck.core.text_settings import Data
 from limbeck.models.export import get_exporter
 from limbeck.models.loading import load_config, resolve_teacher
 
@@ -83,7 +86,8 @@ def build_recipe(
     if stages is not None:
         raw["stages"] = parse_stages(stages, raw)
     if tokens is not None:
-        if tokens < 1:
+        tokens = parse_count(tokens)
+        if not 1 <= tokens < math.inf:
             raise LimbeckError(f"--tokens {tokens}", expected="a positive number")
         scale_token_budgets(raw["stages"], tokens)
     if student is not None and student != original.student.mixer:

@@ -35,6 +35,10 @@ def check_tokenizer(tokenizer: Any, vocabulary: int) -> list[Reason]:
         reasons.append(Reason(f"the tokenizer is of type {raw['model']['type']}, and BPE is what is written"))
     elif not raw["model"].get("byte_fallback") and find_splitting_rule(raw) is None:
         reasons.append(Reason("llama.cpp has no name for the rule by which the tokenizer splits words"))
+    elif not raw["model"].get("byte_fallback") and (changes := _list_normalizers(raw) - {"NFC"}):
+        # NFC leaves nearly all texts as they are, and llama.cpp's own converter passes over it
+        names = ", ".join(sorted(changes))
+        reasons.append(Reason(f"the tokenizer changes texts before it splits them ({names}), which llama.cpp does not"))
     if len(tokenizer) > vocabulary:
         reasons.append(Reason(f"the tokenizer has {len(tokenizer)} tokens and the embeddings {vocabulary} rows"))
     return reasons
@@ -116,12 +120,16 @@ def _describe_special_tokens(tokenizer: Any, generation_config: Any) -> dict[str
     return keys | {"ggml.add_bos_token": bool(prefix), "ggml.add_eos_token": bool(suffix)}
 
 
+def _list_normalizers(raw: dict[str, Any]) -> set[str]:
+    """List what is done to a text before it is split, by the types in tokenizer.json."""
+    normalizer = raw.get("normalizer") or {"normalizers": []}
+    return {one["type"] for one in normalizer.get("normalizers", [normalizer])}
+
+
 def _adds_space(raw: dict[str, Any]) -> bool:
     """Return whether a space is put before a text, by a normalizer or by the splitting."""
     step = raw.get("pre_tokenizer") or {}
-    normalizer = raw.get("normalizer") or {}
-    kinds = [one.get("type") for one in normalizer.get("normalizers", [normalizer])]
-    return "Prepend" in kinds or step.get("prepend_scheme") in ("always", "first")
+    return "Prepend" in _list_normalizers(raw) or step.get("prepend_scheme") in ("always", "first")
 
 
 def _read(tokenizer: Any) -> dict[str, Any] | None:

@@ -101,7 +101,8 @@ def write_export(
         source: the folder that the student was loaded from.
 
     Raises:
-        LimbeckError: it does not fit (all reasons), the folder has files and `force` is not set, or a write failed.
+        LimbeckError: it does not fit (all reasons), the folder has files and is no export or `force` is not set, or a
+            write failed.
     """
     quantization = check_exportable(exporter, student, tokenizer, quantization)
     check_free(folder, force=force)
@@ -126,10 +127,21 @@ def write_export(
 
 
 def check_free(folder: Path, *, force: bool = False) -> None:
-    """Raise LimbeckError if there is something at `folder` that an export would replace, unless `force` is set."""
+    """Raise LimbeckError if there is something at `folder` that an export would replace.
+
+    With `force` an earlier export may be replaced, but no other folder: all that is in it would be lost.
+    """
     if folder.is_file():
         raise LimbeckError(f"{folder} is a file", expected="a folder", hint="--out FOLDER")
-    if not force and folder.is_dir() and any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / RECORD_FILE).is_file():
+        raise LimbeckError(
+            f"{folder} has files, and none of them is the record of an export ({RECORD_FILE})",
+            expected="a new or empty folder, or with --force one that `limbeck export` wrote",
+            hint="--out FOLDER",
+        )
+    if not force:
         raise LimbeckError(
             f"{folder} exists", expected="a new or empty folder", hint="--force to replace it, or --out FOLDER"
         )

@@ -78,15 +78,19 @@ def draw_mixing(measurements: list[Measurement]) -> Any:
     return figure
 
 
+def check_head(head: int, heads: int) -> None:
+    """Raise LimbeckError unless a teacher with so many heads has one of this number."""
+    if not 0 <= head < heads:
+        raise LimbeckError(f"head is {head}, the teacher has {heads}", expected=f"0 to {heads - 1}")
+
+
 def draw_matrices(matrices: list[MixingMatrix], head: int, path: Path, title: str, columns: int = 6) -> None:
     """Write a figure with one panel per mixer, after the teacher's; its format is that of the file's suffix.
 
     Raises:
         LimbeckError: matplotlib is not installed, no such head, or an unsupported format.
     """
-    heads = len(matrices[0].matrix)
-    if not 0 <= head < heads:
-        raise LimbeckError(f"head is {head}, the teacher has {heads}", expected=f"0 to {heads - 1}")
+    check_head(head, len(matrices[0].matrix))
     rows = math.ceil(len(matrices) / columns)
     check_figure_format(path)
     with use_style():

@@ -190,6 +190,10 @@ class Objective(nn.Module):
         """
         return {}
 
+    def is_found_in(self, counts: Counts) -> bool:
+        """Whether a step with these counts has anything for this objective; what has not is left out of the log."""
+        return counts["text_targets"] > 0
+
     def begin_step(self, held_out: SequenceDataset | None) -> None:
         """Prepare for an optimizer step, before its first micro-batch; gradients may be set here."""
 

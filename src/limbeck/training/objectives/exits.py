@@ -12,7 +12,8 @@ with q the teacher's probabilities and y the label: the objective `enhanced` of 
 
 Source: OFA-KD (arXiv 2310.19444), section 3, adaptive target enhancement. Adapted from vision: a position of a text has
 a label where an image has one, and the branch is one matrix and the model's own norm and head, where the paper has a
-small network for each kind of architecture.
+small network for each kind of architecture. The formula is the paper's; the authors' code raises the other q_c to γ
+too, which is the same for γ = 1.
 
 Memory: nothing of the size of all logits, as everywhere in stage 3; a D × D matrix an exit. Time: one pass of both
 heads an exit.

@@ -8,6 +8,7 @@ nothing here can change it. The held-out loss stays that of the stage's own ce, 
 different objectives are measured by one number.
 """
 
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.core import recipe as recipes
 from limbeck.core.objectives import Objectives
+from limbeck.core.stage_settings import Logits
 from limbeck.data.packing import Batch, SequenceDataset
 from limbeck.models.backbone import run_backbone
 from limbeck.models.hooks import DistillationPair, record_outputs
@@ -49,7 +50,11 @@ class ObjectivesStage(LogitsStage):
         reference = next(self.student.parameters())
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            made = {name: PLUGINS[name](one, self.models, seed) for name, one in chosen.active().items()}
+            # each draws from a stream of its own: what one chooses says nothing of what another does
+            made = {
+                name: PLUGINS[name](one, self.models, seed + zlib.crc32(name.encode()))
+                for name, one in chosen.active().items()
+            }
         self.objectives: dict[str, Objective] = {
             name: objective.to(reference.device, reference.dtype) for name, objective in made.items()
         }
@@ -60,8 +65,11 @@ class ObjectivesStage(LogitsStage):
     def backward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         zero = torch.zeros((), dtype=torch.float64, device=batch.input_ids.device)
         metrics = TEXT_METRICS if self.asks_teacher else TEXT_METRICS[:1]
-        # all names in every micro-batch: processes sum them in order
-        losses = dict.fromkeys(["loss", *dict.fromkeys([*self.weights.active(), *metrics]), *self.objectives], zero)
+        on_text = dict.fromkeys([*self.weights.active(), *metrics]) if counts["text_targets"] else {}
+        found = [name for name, one in self.objectives.items() if one.is_found_in(counts)]
+        # the same names in every micro-batch of a step, for processes sum them in order; not those of which the whole
+        # step has nothing, whose mean would be zero over zero
+        losses = dict.fromkeys(["loss", *on_text, *found], zero)
         text, own = self._split(batch)
         if text is not None:
             self._learn_from_text(text, counts, losses)
@@ -95,6 +103,9 @@ class ObjectivesStage(LogitsStage):
         """Let the objectives prepare for an optimizer step."""
         for objective in self.objectives.values():
             objective.begin_step(held_out)
+            for parameter in objective.parameters():
+                if parameter.grad is not None:  # the trainer divides all gradients by the loss scale
+                    parameter.grad *= self.loss_scale
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {**super().parameters(), **self._own_parameters()}
@@ -104,7 +115,7 @@ class ObjectivesStage(LogitsStage):
         named = ((name, one.named_buffers()) for name, one in self.objectives.items())
         return {f"{PREFIX}{name}.{inner}": tensor for name, tensors in named for inner, tensor in tensors}
 
-    def learning_rates(self, recipe: recipes.Logits) -> dict[str, float]:
+    def learning_rates(self, recipe: Logits) -> dict[str, float]:
         own = {f"{PREFIX}{name}.{inner}": one.peak_lr(recipe.lr) for name, inner, _, one in self._list_own()}
         return {**super().learning_rates(recipe), **own}
 
@@ -175,7 +186,9 @@ class ObjectivesStage(LogitsStage):
             for objective in self.objectives.values():
                 stack.enter_context(objective.teacher_pass(text))
             outputs = stack.enter_context(record_outputs(self.teacher, self.reads))
-            return run_backbone(self.teacher, text), outputs
+            hidden = run_backbone(self.teacher, text)
+        # blocks are targets: what an objective trains in the teacher learns from its own loss, behind the last block
+        return hidden, {name: output.detach() for name, output in outputs.items()}
 
 
 def _select(batch: Batch, rows: Tensor) -> Batch:

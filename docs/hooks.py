@@ -24,6 +24,7 @@ PAGES_ELSEWHERE = {
     "examples/notebooks/compare_mixers.ipynb": "start/compare_mixers.md",
     "examples/notebooks/write_a_mixer.ipynb": "start/write_a_mixer.md",
 }
+LONG_OUTPUT = 20  # lines; what a notebook prints beyond that is folded
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
 
@@ -49,9 +50,14 @@ def notebook_to_markdown(notebook: dict[str, Any]) -> str:
                 picture = "".join(data["image/png"]).replace("\n", "")
                 parts.append(f'<img alt="what the code above draws" src="data:image/png;base64,{picture}">')
             elif "text/markdown" in data:
-                parts.append("".join(data["text/markdown"]))
-            elif text := "".join(output.get("text", data.get("text/plain", ""))):
-                parts.append(f"```text\n{text.rstrip()}\n```")
+                # its headings belong below those of the notebook
+                parts.append(re.sub(r"^(#+) ", r"##\1 ", "".join(data["text/markdown"]), flags=re.M))
+            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                block, lines = f"```text\n{text}\n```", text.count("\n") + 1
+                if lines > LONG_OUTPUT:
+                    words = f"<summary>what the code above prints, {lines} lines</summary>"
+                    block = f"<details markdown>{words}\n\n{block}\n\n</details>"
+                parts.append(block)
     return "\n\n".join(parts) + "\n"
 
 

@@ -88,7 +88,8 @@ def test_matrices_are_drawn_beside_the_teachers(tmp_path, teacher_folder, corpus
     from limbeck.cli import app, matrices, students  # noqa: F401
 
     picture = tmp_path / "sub" / "m.png"
-    command = ["matrices", str(picture), "--teacher", str(teacher_folder), "--data", str(corpus), "--layer", "1"]
+    # without --layer: the first of two
+    command = ["matrices", str(picture), "--teacher", str(teacher_folder), "--data", str(corpus)]
     command += ["--students", "retnet,softmax", "--seq-len", "32", "--steps", "3"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
@@ -99,3 +100,4 @@ def test_matrices_are_drawn_beside_the_teachers(tmp_path, teacher_folder, corpus
     for wrong, message in ((["--layer", "9"], "layer is 9"), (["--head", "9"], "head is 9")):
         failed = CliRunner().invoke(app, command + wrong)
         assert message in str(failed.exception)
+        assert "steps" not in failed.output, "found out before any work"

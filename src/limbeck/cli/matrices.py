@@ -31,7 +31,9 @@ def matrices(
         typer.Option(help="Mixers as a,b,c, or a set: paper-v2, paper-v3, all.", autocompletion=complete_mixer_sets),
     ] = "all",
     preset: Preset = "default",
-    layer: Annotated[int, typer.Option(help="The index of the layer to align to.")] = 12,
+    layer: Annotated[
+        int | None, typer.Option(help="The index of the layer to align to.", show_default="two fifths of the way up")
+    ] = None,
     head: Annotated[int, typer.Option(help="The index of the head to draw.")] = 0,
     data: Data = "embedded",
     seq_len: SeqLen = 96,
@@ -55,7 +57,7 @@ def matrices(
     from limbeck import mixers
     from limbeck.core import text_settings
     from limbeck.data.dataset import open_text_data
-    from limbeck.evaluation.matrices import align_mixing_matrices
+    from limbeck.evaluation.matrices import align_mixing_matrices, check_layer
     from limbeck.models import find_attention_sites
     from limbeck.models.loading import load_teacher, resolve_teacher
     from limbeck.report.figures.mixing import check_head, draw_matrices
@@ -63,7 +65,11 @@ def matrices(
     check_writable(out.parent)
     names = mixers.select_mixers(students)
     model, tokenizer = load_teacher(resolve_teacher(teacher), torch.device("cpu"))
-    check_head(head, find_attention_sites(model)[0].shape.heads)
+    # before the text is tokenized
+    sites = find_attention_sites(model)
+    layer = len(sites) * 2 // 5 if layer is None else layer
+    check_layer(layer, len(sites))
+    check_head(head, sites[layer].shape.heads)
     settings = text_settings.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model)
     train, held_out = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)

@@ -90,7 +90,7 @@ class UncroppedConsole(Console):
 panel = NotebookPanel() if is_notebook() else None  # what a notebook has in the place of stderr
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "force_jupyter": False}
 if panel is not None:
-    _PLAIN["force_terminal"] = False  # kernels ask for colors, which a saved notebook shows as codes
+    _PLAIN |= {"force_terminal": False, "color_system": None}  # kernels ask for colors, which stay as codes when saved
     warnings.filterwarnings("ignore", "IProgress not found")  # tqdm misses widgets, which nothing here needs
 console = UncroppedConsole(stderr=True, file=panel, soft_wrap=True, **_PLAIN)
 output = UncroppedConsole(**_PLAIN)

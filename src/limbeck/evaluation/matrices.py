@@ -46,6 +46,12 @@ class _AttentionCall:
 
 
 @flush_denormals()
+def check_layer(layer: int, layers: int) -> None:
+    """Raise a LimbeckError for the index of a layer that a teacher does not have."""
+    if not 0 <= layer < layers:
+        raise LimbeckError(f"layer is {layer}, the teacher has {layers}", expected=f"0 to {layers - 1}")
+
+
 def align_mixing_matrices(
     teacher: PreTrainedModel,
     train_data: SequenceDataset,
@@ -71,8 +77,7 @@ def align_mixing_matrices(
         LimbeckError: unknown layer or mixer.
     """
     sites = find_attention_sites(teacher)
-    if not 0 <= layer < len(sites):
-        raise LimbeckError(f"layer is {layer}, the teacher has {len(sites)}", expected=f"0 to {len(sites) - 1}")
+    check_layer(layer, len(sites))
     site = sites[layer]
     train_calls = _record_calls(teacher, site, train_data, min(sequences, steps)) if steps else []
     eval_call = _record_calls(teacher, site, eval_data, 1)[0]

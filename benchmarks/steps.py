@@ -8,7 +8,8 @@
 A step of a stage is whole: teacher's pass, forward, backward, clipping, AdamW. Beside each are two floors, measured in
 the same rounds: its operations at the speed of the products of the model's own shapes on as many tokens, and its bytes
 at the speed of one read of the model's weights. Only products with weights are counted, so a mixer's own work is above
-the floor. The larger floor is the one that counts; `share` is what part of the time it is.
+the floor. The larger floor is the one that counts; `share` is what part of the time it is. `family` is a decoded token
+without attention and cache: what transformers' own modules take, which no mixer can change.
 
 Everything runs on one thread, in child processes that wait for each other: one a checkout, and all parts take turns, so
 that other work on the machine meets all alike. Times are those of the processor, medians over the rounds. Weights are
@@ -18,6 +19,7 @@ the embedded teacher's and gates untrained: what a step costs does not depend on
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("calibrate", "matrix", "hidden", "logits", "prefill", "decode")
+PARTS = ("calibrate", "matrix", "hidden", "logits", "prefill", "decode", "family")
 DECODED = 8  # tokens of each sequence in a round: a single one varies with what else is in the caches
 # Arguments of `convert` beside a mixer's name. The groups of heads are those of recipe limbeck with SmolLM2-135M.
 HEADS = "18.2,20.2,7.2,8.0,23.0,19.1,23.2"
@@ -220,21 +222,29 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
             works[part] = make_training(part, teacher, make_student(), sites, args.length, body, head.numel())
         elif part in ("calibrate", "matrix", "hidden"):
             works[part] = make_training(part, teacher, student, sites, args.length, body, head.numel())
-    decoder = student
-    if args.weights == "bfloat16":
-        decoder = make_student().to(torch.bfloat16)
-    elif args.weights == "float16":
-        from limbeck.models.quantization import pack_float16
-
-        decoder = pack_float16(student)
+    decoder = student if args.weights == "float32" else narrow(student, args.weights)
     for part in args.parts:
         if part == "prefill":
             works[part] = make_prefill(decoder, args.prompt, body, head.numel(), WEIGHTS[args.weights])
         elif part == "decode":
             works[part] = make_decoding(decoder, args, body + head.numel(), WEIGHTS[args.weights])
+        elif part == "family":
+            model = teacher if args.weights == "float32" else narrow(teacher, args.weights)
+            works[part] = make_family(model, args.sequences, body + head.numel(), WEIGHTS[args.weights])
     if args.peer:
         works |= make_peer(teacher, args, body + head.numel())
     return works
+
+
+def narrow(model: Any, weights: str) -> Any:
+    """Copy a model with weights of so few bits."""
+    import torch
+
+    if weights == "bfloat16":
+        return copy.deepcopy(model).to(torch.bfloat16)
+    from limbeck.models.quantization import pack_float16
+
+    return pack_float16(model)
 
 
 def load_teacher(name: str) -> Any:
@@ -359,6 +369,29 @@ def make_decoding(model: Any, args: argparse.Namespace, weights: int, size: int)
             model(input_ids=ids, **build_cache_kwargs(model, cache))
 
     tokens = DECODED * args.sequences
+    return Work(run, tokens, 2.0 * weights * tokens, DECODED * size * weights)
+
+
+def make_family(teacher: Any, sequences: int, weights: int, size: int) -> Work:
+    """Make some decoded tokens through the family's own modules: queries take the place of attention's output."""
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    from limbeck.models.temporary import use_attn_implementation
+
+    name = "steps_no_attention"
+    AttentionInterface.register(name, lambda module, query, *args, **kwargs: (query.transpose(1, 2), None))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    ids = torch.full((sequences, 1), 5)
+
+    @torch.no_grad()
+    def run() -> None:
+        with use_attn_implementation(teacher, name):
+            for _ in range(DECODED):
+                teacher(input_ids=ids, use_cache=False)
+
+    tokens = DECODED * sequences
     return Work(run, tokens, 2.0 * weights * tokens, DECODED * size * weights)
 
 

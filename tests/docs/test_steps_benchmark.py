@@ -9,7 +9,7 @@ import pytest
 
 from helpers.paths import ROOT
 
-PARTS = ["calibrate", "matrix", "hidden", "logits", "prefill", "decode"]
+PARTS = ["calibrate", "matrix", "hidden", "logits", "prefill", "decode", "family"]
 
 
 def steps(*args: str) -> subprocess.CompletedProcess:
@@ -29,7 +29,7 @@ def test_every_part_has_its_floors(before, tmp_path):
     assert list(rows) == ["operations", "bytes", *PARTS]
     for part in PARTS:
         row = rows[part]
-        assert row["tokens"] == (8 if part == "decode" else 24)
+        assert row["tokens"] == (8 if part in ("decode", "family") else 24)
         assert min(row[name] for name in ("floor_operations", "floor_bytes", "min", "share")) > 0, row
         assert ("ratio" in row) == before
         assert part in done.stdout

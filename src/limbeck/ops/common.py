@@ -50,8 +50,9 @@ def repeat_kv(x: Tensor, heads: int, dim: int = 2) -> Tensor:
     groups = x.shape[dim]
     if groups == heads:
         return x
-    if x.shape[1] == 1 and dim == 2 and is_plain_cpu_call(x) and not torch.is_grad_enabled():
-        return x.index_select(2, _group_of_each_head(groups, heads))  # half the time of one token's repetition
+    is_token = dim == 2 and x.dim() == 4 and x.shape[1] == 1
+    if is_token and is_plain_cpu_call(x) and not torch.is_grad_enabled():
+        return x.index_select(2, _group_of_each_head(groups, heads))  # half the time of `repeat_interleave`
     return x.repeat_interleave(heads // groups, dim=dim)
 
 

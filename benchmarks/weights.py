@@ -3,9 +3,10 @@
     python benchmarks/weights.py                    # ten seconds, 1 GB; the matrices of SmolLM2-135M
     python benchmarks/weights.py --rows 8           # eight sequences at once
 
-Formats: float32 (MKL); bfloat16; float16 packed by FBGEMM, summed in float32 (`limbeck generate --fp16`); int8 weights
-alone, by the kernel that torch has for them; int8 with int8 inputs (`--int8-dynamic`). One thread, processor time,
-medians over rounds in turns. Each shape has several matrices, 64 MB in float32, so that none stays in cache.
+Formats: float32 (MKL); bfloat16; float16 packed by FBGEMM and summed in float32 (`limbeck generate --fp16`), by the
+function that students call on one thread and by the operator that several threads share; int8 weights alone, by the
+kernel that torch has for them; int8 with int8 inputs (`--int8-dynamic`). One thread, processor time, medians over
+rounds in turns. Each shape has several matrices, 64 MB in float32, so that none stays in cache.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from limbeck.models.quantization import Float16Linear
+
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))
 SAMPLE_BYTES = 64e6
 
@@ -29,13 +32,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'matrix':14} " + " ".join(f"{name:>14}" for name in FORMATS) + "   microseconds")
+    print(f"{'matrix':14} " + " ".join(f"{name:>15}" for name in FORMATS) + "   microseconds")
     for shape in SHAPES:
         matrices = [torch.randn(shape) for _ in range(max(1, round(SAMPLE_BYTES / (4 * shape[0] * shape[1]))))]
         x = torch.randn(args.rows, shape[1])
         work = {name: [make(matrix, x) for matrix in matrices] for name, make in FORMATS.items()}
         times = take_turns(work, args.rounds)
-        print(f"{shape[0]:6} x {shape[1]:5} " + " ".join(f"{1e6 * times[name]:14.0f}" for name in FORMATS), flush=True)
+        print(f"{shape[0]:6} x {shape[1]:5} " + " ".join(f"{1e6 * times[name]:15.0f}" for name in FORMATS), flush=True)
 
 
 def take_turns(work: dict[str, list[Callable[[], Tensor]]], rounds: int) -> dict[str, float]:
@@ -63,7 +66,15 @@ def make_bfloat16(matrix: Tensor, x: Tensor) -> Callable[[], Tensor]:
 
 
 def make_float16(matrix: Tensor, x: Tensor) -> Callable[[], Tensor]:
-    """Multiply with a matrix that FBGEMM has packed in float16."""
+    """Multiply with a matrix that FBGEMM has packed in float16, as students do on one thread."""
+    linear = torch.nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+    linear.weight = torch.nn.Parameter(matrix, requires_grad=False)
+    packed = Float16Linear(linear)
+    return lambda: packed(x)
+
+
+def make_float16_shared(matrix: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    """Multiply with the same matrix by the operator that shares the product among threads, here one."""
     packed = torch.ops.quantized.linear_prepack_fp16(matrix, None)
     return lambda: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
@@ -89,6 +100,7 @@ FORMATS = {
     "float32": make_float32,
     "bfloat16": make_bfloat16,
     "float16": make_float16,
+    "float16, shared": make_float16_shared,
     "int8 weights": make_int8_weights,
     "int8 dynamic": make_int8_dynamic,
 }

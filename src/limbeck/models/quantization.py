@@ -8,6 +8,7 @@ docs/guides/training.md and docs/guides/generation.md lead to measurements of bo
 """
 
 import copy
+import functools
 import logging
 import warnings
 from typing import Any, NoReturn
@@ -149,13 +150,9 @@ class Float16Linear(nn.Module):
         weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         self.weight_bytes = 2 * weight.numel() + (0 if bias is None else 4 * bias.numel())
         self.bias: torch.Tensor | None = None
-        # deprecated in PyTorch, so a later version may not have it
-        self.is_direct = torch.get_num_threads() == 1 and hasattr(torch, "fbgemm_pack_gemm_matrix_fp16")
+        self.is_direct = torch.get_num_threads() == 1 and _has_direct_product()
         if self.is_direct:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.packed, self.bias = torch.fbgemm_pack_gemm_matrix_fp16(weight), bias
-                self(weight.new_zeros(1, self.in_features))  # its first call would warn
+            self.packed, self.bias = torch.fbgemm_pack_gemm_matrix_fp16(weight), bias
         else:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
@@ -175,6 +172,20 @@ class Float16Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@functools.cache
+def _has_direct_product() -> bool:
+    """Return whether torch has FBGEMM's product with float16 weights, also without a bias, as a plain function."""
+    try:
+        with warnings.catch_warnings():
+            # deprecated in PyTorch: a later version may not have it, and this one says so at the first call
+            warnings.simplefilter("ignore")
+            packed = torch.fbgemm_pack_gemm_matrix_fp16(torch.eye(2))
+            product = torch.fbgemm_linear_fp16_weight_fp32_activation(torch.eye(2), packed, None)
+        return torch.equal(product, torch.eye(2))
+    except (AttributeError, TypeError, RuntimeError):
+        return False
 
 
 def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:

@@ -41,7 +41,7 @@ def export(
         typer.Option(help="The folder to write, or the parent of several; by default export/ in the run directory."),
     ] = None,
     plan: Plan = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     verify: Annotated[
         bool | None,
         typer.Option(

@@ -282,6 +282,13 @@ def test_a_cache_on_a_full_disk(disk, teacher_folder, corpus, tmp_path, monkeypa
 
 
 @needs_root
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system that holds no files of ours")
+def test_a_file_system_that_takes_no_files_is_said():
+    error = find_write_error(Path("/proc/limbeck"))
+    assert error is not None
+    assert "cannot write to /proc/limbeck" in error.found
+
+
 def test_the_numbers_of_somebody_elses_run_are_shown(
     disk, teacher_folder, corpus, own_cache, monkeypatch, capsys, tmp_path
 ):

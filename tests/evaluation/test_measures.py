@@ -207,6 +207,11 @@ def test_bad_input(subject, tmp_path):
         measures.parse_settings(measures.get_measure("agreement"), {"tokens": 0})
     with pytest.raises(LimbeckError, match="is not a measurement"):
         Measurement.load(tmp_path / "nothing.json")
+    for content, problem in (("", "Invalid JSON"), ('{"measure": "x"}', "model: Field required")):
+        (tmp_path / "half.json").write_text(content, encoding="utf-8")
+        with pytest.raises(LimbeckError, match=f"is not a measurement: {problem}") as caught:
+            Measurement.load(tmp_path / "half.json")
+        assert "pydantic" not in str(caught.value)
     with pytest.raises(LimbeckError, match=r"no config\.json in"):
         SubjectLoader().load(str(tmp_path))
     subject.teacher_or_none = None

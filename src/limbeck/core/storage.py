@@ -391,7 +391,9 @@ def find_write_error(folder: Path) -> LimbeckError | None:
     except OSError as error:
         if explained := explain_write_error(OSError(error.errno, error.strerror), folder):
             return explained
-        raise
+        # a file system that holds no files of ours, such as /proc
+        reason = os.strerror(error.errno or 0).lower()
+        return LimbeckError(f"cannot write to {folder}: {reason}", hint="use another folder (--out FOLDER)")
     return None
 
 

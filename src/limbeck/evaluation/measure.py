@@ -92,10 +92,12 @@ class Measurement(_StrictModel):
         """Read a file of `save`; raises LimbeckError for anything else."""
         try:
             return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError, ValueError) as error:
-            raise LimbeckError(
-                f"{path} is not a measurement: {summarize_error(error)}", expected="a file written by limbeck eval"
-            ) from error
+        except (OSError, ValueError) as error:
+            problem = summarize_error(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                problem = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+            raise LimbeckError(f"{path} is not a measurement: {problem}", expected="a file of limbeck eval") from error
 
 
 def _replace_non_finite(value: Any) -> Any:

@@ -16,6 +16,8 @@ DONE := .venv/.installed
 # the oldest transformers that is supported, and what it needs older than constraints.txt has it
 OLDEST := transformers==5.5.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
 TRITON := triton==3.9.0
+# a file's tests stay in one process as long as both have work, so what they share is made once
+IN_PARALLEL := -n auto --dist worksteal
 DOCUMENTS := tests/docs/test_links.py tests/docs/test_tables.py tests/docs/test_documents.py tests/docs/test_site.py
 CORE := tests/models/test_student.py tests/models/test_saving.py tests/mixers/test_hybrids.py tests/mixers/test_contract.py
 
@@ -41,13 +43,13 @@ assets: setup
 	@$(BIN)/limbeck assets --pack benchmarks
 
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-full: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) --full
 
 docs: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full $(DOCUMENTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) --full $(DOCUMENTS)
 	@$(MAKE) --no-print-directory site
 
 site: .venv/.installed-docs
@@ -72,10 +74,10 @@ reference: setup
 
 test-oldest: .venv/oldest/.installed
 	@PYTHONPATH=.venv/oldest $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	@PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full $(CORE) -k 'not test_contract or gated_deltanet-full'
+	@PYTHONPATH=$(CURDIR)/.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) --full $(CORE) -k 'not test_contract or gated_deltanet-full'
 
 test-triton: .venv/triton/.installed
-	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --full tests/ops/test_triton.py
+	@PYTHONPATH=$(CURDIR)/.venv/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) --full tests/ops/test_triton.py
 
 test-wheel:
 	@$(PYTHON) tests/check_wheel.py --pip-args="$(PIP_ARGS)"

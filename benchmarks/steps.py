@@ -300,7 +300,7 @@ def make_training(part: str, teacher: Any, student: Any, sites: list, length: in
         return Work(run, length, length * (2.0 * body + 2 * (attention - outputs) + sums), 4 * body)
     stage: Any
     if part == "matrix":
-        from limbeck.core.recipe import Matrix
+        from limbeck.core.stage_settings import Matrix
 
         stage = MatrixStage(pair, sampled_queries=Matrix(stage="matrix", tokens=1).sampled_queries)
         # Values and outputs are behind the matrix; the layer's input takes no gradient.

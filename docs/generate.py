@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 PAGES = Path(__file__).parent / "reference"
 KINDS = {"int": "number", "float": "number", "path": "path", "list": "text", "str": "text", "text": "text"}
+EVERYWHERE = {"--help", "--json", "--quiet"}  # options that the page explains once
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -56,21 +57,21 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def render_recipe() -> str:
     """Render the keys of a recipe, part by part."""
-    from limbeck.core import objectives
+    from limbeck.core import objectives, stage_settings, text_settings
     from limbeck.core import recipe as recipes
 
-    stage, trained = recipes.Logits.__mro__[2], recipes.Trained
+    stage, trained = stage_settings.StageSettings, stage_settings.Trained
     parts: list[tuple[str, type[BaseModel], list[str] | None]] = [
         ("The recipe", recipes.Recipe, None),
         ("student", recipes.Student, None),
         ("student.rules", recipes.Rule, None),
-        ("data", recipes.Data, None),
-        ("data.sources", recipes.Source, None),
+        ("data", text_settings.Data, None),
+        ("data.sources", text_settings.Source, None),
         ("Every stage", stage, None),
         ("Stages with gradient steps", trained, [key for key in trained.model_fields if key not in stage.model_fields]),
-        *((f"Stage {name}", cls, own_keys(cls)) for name, cls in recipes.STAGES.items()),
-        ("layer_early_stopping", recipes.EarlyStopping, None),
-        ("lora", recipes.Lora, None),
+        *((f"Stage {name}", cls, own_keys(cls)) for name, cls in stage_settings.STAGES.items()),
+        ("layer_early_stopping", stage_settings.EarlyStopping, None),
+        ("lora", stage_settings.Lora, None),
         ("objectives", objectives.Objectives, None),
         *((f"objectives.{key}", find_part(field), None) for key, field in objectives.Objectives.model_fields.items()),
         ("evaluation", recipes.Evaluation, None),
@@ -204,13 +205,16 @@ def render_command(name: str, verb: Any) -> str:
     if arguments:
         rows = [[f"`{argument_name(p)}`", tidy(p.help), default_of(p)] for p in arguments]
         lines += ["", table(["argument", "meaning", "default"], rows)]
+    options = [p for p in verb.params if p.param_type_name == "option" and not getattr(p, "hidden", False)]
     rows = [
         [" ".join(f"`{opt}`" for opt in [*p.opts, *p.secondary_opts]), tidy(p.help), type_of(p), default_of(p)]
-        for p in verb.params
-        if p.param_type_name == "option" and not getattr(p, "hidden", False) and "--help" not in p.opts
+        for p in options
+        if not EVERYWHERE & {*p.opts}
     ]
     if rows:
         lines += ["", table(["option", "meaning", "value", "default"], rows)]
+    if common := [f"`{p.opts[0]}`" for p in options if (EVERYWHERE - {"--help"}) & {*p.opts}]:
+        lines += ["", f"Also {' and '.join(common)}."]
     examples = re.findall(r"^\s+(limbeck .*)$", verb.epilog or "", re.M)
     if examples:
         lines += ["", "```", *examples, "```"]

@@ -21,6 +21,7 @@ PAGES_ELSEWHERE = {
     "benchmarks/README.md": "project/benchmarks.md",
     "examples/notebooks/README.md": "start/notebooks.md",
     "examples/notebooks/distill_your_own_model.ipynb": "start/distill_your_own_model.md",
+    "examples/notebooks/compare_mixers.ipynb": "start/compare_mixers.md",
     "examples/notebooks/write_a_mixer.ipynb": "start/write_a_mixer.md",
 }
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,14 +46,14 @@ USES: list[tuple[list[str], str]] = [
     (["doctor"], "extra report"),
     (["families", "llama"], "works"),
     (["check", "softmax", "--quick"], "cases passed"),
-    (["assets", "--plan"], "teacher"),
+    (["assets", "--plan"], "limbeck[gguf]"),
     (["distill", "tiny.yaml", "--out", "run"], "written to run/"),
     (["distill", "--plan"], "limbeck[gguf]"),
     (["convert", "teacher", "--student", "gla", "--out", "student"], "new"),
     (["select", *TEXT, "--num-softmax-layers", "1", "--tokens", "64", "--eval-tokens", "64"], "softmax_layers.json"),
     (["generate", "run", "The", "--new-tokens", "2"], "tokens/s"),
     (["chat", "run", "--new-tokens", "2"], "tokens/s"),
-    (["eval", "run", "--measure", "agreement,recall", "--tokens", "64", "--seq-len", "32"], "agreement"),
+    (["eval", "run", "--measure", "agreement", "--tokens", "64", "--seq-len", "32"], "agreement"),
     (["bench", "run", "--lengths", "32", "--new-tokens", "1", "--rounds", "1", "--prefill", "0"], "limbeck[report]"),
     (["study", "study.yaml"], "written to"),
     (["matrices", *TEXT, "--layer", "0"], "limbeck[report]"),
@@ -73,7 +74,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "-q"]
-        timed("build", [*pip, "wheel", "--no-deps", "-w", folder, *given.pip_args.split(), str(ROOT)])
+        source = copy_source(Path(folder, "source"))
+        timed("build", [*pip, "wheel", "--no-deps", "-w", folder, *given.pip_args.split(), str(source)])
         (wheel,) = Path(folder).glob("*.whl")
         check_content(wheel)
         python = install(wheel, given.environment.absolute(), given.pip_args.split())
@@ -91,13 +93,21 @@ def timed(what: str, command: list[str]) -> None:
     print(f"{what}: {time.monotonic() - start:.0f} s", flush=True)
 
 
+def copy_source(folder: Path) -> Path:
+    """Copy what a wheel is built from: a build in the checkout leaves files there that the next wheel would have."""
+    shutil.copytree(SOURCE, folder / "src" / "limbeck", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
 def check_content(wheel: Path) -> None:
-    """The wheel holds every file of the package: code, recipes, studies, templates, the catalog, py.typed."""
+    """The wheel holds every file of the package and no other: code, recipes, studies, templates, catalog, py.typed."""
     files = {path.relative_to(SOURCE.parent).as_posix() for path in SOURCE.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    missing = files - set(zipfile.ZipFile(wheel).namelist())
-    if missing:
-        sys.exit(f"not in the wheel: {', '.join(sorted(missing))}")
+    content = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    if files != content:
+        sys.exit(f"not in the wheel: {sorted(files - content)}; in the wheel alone: {sorted(content - files)}")
     print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB, {len(files)} files")
 
 
@@ -162,7 +172,9 @@ def make_place() -> None:
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.train_from_iterator(paragraphs, trainers.BpeTrainer(vocab_size=97, special_tokens=["<pad>", "<s>", "</s>"]))
     make_tiny_model("llama").save_pretrained("teacher")
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained("teacher")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained("teacher")
     lines = "".join(json.dumps({"text": p}) + "\n" for p in paragraphs)
     for name, text in (("corpus.jsonl", lines), ("tiny.yaml", RECIPE), ("study.yaml", STUDY)):
         Path(name).write_text(text, encoding="utf-8")

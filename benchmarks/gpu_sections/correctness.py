@@ -20,7 +20,7 @@ from limbeck.models.packed import force_attention_masks
 from limbeck.models.varlen import probe_flash_varlen, supports_flash_varlen, varlen_attention
 from limbeck.ops import fla
 from limbeck.training.losses import ObjectiveWeights
-from limbeck.training.trainer import accumulate_gradients
+from limbeck.training.stage_protocol import accumulate_gradients
 
 BOUND = 2e-2  # relative Frobenius error of attention in bf16 against float32
 OF_A_STEP = 1e-1  # the same of all gradients of a model, through all of its layers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpu_sections.bench import Bench
-from limbeck.core.recipe import STAGES
+from limbeck.core.stage_settings import STAGES
 from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import Batch
 from limbeck.models import find_attention_sites
@@ -23,7 +23,8 @@ from limbeck.training.chunked_losses import TeacherLogitsFromCache
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.optim import StageOptimizer, clip_gradients
-from limbeck.training.trainer import accumulate_gradients, fetch_scalars, get_clip_groups
+from limbeck.training.stage_protocol import accumulate_gradients, get_clip_groups
+from limbeck.training.trainer import fetch_scalars
 
 KINDS = {
     "matrix": lambda *common: MatrixStage(DistillationPair(*common)),

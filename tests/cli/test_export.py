@@ -14,6 +14,7 @@ from helpers.exported import make_student, make_teacher, make_tokenizer
 from helpers.paths import ROOT
 from limbeck import LimbeckError, Recipe
 from limbeck.cli.distill import build_recipe
+from limbeck.core import extras
 from limbeck.evaluation import exported
 from limbeck.models import export as exports
 from limbeck.models.export import gguf_file, llama_cpp, qwen3_5
@@ -152,6 +153,19 @@ def test_a_difference_above_the_bound_is_exit_code_1(runs, capsys, monkeypatch):
     assert code == 1
     assert "NOT the same model" in said
     assert json.loads((runs / "out" / RECORD_FILE).read_text(encoding="utf-8"))["verification"]["passed"] is False
+
+
+def test_a_package_that_writes_is_asked_for_before_any_work(runs, capsys, monkeypatch):
+    find = extras.importlib.util.find_spec
+    missing = {"gguf": None}
+    monkeypatch.setattr(
+        extras.importlib.util, "find_spec", lambda name, *rest: missing[name] if name in missing else find(name, *rest)
+    )
+    monkeypatch.setattr("limbeck.models.loading.load_model_and_tokenizer", lambda *_, **__: pytest.fail("work"))
+    code, said = run(["export", str(runs / "gguf"), "--to", "gguf", "--out", str(runs / "never")], capsys)
+    assert code == 2
+    assert "pip install 'limbeck[export]'" in said
+    assert not (runs / "never").exists()
 
 
 def test_without_the_engine(runs, capsys, monkeypatch):

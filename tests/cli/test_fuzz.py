@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from limbeck import LimbeckError
 from limbeck.cli import main
 from limbeck.cli.distill import build_recipe
-from limbeck.core.recipe import STAGES, Recipe, Student, Trained
+from limbeck.core.recipe import Recipe, Student
+from limbeck.core.stage_settings import STAGES, Trained
 from limbeck.training import setup
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -114,6 +114,21 @@ def test_a_mistake_leaves_standard_output_empty_and_is_told_however_quiet(place,
     assert "gla" in out, "what --json and --quiet changed is as before"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["students", "GLA"], "did you mean 'gla'?"),
+        (["distill", "--set", "stages.logits.learning_rate=1e-4"], "did you mean 'lr'?"),
+        (["distill", "--set", "data.max_length=512"], "did you mean 'seq_len'?"),
+        (["distill", "--set", "data.textfield=body"], "did you mean 'text_field'?"),
+    ],
+)
+def test_what_others_call_it_is_understood(arguments, words, place, capsys):
+    code, _, err = limbeck(*arguments, capsys=capsys)
+    assert code == 2
+    assert words in err
+
+
 def test_what_json_lacks_becomes_null_and_paths_become_text():
     plain = to_plain({"a": [math.nan, math.inf, 1.5], "b": Path("x"), 3: (True, None, {"c"})})
     assert plain == {"a": [None, None, 1.5], "b": "x", "3": [True, None, ["c"]]}

@@ -1,6 +1,7 @@
 """The rooms of the package and the one direction in which they import each other: docs/concepts/architecture.md."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items() 
 
 def imports(path: Path, nested: bool) -> list[tuple[str, int]]:
     """The package's own modules that a file imports, with the line; those inside functions too, if `nested`."""
+    return [(name, line) for name, line, inside in read_imports(path) if nested or not inside]
+
+
+@functools.cache
+def read_imports(path: Path) -> list[tuple[str, int, bool]]:
+    """Modules, lines, and whether they are inside a function."""
     found = []
 
     def visit(node: ast.AST, inside: bool) -> None:
@@ -43,7 +50,7 @@ def imports(path: Path, nested: bool) -> list[tuple[str, int]]:
             visit(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
     visit(ast.parse(path.read_text(encoding="utf-8")), False)
-    return [(name, line) for name, line, inside in found if nested or not inside]
+    return found
 
 
 def test_the_root_holds_the_rooms_and_nothing_else():

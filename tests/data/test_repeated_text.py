@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from limbeck import LimbeckError
-from limbeck.core.recipe import Data, Recipe, TeacherRecipe
+from limbeck.core.recipe import Recipe, TeacherRecipe
 from limbeck.core.signals import TrainingInterrupted
+from limbeck.core.text_settings import Data
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.packing import IGNORE_INDEX
 from limbeck.data.synthetic import MIN_PIECE_TOKENS, RepeatedTextDataset, RepeatedTextSource

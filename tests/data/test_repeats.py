@@ -7,7 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from limbeck import LimbeckError
-from limbeck.core.recipe import Data, Recipe, TeacherRecipe
+from limbeck.core.recipe import Recipe, TeacherRecipe
+from limbeck.core.text_settings import Data
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.packing import IGNORE_INDEX
 from limbeck.data.synthetic import MIN_LIST_TOKENS, RepeatedSequenceDataset, RepeatedSequenceSource

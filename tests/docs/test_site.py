@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from helpers.paths import ROOT
 from limbeck.core import recipe as recipes
+from limbeck.core import stage_settings, text_settings
 from limbeck.study import spec
 
 DOCS = ROOT / "docs"
@@ -51,7 +52,7 @@ def test_an_outdated_part_is_found_and_written(generate, tmp_path, monkeypatch):
 
 
 def test_there_are_parts():
-    assert {recipes.Logits, recipes.Lora, recipes.Source, spec.Grid, spec.StudentSpec} <= set(PARTS)
+    assert {stage_settings.Logits, stage_settings.Lora, text_settings.Source, spec.Grid, spec.StudentSpec} <= set(PARTS)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)

@@ -14,9 +14,10 @@ from unittest import mock
 import torch
 
 from limbeck import LimbeckError
-from limbeck.core import distributed
+from limbeck.core import collectives
+from limbeck.core.collectives import all_reduce_gradients
 from limbeck.core.console import console
-from limbeck.core.distributed import all_reduce_gradients, get_process_info, process_group
+from limbeck.core.distributed import get_process_info, process_group
 from limbeck.core.recipe import Recipe
 from limbeck.training import pipeline, trainer
 from limbeck.training.alignment import HiddenStage
@@ -68,7 +69,7 @@ def gradients() -> dict:
     a.grad = torch.full((2,), 1.0 + RANK)
     b.grad = torch.full((2,), 5.0) if RANK else None
     d.grad = torch.full((2,), 10.0 + RANK)
-    with process_group(), mock.patch.object(distributed, "BUCKET_BYTES", 16):
+    with process_group(), mock.patch.object(collectives, "BUCKET_BYTES", 16):
         all_reduce_gradients([a, b, c, d])
     return {"sums": [None if p.grad is None else p.grad.tolist() for p in (a, b, c, d)]}
 

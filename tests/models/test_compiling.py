@@ -19,7 +19,7 @@ from limbeck.testing import make_tiny_model
 from limbeck.training.chunked_losses import TeacherLogitsFromHidden, logit_losses
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
-from limbeck.training.trainer import accumulate_gradients
+from limbeck.training.stage_protocol import accumulate_gradients
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, S
 from transformers.generation import CompileConfig
 
 import limbeck
+from helpers.tiers import FAST_MIXERS
 from limbeck import LimbeckError, mixers
 from limbeck.models import RecurrentLayer, cache_bytes, get_mixers
 from limbeck.models.attention import token_mask_from_attention_mask
@@ -59,9 +60,9 @@ def forward_only(model, ids: torch.Tensor, count: int) -> torch.Tensor:
 @every_mixer
 @torch.no_grad()
 def test_eight_prompts_of_different_lengths_say_together_what_they_say_alone(mixer, tmp_path):
-    """In three families, and again after saving and loading."""
+    """And again after saving and loading; one mixer of each operator in three families."""
     rows = prompts([1, 2, 3, 5, 8, 13, 17, 23])
-    for family in FAMILIES:
+    for family in FAMILIES if mixer in FAST_MIXERS else FAMILIES[:1]:
         model = student(family, mixer)
         alone = [model.generate(row, **GREEDY)[:, row.shape[1] :] for row in rows]
         assert len({tuple(a[0].tolist()) for a in alone}) > 4, "all say the same: nothing is tested"
@@ -215,7 +216,8 @@ def _compile_config(backend) -> CompileConfig:
     return config
 
 
-COMPILED = ["gated_deltanet", "linear_attention", "mamba2", "gla", "mlstm", "sliding_window", "hybrid", "window_memory"]
+# one of each kind of state: a matrix by delta rule or decay, with a normalizer, a ring of keys, two mixers, a memory
+COMPILED = ["gated_deltanet", "mamba2", "mlstm", "sliding_window", "hybrid", "window_memory"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from limbeck.testing import make_tiny_model
 from limbeck.training.alignment import HiddenStage, MatrixStage
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
-from limbeck.training.trainer import accumulate_gradients, fetch_scalars
+from limbeck.training.stage_protocol import accumulate_gradients
+from limbeck.training.trainer import fetch_scalars
 
 # their decays are looked at (limbeck.ops.common.has_bounded_decay) where no kernel takes the call
 LOOKS = {"gsa", "rwkv7"}

@@ -19,14 +19,17 @@ STUDENTS = ROOT / "tests" / "fixtures" / "students_of_0.1"
 RUN = ROOT / "tests" / "fixtures" / "run_of_0.1"
 NAMES = sorted(path.parent.name for path in STUDENTS.glob("*/config.json"))
 REMOTE = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 assert "limbeck" not in sys.modules
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True).eval()
-ids = torch.tensor([[int(token) for token in sys.argv[2].split()]])
-print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=None,
-                     pad_token_id=0)[0, ids.shape[1]:].tolist())
+said = {}
+for folder, tokens in json.loads(sys.argv[1]).items():
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    ids = torch.tensor([tokens])
+    said[folder] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
+                                  eos_token_id=None, pad_token_id=0)[0, ids.shape[1]:].tolist()
+print(json.dumps(said))
 """
 
 
@@ -46,16 +49,20 @@ def test_old_students_say_what_they_said(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_old_students_open_by_the_code_beside_them_alone(name, tmp_path):
+def test_old_students_open_by_the_code_beside_them_alone(tmp_path):
     """Their file imports `limbeck.model.student`, a module that there is no more."""
-    assert "limbeck.model.student" in (STUDENTS / name / "modeling_limbeck.py").read_text(encoding="utf-8")
-    expected = json.loads((STUDENTS / "expected" / f"{name}.json").read_text(encoding="utf-8"))
-    prompt = " ".join(map(str, expected["input_ids"]))
+    expected = {}
+    for name in NAMES:
+        assert "limbeck.model.student" in (STUDENTS / name / "modeling_limbeck.py").read_text(encoding="utf-8")
+        expected[str(STUDENTS / name)] = json.loads(
+            (STUDENTS / "expected" / f"{name}.json").read_text(encoding="utf-8")
+        )
+    prompts = {folder: one["input_ids"] for folder, one in expected.items()}
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", REMOTE, str(STUDENTS / name), prompt]
+    words = [sys.executable, "-c", REMOTE, json.dumps(prompts)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected["new_tokens"]
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    assert said == {folder: one["new_tokens"] for folder, one in expected.items()}
 
 
 def test_an_old_run_is_known_as_complete(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """A teacher in few bits teaches a student of float weights; a finished student runs in int8."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,29 @@ def test_packed_weights_decode_with_their_cache_as_without(kind):
     if kind == "fp16":
         again = small.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=False)
         assert torch.equal(out, again)
+
+
+def test_float16_weights_say_the_same_on_one_thread_and_on_several():
+    """One thread has a shorter way to the same product; copies share the packed weights, files do not get them."""
+    student = limbeck.convert(make_tiny_model("qwen2"), mixer="gated_deltanet").eval()
+    threads, logits, ways = torch.get_num_threads(), [], []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            small = quantization.pack_float16(student)
+            twin = copy.deepcopy(small)
+            linear = small.model.layers[0].self_attn.k_proj
+            with pytest.raises(LimbeckError, match="cannot be saved"):
+                pickle.dumps(linear)
+            ways.append(linear.is_direct)
+            del small, linear
+            torch.set_num_threads(1)
+            with torch.no_grad():
+                logits.append(twin(IDS).logits)
+    finally:
+        torch.set_num_threads(threads)
+    assert ways == [True, False]
+    assert torch.equal(*logits)
 
 
 def test_what_cannot_be_packed_is_refused(bitsandbytes, teacher_folder, monkeypatch):

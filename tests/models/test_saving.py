@@ -58,14 +58,15 @@ def same(loaded, original) -> None:
     assert torch.equal(loaded(IDS).logits, original(IDS).logits)
 
 
-def in_new_process(code: str, folder: Path, tmp_path: Path) -> str:
-    """What a process that never heard of limbeck prints, last line; what it raises is printed."""
+def in_new_process(*expressions: str, folder: Path, tmp_path: Path) -> list[str]:
+    """What a process that never heard of limbeck makes of expressions, one after the other: values, or errors."""
     code = (
         "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline\n"
-        f"d = {str(folder)!r}\n"
-        f"try:\n    shown = {code}\n"
-        "except Exception as error:\n    shown = repr(error)\n"
-        "print()\nprint(shown)"
+        f"d, shown = {str(folder)!r}, []\n"
+        f"for expression in {expressions!r}:\n"
+        "    try:\n        shown.append(str(eval(expression)))\n"
+        "    except Exception as error:\n        shown.append(repr(error))\n"
+        "import json\nprint()\nprint(json.dumps(shown))"
     )
     environment = {
         "HF_HOME": str(tmp_path / "hf"),
@@ -75,7 +76,8 @@ def in_new_process(code: str, folder: Path, tmp_path: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
     )
-    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
+    assert done.stdout.strip(), done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 # ---- files
@@ -189,15 +191,20 @@ def test_a_pipeline_and_the_auto_classes(folder, tokenizer):
 @pytest.mark.slow
 def test_a_process_that_never_imported_limbeck(folder, tokenizer, tmp_path):
     tokenizer.save_pretrained(folder)
-    trusted = "pipeline('text-generation', model=d, trust_remote_code=True)('copyright', max_new_tokens=2)"
-    assert "generated_text" in in_new_process(trusted, folder, tmp_path)
-    refused = in_new_process("AutoModelForCausalLM.from_pretrained(d)", folder, tmp_path)
+    refused, tokens, config = in_new_process(
+        "AutoModelForCausalLM.from_pretrained(d)",
+        "AutoTokenizer.from_pretrained(d)('copyright').input_ids",
+        "AutoConfig.from_pretrained(d, trust_remote_code=True).model_type",
+        folder=folder,
+        tmp_path=tmp_path,
+    )
     assert "ValueError" in refused
     assert "trust_remote_code=True" in refused
-    config = in_new_process("AutoConfig.from_pretrained(d, trust_remote_code=True).model_type", folder, tmp_path)
-    assert config == "limbeck"
-    tokens = in_new_process("AutoTokenizer.from_pretrained(d)('copyright').input_ids", folder, tmp_path)
     assert json.loads(tokens) == AutoTokenizer.from_pretrained(folder)("copyright").input_ids
+    assert config == "limbeck"
+    trusted = "pipeline('text-generation', model=d, trust_remote_code=True)('copyright', max_new_tokens=2)"
+    (said,) = in_new_process(trusted, folder=folder, tmp_path=tmp_path)
+    assert "generated_text" in said
 
 
 def test_the_base_model_is_refused_and_says_how(folder, original):
@@ -352,7 +359,7 @@ def test_copies_and_pickles_are_students(original, tmp_path):
 def test_a_pickle_is_read_where_no_student_was_made_yet(original, tmp_path):
     (tmp_path / "student.pkl").write_bytes(pickle.dumps(original))
     code = "type(__import__('pickle').load(open(d, 'rb'))).__name__"
-    assert in_new_process(code, tmp_path / "student.pkl", tmp_path) == type(original).__name__
+    assert in_new_process(code, folder=tmp_path / "student.pkl", tmp_path=tmp_path) == [type(original).__name__]
 
 
 def test_more_tokens_are_saved_and_loaded(tmp_path):

@@ -15,6 +15,7 @@ from limbeck.study.claims import (
     select_by_length,
 )
 from limbeck.study.statistics import (
+    correlate_ranks,
     decide_verdict,
     difference,
     gap_at_equal_time,
@@ -385,3 +386,23 @@ def test_an_objective_is_compared_with_what_the_plain_arms_reach_in_its_time():
     assert [part["verdict"] for part in found["objective-exits-helps"]["findings"]] == ["holds", "holds"]
     slow = evaluate_claims(["objective-on-policy-helps"], rows)[0]
     assert slow["verdict"] == "undecided", "better at equal tokens; nothing is known at equal time"
+
+
+def test_the_correlation_of_two_orders_is_the_one_by_hand():
+    first = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 5.0, "only here": 0.0, "diverged": math.nan}
+    second = {"a": 20.0, "b": 10.0, "c": 40.0, "d": 30.0, "e": 50.0, "diverged": 1.0}
+    # squared differences of ranks: 1 + 1 + 1 + 1 + 0, so rho = 1 - 6 * 4 / (5 * 24)
+    found = correlate_ranks(first, second)
+    assert found.names == ("a", "b", "c", "d", "e")
+    assert found.rho == pytest.approx(0.8)
+    # atanh(0.8) = 1.0986; its standard error is the root of (1 + 0.32) / 2, 0.8124, and 1.96 of those are 1.5923
+    assert found.low == pytest.approx(math.tanh(1.0986 - 1.5923), abs=1e-3)
+    assert found.high == pytest.approx(math.tanh(1.0986 + 1.5923), abs=1e-3)
+    # t = 0.8 * sqrt(3 / (1 - 0.64)) = 2.309 with three degrees of freedom
+    assert found.p == pytest.approx(0.104, abs=1e-3)
+    # ties share a rank: 1.5, 1.5, 3 against 1, 2, 3 is sqrt(3) / 2
+    assert correlate_ranks({"a": 1, "b": 1, "c": 2}, {"a": 1, "b": 2, "c": 3}).rho == pytest.approx(math.sqrt(3) / 2)
+    same = correlate_ranks(first, first)
+    assert (same.rho, same.low, same.p) == (pytest.approx(1.0), None, None)
+    assert correlate_ranks({"a": 1, "b": 1, "c": 1}, {"a": 1, "b": 2, "c": 3}) is None
+    assert correlate_ranks({"a": 1, "b": 2}, {"a": 1, "b": 2}) is None

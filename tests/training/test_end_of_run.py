@@ -17,7 +17,8 @@ from limbeck.data.packing import Batch
 from limbeck.mixers import registry
 from limbeck.models.export import get_exporter
 from limbeck.models.hooks import check_finite_loss
-from limbeck.models.loading import check_export, load_teacher
+from limbeck.models.loading import load_teacher
+from limbeck.models.saved_check import check_export
 from limbeck.report.run_summary import format_summary
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline

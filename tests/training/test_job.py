@@ -19,11 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from limbeck import LimbeckError
 from limbeck.cli import main
-from limbeck.core.recipe import Hidden, Recipe
+from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import Hidden
 from limbeck.training import pipeline, setup
 from limbeck.training.optim import ExponentialMovingAverage, count_training_steps, get_lr_multiplier
 
 pytestmark = pytest.mark.usefixtures("own_cache")
+
+EVERY_STEP = 1e-6  # seconds between checkpoints
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def recipe(teacher_folder, corpus, tmp_path):
                 {"stage": "logits", "tokens": 512, "batch_size": 2, "ce": 0.5, "train": "all"},
             ],
             "evaluation": {"tokens": 256, "prompt": "the work", "new_tokens": 4},
-            "checkpoint_seconds": 1e-6,
+            "checkpoint_seconds": 60,
             "out": str(tmp_path / "run"),
         }
         return Recipe.parse({**raw, **changes})
@@ -68,7 +71,7 @@ def limbeck(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_a_run_leaves_everything_it_promises(recipe):
-    made = recipe()
+    made = recipe(checkpoint_seconds=EVERY_STEP)
     result = pipeline.distill(made)
     run = Path(made.out)
     for name in ("recipe.yaml", "manifest.json", "metrics.jsonl", "eval.json", "summary.md", "student/config.json"):
@@ -146,8 +149,9 @@ def student_parameters(run):
 
 
 @pytest.mark.fast_cases(1)
-@pytest.mark.parametrize("mixer", ["gla", "linear_attention", "mlstm", "retnet", "softmax"])
-def test_every_mixer_goes_through_every_stage(recipe, mixer):
+@pytest.mark.parametrize("mixer", ["gla", "linear_attention", "softmax"])
+def test_mixers_go_through_every_stage(recipe, mixer):
+    """With gates, without, and without parameters of its own; named recipes run others."""
     result = pipeline.distill(recipe(student={"mixer": mixer, "copy_projections": mixer != "gla"}))
     assert result["held_out"]["targets"] > 100
 
@@ -167,9 +171,6 @@ def test_the_control_arm_comes_out_as_the_teacher(recipe):
         ("hidden", {"optimizer": "muon", "lr_scheduler": "wsd", "weight_decay": 0.1}),
         ("logits", {"ema_decay": 0.9, "eval_steps": 2, "patience": 3}),
         ("matrix", {}),
-        ("hidden", {}),
-        ("logits", {}),
-        ("logits", {"kl": 0, "jsd": 0.5, "top_kl": 0.5, "ema_decay": 0.9}),
     ],
     ids=str,
 )
@@ -177,7 +178,8 @@ def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path
     """An interrupted run, resumed and interrupted again, ends with the very weights and log of an uninterrupted one."""
     settings = {"stage": stage, "tokens": 1024, "batch_size": 4, **more}
     stages = [{"stage": "calibrate", "tokens": 256}, settings]
-    whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    seconds = {"whole": 60, "broken": EVERY_STEP}
+    whole, broken = (recipe(stages=stages, out=str(tmp_path / n), checkpoint_seconds=s) for n, s in seconds.items())
     pipeline.distill(whole)
     from limbeck.training import trainer
 
@@ -211,7 +213,8 @@ def test_killed_twice_in_a_stage_it_ends_bit_equal(recipe, stage, more, tmp_path
 
 def test_a_damaged_checkpoint_is_passed_over(recipe, monkeypatch, tmp_path):
     stages = [{"stage": "hidden", "tokens": 1024, "batch_size": 4}]
-    whole, broken = (recipe(stages=stages, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    seconds = {"whole": 60, "broken": EVERY_STEP}
+    whole, broken = (recipe(stages=stages, out=str(tmp_path / n), checkpoint_seconds=s) for n, s in seconds.items())
     pipeline.distill(whole)
     from limbeck.training import trainer
 
@@ -237,7 +240,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_killed_with_sigkill_the_same_command_goes_on(recipe, tmp_path):
-    made = recipe(stages=[{"stage": "hidden", "tokens": 20_000, "batch_size": 2}])
+    made = recipe(stages=[{"stage": "hidden", "tokens": 5_000, "batch_size": 2}], checkpoint_seconds=EVERY_STEP)
     path = tmp_path / "recipe.yaml"
     path.write_text(made.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-c", "from limbeck.cli import main; main()", "distill", str(path)]

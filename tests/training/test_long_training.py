@@ -14,7 +14,7 @@ from limbeck.models.hooks import DistillationPair
 from limbeck.testing import make_tiny_model
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
-from limbeck.training.trainer import accumulate_gradients
+from limbeck.training.stage_protocol import accumulate_gradients
 
 FIRST, LAST = 512, 2048
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import limbeck
-from limbeck.core.recipe import Hidden as Settings
+from limbeck.core.stage_settings import Hidden as Settings
 from limbeck.data.packing import Batch
 from limbeck.models import find_attention_sites
 from limbeck.models.backbone import supports_packed_positions
@@ -19,7 +19,7 @@ from limbeck.training.alignment import HiddenStage, MatrixStage
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.optim import StageOptimizer, clip_gradients, get_lr_multiplier
-from limbeck.training.trainer import get_clip_groups
+from limbeck.training.stage_protocol import get_clip_groups
 
 
 def moved_by(model: nn.Module, **settings) -> dict[str, tuple[str, float]]:

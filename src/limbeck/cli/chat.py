@@ -66,18 +66,10 @@ def chat(
 def _open_model(name: str, fp16: bool) -> tuple[Any, Any, list[int]]:
     """Load a model: engine, tokenizer, end tokens."""
     # late, for a fast --help
-    import torch
-
     from limbeck.models.conversation import StudentEngine, list_end_tokens
-    from limbeck.models.loading import load_model_and_tokenizer, resolve_model
-    from limbeck.models.quantization import pack_float16
+    from limbeck.models.loading import load_for_generation
 
-    checkpoint, is_run = resolve_model(name)
-    model, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
-    if fp16:
-        model = pack_float16(model)
-    else:
-        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    model, tokenizer = load_for_generation(name, fp16)
     return StudentEngine(model), tokenizer, list_end_tokens(model)
 
 

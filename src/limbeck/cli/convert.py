@@ -80,19 +80,19 @@ def convert(
     import torch
 
     from limbeck import mixers, models
-    from limbeck.core import recipe
+    from limbeck.core.recipe import Recipe
     from limbeck.models.conversion import count_student_parameters, set_mixer_options
     from limbeck.models.head_groups import describe_softmax_heads
     from limbeck.models.loading import (
-        check_export,
         is_student,
         load_model_and_tokenizer,
         load_teacher,
         resolve_model,
         resolve_teacher,
     )
+    from limbeck.models.saved_check import check_export
 
-    chosen = recipe.Recipe.parse({"student": raw}, "convert").student
+    chosen = Recipe.parse({"student": raw}, "convert").student
     given = Path(teacher).expanduser()
     folder = resolve_model(teacher)[0] if given.is_dir() else teacher
     if given.is_dir() and is_student(folder):

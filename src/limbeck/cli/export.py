@@ -65,6 +65,7 @@ def export(
     What is written is exactly the same model; otherwise it is refused, with the reasons.
     """
     # late, for a fast --help
+    from limbeck.core.extras import require
     from limbeck.models import export as exports
     from limbeck.models.export.record import EXPORT_FOLDER, check_free, write_export
     from limbeck.models.loading import load_model_and_tokenizer
@@ -76,6 +77,8 @@ def export(
     parent = out or student / EXPORT_FOLDER
     folders = [out if out and len(names) == 1 else parent / (f"{to}-{name}" if name else to) for name in names]
     if not plan:
+        for package in exporter.packages:
+            require(package, f"limbeck export --to {to}", "export")
         for folder in folders:
             check_free(folder, force=force)
     loaded, tokenizer = load_model_and_tokenizer(str(source), require_student=True)

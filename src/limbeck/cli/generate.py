@@ -35,10 +35,8 @@ def generate(
 ) -> None:
     """Continue a text with a student or any other model."""
     # late, for a fast --help
-    import torch
-
     from limbeck.models.generation import stream_text
-    from limbeck.models.loading import load_model_and_tokenizer, resolve_model
+    from limbeck.models.loading import load_for_generation
 
     if new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise LimbeckError("invalid setting", expected="new-tokens >= 1, temperature >= 0, 0 < top-p <= 1")
@@ -47,17 +45,9 @@ def generate(
     text = raw.decode("utf-8", errors="replace")
     if not text:
         raise LimbeckError("the prompt is empty", expected="some text")
-    checkpoint, is_run = resolve_model(model)
-    loaded, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
     if fp16 and int8_dynamic:
         raise LimbeckError("--fp16 and --int8-dynamic are given", expected="one of them")
-    if fp16 or int8_dynamic:
-        # late, for a fast --help
-        from limbeck.models import quantization
-
-        loaded = quantization.pack_float16(loaded) if fp16 else quantization.quantize_int8(loaded)
-    else:
-        loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    loaded, tokenizer = load_for_generation(model, fp16, int8_dynamic)
     console.print(text, end="", style="dim")
     start, num_tokens = time.monotonic(), 0
 

@@ -53,7 +53,7 @@ def matrices(
     import torch
 
     from limbeck import mixers
-    from limbeck.core import recipe as recipes
+    from limbeck.core import text_settings
     from limbeck.data.dataset import open_text_data
     from limbeck.evaluation.matrices import align_mixing_matrices
     from limbeck.models import find_attention_sites
@@ -64,7 +64,7 @@ def matrices(
     names = mixers.select_mixers(students)
     model, tokenizer = load_teacher(resolve_teacher(teacher), torch.device("cpu"))
     check_head(head, find_attention_sites(model)[0].shape.heads)
-    settings = recipes.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
+    settings = text_settings.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model)
     train, held_out = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
     views = align_mixing_matrices(model, train, held_out, layer, names, steps, preset)

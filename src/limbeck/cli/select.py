@@ -97,7 +97,7 @@ def _select_layers(
 ) -> dict[str, Any]:
     """Swap one layer at a time, and write the selection; returns what is written."""
     # late, for a fast --help
-    from limbeck.core import recipe as recipes
+    from limbeck.core import text_settings
     from limbeck.data.dataset import open_text_data
     from limbeck.models import convert, find_attention_sites
     from limbeck.training import layer_selection
@@ -106,7 +106,7 @@ def _select_layers(
     model, tokenizer = _load_teacher(teacher)
     sites = find_attention_sites(model)
     layer_selection.check_selection(num_softmax_layers, by, len(sites))
-    settings = recipes.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
+    settings = text_settings.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model)
     texts = text.train_sequences(seq_len, 0), text.held_out_sequences(seq_len)
     converted = convert(model, student, preset=preset, share_weights=True).requires_grad_(False)
@@ -136,7 +136,7 @@ def _select_heads(
 ) -> dict[str, Any]:
     """Price the groups of heads, and write the selection; returns what is written."""
     # late, for a fast --help
-    from limbeck.core import recipe as recipes
+    from limbeck.core import text_settings
     from limbeck.data.dataset import open_text_data
     from limbeck.data.packing import take_sequences_with_targets
     from limbeck.models import find_attention_sites
@@ -147,14 +147,11 @@ def _select_heads(
     model, tokenizer = _load_teacher(teacher)
     sites = find_attention_sites(model)
     head_selection.check_count(num_softmax_heads, sum(site.shape.kv_heads for site in sites))
-    settings = recipes.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
+    settings = text_settings.Data(source=data, seq_len=seq_len, held_out=0.1, max_tokens=1_000_000)
     text = open_text_data(settings, tokenizer, model).train_sequences(seq_len, 0)
     batch = take_sequences_with_targets(text, 0, max(1, round(eval_tokens / seq_len)))[0]
-    gated = head_selection.GatedTeacher(model, sites, window)
-    texts = head_selection.prepare_texts(batch, model.device)
-    chosen, losses = head_selection.select_heads(gated, texts, num_softmax_heads, by)  # type: ignore[arg-type]
     facts = {"by": by, "teacher": teacher, "data": data, "window": window, "tokens": eval_tokens, "seq_len": seq_len}
-    content = head_selection.head_selection_to_dict(chosen, losses, **facts)
+    content = head_selection.choose_heads(model, sites, batch, num_softmax_heads, by, window, facts)  # type: ignore[arg-type]
     atomic_write_text(out, json.dumps(content, indent=1) + "\n")
     return content
 

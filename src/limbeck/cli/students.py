@@ -12,6 +12,9 @@ from limbeck.cli.results import print_json
 from limbeck.cli.verbs import verb
 from limbeck.core.console import output
 
+CHOICE = """Which one? For use take a recipe: `limbeck distill` (windows, a few of them long), `limbeck distill hybrid`.
+To compare recurrences begin with gated_deltanet, kda, mlstm and gla, beside sliding_window, the bar to clear."""
+
 
 @verb("limbeck students", "limbeck students gla,mlstm --preset published --options", "limbeck students --json")
 def students(
@@ -41,6 +44,8 @@ def students(
         table.add_row(name, mixer["operator"], f"{mixer['new_parameters']:,}", state, mixer["summary"])
     output.print(table)
     output.print(f"Numbers per layer with 9 heads of 64 on width 576 (SmolLM2-135M), preset {preset}.", style="dim")
+    if not quiet:
+        output.print(CHOICE, style="dim")
 
 
 def _describe_mixers(which: str, preset: str) -> dict[str, dict[str, Any]]:

@@ -138,7 +138,14 @@ def parse_value(text: str) -> Any:
 
 
 def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set raw["a"]["b"] for the key "a.b"; lists take an index, stages also their name: "stages.hidden.lr"."""
+    """Set raw["a"]["b"] for the key "a.b"; lists take an index, stages also their name: "stages.hidden.lr".
+
+    A part that is null, such as an objective or the settings of an adapter, is created: its other keys have their
+    defaults.
+
+    Raises:
+        LimbeckError: there is no such key, or the part has no defaults that go without saying.
+    """
     target: Any = raw
     *path, last = key.split(".")
     try:
@@ -146,7 +153,7 @@ def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
             if isinstance(target, list):
                 target = target[_index(target, part, key)]
             else:
-                target = target.setdefault(part, {})
+                target = _enter(target, part, key)
         if isinstance(target, list):
             target[int(last)] = value
         else:
@@ -155,6 +162,20 @@ def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
         raise LimbeckError(
             f"--set {key}: the recipe has no such key", expected="for example stages.hidden.tokens=8192"
         ) from error
+
+
+def _enter(target: dict[str, Any], part: str, key: str) -> Any:
+    """Return the value at a part of a key; where it is missing or null, a mapping without keys, put there."""
+    if part in target and target[part] is None:
+        rest = key.rpartition("data.")[2]
+        # null says that the stage reads the recipe's text, and a mapping without a source would be the embedded one
+        if part == "data" and "stage" in target and rest.split(".")[0] not in ("source", "sources"):
+            raise LimbeckError(
+                f"--set {key}: the stage has no text of its own, it reads the recipe's",
+                expected=f"a text for the stage first, {key.removesuffix(rest)}source=corpus.jsonl; or data.{rest}",
+            )
+        target[part] = {}
+    return target.setdefault(part, {})
 
 
 def _index(items: list[Any], part: str, key: str) -> int:

@@ -16,6 +16,7 @@ pipe the latter brings colors and nothing else.
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -90,6 +91,7 @@ panel = NotebookPanel() if is_notebook() else None  # what a notebook has in the
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "force_jupyter": False}
 if panel is not None:
     _PLAIN["force_terminal"] = False  # kernels ask for colors, which a saved notebook shows as codes
+    warnings.filterwarnings("ignore", "IProgress not found")  # tqdm misses widgets, which nothing here needs
 console = UncroppedConsole(stderr=True, file=panel, soft_wrap=True, **_PLAIN)
 output = UncroppedConsole(**_PLAIN)
 

@@ -12,6 +12,24 @@ import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+# what other trainers call a key, and too far from its name here to be found as a typing error
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_length": "seq_len",
+    "max_seq_length": "seq_len",
+    "sequence_length": "seq_len",
+    "block_size": "seq_len",
+    "max_steps": "tokens",
+    "num_train_epochs": "tokens",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_checkpointing": "checkpoint_activations",
+    "bf16": "precision",
+    "fp16": "precision",
+    "output_dir": "out",
+    "max_new_tokens": "new_tokens",
+}
+
 
 class LimbeckError(Exception):
     """Report a mistake of the user: what is wrong, what was expected, what to do next.
@@ -53,9 +71,14 @@ def rewrite_hints(names: dict[str, str]) -> Iterator[None]:
 
 
 def suggest_closest(name: str, choices: Iterable[str]) -> str:
-    """Return `, did you mean 'x'?` for the choice closest to `name`, or an empty string if none is close."""
-    closest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f", did you mean '{closest[0]}'?" if closest else ""
+    """Return `, did you mean 'x'?` for the choice closest to `name`, or an empty string if none is close.
+
+    Case does not count, and what other trainers call the same thing is known.
+    """
+    by_lower = {choice.lower(): choice for choice in choices}
+    ours = OTHER_NAMES.get(name.lower())
+    closest = [ours] if ours in by_lower else difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f", did you mean '{by_lower[closest[0]]}'?" if closest else ""
 
 
 def summarize_error(error: BaseException, max_sentences: int = 2) -> str:

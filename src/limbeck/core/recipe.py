@@ -25,12 +25,12 @@ from limbeck.core.config import (
     read_yaml,
     set_by_dotted_key,
 )
-from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError, suggest_closest
-from limbeck.core.objectives import Objectives
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
-from limbeck.core.repeated_text import has_repeated_text, name_repeated_text
+from limbeck.core.repeated_text import name_repeated_text
+from limbeck.core.stage_settings import STAGES, NextTokenConfig, RepeatsConfig, StageRecipe, StageSettings, Trained
 from limbeck.core.storage import cache_root
+from limbeck.core.text_settings import Count, Data
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -41,17 +41,6 @@ def _as_text(value: Any) -> Any:
 
 
 Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
-
-
-def _read_count(value: Any) -> Any:
-    """Read a count of tokens as people write it, 20M; leave any other text to be refused with its key's name."""
-    try:
-        return parse_count(value)
-    except LimbeckError:
-        return value
-
-
-Count = Annotated[int, BeforeValidator(_read_count)]
 
 
 def _refuse_numbers(value: Any) -> Any:
@@ -106,298 +95,6 @@ class Student(Part):
     """Start from the teacher's q, k, v and output projections; false: from random ones."""
 
 
-class Source(Part):
-    """One of several sources of text."""
-
-    source: str
-    """As `data.source`."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Its share of the sequences is this weight / the sum of all weights."""
-    text_field: str = "text"
-    """The field of a record that holds the text."""
-    chat: bool | None = None
-    """Whether records are conversations; null: detected by a field `messages`."""
-
-
-class Data(Part):
-    """The text: where it comes from and how it is cut into sequences (docs/guides/data.md)."""
-
-    renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["data"]
-    source: str = "embedded"
-    """A file, a folder, a dataset of the Hub (`owner/name`), or `embedded`: the text that comes with Limbeck."""
-    sources: Annotated[list[Source], Field(min_length=1)] | None = None
-    """Instead of `source`: several, by weight."""
-    text_field: str = "text"
-    """The field of a record that holds the text."""
-    chat: bool | None = None
-    """Records are conversations and only answers are targets; null: detected by a field `messages`."""
-    seq_len: Annotated[Count, Field(ge=16)] = 512
-    """Tokens in a sequence."""
-    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """Share of the documents reserved for evaluation."""
-    max_tokens: Annotated[Count, Field(gt=0)] | None = None
-    """Tokenize at most so many tokens of each source; null: all."""
-    documents: Literal["packed", "whole"] = "packed"
-    """`packed`: documents fill the sequences one after the other; `whole`: each sequence is the beginning of one
-    document of at least `seq_len` tokens.
-    """
-    streaming: bool = False
-    """Tokenize shard by shard during training, not everything first."""
-    cache_gb: Annotated[float, Field(gt=0)] = 20.0
-    """With streaming: disk space for tokens, in GB."""
-
-    @model_validator(mode="after")
-    def _check_sources(self) -> "Data":
-        if self.streaming and self.max_tokens is not None:
-            raise ValueError("max_tokens limits text that is tokenized in advance; with streaming leave it out (null)")
-        if self.streaming and (has_repeated_text(self) or self.documents == "whole"):
-            raise ValueError("repeated-text and documents: whole choose among all documents, so without streaming")
-        if self.sources is not None:
-            names = " + ".join(f"{one.weight:g} {one.source}" for one in self.sources)
-            if "source" in self.model_fields_set and self.source != names:
-                raise ValueError("source and sources exclude each other; set one of them")
-            for name in ("text_field", "chat"):
-                if getattr(self, name) != Data.model_fields[name].default:
-                    raise ValueError(f"with several sources, {name} has to be set for each source")
-            object.__setattr__(self, "source", names)  # for messages and for the stored recipe
-        return self
-
-    def list_sources(self) -> list[Source]:
-        """List the sources: those of a mixture, or the only one."""
-        return self.sources or [Source(source=self.source, text_field=self.text_field, chat=self.chat)]
-
-
-class _Stage(Part):
-    """Settings that all stages share."""
-
-    renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["stage"]
-    tokens: Annotated[Count, Field(gt=0)]
-    """Tokens that the stage reads; a text that is shorter is read again."""
-    seq_len: Annotated[Count, Field(ge=16)] | None = None
-    """Tokens in a sequence; null: as in the recipe's `data`."""
-    data: Data | None = None
-    """A text for this stage alone; null: the recipe's."""
-    batch_size: Annotated[int, Field(gt=0)] = 4
-    """Sequences per optimizer step, over all processes."""
-    micro_batch_size: Annotated[int, Field(gt=0)] | None = None
-    """Sequences per forward pass; null: the whole batch."""
-
-
-class Calibrate(_Stage):
-    """Stage 0: solve for the output projections by least squares, without gradients."""
-
-    stage: Literal["calibrate"]
-    """Stage 0: output projections by least squares."""
-    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Ridge of the least squares, as a share of the mean diagonal of the Gram matrix; `auto`: of several
-    the one with the lowest loss on the sequences that follow.
-    """
-    weight: Literal["none", "inverse_norm"] = "none"
-    """Weight of each token in the least squares: the same for all, or one over the norm of its target."""
-
-
-class Trained(_Stage):
-    """Settings of a stage that trains by gradient descent."""
-
-    lr: Annotated[float, Field(gt=0)]
-    """Peak learning rate."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps in which the learning rate rises."""
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Last learning rate / peak learning rate."""
-    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """How the learning rate falls. `wsd` stays at the peak, then falls as one minus the square root (arXiv
-    2405.18392).
-    """
-    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """With wsd: share of the steps, at the end, in which the learning rate decays."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: for the teacher's matrices; the mixers' parameters use AdamW."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """On the teacher's matrices, not on a mixer's own parameters, norms and biases."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this norm: all together in stage 3, layer by layer in stages 1 and 2."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The result is the running average of the weights with this decay per step; null: the last weights."""
-    eval_steps: Annotated[int, Field(gt=0)] | None = None
-    """Steps between evaluations on held-out text; null: none."""
-    eval_sequences: Annotated[int, Field(gt=0)] = 8
-    """Held-out sequences of such an evaluation."""
-    patience: Annotated[int, Field(gt=0)] | None = None
-    """Stop after so many evaluations without a lower loss, and keep the best weights; null: never."""
-
-    @model_validator(mode="after")
-    def _check_patience(self) -> "Trained":
-        if self.patience and not self.eval_steps:
-            raise ValueError("patience counts evaluations on held-out text, so it requires eval_steps")
-        return self
-
-
-class EarlyStopping(Part):
-    """Per-layer early stopping in stages 1 and 2: a converged layer is skipped in later steps."""
-
-    patience: Annotated[int, Field(gt=0)] = 50
-    """Steps without a lower running mean of the layer's loss."""
-    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Relative decrease that counts as lower."""
-
-
-class Matrix(Trained):
-    """Stage 1: match mixing matrices to the teacher's attention matrices."""
-
-    stage: Literal["matrix"]
-    """Stage 1: mixing matrices against the teacher's attention matrices (MOHAWK, arXiv 2408.10189, eq. 1)."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate."""
-    micro_batch_size: Annotated[int, Field(gt=0)] | None = 1
-    """Sequences per forward pass. The [T, T] matrices of one at a time take the least memory, and are the
-    fastest too.
-    """
-    sampled_queries: Annotated[int, Field(gt=0)] | None = 64
-    """Number of queries, that is rows of each matrix, that are compared, drawn anew for each sequence; null:
-    all."""
-    layer_early_stopping: EarlyStopping | None = None
-    """When a layer counts as converged and is skipped; null: every layer trains to the end."""
-
-
-class Hidden(Trained):
-    """Stage 2: match each layer's output to the teacher's, on the teacher's input."""
-
-    stage: Literal["hidden"]
-    """Stage 2: the output of each layer against the teacher's."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate."""
-    target: Literal["attention", "block"] = "attention"
-    """Compare the output of the attention, or of the whole block."""
-    loss: Literal["l2", "relative", "mse", "cosine"] = "relative"
-    """Of student output y and teacher output t, mean over tokens: `l2` ‖y − t‖ (MOHAWK, eq. 2), `relative` ‖y −
-    t‖²/‖t‖², `mse` ‖y − t‖²/D (LoLCATs, arXiv 2410.10254, eq. 7), `cosine` 1 − cos(y, t).
-    """
-    train: Literal["mixer", "attention", "block"] = "attention"
-    """Trained weights: only the mixer's new parameters, all of the attention, or the block."""
-    layer_early_stopping: EarlyStopping | None = None
-    """When a layer counts as converged and is skipped; null: every layer trains to the end."""
-
-
-class Lora(Part):
-    """Low-rank adapters on linear layers, merged into the weights at the end of the stage (docs/guides/training.md)."""
-
-    renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["lora"]
-    rank: Annotated[int, Field(gt=0)] = 8
-    """Rank of each adapter."""
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    """The adapter's output is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
-    target_modules: str | list[str] = "attention"
-    """`attention`: linear layers of the converted attention; `all-linear`: those of the backbone; or a list of name
-    suffixes.
-    """
-
-
-class Logits(Trained):
-    """Stage 3: train the whole student on the teacher's logits and on labels."""
-
-    stage: Literal["logits"]
-    """Stage 3: the whole student against labels and the teacher's logits."""
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    """Peak learning rate of the converted attention."""
-    lr_other: Annotated[float, Field(ge=0)] | None = None
-    """Peak learning rate outside the converted attention; null: a fifth of `lr`."""
-    batch_size: Annotated[int, Field(gt=0)] = 1
-    """Sequences per optimizer step, over all processes."""
-    train: Literal["attention", "body", "all", "lora"] = "body"
-    """Trained weights: the converted attention; `body`: everything but embeddings and head; all; `lora`: adapters on
-    linear layers, and all mixer parameters.
-    """
-    lora: Lora | None = None
-    """Settings of the adapters; if set, adapters train instead of the body."""
-    ce: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the cross-entropy on the labels."""
-    kl: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of τ² KL(teacher ‖ student) (Hinton et al., arXiv 1503.02531)."""
-    reverse_kl: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of τ² KL(student ‖ teacher) (MiniLLM, arXiv 2306.08543, token by token)."""
-    jsd: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of τ² times the generalized Jensen-Shannon divergence (GKD, arXiv 2306.13649)."""
-    top_kl: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of τ² KL over the teacher's `top_k` most likely tokens and all others as one."""
-    enhanced: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of τ² times the cross-entropy on the teacher's distribution with the label's part raised by `gamma`
-    (OFA-KD, arXiv 2310.19444).
-    """
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """The temperature τ of both distributions; `ce` is at 1."""
-    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """With jsd: the teacher's share of the mixture."""
-    top_k: Annotated[int, Field(gt=0)] = 32
-    """With top_kl: number of the teacher's most likely tokens."""
-    gamma: Annotated[float, Field(ge=0)] = 1.0
-    """With enhanced: the exponent of the label's part, (1 + q)^γ."""
-    objectives: Objectives = Objectives()
-    """Further objectives, of neighboring systems (docs/guides/objectives.md)."""
-    chunk_size: Annotated[int, Field(gt=0)] | None = None
-    """Tokens whose logits exist at once; null: 128 on a CPU, on a GPU as many as make half a gigabyte of them."""
-    cache_teacher: Literal["top-k"] | None = None
-    """"top-k": the teacher's `top_k` most likely tokens at each position of the stage's text are computed once and then
-    read from the cache, by this and later runs; with top_kl and ce.
-    """
-    checkpoint_activations: bool = False
-    """Recompute blocks in the backward pass: less memory, more time."""
-    sharding: Literal["none", "full"] = "none"
-    """`full`: shard every block's weights and optimizer state over the processes (FSDP2)."""
-
-    @model_validator(mode="after")
-    def _check_losses(self) -> "Logits":
-        needs_all = self.kl or self.reverse_kl or self.jsd or self.enhanced  # of the teacher's logits
-        if not any((self.ce, needs_all, self.top_kl)):
-            raise ValueError("at least one of ce, kl, reverse_kl, jsd, top_kl and enhanced has to be greater than 0")
-        if self.cache_teacher and (needs_all or self.temperature != 1):
-            raise ValueError(
-                "cache_teacher has only the teacher's most likely tokens, so it supports top_kl and ce at temperature 1"
-                " (--set stages.N.kl=0 --set stages.N.top_kl=1 --set stages.N.top_k=64)"
-            )
-        changing = [name for name in self.objectives.changes_teacher if name in self.objectives.active()]
-        if changing and not (needs_all or self.top_kl):
-            listeners = "kl, reverse_kl, jsd, top_kl and enhanced"
-            raise ValueError(f"{changing[0]} changes what the teacher says, so one of {listeners} has to be above 0")
-        if self.objectives.active() and (self.cache_teacher or self.sharding == "full"):
-            other = "cache_teacher, which runs no teacher" if self.cache_teacher else "sharding: full"
-            raise ValueError(f"objectives need whole passes of both models, so they cannot be combined with {other}")
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_old_direction(cls, raw: Any) -> Any:
-        """Translate `direction`, which stored recipes of early versions have, to kl or reverse_kl."""
-        if not isinstance(raw, dict) or raw.get("direction") not in ("forward", "reverse"):
-            return raw
-        raw = dict(raw)
-        if raw.pop("direction") == "reverse":
-            raw |= {"kl": 0.0, "reverse_kl": raw.get("kl", 1.0)}
-        return raw
-
-    @model_validator(mode="before")
-    @classmethod
-    def _align_lora_and_train(cls, raw: Any) -> Any:
-        """Set `train: lora` if lora is set, and the other way round."""
-        if not isinstance(raw, dict):
-            return raw
-        if raw.get("lora") is not None and raw.get("train", "body") == "body":  # the default
-            return {**raw, "train": "lora"}
-        if raw.get("train") == "lora" and raw.get("lora") is None:
-            return {**raw, "lora": {}}
-        if raw.get("lora") is not None and raw["train"] != "lora":
-            raise ValueError(f"lora is set, so train has to be 'lora', not {raw['train']!r}")
-        return raw
-
-
-StageRecipe = Annotated[Calibrate | Matrix | Hidden | Logits, Field(discriminator="stage")]
-STAGES: dict[str, type[_Stage]] = {"calibrate": Calibrate, "matrix": Matrix, "hidden": Hidden, "logits": Logits}
-
-
 class Evaluation(Part):
     """Evaluation on held-out text at the end of a run."""
 
@@ -430,7 +127,7 @@ class Document(Part):
 
     renamed: ClassVar[Mapping[str, str]] = OLD_KEYS["recipe"]
     built_in: ClassVar[Path] = BUILT_IN  # folder of the recipes that come with Limbeck
-    tagged: ClassVar[Mapping[str, type[_Stage]]] = STAGES  # stages by name
+    tagged: ClassVar[Mapping[str, type[StageSettings]]] = STAGES  # stages by name
     data: Data = Data()
     """The text that the stages train on."""
 
@@ -499,7 +196,7 @@ class Document(Part):
         """Return the complete recipe as YAML, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def text_of(self, stage: _Stage) -> Data:
+    def text_of(self, stage: StageSettings) -> Data:
         """Return the text settings of a stage, with that stage's sequence length."""
         data = stage.data or self.data
         return data if stage.seq_len is None else data.model_copy(update={"seq_len": stage.seq_len})
@@ -584,22 +281,6 @@ class Recipe(Document):
 
 
 FORMAT = 2  # raise when the same recipe gives another teacher, because text, vocabulary, init or training changed
-
-
-class NextTokenConfig(Trained):
-    """Next-token prediction on text."""
-
-    stage: Literal["next_token"]
-    """Next-token prediction on text."""
-    lr: Annotated[float, Field(gt=0)] = 3e-3
-    """Peak learning rate."""
-
-
-class RepeatsConfig(NextTokenConfig):
-    """Next-token prediction on repeated sequences of random tokens (`limbeck.data.synthetic`), before any text."""
-
-    stage: Literal["repeats"]  # type: ignore[assignment]
-    """Next-token prediction on repeated sequences of random tokens."""
 
 
 class TeacherRecipe(Document):

@@ -8,7 +8,7 @@ A stored recipe always has the complete name, so it says by itself what was read
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # recipes import this module
-    from limbeck.core.recipe import Data
+    from limbeck.core.text_settings import Data
 
 REPEATED_TEXT = "repeated-text"
 REPEATED_TEXT_PREFIX = f"{REPEATED_TEXT}:"  # before the name of the text

@@ -22,8 +22,8 @@ import torch
 
 from limbeck.core.cache import MANIFEST
 from limbeck.core.errors import LimbeckError, rewrite_hints
-from limbeck.core.recipe import Data
 from limbeck.core.repeated_text import REPEATED_TEXT, REPEATED_TEXT_PREFIX
+from limbeck.core.text_settings import Data
 from limbeck.data.mixture import MixtureDataset
 from limbeck.data.packing import Batch, PackedDataset, SequenceDataset
 from limbeck.data.streaming import StreamingDataset, TokenStream

@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.core.errors import LimbeckError
-from limbeck.core.recipe import Data, Recipe
+from limbeck.core.recipe import Recipe
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.storage import read_manifest
+from limbeck.core.text_settings import Data
 from limbeck.data import documents
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.packing import SequenceDataset

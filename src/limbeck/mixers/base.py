@@ -368,8 +368,9 @@ class Mixer(nn.Module):
         o = self._apply_gate(o, x) if gate_first else o
         if self.options.output_norm != "none":
             o = self._apply_norm(o.float() if o.dtype in (torch.float16, torch.bfloat16) else o)
-        o = self.after_norm(o.to(dtype), q, k, v, x)
-        o = o.reshape(*o.shape[:2], self.teacher_shape.heads, self.teacher_shape.value_width)
+        o = self.after_norm(o if o.dtype == dtype else o.to(dtype), q, k, v, x)
+        if self.shape.heads != self.teacher_shape.heads:
+            o = o.reshape(*o.shape[:2], self.teacher_shape.heads, self.teacher_shape.value_width)
         return o if gate_first else self._apply_gate(o, x)
 
     def _apply_norm(self, o: Tensor) -> Tensor:

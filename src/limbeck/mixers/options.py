@@ -92,7 +92,7 @@ def scale_to_unit_length(x: Tensor) -> Tensor:
 
 def upcast(x: Tensor) -> Tensor:
     """Return x in float32, or in float64 where it is that already: gates lose too much in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def log_decays_from_half_lives(heads: int, shortest: float, longest: float) -> Tensor:

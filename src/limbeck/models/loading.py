@@ -1,16 +1,13 @@
-"""Loading of models and tokenizers, teachers and students, from a folder or the hub; and the check of a saved student.
+"""Loading of models and tokenizers, teachers and students, from a folder or the hub.
 
     model, tokenizer = load("small")                                         # float32, on the CPU, frozen
     teacher, tokenizer = load_teacher("Qwen/Qwen3-0.6B", torch.device("cpu"))
     is_student("someone/my-student")                                         # reads only the config
-    check_export(folder, student, tokenizer)                  # LimbeckError unless the saved student loads bit for bit
+    resolve_model("runs/one")                                                # ("runs/one/student", True)
 
 transformers initializes missing weights at random, attaches adapters, asks on standard input whether to run custom
 code, and applies settings that a past session left in a config. Here each of these is an error or is reset
 (docs/guides/generation.md).
-
-A saved student is checked because what is written may differ from what is meant: only an adapter is saved instead of
-the model, a tensor is taken for tied, a tokenizer loses a setting.
 """
 
 from pathlib import Path
@@ -18,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -47,13 +43,18 @@ from limbeck.models.checkpoint import (
 )
 from limbeck.models.folders import SAVED_MODEL_FOLDER, build_adapter_error, check_folder, check_tokenizer, read_json
 from limbeck.models.hub import check_hub_model, split_revision
-from limbeck.models.quantization import build_teacher_kwargs, check_not_quantized, is_quantized
+from limbeck.models.quantization import (
+    build_teacher_kwargs,
+    check_not_quantized,
+    is_quantized,
+    pack_float16,
+    quantize_int8,
+)
 from limbeck.models.registration import get_teacher_maker
 from limbeck.models.temporary import quiet_transformers
 
 GENERATIVE_HEADS = ("ForCausalLM", "ForConditionalGeneration")  # endings of classes that predict the next token
 SAFE_KWARGS = {"trust_remote_code": False}  # explicit, because without it transformers asks on standard input
-SAMPLE_TEXT = "In 1984, the café's 12 guests said: «It's fine!»\n\n\tnaïve 你好 🙂"
 
 
 def is_student(name: str) -> bool:
@@ -136,6 +137,27 @@ def load_model_and_tokenizer(
         )
     model = load_model(name, config)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_for_generation(
+    name: str, fp16: bool = False, int8_dynamic: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer to generate text: on a GPU if there is one.
+
+    Args:
+        name: as `load` takes it.
+        fp16: stay on the CPU, with weights in float16.
+        int8_dynamic: stay on the CPU, and compute in int8; not along with `fp16`.
+
+    Raises:
+        LimbeckError: see `load`; or a torch without dynamic quantization.
+    """
+    checkpoint, is_run = resolve_model(name)
+    model, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
+    if fp16 or int8_dynamic:
+        return (pack_float16 if fp16 else quantize_int8)(model), tokenizer
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return model, tokenizer
 
 
 def load_teacher(
@@ -336,74 +358,6 @@ def _custom_code_error(what: str) -> LimbeckError:
         f"{what} comes with code of its own, and code beside weights is not executed",
         expected="a family that is part of transformers",
         hint="pip install --upgrade transformers",
-    )
-
-
-def check_export(
-    folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: bool = True
-) -> None:
-    """Refuse a folder that would not load as the student that was saved there.
-
-    Weights are compared one tensor at a time, so that no second student is in memory.
-
-    Args:
-        weights: compare the weights too; False if only a few of them were written, in a rehearsal.
-
-    Raises:
-        LimbeckError: says what is missing or differs; or that weights of the student are not finite.
-    """
-    config = load_config(str(folder))
-    GenerationConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        loaded = AutoModelForCausalLM.from_config(config, **SAFE_KWARGS)
-    expected, actual = _shapes(student), _shapes(loaded)
-    different = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
-    if type(loaded) is not type(student) or different:
-        raise _export_error(folder, f"it loads as {type(loaded).__name__}", different)
-    saved_tokenizer = load_tokenizer(str(folder))
-    if (
-        saved_tokenizer(SAMPLE_TEXT).input_ids != tokenizer(SAMPLE_TEXT).input_ids
-        or saved_tokenizer.chat_template != tokenizer.chat_template
-    ):
-        raise _export_error(folder, "its tokenizer gives other tokens, or has another chat template", [])
-    if weights:
-        check_finite("the student", student)
-        _compare_weights(folder, student, config)
-
-
-def _compare_weights(folder: Path, student: PreTrainedModel, config: Any) -> None:
-    expected = student.state_dict()
-    saved: set[str] = set()
-    different = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it has no iterator
-                saved.add(name)
-                if name in expected and not _same(tensors.get_tensor(name), expected[name]):
-                    different.append(name)
-    if not saved <= expected.keys():  # a family whose files have another layout than its modules
-        loaded = load_model(str(folder), config).state_dict()
-        different = [name for name, tensor in expected.items() if not _same(loaded[name], tensor)]
-    else:  # a tensor that is not in the files has to be tied to one that is
-        tied = {expected[name].data_ptr() for name in saved}
-        different += [name for name, tensor in expected.items() if name not in saved and tensor.data_ptr() not in tied]
-    if different:
-        raise _export_error(folder, "weights differ or are missing", different)
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
-
-
-def _export_error(folder: Path, problem: str, names: list[str]) -> LimbeckError:
-    return LimbeckError(
-        f"the student saved in {folder} is not the trained one: {problem}{': ' if names else ''}{format_names(names)}",
-        expected="the same student after loading",
-        hint="repeat the command: it saves the student again, without repeating its stages",
     )
 
 

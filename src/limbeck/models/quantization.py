@@ -136,17 +136,42 @@ def pack_float16(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Float16Linear(nn.Module):
-    """A linear layer with its weights in float16, for inference: y = x Wᵀ + b in float32 [..., outputs]."""
+    """A linear layer with its weights in float16, for inference: y = x Wᵀ + b in float32 [..., outputs].
+
+    Packed when torch has one thread, it calls FBGEMM's product directly, which that thread alone then computes. The
+    operator that shares a product among threads hands its weights over as an object; that takes 20 microseconds a call,
+    as long as a small matrix.
+    """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        bias = None if linear.bias is None else linear.bias.detach()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), bias)
-        self.weight_bytes = 2 * linear.weight.numel() + (0 if bias is None else 4 * bias.numel())
+        weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        self.weight_bytes = 2 * weight.numel() + (0 if bias is None else 4 * bias.numel())
+        self.bias: torch.Tensor | None = None
+        # deprecated in PyTorch, so a later version may not have it
+        self.is_direct = torch.get_num_threads() == 1 and hasattr(torch, "fbgemm_pack_gemm_matrix_fp16")
+        if self.is_direct:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.packed, self.bias = torch.fbgemm_pack_gemm_matrix_fp16(weight), bias
+                self(weight.new_zeros(1, self.in_features))  # its first call would warn
+        else:
+            self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_direct:
+            return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.packed, self.bias)
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+    def __deepcopy__(self, memo: dict) -> "Float16Linear":
+        # What is packed is never written to, and the bytes of its tensor are an address: a copy shares it.
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(self).items()})
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse_to_save()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -47,7 +47,23 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor | None = None, *, segments: Ten
 
 def repeat_kv(x: Tensor, heads: int, dim: int = 2) -> Tensor:
     """Repeat grouped heads to `heads`: head h of the result is head h // (heads/groups) of x."""
-    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim=dim)
+    groups = x.shape[dim]
+    if groups == heads:
+        return x
+    if x.shape[1] == 1 and dim == 2 and is_plain_cpu_call(x) and not torch.is_grad_enabled():
+        return x.index_select(2, _group_of_each_head(groups, heads))  # half the time of one token's repetition
+    return x.repeat_interleave(heads // groups, dim=dim)
+
+
+@functools.cache
+def _group_of_each_head(groups: int, heads: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(heads) // (heads // groups)
+
+
+def is_plain_cpu_call(x: Tensor) -> bool:
+    """Return whether x is on a CPU and nothing records the call: values may be read, index tensors be kept."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def expand_log_decay(log_decay: Tensor, q: Tensor, *, vector: bool, dtype: torch.dtype) -> Tensor:

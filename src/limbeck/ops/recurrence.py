@@ -93,20 +93,24 @@ def _step(
     """Run one token in as few passes over the state and as few calls as possible: they are what decoding costs."""
     (batch, _, heads, _), dtype, is_copy = q.shape, state.dtype, False
     rows = batch * heads
-    query = q.to(dtype).reshape(rows, 1, -1)
-    key, write = (repeat_kv(x.to(dtype), heads).reshape(rows, 1, -1) for x in (k, v))
+    inputs = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
+    query, key, write = (repeat_kv(x, heads).reshape(rows, 1, -1) for x in inputs)
     if segments is not None:
         state, is_copy = state * (segments == 0).to(dtype)[..., None, None], True
     state = state.reshape(rows, *state.shape[2:])
     if log_decay is not None:
-        decay = expand_log_decay(log_decay, q, vector=vector, dtype=dtype).exp().reshape(rows, -1, 1)
+        if log_decay.dtype != dtype or log_decay.shape != (q.shape if vector else q.shape[:3]):
+            log_decay = expand_log_decay(log_decay, q, vector=vector, dtype=dtype)
+        decay = log_decay.exp().reshape(rows, -1, 1)
         state, is_copy = state * decay, True
     if beta is not None:
-        write = torch.baddbmm(write, key, state, alpha=-1) * beta.to(dtype).reshape(rows, 1, 1)
+        rate = (beta if beta.dtype == dtype else beta.to(dtype)).reshape(rows, 1, 1)
+        write = torch.baddbmm(write, key, state, alpha=-1) * rate
     # Never write to the caller's state, nor to one that autograd may have saved.
     add = state.addcmul_ if is_copy and not torch.is_grad_enabled() else state.addcmul
     state = add(key.mT, write)
-    return torch.bmm(query, state).view(batch, 1, heads, -1).to(v.dtype), state.view(batch, heads, *state.shape[1:])
+    o = torch.bmm(query, state).view(batch, 1, heads, -1)
+    return o if o.dtype == v.dtype else o.to(v.dtype), state.view(batch, heads, *state.shape[1:])
 
 
 def run_chunked(

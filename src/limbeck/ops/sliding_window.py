@@ -234,11 +234,13 @@ def _next(
         if keys.shape[2] == values.shape[2]
         else (common.repeat_kv(x, q.shape[2]) for x in (keys, values))
     )
-    dtype = _common_dtype(q, keys, values)
-    k, v = (x.transpose(1, 2).to(dtype) for x in near)
-    folded = q.squeeze(1).unflatten(1, (k.shape[1], -1)).to(dtype)  # the heads of a group as its queries
+    k, v = (x.transpose(1, 2) for x in near)
+    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # the heads of a group as its queries
+    if not q.dtype == k.dtype == v.dtype:
+        dtype = _common_dtype(q, k, v)
+        folded, k, v = folded.to(dtype), k.to(dtype), v.to(dtype)
     o = attend(folded, k, v, attn_mask=seen, scale=scale)
-    return o.flatten(1, 2).unsqueeze(1)
+    return o.reshape(q.shape[0], 1, q.shape[2], o.shape[3])
 
 
 class _Exponentials(torch.autograd.Function):

@@ -9,10 +9,13 @@ their document has had. Valid tokens are packed before masked ones, so that thes
 Shapes and legend are those of limbeck.ops.sliding_window.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from limbeck.core.errors import LimbeckError
+from limbeck.ops.common import is_plain_cpu_call
 
 
 def pack_valid_tokens(
@@ -54,9 +57,7 @@ def prepend_state(
 def is_full(count: Tensor, window: int, sinks: int) -> bool:
     """Return whether it is known that the state of every sequence has no empty place, so that all of it is seen."""
     # Reading values would break a compiled graph and stall an accelerator in every decoding step.
-    if torch.compiler.is_compiling() or count.device.type != "cpu":
-        return False
-    return min(count.tolist(), default=0) >= sinks + window - 1
+    return is_plain_cpu_call(count) and min(count.tolist(), default=0) >= sinks + window - 1
 
 
 def reset_new_documents(
@@ -75,16 +76,26 @@ def shift_state(keys: Tensor, values: Tensor, count: Tensor, sinks: int, has_sin
     """Return the state after a single token, the last of the keys.
 
     Args:
-        has_sinks: whether it is known that every sequence has all of its sinks.
+        has_sinks: whether it is known, on a CPU, that every sequence has all of its sinks.
     """
+    if has_sinks:
+        # one call for each tensor, where slices to be joined would be four
+        kept = _places_but_oldest(keys.shape[1], sinks)
+        return {"k": keys.index_select(1, kept), "v": values.index_select(1, kept), "count": count + 1}
     if not sinks:
         return {"k": keys[:, 1:], "v": values[:, 1:], "count": count + 1}
-    first = {"k": keys[:, :sinks], "v": values[:, :sinks]}
-    if not has_sinks:
-        is_sink = (count.unsqueeze(1) == torch.arange(sinks, device=count.device))[..., None, None]
-        first = {name: torch.where(is_sink, x[:, -1:], first[name]) for name, x in (("k", keys), ("v", values))}
+    is_sink = (count.unsqueeze(1) == torch.arange(sinks, device=count.device))[..., None, None]
+    first = {name: torch.where(is_sink, x[:, -1:], x[:, :sinks]) for name, x in (("k", keys), ("v", values))}
     state = {name: torch.cat([first[name], x[:, sinks + 1 :]], 1) for name, x in (("k", keys), ("v", values))}
     return {**state, "count": count + 1}
+
+
+@functools.cache
+def _places_but_oldest(places: int, sinks: int) -> Tensor:
+    """Return the places of keys on a CPU without the one behind the sinks, which leaves the window."""
+    # an index made in inference mode could not be used again where gradients are taken
+    with torch.inference_mode(False):
+        return torch.cat([torch.arange(sinks), torch.arange(sinks + 1, places)])
 
 
 def compute_final_state(

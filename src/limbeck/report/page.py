@@ -26,6 +26,7 @@ from limbeck.report.claims import ClaimView, build_claim_views
 from limbeck.report.collection import TEACHER, RunCollection, load_collection
 from limbeck.report.figures.over_length import build_analysis_panels, build_length_panels
 from limbeck.report.figures.panels import Panel, build_cache_panels, build_loss_panels, order_for_colors
+from limbeck.report.figures.students import build_exam_panels
 from limbeck.report.figures.style import COLOR_NAMES, COLORS, use_style
 from limbeck.report.figures.svg import embed_svg, render_svg
 from limbeck.report.provenance import ReportProvenance, build_provenance
@@ -150,6 +151,7 @@ def _build_report(collection: RunCollection, groups: list[SeedGroup], files: Pat
     with use_style(order):
         panels = [
             *build_loss_panels(collection),
+            *build_exam_panels(groups),
             *build_length_panels(groups),
             *build_cache_panels(groups),
             *build_analysis_panels(groups),

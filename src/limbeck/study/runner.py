@@ -126,6 +126,10 @@ class StudyResults(dict):
         super().__init__(results)
         self.folder = folder
 
+    def __repr__(self) -> str:
+        finished = sum(arm["status"] == "finished" for arm in self["arms"])
+        return f"<study {self['study']['name']}: {finished} of {len(self['arms'])} arms finished, in {self.folder}>"
+
     def __str__(self) -> str:
         claims = tables.format_claims(self["claims"]) if self["claims"] else ""
         return "\n".join(filter(None, [(self.folder / "table.md").read_text(encoding="utf-8"), claims]))

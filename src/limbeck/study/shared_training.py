@@ -16,10 +16,10 @@ from typing import Any, cast
 
 import torch
 
-from limbeck.core import recipe as recipes
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
 from limbeck.core.signals import TrainingInterrupted
+from limbeck.core.stage_settings import Calibrate
 from limbeck.core.system import get_free_memory
 from limbeck.study.sharing import pass_key
 from limbeck.study.spec import Arm
@@ -156,7 +156,7 @@ def _build_student_runs(
         student_runs.append(_StudentRun(arm, job, run, runner, context))
         own_bytes = sum(p.numel() * p.element_size() for p in runner.student.parameters() if id(p) not in teacher_ids)
         # beside the weights a gradient and the optimizer's two moments, or the sums of calibration; the guard's copy
-        used += own_bytes * ((3 if isinstance(context.settings, recipes.Calibrate) else 4) + arm.recipe.keep_better)
+        used += own_bytes * ((3 if isinstance(context.settings, Calibrate) else 4) + arm.recipe.keep_better)
     return student_runs
 
 

@@ -11,8 +11,8 @@ target and learning rates may differ.
 import json
 from typing import Any
 
-from limbeck.core import recipe as recipes
 from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import Calibrate, Logits, Matrix
 from limbeck.study.spec import Arm
 from limbeck.training.calibration import RIDGE_EVAL_SEQUENCES, count_calibration_sequences
 from limbeck.training.optim import count_training_steps
@@ -26,9 +26,7 @@ def pass_key(recipe: Recipe, index: int) -> str | None:
     since the position in the text is unknown then.
     """
     before, stage = recipe.stages[:index], recipe.stages[index]
-    if isinstance(stage, recipes.Logits) or any(
-        isinstance(earlier, recipes.Logits) or _ends_early(earlier) for earlier in before
-    ):
+    if isinstance(stage, Logits) or any(isinstance(earlier, Logits) or _ends_early(earlier) for earlier in before):
         return None
     text = recipe.text_of(stage)
     opened = [recipe.data, *(recipe.text_of(other) for other in recipe.stages)]
@@ -53,9 +51,9 @@ def pass_key(recipe: Recipe, index: int) -> str | None:
         "stage": stage.stage,
         "batch": (stage.batch_size, stage.micro_batch_size),
     }
-    if isinstance(stage, recipes.Calibrate):
+    if isinstance(stage, Calibrate):
         inputs["sequences"] = count_calibration_sequences(stage, text.seq_len)
-    if isinstance(stage, recipes.Matrix):
+    if isinstance(stage, Matrix):
         inputs["rows"] = stage.sampled_queries
     return json.dumps(inputs, sort_keys=True)
 
@@ -91,7 +89,7 @@ def _ends_early(stage: Any) -> bool:
 def _count_sequences(recipe: Recipe, stage: Any) -> tuple[int, int]:
     """Return the length and number of the sequences that a stage reads."""
     length = recipe.text_of(stage).seq_len
-    if isinstance(stage, recipes.Calibrate):
+    if isinstance(stage, Calibrate):
         return length, count_calibration_sequences(stage, length) + (
             RIDGE_EVAL_SEQUENCES if stage.ridge == "auto" else 0
         )

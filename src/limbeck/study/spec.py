@@ -31,6 +31,7 @@ from limbeck.core.config import (
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.core.old_keys import OLD_KEYS, study_from_old_keys
 from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import STAGES
 from limbeck.evaluation import measure
 from limbeck.study.claims import CLAIMS
 
@@ -335,10 +336,10 @@ def _apply_setting(raw: dict[str, Any], key: str, value: Any) -> bool:
     if first != "stages" or stage.isdigit():
         set_by_dotted_key(raw, key, value)
         return True
-    if stage not in recipes.STAGES:
+    if stage not in STAGES:
         raise LimbeckError(
-            f"grid.settings: {key}{suggest_closest(stage, recipes.STAGES)}",
-            expected=f"stages.{'|'.join(recipes.STAGES)}.key",
+            f"grid.settings: {key}{suggest_closest(stage, STAGES)}",
+            expected=f"stages.{'|'.join(STAGES)}.key",
         )
     matching = [stage_settings for stage_settings in raw["stages"] if stage_settings["stage"] == stage]
     for stage_settings in matching:

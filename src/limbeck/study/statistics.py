@@ -26,6 +26,7 @@ Verdict = Literal["holds", "does not hold", "undecided"]
 
 MIN_SEEDS = 3
 ALPHA = 0.05
+MIN_RANKED = 5  # names for the interval of a rank correlation
 MIN_SEED_COVERAGE = 0.5  # a seed with fewer than this share of the fullest seed's arms is incomplete
 
 
@@ -242,6 +243,41 @@ def kendall_tau(first: dict[str, float], second: dict[str, float], names: list[s
 
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     return sum(sign(first[a] - first[b]) * sign(second[a] - second[b]) for a, b in pairs) / len(pairs)
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rank correlation of two orders, over `names`; low, high: its 95 % interval; p: of no correlation.
+
+    Interval and p are None for fewer than `MIN_RANKED` names, and for two equal or opposite orders, where the interval
+    has no width. They treat the names as a sample of many: they say how far other names could differ, not other seeds.
+    """
+
+    rho: float
+    low: float | None
+    high: float | None
+    p: float | None
+    names: tuple[str, ...]
+
+
+def correlate_ranks(first: dict[str, float], second: dict[str, float]) -> RankCorrelation | None:
+    """Correlate the orders of the names that have a finite value on both sides; None for two of them, or ties alone.
+
+    Ties share their mean rank. The interval is Fisher's z with the variance (1 + rho^2 / 2) / (n - 3) of Bonett and
+    Wright (Psychometrika 65, 2000), the p value that of the t statistic with n - 2 degrees of freedom.
+    """
+    names = tuple(n for n in first if n in second and math.isfinite(first[n]) and math.isfinite(second[n]))
+    if len(names) < 3 or any(len({side[name] for name in names}) < 2 for side in (first, second)):
+        return None
+    stats = _import_scipy_stats()
+    found = stats.spearmanr([first[name] for name in names], [second[name] for name in names])
+    rho = float(found.statistic)
+    if len(names) < MIN_RANKED or abs(rho) > 1 - 1e-9:
+        return RankCorrelation(rho, None, None, None, names)
+    center = math.atanh(rho)
+    half_width = float(stats.norm.ppf(1 - ALPHA / 2)) * math.sqrt((1 + rho * rho / 2) / (len(names) - 3))
+    low, high = math.tanh(center - half_width), math.tanh(center + half_width)
+    return RankCorrelation(rho, low, high, float(found.pvalue), names)
 
 
 def decide_verdict(

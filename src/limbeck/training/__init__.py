@@ -11,6 +11,7 @@ The road from the command line to the loss of a layer, in calls:
     |  calibration           stage 0: output projections by least squares, no gradient
     |  guard                 takes back a stage that made the student worse (keep_better)
     trainer.Trainer.train    the loop of stages 1 to 3: step, log, checkpoint
+    |  stage_protocol        what a stage is to the trainer, and its counts and gradients in a step
     Trainer.train_step       batches, forward, loss, backward; then clipping and optimizer
     |  optim                 optimizer, schedule, averages, loss scale, early stopping
     alignment                stage 1 (mixing matrices), stage 2 (hidden states), layer by layer

@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import Tensor, nn
 
-from limbeck.core import recipe as recipes
 from limbeck.core.console import console
+from limbeck.core.stage_settings import Hidden, Matrix
 from limbeck.data.packing import Batch
 from limbeck.models.attention_rows import compute_mixing_rows, output_attention_rows, supports_row_output
 from limbeck.models.backbone import run_backbone, supports_packed_positions
@@ -75,7 +75,7 @@ class LayerwiseStage:
             for name in self.trained_modules()
         ]
 
-    def learning_rates(self, recipe: recipes.Hidden | recipes.Matrix) -> dict[str, float]:
+    def learning_rates(self, recipe: Hidden | Matrix) -> dict[str, float]:
         """Return the peak learning rate by parameter name."""
         return dict.fromkeys(self.parameters(), recipe.lr)
 

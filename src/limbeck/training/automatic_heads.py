@@ -84,10 +84,8 @@ def choose_softmax_heads(recipe: Recipe, teacher: PreTrainedModel, sites: list[S
         groups = len(_list_groups(recipe.student, sites))
         console.print(f"choosing {count} of {groups} groups of heads, those that look furthest back")
         batch, _ = take_sequences_with_targets(text.train_sequences(length, recipe.seed), 0, ROWS)
-        model = head_selection.GatedTeacher(teacher, [sites[i] for i in converted], WINDOW)
-        rows = head_selection.prepare_texts(batch, teacher.device)
-        worth, losses = head_selection.select_heads(model, rows, count)
-        content = head_selection.head_selection_to_dict(worth, losses, **settings)
+        candidates = [sites[i] for i in converted]
+        content = head_selection.choose_heads(teacher, candidates, batch, count, window=WINDOW, facts=settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps(content, indent=1) + "\n")
     return recipe.student.model_copy(update={"softmax_heads": str(path)})

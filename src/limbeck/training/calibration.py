@@ -19,16 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.core import recipe as recipes
+from limbeck.core.collectives import all_reduce_scalars, all_reduce_tensors, broadcast_from_main
 from limbeck.core.console import console, progress
-from limbeck.core.distributed import (
-    all_reduce_scalars,
-    all_reduce_tensors,
-    broadcast_from_main,
-    get_local_rows,
-    run_on_main,
-)
+from limbeck.core.distributed import get_local_rows, run_on_main
 from limbeck.core.errors import LimbeckError
+from limbeck.core.stage_settings import Calibrate
 from limbeck.data.packing import Batch, SequenceDataset, take_sequences_with_targets
 from limbeck.models import Site
 from limbeck.models.backbone import run_backbone
@@ -41,7 +36,7 @@ RIDGE_EVAL_SEQUENCES = 2  # sequences on which the ridge is chosen
 
 
 def calibrate(
-    pair: DistillationPair, settings: recipes.Calibrate, data: SequenceDataset, position: int
+    pair: DistillationPair, settings: Calibrate, data: SequenceDataset, position: int
 ) -> tuple[dict[str, Any], dict[str, nn.Parameter]]:
     """Do stage 0 of one student, whose output projections are written in place.
 
@@ -63,13 +58,13 @@ def get_output_projections(pair: DistillationPair) -> dict[str, nn.Parameter]:
     return {f"{name}.{key}": p for name in names for key, p in pair.student.get_submodule(name).named_parameters()}
 
 
-def count_calibration_sequences(settings: recipes.Calibrate, length: int) -> int:
+def count_calibration_sequences(settings: Calibrate, length: int) -> int:
     """Return the number of sequences of `length` tokens over which the normal equations are summed."""
     return max(1, round(settings.tokens / length))
 
 
 def accumulate_normal_equations(
-    students: Sequence["NormalEquations"], settings: recipes.Calibrate, data: SequenceDataset, position: int
+    students: Sequence["NormalEquations"], settings: Calibrate, data: SequenceDataset, position: int
 ) -> float:
     """Sum the normal equations of one or several students over the stage's tokens; returns the seconds it took."""
     began, length = time.monotonic(), data.length
@@ -86,7 +81,7 @@ def accumulate_normal_equations(
 
 
 def solve_calibration(
-    equations: "NormalEquations", settings: recipes.Calibrate, data: SequenceDataset, position: int, fit_seconds: float
+    equations: "NormalEquations", settings: Calibrate, data: SequenceDataset, position: int, fit_seconds: float
 ) -> dict[str, Any]:
     """Solve the normal equations and write the output projections; returns the stage's facts.
 

@@ -22,7 +22,7 @@ from limbeck.models.conversion import count_student_parameters
 from limbeck.models.export import get_exporter
 from limbeck.models.generation import generate_continuation
 from limbeck.models.head_groups import describe_softmax_heads
-from limbeck.models.loading import check_export
+from limbeck.models.saved_check import check_export
 from limbeck.report.figures.curves import draw_loss_curves
 from limbeck.report.run_summary import format_summary
 from limbeck.report.teacher_info import get_teacher_name

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from limbeck.core.distributed import all_reduce_gradients, get_process_info
+from limbeck.core.collectives import all_reduce_gradients
+from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
 from limbeck.models.backbone import supports_packed_positions
 

@@ -1,5 +1,6 @@
 """Select the groups of heads that keep softmax attention, by what each is worth together with the others.
 
+    content = choose_heads(teacher, sites, batch, 9)                  # what `student.softmax_heads` reads from a file
     model = GatedTeacher(teacher, sites, window=64)                   # softmax or window in every group, by a gate
     texts = prepare_texts(data.batch(0, 2), teacher.device)
     chosen = select_by_path(model, texts, 9)                          # {(18, 2): 0.95, ...} nats per token, in order
@@ -18,7 +19,7 @@ are still open half open, and along the path from 0 to 1 it sums to the whole lo
 The loss is the cross-entropy on the second A of A B A, text that was there before the window began.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -152,6 +153,31 @@ def price_by_swap(model: GatedTeacher, texts: list[Batch]) -> dict[Group, float]
             prices[group] = model.measure_loss(texts) - before
             advance(1, f"{format_group(group)}: {prices[group]:.3f}")
     return dict(sorted(prices.items(), key=lambda item: item[1], reverse=True))
+
+
+def choose_heads(
+    teacher: PreTrainedModel,
+    sites: Sequence[Site],
+    text: Batch,
+    count: int,
+    by: HeadCriterion = "path",
+    window: int = 64,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Choose the groups that keep softmax, by a text; returns the content of the file that names them.
+
+    Args:
+        sites: the attention layers whose groups can be chosen.
+        text: each of its rows is read as A B A.
+        window: tokens that a windowed group sees.
+        facts: what else the file says of the choice.
+
+    Raises:
+        LimbeckError: see `select_heads`.
+    """
+    model = GatedTeacher(teacher, sites, window)
+    chosen, losses = select_heads(model, prepare_texts(text, teacher.device), count, by)
+    return head_selection_to_dict(chosen, losses, **(facts or {}))
 
 
 def select_heads(

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
-from limbeck.core.recipe import Logits, Recipe, Student
+from limbeck.core.recipe import Recipe, Student
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
+from limbeck.core.stage_settings import Logits
 from limbeck.core.storage import read_manifest
 from limbeck.data import documents
 from limbeck.mixers.options import LATER_OPTIONS

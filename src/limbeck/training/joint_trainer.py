@@ -25,7 +25,8 @@ from limbeck.core.system import synchronize_device
 from limbeck.data.packing import Batch
 from limbeck.models.backbone import run_backbone
 from limbeck.training.alignment import LayerwiseStage, layerwise_losses, teacher_hooks
-from limbeck.training.trainer import Trainer, add_losses, reduce_counts
+from limbeck.training.stage_protocol import add_losses, reduce_counts
+from limbeck.training.trainer import Trainer
 
 
 def train_jointly(trainers: list[Trainer]) -> list[dict[str, Any] | Exception]:

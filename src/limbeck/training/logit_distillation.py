@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from limbeck.core import recipe as recipes
+from limbeck.core.stage_settings import Logits
 from limbeck.data.packing import Batch
 from limbeck.data.teacher_logits import TeacherLogitsBatch
 from limbeck.models.backbone import LMHead, run_backbone
@@ -104,7 +104,7 @@ class LogitsStage:
                 frozen |= {id(p) for p in module.parameters()} if module is not None else set()
         return {n: p for n, p in self.student.named_parameters() if id(p) not in frozen}
 
-    def learning_rates(self, recipe: recipes.Logits) -> dict[str, float]:
+    def learning_rates(self, recipe: Logits) -> dict[str, float]:
         """Return the peak learning rate by parameter name: `lr` in the converted attention, `lr_other` elsewhere."""
         lr_other = recipe.lr / 5 if recipe.lr_other is None else recipe.lr_other
         prefixes = tuple(f"{site.module}." for site in self.sites)

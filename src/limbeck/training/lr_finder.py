@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from limbeck.core import recipe as recipes
 from limbeck.core.config import format_stage_name
 from limbeck.core.console import console, progress
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import Calibrate
 from limbeck.core.storage import convert_write_errors
 from limbeck.data.packing import take_sequences_with_targets
 from limbeck.models import unshare_weights
@@ -36,8 +36,8 @@ from limbeck.training.optim import LossScaler, StageOptimizer, clip_gradients, n
 from limbeck.training.precision import numerics_context
 from limbeck.training.run_directory import RunDirectory
 from limbeck.training.setup import Job, build_student, prepare_job
+from limbeck.training.stage_protocol import accumulate_gradients, get_clip_groups, total_loss
 from limbeck.training.stages import load_stage_weights, make_stage, trains_beyond_attention
-from limbeck.training.trainer import accumulate_gradients, get_clip_groups, total_loss
 
 MIN_LR, MAX_LR, NUM_POINTS = 1e-6, 1.0, 40
 DIVERGENCE_FACTOR = 3.0  # the sweep ends when the loss exceeds the first loss by this factor
@@ -103,7 +103,7 @@ def find_learning_rates(recipe: Recipe, num_points: int = NUM_POINTS) -> list[Le
         results: dict[int, dict[str, Any]] = {}  # parameters trained by earlier stages, by index
         sweeps = []
         for index, settings in enumerate(recipe.stages):
-            if isinstance(settings, recipes.Calibrate):
+            if isinstance(settings, Calibrate):
                 is_finished = run.is_finished(index, verify=True)
                 results[index] = run.load_stage_result(index) if is_finished else _calibrate(job, settings, results)
                 continue
@@ -123,7 +123,7 @@ def _build_student(job: Job, results: dict[int, dict[str, Any]]) -> Any:
     return student
 
 
-def _calibrate(job: Job, settings: recipes.Calibrate, results: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _calibrate(job: Job, settings: Calibrate, results: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Run stage 0 on a new student; returns its output projections."""
     data = job.train_dataset(job.recipe.text_of(settings))
     _, projections = calibrate(job.make_pair(_build_student(job, results)), settings, data, 0)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from limbeck.core.distributed import all_reduce_scalars
-from limbeck.core.recipe import EarlyStopping, Trained
+from limbeck.core.collectives import all_reduce_scalars
+from limbeck.core.stage_settings import EarlyStopping, Trained
 
 INITIAL_SCALE = 2.0**16  # of the fp16 loss
 GROWTH_INTERVAL = 2000  # finite steps in a row after which the loss scale is doubled

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck import mixers
-from limbeck.core import recipe as recipes
 from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import Calibrate, Hidden, Logits
 from limbeck.core.system import synchronize_device
 from limbeck.models import Site, find_attention_sites
 from limbeck.models.quantization import count_unquantized_parameters
@@ -107,11 +107,11 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
         steps, tokens = 0, settings.tokens
         # A linear layer takes 2 operations per parameter and token in the forward pass and 4 in the backward pass, or 2
         # if only activations need gradients.
-        if isinstance(settings, recipes.Calibrate):
+        if isinstance(settings, Calibrate):
             trained = outputs
             gram_matrices = 4 * sum((s.shape.heads * s.shape.value_width) ** 2 for s in sites)
             flops_per_token = 2 * body + 2 * attention + gram_matrices
-        elif isinstance(settings, recipes.Logits):
+        elif isinstance(settings, Logits):
             weights = {"attention": attention, "body": body, "all": total}.get(settings.train, 0)
             if settings.lora is not None:
                 names = resolve_lora_targets(teacher, sites, settings.lora.target_modules)
@@ -122,14 +122,14 @@ def make_plan(recipe: Recipe, teacher: PreTrainedModel, sites: list[Site]) -> Pl
             trained = weights + mixer_parameters
             flops_per_token = 2 * (body + head) + 4 * (body + head) + 2 * trained
         else:
-            is_hidden = isinstance(settings, recipes.Hidden)
+            is_hidden = isinstance(settings, Hidden)
             backward = blocks if is_hidden and settings.target == "block" else attention
             weights = attention
             if is_hidden:
                 weights = {"mixer": 0, "attention": attention, "block": blocks}[settings.train]
             trained = weights + mixer_parameters
             flops_per_token = 2 * body + 4 * backward + 2 * trained
-        if not isinstance(settings, recipes.Calibrate):
+        if not isinstance(settings, Calibrate):
             length = recipe.text_of(settings).seq_len
             steps = count_training_steps(settings, length)
             tokens = steps * settings.batch_size * length

@@ -28,8 +28,9 @@ from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
 from limbeck.core.live import Phase, View
-from limbeck.core.recipe import TeacherRecipe, Trained
+from limbeck.core.recipe import TeacherRecipe
 from limbeck.core.screen import watch
+from limbeck.core.stage_settings import Trained
 from limbeck.core.storage import cache_root
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.offline.embedded import load_training_texts

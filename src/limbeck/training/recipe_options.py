@@ -18,8 +18,9 @@ from limbeck import mixers
 from limbeck.core.config import parse_stages, scale_token_budgets, set_by_dotted_key
 from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError
-from limbeck.core.recipe import Data, Recipe
+from limbeck.core.recipe import Recipe
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
+from limbeck.core.text_settings import Data
 from limbeck.models.export import get_exporter
 from limbeck.models.loading import load_config, resolve_teacher
 

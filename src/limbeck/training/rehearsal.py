@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from limbeck.core import recipe as recipes
 from limbeck.core.console import console, progress
 from limbeck.core.errors import LimbeckError, summarize_error
 from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import Calibrate, Trained
 from limbeck.core.system import get_peak_memory
 from limbeck.data.packing import Batch
 from limbeck.data.teacher_logits import TeacherLogitsBatch
 from limbeck.models.backbone import LMHead, run_backbone
 from limbeck.models.hooks import DistillationPair
-from limbeck.models.loading import check_export
+from limbeck.models.saved_check import check_export
 from limbeck.report.run_summary import format_summary
 from limbeck.training.calibration import RIDGE_EVAL_SEQUENCES, RIDGES, NormalEquations
 from limbeck.training.export import evaluate_run
@@ -38,7 +38,7 @@ from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.optim import StageOptimizer, clip_gradients, count_training_steps
 from limbeck.training.setup import Job
-from limbeck.training.trainer import get_clip_groups
+from limbeck.training.stage_protocol import get_clip_groups
 
 WARMUP_TOKENS = 64  # of the first step, which is not timed
 
@@ -80,7 +80,7 @@ def measure_stage_times(
         for index in stages:
             settings = recipe.stages[index]
             length = recipe.text_of(settings).seq_len
-            if isinstance(settings, recipes.Calibrate):
+            if isinstance(settings, Calibrate):
                 seconds[index] = _time_calibration(settings, NormalEquations(pair, settings.weight), draw, length)
                 if settings.ridge == "auto":  # each candidate is evaluated
                     seconds[index] += len(RIDGES) * RIDGE_EVAL_SEQUENCES * length * eval_seconds
@@ -131,7 +131,7 @@ def _explain_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def _time_calibration(settings: recipes.Calibrate, fits: NormalEquations, draw: Callable, length: int) -> float:
+def _time_calibration(settings: Calibrate, fits: NormalEquations, draw: Callable, length: int) -> float:
     """Return the seconds that stage 0 takes."""
     fits.add(draw(WARMUP_TOKENS))
     sequence_seconds = _timed(lambda: fits.add(draw(length)))
@@ -140,7 +140,7 @@ def _time_calibration(settings: recipes.Calibrate, fits: NormalEquations, draw: 
     return max(1, round(settings.tokens / length)) * sequence_seconds + n_solutions * solve_seconds
 
 
-def _time_training(settings: recipes.Trained, stage: Any, draw: Callable, length: int) -> float:
+def _time_training(settings: Trained, stage: Any, draw: Callable, length: int) -> float:
     """Return the seconds that the optimizer steps of a stage take."""
     parameters = stage.parameters()
     for parameter in parameters.values():

@@ -31,8 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
+from limbeck.core.collectives import run_on_main_with_tensors
 from limbeck.core.console import console
-from limbeck.core.distributed import get_process_info, run_on_main, run_on_main_with_tensors
+from limbeck.core.distributed import get_process_info, run_on_main
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import AnyRecipe
 from limbeck.core.storage import (

@@ -25,6 +25,8 @@ from limbeck.core.distributed import get_local_device, get_process_info
 from limbeck.core.errors import LimbeckError, rewrite_hints
 from limbeck.core.recipe import Recipe
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX, has_repeated_text
+from limbeck.core.stage_settings import Logits
+from limbeck.core.text_settings import Data
 from limbeck.data.dataset import TextData, open_text_data
 from limbeck.data.documents import count_stored_bytes
 from limbeck.data.packing import SequenceDataset, count_eval_sequences, count_sequences_with_targets, no_targets_error
@@ -87,11 +89,11 @@ class Job:
         """Pair the teacher with a student of this job, for the stages."""
         return DistillationPair(self.teacher, student, self.sites, self.autocast)
 
-    def train_dataset(self, data: recipes.Data) -> SequenceDataset:
+    def train_dataset(self, data: Data) -> SequenceDataset:
         """Return the training sequences of a text."""
         return self.texts[dataset_key(data)].train_sequences(data.seq_len, self.recipe.seed)
 
-    def held_out_dataset(self, data: recipes.Data) -> SequenceDataset:
+    def held_out_dataset(self, data: Data) -> SequenceDataset:
         """Return the held-out sequences of a text."""
         return self.texts[dataset_key(data)].held_out_sequences(data.seq_len)
 
@@ -144,7 +146,7 @@ def prepare_job(
     blocks = len(list_decoder_blocks(teacher, sites[0].block))
     check_objectives(recipe, blocks, tokenizer if notes is None else None)
     for stage in recipe.stages:
-        if isinstance(stage, recipes.Logits) and stage.lora is not None:
+        if isinstance(stage, Logits) and stage.lora is not None:
             check_peft()
             resolve_lora_targets(teacher, converted, stage.lora.target_modules)
     texts = _open_texts(recipe, teacher, tokenizer) if notes is None else {}
@@ -356,9 +358,9 @@ def _check_targets(job: Job) -> None:
     """
     recipe = job.recipe
     count_eval_sequences(job.held_out_dataset(recipe.data), recipe.evaluation.tokens // recipe.data.seq_len)
-    texts = [recipe.text_of(stage) for stage in recipe.stages if isinstance(stage, recipes.Logits)]
+    texts = [recipe.text_of(stage) for stage in recipe.stages if isinstance(stage, Logits)]
     for stage in recipe.stages:
-        if isinstance(stage, recipes.Logits) and stage.eval_steps:
+        if isinstance(stage, Logits) and stage.eval_steps:
             count_eval_sequences(job.held_out_dataset(recipe.text_of(stage)), stage.eval_sequences)
     if recipe.keep_better:
         count_eval_sequences(job.held_out_dataset(recipe.guard_text), 1)
@@ -404,7 +406,7 @@ def _note_missing_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: Any
             notes.append(f"would be tokenized first, once: {source.source}, {when}")
 
 
-def dataset_key(data: recipes.Data) -> str:
+def dataset_key(data: Data) -> str:
     """Identify a text by all of its settings except the sequence length."""
     settings = data.model_dump(mode="json", exclude={"seq_len", "cache_gb"})
     if data.documents == "packed":  # a key that the manifests of earlier versions do not have

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from limbeck.core import recipe as recipes
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info, main_process_first
 from limbeck.core.live import current
+from limbeck.core.stage_settings import Calibrate, Hidden, Logits, Matrix
+from limbeck.core.text_settings import Data
 from limbeck.data.packing import SequenceDataset, count_eval_sequences, take_sequences_with_targets
 from limbeck.models import find_attention_sites, unshare_weights
 from limbeck.models.backbone import supports_packed_positions
@@ -37,8 +38,9 @@ from limbeck.training.objectives.stage import ObjectivesStage
 from limbeck.training.optim import count_training_steps
 from limbeck.training.run_directory import RunDirectory
 from limbeck.training.setup import Job, dataset_key
+from limbeck.training.stage_protocol import Stage
 from limbeck.training.teacher_cache import attach_teacher_logits, require_packed
-from limbeck.training.trainer import Stage, Trainer
+from limbeck.training.trainer import Trainer
 
 
 def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
@@ -47,7 +49,7 @@ def run_stages(job: Job, run: RunDirectory, student: PreTrainedModel) -> None:
     while (context := runner.next_stage()) is not None:
         settings = context.settings
         view.begin(context.index)
-        if isinstance(settings, recipes.Calibrate):
+        if isinstance(settings, Calibrate):
             facts, learned = calibrate(job.make_pair(student), settings, context.data, context.position)
             runner.finish_stage(context, learned, facts)
             view.finish(context.index, format_outcome({"stage": settings.stage, **facts}), facts["seconds"])
@@ -69,8 +71,8 @@ class StageContext:
     """The next stage: its number in the recipe, settings and text, and where in the text it starts."""
 
     index: int
-    settings: Any  # recipes.Calibrate, Matrix, Hidden or Logits
-    text: recipes.Data
+    settings: Any  # Calibrate, Matrix, Hidden or Logits
+    text: Data
     data: SequenceDataset
     position: int
 
@@ -130,14 +132,12 @@ class StageRunner:
         self.index = context.index + 1
 
 
-def make_stage(
-    job: Job, student: PreTrainedModel, settings: recipes.Matrix | recipes.Hidden | recipes.Logits, index: int
-) -> Stage:
+def make_stage(job: Job, student: PreTrainedModel, settings: Matrix | Hidden | Logits, index: int) -> Stage:
     """Build the stage with number `index` of a recipe: its losses and the parameters that it trains."""
     pair = job.make_pair(student)
-    if isinstance(settings, recipes.Matrix):
+    if isinstance(settings, Matrix):
         return MatrixStage(pair, sampled_queries=settings.sampled_queries, seed=job.recipe.seed)
-    if isinstance(settings, recipes.Hidden):
+    if isinstance(settings, Hidden):
         return HiddenStage(pair, target=settings.target, loss=settings.loss, train=settings.train)
     adapters = None
     if settings.lora is not None:
@@ -201,7 +201,7 @@ def _compiled(job: Job, student: PreTrainedModel, settings: Any) -> contextlib.A
 
     Only in stage 3: there blocks run whole, without hooks inside.
     """
-    if not isinstance(settings, recipes.Logits) or not job.compile_enabled:
+    if not isinstance(settings, Logits) or not job.compile_enabled:
         return contextlib.nullcontext()
     stack = contextlib.ExitStack()
     if settings.objectives.active():

@@ -15,21 +15,22 @@ A resumed stage continues bit for bit on a CPU: weights, optimizer, averages and
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn, no_grad
+from torch import Tensor, no_grad
 
+from limbeck.core.collectives import all_reduce_scalars, broadcast_from_main, sync_stop_and_save
 from limbeck.core.console import console, progress
-from limbeck.core.distributed import all_reduce_scalars, broadcast_from_main, get_local_rows, sync_stop_and_save
+from limbeck.core.distributed import get_local_rows
 from limbeck.core.errors import LimbeckError
 from limbeck.core.live import current
-from limbeck.core.recipe import Trained
 from limbeck.core.screen import is_drawn
 from limbeck.core.signals import TrainingInterrupted, graceful_shutdown
+from limbeck.core.stage_settings import Trained
 from limbeck.data.dataset import BatchPrefetcher
 from limbeck.data.packing import Batch, SequenceDataset, count_eval_sequences, take_sequences_with_targets
 from limbeck.report.figures.curves import read_metrics
@@ -46,30 +47,17 @@ from limbeck.training.optim import (
     needs_loss_scaling,
 )
 from limbeck.training.run_directory import RunDirectory
+from limbeck.training.stage_protocol import (
+    Stage,
+    add_losses,
+    get_buffers,
+    get_clip_groups,
+    reduce_counts,
+    sum_counts,
+    total_loss,
+)
 
 MAX_SKIPPED_STEPS = 5  # non-finite steps in a row
-
-
-class Stage(Protocol):
-    """What the trainer needs of a stage: its parameters and their losses."""
-
-    autocast: Callable[[], Any]
-    loss_scale: float  # factor on the loss in `backward`; set by the trainer
-    stopped: set[str]  # names of the losses that are skipped, of layers that have converged; set by the trainer
-    requires_targets: bool  # sequences without a target are skipped
-
-    @property
-    def student(self) -> nn.Module: ...
-
-    def parameters(self) -> dict[str, nn.Parameter]: ...
-
-    def learning_rates(self, recipe: Any) -> dict[str, float]: ...
-
-    def count(self, batch: Batch) -> dict[str, float]: ...
-
-    def backward(self, batch: Batch, counts: dict[str, float]) -> dict[str, Tensor]: ...
-
-    def evaluate(self, batch: Batch, counts: dict[str, float] | None = None) -> dict[str, Tensor]: ...
 
 
 class Trainer:
@@ -365,7 +353,7 @@ class Trainer:
         if self.stage.requires_targets:
             n_sequences = count_eval_sequences(self.held_out, n_sequences)
         # every process counts all of them itself, so nothing is communicated
-        return n_sequences, _sum_counts(self.stage, (self.held_out.batch(at, 1) for at in range(n_sequences)))
+        return n_sequences, sum_counts(self.stage, (self.held_out.batch(at, 1) for at in range(n_sequences)))
 
     def _resume(self) -> None:
         """Load the last checkpoint, if there is one, and cut the log after its step."""
@@ -396,53 +384,6 @@ class Trainer:
             return
         for step in read_metrics(self.run.metrics_path).get((self.index, self.name), []):
             view.record(step["loss"], step.get("tokens_per_second"), step.get("held_out_loss"))
-
-
-def accumulate_gradients(stage: Stage, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Add the gradients of a step's micro-batches without a trainer, as the learning rate sweep does.
-
-    Returns:
-        Each loss, summed over this process's micro-batches.
-    """
-    counts = reduce_counts(stage, batches)
-    losses: dict[str, Tensor] = {}
-    for batch in batches:
-        add_losses(losses, stage.backward(batch, counts))
-    return losses
-
-
-def reduce_counts(stage: Stage, batches: Sequence[Batch]) -> dict[str, float]:
-    """Sum what the losses are divided by over all micro-batches and processes of a step."""
-    return all_reduce_scalars(_sum_counts(stage, batches))
-
-
-def _sum_counts(stage: Stage, batches: Iterable[Batch]) -> dict[str, float]:
-    counts: dict[str, float] = {}
-    for batch in batches:
-        for name, value in stage.count(batch).items():
-            counts[name] = counts.get(name, 0.0) + value
-    return counts
-
-
-def add_losses(totals: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
-    """Add losses to totals of the same names, in place."""
-    for name, value in losses.items():
-        totals[name] = totals[name] + value if name in totals else value
-
-
-def total_loss(losses: dict[str, float]) -> float:
-    """Return the total, "loss"; in layerwise stages, which have none, the mean over layers."""
-    return losses["loss"] if "loss" in losses else sum(losses.values()) / len(losses)
-
-
-def get_clip_groups(stage: Stage) -> list[list[str]]:
-    """Return the parameter names of each layer whose gradient is clipped alone; empty if all are clipped together."""
-    return getattr(stage, "clip_groups", list)()
-
-
-def get_buffers(stage: Stage) -> dict[str, Tensor]:
-    """Return what a stage remembers between steps beside its parameters, by name; empty for most."""
-    return getattr(stage, "buffers", dict)()
 
 
 def _ignore(held_out: SequenceDataset | None) -> None:

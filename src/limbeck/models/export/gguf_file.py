@@ -288,4 +288,5 @@ EXPORTER = Exporter(
     fit=fit,
     quantizations=tuple(FORMATS),
     speak=speak,
+    packages=("gguf",),
 )

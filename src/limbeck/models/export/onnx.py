@@ -254,4 +254,5 @@ EXPORTER = Exporter(
     verify=verify,
     score=score,
     fit=fit,
+    packages=("onnx", "onnxscript"),
 )

@@ -2,10 +2,10 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from limbeck.core import recipe as recipes
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
+from limbeck.core.stage_settings import Logits
 from limbeck.training.objectives.adapted_features import AdaptedFeaturesObjective
 from limbeck.training.objectives.base import Objective, Surroundings
 from limbeck.training.objectives.exits import ExitsObjective
@@ -43,7 +43,7 @@ def check_objectives(recipe: Recipe, blocks: int, tokenizer: PreTrainedTokenizer
         LimbeckError: one does not fit.
     """
     for index, stage in enumerate(recipe.stages):
-        chosen = stage.objectives.active() if isinstance(stage, recipes.Logits) else {}
+        chosen = stage.objectives.active() if isinstance(stage, Logits) else {}
         for name, settings in chosen.items():
             plugin, key = PLUGINS[name], f"stages.{index}.objectives.{name}"
             if plugin.single_process and get_process_info().world_size > 1:

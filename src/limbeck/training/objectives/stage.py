@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.core import recipe as recipes
 from limbeck.core.objectives import Objectives
+from limbeck.core.stage_settings import Logits
 from limbeck.data.packing import Batch, SequenceDataset
 from limbeck.models.backbone import run_backbone
 from limbeck.models.hooks import DistillationPair, record_outputs
@@ -115,7 +115,7 @@ class ObjectivesStage(LogitsStage):
         named = ((name, one.named_buffers()) for name, one in self.objectives.items())
         return {f"{PREFIX}{name}.{inner}": tensor for name, tensors in named for inner, tensor in tensors}
 
-    def learning_rates(self, recipe: recipes.Logits) -> dict[str, float]:
+    def learning_rates(self, recipe: Logits) -> dict[str, float]:
         own = {f"{PREFIX}{name}.{inner}": one.peak_lr(recipe.lr) for name, inner, _, one in self._list_own()}
         return {**super().learning_rates(recipe), **own}
 

@@ -13,15 +13,22 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError, suggest_closest
 
+
+def _as_text(value: Any) -> Any:
+    """Accept a single layer's number, as YAML reads `softmax_layers: 3`, as well as "3"."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
 STAGE_NAMES = {"0": "calibrate", "1": "matrix", "2": "hidden", "3": "logits"}
 
 

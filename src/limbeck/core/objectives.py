@@ -10,21 +10,13 @@ What each one computes is in `limbeck.training.objectives`, in a module of its n
 them.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from limbeck.core.config import Part
+from limbeck.core.config import Layers, Part
 
 Weight = Annotated[float, Field(gt=0)]
-
-
-def _read_blocks(value: Any) -> Any:
-    """Read a single block's number, as YAML has it in `blocks: 3`, as "3"."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Blocks = Annotated[str | list[int], BeforeValidator(_read_blocks)]
 
 
 class OnPolicy(Part):
@@ -49,7 +41,7 @@ class Gram(Part):
 
     weight: Weight = 1.0
     """Factor on the distance in the loss."""
-    blocks: Blocks = "uniform 4"
+    blocks: Layers = "uniform 4"
     """Blocks whose outputs are compared: `all`, `uniform 4` (all of fewer), `every 4`, numbers."""
     chunk: Annotated[int, Field(ge=2)] = 64
     """Tokens of a document that are compared with each other."""
@@ -60,7 +52,7 @@ class Features(Part):
 
     weight: Weight = 1.0
     """Factor on the distance in the loss."""
-    blocks: Blocks = "uniform 4"
+    blocks: Layers = "uniform 4"
     """Blocks whose outputs are compared, as of gram."""
     block_weights: list[Weight] | None = None
     """One for each of the blocks, whatever their sum; null: equal ones."""
@@ -77,7 +69,7 @@ class Exits(Part):
 
     weight: Weight = 0.3
     """Factor in the loss."""
-    blocks: Blocks = "uniform 2"
+    blocks: Layers = "uniform 2"
     """Blocks that exits lead from, as of gram."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
     """Exponent of the enhancement."""
@@ -90,7 +82,7 @@ class AdaptedFeatures(Part):
 
     weight: Weight = 1.0
     """Factor on the distance in the loss."""
-    blocks: Blocks = "uniform 4"
+    blocks: Layers = "uniform 4"
     """Blocks whose outputs are compared, as of gram."""
     rank: Annotated[int, Field(gt=0)] = 8
     """Rank of the prompts that adapt the teacher's outputs."""
@@ -103,7 +95,7 @@ class AdaptedFeatures(Part):
 class OnlineTeacher(Part):
     """Small modules in the teacher that learn along with the student (online distillation)."""
 
-    blocks: Blocks = "uniform 4"
+    blocks: Layers = "uniform 4"
     """Blocks with a module behind each, as of gram."""
     rank: Annotated[int, Field(gt=0)] = 8
     """Rank of the modules."""

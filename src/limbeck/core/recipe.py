@@ -19,6 +19,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from limbeck.core.config import (
+    Layers,
     Part,
     build_short_signature,
     format_validation_error,
@@ -33,14 +34,6 @@ from limbeck.core.storage import cache_root
 from limbeck.core.text_settings import Count, Data
 
 BUILT_IN = Path(__file__).parent / "recipes"
-
-
-def _as_text(value: Any) -> Any:
-    """Accept a single layer's number, as YAML reads `softmax_layers: 3`, as well as "3"."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Layers = Annotated[str | list[int], BeforeValidator(_as_text)]
 
 
 def _refuse_numbers(value: Any) -> Any:

@@ -192,6 +192,12 @@ def test_a_key_of_a_part_that_is_null_creates_the_part_with_its_defaults():
         made(settings=["seed.gram=0.5"])
 
 
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "a\\b", "a\nb"])
+def test_a_name_is_that_of_a_folder_in_runs(name):
+    with pytest.raises(LimbeckError, match=r"name is .*without slashes"):
+        Recipe(name=name)
+
+
 def test_a_stage_without_a_text_does_not_get_one_by_the_way():
     """The default of a text is the embedded one, and not what the stage has read so far."""
     with pytest.raises(LimbeckError, match=r"no text of its own(?s:.*)data\.max_tokens"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from limbeck.core.config import (
     Layers,
@@ -44,6 +44,14 @@ def _refuse_numbers(value: Any) -> Any:
     return value
 
 
+def _refuse_paths(name: str) -> str:
+    """Refuse a name that would be another folder than one in runs/."""
+    if not name.strip() or name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
+        raise ValueError("a name is that of a folder in runs/, without slashes; out (--out) takes a path")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_refuse_paths)]
 HeadGroupNames = Annotated[Annotated[int, Field(ge=1)] | str | list[str], BeforeValidator(_refuse_numbers)]
 
 
@@ -217,7 +225,7 @@ class Recipe(Document):
         ...
     """
 
-    name: str = "custom"
+    name: RunName = "custom"
     """Name of the recipe; run directories are called after it."""
     teacher: str = "embedded"
     """A folder, a model of the Hub (`owner/name`, `owner/name@revision`), `embedded`, or a small teacher (`small`,
@@ -282,7 +290,7 @@ class TeacherRecipe(Document):
     built_in: ClassVar[Path] = BUILT_IN / "teachers"
     tagged: ClassVar[Mapping[str, type[Trained]]] = {"repeats": RepeatsConfig, "next_token": NextTokenConfig}
 
-    name: str
+    name: RunName
     """Name of the teacher, as in `--teacher NAME`."""
     model: dict[str, Any]
     """Fields of the transformers config, including `model_type`."""

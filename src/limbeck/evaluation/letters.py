@@ -40,6 +40,7 @@ from limbeck.evaluation.recovery import TaskScore, record_mean
 from limbeck.evaluation.stored_answers import load_or_ask
 from limbeck.evaluation.subject import Subject
 from limbeck.evaluation.truncation import resolve_max_length
+from limbeck.models.generation import check_finite
 
 LETTERS = "ABCDEFGHIJ"
 HEADING = "The following are multiple choice questions (with answers){about}."
@@ -191,7 +192,8 @@ def _ask_letters(
         batch = shared.start(rows[begin : begin + settings.batch])
         for number, logits in enumerate(batch.logits.log_softmax(-1), begin):
             index = places[number]
-            found[index].append([float(logits[token]) for token in letter_ids[number]])
+            # of letters that are all NaN the first would always be chosen
+            found[index].append(check_finite(logits[letter_ids[number]]).tolist())
             advance(1 / min(len(questions[index].options), settings.rotations or len(LETTERS)))
     return found
 

@@ -146,17 +146,17 @@ def _generate(
     return out[0, ids.shape[1] :]
 
 
-def check_finite(probabilities: torch.Tensor) -> torch.Tensor:
-    """Return probabilities to draw tokens by; raises LimbeckError for those of a model that has diverged."""
-    if not probabilities.isfinite().all():
+def check_finite(scores: torch.Tensor) -> torch.Tensor:
+    """Return what tokens are chosen by; raises LimbeckError where it is that of a model that has diverged."""
+    if not scores.isfinite().all():
         raise not_finite_error()
-    return probabilities
+    return scores
 
 
 def not_finite_error() -> LimbeckError:
-    """Return the error where no token can be drawn."""
+    """Return the error where no token can be chosen."""
     return LimbeckError(
-        "the model's logits are not finite, so no token can be drawn by them",
+        "the model's logits are not finite, so no token can be chosen by them",
         expected="a model whose training did not diverge",
         hint="limbeck eval, which shows its perplexity beside its teacher's",
     )

@@ -83,8 +83,8 @@ SoftmaxLayers = Annotated[
 SoftmaxHeads = Annotated[
     str | None,
     typer.Option(
-        help="Groups of heads in other layers that keep softmax: 18.2,20.0 (layer.group), or a file from limbeck "
-        "select --heads."
+        help="Groups of heads in other layers that keep softmax: 18.2,20.0 (layer.group), a file from limbeck select "
+        "--heads, or, for a run to choose, their number."
     ),
 ]
 SoftmaxWindow = Annotated[

@@ -441,11 +441,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(recipe, tmp_path, 
     rules = json.loads((stranger / "tokenizer.json").read_text())
     rules["model"]["merges"] = rules["model"]["merges"][:-1]
     (stranger / "tokenizer.json").write_text(json.dumps(rules))
+    short = tmp_path / "short"
+    shutil.copytree(teacher_folder, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     for objectives, complaint in {
         "gram": ({"gram": {"blocks": "0,7"}}, "the teacher has 2 blocks"),
         "weights": ({"features": {"block_weights": [1, 2], "blocks": [1]}}, "block_weights has 2 numbers"),
         "prompt": ({"on_policy": {"new_tokens": 32}}, "of sequences of 32 tokens"),
         "tokens": ({"teachers": {"names": [str(stranger)]}}, "has another tokenizer"),
+        "length": ({"teachers": {"names": [str(short)]}}, "sequences of 32 tokens exceed the maximum of '.*', 16"),
     }.values():
         made = recipe("refused", objectives)
         with pytest.raises(LimbeckError, match=complaint):

@@ -97,10 +97,18 @@ class TeachersObjective(Objective):
             return
         expected = fingerprint_tokenizer(around.tokenizer)
         for name in settings.names:
-            if fingerprint_tokenizer(loading.load_tokenizer(loading.resolve_teacher(name))) != expected:
+            place = loading.resolve_teacher(name)
+            if fingerprint_tokenizer(loading.load_tokenizer(place)) != expected:
                 raise LimbeckError(
                     f"{key}: '{name}' has another tokenizer than the recipe's teacher",
                     expected="teachers with the same tokenizer, so that their probabilities are of the same tokens",
+                )
+            config = loading.load_config(place).get_text_config()
+            longest = getattr(config, "max_position_embeddings", None)
+            if longest is not None and around.length > longest:
+                raise LimbeckError(
+                    f"{key}: sequences of {around.length} tokens exceed the maximum of '{name}', {longest}",
+                    expected="teachers that can read the sequences",
                 )
 
     @torch.no_grad()

@@ -58,34 +58,35 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 # ------------------------------------------------------------------ the same model in the engine
 
-SHORT_CONV = {"conv": 4, "conv_activation": "silu"}
-# family, then mixer and options of each of the two layers, None for one that stays as it is
+# family, mixer, options, layers that keep softmax
 CASES = [
-    ("llama", ("hybrid", {"window": 8, "sinks": 2}), ("hybrid", {"window": 8, "sinks": 2})),
-    ("llama", ("gated_deltanet", {}), ("cosformer", {})),
-    ("qwen3", ("kda", {**SHORT_CONV, "output_norm": "rms", "output_gate": "sigmoid"}), ("retnet", {"heads": 3})),
-    ("qwen2", ("deltanet", {"negative_eigenvalues": True}), ("metala", {"augment": True})),
-    ("mistral", ("gla", {}), ("hgrn2", {"swish": True})),
-    (
-        "llama",
-        ("mamba2", {"conv": 4, "norm_over": "gated", "skip": 1.0}),
-        ("rwkv6", {"norm_bias": True, "output_norm": "layer"}),
-    ),
-    ("gpt2", ("hedgehog", {}), ("hedgehog", {})),
-    ("qwen2", ("sliding_window", {"window": 8, "sinks": 2}), ("softmax", {})),
-    ("qwen3", ("sliding_window", {"window": 8, "sinks": 0}), None),
-    ("gemma2", None, ("gated_deltanet", {})),  # keeps the layer with a window of the family's own
+    ("llama", "gated_deltanet", {}, "none"),
+    ("qwen3", "kda", {"conv": 4, "conv_activation": "silu", "output_norm": "rms", "output_gate": "sigmoid"}, "none"),
+    ("qwen2", "deltanet", {"negative_eigenvalues": True}, "none"),
+    ("mistral", "gla", {}, "none"),
+    ("llama", "hgrn2", {"swish": True}, "none"),
+    ("qwen2", "metala", {"augment": True}, "none"),
+    ("qwen3", "retnet", {"heads": 3}, "none"),
+    ("llama", "mamba2", {"conv": 4, "norm_over": "gated", "skip": 1.0}, "none"),
+    ("gpt2", "hedgehog", {}, "none"),
+    ("llama", "cosformer", {}, "none"),
+    ("llama", "rwkv6", {"norm_bias": True, "output_norm": "layer"}, "none"),
+    ("qwen3", "sliding_window", {"window": 8, "sinks": 2}, "none"),
+    ("llama", "hybrid", {"window": 8, "sinks": 2}, "none"),
+    ("gemma2", "gated_deltanet", {}, "0"),  # keeps the layer with a window of the family's own
+    ("qwen2", "softmax", {}, "none"),
+    ("qwen3", "sliding_window", {"window": 8, "sinks": 0}, "1"),
 ]
+FAST = (12,)  # an export takes seconds; this one has a linear branch and a window
 
 
-@pytest.mark.fast_cases(1)
-@pytest.mark.parametrize(("family", "first", "second"), CASES)
-def test_onnxruntime_computes_the_student(tmp_path, family, first, second):
+@pytest.mark.parametrize(
+    ("family", "mixer", "options", "softmax_layers"),
+    [pytest.param(*case, marks=[] if i in FAST else [pytest.mark.slow]) for i, case in enumerate(CASES)],
+)
+def test_onnxruntime_computes_the_student(tmp_path, family, mixer, options, softmax_layers):
     runtime()
-    layers = {"0": first, "1": second}
-    kept = [number for number, layer in layers.items() if layer is None]
-    rules = [{"layers": n, "mixer": layer[0], "options": layer[1]} for n, layer in layers.items() if layer]
-    student = make_student(family, "gla", softmax_layers=",".join(kept) or "none", rules=rules)
+    student = make_student(family, mixer, options, softmax_layers=softmax_layers)
     write_export(EXPORTER, student, None, tmp_path / "out")
     session = onnx_export.GraphSession(tmp_path / "out")
     ids = make_ids()

@@ -223,7 +223,11 @@ def check_criterion(by: str) -> None:
 def check_count(count: int, groups: int) -> None:
     """Raise LimbeckError unless `count` of so many groups can be chosen."""
     if not 0 < count < groups:
-        raise LimbeckError(f"cannot keep {count} of the teacher's {groups} groups", expected=f"1 to {groups - 1}")
+        raise LimbeckError(
+            f"cannot keep {count} of the teacher's {groups} groups of heads",
+            expected=f"1 to {groups - 1}" if groups > 1 else "a teacher with several groups",
+            hint=f"--set student.softmax_heads={max(1, groups // 12)}, or limbeck distill quickstart, which keeps none",
+        )
 
 
 def head_selection_to_dict(chosen: dict[Group, float], losses: dict[str, float], **facts: Any) -> dict[str, Any]:

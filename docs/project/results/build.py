@@ -38,14 +38,15 @@ from limbeck.report.tables import SeedGroup, describe_windows, group_seeds
 from limbeck.report.text_tables import format_markdown_table
 from limbeck.report.values import format_value
 from limbeck.study.claims import CONTROLS
-from limbeck.study.statistics import RankCorrelation, correlate_ranks
+from limbeck.study.statistics import MIN_RANKED, RankCorrelation, correlate_ranks
 
 HERE = Path(__file__).parent
 REAL = "real-teacher"
-# studies of small teachers that an order is read from, and under which condition; the first that is there is drawn
+# studies of small teachers that an order is read from, and under which condition
 ORDERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("small-teacher", {}),
     ("experiment-1", {"stages": "2+3", "copy_projections": "yes"}),
+    ("long-context", {}),
     ("tiny-teacher", {}),
 )
 # the first of these that a study has is what it orders students by
@@ -227,7 +228,8 @@ def render_order(root: Path) -> str:
     for name, condition in ORDERS:
         correlation, study = correlate_with_real(root, name, condition), load_study(root, name)
         if correlation is not None and study is not None:
-            interval = "" if correlation.low is None else f"{correlation.low:.2f} to {correlation.high:.2f}"
+            few = "none: too few students" if len(correlation.names) < MIN_RANKED else "none: equal or opposite"
+            interval = few if correlation.low is None else f"{correlation.low:.2f} to {correlation.high:.2f}"
             p = "" if correlation.p is None else f"{correlation.p:.2g}"
             counts = [str(len(study[0].seeds)), str(len(correlation.names))]
             rows.append([f"[{name}]({name}/study.json)", *counts, f"{correlation.rho:.2f}", interval, p])
@@ -320,9 +322,10 @@ def draw_figures(root: Path) -> None:
             if drawn := draw(figure.subplots(), groups):
                 add_legend(figure, drawn)
                 save_figure(figure, root / "figures" / f"{name}.svg")
-        for name, condition in ORDERS:
-            orders = read_orders(root, name, condition)
-            found = orders and correlate_ranks(*orders)
+        correlations = {name: correlate_with_real(root, name, condition) for name, condition in ORDERS}
+        # the one with the most students in common is drawn
+        for name, found in sorted(correlations.items(), key=lambda item: -len(item[1].names) if item[1] else 0):
+            orders = read_orders(root, name, dict(ORDERS)[name])
             if orders and found:
                 ranked = [sorted(found.names, key=lambda student, side=side: side[student]) for side in orders]
                 figure = create_figure(5.6, 0.6 + 0.3 * len(found.names))

@@ -259,10 +259,10 @@ def test_generate_with_packed_weights(switch, packer, tmp_path, capsys, monkeypa
     limbeck.convert(make_tiny_model("llama"), mixer="gla").save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     made = []
-    original = getattr(quantization, packer)
-    monkeypatch.setattr(quantization, packer, lambda model: made.append(model) or original(model))
+    original = getattr(loading, packer)
+    monkeypatch.setattr(loading, packer, lambda model: made.append(model) or original(model))
     monkeypatch.setattr(
-        sys, "argv", ["limbeck", "generate", str(tmp_path / "student"), "copyright", "--tokens", "3", switch]
+        sys, "argv", ["limbeck", "generate", str(tmp_path / "student"), "copyright", "--new-tokens", "3", switch]
     )
     with pytest.raises(SystemExit) as code:
         main()

@@ -198,6 +198,14 @@ def test_a_name_is_that_of_a_folder_in_runs(name):
         Recipe(name=name)
 
 
+@pytest.mark.parametrize("key", ["int", "logits", "list[str]"])
+def test_an_unknown_key_is_named_whatever_it_is_called(key):
+    with pytest.raises(LimbeckError, match=rf"unknown key '{re.escape(key)}'"):
+        Recipe.parse({key: 1})
+    with pytest.raises(LimbeckError, match=rf"unknown key 'student\.{re.escape(key)}'"):
+        Recipe.parse({"student": {key: 1}})
+
+
 def test_a_stage_without_a_text_does_not_get_one_by_the_way():
     """The default of a text is the embedded one, and not what the stage has read so far."""
     with pytest.raises(LimbeckError, match=r"no text of its own(?s:.*)data\.max_tokens"):

@@ -216,6 +216,8 @@ def format_validation_error(
     # An unknown key is reported before a missing one: usually it is that same key, mistyped.
     first = min(error.errors(), key=lambda issue: issue["type"] != "extra_forbidden")
     path = [str(p) for p in first["loc"] if p not in tagged and not _UNION_MEMBER.fullmatch(str(p))]
+    if first["type"] == "extra_forbidden" and path[-1:] != [str(first["loc"][-1])]:
+        path.append(str(first["loc"][-1]))  # a user's key, even if it is called `int` or as a stage
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
         model = _model_at(first["loc"][:-1], root, tagged)

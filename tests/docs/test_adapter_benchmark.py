@@ -1,11 +1,10 @@
 """benchmarks/adapter.py: an adapter that lowers the task's loss on a teacher, and a row for each way to a student."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from helpers.paths import ROOT
+from helpers.scripts import load_script
 from limbeck.models.loading import load_teacher
 
 pytest.importorskip("peft")
@@ -14,10 +13,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture(scope="module")
 def adapter():
-    spec = importlib.util.spec_from_file_location("adapter_benchmark", ROOT / "benchmarks" / "adapter.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "adapter.py")
 
 
 def test_the_adapter_learns_and_is_put_on_what_has_the_same_layers(adapter, teacher_folder, tmp_path):

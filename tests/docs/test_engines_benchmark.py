@@ -1,6 +1,5 @@
 """benchmarks/engines.py on a tiny teacher: it runs, and its figures are of what they name."""
 
-import importlib.util
 import json
 import math
 
@@ -9,6 +8,7 @@ import torch
 
 from helpers.exported import make_student, make_teacher, make_tokenizer
 from helpers.paths import ROOT
+from helpers.scripts import load_script
 from limbeck import LimbeckError
 from limbeck.models.export.llama_cpp import LlamaCpp
 
@@ -17,10 +17,7 @@ from limbeck.models.export.llama_cpp import LlamaCpp
 def engines():
     pytest.importorskip("gguf")
     pytest.importorskip("xllamacpp")
-    spec = importlib.util.spec_from_file_location("engines_benchmark", ROOT / "benchmarks" / "engines.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "engines.py")
 
 
 def test_a_student_and_its_teacher_side_by_side(engines, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,5 @@
 """benchmarks/quality.py builds the students that it names, keeps what it measured, and refuses what it cannot."""
 
-import importlib.util
 import json
 import math
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
+from helpers.scripts import load_script
 from limbeck.evaluation.exam import load_exam_documents, run_exam
 from limbeck.models.loading import load_teacher
 
@@ -18,10 +18,7 @@ CONTEXT = 256  # tokens, of the tiny teacher
 
 @pytest.fixture(scope="module")
 def quality():
-    spec = importlib.util.spec_from_file_location("quality_benchmark", ROOT / "benchmarks" / "quality.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "quality.py")
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """The page of results: it says what the studies beside it say, and a new study finds its place on it."""
 
-import importlib.util
 import json
 import shutil
 
 import pytest
 
 from helpers.paths import ROOT
+from helpers.scripts import load_script
 from limbeck.study import Study, run_study
 
 RESULTS = ROOT / "docs" / "project" / "results"
@@ -15,10 +15,7 @@ STUDENTS = ["gla", "retnet", "linear_attention", "softmax"]
 
 @pytest.fixture(scope="module")
 def build():
-    spec = importlib.util.spec_from_file_location("build_results", RESULTS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RESULTS / "build.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The documentation site: its pages are in the menu, and what comes from the code is what the code says."""
 
 import importlib
-import importlib.util
 import re
 from typing import get_args
 
@@ -10,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from helpers.paths import ROOT
+from helpers.scripts import load_script
 from limbeck.core import recipe as recipes
 from limbeck.core import stage_settings, text_settings
 from limbeck.study import spec
@@ -30,10 +30,7 @@ PARTS = list(dict.fromkeys(parts_of(recipes.Recipe | recipes.TeacherRecipe | spe
 
 @pytest.fixture(scope="module")
 def generate():
-    spec_of = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    module = importlib.util.module_from_spec(spec_of)
-    spec_of.loader.exec_module(module)
-    return module
+    return load_script(DOCS / "generate.py")
 
 
 def test_the_reference_is_what_the_code_says(generate):

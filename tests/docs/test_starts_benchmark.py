@@ -1,12 +1,12 @@
 """benchmarks/starts.py: a start is what its source says, and the table has a row for each."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 
 from helpers.paths import ROOT
+from helpers.scripts import load_script
 from limbeck.data.packing import Batch
 from limbeck.models import get_mixers
 from limbeck.models.loading import load_teacher
@@ -16,10 +16,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture(scope="module")
 def starts():
-    spec = importlib.util.spec_from_file_location("starts_benchmark", ROOT / "benchmarks" / "starts.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "starts.py")
 
 
 def test_starts_are_what_their_sources_say(starts, teacher_folder):

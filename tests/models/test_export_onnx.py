@@ -1,7 +1,6 @@
 """ONNX: the same logits in onnxruntime as prompt, step by step and padded; refusals; what the file holds."""
 
 import importlib
-import importlib.util
 import json
 from collections import Counter
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import limbeck
 from helpers.paths import ROOT
+from helpers.scripts import load_script
 from limbeck import LimbeckError
 from limbeck.mixers import HeadShape, Tokens, build, list_mixers
 from limbeck.models import export as exports
@@ -213,9 +213,7 @@ def test_the_example_generates_what_the_student_does(tmp_path):
     onnxruntime = runtime()
     student = make_student("llama", "hybrid", {"window": 8}, softmax_layers="1")
     write_export(EXPORTER, student, make_tokenizer(), tmp_path / "out")
-    spec = importlib.util.spec_from_file_location("generate_onnx", ROOT / "examples" / "onnx" / "generate.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_script(ROOT / "examples" / "onnx" / "generate.py")
     ids = make_ids(1, 12)
     found = list(example.generate(onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx"), ids[0].tolist(), 20))
     wanted = student.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None)[0, 12:]

@@ -7,7 +7,7 @@ import torch
 from _pytest.mark import ParameterSet
 
 from helpers.paths import ROOT
-from helpers.tiers import FAST_MIXERS, get_operator
+from helpers.tiers import FAST_MIXERS
 from limbeck import LimbeckError, mixers, testing
 from limbeck.testing import CHECKS, FAMILIES, QUICK_FAMILIES, MixerVariant, contract
 from limbeck.testing.contract import sample_inputs
@@ -20,20 +20,12 @@ VARIANTS = {
 }
 # one of each operator; the slow checks run on all families for these, on few for the others
 THOROUGH = ("gla", "gated_deltanet-full", "mlstm")
-OTHER_GATES = ("kda", "linear_attention", "retnet")  # of the operators of others, with another kind of gate or none
-
-
-def is_compiled(variant: str) -> bool:
-    """Whether the compiler is tried, which takes seconds: one mixer of each operator and gate, all that have none."""
-    return variant in FAST_MIXERS or variant in OTHER_GATES or get_operator(variant) is None
 
 
 def cases() -> list[ParameterSet]:
     chosen = []
     for variant in VARIANTS:
         for check, family in testing.list_cases():
-            if check == "compiled" and not is_compiled(variant):
-                continue
             if family is None or family in QUICK_FAMILIES or variant in THOROUGH or not CHECKS[check].slow:
                 marks = () if is_fast(variant, check, family) else pytest.mark.slow
                 chosen.append(pytest.param(variant, check, family, marks=marks))

@@ -18,6 +18,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -100,7 +101,7 @@ def compare_students(
             sequence = torch.arange(first, first + len(valid), device=valid.device)[:, None].expand_as(valid)
             places = {"position": batch.position_ids, "target": batch.targets, "sequence": sequence}
             with autocast():
-                hidden_t = states.read(batch, lambda batch=batch: run_backbone(teacher, batch))
+                hidden_t = states.read(batch, partial(run_backbone, teacher, batch))
                 for student, head_s, column in zip(students, heads, columns):
                     hidden_s = hidden_t if student is teacher else run_backbone(student, batch)
                     values = compare_tokens(head_s, hidden_s, head_t, hidden_t, batch.targets)

@@ -150,7 +150,7 @@ class _RunChunks(torch.autograd.Function):
             for block in whole.blocks():
                 dos, us = block.cut_values(do), absent if updates is None else block.cut_values(updates)
                 dqs, dks, dvs = (absent if x is None else block.cut(x) for x in grads[:3])
-                dgates = absent if beta is None else block.cut(grads[3].unsqueeze(-1))
+                dgates: Any = absent if beta is None else block.cut(grads[3].unsqueeze(-1))
                 if a is not None:
                     dgates = list(zip(block.cut(grads[5]), block.cut(grads[6])))
                 dlogs = absent if log_decay is None else grads[4][block.batch_slice].flatten(2).split(whole.size, 1)

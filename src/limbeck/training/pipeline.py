@@ -156,7 +156,7 @@ def _run(
 def _show_choice(view: View, job: Job) -> None:
     """Show that heads are chosen, and what comes after it by a plan that nothing was measured for."""
     if is_drawn():
-        choice, rehearsal = Phase("choose", "choose heads", counted_by="score groups of heads"), Phase("rehearse", "rehearse")
+        choice, rehearsal = Phase("choose", "choose heads", counted_by="score heads"), Phase("rehearse", "rehearse")
         view.plan([choice, rehearsal, *_list_phases(make_plan(job.recipe, job.teacher, job.sites))])
     view.begin("choose")
 

@@ -10,7 +10,7 @@ from limbeck.cli.completion import complete_choices, complete_studies
 from limbeck.cli.options import STUDIES_FOLDER, Json, Plan, Quiet
 from limbeck.cli.results import print_json
 from limbeck.cli.verbs import verb
-from limbeck.core.console import console, output
+from limbeck.core.console import console, format_bytes, output
 from limbeck.core.errors import LimbeckError
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def print_study_plan(plan: "StudyPlan", to: Any = console) -> None:
     to.print(
         f"{len(plan.arms)} runs, {len(plan.arms) - len(left)} of them finished; {plan.tokens:,} tokens, about "
         f"{plan.seconds / 60:.0f} min of training ({plan.saved_seconds / 60:.0f} min saved by sharing), "
-        f"{plan.disk_bytes / 1e9:.2f} GB of disk"
+        f"{format_bytes(plan.disk_bytes)} of disk"
         + (f"; {plan.wall_seconds / 60:.0f} min with {plan.workers} workers" if plan.workers > 1 else "")
     )
 

@@ -218,7 +218,8 @@ def _load_runs(folders: list[Path]) -> RunCollection:
         run.axes = {"student": series.setdefault(key, name), **_recipe_axes(run.recipe)}
         path = folder / "eval.json"
         if path.is_file():
-            summary = read_json(path, f"limbeck distill {folder / 'recipe.yaml'} --out {folder}   (evaluates again)")
+            again = shlex.join(["limbeck", "distill", str(folder / "recipe.yaml"), "--out", str(folder)])
+            summary = read_json(path, f"{again}   (evaluates again)")
             run.status, run.stages = "finished", summary["stages"]
             run.seconds = sum(stage["seconds"] for stage in run.stages)
             run.prompt, run.samples = summary.get("prompt") or "", summary.get("samples") or {}

@@ -6,6 +6,7 @@ Everything that can be wrong with a recipe is found before anything is written.
 """
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -277,5 +278,5 @@ def _check_text_unchanged(job: Job) -> None:
         raise LimbeckError(
             f"the text has changed since the run {job.path} started{': ' if details else ''}{details}",
             expected=f"the same {json.loads(name)['source']} and the same tokenizer, to resume",
-            hint=f"restore it, or start a new run: --out {job.path}-2",
+            hint=f"restore it, or start a new run: --out {shlex.quote(f'{job.path}-2')}",
         )

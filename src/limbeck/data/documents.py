@@ -30,10 +30,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from limbeck.core.console import console
+from limbeck.core.console import console, print_once
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import compute_sha256
 from limbeck.data.hub import (
@@ -295,13 +294,7 @@ def report_skipped_files(source: str) -> None:
     if skipped:
         read = ", ".join(f"{count:,} {kind}" for kind, count in sorted(Counter(map(get_extension, files)).items()))
         rest = ", ".join(f"{count:,} {kind}" for kind, count in skipped.items())
-        _say_once(f"'{source}': read: {read}; left out: {rest}")
-
-
-@lru_cache
-def _say_once(line: str) -> None:
-    """Print a line that is as true when the same text is opened again, as part of a run's texts or as repeated text."""
-    console.print(line, markup=False)
+        print_once(f"'{source}': read: {read}; left out: {rest}")
 
 
 def list_source_files(root: Path, source: str) -> list[Path]:

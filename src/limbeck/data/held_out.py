@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.core.console import console
+from limbeck.core.console import print_once
 
 MIN_HELD_BYTES = 4_096  # by the hash: less measures nothing, if it is less than a twentieth of the text too
 MIN_FORCED_BYTES = 16_384  # least to hold out of a text that has to be cut, if that is no more than a tenth of it
@@ -112,4 +112,4 @@ def report_forced_split(manifest: dict[str, Any], source: str) -> None:
     """Print what is held out where hardly anything was by its hash."""
     if manifest.get("parted"):
         words = f"the split by hash would leave one side next to nothing, so held out: {manifest['parted']}"
-        console.print(f"'{source}': {words}", markup=False)
+        print_once(f"'{source}': {words}")

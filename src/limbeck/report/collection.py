@@ -137,7 +137,7 @@ def load_collection(paths: list[Path]) -> RunCollection:
     studies, runs, measured = [], [], []
     for path in paths:
         if not path.is_dir():
-            raise LimbeckError(f"{path} is not a folder", expected="a study's folder, or run directories")
+            raise LimbeckError(f"'{path}' is not a folder", expected="a study's folder, or run directories")
         nested = sorted(recipe.parent for recipe in path.glob("*/recipe.yaml"))
         if (path / "study.json").is_file():
             studies.append(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +81,7 @@ def select(
     else:
         _print_layers(content)
     option = "--softmax-heads" if heads else "--softmax-layers"
-    console.print(f"written to {out}; use it with: limbeck distill {option} {out}")
+    console.print(f"written to {out}; use it with: limbeck distill {option} {shlex.quote(str(out))}")
 
 
 def _select_layers(

@@ -130,6 +130,7 @@ class RecallSequence:
             raise LimbeckError(
                 f"{pairs} pairs need {2 * pairs} different words, there are {len(words)}",
                 expected=f"{len(words) // 2} pairs or fewer",
+                hint=f"--set recall.pairs=[{','.join(str(n) for n in (2, 4, 8, 16, 32, 64) if 2 * n <= len(words))}]",
             )
         sampled = rng.sample(words, 2 * pairs)
         shown_pairs = list(zip(sampled[:pairs], sampled[pairs:]))

@@ -9,7 +9,8 @@ A step of a stage is whole: teacher's pass, forward, backward, clipping, AdamW. 
 the same rounds: its operations at the speed of the products of the model's own shapes on as many tokens, and its bytes
 at the speed of one read of the model's weights. Only products with weights are counted, so a mixer's own work is above
 the floor. The larger floor is the one that counts; `share` is what part of the time it is. `family` is a decoded token
-without attention and cache: what transformers' own modules take, which no mixer can change.
+without attention and cache: what transformers' own modules take, which no mixer can change. `mixer` is the mixer of one
+layer alone, forward and backward.
 
 Everything runs on one thread, in child processes that wait for each other: one a checkout, and all parts take turns, so
 that other work on the machine meets all alike. Times are those of the processor, medians over the rounds. Weights are
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("calibrate", "matrix", "hidden", "logits", "prefill", "decode", "family")
+PARTS = ("calibrate", "matrix", "hidden", "logits", "mixer", "prefill", "decode", "family")
 DECODED = 8  # tokens of each sequence in a round: a single one varies with what else is in the caches
 # Arguments of `convert` beside a mixer's name. The groups of heads are those of recipe limbeck with SmolLM2-135M.
 HEADS = "18.2,20.2,7.2,8.0,23.0,19.1,23.2"
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--student", default="limbeck", help="limbeck, a mixer's name, or teacher for softmax")
     parser.add_argument("--options", type=json.loads, default={}, help="of the mixer, as JSON")
     parser.add_argument("--teacher", default="embedded", help="also tiny, a random model of two layers")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=",".join(part for part in PARTS if part != "mixer"))
     parser.add_argument("--length", type=int, default=1024, help="tokens of a training step")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prefill")
     parser.add_argument("--context", type=int, default=1024, help="tokens before a decoded one")
@@ -222,6 +223,8 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
             works[part] = make_training(part, teacher, make_student(), sites, args.length, body, head.numel())
         elif part in ("calibrate", "matrix", "hidden"):
             works[part] = make_training(part, teacher, student, sites, args.length, body, head.numel())
+    if "mixer" in args.parts:
+        works["mixer"] = make_mixer(student, sites[0], args.length)
     decoder = student if args.weights == "float32" else narrow(student, args.weights)
     for part in args.parts:
         if part == "prefill":
@@ -337,6 +340,24 @@ def make_training(part: str, teacher: Any, student: Any, sites: list, length: in
 
     learning = sum(p.numel() for p in parameters)
     return Work(step, length, float(length * operations), 4 * (body + 7 * learning))
+
+
+def make_mixer(student: Any, site: Any, length: int) -> Work:
+    """Make a forward and a backward pass of one layer's mixer."""
+    import torch
+
+    mixer = copy.deepcopy(student.get_submodule(site.module).mixer).requires_grad_(True)
+    shape = site.shape
+    widths = [(shape.heads, shape.key_width), (shape.kv_heads, shape.key_width), (shape.kv_heads, shape.value_width)]
+    inputs = [torch.randn(1, length, *width, requires_grad=True) for width in (*widths, (shape.hidden,))]
+    leaves = [*inputs, *mixer.parameters()]
+
+    def run() -> None:
+        mixed, _ = mixer(*inputs)
+        torch.autograd.grad(mixed.sum(), leaves, allow_unused=True)
+
+    numbers = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, torch.nn.Linear))
+    return Work(run, length, 6.0 * length * numbers, 4 * sum(p.numel() for p in mixer.parameters()))
 
 
 QUERY_KEY = ("q_proj", "k_proj")

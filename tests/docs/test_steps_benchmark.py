@@ -9,7 +9,7 @@ import pytest
 
 from helpers.paths import ROOT
 
-PARTS = ["calibrate", "matrix", "hidden", "logits", "prefill", "decode", "family"]
+PARTS = ["calibrate", "matrix", "hidden", "logits", "mixer", "prefill", "decode", "family"]
 
 
 def steps(*args: str) -> subprocess.CompletedProcess:
@@ -23,7 +23,8 @@ def steps(*args: str) -> subprocess.CompletedProcess:
 def test_every_part_has_its_floors(before, tmp_path):
     path = tmp_path / "steps.json"
     comparison = ["--before", str(ROOT)] if before else []
-    done = steps("--student", "gated_deltanet", "--json", str(path), *comparison)
+    parts = ["--parts", ",".join(PARTS)]
+    done = steps("--student", "gated_deltanet", "--json", str(path), *parts, *comparison)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {row["part"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     assert list(rows) == ["operations", "bytes", *PARTS]

@@ -1,6 +1,7 @@
 """Agreement token by token and free-running: against plain computations, and a teacher against itself."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch.nn import functional as F
 import limbeck
 from limbeck.core.errors import LimbeckError
 from limbeck.data.packing import Batch
-from limbeck.evaluation import measure
+from limbeck.evaluation import agreement, measure, stored_states
 from limbeck.evaluation.agreement import average_by_bucket, clustered_standard_error, compare_tokens
 from limbeck.evaluation.free_running import compare_free_running, compute_perplexity, decode, extract_prefixes
+from limbeck.evaluation.stored_states import StoredStates
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.report.figures import measures as picture
 from limbeck.report.figures.style import save_figure
@@ -175,3 +177,67 @@ def test_the_measure_by_position_and_frequency(own_cache, teacher_folder, corpus
     assert (tmp_path / "agreement.png").stat().st_size > 10_000
     none = measure.run_measure(measure.get_measure("agreement"), subject, {**SMALL, "prefixes": 0})
     assert "equal_tokens" not in none.values
+
+
+# ------------------------------------------------------------------ what a teacher reads and writes, kept
+
+
+def test_a_text_is_read_once_for_all_students(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path))
+    teacher, student = pair
+    data, read = Documents(9, 20), agreement.run_backbone
+    plain = agreement.compare_models(teacher, student, data, 87, batch_size=2)
+
+    def compare(identity, again=False):
+        reads = []
+        states = StoredStates(identity, again)
+        with monkeypatch.context() as patch:
+            patch.setattr(agreement, "run_backbone", lambda model, batch: reads.append(model) or read(model, batch))
+            found = agreement.compare_models(teacher, student, data, 87, batch_size=2, states=states)
+        assert all(torch.equal(found.metrics[name], values) for name, values in plain.metrics.items())
+        return sum(model is teacher for model in reads)
+
+    one, other = {"model": "one"}, {"model": "other"}
+    assert [compare(None), compare(one), compare(one)] == [2, 2, 0]
+    file = next((tmp_path / "states").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])  # as a full disk leaves it
+    assert [compare(one), compare(one), compare(other), compare(one, again=True)] == [1, 0, 2, 2]
+    data.ids[2, 3] += 1  # the second batch is another text
+    plain = agreement.compare_models(teacher, student, data, 87, batch_size=2)
+    assert compare(one) == 1
+
+
+def test_kept_states_have_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path))
+    monkeypatch.setattr(stored_states, "MAX_KEPT_BYTES", 1500)
+    batch, runs = Documents(9).batch(0, 1), []
+
+    def read(name):
+        time.sleep(0.02)  # files are as old as the clock of the file system tells
+        states = StoredStates({"model": name}).read(batch, lambda: runs.append(name) or torch.full((100,), float(name)))
+        assert states.tolist() == [name] * 100
+
+    for name in (0, 1, 2, 0, 3, 0, 1):
+        read(name)
+    assert runs == [0, 1, 2, 3, 1]  # what was not read for longest had to go
+    monkeypatch.setattr(stored_states, "MAX_PASS_BYTES", 399)
+    read(4)
+    read(4)
+    assert runs[5:] == [4, 4]
+
+
+def test_a_teacher_continues_once_for_all_students(own_cache, teacher_folder, corpus, tmp_path, monkeypatch):
+    loader = SubjectLoader(str(teacher_folder), str(corpus), out=tmp_path)
+    teacher = limbeck.models.loading.load_teacher(str(teacher_folder), torch.device("cpu"))[0]
+    student = limbeck.convert(teacher, "gla")
+    measures = measure.get_measure("agreement")
+    first = measure.run_measure(measures, loader.adopt("one", student, tmp_path), SMALL)
+    written = agreement.write_continuations
+    monkeypatch.setattr(agreement, "write_continuations", lambda *args: pytest.fail("again"))
+    second = measure.run_measure(measures, loader.adopt("other", student, tmp_path), SMALL)
+    assert (second.values, second.details) == (first.values, first.details)
+    calls = []
+    monkeypatch.setattr(agreement, "write_continuations", lambda *args: calls.append(args) or written(*args))
+    measure.run_measure(measures, loader.adopt("third", student, tmp_path), SMALL | {"new": 5})
+    measure.run_measure(measures, loader.adopt("other", student, tmp_path), SMALL, ignore_cache=True)
+    assert len(calls) == 2

@@ -253,7 +253,9 @@ def test_the_measure_ends_at_the_context_and_is_cached(folders, documents, tmp_p
     assert "cached result" in capsys.readouterr().err
 
 
-def test_baselines_stand_beside_students_and_are_measured_once(folders, documents, tmp_path, capsys):
+def test_baselines_stand_beside_students_and_are_measured_once(
+    folders, documents, tmp_path, own_cache, monkeypatch, capsys
+):
     measure = measures.get_measure("exam")
     loader = SubjectLoader(str(folders["teacher"]), out=tmp_path / "out")
     found: list[Measurement] = []
@@ -270,6 +272,18 @@ def test_baselines_stand_beside_students_and_are_measured_once(folders, document
     assert "teacher itself" in control.model
     assert control.values["perplexity"] == pytest.approx(teacher.values["perplexity"], rel=1e-5)
     assert "context" in capsys.readouterr().err
+
+    # and so they are beside a student in another folder, in another session
+    again, examined, run = SubjectLoader(str(folders["teacher"]), out=tmp_path / "again"), [], exam.run_exam
+    subject = again.load(str(folders["gla"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(exam, "run_exam", lambda model, *rest: examined.append(model) or run(model, *rest))
+        more = baselines.run_measures([subject], [measure], {"exam": settings_of(documents)}, control=True)
+        more.append(measures.run_measure(measure, again.load(str(folders["teacher"])), settings_of(documents)))
+    assert examined == [subject.model]
+    assert more[0].values == second.values
+    assert more[1:] == [window, control, teacher]
+    assert len(list((tmp_path / "again").rglob("exam.json"))) == 4
 
     for student in (first, second):
         assert baselines.find_window(student, found) == window

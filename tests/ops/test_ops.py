@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from limbeck.core.errors import LimbeckError
-from limbeck.ops import cpu, delta_rule, scalar_decay, vector_decay
+from limbeck.ops import cpu, cpu_chunk, delta_rule, scalar_decay, vector_decay
 
 CASES = [
     (scalar_decay, None),
@@ -348,7 +348,7 @@ def test_rows_are_handled_one_by_one_or_together(op, gate, rows, monkeypatch):
     for x in (Inputs(op, gate, batch=3), Inputs(op, gate, batch=3)):
         leaves = x.leaves()
         if grads:
-            monkeypatch.setattr(cpu, "CACHE_BYTES", rows * 4 * 8 * 5 * 8 // torch.get_num_threads())
+            monkeypatch.setattr(cpu_chunk, "CACHE_BYTES", rows * 4 * 8 * 5 * 8 // torch.get_num_threads())
         out, last = x.chunked(chunk=8)
         grads.append((out, last, *torch.autograd.grad(out.square().sum() + last.sum(), leaves)))
     same(*grads)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from limbeck.core.errors import LimbeckError
-from limbeck.ops import dplr, value_decay
+from limbeck.ops import cpu, dplr, value_decay
 
 OPERATORS = pytest.mark.parametrize("op", [dplr, value_decay], ids=["diagonal_plus_rank_one", "value_decay"])
 # Both of the ways through a chunk: it forgets little, or anything from nothing to a near reset.
@@ -176,6 +176,16 @@ def test_chunked_has_the_gradients_of_recurrent(op, level, apart, chunk):
     segments = documents() if apart else None
     found = gradients(op.chunked(**x, segments=segments, chunk=chunk), x)
     same(found, gradients(op.recurrent(**y, segments=segments), y), 1e-9)
+
+
+@OPERATORS
+@ROUTES
+def test_without_the_cpus_route(op, level, monkeypatch):
+    """What an accelerator computes."""
+    monkeypatch.setattr(cpu, "plan_chunks", lambda *given: None)
+    x, y = leaves(case(op, level)), leaves(case(op, level))
+    found, wanted = (form(**z, segments=documents()) for form, z in ((op.chunked, x), (op.recurrent, y)))
+    same([*found, *gradients(found, x)], [*wanted, *gradients(wanted, y)], 1e-9)
 
 
 @OPERATORS

@@ -17,7 +17,8 @@ Legend: B batch, T time, D model width, V vocabulary, n valid targets.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -27,8 +28,16 @@ from transformers import PreTrainedModel
 
 from limbeck.core.console import progress
 from limbeck.data.packing import IGNORE_INDEX, SequenceDataset, count_eval_sequences
-from limbeck.evaluation.free_running import compare_free_running, extract_prefixes
+from limbeck.evaluation.free_running import (
+    Continuations,
+    compare_free_running,
+    count_common_tokens,
+    extract_prefixes,
+    write_continuations,
+)
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
+from limbeck.evaluation.stored_answers import has_identity, load_or_ask
+from limbeck.evaluation.stored_states import StoredStates
 from limbeck.evaluation.subject import Subject
 from limbeck.evaluation.timing import CacheGrowth
 from limbeck.models.backbone import LMHead, run_backbone
@@ -60,9 +69,10 @@ def compare_models(
     tokens: int,
     autocast: Callable = contextlib.nullcontext,
     batch_size: int = 4,
+    states: StoredStates | None = None,
 ) -> "TokenComparison":
     """Compare student and teacher as in `evaluate_agreement`, but keep the numbers of each target."""
-    return compare_students(teacher, [student], data, tokens, autocast, batch_size)[0]
+    return compare_students(teacher, [student], data, tokens, autocast, batch_size, states)[0]
 
 
 @torch.no_grad()
@@ -73,8 +83,14 @@ def compare_students(
     tokens: int,
     autocast: Callable = contextlib.nullcontext,
     batch_size: int = 4,
+    states: StoredStates | None = None,
 ) -> list["TokenComparison"]:
-    """Compare each of several students with the teacher, whose backbone runs once for all: see `compare_models`."""
+    """Compare each of several students with the teacher, whose backbone runs once for all: see `compare_models`.
+
+    Args:
+        states: the teacher's; None keeps none.
+    """
+    states = StoredStates(None) if states is None else states
     n_sequences = count_eval_sequences(data, max(1, round(tokens / data.length)))
     head_t, heads = LMHead(teacher), [LMHead(student) for student in students]
     columns: list[dict[str, list[Tensor]]] = [{} for _ in students]
@@ -85,9 +101,9 @@ def compare_students(
             sequence = torch.arange(first, first + len(valid), device=valid.device)[:, None].expand_as(valid)
             places = {"position": batch.position_ids, "target": batch.targets, "sequence": sequence}
             with autocast():
-                hidden_t = run_backbone(teacher, batch)
+                hidden_t = states.read(batch, partial(run_backbone, teacher, batch))
                 for student, head_s, column in zip(students, heads, columns):
-                    hidden_s = run_backbone(student, batch)
+                    hidden_s = hidden_t if student is teacher else run_backbone(student, batch)
                     values = compare_tokens(head_s, hidden_s, head_t, hidden_t, batch.targets)
                     for name, value in (*values.items(), *((name, place[valid]) for name, place in places.items())):
                         column.setdefault(name, []).append(value.cpu())
@@ -252,7 +268,10 @@ def measure_agreement(subject: Subject, settings: AgreementSettings) -> MeasureR
     prefixes = None
     if settings.prefixes:
         prefixes = extract_prefixes(sequences, settings.prefixes, min(settings.prefix, length))
-    comparison = compare_models(subject.teacher.model, subject.model, sequences, settings.tokens)
+    teacher = subject.teacher
+    known = {"model": teacher.fingerprint, "dtype": str(teacher.model.dtype)} if has_identity(teacher) else None
+    states = StoredStates(known, subject.ignore_cache)
+    comparison = compare_models(teacher.model, subject.model, sequences, settings.tokens, states=states)
     metrics, summary = comparison.metrics, comparison.summary()
 
     bucket_metrics = {name: metrics[name] for name in BUCKET_METRICS}
@@ -279,7 +298,8 @@ def measure_agreement(subject: Subject, settings: AgreementSettings) -> MeasureR
     errors = {name: clustered_standard_error(tokens, comparison.sequence) for name, tokens in per_token.items()}
 
     if prefixes is not None:
-        free_running = compare_free_running(subject.teacher.model, subject.model, prefixes, settings.new)
+        written = _continue_as_teacher(subject, prefixes, settings.new)
+        free_running = compare_free_running(teacher.model, subject.model, prefixes, settings.new, written)
         errors["equal_tokens"] = free_running.pop("equal_tokens_error")
         values |= {name: value for name, value in free_running.items() if isinstance(value, float)}
         details |= {name: curve for name, curve in free_running.items() if isinstance(curve, list)}
@@ -292,6 +312,20 @@ def measure_agreement(subject: Subject, settings: AgreementSettings) -> MeasureR
         data=data_info,
         details=details,
     )
+
+
+def _continue_as_teacher(subject: Subject, prefixes: Tensor, new_tokens: int) -> Continuations:
+    """Let the teacher of a subject continue the prefixes [N, P], or load what it wrote for another student."""
+    teacher = replace(subject.teacher, ignore_cache=subject.ignore_cache)
+    width = count_common_tokens(teacher.model, subject.model)
+    asked = {"prefixes": prefixes.tolist(), "new": new_tokens, "width": width, "device": teacher.device.type}
+
+    def ask() -> dict[str, Any]:
+        written = write_continuations(teacher.model, prefixes, new_tokens, width)
+        return {"tokens": written.tokens.tolist(), "perplexity": written.perplexity}
+
+    found = load_or_ask(teacher, "continuations", asked, ask)
+    return Continuations(torch.tensor(found["tokens"], device=subject.device), found["perplexity"])
 
 
 def get_agreement_length(subject: Subject, settings: AgreementSettings) -> int:

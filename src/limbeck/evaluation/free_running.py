@@ -9,8 +9,8 @@ Legend: N prefixes, P prefix length, S new tokens.
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from limbeck.data.packing import SequenceDataset
 from limbeck.models import build_cache_kwargs
 from limbeck.models.backbone import LMHead
 
+PASS_TOKENS = 1024  # of short texts in a forward pass
 SHORTER_HINT = "--set agreement.prefix=16, or --set agreement.prefixes=0 for none"
 
 
@@ -49,11 +50,36 @@ def extract_prefixes(data: SequenceDataset, count: int, length: int, hint: str =
     return torch.stack(prefixes)
 
 
+class Continuations(NamedTuple):
+    """Tokens [N, S] that a model wrote after prefixes, and its perplexity of them."""
+
+    tokens: Tensor
+    perplexity: float
+
+
+@torch.no_grad()
+def write_continuations(
+    model: PreTrainedModel, prefixes: Tensor, new_tokens: int, width: int | None = None
+) -> Continuations:
+    """Continue prefixes [N, P] greedily; arguments as of `decode`."""
+    prefixes = prefixes.to(model.device)
+    with progress("free running", new_tokens, "tokens") as advance:
+        text = decode(model, prefixes, new_tokens, advance, width=width)
+    return Continuations(text, compute_perplexity(model, prefixes, text, width))
+
+
 @torch.no_grad()
 def compare_free_running(
-    teacher: PreTrainedModel, student: PreTrainedModel, prefixes: Tensor, new_tokens: int
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    prefixes: Tensor,
+    new_tokens: int,
+    written: Continuations | None = None,
 ) -> dict[str, Any]:
     """Compare greedy continuations, `new_tokens` tokens each, of the same prefixes [N, P] by both models.
+
+    Args:
+        written: the teacher's; None: they are written now.
 
     Returns:
         equal_tokens: mean number of tokens before the first that differs, `new_tokens` where none does;
@@ -65,10 +91,14 @@ def compare_free_running(
         teacher_distinct_bigrams: of the teacher's. Repetitive text has a low perplexity, but few distinct bigrams.
     """
     prefixes, width = prefixes.to(student.device), count_common_tokens(teacher, student)
-    with progress("free running", 2 * new_tokens, "tokens") as advance:
-        teacher_text = decode(teacher, prefixes, new_tokens, advance, width=width)
-        student_text = decode(student, prefixes, new_tokens, advance, width=width)
-    equal = teacher_text == student_text
+    theirs = write_continuations(teacher, prefixes, new_tokens, width) if written is None else written
+    if student is teacher:
+        student_text, text_perplexity = theirs
+    else:
+        with progress("free running", new_tokens, "tokens") as advance:
+            student_text = decode(student, prefixes, new_tokens, advance, width=width)
+        text_perplexity = compute_perplexity(teacher, prefixes, student_text, width)
+    equal = theirs.tokens == student_text
     still_equal = equal.long().cumprod(1)
     equal_tokens = still_equal.sum(1).double()
     stderr = float(equal_tokens.std() / math.sqrt(len(prefixes))) if len(prefixes) > 1 else None
@@ -77,10 +107,10 @@ def compare_free_running(
         "equal_tokens_error": stderr,
         "equal_share": equal.double().mean(0).tolist(),
         "together": still_equal.double().mean(0).tolist(),
-        "text_perplexity": compute_perplexity(teacher, prefixes, student_text, width),
-        "teacher_text_perplexity": compute_perplexity(teacher, prefixes, teacher_text, width),
+        "text_perplexity": text_perplexity,
+        "teacher_text_perplexity": theirs.perplexity,
         "distinct_bigrams": compute_distinct_bigrams(student_text),
-        "teacher_distinct_bigrams": compute_distinct_bigrams(teacher_text),
+        "teacher_distinct_bigrams": compute_distinct_bigrams(theirs.tokens),
     }
 
 
@@ -126,12 +156,19 @@ def compute_perplexity(model: PreTrainedModel, prefixes: Tensor, text: Tensor, w
     Args:
         width: as of `decode`.
     """
-    head, backbone, total = LMHead(model), model.get_decoder(), 0.0
-    for prefix, continuation in zip(prefixes, text):
-        hidden = backbone(input_ids=torch.cat([prefix, continuation])[None], use_cache=False).last_hidden_state
-        logits = head(hidden[0, len(prefix) - 1 : -1])[:, :width].float()
+    head, total = LMHead(model), 0.0
+    for states, continuation in zip(read_texts(model, torch.cat([prefixes, text], 1)), text):
+        logits = head(states[prefixes.shape[1] - 1 : -1])[:, :width].float()
         total += float(F.cross_entropy(logits, continuation, reduction="sum"))
     return math.exp(min(total / text.numel(), 700))
+
+
+@torch.no_grad()
+def read_texts(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """Compute the hidden states [T, D] of one text after the other of texts [N, T], several in a forward pass."""
+    rows = max(1, PASS_TOKENS // ids.shape[1])
+    for texts in ids.to(model.device).split(rows):
+        yield from model.get_decoder()(input_ids=texts, use_cache=False).last_hidden_state
 
 
 def compute_distinct_bigrams(text: Tensor) -> float:

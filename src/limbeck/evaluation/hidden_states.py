@@ -11,6 +11,7 @@ out: a few of its activations are a thousand times larger than all others (arXiv
 Legend: N tokens, D model width.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Annotated
 
@@ -49,10 +50,10 @@ def measure_hidden(subject: Subject, settings: HiddenSettings) -> MeasureResult:
     count = min(max(1, round(settings.tokens / length)), sequences.n_sequences)
     batch = sequences.batch(0, count).to(subject.device)
     teacher = subject.teacher.model
-    layers = {"student": compare_hidden_states(teacher, subject.model, batch)}
+    models = {"student": subject.model}
     if subject.is_student:
-        untrained = build_untrained_student(teacher, subject.model, subject.seed)
-        layers["fresh"] = compare_hidden_states(teacher, untrained, batch)
+        models["fresh"] = build_untrained_student(teacher, subject.model, subject.seed)
+    layers = dict(zip(models, compare_students_states(teacher, list(models.values()), batch)))
     values: dict[str, float] = {}
     for model, rows in layers.items():
         prefix = "" if model == "student" else "fresh_"
@@ -64,7 +65,6 @@ def measure_hidden(subject: Subject, settings: HiddenSettings) -> MeasureResult:
     )
 
 
-@torch.no_grad()
 def compare_hidden_states(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -> list[dict[str, float]]:
     """Compute CKA and cosine of every layer on one packed batch, over all of its tokens.
 
@@ -72,15 +72,23 @@ def compare_hidden_states(teacher: PreTrainedModel, student: PreTrainedModel, ba
         a dict per layer: cka_attention and cosine_attention of the attention's output, cka_block and cosine_block of
         the block's output, both teacher-fed; cka_free and cosine_free of the block's output, free-running.
     """
+    return compare_students_states(teacher, [student], batch)[0]
+
+
+@torch.no_grad()
+def compare_students_states(
+    teacher: PreTrainedModel, students: Sequence[PreTrainedModel], batch: Batch
+) -> list[list[dict[str, float]]]:
+    """Compare several students with the teacher in one pass of it: see `compare_hidden_states`."""
     sites = find_attention_sites(teacher)
     counted = batch.position_ids.flatten() > 0  # [B * T], all but first tokens of documents
-    supports_packed_positions(student)  # tries the student on its first call, which no hook should see
-    is_teacher = student is teacher  # its layers cannot run inside their own hooks
-    free_states: States = {}
-    if not is_teacher:
-        with _record_outputs(student, [site.block for site in sites], free_states, counted):
-            run_backbone(student, batch)
-    layers: list[dict[str, float]] = [{} for _ in sites]
+    free_states: list[States] = [{} for _ in students]
+    for student, states in zip(students, free_states):
+        supports_packed_positions(student)  # tries the student on its first call, which no hook should see
+        if student is not teacher:  # whose layers cannot run inside their own hooks
+            with _record_outputs(student, [site.block for site in sites], states, counted):
+                run_backbone(student, batch)
+    layers: list[list[dict[str, float]]] = [[{} for _ in sites] for _ in students]
     teacher_attention: States = {}
 
     def compare_pair(name: str, x: Tensor, y: Tensor) -> dict[str, float]:
@@ -95,15 +103,15 @@ def compare_hidden_states(teacher: PreTrainedModel, student: PreTrainedModel, ba
     def after_block(site: Site):
         def visit(args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
             target_block, target_attention = _select_tokens(output, counted), teacher_attention.pop(site.module)
-            block, attention = target_block, {site.module: target_attention}
-            if not is_teacher:
-                with _record_outputs(student, [site.module], attention, counted):
-                    block = _select_tokens(student.get_submodule(site.block)(*args, **kwargs), counted)
-            free = free_states.pop(site.block, target_block)
-            layer = layers[site.shape.layer]
-            layer.update(compare_pair("attention", attention[site.module], target_attention))
-            layer.update(compare_pair("block", block, target_block))
-            layer.update(compare_pair("free", free, target_block))
+            for student, states, rows in zip(students, free_states, layers):
+                block, attention = target_block, {site.module: target_attention}
+                if student is not teacher:
+                    with _record_outputs(student, [site.module], attention, counted):
+                        block = _select_tokens(student.get_submodule(site.block)(*args, **kwargs), counted)
+                layer = rows[site.shape.layer]
+                layer.update(compare_pair("attention", attention[site.module], target_attention))
+                layer.update(compare_pair("block", block, target_block))
+                layer.update(compare_pair("free", states.pop(site.block, target_block), target_block))
             advance(1)
 
         return visit

@@ -10,11 +10,13 @@ To add a measure: write a module with a subclass of `MeasureSettings` (every fie
 `limbeck eval`, studies and reports find it there. A figure is optional: `limbeck.report.figures.measures`.
 """
 
+import hashlib
 import json
 import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -28,10 +30,11 @@ from limbeck.core.config import format_validation_error
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError, suggest_closest, summarize_error
 from limbeck.core.live import Phase, View, current
-from limbeck.core.storage import atomic_write_text, find_write_error
+from limbeck.core.storage import atomic_write_text, cache_root, find_write_error
 from limbeck.core.system import flush_denormals, get_command_line
 from limbeck.core.version import __version__
 from limbeck.data.documents import fingerprint_source
+from limbeck.evaluation.stored_answers import has_identity
 from limbeck.evaluation.subject import Subject
 from limbeck.models.fingerprint import fingerprint_folder
 
@@ -208,6 +211,7 @@ def run_measure(
 ) -> Measurement:
     """Measure a subject and save the result in its output folder, unless the same result is there already.
 
+    Of teachers and baselines some results are kept for all their students (`_get_shared_folder`).
     A folder that cannot be written is reported before anything is computed; the result is returned all the same.
 
     Args:
@@ -216,13 +220,13 @@ def run_measure(
     """
     settings = parse_settings(measure, overrides)
     plain_settings = settings.model_dump(mode="json")
-    path = subject.output_dir / f"{measure.name}.json"
+    shared = _get_shared_folder(measure, subject, plain_settings)
+    folders = [folder for folder in (subject.output_dir, shared) if folder is not None]
     view, row = current(), _name_row(measure, subject.name)
     view.add(row)
-    cached = None if ignore_cache else _load_cached(path, subject, plain_settings)
+    cached = None if ignore_cache else _find_cached(folders, measure, subject, plain_settings)
     if cached is not None:
         view.finish(row, describe_values(cached.values))
-        console.print(f"{measure.name} of {subject.name}: using the cached result {path}", markup=False)
         return cached
     write_error = find_write_error(subject.output_dir)
     if write_error:
@@ -249,6 +253,9 @@ def run_measure(
             measurement.save(subject.output_dir)
         except LimbeckError as error:  # the disk may be full by now; hours of work should still be shown
             _warn_not_saved(error, measure)
+    if shared is not None:
+        with suppress(LimbeckError):  # it is measured again for the next student
+            measurement.save(shared)
     return measurement
 
 
@@ -293,6 +300,37 @@ def collect_provenance(subject: Subject, seconds: float) -> Provenance:
         device=torch.cuda.get_device_name() if subject.device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
     )
+
+
+def _get_shared_folder(measure: Measure, subject: Subject, settings: dict[str, Any]) -> Path | None:
+    """Return where a result is kept for all students; None for a student's own, or where the time is measured.
+
+    Teachers and the baselines made from them stand beside many students, each with an output folder of its own.
+    """
+    is_own = subject.is_student and subject.baseline is None
+    if measure.baseline_length is None or is_own or not has_identity(subject):
+        return None
+    text = subject.data.model_dump(mode="json") if subject.data else None
+    libraries = [str(torch.__version__), transformers.__version__]
+    machine = [subject.device.type, str(subject.model.dtype)]
+    asked = [measure.name, settings, text, subject.seed, subject.teacher_fingerprint, machine, libraries, __version__]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_root() / "scores" / subject.fingerprint / digest
+
+
+def _find_cached(
+    folders: Sequence[Path], measure: Measure, subject: Subject, settings: dict[str, Any]
+) -> Measurement | None:
+    """Load the result from the first folder that has it, and save it in the first one."""
+    for folder in folders:
+        path = folder / f"{measure.name}.json"
+        cached = _load_cached(path, subject, settings)
+        if cached is not None:
+            console.print(f"{measure.name} of {subject.name}: using the cached result {path}", markup=False)
+            if folder != folders[0] and not find_write_error(folders[0]):
+                cached.save(folders[0])
+            return cached
+    return None
 
 
 def _load_cached(path: Path, subject: Subject, settings: dict[str, Any]) -> Measurement | None:

@@ -28,7 +28,13 @@ from transformers import PreTrainedModel
 
 from limbeck.core.console import progress
 from limbeck.core.errors import LimbeckError
-from limbeck.evaluation.free_running import compute_distinct_bigrams, count_common_tokens, decode, extract_prefixes
+from limbeck.evaluation.free_running import (
+    compute_distinct_bigrams,
+    count_common_tokens,
+    decode,
+    extract_prefixes,
+    read_texts,
+)
 from limbeck.evaluation.measure import Measure, MeasureResult, MeasureSettings
 from limbeck.evaluation.subject import Subject
 from limbeck.models.backbone import LMHead
@@ -126,10 +132,12 @@ def compare_on_text(
     """Compare two models' next tokens along texts [N, S] that the writer wrote behind prefixes [N, P]."""
     columns: dict[str, list[Tensor]] = {"kl": [], "log_ratio": [], "entropy": []}
     width = count_common_tokens(writer, reader)
-    for prefix, text in zip(prefixes, written):
-        ids = torch.cat([prefix, text])[None]
+    ids = torch.cat([prefixes, written], 1)
+    for text, states_p, states_q in zip(written, read_texts(writer, ids), read_texts(reader, ids)):
         # the logits of one text at a time
-        log_p, log_q = (_log_probs(model, ids, len(text), width) for model in (writer, reader))
+        log_p, log_q = (
+            _log_probs(model, states, len(text), width) for model, states in ((writer, states_p), (reader, states_q))
+        )
         p = log_p.exp()
         chosen = text.to(log_p.device)[:, None]
         columns["kl"].append((p * (log_p - log_q)).sum(-1))
@@ -139,10 +147,9 @@ def compare_on_text(
     return Divergence(**{name: torch.stack(rows).cpu() for name, rows in columns.items()})
 
 
-def _log_probs(model: PreTrainedModel, ids: Tensor, count: int, width: int) -> Tensor:
-    """Compute the log-probabilities [S, width] of the last `count` tokens' places, in float64."""
-    hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    return LMHead(model)(hidden[0, -count - 1 : -1])[:, :width].double().log_softmax(-1)
+def _log_probs(model: PreTrainedModel, states: Tensor, count: int, width: int) -> Tensor:
+    """Compute the log-probabilities [S, width] of the last `count` tokens' places from states [T, D], in float64."""
+    return LMHead(model)(states[-count - 1 : -1])[:, :width].double().log_softmax(-1)
 
 
 MEASURE = Measure(

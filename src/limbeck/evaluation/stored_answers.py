@@ -43,9 +43,14 @@ def load_or_ask(subject: Subject, name: str, asked: Any, ask: Callable[[], Any])
     return answers
 
 
+def has_identity(subject: Subject) -> bool:
+    """Whether the model is in a folder on this machine or was made from one, so that it can be known again."""
+    return subject.content is not None or find_model_folder(subject.folder) is not None
+
+
 def _answers_path(subject: Subject, name: str, asked: Any) -> Path | None:
-    """Path of the answers; None for a model that is in no folder on this machine and was not made from one."""
-    if subject.content is None and find_model_folder(subject.folder) is None:
+    """Path of the answers; None for a model without an identity."""
+    if not has_identity(subject):
         return None
     key = [subject.fingerprint, str(subject.model.dtype), asked, __version__]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

@@ -183,12 +183,17 @@ class Mixer(nn.Module):
         """Return the rows of the state per head, for q and k of width `shape.key_width`."""
         return self.shape.key_width
 
-    def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """Change the operator's output o [B, T, H, V] before the head norm; the result may have any precision."""
+    def before_norm(self, o: Tensor, q: Tensor, inputs: Inputs) -> Tensor:
+        """Change the operator's output o [B, T, H, V] before the head norm; the result may have any precision.
+
+        Args:
+            q: [B, T, H, K] as `inputs` got it.
+            inputs: what it returned, with padding masked. In mixers that override `attend` this is not called.
+        """
         return o
 
-    def after_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """Change the output o [B, T, H, V] between head norm and output gate."""
+    def after_norm(self, o: Tensor, q: Tensor, inputs: Inputs) -> Tensor:
+        """Change the output o [B, T, H, V] between head norm and output gate; arguments as of `before_norm`."""
         return o
 
     # ------------------------------------------------------------------ what every mixer gets
@@ -212,8 +217,14 @@ class Mixer(nn.Module):
         tokens, state = tokens or Tokens(), state or {}
         carried: State = {}
         q, k, v = self._prepare(q, k, v, tokens, state, carried)
-        o, memory = self.attend(q, k, v, x, tokens, state)
-        return self._readout(o, q, k, v, x), {**memory, **carried}
+        arguments = None
+        if type(self).attend is Mixer.attend:
+            # Not in `attend`, because what is around the head norm needs them again.
+            arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
+            o, memory = self._operate(arguments, tokens, state)
+        else:
+            o, memory = self.attend(q, k, v, x, tokens, state)
+        return self._readout(o, q, x, arguments), {**memory, **carried}
 
     def forward_matrix(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, tokens: Tokens | None = None
@@ -225,9 +236,14 @@ class Mixer(nn.Module):
         """
         tokens = tokens or Tokens()
         q, k, v = self._prepare(q, k, v, tokens, {}, {})
-        matrix = self.attend_matrix(q, k, v, x, tokens)
+        arguments = None
+        if type(self).attend_matrix is Mixer.attend_matrix:
+            arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
+            matrix = self._operate_matrix(arguments, tokens)
+        else:
+            matrix = self.attend_matrix(q, k, v, x, tokens)
         o = torch.einsum("bhij,bjhv->bihv", matrix.to(v.dtype), repeat_kv(v, self.shape.heads))
-        return self._readout(o, q, k, v, x), repeat_kv(matrix, self.teacher_shape.heads, 1)
+        return self._readout(o, q, x, arguments), repeat_kv(matrix, self.teacher_shape.heads, 1)
 
     def forward_rows(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rows: Tensor | None, *, tokens: Tokens | None = None
@@ -267,12 +283,14 @@ class Mixer(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         """Run the operator on `inputs` and normalize: o [B, T, H, V] and the new state."""
-        arguments = self.compute_masked_inputs(q, k, v, x, tokens, state)
+        return self._operate(self.compute_masked_inputs(q, k, v, x, tokens, state), tokens, state)
+
+    def _operate(self, arguments: Inputs, tokens: Tokens, state: State) -> tuple[Tensor, State]:
         value = arguments.v
         if self.normalized:
             value = torch.cat([value, value.new_ones(*value.shape[:-1], 1)], -1)
         assert self.operator is not None
-        run = self.operator.recurrent if q.shape[1] == 1 else self.operator.chunked
+        run = self.operator.recurrent if value.shape[1] == 1 else self.operator.chunked
         o, memory = run(
             arguments.q,
             arguments.k,
@@ -288,7 +306,9 @@ class Mixer(nn.Module):
 
     def attend_matrix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
         """Build the matrix [B, H, T, T] that `attend` multiplies v by."""
-        arguments = self.compute_masked_inputs(q, k, v, x, tokens, {})
+        return self._operate_matrix(self.compute_masked_inputs(q, k, v, x, tokens, {}), tokens)
+
+    def _operate_matrix(self, arguments: Inputs, tokens: Tokens) -> Tensor:
         assert self.operator is not None
         m = self.operator.matrix(arguments.q, arguments.k, *arguments.gates, segments=tokens.segments)
         if self.normalized:
@@ -361,14 +381,15 @@ class Mixer(nn.Module):
             z, carried[key] = short_conv.causal_masked(z, self.conv(name), tokens.valid, **past)
         return z
 
-    def _readout(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    def _readout(self, o: Tensor, q: Tensor, x: Tensor, arguments: Inputs | None) -> Tensor:
         """Apply head norm and output gate, and return to the teacher's heads: [B, T, H, V]."""
         dtype, gate_first = o.dtype, self.options.norm_over == "gated"
-        o = self.before_norm(o, q, k, v, x)
+        o = o if arguments is None else self.before_norm(o, q, arguments)
         o = self._apply_gate(o, x) if gate_first else o
         if self.options.output_norm != "none":
             o = self._apply_norm(o.float() if o.dtype in (torch.float16, torch.bfloat16) else o)
-        o = self.after_norm(o if o.dtype == dtype else o.to(dtype), q, k, v, x)
+        o = o if o.dtype == dtype else o.to(dtype)
+        o = o if arguments is None else self.after_norm(o, q, arguments)
         if self.shape.heads != self.teacher_shape.heads:
             o = o.reshape(*o.shape[:2], self.teacher_shape.heads, self.teacher_shape.value_width)
         return o if gate_first else self._apply_gate(o, x)

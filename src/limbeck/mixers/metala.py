@@ -63,17 +63,14 @@ class MetaLA(Mixer):
                 self.own.zero_()
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
-        log_decay = self._log_decay(k)
+        gate = self.bias - repeat_kv(k, self.shape.heads)
+        log_decay = F.logsigmoid(upcast(gate)) / self.options.temperature
         return Inputs(q * self.shape.scale, -torch.expm1(log_decay), v, log_decay)
 
-    def before_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    def before_norm(self, o: Tensor, q: Tensor, inputs: Inputs) -> Tensor:
         if not self.options.augment:
             return o
         # In float32, because half precision has few steps around σ(0) = 0.5, which the head norm then subtracts.
         dtype = torch.promote_types(o.dtype, torch.float32)
-        weight = (q * self.own * -torch.expm1(self._log_decay(k))).sum(-1, keepdim=True)
-        return o.to(dtype) + torch.sigmoid(weight.to(dtype) * repeat_kv(v, o.shape[2]).to(dtype))
-
-    def _log_decay(self, k: Tensor) -> Tensor:
-        gate = self.bias - repeat_kv(k, self.shape.heads)
-        return F.logsigmoid(upcast(gate)) / self.options.temperature
+        weight = (q * self.own * inputs.k).sum(-1, keepdim=True)
+        return o.to(dtype) + torch.sigmoid(weight.to(dtype) * repeat_kv(inputs.v, o.shape[2]).to(dtype))

@@ -81,23 +81,12 @@ class RWKV7(Mixer):
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, tokens: Tokens, state: State) -> Inputs:
         decay = self.decay_up(torch.tanh(self.decay_down(x))).unflatten(-1, (self.shape.heads, -1))
         log_decay = -FASTEST * torch.sigmoid(upcast(decay))
-        k, rate = self._keys(k), self._rate(x)
+        k = repeat_kv(scale_to_unit_length(k) if self.options.unit_keys else k, self.shape.heads)
+        rate = torch.sigmoid(upcast(self.rate_up(self.rate_down(x)).unflatten(-1, (self.shape.heads, -1))))
         erased = scale_to_unit_length(k * self.erase_scale)
-        return Inputs(
-            q * self.shape.scale, self._written(k, rate), v, log_decay, erase=(-erased, rate.to(erased.dtype) * erased)
-        )
+        written = k * (1 + (rate.to(k.dtype) - 1) * self.rate_share)
+        return Inputs(q * self.shape.scale, written, v, log_decay, erase=(-erased, rate.to(erased.dtype) * erased))
 
-    def after_norm(self, o: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        written = self._written(self._keys(k), self._rate(x))
-        weight = (q * self.shape.scale * written * self.bonus).sum(-1, keepdim=True)
-        return o + (weight.to(v.dtype) * repeat_kv(v, o.shape[2])).to(o.dtype)
-
-    def _keys(self, k: Tensor) -> Tensor:
-        k = scale_to_unit_length(k) if self.options.unit_keys else k
-        return repeat_kv(k, self.shape.heads)
-
-    def _rate(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(upcast(self.rate_up(self.rate_down(x)).unflatten(-1, (self.shape.heads, -1))))
-
-    def _written(self, k: Tensor, rate: Tensor) -> Tensor:
-        return k * (1 + (rate.to(k.dtype) - 1) * self.rate_share)
+    def after_norm(self, o: Tensor, q: Tensor, inputs: Inputs) -> Tensor:
+        weight = (inputs.q * inputs.k * self.bonus).sum(-1, keepdim=True)
+        return o + (weight.to(inputs.v.dtype) * repeat_kv(inputs.v, o.shape[2])).to(o.dtype)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.errors import LimbeckError
-from limbeck.ops import common
+from limbeck.ops import common, cpu
+from limbeck.ops.cpu_rank_one import RankOneChunk
 from limbeck.ops.fla import accelerated, use_backend
 from limbeck.ops.intra_chunk import compute_decayed_terms
 
@@ -94,18 +95,23 @@ def chunked(
     *,
     state: Tensor | None = None,
     segments: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the same recurrence in chunks of `chunk` tokens, a power of two: for training and prefill.
+    """Run the same recurrence in chunks of `chunk` tokens, a power of two; None chooses: for training and prefill.
 
     Returns:
         o [B,T,H,V] in v's dtype and the state [B,H,K,V] in float32 (float64 for float64 inputs).
     """
     dtype = _check(q, k, v, a, b, log_decay, state, segments)
     length, heads = q.shape[1], q.shape[2]
-    chunk = common.resolve_chunk_size(chunk, length)
     with common.disable_autocast(q):
         first = common.prepare_initial_state(state, q, v.shape[-1], dtype)
+        log_decay = log_decay.to(dtype)
+        plan = cpu.plan_chunks(q, log_decay, chunk)
+        if plan:
+            plan = plan._replace(kind=RankOneChunk)
+            return cpu.run_chunks(q, k, v, None, log_decay, first, segments, plan, (a, b))
+        chunk = common.resolve_chunk_size(chunk, length)
         values = common.repeat_kv(common.to_chunks(v, chunk, dtype), heads)
         keys = common.repeat_kv(common.to_chunks(k, chunk, dtype), heads)
         queries, a_chunks, b_chunks, log = (common.to_chunks(x, chunk, dtype) for x in (q, a, b, log_decay))

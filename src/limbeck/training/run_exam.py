@@ -40,6 +40,7 @@ from limbeck.evaluation.exam import (
 )
 from limbeck.evaluation.free_running import compute_distinct_bigrams, decode
 from limbeck.evaluation.long_text import get_context_length
+from limbeck.evaluation.stored_states import StoredStates
 from limbeck.models.fingerprint import canonical_json
 from limbeck.models.packed import force_attention_masks
 from limbeck.training.setup import Job
@@ -102,7 +103,8 @@ def evaluate_held_out(job: Job, student: PreTrainedModel, window: WindowBaseline
     text = {"text": job.text.key, "length": dataset.length, "tokens": tokens}
     stored = None if isinstance(window, str) else _load(job, {**_describe(window), **text})
     others = [] if isinstance(window, str) or stored is not None else [window.model]
-    own, *rest = compare_students(job.teacher, [student, *others], dataset, tokens, job.autocast)
+    states = StoredStates(_identify(job, {"kind": "teacher"}))
+    own, *rest = compare_students(job.teacher, [student, *others], dataset, tokens, job.autocast, states=states)
     if rest and not isinstance(window, str):
         found = rest[0].summary()
         stored = {name: found["student_perplexity" if name == "perplexity" else name] for name in WINDOW_VALUES}
@@ -239,13 +241,20 @@ def _store(job: Job, identity: dict[str, Any], values: dict[str, Any]) -> None:
 
 def _get_path(job: Job, identity: dict[str, Any]) -> Path | None:
     """Return the file of a baseline's results, named by all that they depend on; None for a quantized teacher."""
+    content = _identify(job, identity)
+    if content is None:
+        return None
+    return cache_root() / "baselines" / f"{hashlib.sha256(canonical_json(content)).hexdigest()[:32]}.json"
+
+
+def _identify(job: Job, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Add to what is asked all else that a result of the teacher depends on; None for a quantized teacher."""
     teacher, recipe = job.identity.get("teacher", {}), job.recipe
     if not teacher.get("tensors"):
         return None
-    content = {
+    return {
         **identity,
         **{name: teacher[name] for name in ("tensors", "config", "tokenizer")},
         "arithmetic": [job.device.type, recipe.precision, recipe.tf32, recipe.attention, recipe.backend],
         "versions": [__version__, str(torch.__version__), transformers.__version__],
     }
-    return cache_root() / "baselines" / f"{hashlib.sha256(canonical_json(content)).hexdigest()[:32]}.json"

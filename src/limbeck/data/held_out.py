@@ -18,7 +18,7 @@ import numpy as np
 
 from limbeck.core.console import print_once
 
-MIN_HELD_BYTES = 4_096  # by the hash: less measures nothing, if it is less than a twentieth of the text too
+MIN_HELD_BYTES = 4_096  # by the hash: less measures nothing, if it is less than a hundredth of the text too
 MIN_FORCED_BYTES = 16_384  # least to hold out of a text that has to be cut, if that is no more than a tenth of it
 
 
@@ -44,7 +44,7 @@ def is_split_useless(starts: array, sides: np.ndarray) -> bool:
         sides: 1 where a document is held out [n].
     """
     held = int(np.diff(np.frombuffer(starts, np.int64))[sides == 1].sum())
-    return bool(sides.all()) or held < max(min(MIN_HELD_BYTES, starts[-1] // 20), 1)
+    return bool(sides.all()) or held < max(min(MIN_HELD_BYTES, starts[-1] // 100), 1)
 
 
 def force_held_out(

@@ -172,9 +172,17 @@ def compute_query_logits(model: PreTrainedModel, sequence: RecallSequence) -> tu
     return LMHead(model)(hidden[sequence.queries.to(hidden.device)]).float().cpu(), cache_bytes(cache)
 
 
+def get_recall_length(subject: Subject, settings: RecallSettings) -> int:
+    """Return the tokens of the longest sequence, at which a student's untrained window has its memory."""
+    colon, newline = encode_plain_texts(subject.tokenizer, [settings.sign, "\n"])
+    prefix = find_special_token_ids(subject.tokenizer).prefix_ids
+    return len(prefix) + 2 * max(settings.pairs) * (2 + len(colon) + len(newline))
+
+
 MEASURE = Measure(
     "recall",
     "multi-query associative recall with real words, by number of pairs",
     RecallSettings,
     measure_recall,
+    baseline_length=get_recall_length,
 )

@@ -2,8 +2,11 @@
 
     python benchmarks/starts.py                                        # the embedded teacher, 8,192 tokens of stage 0
     python benchmarks/starts.py --students gla --starts copied,scrambled --tokens 8192,32768,131072
+    python benchmarks/starts.py --size smoke                           # the same on the smallest teacher, in a minute
 
-Every start is judged on the exam (long held-out articles, which no start has seen), as it is and with stage 0 on top:
+Every start is judged on the exam (long held-out articles, which no start has seen), as it is and with stage 0 on top.
+A row is kept in --out as soon as it is there, so the same command goes on where it was stopped. The study `real-starts`
+asks the same of the starts that a recipe can name (copied, random, calibrated), with seeds.
 
 copied      the teacher's projections; decays as the mixer begins (Gated DeltaNet: half-lives of 14 tokens).
 scrambled   the same with the rows of k and v repeated instead of their heads, as in Taylor-Calibrate's public code.
@@ -20,21 +23,29 @@ that it computes (checked) and lets all starts have the same parameters.
 import argparse
 import contextlib
 import copy
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import limbeck
+from limbeck.core.storage import atomic_write_text
+from limbeck.core.version import __version__
+from limbeck.data.documents import fingerprint_source
 from limbeck.data.packing import Batch, PackedDataset
 from limbeck.data.token_store import build_token_store
 from limbeck.evaluation.exam import HELD_OUT_TEXT, ExamDocuments, load_exam_documents, run_exam
 from limbeck.mixers.options import inverse_softplus
 from limbeck.models import Site, find_attention_sites, get_mixers, loading
 from limbeck.models.backbone import run_backbone
+from limbeck.models.fingerprint import fingerprint_model
 from limbeck.models.hooks import DistillationPair, hook_modules
 from limbeck.models.temporary import use_attn_implementation
 from limbeck.training.calibration import NormalEquations
@@ -43,10 +54,17 @@ RATES = (1e-3, 5.0)  # of decay, least and most
 SCALES = (0.1, 10.0)  # of values
 
 
+SIZES = {
+    "cpu": {},
+    "smoke": {"teacher": "tiny", "tokens": "1024", "length": 128, "exam_documents": 1, "exam_tokens": 512},
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", default="gated_deltanet,gla", help="joined by commas")
     parser.add_argument("--starts", default=",".join(STARTS), help="joined by commas")
+    parser.add_argument("--size", choices=list(SIZES), default="cpu", help="defaults of the options below")
     parser.add_argument("--teacher", default="embedded")
     parser.add_argument("--data", default="embedded", help="what stage 0 and the starts read")
     parser.add_argument("--tokens", default="8192", help="of stage 0, one or several numbers")
@@ -55,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--exam-documents", type=int, default=2)
     parser.add_argument("--exam-tokens", type=int, default=1024)
     parser.add_argument("--ridge", type=float, default=0.01)
+    parser.add_argument("--out", type=Path, default=Path("runs/starts"), help="folder of finished rows")
+    parser.set_defaults(**SIZES[parser.parse_args(arguments).size])
     args = parser.parse_args(arguments)
 
     grouped, tokenizer = loading.load_teacher(loading.resolve_teacher(args.teacher), torch.device("cpu"))
@@ -64,27 +84,48 @@ def main(arguments: list[str] | None = None) -> None:
     teacher = write_out_groups(grouped)
     first = data.batch(0, max(1, 1024 // args.length))
     check_same_function(grouped, teacher, first)
+
+    def measure_start(mixer: str, name: str) -> list[float]:
+        student = STARTS[name](mixer, grouped, teacher, first)
+        pair = DistillationPair(teacher, student, find_attention_sites(teacher), contextlib.nullcontext)
+        found = [examine(student, documents)]
+        sums, read = NormalEquations(pair), 0
+        for budget in budgets:
+            for position in range(read, budget // args.length):
+                sums.add(data.batch(position, 1))
+            read = budget // args.length
+            sums.solve(args.ridge)
+            found.append(examine(student, documents))
+        return found
+
+    # Rows of another teacher, text, budget or version are other rows.
+    asked = {key: str(value) for key, value in vars(args).items() if key not in ("students", "starts", "size", "out")}
+    texts = [fingerprint_source(source) for source in (args.data, args.exam_text)]
+    same = [__version__, fingerprint_model(grouped), texts, asked]
     print(
         f"| student | start | as it is | {' | '.join(f'stage 0, {tokens:,} tokens' for tokens in budgets)} | seconds |"
     )
     print("|---" * (len(budgets) + 4) + "|")
     for mixer in args.students.split(","):
         for name in args.starts.split(","):
-            began = time.monotonic()
-            student = STARTS[name](mixer, grouped, teacher, first)
-            pair = DistillationPair(teacher, student, find_attention_sites(teacher), contextlib.nullcontext)
-            found = [examine(student, documents)]
-            sums, read = NormalEquations(pair), 0
-            for budget in budgets:
-                for position in range(read, budget // args.length):
-                    sums.add(data.batch(position, 1))
-                read = budget // args.length
-                sums.solve(args.ridge)
-                found.append(examine(student, documents))
-            cells = [f"{perplexity:,.4g}" for perplexity in found]
-            print(f"| {mixer} | {name} | {' | '.join(cells)} | {time.monotonic() - began:.0f} |", flush=True)
+            row = load_or_measure(args.out, [*same, mixer, name], partial(measure_start, mixer, name))
+            cells = [f"{perplexity:,.4g}" for perplexity in row["perplexities"]]
+            print(f"| {mixer} | {name} | {' | '.join(cells)} | {row['seconds']:.0f} |", flush=True)
+    row = load_or_measure(args.out, [*same, "teacher"], lambda: [examine(grouped, documents)])
     count = f"{sum(map(len, documents.tokens)):,} tokens of {len(documents.tokens)} documents"
-    print(f"\nteacher {examine(grouped, documents):.4g}, perplexity on {count}")
+    print(f"\nteacher {row['perplexities'][0]:.4g}, perplexity on {count}")
+
+
+def load_or_measure(folder: Path, key: list, measure: Callable[[], list[float]]) -> dict:
+    """Load a finished row, its perplexities and seconds, or measure and keep it."""
+    path = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    began = time.monotonic()
+    row = {"of": key, "perplexities": measure(), "seconds": time.monotonic() - began}
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(row))
+    return row
 
 
 def examine(model: PreTrainedModel, documents: ExamDocuments) -> float:

@@ -89,6 +89,23 @@ def test_a_change_of_length_reads_nothing_twice_and_leaves_little_out(kind, befo
         assert at == position
 
 
+def test_shuffled_sequences_are_the_packed_ones_in_another_order():
+    # two documents of 1,000 tokens: packed, the first 60 sequences would be of one of them
+    packed, shuffled = (PackedDataset(split(0, document=1000), 16, 2, shuffle_rows=rows) for rows in (False, True))
+    n = packed.n_sequences
+    assert len({int(token) // 1000 for token in packed.batch(0, 60).input_ids.flatten()}) == 1
+    of_first = sum(int(row[0]) < 1000 for row in shuffled.batch(0, 60).input_ids)
+    assert 20 < of_first < 40
+    rows = {epoch: shuffled.batch(epoch * n, n) for epoch in (0, 1)}
+    for epoch, batch in rows.items():
+        expected = {tuple(row.tolist()) for row in packed.batch(epoch * n, n).input_ids}
+        assert {tuple(row.tolist()) for row in batch.input_ids} == expected
+    assert not torch.equal(rows[0].input_ids, rows[1].input_ids)
+    # a position says it all: across the end of an epoch as alone
+    torch.testing.assert_close(shuffled.batch(n - 2, 4).targets[2:], rows[1].targets[:2], rtol=0, atol=0)
+    assert shuffled.position_after(PackedDataset(split(0, document=1000), 16, 2, shuffle_rows=True), 7) == 7
+
+
 def test_after_an_epoch_the_next_one_begins():
     first, second = PackedDataset(split(0), 8), PackedDataset(split(0), 999)
     assert second.position_after(first, first.n_sequences) == second.n_sequences

@@ -15,6 +15,7 @@ from limbeck import LimbeckError
 from limbeck.cli.distill import build_recipe
 from limbeck.core.recipe import Recipe
 from limbeck.data.documents import fingerprint_source, get_file_sizes, iter_documents, report_skipped_files
+from limbeck.data.held_out import hash_document
 from limbeck.data.streaming import TokenStream
 from limbeck.data.token_store import build_token_store
 from limbeck.training import setup
@@ -93,6 +94,8 @@ def test_a_folder_is_read_once_and_what_is_left_out_is_said(tmp_path, capsys):
     told = " ".join(capsys.readouterr().err.split())
     left = "left out: 1 .json, 1 .md, 1 .png, 1 empty .jsonl, 2 hidden, 3 linked twice"
     assert f"read: 3 .jsonl, 1 .ndjson; {left}" in told
+    report_skipped_files(str(root))
+    assert not capsys.readouterr().err  # it has been said
     kept = get_file_sizes(str(root))
     assert kept["left out: hidden"] == 2
     assert kept["more/b.jsonl"] == len(lines(SIX[2:4]))
@@ -216,12 +219,24 @@ def test_a_text_that_the_hash_does_not_part_holds_out_its_end(kind, share, tmp_p
     if kind != "few":
         assert counts[1] / sum(counts) == pytest.approx(max(share, min(0.1, 16384 / (4 * sum(counts)))), rel=0.9)
     told = " ".join(capsys.readouterr().err.split())
-    assert ("the split by hash would leave one side empty, so held out: the" in told) == (store_parted(store))
+    assert ("the split by hash would leave one side next to nothing, so held out: the" in told) == (store_parted(store))
     # nothing is learnt that is measured on, and the two are the text
     if kind in ("book", "folder"):
         train, held = (tokenizer.decode(split.tokens.tolist()) for split in (store.train, store.held_out))
         assert (train + held).replace("</s>", "") == tokenizer.decode(whole.train.tokens.tolist()).replace("</s>", "")
     assert build_token_store(str(path), tokenizer, length=64, held_out=share).key == store.key
+
+
+def test_one_short_document_is_not_all_that_is_held_out(tmp_path, tokenizer):
+    """Thirty documents, of which the hash holds out the shortest: 2 % of a small text is nothing to measure on."""
+    documents = [book(12, i) for i in range(30)]
+    share = 0.02
+    short = next(f"word {i}" for i in range(10_000) if hash_document(f"word {i}".encode())[0] < share * 2**64)
+    assert not any(hash_document(text.encode())[0] < share * 2**64 for text in documents)
+    path = write(tmp_path / "a.jsonl", lines([*documents, short]))
+    store = build_token_store(str(path), tokenizer, length=32, held_out=share)
+    assert store.held_out.n_tokens > 0.05 * store.train.n_tokens
+    assert store.train.n_documents > 20
 
 
 def store_parted(store) -> bool:

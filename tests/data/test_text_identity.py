@@ -89,6 +89,15 @@ def test_a_text_spelt_otherwise_is_measured_on_what_was_held_out(spelling, tmp_p
     assert again.values["perplexity"] == plain.values["perplexity"]
 
 
+@pytest.mark.parametrize("data", [None, "text.jsonl", "other.jsonl"])
+def test_a_teacher_beside_its_run_is_measured_on_the_same_part_of_the_same_text(data):
+    loader = SubjectLoader(None, data)
+    run = loader.load("run")
+    teacher = loader.load(run.recipe.teacher)
+    assert teacher.held_out_key(32, 256) == run.held_out_key(32, 256)
+    assert run.held_out_key(32, 256)[0] == ("all" if data == "other.jsonl" else "held-out part")
+
+
 def test_a_part_of_a_text_is_measured_on_what_it_holds_out():
     """A file of the folder that was learnt from, and one of several sources."""
     other = measured("run", "other.jsonl", again=True)

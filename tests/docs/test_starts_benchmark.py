@@ -54,13 +54,23 @@ def test_starts_are_what_their_sources_say(starts, teacher_folder):
         torch.testing.assert_close(mixer.gate.weight, (module.o_proj.weight.T + module.v_proj.weight) / 2)
 
 
-def test_the_table_has_a_row_for_each_start(starts, teacher_folder, corpus, capsys):
+def test_the_table_has_a_row_for_each_start(starts, teacher_folder, corpus, capsys, tmp_path, monkeypatch):
     words = ["--teacher", str(teacher_folder), "--data", str(corpus), "--length", "32", "--exam-text", str(corpus)]
-    starts.main([*words, "--tokens", "256,64", "--exam-documents", "1", "--exam-tokens", "64"])
-    lines = capsys.readouterr().out.splitlines()
+    words += ["--exam-documents", "1", "--exam-tokens", "64", "--out", str(tmp_path / "rows")]
+    starts.main([*words, "--tokens", "256,64"])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     assert rows[0][2:5] == ["as it is", "stage 0, 64 tokens", "stage 0, 256 tokens"]
     assert [row[:2] for row in rows[1:]] == [
         [mixer, name] for mixer in ("gated_deltanet", "gla") for name in starts.STARTS
     ]
     assert all(float(cell.replace(",", "")) > 1 for row in rows[1:] for cell in row[2:5])
+    measured = []
+    examine = starts.examine
+    monkeypatch.setattr(starts, "examine", lambda *given: measured.append(given) or examine(*given))
+    starts.main([*words, "--tokens", "256,64"])
+    assert capsys.readouterr().out == out
+    assert measured == [], "finished rows are not measured again"
+    starts.main([*words, "--tokens", "64", "--students", "gla", "--starts", "copied"])
+    assert len(measured) == 3, "another budget is another row: as it is, with stage 0, and the teacher"

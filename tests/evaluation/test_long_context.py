@@ -315,17 +315,21 @@ def test_recall_counts_what_a_model_says(subjects, monkeypatch, tmp_path):
     assert found[0].values["state bytes, 2 pairs"] < found[0].values["state bytes, 8 pairs"]
     comparison.write_comparison(found, tmp_path / "table")
     assert (tmp_path / "table" / "recall.png").is_file()
+    lengths: list[int] = []
     for right in (True, False):
 
         def know(model, lookup, right=right):
             logits = torch.zeros(len(lookup.answers), 97)
             logits[torch.arange(len(lookup.answers)), lookup.answers] = 1.0 if right else -1.0
+            lengths.append(len(lookup.ids))
             return logits, 0
 
         monkeypatch.setattr(associative_recall, "compute_query_logits", know)
         values = measures.run_measure(measure, subjects["retnet"], given, ignore_cache=True).values
         assert values["recall, 8 pairs"] == values["recall, 8 pairs, among all tokens"] == float(right)
         assert values["chance, 8 pairs"] == 1 / 8
+    # the window beside a student has the memory that this has at the end of the longest sequence
+    assert measure.baseline_length(subjects["retnet"], measures.parse_settings(measure, given)) == max(lengths)
 
 
 def test_words_are_single_tokens(tokenizer):

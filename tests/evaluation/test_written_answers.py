@@ -31,17 +31,20 @@ WORDS = ("License", "Work", "shall", "mean", "rights", "grant", "source", "form"
 
 def model_of(name: str) -> torch.nn.Module:
     """A tiny model in float64: the teacher, a student, or a hybrid."""
-    model = make_tiny_model("llama").double()
-    if name == "teacher":
+    family = {"windowed teacher": "mistral", "windowed hybrid": "gemma2"}.get(name, "llama")
+    model = make_tiny_model(family).double()
+    if name.endswith("teacher"):
         return model
     torch.manual_seed(0)
     options = {"window": 8} if name == "sliding_window" else {}
-    mixer, layers = ("retnet", [0]) if name == "hybrid" else (name, "all")
+    mixer, layers = ("retnet", [0]) if name.endswith("hybrid") else (name, "all")
     return limbeck.convert(model, mixer, layers, options).eval()
 
 
 @pytest.mark.parametrize("shared", [0, 9])
-@pytest.mark.parametrize("name", ["teacher", "hybrid", "gated_deltanet", "sliding_window"])
+@pytest.mark.parametrize(
+    "name", ["teacher", "hybrid", "gated_deltanet", "sliding_window", "windowed teacher", "windowed hybrid"]
+)
 def test_a_batch_of_prompts_is_each_prompt_alone(name, shared):
     model = model_of(name)
     drawn = torch.Generator().manual_seed(1)

@@ -134,6 +134,9 @@ def test_the_dearest_layers_are_kept(scores):
     ]
     assert layer_selection.select_layers(made, 3, "both") == [0, 2, 3]  # 1.0, 0.3, 1.1, 1.15
     assert layer_selection.select_layers(made, 1, "both") == [3]
+    # what text cannot tell apart (a window in shorter documents) is rounding, and does not outvote recall
+    silent = [layer_selection.LayerScore(i, kl, recall, 0.1) for i, (kl, recall) in enumerate([(1e-7, 0), (1e-9, 0.5)])]
+    assert layer_selection.select_layers(silent, 1, "both") == [1]
     for wrong in ((0, "kl"), (4, "kl"), (1, "kll")):
         with pytest.raises(LimbeckError):
             layer_selection.select_layers(scores, *wrong)

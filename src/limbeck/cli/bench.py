@@ -9,7 +9,7 @@ from limbeck.cli.completion import complete_choices
 from limbeck.cli.options import ComparisonFolder, IgnoreCache, Json, Models, Plan, Quiet, RunTeacher, count_option
 from limbeck.cli.results import print_json
 from limbeck.cli.verbs import verb
-from limbeck.core.console import console, format_bytes, output
+from limbeck.core.console import console, format_bytes, format_duration, output
 from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError
 from limbeck.core.extras import find_missing
@@ -146,7 +146,7 @@ def _print_plan(to: Any, estimates: list[Any], num_cached: int) -> None:
             f"{format_bytes(estimate.bytes)} on top of the models"
         )
     cached = f"; {num_cached} cached" if num_cached else ""
-    to.print(f"plan: about {sum(estimate.seconds for estimate in estimates) / 60:.1f} min in total{cached}")
+    to.print(f"plan: about {format_duration(sum(estimate.seconds for estimate in estimates))} in total{cached}")
 
 
 def _parse_numbers(option: str, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """limbeck chat: a conversation in the terminal, with a student or with an exported file in llama.cpp."""
 
 import math
+import shlex
 import sys
 import time
 from contextlib import closing
@@ -88,7 +89,9 @@ def _open_llama_cpp(run: Path, context: int) -> tuple[Any, Any, list[int]]:
     files = sorted(run.glob("export/*/*.gguf"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise LimbeckError(
-            f"{run} has no GGUF file", expected="one under export/", hint=f"limbeck export {run} --to gguf"
+            f"{run} has no GGUF file",
+            expected="one under export/",
+            hint=f"limbeck export {shlex.quote(str(run))} --to gguf",
         )
     config = GenerationConfig.from_pretrained(folder)
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])

@@ -26,7 +26,7 @@ from limbeck.cli.options import (
 )
 from limbeck.cli.results import print_json, to_plain
 from limbeck.cli.verbs import verb
-from limbeck.core.console import console, format_duration, output
+from limbeck.core.console import console, format_bytes, format_duration, output
 
 if TYPE_CHECKING:
     from limbeck.core.recipe import Recipe
@@ -197,6 +197,7 @@ def print_plan(plan: Any, to: Any = console) -> None:
         )
     to.print(table)
     to.print(
-        f"about {format_duration(plan.seconds)} in total, {plan.memory_bytes / 1e9:.1f} GB of memory, "
-        f"{plan.disk_bytes / 1e9:.1f} GB of disk; matrix products run at {plan.flops_per_second / 1e9:.0f} GFLOP/s here"
+        f"about {format_duration(plan.seconds)} in total, {format_bytes(plan.memory_bytes)} of memory, "
+        f"{format_bytes(plan.disk_bytes)} of disk; "
+        f"matrix products run at {plan.flops_per_second / 1e9:.0f} GFLOP/s here"
     )

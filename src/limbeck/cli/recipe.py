@@ -16,7 +16,7 @@ from limbeck.core.errors import LimbeckError, suggest_closest
 LINE_WIDTH = 120  # of a line with its comment; longer comments stand above their line
 
 
-@verb("limbeck recipe quickstart > recipe.yaml", "limbeck recipe paper-experiment-1 > study.yaml")
+@verb("limbeck recipe > recipe.yaml", "limbeck recipe paper-experiment-1 > study.yaml")
 def recipe(
     name: Annotated[
         str,
@@ -24,7 +24,7 @@ def recipe(
             help="A built-in recipe, study or teacher, or a YAML file of a recipe.",
             autocompletion=complete_recipes_and_studies,
         ),
-    ] = "quickstart",
+    ] = "limbeck",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

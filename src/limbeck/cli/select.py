@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +81,7 @@ def select(
     else:
         _print_layers(content)
     option = "--softmax-heads" if heads else "--softmax-layers"
-    console.print(f"written to {out}; use it with: limbeck distill {option} {out}")
+    console.print(f"written to {out}; use it with: limbeck distill {option} {shlex.quote(str(out))}")
 
 
 def _select_layers(
@@ -129,6 +130,11 @@ def _print_layers(content: dict[str, Any]) -> None:
         numbers = (f"{score[name]:.4f}" for name in ("kl", "recall", "unexplained"))
         table.add_row(str(score["layer"]), *numbers, "softmax" if score["layer"] in content["softmax_layers"] else "")
     output.print(table)
+    if max(score["kl"] for score in content["prices"]) < 1e-3:
+        output.print(
+            "KL does not tell the layers apart on this text: less than a thousandth of a nat each. "
+            "If the mixer is a window, its documents may be shorter than that; longer ones come with --data."
+        )
 
 
 def _select_heads(

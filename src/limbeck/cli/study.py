@@ -10,7 +10,7 @@ from limbeck.cli.completion import complete_choices, complete_studies
 from limbeck.cli.options import STUDIES_FOLDER, Json, Plan, Quiet
 from limbeck.cli.results import print_json
 from limbeck.cli.verbs import verb
-from limbeck.core.console import console, output
+from limbeck.core.console import console, format_bytes, format_duration, output
 from limbeck.core.errors import LimbeckError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def print_study_plan(plan: "StudyPlan", to: Any = console) -> None:
     for column in ("run", "", "tokens", "time", "saved by sharing"):
         table.add_column(column, justify="right" if column in ("tokens", "time", "saved by sharing") else "left")
     for arm in left[:MAX_PLAN_ROWS]:
-        times = (f"{(arm.seconds - arm.saved_seconds) / 60:.1f} min", f"{arm.saved_seconds / 60:.1f} min")
+        times = format_duration(arm.seconds - arm.saved_seconds), format_duration(arm.saved_seconds)
         table.add_row(arm.name, arm.error or arm.state, f"{arm.tokens:,}", *times)
     if len(left) > MAX_PLAN_ROWS:
         table.add_row(f"and {len(left) - MAX_PLAN_ROWS} more")
@@ -189,9 +189,9 @@ def print_study_plan(plan: "StudyPlan", to: Any = console) -> None:
         to.print(table)
     to.print(
         f"{len(plan.arms)} runs, {len(plan.arms) - len(left)} of them finished; {plan.tokens:,} tokens, about "
-        f"{plan.seconds / 60:.0f} min of training ({plan.saved_seconds / 60:.0f} min saved by sharing), "
-        f"{plan.disk_bytes / 1e9:.2f} GB of disk"
-        + (f"; {plan.wall_seconds / 60:.0f} min with {plan.workers} workers" if plan.workers > 1 else "")
+        f"{format_duration(plan.seconds)} of training ({format_duration(plan.saved_seconds)} saved by sharing), "
+        f"{format_bytes(plan.disk_bytes)} of disk"
+        + (f"; {format_duration(plan.wall_seconds)} with {plan.workers} workers" if plan.workers > 1 else "")
     )
 
 

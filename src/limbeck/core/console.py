@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rich.console import Console, Group, RenderableType
@@ -94,6 +95,12 @@ if panel is not None:
     warnings.filterwarnings("ignore", "IProgress not found")  # tqdm misses widgets, which nothing here needs
 console = UncroppedConsole(stderr=True, file=panel, soft_wrap=True, **_PLAIN)
 output = UncroppedConsole(**_PLAIN)
+
+
+@cache
+def print_once(line: str) -> None:
+    """Print what a process need not say again: a run opens the same text several times."""
+    console.print(line, markup=False)
 
 
 def _is_markdown(item: Any) -> "TypeGuard[Markdown]":

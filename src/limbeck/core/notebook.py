@@ -4,6 +4,8 @@
         console = Console(file=NotebookPanel())                 # messages become lines of the block
         with panel.show_bar("hidden", total=400, unit="tokens") as advance:
             advance(16, note="loss 0.231")                      # the last line, redrawn in place; at the end it stays
+    with panel.passing_bars():                                 # what stays of them is what is written
+        ...
 
 A block is drawn with IPython's own display, so no widget is needed, and a saved notebook has its last state as plain
 text.
@@ -35,6 +37,7 @@ class NotebookPanel(io.TextIOBase):
         self._text = ""
         self._bars: list[str] = []
         self._drawn = 0.0
+        self._keeps_bars = True
 
     def writable(self) -> bool:
         """Whether text can be written: always."""
@@ -77,7 +80,19 @@ class NotebookPanel(io.TextIOBase):
             yield advance
         finally:
             del self._bars[number:]
-            self.write(describe(done=True) + "\n")
+            if self._keeps_bars:
+                self.write(describe(done=True) + "\n")
+            else:
+                self._draw()
+
+    @contextmanager
+    def passing_bars(self) -> Iterator[None]:
+        """Let bars vanish at their end: of a study's hundred bars no reader misses one."""
+        before, self._keeps_bars = self._keeps_bars, False
+        try:
+            yield
+        finally:
+            self._keeps_bars = before
 
     def _begin_cell(self) -> None:
         """Begin a new block where another cell runs than before."""

@@ -198,7 +198,7 @@ def check_link(path: Path) -> None:
         raise LimbeckError(
             f"{path} is a link to {os.readlink(path)}, which does not exist",
             expected="a folder, or a link to one",
-            hint=f"mount its disk, or remove the link: rm {path}",
+            hint=f"mount its disk, or remove the link: rm {shlex.quote(str(path))}",
         )
 
 

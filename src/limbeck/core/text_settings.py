@@ -60,9 +60,9 @@ class Data(Part):
     """Share of the documents reserved for evaluation."""
     max_tokens: Annotated[Count, Field(gt=0)] | None = None
     """Tokenize at most so many tokens of each source; null: all."""
-    documents: Literal["packed", "whole"] = "packed"
-    """`packed`: documents fill the sequences one after the other; `whole`: each sequence is the beginning of one
-    document of at least `seq_len` tokens.
+    documents: Literal["packed", "shuffled", "whole"] = "packed"
+    """`packed`: documents fill the sequences one after the other, a long one many in a row; `shuffled`: these sequences
+    in random order; `whole`: each sequence is the beginning of one document of at least `seq_len` tokens.
     """
     streaming: bool = False
     """Tokenize shard by shard during training, not everything first."""
@@ -73,8 +73,10 @@ class Data(Part):
     def _check_sources(self) -> "Data":
         if self.streaming and self.max_tokens is not None:
             raise ValueError("max_tokens limits text that is tokenized in advance; with streaming leave it out (null)")
-        if self.streaming and (has_repeated_text(self) or self.documents == "whole"):
-            raise ValueError("repeated-text and documents: whole choose among all documents, so without streaming")
+        if self.streaming and (has_repeated_text(self) or self.documents != "packed"):
+            raise ValueError(
+                "repeated-text and documents: whole or shuffled choose among all documents, so without streaming"
+            )
         if self.sources is not None:
             names = " + ".join(f"{one.weight:g} {one.source}" for one in self.sources)
             if "source" in self.model_fields_set and self.source != names:

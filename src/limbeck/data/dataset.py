@@ -42,7 +42,7 @@ class TextData:
 
     sources: list[OpenedSource]
     weights: list[float]
-    whole: bool = False  # sequences are whole documents (`Data.documents`)
+    documents: str = "packed"  # how they become sequences (`Data.documents`)
 
     @property
     def key(self) -> str:
@@ -103,8 +103,11 @@ class TextData:
         return MixtureDataset(datasets, [weight for _, weight in self._held_out], shuffle=False)
 
     def _open_split(self, split: Split, length: int, seed: int = 0, shuffle: bool = True) -> SequenceDataset:
-        dataset = WholeDocumentDataset if self.whole else PackedDataset
-        return dataset(split, length, seed, shuffle=shuffle)
+        if self.documents == "whole":
+            return WholeDocumentDataset(split, length, seed, shuffle=shuffle)
+        return PackedDataset(
+            split, length, seed, shuffle=shuffle, shuffle_rows=shuffle and self.documents == "shuffled"
+        )
 
     @property
     def _held_out(self) -> list[tuple[Split, float]]:
@@ -177,7 +180,7 @@ def open_text_data(
                     raise LimbeckError(f"{name} does not say of which text", expected=f"{REPEATED_TEXT_PREFIX}SOURCE")
                 store = build_token_store(name, tokenizer, max_tokens=data.max_tokens, **common)
                 parts.append(store if name == source.source else RepeatedTextSource(store))
-    return TextData(parts, [source.weight for source in sources], whole=data.documents == "whole")
+    return TextData(parts, [source.weight for source in sources], documents=data.documents)
 
 
 _reading = threading.Lock()  # students that train together read one text, whose caches are not thread-safe

@@ -32,7 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.core.console import console
+from limbeck.core.console import console, print_once
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import compute_sha256
 from limbeck.data.hub import (
@@ -294,7 +294,7 @@ def report_skipped_files(source: str) -> None:
     if skipped:
         read = ", ".join(f"{count:,} {kind}" for kind, count in sorted(Counter(map(get_extension, files)).items()))
         rest = ", ".join(f"{count:,} {kind}" for kind, count in skipped.items())
-        console.print(f"'{source}': read: {read}; left out: {rest}", markup=False)
+        print_once(f"'{source}': read: {read}; left out: {rest}")
 
 
 def list_source_files(root: Path, source: str) -> list[Path]:

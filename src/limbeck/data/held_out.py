@@ -4,8 +4,8 @@
     sides = select_held_out(split_hashes, share=0.02)           # int8 [n], 1: held out
 
 A hash of a document's text decides, so more data never moves a document across the split and duplicates stay together.
-Where the hash leaves one side without any document, `force_held_out` takes the first ones in the order of the hashes,
-or, of a single text, its end. `limbeck.data.token_store` writes both sides.
+Where that leaves one side next to nothing (`is_split_useless`), `force_held_out` takes the first ones in the order of
+the hashes, or, of a single text, its end. `limbeck.data.token_store` writes both sides.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.core.console import console
+from limbeck.core.console import print_once
 
+MIN_HELD_BYTES = 4_096  # by the hash: less measures nothing, if it is less than a hundredth of the text too
 MIN_FORCED_BYTES = 16_384  # least to hold out of a text that has to be cut, if that is no more than a tenth of it
 
 
@@ -35,6 +36,17 @@ def select_held_out(split_hashes: array, share: float) -> np.ndarray:
     return (np.frombuffer(split_hashes, np.uint64) < np.uint64(int(share * 2**64))).astype(np.int8)
 
 
+def is_split_useless(starts: array, sides: np.ndarray) -> bool:
+    """Tell whether the hash leaves nothing to train on, or too little to measure on: of few documents one short one.
+
+    Args:
+        starts: byte offsets [n + 1] of the documents.
+        sides: 1 where a document is held out [n].
+    """
+    held = int(np.diff(np.frombuffer(starts, np.int64))[sides == 1].sum())
+    return bool(sides.all()) or held < max(min(MIN_HELD_BYTES, starts[-1] // 100), 1)
+
+
 def force_held_out(
     spool: Path,
     starts: array,
@@ -43,7 +55,7 @@ def force_held_out(
     find_cut: Callable[[bytes, int], int | None],
     max_tokens: int | None,
 ) -> tuple[array, np.ndarray, np.ndarray, str | None]:
-    """Hold something out where the hash of so few documents has put all on one side.
+    """Hold something out where the hash of so few documents has put all, or nearly all, on one side.
 
     The first documents in the order by hash while they fit, those that are the same together; where too few do, the
     end of the longest, cut at a blank line, a line or a space where there is one. All that comes first in the order, so
@@ -97,7 +109,7 @@ def force_held_out(
 
 
 def report_forced_split(manifest: dict[str, Any], source: str) -> None:
-    """Print what is held out where no document was by its hash."""
+    """Print what is held out where hardly anything was by its hash."""
     if manifest.get("parted"):
-        words = f"the split by hash would leave one side empty, so held out: {manifest['parted']}"
-        console.print(f"'{source}': {words}", markup=False)
+        words = f"the split by hash would leave one side next to nothing, so held out: {manifest['parted']}"
+        print_once(f"'{source}': {words}")

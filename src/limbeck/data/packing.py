@@ -20,7 +20,7 @@ Legend: B batch, T time.
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -182,6 +182,14 @@ class SequenceDataset(Protocol):
         """Return the position here of what follows the `position` sequences of `read`, which have another length."""
 
 
+class Layout(NamedTuple):
+    """Which tokens an epoch reads when."""
+
+    order: np.ndarray  # [n] of the documents
+    starts: np.ndarray  # [n + 1] where each begins, and the end
+    places: np.ndarray | None  # [rows] which row of that text comes when; None: in its order
+
+
 class PackedDataset:
     """Sequences of a split, by position.
 
@@ -190,13 +198,15 @@ class PackedDataset:
         length: T, tokens in a sequence.
         seed: of the order of the documents.
         shuffle: False keeps the stored order in every epoch (for evaluation).
+        shuffle_rows: draw the order of the sequences too, so that a long document does not fill many in a row.
 
     Raises:
         LimbeckError: the split has not even one sequence.
     """
 
-    def __init__(self, split: Split, length: int, seed: int = 0, *, shuffle: bool = True):
-        self.split, self.length, self.seed, self.shuffle = split, length, seed, shuffle
+    def __init__(self, split: Split, length: int, seed: int = 0, *, shuffle: bool = True, shuffle_rows: bool = False):
+        self.split, self.length, self.seed = split, length, seed
+        self.shuffle, self.shuffle_rows = shuffle, shuffle_rows
         # Row r reads tokens r*T to r*T + T, both included: the last one is a target here and an input in row r + 1.
         self.n_sequences = max(split.n_tokens - 1, 0) // length
         if self.n_sequences < 1:
@@ -204,7 +214,7 @@ class PackedDataset:
                 f"{split.n_tokens:,} {split.name} tokens", expected=f"more than {length:,}, for one sequence"
             )
         self._lengths = np.diff(split.offsets)
-        self._layouts: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._layouts: OrderedDict[int, Layout] = OrderedDict()
 
     def batch(self, position: int, size: int) -> Batch:
         """Return sequences `position` to `position + size` since the start of training, in whatever epoch.
@@ -224,14 +234,17 @@ class PackedDataset:
     def position_after(self, read: SequenceDataset, position: int) -> int:
         """Return the position, in sequences of this length, of what follows the `position` sequences of `read`.
 
-        No token is read twice in an epoch; up to a sequence is left out.
+        No token is read twice in an epoch; up to a sequence is left out. With `shuffle_rows` that holds for one length:
+        sequences of another one are drawn anew, and the position is that of as many tokens.
         """
         assert isinstance(read, PackedDataset)
         epoch, row = divmod(position, read.n_sequences)
         return epoch * self.n_sequences + min(-(-row * read.length // self.length), self.n_sequences)
 
     def _rows(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        order, starts = self._layout(epoch)
+        order, starts, places = self._layout(epoch)
+        if places is not None:
+            rows = places[rows]
         begin, columns = rows[:, None] * self.length, np.arange(self.length + 1)
         prefix = np.array(self.split.prefix_ids, np.int64)
         first = starts[np.searchsorted(starts, begin, side="right") - 1]
@@ -252,8 +265,8 @@ class PackedDataset:
         targets = np.where(is_target, tokens[:, 1:], IGNORE_INDEX)
         return tokens[:, :-1], (columns - begins)[:, :-1], targets
 
-    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the order of the documents in an epoch [n], and where each begins in it, with the end [n + 1]."""
+    def _layout(self, epoch: int) -> Layout:
+        """Lay out an epoch; the same for all lengths but for the order of the sequences."""
         if not self.shuffle:
             epoch = 0
         if epoch not in self._layouts:
@@ -261,7 +274,11 @@ class PackedDataset:
             if self.shuffle:
                 order = np.argsort(splitmix64(order, self.seed, epoch), kind="stable")
             starts = np.concatenate([[0], np.cumsum(self._lengths[order])])
-            self._layouts[epoch] = order, starts
+            places = None
+            if self.shuffle_rows:
+                # another stream of randomness than the documents'
+                places = np.argsort(splitmix64(np.arange(self.n_sequences), ~self.seed, epoch), kind="stable")
+            self._layouts[epoch] = Layout(order, starts, places)
             while len(self._layouts) > 2:  # a batch spans two epochs at most, if it is not longer than one
                 self._layouts.popitem(last=False)
         return self._layouts[epoch]

@@ -28,7 +28,7 @@ from limbeck.core.console import progress
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import cache_root, check_disk_space
 from limbeck.data.documents import count_stored_bytes, fingerprint_source, get_file_sizes
-from limbeck.data.held_out import force_held_out, hash_document, report_forced_split, select_held_out
+from limbeck.data.held_out import force_held_out, hash_document, is_split_useless, report_forced_split, select_held_out
 from limbeck.data.tokenization import Encoder, collect_store_settings, create_encoder, hash_settings
 
 SPLITS = ("train", "held_out")
@@ -159,7 +159,7 @@ def tokenize_documents(
         source: for messages.
         quiet: no progress bar (there is another one, or a thread in the background does this).
         check_cancelled: called between the parts of the work; may raise to end it.
-        allow_forced_split: hold something out even where the hash leaves one side of the split without a document.
+        allow_forced_split: hold something out even where the hash leaves one side of the split next to nothing.
 
     Returns:
         What the manifest records of them.
@@ -170,7 +170,7 @@ def tokenize_documents(
     spool = folder / "text"
     starts, order, sides = _spool(spool, documents, settings["held_out"], show, check_cancelled)
     forced = None
-    if allow_forced_split and settings["held_out"] and len(order) and not 0 < sides.sum() < len(order):
+    if allow_forced_split and settings["held_out"] and len(order) and is_split_useless(starts, sides):
         starts, order, sides, forced = force_held_out(
             spool, starts, order, settings["held_out"], encoder.find_cut, limit
         )
@@ -324,7 +324,10 @@ def check_token_count(splits: list[Split], source: str, length: int, max_tokens:
     smallest = min(splits, key=lambda split: split.n_tokens)
     fitting_length = (smallest.n_tokens - 1) // MIN_SEQUENCES
     hints = [f"--set data.seq_len={fitting_length}"] if fitting_length >= MIN_SEQ_LEN else []
-    if max_tokens is not None and sum(split.n_tokens for split in splits) >= max_tokens:
+    total = sum(split.n_tokens for split in splits)
+    if smallest.name == "held_out" and 4 * needed < total:
+        hints.append(f"--set data.held_out={2 * needed / total:.2g}")
+    if max_tokens is not None and total >= max_tokens:
         hints.append("--set data.max_tokens=null")
     counts = ", ".join(f"{split.n_documents:,} {split.name.replace('_', ' ')}" for split in splits)
     raise LimbeckError(

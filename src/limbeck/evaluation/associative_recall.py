@@ -130,6 +130,7 @@ class RecallSequence:
             raise LimbeckError(
                 f"{pairs} pairs need {2 * pairs} different words, there are {len(words)}",
                 expected=f"{len(words) // 2} pairs or fewer",
+                hint=f"--set recall.pairs=[{','.join(str(n) for n in (2, 4, 8, 16, 32, 64) if 2 * n <= len(words))}]",
             )
         sampled = rng.sample(words, 2 * pairs)
         shown_pairs = list(zip(sampled[:pairs], sampled[pairs:]))
@@ -171,9 +172,17 @@ def compute_query_logits(model: PreTrainedModel, sequence: RecallSequence) -> tu
     return LMHead(model)(hidden[sequence.queries.to(hidden.device)]).float().cpu(), cache_bytes(cache)
 
 
+def get_recall_length(subject: Subject, settings: RecallSettings) -> int:
+    """Return the tokens of the longest sequence, at which a student's untrained window has its memory."""
+    colon, newline = encode_plain_texts(subject.tokenizer, [settings.sign, "\n"])
+    prefix = find_special_token_ids(subject.tokenizer).prefix_ids
+    return len(prefix) + 2 * max(settings.pairs) * (2 + len(colon) + len(newline))
+
+
 MEASURE = Measure(
     "recall",
     "multi-query associative recall with real words, by number of pairs",
     RecallSettings,
     measure_recall,
+    baseline_length=get_recall_length,
 )

@@ -121,7 +121,7 @@ def build_needle_question(
         return NEEDLE_QUESTION.format(kind=kind, key=key, context=separator.join(sentences))
 
     max_units = len(haystack.words) if task > 1 else length  # a repetition is more than one token
-    prompt = _build_longest_prompt(f"S-NIAH-{task}", build_prompt, max_units, length, new_tokens, tokenizer)
+    prompt = build_longest_prompt(f"S-NIAH-{task}", build_prompt, max_units, length, new_tokens, tokenizer)
     return Question(prompt, f" {value}", [f" {other}" for other in others], length, depth)
 
 
@@ -136,7 +136,7 @@ def build_passkey_question(
         noise = [" ".join([NOISE] * times) + "\n" if times else "" for times in (before, units - before)]
         return PASSKEY_BEGIN + noise[0] + PASSKEY.format(value=value) + noise[1] + PASSKEY_END
 
-    prompt = _build_longest_prompt("pass key", build_prompt, length, length, new_tokens, tokenizer)
+    prompt = build_longest_prompt("pass key", build_prompt, length, length, new_tokens, tokenizer)
     return Question(prompt, f" {value}", [f" {other}" for other in others], length, depth)
 
 
@@ -145,7 +145,7 @@ def count_prompt_tokens(tokenizer: Any, text: str) -> int:
     return len(encode_prompt(tokenizer, text))
 
 
-def _build_longest_prompt(
+def build_longest_prompt(
     name: str, build_prompt: Callable[[int], str], max_units: int, length: int, new_tokens: int, tokenizer: Any
 ) -> str:
     """Build the prompt with as many of at most `max_units` units of haystack as fit into `length` tokens."""

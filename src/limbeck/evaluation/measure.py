@@ -122,6 +122,7 @@ MEASURE_MODULES = {
     "sampled": "limbeck.evaluation.sampled_text:MEASURE",
     "positions": "limbeck.evaluation.long_text:MEASURE",
     "needle": "limbeck.evaluation.retrieval:NEEDLE",
+    "facts": "limbeck.evaluation.facts:MEASURE",
     "recall": "limbeck.evaluation.associative_recall:MEASURE",
     "passkey": "limbeck.evaluation.retrieval:PASSKEY",
     "speed": "limbeck.evaluation.speed:MEASURE",

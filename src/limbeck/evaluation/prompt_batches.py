@@ -24,6 +24,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from limbeck.evaluation.long_text import PrefilledPrompt, iter_chunks, run_chunk
 from limbeck.models import build_cache_kwargs
 from limbeck.models.backbone import LMHead
+from limbeck.models.packed import has_full_attention
 
 CHUNK_SIZE = 1024  # tokens of a prompt in a forward pass
 
@@ -32,6 +33,17 @@ def count_shared_tokens(rows: Sequence[Sequence[int]]) -> int:
     """Count the tokens with which all rows begin, leaving at least one token of each for itself."""
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
     return min(shared, min(map(len, rows)) - 1)
+
+
+def is_in_reach(model: PreTrainedModel, length: int) -> bool:
+    """Return whether each softmax layer attends to all of so many tokens.
+
+    Where one has a window, padding between the shared beginning and a prompt's own part would push the beginning out
+    of it, so such prompts share nothing: padding is to the left of everything then, where no window comes.
+    """
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return has_full_attention(config) or min(filter(None, windows), default=0) >= length
 
 
 class SharedPrefix:
@@ -43,7 +55,8 @@ class SharedPrefix:
 
     def __init__(self, model: PreTrainedModel, rows: Sequence[Sequence[int]]):
         self.model = model
-        self.ids = list(rows[0][: count_shared_tokens(rows)])
+        longest = max(map(len, rows))
+        self.ids = list(rows[0][: count_shared_tokens(rows)]) if is_in_reach(model, 2 * longest) else []
         self._cache = DynamicCache(config=model.config)
         self._read(self.ids, self._cache)
 

@@ -96,7 +96,9 @@ def measure_needle(subject: Subject, settings: NeedleSettings) -> MeasureResult:
                             settings.new_tokens,
                             settings.distractors,
                         )
-                        answers[f"niah {task}"].append(_load_or_answer(subject, question, settings))
+                        answers[f"niah {task}"].append(
+                            load_or_answer(subject, question, settings.new_tokens, settings.piece)
+                        )
                         advance(1, note=f"S-NIAH-{task}, {length} tokens")
     return summarize_answers(answers, settings.distractors + 1)
 
@@ -113,7 +115,7 @@ def measure_passkey(subject: Subject, settings: PasskeySettings) -> MeasureResul
                 question = build_passkey_question(
                     length, depth, subject.tokenizer, rng, settings.new_tokens, settings.distractors
                 )
-                answers.append(_load_or_answer(subject, question, settings))
+                answers.append(load_or_answer(subject, question, settings.new_tokens, settings.piece))
                 advance(1, note=f"{length} tokens")
     return summarize_answers({"passkey": answers}, settings.distractors + 1)
 
@@ -138,16 +140,16 @@ class RetrievalAnswer:
     share: float
 
 
-def _load_or_answer(
-    subject: Subject, question: Question, settings: NeedleSettings | PasskeySettings
+def load_or_answer(
+    subject: Subject, question: Question, new_tokens: int, prefill_chunk_size: int = 1024
 ) -> RetrievalAnswer:
     """Answer a question, or load the answer: at 8,192 tokens one takes a CPU a minute, so a killed run resumes."""
 
     def ask() -> dict[str, Any]:
-        answer = answer_question(subject.model, subject.tokenizer, question, settings.new_tokens, settings.piece)
+        answer = answer_question(subject.model, subject.tokenizer, question, new_tokens, prefill_chunk_size)
         return asdict(answer)
 
-    asked = [asdict(question), settings.new_tokens]
+    asked = [asdict(question), new_tokens]
     return RetrievalAnswer(**load_or_ask(subject, "retrieval", asked, ask))
 
 
@@ -247,5 +249,18 @@ def proportion_with_stderr(hits: list[bool]) -> tuple[float, float]:
     return sum(hits) / n, math.sqrt(smoothed * (1 - smoothed) / (n + 1))
 
 
-NEEDLE = Measure("needle", "RULER's single needles in a haystack, by length and depth", NeedleSettings, measure_needle)
-PASSKEY = Measure("passkey", "pass-key retrieval by length", PasskeySettings, measure_passkey)
+def get_longest_prompt(subject: Subject, settings: NeedleSettings | PasskeySettings) -> int:
+    """Return the tokens of the longest prompt with its answer: a student's window has the memory it needs there."""
+    return max(settings.lengths)
+
+
+NEEDLE = Measure(
+    "needle",
+    "RULER's single needles in a haystack, by length and depth",
+    NeedleSettings,
+    measure_needle,
+    baseline_length=get_longest_prompt,
+)
+PASSKEY = Measure(
+    "passkey", "pass-key retrieval by length", PasskeySettings, measure_passkey, baseline_length=get_longest_prompt
+)

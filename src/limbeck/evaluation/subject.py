@@ -12,7 +12,7 @@ initialisation of the mixers and the teacher's projections, the rest is due to t
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ class Subject:
     name: as given on the command line.
     folder: argument of `from_pretrained`.
     output_dir: folder of its measurements.
-    trained_on_data: `data` is a text that its run was trained on, so only the held-out part is used.
+    trained_on_data: `data` is a text that its run was trained on, so only the held-out part is used; for a teacher, the
+        run that it stands beside.
     ignore_cache: also recompute what a measure caches by itself, such as scores of single tasks.
     baseline: what it is if it was made from a student's teacher, untrained, to be measured beside the student.
     content: identifies a model that was made, and is in no folder; None: its weights do.
@@ -192,9 +193,12 @@ class SubjectLoader:
     out: Path | None = None
     output_dirs: dict[str, Path] = field(default_factory=dict)
     _teachers: dict[str, Subject] = field(default_factory=dict)
+    _run_texts: dict[str, tuple[Data, bool]] = field(default_factory=dict)
 
     def load(self, name: str) -> Subject:
         """Load a model with its teacher.
+
+        The teacher of a run that came before is measured on the same part of the same text as that run.
 
         Raises:
             LimbeckError: there is no such model, or its teacher or text is not available.
@@ -217,7 +221,7 @@ class SubjectLoader:
         checkpoint = str(folder) if folder.is_dir() else loading.resolve_teacher(name)
         is_run = folder != path
         if not is_run and (name in self._teachers or not is_student(checkpoint)):
-            return self._load_teacher(name, output_dir, data)
+            return replace(self._load_teacher(name, output_dir, data), **self._name_run_text(name))
         model, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         subject = Subject(
@@ -234,7 +238,13 @@ class SubjectLoader:
         teacher = self.teacher or (recipe.teacher if recipe else None)
         if teacher is not None:
             subject.teacher_or_none = self._load_teacher(teacher, output_dir, data)
+            if recipe is not None:
+                self._run_texts.setdefault(teacher, (data, subject.trained_on_data or data == recipe.data))
         return subject
+
+    def _name_run_text(self, teacher: str) -> dict[str, Any]:
+        data, is_training_text = self._run_texts.get(teacher, (None, False))
+        return {} if data is None else {"data": data, "trained_on_data": is_training_text}
 
     def adopt(self, name: str, model: PreTrainedModel, output_dir: Path) -> Subject:
         """Make a subject of a model in memory, beside the loader's teacher, whose tokenizer it has.

@@ -204,10 +204,9 @@ def load_config(name: str) -> PreTrainedConfig:
     except LimbeckError:
         raise
     except Exception as error:
-        parent = f"; the folder {Path(name).parent} has no '{Path(name).name}'"
+        missing = "" if Path(path).exists() else f"; there is no folder '{name}'"
         raise LimbeckError(
-            f"cannot read the config of '{name}': {summarize_error(error)}"
-            f"{parent if Path(name).parent.is_dir() and '/' in name else ''}",
+            f"cannot read the config of '{name}': {summarize_error(error)}{missing}",
             expected=f"{SAVED_MODEL_FOLDER}, or the name of a model on the hub",
         ) from error
     _check_is_causal_lm(name, raw, config)

@@ -51,7 +51,7 @@ def supports_packed_attention(model: PreTrainedModel) -> bool:
         return False
     supported: bool | None = getattr(model, "_limbeck_packed", None)
     if supported is None:
-        supported = _has_full_attention(model.config.get_text_config()) and _matches_masked_pass(model)
+        supported = has_full_attention(model.config.get_text_config()) and _matches_masked_pass(model)
         force_attention_masks(model, not supported)
     return supported
 
@@ -61,7 +61,7 @@ def force_attention_masks(model: PreTrainedModel, masks: bool = True) -> None:
     model._limbeck_packed = not masks  # type: ignore[assignment]
 
 
-def _has_full_attention(config: Any) -> bool:
+def has_full_attention(config: Any) -> bool:
     """Return whether every layer attends to all earlier tokens, which a trial on a few tokens cannot show."""
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -137,7 +137,7 @@ def load_collection(paths: list[Path]) -> RunCollection:
     studies, runs, measured = [], [], []
     for path in paths:
         if not path.is_dir():
-            raise LimbeckError(f"{path} is not a folder", expected="a study's folder, or run directories")
+            raise LimbeckError(f"'{path}' is not a folder", expected="a study's folder, or run directories")
         nested = sorted(recipe.parent for recipe in path.glob("*/recipe.yaml"))
         if (path / "study.json").is_file():
             studies.append(path)
@@ -218,7 +218,8 @@ def _load_runs(folders: list[Path]) -> RunCollection:
         run.axes = {"student": series.setdefault(key, name), **_recipe_axes(run.recipe)}
         path = folder / "eval.json"
         if path.is_file():
-            summary = read_json(path, f"limbeck distill {folder / 'recipe.yaml'} --out {folder}   (evaluates again)")
+            again = shlex.join(["limbeck", "distill", str(folder / "recipe.yaml"), "--out", str(folder)])
+            summary = read_json(path, f"{again}   (evaluates again)")
             run.status, run.stages = "finished", summary["stages"]
             run.seconds = sum(stage["seconds"] for stage in run.stages)
             run.prompt, run.samples = summary.get("prompt") or "", summary.get("samples") or {}

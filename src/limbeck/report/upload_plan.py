@@ -9,6 +9,7 @@ Nothing is written here. The network is asked only for the teacher's license, if
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,7 +195,7 @@ def find_student_folder(path: Path) -> Path:
         raise LimbeckError(
             f"the run {path} has no student yet" if unfinished else f"{path} holds no student",
             expected="a finished run directory, or a folder written by `limbeck convert` or save_pretrained",
-            hint=f"limbeck distill {path / 'recipe.yaml'}" if unfinished else None,
+            hint=f"limbeck distill {shlex.quote(str(path / 'recipe.yaml'))}" if unfinished else None,
         )
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
@@ -256,14 +257,14 @@ def _check_prompt(recipe: Recipe, file: Path) -> None:
         raise LimbeckError(
             f"the recipe's prompt names {paths[0]}, a path on this machine, which the card would publish",
             expected="a prompt without local paths",
-            hint=f"limbeck distill {file} --set evaluation.prompt='The history of science is'   "
+            hint=f"limbeck distill {shlex.quote(str(file))} --set evaluation.prompt='The history of science is'   "
             "(only the evaluation is repeated)",
         )
 
 
 def _resume_command(path: Path, recipe: Recipe) -> str:
-    out = "" if recipe.out and Path(recipe.out) == path else f" --out {path}"
-    return f"limbeck distill {path / 'recipe.yaml'}{out}"
+    out = "" if recipe.out and Path(recipe.out) == path else f" --out {shlex.quote(str(path))}"
+    return f"limbeck distill {shlex.quote(str(path / 'recipe.yaml'))}{out}"
 
 
 def _load_or_generate_card(

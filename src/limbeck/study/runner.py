@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.text import Text
 
-from limbeck.core.console import console
+from limbeck.core.console import console, format_duration
 from limbeck.core.distributed import get_process_info
 from limbeck.core.errors import LimbeckError
 from limbeck.core.live import Phase, View
@@ -103,7 +103,8 @@ class ProgressReporter:
         remaining = sum(self.weights.values())
         if not self.done_weight or not remaining:
             return ""
-        return f"; about {(time.monotonic() - self.start) * remaining / self.done_weight / 60:.1f} min left"
+        seconds = (time.monotonic() - self.start) * remaining / self.done_weight
+        return f"; about {format_duration(seconds)} left"
 
 
 def describe_task(task: StudyTask) -> str:

@@ -12,14 +12,14 @@ import gc
 import json
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
-from limbeck.core.console import console
+from limbeck.core.console import console, panel
 from limbeck.core.distributed import get_local_device
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
@@ -89,9 +89,11 @@ class SequentialExecutor:
     def run(self, study: Study, folder: Path, tasks: list[StudyTask]) -> Iterator[TaskResult]:
         arms = {arm.name: arm for arm in study.arms(folder)}
         for task in tasks:
-            if task.kind == "alone":
+            if task.kind == "alone" and panel is None:
                 console.print(", ".join(task.arms), style="bold")
-            yield self.task_runner.run_task(study, task, arms)
+            with nullcontext() if panel is None else panel.passing_bars():
+                result = self.task_runner.run_task(study, task, arms)
+            yield result
 
     def close(self) -> None:
         """Nothing to release."""

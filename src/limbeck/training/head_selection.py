@@ -127,7 +127,7 @@ def select_by_path(
     check_count(count, len(model.groups))
     rounds = min(rounds, count)
     chosen: dict[Group, float] = {}
-    with progress("price groups", rounds * len(path), "passes") as advance:
+    with progress("score heads", rounds * len(path), "passes") as advance:
         for number in range(rounds):
             worth = dict.fromkeys(model.groups, 0.0)
             for opening in path:

@@ -30,6 +30,8 @@ from limbeck.training.chunked_losses import TeacherLogitsFromHidden, logit_losse
 
 SelectionCriterion = Literal["kl", "recall", "both", "halo", "uniform"]
 CALIBRATION_BATCH_SIZE = 4  # sequences
+# nats: layers that cost less are not told apart. A window in documents shorter than itself costs nothing at all.
+LEAST_COST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def score_layers(
                     unexplained=fits.unexplained[site.module],
                 )
                 scores.append(score)
-                advance(1, f"layer {score.layer}: KL {score.kl:.3f}")
+                advance(1, f"layer {score.layer}: KL {score.kl:.2g}")
     return scores
 
 
@@ -104,8 +106,9 @@ def select_layers(scores: list[LayerScore], num_softmax_layers: int, by: Selecti
     Args:
         num_softmax_layers: how many.
         by: "kl": the highest divergence; "recall": the highest recall cost; "both": the sum of the two, each relative
-            to its maximum; "halo": recall cost over divergence (after HALO, arXiv 2601.22156: layers that recall
-            needs and the rest of the model does not); "uniform": evenly spaced.
+            to its maximum, or to a thousandth of a nat where that is more; "halo": recall cost over divergence (after
+            HALO, arXiv 2601.22156: layers that recall needs and the rest of the model does not);
+            "uniform": evenly spaced.
     """
     check_selection(num_softmax_layers, by, len(scores))
     layers = [score.layer for score in scores]
@@ -115,8 +118,8 @@ def select_layers(scores: list[LayerScore], num_softmax_layers: int, by: Selecti
     importance = {
         "kl": lambda s: s.kl,
         "recall": lambda s: s.recall,
-        "both": lambda s: s.kl / max(max_kl, 1e-9) + max(s.recall, 0.0) / max(max_recall, 1e-9),
-        "halo": lambda s: max(s.recall, 0.0) / (max(s.kl, 0.0) + 1e-3),
+        "both": lambda s: s.kl / max(max_kl, LEAST_COST) + max(s.recall, 0.0) / max(max_recall, LEAST_COST),
+        "halo": lambda s: max(s.recall, 0.0) / (max(s.kl, 0.0) + LEAST_COST),
     }[by]
     top = sorted(scores, key=importance, reverse=True)[:num_softmax_layers]
     return sorted(score.layer for score in top)

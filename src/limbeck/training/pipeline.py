@@ -6,6 +6,7 @@ Everything that can be wrong with a recipe is found before anything is written.
 """
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -156,7 +157,7 @@ def _run(
 def _show_choice(view: View, job: Job) -> None:
     """Show that heads are chosen, and what comes after it by a plan that nothing was measured for."""
     if is_drawn():
-        choice, rehearsal = Phase("choose", "choose heads", counted_by="price groups"), Phase("rehearse", "rehearse")
+        choice, rehearsal = Phase("choose", "choose heads", counted_by="score heads"), Phase("rehearse", "rehearse")
         view.plan([choice, rehearsal, *_list_phases(make_plan(job.recipe, job.teacher, job.sites))])
     view.begin("choose")
 
@@ -277,5 +278,5 @@ def _check_text_unchanged(job: Job) -> None:
         raise LimbeckError(
             f"the text has changed since the run {job.path} started{': ' if details else ''}{details}",
             expected=f"the same {json.loads(name)['source']} and the same tokenizer, to resume",
-            hint=f"restore it, or start a new run: --out {job.path}-2",
+            hint=f"restore it, or start a new run: --out {shlex.quote(f'{job.path}-2')}",
         )

@@ -18,6 +18,7 @@ with the same recipe resumes the run; with another recipe it is refused and the 
 import functools
 import json
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -305,7 +306,7 @@ def raise_if_changed(problem: str, path: Path, changed: list[str], expected: str
         raise LimbeckError(
             f"{problem}:\n  " + "\n  ".join([*changed[:MAX_DIFFERENCES], *more]),
             expected=expected,
-            hint=f"{hint}--out {path}-2   (a new run), or delete the folder",
+            hint=f"{hint}--out {shlex.quote(f'{path}-2')}   (a new run), or delete the folder",
         )
 
 

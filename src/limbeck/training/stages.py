@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from limbeck.core.console import console
 from limbeck.core.distributed import get_process_info, main_process_first
-from limbeck.core.live import current
+from limbeck.core.live import current, open_views
 from limbeck.core.stage_settings import Calibrate, Hidden, Logits, Matrix
 from limbeck.core.text_settings import Data
 from limbeck.data.packing import SequenceDataset, count_eval_sequences, take_sequences_with_targets
@@ -117,7 +117,9 @@ class StageRunner:
             self._advance(context, facts)
             if self.guard is not None:
                 self.guard.load_verdict(facts)
-            console.print(f"{settings.stage}: already complete ({facts['seconds']:.0f} s)")
+            # in a study every arm finds the stages that it shared with others; who resumes a run wants to know
+            if len(open_views) < 2:
+                console.print(f"{settings.stage}: already complete ({facts['seconds']:.0f} s)")
         return None
 
     def finish_stage(self, context: StageContext, learned: dict[str, nn.Parameter], facts: dict[str, Any]) -> None:

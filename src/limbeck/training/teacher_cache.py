@@ -102,5 +102,6 @@ def _cache_key(teacher: PreTrainedModel, data: PackedDataset, store: str, top_k:
         "seed": data.seed if data.shuffle else None,
         "top": top_k,
         "mixed_precision": mixed,
+        **({"rows": "shuffled"} if data.shuffle_rows else {}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

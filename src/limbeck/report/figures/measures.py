@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from limbeck.evaluation.measure import Measurement
+from limbeck.evaluation.stories import PLACES
 from limbeck.report.figures.mixing import draw_mixing
 from limbeck.report.figures.speed import draw_speed
 from limbeck.report.figures.style import create_figure
@@ -223,6 +224,32 @@ def draw_passkey(measurements: list[Measurement]) -> Any:
     return figure
 
 
+def draw_facts(measurements: list[Measurement]) -> Any:
+    """Draw the share of answers written, and of those likeliest of all places, over length: a row for each task."""
+    tasks = list(dict.fromkeys(cell["task"] for one in measurements for cell in one.details["cells"]))
+    lengths = sorted({cell["length"] for one in measurements for cell in one.details["cells"]})
+    candidates = len(PLACES)
+    figure = create_figure(8, 0.6 + 2.4 * len(tasks))
+    panels = figure.subplots(len(tasks), 2, sharey=True, squeeze=False)
+    for row, task in zip(panels, tasks):
+        for axes, ending in zip(row, ("", f", among {candidates}")):
+            for one in measurements:
+                asked = [length for length in lengths if f"{task}, {length} tokens{ending}" in one.values]
+                names = [f"{task}, {length} tokens{ending}" for length in asked]
+                # By place, not by length: the first length is 0, the facts alone.
+                _plot_with_errors(axes, one, [lengths.index(length) for length in asked], names)
+            axes.set_xticks(range(len(lengths)), [f"{length:,}" if length else "alone" for length in lengths])
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(f"{task}: share of questions", fontsize=8)
+        row[1].axhline(1 / candidates, color="grey", linestyle=":", linewidth=1)
+    for axes, title in zip(panels[0], ("written", "likeliest of the places")):
+        axes.set_title(title, fontsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens")
+    panels[0, 0].legend(fontsize=7)
+    return figure
+
+
 def draw_recall(measurements: list[Measurement]) -> Any:
     """Draw recall over the number of pairs, with chance dotted, and over the bytes of the state after them."""
     figure = create_figure(9, 3.4)
@@ -264,6 +291,7 @@ MEASURE_FIGURES: dict[str, Callable[[list[Measurement]], Any]] = {
     "tasks": draw_tasks,
     "positions": draw_positions,
     "needle": draw_needle,
+    "facts": draw_facts,
     "recall": draw_recall,
     "passkey": draw_passkey,
     "speed": draw_speed,

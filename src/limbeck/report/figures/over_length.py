@@ -80,6 +80,18 @@ LENGTH_CURVES = (
     LengthCurve(
         "retrieval", "Needle written", r"needle\.niah (?P<panel>\d), (?P<x>\d+) tokens", TEXT_TOKENS, QUESTION_SHARE
     ),
+    # The facts alone, length 0, have no place on a logarithmic axis.
+    LengthCurve(
+        "retrieval",
+        "Place chosen among all places",
+        r"facts\.facts (?P<panel>\d), (?P<x>[1-9]\d*) tokens, among \d+",
+        TEXT_TOKENS,
+        QUESTION_SHARE,
+        chance=r"facts\.chance among \d+",
+    ),
+    LengthCurve(
+        "retrieval", "Place written", r"facts\.facts (?P<panel>\d), (?P<x>[1-9]\d*) tokens", TEXT_TOKENS, QUESTION_SHARE
+    ),
     LengthCurve(
         "retrieval",
         "Pass key chosen among candidates",
@@ -103,7 +115,11 @@ LENGTH_CURVES = (
         "speed", "Reading a prompt", rf"speed\.prefill_tokens_per_second{_AT}", TEXT_TOKENS, "tokens per second", True
     ),
 )
-PANEL_TITLES = {"needle": "S-NIAH-{}", "speed": "batch {}"}  # meaning of the group `panel`, by measure
+PANEL_TITLES = {
+    "needle": "S-NIAH-{}",
+    "facts": "facts needed: {}",
+    "speed": "batch {}",
+}  # meaning of the group `panel`, by measure
 
 
 def build_length_panels(groups: list[SeedGroup]) -> list[Panel]:

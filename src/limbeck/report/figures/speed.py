@@ -89,18 +89,20 @@ def format_break_even(measurements: list[Measurement]) -> list[str]:
             for batch, break_even in batches.items():
                 at_batch = f" at batch size {batch}" if batch != "1" else ""
                 sentences.append(
-                    f"{one.model} vs. {baseline}{at_batch}: decoding is faster "
-                    f"{format_break_even_length(break_even['time'], lengths)}, the cache is smaller "
-                    f"{format_break_even_length(break_even['memory'], lengths)}"
+                    f"{one.model} vs. {baseline}{at_batch}: decoding is "
+                    f"{format_break_even_length('faster', break_even['time'], lengths)}, the cache is "
+                    f"{format_break_even_length('smaller', break_even['memory'], lengths)}"
                 )
     return sentences
 
 
-def format_break_even_length(length: float | None, lengths: list[int]) -> str:
-    """Describe a break-even length among the measured lengths."""
+def format_break_even_length(better: str, length: float | None, lengths: list[int]) -> str:
+    """Describe a break-even length among the measured lengths; `better` says what begins there."""
     if length is None:
-        return f"not within {lengths[-1]:,} tokens"
-    return f"from {length:,.0f} tokens on" if length > lengths[0] else f"at every length from {lengths[0]:,} on"
+        return f"not {better} within {lengths[-1]:,} tokens"
+    if length > lengths[0]:
+        return f"{better} from {length:,.0f} tokens on"
+    return f"{better} at every length from {lengths[0]:,} on"
 
 
 def draw_speed(measurements: list[Measurement]) -> Any:

@@ -53,7 +53,10 @@ def test_a_study_of_the_real_teacher_finds_its_place(build, study, tmp_path):
     assert "Not measured yet" not in text
     content = json.loads((study / "study.json").read_text(encoding="utf-8"))
     perplexities = {arm["axes"]["student"]: arm["values"]["exam.student_perplexity"] for arm in content["arms"]}
-    rows = [line.strip("| ").split(" | ") for line in text.split("generated: students")[1].splitlines()]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in text.split("generated: students")[1].split("<!-- end -->")[0].splitlines()
+    ]
     rows = [row for row in rows if row[0] in STUDENTS]
     assert [row[0] for row in rows] == sorted(STUDENTS, key=perplexities.__getitem__)
     assert "**One seed**" in text

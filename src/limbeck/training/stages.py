@@ -118,7 +118,7 @@ class StageRunner:
             if self.guard is not None:
                 self.guard.load_verdict(facts)
             # in a study every arm finds the stages that it shared with others; who resumes a run wants to know
-            if len(open_views) < 2:
+            if not open_views or open_views[0].folder == str(self.run.path):
                 console.print(f"{settings.stage}: already complete ({facts['seconds']:.0f} s)")
         return None
 

@@ -273,7 +273,7 @@ def test_baselines_stand_beside_students_and_are_measured_once(
     assert control.values["perplexity"] == pytest.approx(teacher.values["perplexity"], rel=1e-5)
     assert "context" in capsys.readouterr().err
 
-    # and so they are beside a student in another folder, in another session
+    # and so they are beside a student in another folder, in another process
     again, examined, run = SubjectLoader(str(folders["teacher"]), out=tmp_path / "again"), [], exam.run_exam
     subject = again.load(str(folders["gla"]))
     with monkeypatch.context() as patch:

@@ -123,6 +123,8 @@ def _select_layers(
 
 def _print_layers(content: dict[str, Any]) -> None:
     """Print the score of each layer."""
+    from limbeck.training.layer_selection import LEAST_COST
+
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "KL", "recall", "unexplained", "attention"):
         table.add_column(column, justify="right")
@@ -130,7 +132,7 @@ def _print_layers(content: dict[str, Any]) -> None:
         numbers = (f"{score[name]:.4f}" for name in ("kl", "recall", "unexplained"))
         table.add_row(str(score["layer"]), *numbers, "softmax" if score["layer"] in content["softmax_layers"] else "")
     output.print(table)
-    if max(score["kl"] for score in content["prices"]) < 1e-3:
+    if max(score["kl"] for score in content["prices"]) < LEAST_COST:
         output.print(
             "KL does not tell the layers apart on this text: less than a thousandth of a nat each. "
             "If the mixer is a window, its documents may be shorter than that; longer ones come with --data."

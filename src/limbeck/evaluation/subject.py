@@ -167,9 +167,8 @@ class Subject:
         """Open its text; also says whether a part of it was held out from training."""
         if self.data is None:
             raise LimbeckError(f"no text to measure {self.name} on", hint="--data FILE, or --data embedded")
-        is_training_text = self.trained_on_data or (self.recipe is not None and self.data == self.recipe.data)
         # Small teachers are trained on the embedded text too, so its held-out part is the fair one for every model.
-        has_held_out = is_training_text or self.data.source == "embedded"
+        has_held_out = self.trained_on_data or self.data.source == "embedded"
         held_out = None if has_held_out else 0
         text = open_text_data(
             self.data, self.tokenizer, self.model, length=length, held_out=held_out, held_out_tokens=tokens
@@ -193,7 +192,7 @@ class SubjectLoader:
     out: Path | None = None
     output_dirs: dict[str, Path] = field(default_factory=dict)
     _teachers: dict[str, Subject] = field(default_factory=dict)
-    _run_texts: dict[str, tuple[Data, bool]] = field(default_factory=dict)
+    _run_texts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def load(self, name: str) -> Subject:
         """Load a model with its teacher.
@@ -221,7 +220,7 @@ class SubjectLoader:
         checkpoint = str(folder) if folder.is_dir() else loading.resolve_teacher(name)
         is_run = folder != path
         if not is_run and (name in self._teachers or not is_student(checkpoint)):
-            return replace(self._load_teacher(name, output_dir, data), **self._name_run_text(name))
+            return replace(self._load_teacher(name, output_dir, data), **self._run_texts.get(name, {}))
         model, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         subject = Subject(
@@ -233,18 +232,14 @@ class SubjectLoader:
             recipe,
             data,
             seed=self.seed,
-            trained_on_data=training_text is not None,
+            trained_on_data=training_text is not None or (recipe is not None and data == recipe.data),
         )
         teacher = self.teacher or (recipe.teacher if recipe else None)
         if teacher is not None:
             subject.teacher_or_none = self._load_teacher(teacher, output_dir, data)
             if recipe is not None:
-                self._run_texts.setdefault(teacher, (data, subject.trained_on_data or data == recipe.data))
+                self._run_texts.setdefault(teacher, {"data": data, "trained_on_data": subject.trained_on_data})
         return subject
-
-    def _name_run_text(self, teacher: str) -> dict[str, Any]:
-        data, is_training_text = self._run_texts.get(teacher, (None, False))
-        return {} if data is None else {"data": data, "trained_on_data": is_training_text}
 
     def adopt(self, name: str, model: PreTrainedModel, output_dir: Path) -> Subject:
         """Make a subject of a model in memory, beside the loader's teacher, whose tokenizer it has.

@@ -1,9 +1,11 @@
 """The training engine beside the main way: precision, layers that stop early, checkpoints kept, trackers."""
 
 import builtins
+import errno
 import importlib.util
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -417,6 +419,30 @@ def test_others_are_sent_each_step_once_and_cannot_end_a_run(recipe, stopped_at,
     begun = [one for one in Recorder.started if "id" in one]
     assert len({one["id"] for one in begun}) == 1, "a resumed run is the same run"
     assert begun[0]["resume"] == "allow"
+
+
+def test_a_full_disk_under_tensorboard_is_one_line(recipe, monkeypatch, capsys):
+    """Its writer is a thread: what it raises comes back at the next call, and is no traceback before that."""
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+
+    def write(self, data, real=writer.RecordWriter.write, written=[]):  # noqa: B006
+        written.append(data)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, data)
+
+    printed = []
+    monkeypatch.setattr(writer.RecordWriter, "write", write)
+    monkeypatch.setattr(threading, "excepthook", trackers._print_unkept_errors(printed.append))
+    made = recipe(trackers=["tensorboard"])
+    pipeline.distill(made)
+    assert capsys.readouterr().err.count("tensorboard failed and is disabled for the rest of this run") == 1
+    assert printed == []
+    assert len(lines_of(made)) == 8
+    broken = threading.Thread(target=lambda: 1 / 0)
+    broken.start()
+    broken.join()
+    assert [args.exc_type for args in printed] == [ZeroDivisionError], "others are printed"
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_the_command(recipe, monkeypatch):

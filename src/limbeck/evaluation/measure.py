@@ -310,7 +310,7 @@ def _get_shared_folder(measure: Measure, subject: Subject, settings: dict[str, A
     is_own = subject.is_student and subject.baseline is None
     if measure.baseline_length is None or is_own or not has_identity(subject):
         return None
-    text = subject.data.model_dump(mode="json") if subject.data else None
+    text = [subject.data.model_dump(mode="json") if subject.data else None, subject.trained_on_data]
     libraries = [str(torch.__version__), transformers.__version__]
     machine = [subject.device.type, str(subject.model.dtype)]
     asked = [measure.name, settings, text, subject.seed, subject.teacher_fingerprint, machine, libraries, __version__]

@@ -197,6 +197,7 @@ def measure_teacher(arm: Arm, study: Study, task_runner: TaskRunner) -> None:
             task_runner.subjects.load(arm.recipe.teacher),
             recipe=arm.recipe,
             data=arm.recipe.data,
+            trained_on_data=True,
             output_dir=output_dir,
         )
         results.write_teacher_result(

@@ -12,6 +12,7 @@ steps, whose numbers are the same, are not sent to them again.
 
 import importlib.util
 import json
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ class Trackers:
         if self.active is not None:
             return
         self.active, self.last_logged_step = {}, last_logged_step
+        self._excepthook, threading.excepthook = threading.excepthook, _print_unkept_errors(threading.excepthook)
         for name in self.names:
             try:
                 self.active[name] = self._start(name, first_step)
@@ -107,6 +109,8 @@ class Trackers:
         """Close all trackers."""
         for name in list(self.active or {}):
             self._call(name, lambda tracker: tracker.finish())
+        if self.active is not None:
+            threading.excepthook = self._excepthook
         self.active = None
 
     def _call(self, name: str, act: Callable[[Any], Any]) -> None:
@@ -164,3 +168,17 @@ class Trackers:
 def _missing(name: str) -> list[str]:
     """List the packages that a tracker needs and that are not installed."""
     return [module for module in ("accelerate", name) if importlib.util.find_spec(module) is None]
+
+
+def _print_unkept_errors(excepthook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wrap threading.excepthook so that it leaves out an error that its thread keeps for the next call.
+
+    TensorBoard's writer does so: the next call raises it, and `_call` says in one line what a traceback would say before.
+    """
+
+    def hook(args: Any) -> None:
+        if args.exc_value is None or getattr(args.thread, "exception", None) is not args.exc_value:
+            excepthook(args)
+
+    return hook
+

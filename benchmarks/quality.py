@@ -18,7 +18,6 @@ stopped.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from transformers import PreTrainedModel
 
 from limbeck.cli.options import split_assignment
 from limbeck.core.console import console
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.core.storage import atomic_write_text
@@ -50,7 +50,7 @@ from limbeck.evaluation.measure import Measure, MeasureSettings, parse_settings
 from limbeck.evaluation.subject import Subject, SubjectLoader
 from limbeck.evaluation.timing import CacheGrowth
 from limbeck.models import convert
-from limbeck.models.fingerprint import canonical_json, fingerprint_model
+from limbeck.models.fingerprint import fingerprint_model
 from limbeck.models.loading import load_teacher, resolve_teacher
 from limbeck.report.text_tables import escape_markdown, format_markdown_table
 from limbeck.training.layer_selection import LayerScore, score_layers, select_layers
@@ -97,7 +97,7 @@ class Results:
         """Return what is kept for `content`, or compute and keep it."""
         versions = [__version__, str(torch.__version__), transformers.__version__]
         whole = {"format": FORMAT, "versions": versions, **content}
-        key = hashlib.sha256(canonical_json(whole)).hexdigest()[:32]
+        key = digest_facts(whole, 32)
         if key not in self.entries:
             self.entries[key] = {"of": whole, "found": compute()}
             atomic_write_text(self.path, json.dumps(self.entries, indent=1) + "\n")

@@ -23,7 +23,6 @@ that it computes (checked) and lets all starts have the same parameters.
 import argparse
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import time
@@ -36,6 +35,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import limbeck
+from limbeck.core.digests import digest_facts
 from limbeck.core.storage import atomic_write_text
 from limbeck.core.version import __version__
 from limbeck.data.documents import fingerprint_source
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def load_or_measure(folder: Path, key: list, measure: Callable[[], list[float]]) -> dict:
     """Load a finished row, its perplexities and seconds, or measure and keep it."""
-    path = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    path = folder / f"{digest_facts(key, 16)}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     began = time.monotonic()

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from helpers.hub_server import Repo, serve
 from limbeck import LimbeckError
+from limbeck.core.digests import compute_sha256
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import compute_sha256
 from limbeck.data.offline import embedded
 from limbeck.evaluation import lm_eval_tasks
 from limbeck.evaluation.subject import Subject

@@ -12,8 +12,9 @@ import torch
 
 from limbeck import LimbeckError
 from limbeck.core.cache import ensure_cached_folder, load_valid_manifest
+from limbeck.core.digests import compute_sha256
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import STALE_SECONDS, atomic_write_text, compute_sha256, read_json
+from limbeck.core.storage import STALE_SECONDS, atomic_write_text, read_json
 from limbeck.training.run_directory import RunDirectory, check_run, open_run
 
 STAGES = [{"stage": "calibrate", "tokens": 256}, {"stage": "hidden", "tokens": 512, "batch_size": 4}]

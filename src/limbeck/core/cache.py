@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.core.console import console
+from limbeck.core.digests import compute_sha256
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import (
     check_disk_space,
-    compute_sha256,
     convert_write_errors,
     find_temporary_siblings,
     flush_folder,

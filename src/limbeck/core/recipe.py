@@ -9,8 +9,6 @@ Unknown keys are refused with a suggestion. A run directory stores its recipe wi
 repeated from that file alone.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -26,6 +24,7 @@ from limbeck.core.config import (
     read_yaml,
     set_by_dotted_key,
 )
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError, suggest_closest
 from limbeck.core.old_keys import OLD_KEYS, from_old_keys, to_old_keys
 from limbeck.core.repeated_text import name_repeated_text
@@ -321,7 +320,7 @@ class TeacherRecipe(Document):
             if data["documents"] == "packed":  # a key that teachers in a cache did not have
                 del data["documents"]
         # over the original key names, so that teachers in a cache stay valid
-        return hashlib.sha256(json.dumps([FORMAT, to_old_keys(settings)], sort_keys=True).encode()).hexdigest()
+        return digest_facts([FORMAT, to_old_keys(settings)])
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,6 @@ writer removes it. Folders that can be recreated at any time are in `limbeck.cor
 
 import errno
 import glob
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +34,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STALE_SECONDS = 3600.0  # a temporary file not written to for so long belongs to a killed process
-SETTLED_SECONDS = 2.0  # after so long without a change, a file's time stamps reveal every later change
 
 
 # ------------------------------------------------------------------ files
@@ -96,33 +94,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return {}
     hint = f"rm {shlex.quote(str(file))}   (the run then resumes without checking that teacher and data are unchanged)"
     return read_json(file, hint)
-
-
-def compute_sha256(path: Path) -> str:
-    """Compute the hex sha256 of a file's bytes; an unchanged file is read once per process."""
-    return digest_once(path, _sha256)
-
-
-_digests: dict[tuple[Path, Callable[[Path], str]], tuple[tuple[int, ...], str]] = {}
-
-
-def digest_once(path: Path, digest: Callable[[Path], str]) -> str:
-    """Return `digest(path)`, cached as long as the file's size, inode and times stay the same."""
-    stat = path.stat()
-    stamp = stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
-    key = path.absolute(), digest
-    cached = _digests.get(key)
-    if cached is None or cached[0] != stamp:
-        cached = stamp, digest(path)
-        # File systems count time in milliseconds: a file written just now may change again without a new time stamp.
-        if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
-            _digests[key] = cached
-    return cached[1]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------ folders

@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.core.console import console, print_once
+from limbeck.core.digests import compute_sha256
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import compute_sha256
 from limbeck.data.hub import (
     HUB_NAME_PATTERN,
     SUPPORTED_SOURCES,

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from limbeck.core.console import console
+from limbeck.core.digests import compute_sha256
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import compute_sha256
 from limbeck.data.special_tokens import Encoded, prepend_prefix
 
 INDEX = "index.json"

@@ -32,8 +32,9 @@ import numpy as np
 
 from limbeck.core.cache import MANIFEST, ensure_cached_folder, load_valid_manifest
 from limbeck.core.console import console
+from limbeck.core.digests import compute_sha256
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import atomic_write_text, cache_root, compute_sha256
+from limbeck.core.storage import atomic_write_text, cache_root
 from limbeck.data.documents import list_source_shards
 from limbeck.data.held_out import report_forced_split
 from limbeck.data.packing import Batch, PackedDataset, SequenceDataset, check_position, concatenate_batches, splitmix64

@@ -9,7 +9,6 @@ A document travels as bytes: UTF-8 text, the JSON of a conversation, or uint32 t
 it: behind the special tokens that a tokenizer puts before a text (`limbeck.data.special_tokens`), with EOS at the end.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from limbeck.core.console import console
+from limbeck.core.digests import digest_facts
 from limbeck.data.chat import ChatEncoder
 from limbeck.data.documents import has_messages, iter_documents
 from limbeck.data.hub import LoadedDataset
@@ -174,12 +174,12 @@ def hash_tokenizer_rules(tokenizer: Any) -> str:
         rules["truncation"] = rules["padding"] = None  # what the last call set
     rules["class"] = type(tokenizer).__name__
     rules["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", False)
-    return hashlib.sha256(json.dumps(rules, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_facts(rules)
 
 
 def hash_settings(settings: dict[str, Any]) -> str:
     """Return a short hex key of plain values."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    return digest_facts(settings, 24)
 
 
 def train_tokenizer(texts: Iterable[str], size: int, *, max_length: int) -> PreTrainedTokenizerFast:

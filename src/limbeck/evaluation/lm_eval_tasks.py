@@ -11,7 +11,6 @@ evaluation resumes, and a teacher is scored once for all its students.
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -28,6 +27,7 @@ from typing import Annotated, Any, Literal
 import tqdm
 from pydantic import Field
 
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError, summarize_error
 from limbeck.core.extras import require
 from limbeck.core.storage import atomic_write_text, cache_root
@@ -297,7 +297,7 @@ def _score_path(subject: Subject, name: str, data_sources: dict[str, str], setti
         lm_eval_version(),
         PROMPT_FORMAT_VERSION,
     ]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    digest = digest_facts(key, 16)
     return cache_root() / "scores" / subject.fingerprint / f"{name}-{digest}.json"
 
 

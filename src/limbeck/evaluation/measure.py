@@ -10,7 +10,6 @@ To add a measure: write a module with a subclass of `MeasureSettings` (every fie
 `limbeck eval`, studies and reports find it there. A figure is optional: `limbeck.report.figures.measures`.
 """
 
-import hashlib
 import json
 import math
 import platform
@@ -28,6 +27,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from limbeck.core.config import format_validation_error
 from limbeck.core.console import console
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError, suggest_closest, summarize_error
 from limbeck.core.live import Phase, View, current
 from limbeck.core.storage import atomic_write_text, cache_root, find_write_error
@@ -314,7 +314,7 @@ def _get_shared_folder(measure: Measure, subject: Subject, settings: dict[str, A
     libraries = [str(torch.__version__), transformers.__version__]
     machine = [subject.device.type, str(subject.model.dtype)]
     asked = [measure.name, settings, text, subject.seed, subject.teacher_fingerprint, machine, libraries, __version__]
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    digest = digest_facts(asked, 16)
     return cache_root() / "scores" / subject.fingerprint / digest
 
 

@@ -12,8 +12,6 @@ values say what, in which unit, and after the @ at which length and batch size. 
 a static cache, the faster of both is its `token_milliseconds`.
 """
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -21,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from limbeck.core.console import progress
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError
 from limbeck.core.system import flush_denormals, get_free_memory, time_reference_matmul
 from limbeck.evaluation.candidate import Candidate
@@ -122,7 +121,7 @@ class SpeedBenchmark:
             "settings": self.settings.model_dump(include={"steps", "rounds", "prefill"}),
             "machine": [machine.versions, machine.platform, machine.device, machine.threads],
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_facts(facts, 16)
 
     def estimate(self) -> list[WorkloadEstimate]:
         """Estimate every workload that is not measured yet, from the candidates' probes."""

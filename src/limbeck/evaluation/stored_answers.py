@@ -6,13 +6,13 @@ The key is what was asked, word for word, with the model's and tokenizer's finge
 model or another form of a prompt is another entry. Answers are plain JSON values.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from limbeck.core.console import console
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import atomic_write_text, cache_root
 from limbeck.core.version import __version__
@@ -53,5 +53,5 @@ def _answers_path(subject: Subject, name: str, asked: Any) -> Path | None:
     if not has_identity(subject):
         return None
     key = [subject.fingerprint, str(subject.model.dtype), asked, __version__]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    digest = digest_facts(key, 16)
     return cache_root() / "scores" / subject.fingerprint / f"{name}-{digest}.json"

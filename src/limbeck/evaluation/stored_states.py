@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from limbeck.core.console import console
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import cache_root, convert_write_errors, get_unique_sibling
 from limbeck.core.version import __version__
 from limbeck.data.packing import Batch
-from limbeck.models.fingerprint import canonical_json
 
 MAX_PASS_BYTES = 2**27  # states of one batch above this size are not kept: 8,192 tokens of a width of 4,096 in float32
 MAX_KEPT_BYTES = 2**30  # of all that is kept
@@ -71,7 +71,7 @@ class StoredStates:
             "device": batch.input_ids.device.type,
             "versions": [__version__, str(torch.__version__), transformers.__version__],
         }
-        return cache_root() / "states" / f"{hashlib.sha256(canonical_json(content)).hexdigest()[:32]}.safetensors"
+        return cache_root() / "states" / f"{digest_facts(content, 32)}.safetensors"
 
 
 def _digest(ids: Tensor) -> str:

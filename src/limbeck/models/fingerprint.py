@@ -17,8 +17,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from limbeck.core.digests import canonical_json, compute_sha256, digest_facts, digest_once
 from limbeck.core.recipe import TeacherRecipe
-from limbeck.core.storage import compute_sha256, digest_once
 from limbeck.data.tokenization import hash_tokenizer_rules
 from limbeck.mixers import registry
 from limbeck.models import loading
@@ -77,14 +77,14 @@ def fingerprint_tensors(model: PreTrainedModel) -> str:
 def fingerprint_tokenizer_files(folder: Path) -> str:
     """Fingerprint the files of a tokenizer."""
     files = _matching(folder, TOKENIZER)
-    return hashlib.sha256(canonical_json([[file.name, compute_sha256(file)] for file in files])).hexdigest()
+    return digest_facts([[file.name, compute_sha256(file)] for file in files])
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint a tokenizer in memory: its rules, special tokens and chat template."""
     template = getattr(tokenizer, "chat_template", None)
     facts = [hash_tokenizer_rules(tokenizer), str(tokenizer.special_tokens_map), template]
-    return hashlib.sha256(canonical_json(facts)).hexdigest()
+    return digest_facts(facts)
 
 
 def fingerprint_checkpoint_with_tokenizer(folder: Path) -> str:
@@ -100,9 +100,7 @@ def fingerprint_folder(folder: str | None) -> str | None:
         return None
     root = Path(folder).expanduser()
     files = sorted(file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    return hashlib.sha256(
-        canonical_json([[str(file.relative_to(root)), compute_sha256(file)] for file in files])
-    ).hexdigest()
+    return digest_facts([[str(file.relative_to(root)), compute_sha256(file)] for file in files])
 
 
 def find_model_folder(name: str) -> Path | None:
@@ -168,7 +166,3 @@ def _digest_safetensors(file: Path) -> Iterator[str]:
 
 def select_computing_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in IGNORED_SETTINGS}
-
-
-def canonical_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()

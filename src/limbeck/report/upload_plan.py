@@ -19,9 +19,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from limbeck.core.digests import compute_sha256
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
-from limbeck.core.storage import compute_sha256, read_json, read_manifest
+from limbeck.core.storage import read_json, read_manifest
 from limbeck.models.config import MODEL_TYPE
 from limbeck.models.export.record import EXPORT_FOLDER, ExportRecord, find_export_folders, load_record
 from limbeck.models.fingerprint import fingerprint_checkpoint

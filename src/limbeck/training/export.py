@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck.core.console import console
+from limbeck.core.digests import compute_sha256
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import atomic_folder, compute_sha256, read_manifest
+from limbeck.core.storage import atomic_folder, read_manifest
 from limbeck.core.system import get_peak_memory
 from limbeck.evaluation.timing import measure_cache_sizes
 from limbeck.models import group_layers_by_mixer

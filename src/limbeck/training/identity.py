@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.core.console import console
+from limbeck.core.digests import canonical_json
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe, Student
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
@@ -24,7 +25,6 @@ from limbeck.data import documents
 from limbeck.mixers.options import LATER_OPTIONS
 from limbeck.models.assignment import MixerAssignment, assign_mixers
 from limbeck.models.fingerprint import (
-    canonical_json,
     find_model_folder,
     fingerprint_model_files,
     fingerprint_tensors,

@@ -8,7 +8,6 @@ Teacher and windows are the same for all runs on a teacher and a text, so what t
 content, and computed once for all students.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from limbeck.core import recipe as recipes
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError
 from limbeck.core.live import current
 from limbeck.core.storage import atomic_write_text, cache_root
@@ -41,7 +41,6 @@ from limbeck.evaluation.exam import (
 from limbeck.evaluation.free_running import compute_distinct_bigrams, decode
 from limbeck.evaluation.long_text import get_context_length
 from limbeck.evaluation.stored_states import StoredStates
-from limbeck.models.fingerprint import canonical_json
 from limbeck.models.packed import force_attention_masks
 from limbeck.training.setup import Job
 
@@ -244,7 +243,7 @@ def _get_path(job: Job, identity: dict[str, Any]) -> Path | None:
     content = _identify(job, identity)
     if content is None:
         return None
-    return cache_root() / "baselines" / f"{hashlib.sha256(canonical_json(content)).hexdigest()[:32]}.json"
+    return cache_root() / "baselines" / f"{digest_facts(content, 32)}.json"
 
 
 def _identify(job: Job, identity: dict[str, Any]) -> dict[str, Any] | None:

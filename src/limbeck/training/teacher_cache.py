@@ -5,8 +5,6 @@
 Only what is missing is computed. Other runs, students and stages on the same text read the same files.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError
 from limbeck.core.storage import cache_root
 from limbeck.data.packing import Batch, PackedDataset, SequenceDataset
@@ -104,4 +103,4 @@ def _cache_key(teacher: PreTrainedModel, data: PackedDataset, store: str, top_k:
         "mixed_precision": mixed,
         **({"rows": "shuffled"} if data.shuffle_rows else {}),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return digest_facts(facts, 24)

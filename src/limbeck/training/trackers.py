@@ -173,7 +173,7 @@ def _missing(name: str) -> list[str]:
 def _print_unkept_errors(excepthook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Wrap threading.excepthook so that it leaves out an error that its thread keeps for the next call.
 
-    TensorBoard's writer does so: the next call raises it, and `_call` says in one line what a traceback would say before.
+    TensorBoard's writer does so: the next call raises it, and `_call` says it in one line, without a traceback before.
     """
 
     def hook(args: Any) -> None:
@@ -181,4 +181,3 @@ def _print_unkept_errors(excepthook: Callable[[Any], Any]) -> Callable[[Any], An
             excepthook(args)
 
     return hook
-

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.core.console import console, progress
+from limbeck.core.digests import compute_sha256
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import compute_sha256
 
 
 @dataclass(frozen=True)

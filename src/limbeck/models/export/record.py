@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from limbeck.core.digests import compute_sha256
 from limbeck.core.errors import LimbeckError
-from limbeck.core.storage import atomic_folder, atomic_write_text, compute_sha256
+from limbeck.core.storage import atomic_folder, atomic_write_text
 from limbeck.core.version import __version__
 from limbeck.models.export import Exporter, Verification, check_exportable
 from limbeck.models.fingerprint import fingerprint_checkpoint

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck import Recipe
+from limbeck import LimbeckError, Recipe
 from limbeck.cli import main
 from limbeck.cli.distill import build_recipe
 
@@ -72,6 +72,16 @@ def test_settings_of_the_text_reach_the_stage_that_reads_it():
     settings = ["data.source=mine.jsonl", "stages.0.data.source=other.jsonl", "stages.0.data.sources=null"]
     (stage,) = build_recipe(**nothing, settings=settings).stages
     assert stage.data.source == "other.jsonl"
+
+
+def test_the_length_of_a_sequence_holds_in_all_stages():
+    """The default recipe's stage has a length of its own, which --seq-len means too."""
+    nothing = dict.fromkeys(("name", "teacher", "student", "layers", "stages", "tokens", "data", "out"))
+    made = build_recipe(**nothing, settings=[], seq_len=256)
+    assert {made.data.seq_len, *(made.text_of(stage).seq_len for stage in made.stages)} == {256}
+    assert made.stages[0].tokens == Recipe.load().stages[0].tokens
+    with pytest.raises(LimbeckError, match="seq_len"):
+        build_recipe(**nothing, settings=[], seq_len=3)
 
 
 @pytest.mark.parametrize(("words", "name"), [({"student": "gla"}, "quickstart-gla"), ({"stages": "0,3"}, "quickstart")])

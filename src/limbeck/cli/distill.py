@@ -58,6 +58,9 @@ def distill(
     tokens: Annotated[
         int | None, count_option("Training tokens over all stages, divided among them as in the recipe.")
     ] = None,
+    seq_len: Annotated[
+        int | None, count_option("The length of a training sequence in tokens.", show_default="the recipe's")
+    ] = None,
     data: OptionalData = None,
     target: Annotated[
         str | None,
@@ -82,7 +85,7 @@ def distill(
     keys = collect_student(
         preset=preset, softmax_layers=softmax_layers, softmax_heads=softmax_heads, softmax_window=softmax_window
     )
-    chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [], target, keys)
+    chosen = build_recipe(recipe, teacher, student, layers, stages, tokens, data, out, set or [], target, keys, seq_len)
     if find_lr:
         _find_learning_rates(chosen, as_json)
         return
@@ -153,6 +156,7 @@ def build_recipe(
     settings: list[str],
     target: str | None = None,
     student_keys: dict[str, Any] | None = None,
+    seq_len: int | None = None,
 ) -> "Recipe":
     """Build the recipe of a command line; `limbeck.training.recipe_options` lays the options over the named one.
 
@@ -170,6 +174,7 @@ def build_recipe(
         layers=layers,
         stages=stages,
         tokens=tokens,
+        seq_len=seq_len,
         data=data,
         out=out,
         overrides=dict(split_assignment(text, "stages.hidden.lr=1e-3") for text in settings),

@@ -53,6 +53,7 @@ def distill(
     layers: str | list[int] | None = None,
     stages: str | None = None,
     tokens: int | None = None,
+    seq_len: int | None = None,
     data: Any = None,
     out: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -81,6 +82,7 @@ def distill(
         layers: the layers to convert, "all" or numbers.
         stages: the stages to run: "0,2,3".
         tokens: training tokens over all stages, divided among them as in the recipe.
+        seq_len: tokens in a training sequence, in all stages.
         data: a file, a folder, a dataset's name or "embedded"; or the text itself: a list of strings, a list of records
             or a `datasets.Dataset`.
         out: the run directory; by default the first of runs/<name>, runs/<name>-2, ... that is free or holds this run.
@@ -101,7 +103,8 @@ def distill(
     if isinstance(teacher, tuple):
         loaded, teacher = teacher, get_teacher_source(*teacher)
     options: dict[str, Any] = {"teacher": teacher and str(teacher), "student": student, "layers": layers}
-    options |= {"stages": stages, "tokens": tokens, "data": name_text(data), "out": out, "overrides": overrides}
+    options |= {"stages": stages, "tokens": tokens, "seq_len": seq_len, "data": name_text(data)}
+    options |= {"out": out, "overrides": overrides}
     if not isinstance(recipe, Recipe) or any(value is not None for value in options.values()):
         recipe = build_recipe(recipe, **options)
     with frozen(loaded[0]) if loaded else nullcontext(), quiet_transformers():

@@ -31,6 +31,7 @@ def build_recipe(
     layers: str | list[int] | None = None,
     stages: str | None = None,
     tokens: int | None = None,
+    seq_len: int | None = None,
     data: str | None = None,
     out: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -48,6 +49,7 @@ def build_recipe(
         layers: the layers to convert.
         stages: the stages to run, "0,2,3".
         tokens: training tokens over all stages, divided among them as in the recipe.
+        seq_len: tokens in a training sequence, in all stages and in the text.
         data: the text, as `limbeck.data.documents` names it.
         out: the run directory.
         overrides: any other key of the recipe by its dotted name, applied last.
@@ -88,6 +90,9 @@ def build_recipe(
         if not 1 <= tokens < math.inf:
             raise LimbeckError(f"--tokens {tokens}", expected="a positive number")
         scale_token_budgets(raw["stages"], tokens)
+    if seq_len is not None:
+        for part in (raw["data"], *raw["stages"]):
+            part["seq_len"] = seq_len
     if student is not None and student != original.student.mixer:
         raw["student"]["options"] = {}  # those were another mixer's
     if target is not None:

@@ -7,6 +7,7 @@ import pytest
 
 from helpers.paths import ROOT
 from helpers.scripts import load_script
+from limbeck import LimbeckError
 from limbeck.study import Study, run_study
 
 RESULTS = ROOT / "docs" / "project" / "results"
@@ -71,3 +72,31 @@ def test_a_study_of_the_real_teacher_finds_its_place(build, study, tmp_path):
     assert "Figure 2" not in text
     assert not (root / "figures" / "repeat.svg").exists()
     assert str(study.parents[1]) not in (root / "real-teacher" / "study.json").read_text(encoding="utf-8")
+
+
+def test_arms_that_were_run_elsewhere_join_their_study(build, study, tmp_path):
+    """Two more seeds of one student: its claim has three seeds then; another study's arms are refused."""
+    root, more = tmp_path / "results", tmp_path / "more"
+    build.add_study(study, root / "mine")
+    content = json.loads((study / "study.json").read_text(encoding="utf-8"))
+    (first,) = [arm for arm in content["arms"] if arm["axes"]["student"] == "gla"]
+    content["arms"] = [
+        {**first, "name": f"gla_3_seed{seed}", "axes": {**first["axes"], "seed": seed}} for seed in (1, 2)
+    ]
+    content["study"]["grid"] |= {"students": ["gla"], "seeds": [1, 2]}
+    more.mkdir()
+    (more / "study.json").write_text(json.dumps(content), encoding="utf-8")
+    build.add_arms(more, root / "mine")
+    joined = json.loads((root / "mine" / "study.json").read_text(encoding="utf-8"))
+    assert [arm["name"] for arm in joined["arms"]] == [f"{name}_3_seed0" for name in STUDENTS] + [
+        "gla_3_seed1",
+        "gla_3_seed2",
+    ]
+    assert joined["study"]["grid"]["seeds"] == [0, 1, 2]
+    assert joined["sharing"]["seconds"] == pytest.approx(sum(arm["seconds"] for arm in joined["arms"]), rel=1e-4)
+    (finding,) = joined["claims"][0]["findings"]
+    assert list(finding["by_seed"]) == ["0", "1", "2"]
+    content["study"]["base"]["stages"][0]["tokens"] = 256
+    (more / "study.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(LimbeckError, match="base of"):
+        build.add_arms(more, root / "mine")

@@ -2,6 +2,7 @@
 
     python docs/project/results/build.py                                  # writes README.md's generated parts, figures/
     python docs/project/results/build.py --add runs/real-teacher-cpu --name real-teacher       # takes a study in first
+    python docs/project/results/build.py --more runs/seeds --name real-teacher     # its arms run elsewhere
     python docs/project/results/build.py --check                          # exit code 1 if README.md is not current
 
 A study is a folder with a `study.json` as `limbeck study` writes it, without what no page shows: numbers have six
@@ -20,6 +21,7 @@ from typing import Any
 
 from limbeck.core.console import format_bytes
 from limbeck.core.errors import LimbeckError
+from limbeck.core.recipe import BUILT_IN, Recipe
 from limbeck.report.collection import TEACHER, Run, RunCollection, load_collection
 from limbeck.report.figures.panels import order_for_colors
 from limbeck.report.figures.students import (
@@ -37,7 +39,7 @@ from limbeck.report.privacy import strip_local_paths
 from limbeck.report.tables import SeedGroup, describe_windows, group_seeds
 from limbeck.report.text_tables import format_markdown_table
 from limbeck.report.values import format_value
-from limbeck.study.claims import CONTROLS
+from limbeck.study.claims import CONTROLS, evaluate_claims
 from limbeck.study.statistics import MIN_RANKED, RankCorrelation, correlate_ranks
 
 HERE = Path(__file__).parent
@@ -68,11 +70,14 @@ NOT_RUN = (
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", type=Path, metavar="FOLDER", help="of a study, whose numbers are taken in first")
+    parser.add_argument("--more", type=Path, metavar="FOLDER", help="further arms of the study NAME, run elsewhere")
     parser.add_argument("--name", help="of the study here, e.g. real-teacher; that of its folder by default")
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(arguments)
     if args.add:
         add_study(args.add, HERE / (args.name or args.add.resolve().name))
+    if args.more:
+        add_arms(args.more, HERE / (args.name or args.more.resolve().name))
     current = write_page(HERE, check=args.check)
     if args.check and not current:
         print("README.md is not current; run: python docs/project/results/build.py", file=sys.stderr)
@@ -88,6 +93,41 @@ def add_study(source: Path, target: Path) -> None:
     content = json.loads((source / "study.json").read_text(encoding="utf-8"))
     target.mkdir(parents=True, exist_ok=True)
     (target / "study.json").write_text(format_study(shrink_study(content)), encoding="utf-8")
+
+
+def add_arms(source: Path, target: Path) -> None:
+    """Add arms of the same study that were run in another folder, and judge its claims again.
+
+    Raises:
+        LimbeckError: the studies have other settings than their grids apart.
+    """
+    path = target / "study.json"
+    here, there = (json.loads(one.read_text(encoding="utf-8")) for one in (path, source / "study.json"))
+    there = shrink_study(there)
+    for key in ("base", "measures"):
+        if here["study"][key] != there["study"][key]:
+            raise LimbeckError(f"{key} of {source} are others than those of {target.name}", expected="the same study")
+    arms = {arm["name"]: arm for arm in [*here["arms"], *there["arms"]] if arm["status"] == "finished"}
+    for arm in here["arms"]:
+        arms.setdefault(arm["name"], arm)
+    grid = here["study"]["grid"]
+    for axis in ("students", "recipes", "seeds"):
+        grid[axis] = [*grid.get(axis, []), *(x for x in there["study"]["grid"].get(axis, []) if x not in grid[axis])]
+    here["arms"] = list(arms.values())
+    here["sharing"] = {key: sum(arm[key] or 0 for arm in here["arms"]) for key in here["sharing"]}
+    teacher = next(iter(here["teachers"].values()))
+    rows = [
+        {**arm, "mixer": _find_mixer(arm["axes"]["student"]), "teacher": teacher["values"] if teacher else {}}
+        for arm in here["arms"]
+        if arm["status"] == "finished"
+    ]
+    here["claims"] = evaluate_claims(here["study"]["claims"], rows)
+    path.write_text(format_study(_round(here)), encoding="utf-8")
+
+
+def _find_mixer(student: str) -> str:
+    """Return the mixer of a student by the name of its recipe, if it is one."""
+    return Recipe.load(student).student.mixer if (BUILT_IN / f"{student}.yaml").exists() else student
 
 
 def shrink_study(content: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from limbeck import LimbeckError, Recipe
 from limbeck.cli import main
 from limbeck.cli.distill import build_recipe
+from limbeck.data.held_out import hash_document
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TINY = {
@@ -136,5 +137,25 @@ def test_documents_shorter_than_the_sequences_are_refused_by_the_key_to_change(c
     assert "--set stages.0.data.documents=packed" in said
     assert not out.exists()
     code, said, out = call(short, "--set", "stages.0.data.documents=packed")
+    assert code == 0, said
+    assert (out / "student" / "model.safetensors").is_file()
+
+
+def test_held_out_documents_are_long_only_where_a_stage_reads_them(call, paragraphs):
+    """Without a held-out loss in between, short ones do; with it, the run is refused before anything is written."""
+
+    def is_held_out(text: str) -> bool:
+        return hash_document(text.encode())[0] < 0.2 * 2**64
+
+    long = [" ".join(paragraphs[i : i + 4]) for i in range(len(paragraphs))]
+    documents = [text for text in long if not is_held_out(text)] + [
+        text for i in range(40) if is_held_out(text := f"{i} {paragraphs[0][:120]}")
+    ]
+    code, said, out = call(documents, "--set", "stages.0.eval_steps=2")
+    assert code == 2
+    assert "no held out document has 96 tokens" in said
+    assert "--set stages.0.data.documents=packed" in said
+    assert not out.exists()
+    code, said, out = call(documents)
     assert code == 0, said
     assert (out / "student" / "model.safetensors").is_file()

@@ -13,7 +13,7 @@ import torch
 
 from limbeck.core.errors import LimbeckError
 from limbeck.data.packing import IGNORE_INDEX, Batch, SequenceDataset, check_position, splitmix64
-from limbeck.data.token_store import Split
+from limbeck.data.token_store import MIN_SEQ_LEN, Split
 
 
 class WholeDocumentDataset:
@@ -36,10 +36,11 @@ class WholeDocumentDataset:
         self.n_sequences = len(self._long)
         if not self.n_sequences:
             longest = int(sizes.max(initial=0))
+            fitting = [f"--seq-len {longest}"] if longest >= MIN_SEQ_LEN else []
             raise LimbeckError(
                 f"no {split.name.replace('_', ' ')} document has {length:,} tokens, the longest has {longest:,}",
                 expected="with documents: whole, sequences no longer than some document of each side of the split",
-                hint="--set data.documents=packed, or a smaller seq_len",
+                hint="   or   ".join([*fitting, "--set data.documents=packed"]),
             )
 
     def batch(self, position: int, size: int) -> Batch:

@@ -192,7 +192,7 @@ def _train(student_runs: list[_StudentRun]) -> list[Any]:
                 student_run.run,
                 index=context.index,
                 position=context.position,
-                held_out=student_run.job.held_out_dataset(context.text),
+                held_out=student_run.job.stage_held_out_dataset(context.settings),
             )
         )
     results = train_jointly(trainers)

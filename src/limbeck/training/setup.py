@@ -97,6 +97,13 @@ class Job:
         """Return the held-out sequences of a text."""
         return self.texts[dataset_key(data)].held_out_sequences(data.seq_len)
 
+    def stage_held_out_dataset(self, stage: Any) -> SequenceDataset | None:
+        """Return the held-out sequences of a stage's text; None for a stage that reads none, which then needs none."""
+        rewarded = getattr(getattr(stage, "objectives", None), "teachers", None)
+        if getattr(stage, "eval_steps", None) or (rewarded and rewarded.rule == "reinforce"):
+            return self.held_out_dataset(self.recipe.text_of(stage))
+        return None
+
 
 def prepare_job(
     recipe: Recipe, loaded: LoadedTeacher | None = None, before_choice: Callable[["Job"], None] | None = None
@@ -187,7 +194,7 @@ def _check_sequence_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
             raise LimbeckError(
                 f"sequences of {length} tokens exceed the teacher's maximum of {longest}",
                 expected=f"{key} of at most {longest}",
-                hint=f"--set {key}={longest}",
+                hint=f"--seq-len {longest}",
             )
 
 
@@ -279,20 +286,14 @@ def _check_batch_sizes(recipe: Recipe) -> None:
 def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextData]:
     """Open all texts of a recipe, each once, for the longest sequences that any stage reads of it."""
     uses = [(recipe.data, 0), *((recipe.text_of(stage), stage.tokens) for stage in recipe.stages)]
-    locations = ["data", *(f"stages.{index}" for index in range(len(recipe.stages)))]  # keys that set the lengths
-    if recipe.keep_better:
-        uses.append((recipe.guard_text, 0))
-        lengths = [use.seq_len for use, _ in uses[:-1]]
-        locations.append(locations[lengths.index(recipe.longest)])
     held_out_tokens = recipe.evaluation.tokens
     if recipe.keep_better:
+        uses.append((recipe.guard_text, 0))
         held_out_tokens = max(held_out_tokens, count_guard_tokens(recipe.longest))
     texts: dict[str, TextData] = {}
     for key, data in {dataset_key(data): data for data, _ in uses}.items():
-        length, location = max(
-            (use.seq_len, location) for (use, _), location in zip(uses, locations) if dataset_key(use) == key
-        )
-        with rewrite_hints(_find_recipe_keys(recipe, key, location)):
+        length = max(use.seq_len for use, _ in uses if dataset_key(use) == key)
+        with rewrite_hints(_find_recipe_keys(recipe, key)):
             text = open_text_data(data, tokenizer, teacher, length=length, held_out_tokens=held_out_tokens)
         required = sum(tokens for use, tokens in uses if dataset_key(use) == key)
         if text.train_tokens is not None and required > text.train_tokens:
@@ -304,22 +305,12 @@ def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedT
     return texts
 
 
-def _find_recipe_keys(recipe: Recipe, key: str, location: str) -> dict[str, str]:
-    """Map the keys in hints, `data.KEY`, to those of the recipe that set them.
-
-    Args:
-        key: the text, by `dataset_key`.
-        location: "data" or "stages.N", which sets its longest sequence length.
-    """
+def _find_recipe_keys(recipe: Recipe, key: str) -> dict[str, str]:
+    """Map the keys in hints, `data.KEY`, to those of the stage that has the text, by `dataset_key`, for itself."""
     if dataset_key(recipe.data) == key:
-        stage = None if location == "data" else recipe.stages[int(location[7:])]
-        if stage is None or (stage.seq_len is None and stage.data is None):
-            return {}
-        return {"data.seq_len": f"{location}.seq_len" if stage.seq_len is not None else f"{location}.data.seq_len"}
-    index = next(
-        i for i, stage in enumerate(recipe.stages) if stage.data is not None and dataset_key(stage.data) == key
-    )
-    return {"--set data.seq_len": f"--set {location}.seq_len", "--set data.": f"--set stages.{index}.data."}
+        return {}
+    texts = [stage.data and dataset_key(stage.data) for stage in recipe.stages]
+    return {"--set data.": f"--set stages.{texts.index(key)}.data."}
 
 
 def _check_same_split(recipe: Recipe) -> None:
@@ -347,8 +338,7 @@ def _check_sequences(job: Job) -> None:
             continue
         with rewrite_hints({} if stage.data is None else {"--set data.": f"--set stages.{index}.data."}):
             job.train_dataset(text)
-            if getattr(stage, "eval_steps", None):
-                job.held_out_dataset(text)
+            job.stage_held_out_dataset(stage)
 
 
 def _check_targets(job: Job) -> None:

@@ -172,10 +172,10 @@ def trains_beyond_attention(settings: Any) -> bool:
     return getattr(settings, "train", "attention") not in ("mixer", "attention", "lora")
 
 
-def _open_stage_data(job: Job, context: StageContext) -> tuple[SequenceDataset, SequenceDataset, dict[str, Any]]:
+def _open_stage_data(job: Job, context: StageContext) -> tuple[SequenceDataset, SequenceDataset | None, dict[str, Any]]:
     """Open a stage's training and held-out text, with cached teacher logits if it has them, and facts about these."""
     settings, data = context.settings, context.data
-    held_out = job.held_out_dataset(context.text)
+    held_out = job.stage_held_out_dataset(settings)
     if getattr(settings, "cache_teacher", None) is None:
         return data, held_out, {}
     store = job.texts[dataset_key(context.text)].key
@@ -184,7 +184,7 @@ def _open_stage_data(job: Job, context: StageContext) -> tuple[SequenceDataset, 
     for _ in range(count_training_steps(settings, data.length)):
         _, end = take_sequences_with_targets(data, end, settings.batch_size)
     cached, facts = attach(data=require_packed(data), begin=context.position, end=end)
-    if settings.eval_steps:
+    if held_out is not None:
         count = count_eval_sequences(held_out, settings.eval_sequences)
         held_out, _ = attach(data=require_packed(held_out), begin=0, end=count)
     return cached, held_out, {"cached_teacher": facts}

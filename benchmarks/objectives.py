@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -23,21 +24,20 @@ from limbeck.core.system import measure_peak_memory
 from limbeck.data.packing import Batch
 from limbeck.models import find_attention_sites, loading
 from limbeck.models.hooks import DistillationPair
+from limbeck.study import Study
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.objectives.stage import ObjectivesStage
 from limbeck.training.pretraining import build_teacher_model
 
-# as the study has them
-CHOSEN = {
-    "ce + kl": {},
-    "on_policy": {"on_policy": {"share": 0.5, "new_tokens": 64}},
-    "gram": {"gram": {"blocks": "all"}},
-    "features": {"features": {"blocks": "all"}},
-    "exits": {"exits": {"blocks": "uniform 2"}},
-    "adapted_features": {"adapted_features": {"blocks": "all"}},
-    "online_teacher": {"online_teacher": {"blocks": "all"}},
-    "stochastic_teacher": {"stochastic_teacher": {"passes": 4}},
-}
+
+def list_chosen() -> dict[str, dict[str, Any]]:
+    """List the objectives of the study `objectives` with its settings, CE + KL alone first."""
+    settings = Study.load("objectives").grid.settings["objective"]
+    prefix = "stages.logits.objectives."
+    chosen = [
+        {key.removeprefix(prefix): one[key] for key in one if key.startswith(prefix)} for one in settings.values()
+    ]
+    return {"ce + kl": {}, **{next(iter(one)): one for one in chosen if one}}
 
 
 def main() -> None:
@@ -47,7 +47,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--objectives", help="joined by commas; all by default")
     args = parser.parse_args()
+    chosen = list_chosen()
+    if args.objectives:
+        chosen = {"ce + kl": {}, **{name: chosen[name] for name in args.objectives.split(",")}}
     torch.set_num_threads(1)
     if args.teacher == "embedded":
         teacher, _ = loading.load_teacher(loading.resolve_teacher("embedded"), torch.device("cpu"))
@@ -60,8 +64,8 @@ def main() -> None:
 
     stages: dict[str, ObjectivesStage] = {}
     peaks: dict[str, int] = {}
-    for name, chosen in CHOSEN.items():
-        stage = ObjectivesStage(pair, ObjectiveWeights(ce=1, kl=1), Objectives.model_validate(chosen), seed=0)
+    for name, settings in chosen.items():
+        stage = ObjectivesStage(pair, ObjectiveWeights(ce=1, kl=1), Objectives.model_validate(settings), seed=0)
         for parameter in stage.parameters().values():
             parameter.requires_grad_(True)
         stages[name] = stage

@@ -241,6 +241,14 @@ def test_what_cannot_be_reported_is_said(real, tmp_path, change, says):
         write_report(*change(real, tmp_path))
 
 
+@pytest.mark.parametrize("name", ["pages", "deep/er"])
+def test_a_folder_gets_a_page_in_it(real, tmp_path, name):
+    page, *_ = write_report([real / "gla_3_seed0"], tmp_path / name)
+    assert page == tmp_path / name / "report.html"
+    assert page.is_file()
+    assert write_report([real / "gla_3_seed0"], tmp_path / name)[0] == page, "a folder that is there too"
+
+
 def test_another_format_and_missing_libraries_are_said(real, tmp_path, monkeypatch):
     (tmp_path / "study.json").write_text('{"format": 2}', encoding="utf-8")
     with pytest.raises(LimbeckError, match="format 1"):

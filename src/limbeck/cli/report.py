@@ -18,7 +18,10 @@ def report(
         typer.Argument(help="A study's folder, or run directories; also folders written by limbeck eval --out."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The page to write, NAME.html.", show_default="report.html in the folder")
+        Path | None,
+        typer.Option(
+            help="The page to write, NAME.html, or a folder for it.", show_default="report.html in the folder"
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:

@@ -113,8 +113,8 @@ def write_report(paths: list[Path], out: Path | None = None) -> list[Path]:
 
     Args:
         paths: see `limbeck.report.collection.load_collection`.
-        out: the page; by default report.html in the folder if there is one folder, else in the current one. Markdown
-            and a folder with CSV and figures are written beside it.
+        out: the page, or a folder for its report.html; by default the folder that is reported on if it is one, else
+            the current one. Markdown and a folder with CSV and figures are written beside the page.
 
     Returns:
         The page, the Markdown, the folder.
@@ -123,8 +123,14 @@ def write_report(paths: list[Path], out: Path | None = None) -> list[Path]:
         LimbeckError: nothing to report, `out` cannot be written, or jinja2 or matplotlib is not installed.
     """
     page = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
-    if page.suffix != ".html" or page.is_dir():
-        raise LimbeckError(f"cannot write the report to {page}", expected="a file name that ends in .html")
+    if page.is_dir() or not page.suffix:
+        page = page / "report.html"
+    if page.suffix != ".html":
+        raise LimbeckError(
+            f"cannot write the report to {page}",
+            expected="a folder, or a file name that ends in .html",
+            hint=f"limbeck report {shlex.join(map(str, paths))} --out {shlex.quote(str(page.with_suffix('.html')))}",
+        )
     if error := find_write_error(page.parent):
         raise LimbeckError(
             f"cannot write the report: {error.found}",

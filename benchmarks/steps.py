@@ -3,6 +3,7 @@
     python benchmarks/steps.py                                            # the default student: ten minutes, 5 GB
     python benchmarks/steps.py --student gated_deltanet --parts decode,prefill --rounds 15
     python benchmarks/steps.py --before ../before --parts decode          # two checkouts in turns, and their ratio
+    python benchmarks/steps.py --parts decode,compiled --sequences 8      # each decoder block as one compiled function
     python benchmarks/steps.py --parts decode --peer                      # beside llama.cpp, with a student that fits
 
 A step of a stage is whole: teacher's pass, forward, backward, clipping, AdamW. Beside each are two floors, measured in
@@ -10,7 +11,8 @@ the same rounds: its operations at the speed of the products of the model's own 
 at the speed of one read of the model's weights. Only products with weights are counted, so a mixer's own work is above
 the floor. The larger floor is the one that counts; `share` is what part of the time it is. `family` is a decoded token
 without attention and cache: what transformers' own modules take, which no mixer can change. `mixer` is the mixer of one
-layer alone, forward and backward.
+layer alone, forward and backward. `compiled` is `decode` with compiled blocks (limbeck.models.compiled_decoding);
+the seconds of the first start and of one that finds the compilations on disk are printed too.
 
 Everything runs on one thread, in child processes that wait for each other: one a checkout, and all parts take turns, so
 that other work on the machine meets all alike. Times are those of the processor, medians over the rounds. Weights are
@@ -35,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("calibrate", "matrix", "hidden", "logits", "mixer", "prefill", "decode", "family")
+PARTS = ("calibrate", "matrix", "hidden", "logits", "mixer", "prefill", "decode", "compiled", "family")
 DECODED = 8  # tokens of each sequence in a round: a single one varies with what else is in the caches
 # Arguments of `convert` beside a mixer's name. The groups of heads are those of recipe limbeck with SmolLM2-135M.
 HEADS = "18.2,20.2,7.2,8.0,23.0,19.1,23.2"
@@ -43,6 +45,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "limbeck": {"mixer": "sliding_window", "options": {"window": 96}, "softmax_heads": HEADS, "softmax_window": 1024},
 }
 WEIGHTS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes; float16 as `limbeck generate --fp16` has it
+COMPILED: list[Any] = []  # contexts that are never left: the process ends in them
 PEER_STUDENT = "gated_deltanet"  # in the layout that llama.cpp knows
 
 
@@ -65,7 +68,7 @@ def main() -> None:
     parser.add_argument("--student", default="limbeck", help="limbeck, a mixer's name, or teacher for softmax")
     parser.add_argument("--options", type=json.loads, default={}, help="of the mixer, as JSON")
     parser.add_argument("--teacher", default="embedded", help="also tiny, a random model of two layers")
-    parser.add_argument("--parts", default=",".join(part for part in PARTS if part != "mixer"))
+    parser.add_argument("--parts", default=",".join(part for part in PARTS if part not in ("mixer", "compiled")))
     parser.add_argument("--length", type=int, default=1024, help="tokens of a training step")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prefill")
     parser.add_argument("--context", type=int, default=1024, help="tokens before a decoded one")
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="decode with llama.cpp too, as far as its package is there")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.parts = args.parts.split(",")
     if unknown := set(args.parts) - set(PARTS):
@@ -83,10 +87,17 @@ def main() -> None:
     if args.worker:
         serve(args)
         return
+    if args.start:
+        print(json.dumps(time_first_token(args)))
+        return
     # Without its source a child would take the installed Limbeck, and compare it with itself.
     if args.before and not (args.before / "src" / "limbeck" / "__init__.py").is_file():
         parser.error(f"--before {args.before}: found no src/limbeck there, expected a checkout (git worktree add)")
     checkouts = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
+    if "compiled" in args.parts:
+        folder = tempfile.TemporaryDirectory()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name  # so that the first start compiles everything
+        print_starts()
     workers = {name: Worker(path) for name, path in checkouts.items()}
     rows = measure(workers, args.rounds)
     print(f"{args.student}, weights in {args.weights}, {args.rounds} rounds on one thread")
@@ -127,6 +138,15 @@ class Worker:
         if not line:
             sys.exit(f"a child process ended with code {self.child.wait()}; its message is above")
         return json.loads(line)
+
+
+def print_starts() -> None:
+    """Print the seconds of processor time, compilers included, of the first compiled token in two new processes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--start"]
+    for name in ("first", "second"):
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        print(f"{name} start: {json.loads(done.stdout.splitlines()[-1]):.1f} s to compile and verify a token", flush=True)
 
 
 def measure(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
@@ -226,6 +246,11 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
     if "mixer" in args.parts:
         works["mixer"] = make_mixer(student, sites[0], args.length)
     decoder = student if args.weights == "float32" else narrow(student, args.weights)
+    if "compiled" in args.parts:
+        # a student of its own: what stands in for its blocks stays there
+        own = make_student(share_weights=True)
+        own = own if args.weights == "float32" else narrow(own, args.weights, packed=False)
+        works["compiled"] = make_compiled(own, args, body + head.numel(), WEIGHTS[args.weights])
     for part in args.parts:
         if part == "prefill":
             works[part] = make_prefill(decoder, args.prompt, body, head.numel(), WEIGHTS[args.weights])
@@ -239,15 +264,15 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
     return works
 
 
-def narrow(model: Any, weights: str) -> Any:
-    """Copy a model with weights of so few bits."""
+def narrow(model: Any, weights: str, packed: bool = True) -> Any:
+    """Copy a model with weights of so few bits; float16 packed for calls of the library, or plain for the compiler."""
     import torch
 
     if weights == "bfloat16":
         return copy.deepcopy(model).to(torch.bfloat16)
     from limbeck.models.quantization import pack_float16
 
-    return pack_float16(model)
+    return pack_float16(model, packed)
 
 
 def load_teacher(name: str) -> Any:
@@ -381,7 +406,8 @@ def make_decoding(model: Any, args: argparse.Namespace, weights: int, size: int)
     from limbeck.evaluation.timing import prefill_cache
     from limbeck.models import build_cache_kwargs
 
-    cache = prefill_cache(model, args.context, batch=args.sequences)
+    cache = prefill_cache(model, args.context)
+    cache.batch_repeat_interleave(args.sequences)
     ids = torch.full((args.sequences, 1), 5)
 
     @torch.no_grad()
@@ -391,6 +417,42 @@ def make_decoding(model: Any, args: argparse.Namespace, weights: int, size: int)
 
     tokens = DECODED * args.sequences
     return Work(run, tokens, 2.0 * weights * tokens, DECODED * size * weights)
+
+
+def make_compiled(model: Any, args: argparse.Namespace, weights: int, size: int) -> Work:
+    """Make some decoded tokens through compiled blocks, which are compiled now and stay."""
+    from limbeck.models.compilation import CompileLog
+    from limbeck.models.compiled_decoding import compile_decoding
+
+    context = compile_decoding(model, notes := CompileLog())
+    context.__enter__()
+    COMPILED.append(context)
+    work = make_decoding(model, args, weights, size)
+    work.run()
+    if notes.reasons:
+        sys.exit(f"not compiled: {'; '.join(notes.reasons)}")
+    return work
+
+
+def time_first_token(args: argparse.Namespace) -> float:
+    """Return the seconds of processor time, those of compilers included, of the first compiled token."""
+    import torch
+
+    import limbeck
+    from limbeck.models.compiled_decoding import compile_decoding
+
+    torch.set_num_threads(1)
+    settings = {"mixer": args.student, **STUDENTS.get(args.student, {})}
+    settings["options"] = {**settings.get("options", {}), **args.options}
+    student = limbeck.convert(load_teacher(args.teacher), **settings, share_weights=True).eval().requires_grad_(False)
+    student = student if args.weights == "float32" else narrow(student, args.weights, packed=False)
+    ids = torch.full((args.sequences, 8), 5)
+    spent = sum(os.times()[:4])
+    with compile_decoding(student):
+        student.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    # processes that compile are counted once they have ended
+    torch._inductor.async_compile.shutdown_compile_workers()
+    return sum(os.times()[:4]) - spent
 
 
 def make_family(teacher: Any, sequences: int, weights: int, size: int) -> Work:

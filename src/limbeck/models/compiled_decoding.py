@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -249,7 +250,8 @@ class _CompiledHead:
         rows = x.numel() // x.shape[-1]
         if self.refused or torch.is_grad_enabled() or torch.compiler.is_compiling() or rows > UNROLLED_SEQUENCES:
             return self.original(x)
-        key = ("head", x.dtype, x.shape, x.stride())
+        x = x.contiguous()  # a prompt's last token is a slice, which would be a compilation of its own
+        key = ("head", x.dtype, x.shape)
 
         def run(weight: Tensor, *rest: Tensor) -> Tensor:
             return F.linear(rest[-1], weight.to(rest[-1].dtype), rest[0] if len(rest) > 1 else None)
@@ -289,7 +291,19 @@ class _Exported(nn.Module):
         self.function = function
 
     def forward(self, tensors: list[Tensor]) -> Any:
-        return self.function(*tensors)
+        with _WriteAsSums():
+            return self.function(*tensors)
+
+
+class _WriteAsSums(TorchFunctionMode):
+    """Replaces calls of the library by sums while a function is exported."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            func = _linear_as_sums
+        elif func is F.scaled_dot_product_attention:
+            func = _attention_as_sums
+        return func(*args, **(kwargs or {}))
 
 
 class _Sentinel:
@@ -307,12 +321,6 @@ def _compile(function: Callable, tensors: list[Tensor], backend: str) -> Callabl
     """Export a function of tensors for their shapes and compile it."""
     with torch.no_grad():
         program = torch.export.export(_Exported(function), (tensors,), strict=False)
-        program = program.run_decompositions(
-            {
-                torch.ops.aten.linear.default: _linear_as_sums,
-                torch.ops.aten.scaled_dot_product_attention.default: _attention_as_sums,
-            }
-        )
         specification = program.call_spec.out_spec
         assert specification is not None
         # constants that were made on the way come first; they are the same in all blocks of a kind
@@ -334,8 +342,9 @@ def _compile(function: Callable, tensors: list[Tensor], backend: str) -> Callabl
     return run
 
 
-def _linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_as_sums(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Write x Wᵀ + b [..., outputs] as sums over a row of W each, all sequences of a row beside each other."""
+    x = input
     rows = x.numel() // x.shape[-1]
     if rows > UNROLLED_SEQUENCES:
         y = x @ weight.T

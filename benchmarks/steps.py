@@ -249,7 +249,7 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
     if "compiled" in args.parts:
         # a student of its own: what stands in for its blocks stays there
         own = make_student(share_weights=True)
-        own = own if args.weights == "float32" else narrow(own, args.weights, packed=False)
+        own = own if args.weights == "float32" else narrow(own, args.weights, compiled=True)
         works["compiled"] = make_compiled(own, args, body + head.numel(), WEIGHTS[args.weights])
     for part in args.parts:
         if part == "prefill":
@@ -264,15 +264,16 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
     return works
 
 
-def narrow(model: Any, weights: str, packed: bool = True) -> Any:
-    """Copy a model with weights of so few bits; float16 packed for calls of the library, or plain for the compiler."""
+def narrow(model: Any, weights: str, compiled: bool = False) -> Any:
+    """Copy a model with weights of so few bits, for decoding as it is or through compiled blocks."""
     import torch
 
     if weights == "bfloat16":
         return copy.deepcopy(model).to(torch.bfloat16)
+    from limbeck.models.compiled_decoding import list_compiled_modules
     from limbeck.models.quantization import pack_float16
 
-    return pack_float16(model, packed)
+    return pack_float16(model, list_compiled_modules(model) if compiled else ())
 
 
 def load_teacher(name: str) -> Any:
@@ -445,7 +446,7 @@ def time_first_token(args: argparse.Namespace) -> float:
     settings = {"mixer": args.student, **STUDENTS.get(args.student, {})}
     settings["options"] = {**settings.get("options", {}), **args.options}
     student = limbeck.convert(load_teacher(args.teacher), **settings, share_weights=True).eval().requires_grad_(False)
-    student = student if args.weights == "float32" else narrow(student, args.weights, packed=False)
+    student = student if args.weights == "float32" else narrow(student, args.weights, compiled=True)
     ids = torch.full((args.sequences, 8), 5)
     spent = sum(os.times()[:4])
     with compile_decoding(student):

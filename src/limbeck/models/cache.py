@@ -223,9 +223,8 @@ class StepCache(Cache):
     It counts nothing: whoever calls the block does that for the cache from which the states are.
     """
 
-    def __init__(self, states: list[State | None]) -> None:
+    def __init__(self) -> None:
         self.layer = RecurrentLayer()
-        self.layer.states = list(states)
         self.layers = [self.layer]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from transformers.cache_utils import Cache
 
 from limbeck.core.console import console
 from limbeck.mixers import Mixer
-from limbeck.models.attention import token_mask_from_attention_mask
+from limbeck.models.attention import bind_arguments, get_hidden_states, token_mask_from_attention_mask
 from limbeck.models.cache import RecurrentLayer, StepCache
 from limbeck.models.compilation import CompileLog
 from limbeck.models.quantization import HalfLinear
@@ -44,6 +44,10 @@ from limbeck.models.temporary import instance_attribute
 
 # Sequences whose products are written out as sums. Measured: benchmarks/steps.py --parts decode,compiled --sequences N
 UNROLLED_SEQUENCES = 8
+# compilations of one kind of blocks: numbers of sequences, and inputs that turn out to change with every token
+MOST_SHAPES = 6
+_LINEAR = (nn.Linear, HalfLinear)
+_TENSOR, _CACHE = object(), object()  # marks in the form of a call
 # Attributes that number a layer: they tell blocks of one kind apart without changing what they compute.
 _LAYER_NUMBERS = ("layer_idx", "limbeck_layer_idx", "layer")
 _INDUCTOR = {
@@ -70,47 +74,61 @@ def compile_decoding(
         backend: inductor, or eager to run the exported blocks as they are (for tests).
     """
     notes = CompileLog() if notes is None else notes
-    if reason := _find_obstacle(model, backend):
+    if reason := find_obstacle(model, backend):
         notes.record_fallback(reason)
         yield
         return
+    if growing := [name for name, mixer in _find_blocks(model) if mixer is None or mixer.grows]:
+        notes.record_fallback(f"the cache of {len(growing)} layers grows with every token (softmax)")
     compiler = _Compiler(notes, backend)
     with ExitStack() as stack:
-        for name in list_converted_blocks(model):
-            block = model.get_submodule(name)
-            step: Any = _CompiledBlock(name, block, compiler)
-            stack.enter_context(instance_attribute(block, "forward", step))
-        head = model.get_output_embeddings()
-        if type(head) in (nn.Linear, HalfLinear):
-            step = _CompiledHead(head, compiler)
-            stack.enter_context(instance_attribute(head, "forward", step))
+        for name in list_compiled_modules(model):
+            module = model.get_submodule(name)
+            if module is model.get_output_embeddings():
+                step: Any = _CompiledHead(module, compiler)
+            else:
+                step = _CompiledBlock(name, module, compiler)
+            stack.enter_context(instance_attribute(module, "forward", step))
         yield
 
 
-def list_converted_blocks(model: nn.Module) -> list[str]:
-    """Return the names of the decoder blocks with a mixer: the modules in a list that contain one."""
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            names += [f"{name}.{n}" for n, child in module.named_children() if _find_mixer_module(child) is not None]
-    # a mixer may have lists of its own
-    return [n for n in names if not any(n.startswith(f"{outer}.") for outer in names)]
+def list_compiled_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of what is compiled: the decoder blocks whose state does not grow, and the head."""
+    names = [name for name, mixer in _find_blocks(model) if mixer is not None and not mixer.grows]
+    head = model.get_output_embeddings()
+    plain_head = [name for name, module in model.named_modules() if module is head and type(head) in _LINEAR]
+    return names + plain_head
 
 
-def _find_obstacle(model: PreTrainedModel, backend: str) -> str | None:
+def find_obstacle(model: PreTrainedModel, backend: str = "inductor") -> str | None:
     """Say why nothing of a model can be compiled here; None if something can."""
     if model.device.type != "cpu":
         return f"the model is on {model.device}, and decoding is compiled for CPUs alone"
-    if not list_converted_blocks(model):
-        return "the model has no layers with a mixer, and layers with softmax are not compiled (their cache grows)"
+    if not any(mixer is not None and not mixer.grows for _, mixer in _find_blocks(model)):
+        return "the model has no layer with a state of fixed size, and a cache that grows is not compiled"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if backend == "inductor" and shutil.which(compiler) is None:
-        return f"no C++ compiler '{compiler}' found; expected one on the PATH or in CXX; try: apt install g++"
+        return f"found no C++ compiler '{compiler}'; expected: one on the PATH, or its path in CXX; try: apt install g++"
     return None
 
 
-def _find_mixer_module(block: nn.Module) -> nn.Module | None:
-    """Return the attention module of a block whose mixer replaces softmax; None for other modules."""
+def _find_blocks(model: nn.Module) -> list[tuple[str, Mixer | None]]:
+    """Return the names of the decoder blocks, and the mixer of each; None for those that keep softmax."""
+    plan = getattr(getattr(model, "config", None), "limbeck", None)
+    if plan is None:
+        return []
+    # a block is the innermost member of a list on the way to an attention module
+    parts = plan["layers"][0]["module"].split(".")
+    prefixes = [".".join(parts[:n]) for n in range(1, len(parts))]
+    lists = [name for name in prefixes if isinstance(model.get_submodule(name), nn.ModuleList)]
+    if not lists:
+        return []
+    blocks = [(f"{lists[-1]}.{n}", block) for n, block in model.get_submodule(lists[-1]).named_children()]
+    return [(name, getattr(_find_attention(block), "mixer", None)) for name, block in blocks]
+
+
+def _find_attention(block: nn.Module) -> nn.Module | None:
+    """Return the attention module of a block that has a mixer; None where there is none."""
     return next((m for m in block.modules() if isinstance(getattr(m, "mixer", None), Mixer)), None)
 
 
@@ -119,28 +137,33 @@ class _Compiler:
 
     def __init__(self, notes: CompileLog, backend: str):
         self.notes, self.backend = notes, backend
+        self.kinds: dict[Any, int] = {}  # numbers of fingerprints, which are long
         self.functions: dict[Any, Callable | None] = {}
         self.lock = threading.Lock()  # compilation is not made for several threads
 
-    def get(self, key: Any, what: str, function: Callable, tensors: list[Tensor]) -> Callable | None:
+    def number_kind(self, fingerprint: Any) -> int:
+        """Return a short name of a kind of modules."""
+        return self.kinds.setdefault(fingerprint, len(self.kinds))
+
+    def get(self, kind: Any, key: Any, what: str, function: Callable, tensors: list[Tensor]) -> Callable | None:
         """Return the compiled form of a function of tensors, or None if the compiler refuses it."""
         with self.lock:
-            if key not in self.functions:
-                start = time.monotonic()
-                if not self.functions:
-                    console.print("compile: a minute or more at first, seconds once torch has it on disk", style="dim")
-                try:
-                    self.functions[key] = _compile(function, tensors, self.backend)
-                    console.print(f"compile: {what}, {time.monotonic() - start:.0f} s", style="dim")
-                except Exception as error:  # whatever export, inductor or the C++ compiler raise
-                    self.functions[key] = None
-                    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                    self.notes.record_fallback(f"{what}: {' '.join(lines[:2]) or type(error).__name__}")
-            return self.functions[key]
-
-    def refuse(self, reason: str) -> None:
-        """Record why something runs uncompiled."""
-        self.notes.record_fallback(reason)
+            if (kind, key) in self.functions:
+                return self.functions[kind, key]
+            if sum(known == kind for known, _ in self.functions) >= MOST_SHAPES:
+                self.notes.record_fallback(f"{what}: more than {MOST_SHAPES} different shapes of its inputs")
+                return None
+            start = time.monotonic()
+            if not self.functions:
+                console.print("compile: minutes at first, seconds once torch has it on disk", style="dim")
+            try:
+                self.functions[kind, key] = _compile(function, tensors, self.backend)
+                console.print(f"compile: {what}, {time.monotonic() - start:.0f} s", style="dim")
+            except Exception as error:  # whatever export, inductor and the C++ compiler raise
+                self.functions[kind, key] = None
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                self.notes.record_fallback(f"{what}: {' '.join(lines[:2]) or type(error).__name__}")
+            return self.functions[kind, key]
 
 
 class _CompiledBlock:
@@ -148,102 +171,96 @@ class _CompiledBlock:
 
     def __init__(self, name: str, block: nn.Module, compiler: _Compiler):
         self.name, self.block, self.original, self.compiler = name, block, block.forward, compiler
-        attention = _find_mixer_module(block)
-        assert attention is not None
-        self.attention: Any = attention
+        self.attention: Any = _find_attention(block)
         held = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         self.names, self.weights = list(held), list(held.values())
-        self.kind = _fingerprint(block)
-        self.verified: set[Any] = set()
+        self.kind = compiler.number_kind(_fingerprint(block))
+        self.steps: dict[Any, Callable] = {}  # verified ones by the form of a call and the shapes in it
         self.refused = False
-        if attention.mixer.grows:  # type: ignore[union-attr]
-            self.refused = True
-            compiler.refuse("layers whose state grows with every token are not compiled")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = None if self.refused or torch.is_grad_enabled() else self._find_state(args, kwargs)
-        if found is None:
+        if self.refused or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
-        cache, layer = found
-        # the cache and the mask, which says nothing here, are no inputs
-        dropped = (Cache, "attention_mask")
-        given, states = _strip((args, kwargs), *dropped), layer.states
-        leaves, spec = pytree.tree_flatten((given, states))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in leaves)
-        shapes = tuple((x.dtype, x.shape, x.stride()) for x in tensors)
-        key = (self.kind, spec, constants, shapes)
+        arguments = bind_arguments(self.block, args, kwargs)
+        layer = self._find_layer(arguments)
+        if layer is None:
+            return self.original(*args, **kwargs)
+        if "attention_mask" in arguments:  # which says nothing here, and grows
+            arguments = {**arguments, "attention_mask": None}
+        tensors: list[Tensor] = []
+        form = _take_apart((arguments, layer.states), tensors)
+        key = (form, tuple((x.dtype, x.shape, x.stride()) for x in tensors))
         try:
-            known = key in self.verified
+            step = self.steps.get(key)
         except TypeError:  # an argument that cannot be compared
-            known = False
             self.refused = True
-            self.compiler.refuse(f"{self.name}: an argument that is neither a tensor nor a plain value")
+            self.compiler.notes.record_fallback(f"{self.name}: an argument that is neither a tensor nor a plain value")
             return self.original(*args, **kwargs)
-        step = self.compiler.get(key, self._describe(), self._bind(spec, constants), [*self.weights, *tensors])
         if step is None:
-            self.refused = True
-            return self.original(*args, **kwargs)
-        output, new = step(*self.weights, *tensors)
-        if known:
-            layer.advance(given_hidden := _first_tensor(given), given_hidden)
-            layer.states = new
-            return output
-        expected = self.original(*args, **kwargs)  # which also moves the state on
-        if _agree((output, new), (expected, layer.states)):
-            self.verified.add(key)
-        else:
-            self.refused = True
-            self.compiler.refuse(f"{self.name}: its compiled step differs from the uncompiled one")
+            return self._verify(key, form, tensors, layer, args, kwargs)
+        output, states = step(*self.weights, *tensors)
+        hidden = get_hidden_states(arguments)
+        layer.advance(hidden, hidden)
+        layer.states = states
+        return output
+
+    def _verify(
+        self, key: Any, form: Any, tensors: list[Tensor], layer: RecurrentLayer, args: tuple, kwargs: dict
+    ) -> Any:
+        """Compute a step both ways and keep the compiled one if they agree; returns the uncompiled one's output."""
+        function = self._bind(form)
+        step = self.compiler.get(self.kind, key, f"blocks like {self.name}", function, [*self.weights, *tensors])
+        found = None if step is None else step(*self.weights, *tensors)
+        expected = self.original(*args, **kwargs)  # which also moves the layer's state on
+        if step is not None and _agree(found, (expected, layer.states)):
+            self.steps[key] = step
+            return expected
+        self.refused = True
+        if step is not None:
+            self.compiler.notes.record_fallback(f"{self.name}: the compiled step differs from the uncompiled one")
         return expected
 
-    def _find_state(self, args: tuple, kwargs: dict) -> tuple[Cache, RecurrentLayer] | None:
-        """Return the cache and this block's layer of it if the call is a step that can be compiled."""
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-        index = self.attention.limbeck_layer_idx
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[1] != 1 or torch.compiler.is_compiling():
+    def _find_layer(self, arguments: dict[str, Any]) -> RecurrentLayer | None:
+        """Return this block's layer of the cache if the call is a step that can be compiled."""
+        hidden, index = get_hidden_states(arguments), self.attention.limbeck_layer_idx
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[1] != 1 or not isinstance(index, int):
             return None
-        if cache is None or not isinstance(index, int) or not 0 <= index < len(getattr(cache, "layers", ())):
+        cache = next((x for x in arguments.values() if isinstance(x, Cache)), None)
+        if cache is None or not 0 <= index < len(getattr(cache, "layers", ())):
             return None
         layer = cache.layers[index]
         if not isinstance(layer, RecurrentLayer) or layer.static or not layer.states or None in layer.states:
             return None
-        layer.claim_for(self.attention)
-        mask = kwargs.get("attention_mask")
+        mask = arguments.get("attention_mask")
         if mask is not None:
             offset = layer.length - layer.get_mask_sizes(1)[1]
             tokens = token_mask_from_attention_mask(mask, 1, mask_offset=offset)
             if tokens.valid is not None or tokens.segments is not None:
                 return None
-        return cache, layer
+        layer.claim_for(self.attention)
+        return layer
 
-    def _bind(self, spec: pytree.TreeSpec, constants: tuple) -> Callable:
-        """Return the block as a function of its weights and the tensors of a call."""
+    def _bind(self, form: Any) -> Callable:
+        """Return the block as a function of its weights and of the tensors of a call."""
         holder = _Holder(self.block, self.original)
 
         def run(*tensors: Tensor) -> Any:
             weights = {f"block.{name}": x for name, x in zip(self.names, tensors)}
-            rest = iter(tensors[len(self.names) :])
-            leaves = [next(rest) if x is _TENSOR else x for x in constants]
-            (args, kwargs), states = pytree.tree_unflatten(leaves, spec)
-            cache = StepCache(states)
-            args, kwargs = _put_cache(args, cache), {k: _put_cache(x, cache) for k, x in kwargs.items()}
-            return functional_call(holder, weights, args, kwargs), cache.layer.states
+            cache, rest = StepCache(), iter(tensors[len(self.names) :])
+            arguments, states = _put_together(form, rest, cache)
+            cache.layer.states = states
+            return functional_call(holder, weights, (), arguments), cache.layer.states
 
         return run
-
-    def _describe(self) -> str:
-        return f"blocks like {self.name}"
 
 
 class _CompiledHead:
     """The output projection: compiled for one token of each sequence."""
 
-    def __init__(self, head: nn.Module, compiler: _Compiler):
+    def __init__(self, head: Any, compiler: _Compiler):
         self.original, self.compiler = head.forward, compiler
-        self.weights: list[Any] = [head.weight] if head.bias is None else [head.weight, head.bias]
-        self.verified: set[Any] = set()
+        self.weights: list[Tensor] = [head.weight] if head.bias is None else [head.weight, head.bias]
+        self.steps: dict[Any, Callable] = {}
         self.refused = False
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -251,24 +268,21 @@ class _CompiledHead:
         if self.refused or torch.is_grad_enabled() or torch.compiler.is_compiling() or rows > UNROLLED_SEQUENCES:
             return self.original(x)
         x = x.contiguous()  # a prompt's last token is a slice, which would be a compilation of its own
-        key = ("head", x.dtype, x.shape)
+        key = (x.dtype, x.shape)
+        if key in self.steps:
+            return self.steps[key](*self.weights, x)
 
         def run(weight: Tensor, *rest: Tensor) -> Tensor:
             return F.linear(rest[-1], weight.to(rest[-1].dtype), rest[0] if len(rest) > 1 else None)
 
-        step = self.compiler.get(key, "the head", run, [*self.weights, x])
-        if step is None:
-            self.refused = True
-            return self.original(x)
-        output = step(*self.weights, x)
-        if key in self.verified:
-            return output
         expected = self.original(x)
-        if _agree(output, expected):
-            self.verified.add(key)
+        step = self.compiler.get("head", key, "the head", run, [*self.weights, x])
+        if step is not None and _agree(step(*self.weights, x), expected):
+            self.steps[key] = step
         else:
             self.refused = True
-            self.compiler.refuse("the head: its compiled form differs from the uncompiled one")
+            if step is not None:
+                self.compiler.notes.record_fallback("the head: its compiled form differs from the uncompiled one")
         return expected
 
 
@@ -304,17 +318,6 @@ class _WriteAsSums(TorchFunctionMode):
         elif func is F.scaled_dot_product_attention:
             func = _attention_as_sums
         return func(*args, **(kwargs or {}))
-
-
-class _Sentinel:
-    def __init__(self, name: str):
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-_TENSOR, _CACHE = _Sentinel("<tensor>"), _Sentinel("<cache>")
 
 
 def _compile(function: Callable, tensors: list[Tensor], backend: str) -> Callable:
@@ -383,26 +386,32 @@ def _store(x: Tensor) -> Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
-def _strip(value: Any, kind: type, mask: str) -> Any:
-    """Replace caches by a mark and masks by None in arguments."""
-    if isinstance(value, kind):
+def _take_apart(value: Any, tensors: list[Tensor]) -> Any:
+    """Append the tensors in a value to a list; returns its form, with marks for tensors and caches."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _TENSOR
+    if isinstance(value, Cache):
         return _CACHE
     if isinstance(value, dict):
-        return {k: None if k == mask else _strip(x, kind, mask) for k, x in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_strip(x, kind, mask) for x in value)
+        return (dict, *((name, _take_apart(x, tensors)) for name, x in value.items()))
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple, *(_take_apart(x, tensors) for x in value))
+    # what has no plain value is compared by its identity
     return value
 
 
-def _put_cache(value: Any, cache: Cache) -> Any:
-    """Put a cache where `_strip` left a mark."""
-    if value is _CACHE:
+def _put_together(form: Any, tensors: Iterator[Tensor], cache: Cache) -> Any:
+    """Make a value of this form with the next tensors, and with `cache` where there was one."""
+    if form is _TENSOR:
+        return next(tensors)
+    if form is _CACHE:
         return cache
-    return tuple(_put_cache(x, cache) for x in value) if isinstance(value, tuple) else value
-
-
-def _first_tensor(value: Any) -> Tensor:
-    return next(x for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
+    if isinstance(form, tuple):
+        if form[0] is dict:
+            return {name: _put_together(x, tensors, cache) for name, x in form[1:]}
+        return form[0](_put_together(x, tensors, cache) for x in form[1:])
+    return form
 
 
 def _agree(found: Any, expected: Any) -> bool:

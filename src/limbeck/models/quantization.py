@@ -11,6 +11,7 @@ import copy
 import functools
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -100,7 +101,7 @@ def count_unquantized_parameters(module: nn.Module) -> int:
     return sum(shape.numel() for shape in shapes)
 
 
-def pack_float16(model: PreTrainedModel, packed: bool = True) -> PreTrainedModel:
+def pack_float16(model: PreTrainedModel, plain: Sequence[str] = ()) -> PreTrainedModel:
     """Copy a model for decoding on a CPU, with the weights of its linear layers, head included, in float16.
 
     They are half as many bytes to read for each token, which is what decoding spends its time on; products are summed
@@ -108,13 +109,14 @@ def pack_float16(model: PreTrainedModel, packed: bool = True) -> PreTrainedModel
 
     Args:
         model: in float32, on a CPU; students and teachers.
-        packed: False keeps plain tensors, which compiled blocks read (`limbeck.models.compiled_decoding`).
+        plain: names of modules whose linear layers keep plain tensors in float16, as compiled ones read them
+            (`limbeck.models.compiled_decoding`).
 
     Raises:
         LimbeckError: not in float32 on a CPU, a CPU without FBGEMM, or a weight beyond float16.
     """
     _check_packable(model, "float16")
-    if packed and not {"fbgemm", "x86"} & {torch.backends.quantized.engine}:
+    if not {"fbgemm", "x86"} & {torch.backends.quantized.engine}:
         raise LimbeckError(
             "this CPU or build of torch has no products with float16 weights",
             expected="an x86 CPU with AVX2 and a torch with FBGEMM",
@@ -132,7 +134,8 @@ def pack_float16(model: PreTrainedModel, packed: bool = True) -> PreTrainedModel
             raise LimbeckError(
                 f"{name} has weights up to {largest:.3g}, more than float16 holds", expected="at most 65,504"
             )
-        small.set_submodule(name, Float16Linear(linear) if packed else HalfLinear(linear))
+        is_plain = any(name == module or name.startswith(f"{module}.") for module in plain)
+        small.set_submodule(name, HalfLinear(linear) if is_plain else Float16Linear(linear))
     small.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return small.eval()
 

@@ -11,8 +11,8 @@ the same rounds: its operations at the speed of the products of the model's own 
 at the speed of one read of the model's weights. Only products with weights are counted, so a mixer's own work is above
 the floor. The larger floor is the one that counts; `share` is what part of the time it is. `family` is a decoded token
 without attention and cache: what transformers' own modules take, which no mixer can change. `mixer` is the mixer of one
-layer alone, forward and backward. `compiled` is `decode` with compiled blocks (limbeck.models.compiled_decoding);
-the seconds of the first start and of one that finds the compilations on disk are printed too.
+layer alone, forward and backward. `compiled` is `decode` with compiled blocks (limbeck.models.compiled_decoding); with
+--starts the seconds that compiling takes at the first start, and at one that finds it on disk, are printed too.
 
 Everything runs on one thread, in child processes that wait for each other: one a checkout, and all parts take turns, so
 that other work on the machine meets all alike. Times are those of the processor, medians over the rounds. Weights are
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     parser.add_argument("--before", type=Path, help="a checkout to compare with")
     parser.add_argument("--peer", action="store_true", help="decode with llama.cpp too, as far as its package is there")
+    parser.add_argument("--starts", action="store_true", help="also how long compiling takes, with and without its cache")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
@@ -94,7 +95,7 @@ def main() -> None:
     if args.before and not (args.before / "src" / "limbeck" / "__init__.py").is_file():
         parser.error(f"--before {args.before}: found no src/limbeck there, expected a checkout (git worktree add)")
     checkouts = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
-    if "compiled" in args.parts:
+    if args.starts:
         folder = tempfile.TemporaryDirectory()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name  # so that the first start compiles everything
         print_starts()

@@ -16,6 +16,7 @@ runs uncompiled from then on. Compilations are kept on disk by torch (TORCHINDUC
 """
 
 import dataclasses
+import operator
 import os
 import shutil
 import sys
@@ -47,7 +48,7 @@ UNROLLED_SEQUENCES = 8
 # compilations of one kind of blocks: numbers of sequences, and inputs that turn out to change with every token
 MOST_SHAPES = 6
 _LINEAR = (nn.Linear, HalfLinear)
-_TENSOR, _CACHE = object(), object()  # marks in the form of a call
+_TENSOR, _CACHE, _HIDDEN = object(), object(), object()  # marks in the form of a call
 # Attributes that number a layer: they tell blocks of one kind apart without changing what they compute.
 _LAYER_NUMBERS = ("layer_idx", "limbeck_layer_idx", "layer")
 _INDUCTOR = {
@@ -137,13 +138,14 @@ class _Compiler:
 
     def __init__(self, notes: CompileLog, backend: str):
         self.notes, self.backend = notes, backend
-        self.kinds: dict[Any, int] = {}  # numbers of fingerprints, which are long
+        self.numbers: dict[Any, int] = {}  # of descriptions, which are long
+        self.call: _Call | None = None  # the last one
         self.functions: dict[Any, Callable | None] = {}
         self.lock = threading.Lock()  # compilation is not made for several threads
 
-    def number_kind(self, fingerprint: Any) -> int:
-        """Return a short name of a kind of modules."""
-        return self.kinds.setdefault(fingerprint, len(self.kinds))
+    def number(self, description: Any) -> int:
+        """Return a number that stands for a description."""
+        return self.numbers.setdefault(description, len(self.numbers))
 
     def get(self, kind: Any, key: Any, what: str, function: Callable, tensors: list[Tensor]) -> Callable | None:
         """Return the compiled form of a function of tensors, or None if the compiler refuses it."""
@@ -166,6 +168,57 @@ class _Compiler:
             return self.functions[kind, key]
 
 
+class _Call:
+    """What a block is called with besides its hidden states: the same for all blocks of a pass, so taken apart once."""
+
+    def __init__(self, block: nn.Module, args: tuple, kwargs: dict, compiler: _Compiler):
+        arguments = bind_arguments(block, args, kwargs)
+        self.block_class, self.shared = type(block), _list_shared(args, kwargs)
+        self.names = (len(args), *kwargs)
+        hidden = get_hidden_states(arguments)
+        self.is_step = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[1] == 1
+        self.cache = next((x for x in arguments.values() if isinstance(x, Cache)), None)
+        # a mask says nothing about a step, unless some token is padding, and it grows
+        self.mask = arguments.pop("attention_mask", None)
+        self.offsets: dict[Any, bool] = {}  # whether the mask says nothing, by the column of the token
+        self.tensors: list[Tensor] = []
+        parts = {name: _HIDDEN if x is hidden else _take_apart(x, self.tensors) for name, x in arguments.items()}
+        self.form = (dict, *parts.items(), ("attention_mask", None))
+        try:
+            self.number: int | None = compiler.number((self.form, _describe_tensors(self.tensors)))
+        except TypeError:  # an argument that cannot be compared
+            self.number = None
+
+    def is_same(self, block: nn.Module, args: tuple, kwargs: dict) -> bool:
+        """Return whether these are the same objects."""
+        if self.block_class is not type(block) or self.names != (len(args), *kwargs):
+            return False
+        return all(map(operator.is_, self.shared, _list_shared(args, kwargs)))
+
+    def find_layer(self, attention: Any) -> RecurrentLayer | None:
+        """Return an attention module's layer of the cache if the call is a step that can be compiled."""
+        index, layers = attention.limbeck_layer_idx, getattr(self.cache, "layers", ())
+        if not self.is_step or self.number is None or not isinstance(index, int) or not 0 <= index < len(layers):
+            return None
+        layer = layers[index]
+        if not isinstance(layer, RecurrentLayer) or layer.static or not layer.states or None in layer.states:
+            return None
+        if self.mask is not None:
+            offset = layer.length - layer.get_mask_sizes(1)[1]
+            if offset not in self.offsets:
+                tokens = token_mask_from_attention_mask(self.mask, 1, mask_offset=offset)
+                self.offsets[offset] = tokens.valid is None and tokens.segments is None
+            if not self.offsets[offset]:
+                return None
+        layer.claim_for(attention)
+        return layer
+
+
+def _list_shared(args: tuple, kwargs: dict) -> list[Any]:
+    """List the arguments that are the same objects for all blocks of a pass."""
+    return [*args[1:], *(x for name, x in kwargs.items() if name != "hidden_states")]
+
+
 class _CompiledBlock:
     """The forward pass of a decoder block: compiled for one token with states, as it was for everything else."""
 
@@ -174,43 +227,39 @@ class _CompiledBlock:
         self.attention: Any = _find_attention(block)
         held = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         self.names, self.weights = list(held), list(held.values())
-        self.kind = compiler.number_kind(_fingerprint(block))
+        self.kind = compiler.number(_fingerprint(block))
         self.steps: dict[Any, Callable] = {}  # verified ones by the form of a call and the shapes in it
         self.refused = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.refused or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
-        arguments = bind_arguments(self.block, args, kwargs)
-        layer = self._find_layer(arguments)
+        call = self.compiler.call
+        if call is None or not call.is_same(self.block, args, kwargs):
+            call = self.compiler.call = _Call(self.block, args, kwargs, self.compiler)
+        layer = call.find_layer(self.attention)
         if layer is None:
             return self.original(*args, **kwargs)
-        if "attention_mask" in arguments:  # which says nothing here, and grows
-            arguments = {**arguments, "attention_mask": None}
-        tensors: list[Tensor] = []
-        form = _take_apart((arguments, layer.states), tensors)
-        key = (form, tuple((x.dtype, x.shape, x.stride()) for x in tensors))
-        try:
-            step = self.steps.get(key)
-        except TypeError:  # an argument that cannot be compared
-            self.refused = True
-            self.compiler.notes.record_fallback(f"{self.name}: an argument that is neither a tensor nor a plain value")
-            return self.original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        names, own = [], [hidden]
+        for state in layer.states:
+            names.append(tuple(state))  # type: ignore[arg-type]
+            own += state.values()  # type: ignore[union-attr]
+        key = (call.number, tuple(names), _describe_tensors(own))
+        step = self.steps.get(key)
         if step is None:
-            return self._verify(key, form, tensors, layer, args, kwargs)
-        output, states = step(*self.weights, *tensors)
-        hidden = get_hidden_states(arguments)
+            return self._verify(key, call, own, layer, args, kwargs)
+        output, layer.states = step(*self.weights, *own, *call.tensors)
         layer.advance(hidden, hidden)
-        layer.states = states
         return output
 
     def _verify(
-        self, key: Any, form: Any, tensors: list[Tensor], layer: RecurrentLayer, args: tuple, kwargs: dict
+        self, key: Any, call: _Call, own: list[Tensor], layer: RecurrentLayer, args: tuple, kwargs: dict
     ) -> Any:
         """Compute a step both ways and keep the compiled one if they agree; returns the uncompiled one's output."""
-        function = self._bind(form)
-        step = self.compiler.get(self.kind, key, f"blocks like {self.name}", function, [*self.weights, *tensors])
-        found = None if step is None else step(*self.weights, *tensors)
+        tensors = [*self.weights, *own, *call.tensors]
+        step = self.compiler.get(self.kind, key, f"blocks like {self.name}", self._bind(call.form, key[1]), tensors)
+        found = None if step is None else step(*tensors)
         expected = self.original(*args, **kwargs)  # which also moves the layer's state on
         if step is not None and _agree(found, (expected, layer.states)):
             self.steps[key] = step
@@ -220,35 +269,16 @@ class _CompiledBlock:
             self.compiler.notes.record_fallback(f"{self.name}: the compiled step differs from the uncompiled one")
         return expected
 
-    def _find_layer(self, arguments: dict[str, Any]) -> RecurrentLayer | None:
-        """Return this block's layer of the cache if the call is a step that can be compiled."""
-        hidden, index = get_hidden_states(arguments), self.attention.limbeck_layer_idx
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[1] != 1 or not isinstance(index, int):
-            return None
-        cache = next((x for x in arguments.values() if isinstance(x, Cache)), None)
-        if cache is None or not 0 <= index < len(getattr(cache, "layers", ())):
-            return None
-        layer = cache.layers[index]
-        if not isinstance(layer, RecurrentLayer) or layer.static or not layer.states or None in layer.states:
-            return None
-        mask = arguments.get("attention_mask")
-        if mask is not None:
-            offset = layer.length - layer.get_mask_sizes(1)[1]
-            tokens = token_mask_from_attention_mask(mask, 1, mask_offset=offset)
-            if tokens.valid is not None or tokens.segments is not None:
-                return None
-        layer.claim_for(self.attention)
-        return layer
-
-    def _bind(self, form: Any) -> Callable:
-        """Return the block as a function of its weights and of the tensors of a call."""
+    def _bind(self, form: Any, state_names: tuple[tuple[str, ...], ...]) -> Callable:
+        """Return the block as a function of its weights, hidden states, states and the other tensors of a call."""
         holder = _Holder(self.block, self.original)
 
         def run(*tensors: Tensor) -> Any:
             weights = {f"block.{name}": x for name, x in zip(self.names, tensors)}
-            cache, rest = StepCache(), iter(tensors[len(self.names) :])
-            arguments, states = _put_together(form, rest, cache)
-            cache.layer.states = states
+            rest = iter(tensors[len(self.names) :])
+            hidden, cache = next(rest), StepCache()
+            cache.layer.states = [{name: next(rest) for name in names} for names in state_names]
+            arguments = _put_together(form, rest, {_CACHE: cache, _HIDDEN: hidden})
             return functional_call(holder, weights, (), arguments), cache.layer.states
 
         return run
@@ -339,8 +369,10 @@ def _compile(function: Callable, tensors: list[Tensor], backend: str) -> Callabl
                     program.graph_module, [*constants, *tensors], dynamic_shapes="from_graph"
                 )
 
+    form = _take_apart(pytree.tree_unflatten([_TENSOR] * specification.num_leaves, specification), [])
+
     def run(*given: Tensor) -> Any:
-        return pytree.tree_unflatten(graph(*constants, *given), specification)
+        return _put_together(form, iter(graph(*constants, *given)), {})
 
     return run
 
@@ -401,17 +433,20 @@ def _take_apart(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def _put_together(form: Any, tensors: Iterator[Tensor], cache: Cache) -> Any:
-    """Make a value of this form with the next tensors, and with `cache` where there was one."""
+def _put_together(form: Any, tensors: Iterator[Any], marked: dict[Any, Any]) -> Any:
+    """Make a value of this form with the next tensors, and with what is given for other marks."""
     if form is _TENSOR:
         return next(tensors)
-    if form is _CACHE:
-        return cache
     if isinstance(form, tuple):
         if form[0] is dict:
-            return {name: _put_together(x, tensors, cache) for name, x in form[1:]}
-        return form[0](_put_together(x, tensors, cache) for x in form[1:])
-    return form
+            return {name: _put_together(x, tensors, marked) for name, x in form[1:]}
+        return form[0](_put_together(x, tensors, marked) for x in form[1:])
+    return marked[form] if form is _CACHE or form is _HIDDEN else form
+
+
+def _describe_tensors(tensors: list[Tensor]) -> tuple:
+    """Return what a compilation depends on of its tensors."""
+    return tuple((x.dtype, x.shape, x.stride()) for x in tensors)
 
 
 def _agree(found: Any, expected: Any) -> bool:

@@ -11,8 +11,7 @@ the same rounds: its operations at the speed of the products of the model's own 
 at the speed of one read of the model's weights. Only products with weights are counted, so a mixer's own work is above
 the floor. The larger floor is the one that counts; `share` is what part of the time it is. `family` is a decoded token
 without attention and cache: what transformers' own modules take, which no mixer can change. `mixer` is the mixer of one
-layer alone, forward and backward. `compiled` is `decode` with compiled blocks (limbeck.models.compiled_decoding); with
---starts the seconds that compiling takes at the first start, and at one that finds it on disk, are printed too.
+layer alone, forward and backward. `compiled` is `decode` with compiled blocks (benchmarks/compiling.py).
 
 Everything runs on one thread, in child processes that wait for each other: one a checkout, and all parts take turns, so
 that other work on the machine meets all alike. Times are those of the processor, medians over the rounds. Weights are
@@ -45,7 +44,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "limbeck": {"mixer": "sliding_window", "options": {"window": 96}, "softmax_heads": HEADS, "softmax_window": 1024},
 }
 WEIGHTS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes; float16 as `limbeck generate --fp16` has it
-COMPILED: list[Any] = []  # contexts that are never left: the process ends in them
 PEER_STUDENT = "gated_deltanet"  # in the layout that llama.cpp knows
 
 
@@ -77,10 +75,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     parser.add_argument("--before", type=Path, help="a checkout to compare with")
     parser.add_argument("--peer", action="store_true", help="decode with llama.cpp too, as far as its package is there")
-    parser.add_argument("--starts", action="store_true", help="also how long compiling takes, with and without its cache")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.parts = args.parts.split(",")
     if unknown := set(args.parts) - set(PARTS):
@@ -88,17 +84,10 @@ def main() -> None:
     if args.worker:
         serve(args)
         return
-    if args.start:
-        print(json.dumps(time_first_token(args)))
-        return
     # Without its source a child would take the installed Limbeck, and compare it with itself.
     if args.before and not (args.before / "src" / "limbeck" / "__init__.py").is_file():
         parser.error(f"--before {args.before}: found no src/limbeck there, expected a checkout (git worktree add)")
     checkouts = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
-    if args.starts:
-        folder = tempfile.TemporaryDirectory()
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name  # so that the first start compiles everything
-        print_starts()
     workers = {name: Worker(path) for name, path in checkouts.items()}
     rows = measure(workers, args.rounds)
     print(f"{args.student}, weights in {args.weights}, {args.rounds} rounds on one thread")
@@ -139,15 +128,6 @@ class Worker:
         if not line:
             sys.exit(f"a child process ended with code {self.child.wait()}; its message is above")
         return json.loads(line)
-
-
-def print_starts() -> None:
-    """Print the seconds of processor time, compilers included, of the first compiled token in two new processes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--start"]
-    for name in ("first", "second"):
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        print(f"{name} start: {json.loads(done.stdout.splitlines()[-1]):.1f} s to compile and verify a token", flush=True)
 
 
 def measure(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
@@ -248,10 +228,9 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
         works["mixer"] = make_mixer(student, sites[0], args.length)
     decoder = student if args.weights == "float32" else narrow(student, args.weights)
     if "compiled" in args.parts:
-        # a student of its own: what stands in for its blocks stays there
-        own = make_student(share_weights=True)
-        own = own if args.weights == "float32" else narrow(own, args.weights, compiled=True)
-        works["compiled"] = make_compiled(own, args, body + head.numel(), WEIGHTS[args.weights])
+        from compiling import make_compiled
+
+        works["compiled"] = make_compiled(make_student(share_weights=True), args, body + head.numel())
     for part in args.parts:
         if part == "prefill":
             works[part] = make_prefill(decoder, args.prompt, body, head.numel(), WEIGHTS[args.weights])
@@ -265,16 +244,15 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
     return works
 
 
-def narrow(model: Any, weights: str, compiled: bool = False) -> Any:
-    """Copy a model with weights of so few bits, for decoding as it is or through compiled blocks."""
+def narrow(model: Any, weights: str) -> Any:
+    """Copy a model with weights of so few bits."""
     import torch
 
     if weights == "bfloat16":
         return copy.deepcopy(model).to(torch.bfloat16)
-    from limbeck.models.compiled_decoding import list_compiled_modules
     from limbeck.models.quantization import pack_float16
 
-    return pack_float16(model, list_compiled_modules(model) if compiled else ())
+    return pack_float16(model)
 
 
 def load_teacher(name: str) -> Any:
@@ -419,42 +397,6 @@ def make_decoding(model: Any, args: argparse.Namespace, weights: int, size: int)
 
     tokens = DECODED * args.sequences
     return Work(run, tokens, 2.0 * weights * tokens, DECODED * size * weights)
-
-
-def make_compiled(model: Any, args: argparse.Namespace, weights: int, size: int) -> Work:
-    """Make some decoded tokens through compiled blocks, which are compiled now and stay."""
-    from limbeck.models.compilation import CompileLog
-    from limbeck.models.compiled_decoding import compile_decoding
-
-    context = compile_decoding(model, notes := CompileLog())
-    context.__enter__()
-    COMPILED.append(context)
-    work = make_decoding(model, args, weights, size)
-    work.run()
-    if notes.reasons:
-        sys.exit(f"not compiled: {'; '.join(notes.reasons)}")
-    return work
-
-
-def time_first_token(args: argparse.Namespace) -> float:
-    """Return the seconds of processor time, those of compilers included, of the first compiled token."""
-    import torch
-
-    import limbeck
-    from limbeck.models.compiled_decoding import compile_decoding
-
-    torch.set_num_threads(1)
-    settings = {"mixer": args.student, **STUDENTS.get(args.student, {})}
-    settings["options"] = {**settings.get("options", {}), **args.options}
-    student = limbeck.convert(load_teacher(args.teacher), **settings, share_weights=True).eval().requires_grad_(False)
-    student = student if args.weights == "float32" else narrow(student, args.weights, compiled=True)
-    ids = torch.full((args.sequences, 8), 5)
-    spent = sum(os.times()[:4])
-    with compile_decoding(student):
-        student.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
-    # processes that compile are counted once they have ended
-    torch._inductor.async_compile.shutdown_compile_workers()
-    return sum(os.times()[:4]) - spent
 
 
 def make_family(teacher: Any, sequences: int, weights: int, size: int) -> Work:

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import limbeck
-from limbeck import LimbeckError
 from limbeck.models import RecurrentLayer, compiled_decoding
 from limbeck.models.compilation import CompileLog
 from limbeck.models.compiled_decoding import compile_decoding, find_obstacle, list_compiled_modules
 from limbeck.models.quantization import HalfLinear, count_weight_bytes, pack_float16
 from limbeck.testing import MixerVariant, make_tiny_model
 from limbeck.testing.contract import left_pad, sample_ids
-from transformers import DynamicCache
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # one of each kind of state: a matrix by delta rule or decay, with a normalizer, a window, two mixers, a memory
@@ -27,13 +26,13 @@ MIXERS = ["sliding_window", "gated_deltanet", "mamba2", "mlstm", "rwkv7", "hybri
 @pytest.fixture
 def compilations(monkeypatch):
     """What is compiled, by the number of its tensors."""
-    made, original = [], compiled_decoding._compile
+    made, original = [], compiled_decoding.compile_function
 
     def count(function, tensors, backend):
         made.append(len(tensors))
         return original(function, tensors, backend)
 
-    monkeypatch.setattr(compiled_decoding, "_compile", count)
+    monkeypatch.setattr(compiled_decoding, "compile_function", count)
     return made
 
 
@@ -151,7 +150,7 @@ def test_what_the_compiler_refuses_runs_as_it_is(monkeypatch):
     def refuse(*args):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(compiled_decoding, "_compile", refuse)
+    monkeypatch.setattr(compiled_decoding, "compile_function", refuse)
     model, ids = MixerVariant("gated_deltanet").build_student("llama"), sample_ids(1, 9)
     want = model.generate(ids, **GREEDY)
     with compile_decoding(model, notes := CompileLog(), "eager"):
@@ -192,7 +191,11 @@ def test_the_command_line(verb, tmp_path, capsys, monkeypatch, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "student")
     monkeypatch.setattr("limbeck.models.compiled_decoding.find_obstacle", lambda model, backend="": None)
-    monkeypatch.setattr(compiled_decoding, "_compile", lambda f, tensors, backend, o=compiled_decoding._compile: o(f, tensors, "eager"))
+    monkeypatch.setattr(
+        compiled_decoding,
+        "compile_function",
+        lambda f, tensors, backend, o=compiled_decoding.compile_function: o(f, tensors, "eager"),
+    )
     monkeypatch.setattr("limbeck.cli.chat._read_message", iter(["copyright", ""]).__next__)
     texts = ["copyright"] if verb == "generate" else []
     command = ["limbeck", verb, str(tmp_path / "student"), *texts, "--new-tokens", "4", "--compile"]
@@ -204,7 +207,9 @@ def test_the_command_line(verb, tmp_path, capsys, monkeypatch, tokenizer):
         assert code.value.code == 0
         said = capsys.readouterr()
         assert "blocks like model.layers.0" in said.err + said.out
-    monkeypatch.setattr(sys, "argv", command + (["--int8-dynamic"] if verb == "generate" else ["--engine", "llama.cpp"]))
+    monkeypatch.setattr(
+        sys, "argv", command + (["--int8-dynamic"] if verb == "generate" else ["--engine", "llama.cpp"])
+    )
     with pytest.raises(SystemExit) as code:
         main()
     assert code.value.code == 2

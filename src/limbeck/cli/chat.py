@@ -66,7 +66,9 @@ def chat(
             num_tokens = _print_answer(talk, message)
             rate = num_tokens / (time.monotonic() - start)
             again = f", read again {talk.rereadings} times" if talk.rereadings else ""
-            console.print(f"{num_tokens} tokens, {rate:.1f} tokens/s; {talk.num_tokens} in the state{again}", style="dim")
+            console.print(
+                f"{num_tokens} tokens, {rate:.1f} tokens/s; {talk.num_tokens} in the state{again}", style="dim"
+            )
 
 
 def _open_model(name: str, fp16: bool, compiled: bool) -> tuple[Any, Any, list[int]]:

@@ -7,9 +7,8 @@
 Blocks of a kind share their code, so one of each kind is exported, with weights and states as inputs, and compiled by
 inductor. torch.compile of a whole step unrolls all layers, and its checks before each call cost as much as they save.
 
-A product of a matrix with one token is a sum that reads the matrix once, so it becomes part of the function: what is
-before it and behind it are loops of the same piece of C++. Up to `UNROLLED_SEQUENCES` sequences are handled so, each
-row of weights being read once for all; more are left to the library.
+Products with weights become part of the function (`limbeck.models.compiled_functions`), so that a block
+is one piece of C++.
 
 No check is made before a call. Instead each layer's first step is computed both ways, and a layer whose results differ
 runs uncompiled from then on. Compilations are kept on disk by torch (TORCHINDUCTOR_CACHE_DIR).
@@ -30,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -40,26 +38,22 @@ from limbeck.mixers import Mixer
 from limbeck.models.attention import bind_arguments, get_hidden_states, token_mask_from_attention_mask
 from limbeck.models.cache import RecurrentLayer, StepCache
 from limbeck.models.compilation import CompileLog
+from limbeck.models.compiled_functions import (
+    UNROLLED_SEQUENCES,
+    compile_function,
+    describe_tensors,
+    put_together,
+    take_apart,
+)
 from limbeck.models.quantization import HalfLinear
 from limbeck.models.temporary import instance_attribute
 
-# Sequences whose products are written out as sums. Measured: benchmarks/steps.py --parts decode,compiled --sequences N
-UNROLLED_SEQUENCES = 8
 # compilations of one kind of blocks: numbers of sequences, and inputs that turn out to change with every token
 MOST_SHAPES = 6
 _LINEAR = (nn.Linear, HalfLinear)
-_TENSOR, _CACHE, _HIDDEN = object(), object(), object()  # marks in the form of a call
+_CACHE, _HIDDEN = object(), object()  # marks in the form of a call
 # Attributes that number a layer: they tell blocks of one kind apart without changing what they compute.
 _LAYER_NUMBERS = ("layer_idx", "limbeck_layer_idx", "layer")
-_INDUCTOR = {
-    # a sum of products in one instruction each
-    "cpp.enable_floating_point_contract_flag": "fast",
-    # weights in float16 are widened where they are read, however often that is, and never stored widened
-    "realize_reads_threshold": 64,
-    # shapes and strides are part of what a compilation is chosen by
-    "size_asserts": False,
-    "alignment_asserts": False,
-}
 
 
 @contextmanager
@@ -109,7 +103,9 @@ def find_obstacle(model: PreTrainedModel, backend: str = "inductor") -> str | No
         return "the model has no layer with a state of fixed size, and a cache that grows is not compiled"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if backend == "inductor" and shutil.which(compiler) is None:
-        return f"found no C++ compiler '{compiler}'; expected: one on the PATH, or its path in CXX; try: apt install g++"
+        return (
+            f"found no C++ compiler '{compiler}'; expected: one on the PATH, or its path in CXX; try: apt install g++"
+        )
     return None
 
 
@@ -159,7 +155,7 @@ class _Compiler:
             if not self.functions:
                 console.print("compile: minutes at first, seconds once torch has it on disk", style="dim")
             try:
-                self.functions[kind, key] = _compile(function, tensors, self.backend)
+                self.functions[kind, key] = compile_function(function, tensors, self.backend)
                 console.print(f"compile: {what}, {time.monotonic() - start:.0f} s", style="dim")
             except Exception as error:  # whatever export, inductor and the C++ compiler raise
                 self.functions[kind, key] = None
@@ -182,10 +178,13 @@ class _Call:
         self.mask = arguments.pop("attention_mask", None)
         self.offsets: dict[Any, bool] = {}  # whether the mask says nothing, by the column of the token
         self.tensors: list[Tensor] = []
-        parts = {name: _HIDDEN if x is hidden else _take_apart(x, self.tensors) for name, x in arguments.items()}
+        parts = {
+            name: _HIDDEN if x is hidden else take_apart(x, self.tensors, {Cache: _CACHE})
+            for name, x in arguments.items()
+        }
         self.form = (dict, *parts.items(), ("attention_mask", None))
         try:
-            self.number: int | None = compiler.number((self.form, _describe_tensors(self.tensors)))
+            self.number: int | None = compiler.number((self.form, describe_tensors(self.tensors)))
         except TypeError:  # an argument that cannot be compared
             self.number = None
 
@@ -245,7 +244,7 @@ class _CompiledBlock:
         for state in layer.states:
             names.append(tuple(state))  # type: ignore[arg-type]
             own += state.values()  # type: ignore[union-attr]
-        key = (call.number, tuple(names), _describe_tensors(own))
+        key = (call.number, tuple(names), describe_tensors(own))
         step = self.steps.get(key)
         if step is None:
             return self._verify(key, call, own, layer, args, kwargs)
@@ -278,7 +277,7 @@ class _CompiledBlock:
             rest = iter(tensors[len(self.names) :])
             hidden, cache = next(rest), StepCache()
             cache.layer.states = [{name: next(rest) for name in names} for names in state_names]
-            arguments = _put_together(form, rest, {_CACHE: cache, _HIDDEN: hidden})
+            arguments = put_together(form, rest, {_CACHE: cache, _HIDDEN: hidden})
             return functional_call(holder, weights, (), arguments), cache.layer.states
 
         return run
@@ -325,128 +324,6 @@ class _Holder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
-
-
-class _Exported(nn.Module):
-    """A function of tensors as a module, which is what torch.export takes."""
-
-    def __init__(self, function: Callable):
-        super().__init__()
-        self.function = function
-
-    def forward(self, tensors: list[Tensor]) -> Any:
-        with _WriteAsSums():
-            return self.function(*tensors)
-
-
-class _WriteAsSums(TorchFunctionMode):
-    """Replaces calls of the library by sums while a function is exported."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            func = _linear_as_sums
-        elif func is F.scaled_dot_product_attention:
-            func = _attention_as_sums
-        return func(*args, **(kwargs or {}))
-
-
-def _compile(function: Callable, tensors: list[Tensor], backend: str) -> Callable:
-    """Export a function of tensors for their shapes and compile it."""
-    with torch.no_grad():
-        program = torch.export.export(_Exported(function), (tensors,), strict=False)
-        specification = program.call_spec.out_spec
-        assert specification is not None
-        # constants that were made on the way come first; they are the same in all blocks of a kind
-        constants = [
-            program.constants[s.target]
-            for s in program.graph_signature.input_specs
-            if s.kind is torch.export.graph_signature.InputKind.CONSTANT_TENSOR and s.target is not None
-        ]
-        graph: Any = program.graph_module
-        if backend == "inductor":
-            with torch._inductor.config.patch(_INDUCTOR):
-                graph = torch._inductor.standalone_compile(
-                    program.graph_module, [*constants, *tensors], dynamic_shapes="from_graph"
-                )
-
-    form = _take_apart(pytree.tree_unflatten([_TENSOR] * specification.num_leaves, specification), [])
-
-    def run(*given: Tensor) -> Any:
-        return _put_together(form, iter(graph(*constants, *given)), {})
-
-    return run
-
-
-def _linear_as_sums(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Write x Wᵀ + b [..., outputs] as sums over a row of W each, all sequences of a row beside each other."""
-    x = input
-    rows = x.numel() // x.shape[-1]
-    if rows > UNROLLED_SEQUENCES:
-        y = x @ weight.T
-    else:
-        given = _store(x).reshape(rows, -1)
-        y = torch.stack([(row * weight).sum(-1) for row in given]).reshape(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-def _attention_as_sums(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Write softmax attention of few queries as sums: a call of the library costs more than it computes."""
-    if is_causal or dropout_p:
-        raise NotImplementedError("attention of one token takes neither is_causal nor dropout")
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    query = _store(query * (query.shape[-1] ** -0.5 if scale is None else scale))
-    scores = (query.unsqueeze(-2) * key.unsqueeze(-3)).sum(-1)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = _store(scores.softmax(-1))
-    return (weights.unsqueeze(-1) * value.unsqueeze(-3)).sum(-2)
-
-
-def _store(x: Tensor) -> Tensor:
-    """Return x such that inductor stores it: what is only read in a sum would be computed again for each row."""
-    x = x.contiguous()
-    return torch.as_strided(x, x.shape, x.stride())
-
-
-def _take_apart(value: Any, tensors: list[Tensor]) -> Any:
-    """Append the tensors in a value to a list; returns its form, with marks for tensors and caches."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _TENSOR
-    if isinstance(value, Cache):
-        return _CACHE
-    if isinstance(value, dict):
-        return (dict, *((name, _take_apart(x, tensors)) for name, x in value.items()))
-    if isinstance(value, list | tuple):
-        return (list if isinstance(value, list) else tuple, *(_take_apart(x, tensors) for x in value))
-    # what has no plain value is compared by its identity
-    return value
-
-
-def _put_together(form: Any, tensors: Iterator[Any], marked: dict[Any, Any]) -> Any:
-    """Make a value of this form with the next tensors, and with what is given for other marks."""
-    if form is _TENSOR:
-        return next(tensors)
-    if isinstance(form, tuple):
-        if form[0] is dict:
-            return {name: _put_together(x, tensors, marked) for name, x in form[1:]}
-        return form[0](_put_together(x, tensors, marked) for x in form[1:])
-    return marked[form] if form is _CACHE or form is _HIDDEN else form
-
-
-def _describe_tensors(tensors: list[Tensor]) -> tuple:
-    """Return what a compilation depends on of its tensors."""
-    return tuple((x.dtype, x.shape, x.stride()) for x in tensors)
 
 
 def _agree(found: Any, expected: Any) -> bool:

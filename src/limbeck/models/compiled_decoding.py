@@ -63,6 +63,7 @@ def compile_decoding(
     """Decode with compiled blocks for a while: steps of one token on a CPU, without gradients, on a growing cache.
 
     Everything else runs as it did: prompts, padded tokens, static caches, and layers whose cache grows (softmax).
+    Weights may be written to meanwhile, but neither replaced nor moved.
 
     Args:
         notes: collects what runs uncompiled and why; each reason is printed once too.

@@ -61,6 +61,11 @@ def chat(
         backend, tokenizer, Sampling(temperature, top_p, new_tokens), system=system, ends=ends, seed=seed
     )
     with compile_decoding(backend.model) if compiled else nullcontext():
+        if compiled:
+            # compiles now and not in the first answer
+            for ids in ([0, 0], [0]):
+                backend.read(ids)
+            backend.reset()
         while message := _read_message():
             start = time.monotonic()
             num_tokens = _print_answer(talk, message)

@@ -56,19 +56,23 @@ def generate(
             hint="--compile --fp16",
         )
     loaded, tokenizer = load_for_generation(model, fp16, int8_dynamic, compiled)
-    console.print(text, end="", style="dim")
-    start, num_tokens = time.monotonic(), 0
+    with compile_decoding(loaded) if compiled else nullcontext():
+        if compiled:
+            # compiles now, so that what is told of it does not stand within the text
+            list(stream_text(loaded, tokenizer, "a", 2))
+        console.print(text, end="", style="dim")
+        start, num_tokens = time.monotonic(), 0
 
-    def stream() -> Generator[str, None, None]:
-        nonlocal num_tokens
-        num_tokens = yield from stream_text(loaded, tokenizer, text, new_tokens, temperature, top_p, seed)
+        def stream() -> Generator[str, None, None]:
+            nonlocal num_tokens
+            num_tokens = yield from stream_text(loaded, tokenizer, text, new_tokens, temperature, top_p, seed)
 
-    try:
-        with compile_decoding(loaded) if compiled else nullcontext(), closing(stream()) as pieces:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-    except BaseException:
-        console.print()  # what ends it is told on a line of its own
-        raise
+        try:
+            with closing(stream()) as pieces:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+        except BaseException:
+            console.print()  # what ends it is told on a line of its own
+            raise
     print()
     console.print(f"{num_tokens} tokens, {num_tokens / (time.monotonic() - start):.1f} tokens/s", style="dim")

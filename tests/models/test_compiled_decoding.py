@@ -67,8 +67,10 @@ def compare(mixer: str, backend: str, family: str = "llama") -> None:
         assert torch.equal(model.generate(**inputs, **GREEDY), want)
         for _ in range(2):  # the first pass verifies, the second takes the compiled step alone
             found, new = read_states(model, ids)
-            torch.testing.assert_close(found, logits)
-            torch.testing.assert_close(new, states)
+            # mixers compute in float32 inside, and inductor in another order
+            close = {"rtol": 1e-4, "atol": 1e-5} if backend == "inductor" else {"rtol": None, "atol": None}
+            torch.testing.assert_close(found, logits, **close)
+            torch.testing.assert_close(new, states, **close)
     assert notes.reasons == []
     assert all("forward" not in module.__dict__ for module in model.modules())
 

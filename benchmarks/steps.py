@@ -3,6 +3,7 @@
     python benchmarks/steps.py                                            # the default student: ten minutes, 5 GB
     python benchmarks/steps.py --student gated_deltanet --parts decode,prefill --rounds 15
     python benchmarks/steps.py --before ../before --parts decode          # two checkouts in turns, and their ratio
+    python benchmarks/steps.py --parts decode,compiled --sequences 8      # each decoder block as one compiled function
     python benchmarks/steps.py --parts decode --peer                      # beside llama.cpp, with a student that fits
 
 A step of a stage is whole: teacher's pass, forward, backward, clipping, AdamW. Beside each are two floors, measured in
@@ -10,7 +11,7 @@ the same rounds: its operations at the speed of the products of the model's own 
 at the speed of one read of the model's weights. Only products with weights are counted, so a mixer's own work is above
 the floor. The larger floor is the one that counts; `share` is what part of the time it is. `family` is a decoded token
 without attention and cache: what transformers' own modules take, which no mixer can change. `mixer` is the mixer of one
-layer alone, forward and backward.
+layer alone, forward and backward. `compiled` is `decode` with compiled blocks (benchmarks/compiling.py).
 
 Everything runs on one thread, in child processes that wait for each other: one a checkout, and all parts take turns, so
 that other work on the machine meets all alike. Times are those of the processor, medians over the rounds. Weights are
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("calibrate", "matrix", "hidden", "logits", "mixer", "prefill", "decode", "family")
+PARTS = ("calibrate", "matrix", "hidden", "logits", "mixer", "prefill", "decode", "compiled", "family")
 DECODED = 8  # tokens of each sequence in a round: a single one varies with what else is in the caches
 # Arguments of `convert` beside a mixer's name. The groups of heads are those of recipe limbeck with SmolLM2-135M.
 HEADS = "18.2,20.2,7.2,8.0,23.0,19.1,23.2"
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--student", default="limbeck", help="limbeck, a mixer's name, or teacher for softmax")
     parser.add_argument("--options", type=json.loads, default={}, help="of the mixer, as JSON")
     parser.add_argument("--teacher", default="embedded", help="also tiny, a random model of two layers")
-    parser.add_argument("--parts", default=",".join(part for part in PARTS if part != "mixer"))
+    parser.add_argument("--parts", default=",".join(part for part in PARTS if part not in ("mixer", "compiled")))
     parser.add_argument("--length", type=int, default=1024, help="tokens of a training step")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prefill")
     parser.add_argument("--context", type=int, default=1024, help="tokens before a decoded one")
@@ -226,6 +227,10 @@ def make_works(args: argparse.Namespace) -> dict[str, Work]:
     if "mixer" in args.parts:
         works["mixer"] = make_mixer(student, sites[0], args.length)
     decoder = student if args.weights == "float32" else narrow(student, args.weights)
+    if "compiled" in args.parts:
+        from compiling import make_compiled
+
+        works["compiled"] = make_compiled(make_student(share_weights=True), args, body + head.numel())
     for part in args.parts:
         if part == "prefill":
             works[part] = make_prefill(decoder, args.prompt, body, head.numel(), WEIGHTS[args.weights])
@@ -381,7 +386,8 @@ def make_decoding(model: Any, args: argparse.Namespace, weights: int, size: int)
     from limbeck.evaluation.timing import prefill_cache
     from limbeck.models import build_cache_kwargs
 
-    cache = prefill_cache(model, args.context, batch=args.sequences)
+    cache = prefill_cache(model, args.context)
+    cache.batch_repeat_interleave(args.sequences)
     ids = torch.full((args.sequences, 1), 5)
 
     @torch.no_grad()

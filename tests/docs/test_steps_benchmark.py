@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -41,3 +42,18 @@ def test_what_it_does_not_know_is_refused(wrong):
     done = steps(*wrong)
     assert done.returncode == 2
     assert "dream" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor writes C++, and there is no g++")
+def test_compiled_decoding_stands_beside_decoding(tmp_path):
+    """Both benchmarks of it: a token in turns, and what compiling takes at two starts."""
+    path = tmp_path / "steps.json"
+    done = steps("--student", "gla", "--parts", "decode,compiled", "--json", str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["part"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    assert rows["compiled"]["tokens"] == rows["decode"]["tokens"] == 8
+    command = [sys.executable, str(ROOT / "benchmarks" / "compiling.py"), "--teacher", "tiny", "--student", "gla"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.split()[-4]) < 1

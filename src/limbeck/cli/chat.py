@@ -4,14 +4,14 @@ import math
 import shlex
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from limbeck.cli.completion import complete_choices
-from limbeck.cli.options import Fp16, Model, NewTokens, Quiet, Seed, Temperature, TopP, count_option
+from limbeck.cli.options import Compiled, Fp16, Model, NewTokens, Quiet, Seed, Temperature, TopP, count_option
 from limbeck.cli.verbs import verb
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
@@ -35,6 +35,7 @@ def chat(
     top_p: TopP = 1.0,
     context: Annotated[int, count_option("With llama.cpp: tokens of the whole conversation.")] = 4096,
     fp16: Fp16 = False,
+    compiled: Compiled = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -43,6 +44,7 @@ def chat(
     An empty line or the end of the input ends it. The student's state is carried over, never read again.
     """
     # late, for a fast --help
+    from limbeck.models.compiled_decoding import compile_decoding
     from limbeck.models.conversation import Conversation, Sampling
 
     if new_tokens < 1 or context < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
@@ -51,26 +53,36 @@ def chat(
         raise LimbeckError(f"unknown engine '{engine}'", expected=" or ".join(ENGINES))
     if fp16 and engine != "limbeck":
         raise LimbeckError(f"--fp16 with --engine {engine}", expected="the file's own precision", hint="leave it out")
+    if compiled and engine != "limbeck":
+        raise LimbeckError(f"--compile with --engine {engine}", expected="the engine's own code", hint="leave it out")
     is_file = engine == "llama.cpp"
-    backend, tokenizer, ends = _open_llama_cpp(Path(model), context) if is_file else _open_model(model, fp16)
+    backend, tokenizer, ends = _open_llama_cpp(Path(model), context) if is_file else _open_model(model, fp16, compiled)
     talk = Conversation(
         backend, tokenizer, Sampling(temperature, top_p, new_tokens), system=system, ends=ends, seed=seed
     )
-    while message := _read_message():
-        start = time.monotonic()
-        num_tokens = _print_answer(talk, message)
-        rate = num_tokens / (time.monotonic() - start)
-        again = f", read again {talk.rereadings} times" if talk.rereadings else ""
-        console.print(f"{num_tokens} tokens, {rate:.1f} tokens/s; {talk.num_tokens} in the state{again}", style="dim")
+    with compile_decoding(backend.model) if compiled else nullcontext():
+        if compiled:
+            # compiles now and not in the first answer
+            for ids in ([0, 0], [0]):
+                backend.read(ids)
+            backend.reset()
+        while message := _read_message():
+            start = time.monotonic()
+            num_tokens = _print_answer(talk, message)
+            rate = num_tokens / (time.monotonic() - start)
+            again = f", read again {talk.rereadings} times" if talk.rereadings else ""
+            console.print(
+                f"{num_tokens} tokens, {rate:.1f} tokens/s; {talk.num_tokens} in the state{again}", style="dim"
+            )
 
 
-def _open_model(name: str, fp16: bool) -> tuple[Any, Any, list[int]]:
+def _open_model(name: str, fp16: bool, compiled: bool) -> tuple[Any, Any, list[int]]:
     """Load a model: engine, tokenizer, end tokens."""
     # late, for a fast --help
     from limbeck.models.conversation import StudentEngine, list_end_tokens
     from limbeck.models.loading import load_for_generation
 
-    model, tokenizer = load_for_generation(name, fp16)
+    model, tokenizer = load_for_generation(name, fp16, compiled=compiled)
     return StudentEngine(model), tokenizer, list_end_tokens(model)
 
 

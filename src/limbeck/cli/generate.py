@@ -5,12 +5,12 @@ import os
 import sys
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Annotated
 
 import typer
 
-from limbeck.cli.options import Fp16, Model, NewTokens, Quiet, Seed, Temperature, TopP
+from limbeck.cli.options import Compiled, Fp16, Model, NewTokens, Quiet, Seed, Temperature, TopP
 from limbeck.cli.verbs import verb
 from limbeck.core.console import console
 from limbeck.core.errors import LimbeckError
@@ -31,10 +31,12 @@ def generate(
     int8_dynamic: Annotated[
         bool, typer.Option("--int8-dynamic", help="Compute in int8 on the CPU: smaller, and much less exact.")
     ] = False,
+    compiled: Compiled = False,
     quiet: Quiet = False,
 ) -> None:
     """Continue a text with a student or any other model."""
     # late, for a fast --help
+    from limbeck.models.compiled_decoding import compile_decoding
     from limbeck.models.generation import stream_text
     from limbeck.models.loading import load_for_generation
 
@@ -47,20 +49,30 @@ def generate(
         raise LimbeckError("the prompt is empty", expected="some text")
     if fp16 and int8_dynamic:
         raise LimbeckError("--fp16 and --int8-dynamic are given", expected="one of them")
-    loaded, tokenizer = load_for_generation(model, fp16, int8_dynamic)
-    console.print(text, end="", style="dim")
-    start, num_tokens = time.monotonic(), 0
+    if compiled and int8_dynamic:
+        raise LimbeckError(
+            "--compile and --int8-dynamic are given, and weights packed for int8 are no tensors that a compiler reads",
+            expected="one of them",
+            hint="--compile --fp16",
+        )
+    loaded, tokenizer = load_for_generation(model, fp16, int8_dynamic, compiled)
+    with compile_decoding(loaded) if compiled else nullcontext():
+        if compiled:
+            # compiles now, so that what is told of it does not stand within the text
+            list(stream_text(loaded, tokenizer, "a", 2))
+        console.print(text, end="", style="dim")
+        start, num_tokens = time.monotonic(), 0
 
-    def stream() -> Generator[str, None, None]:
-        nonlocal num_tokens
-        num_tokens = yield from stream_text(loaded, tokenizer, text, new_tokens, temperature, top_p, seed)
+        def stream() -> Generator[str, None, None]:
+            nonlocal num_tokens
+            num_tokens = yield from stream_text(loaded, tokenizer, text, new_tokens, temperature, top_p, seed)
 
-    try:
-        with closing(stream()) as pieces:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-    except BaseException:
-        console.print()  # what ends it is told on a line of its own
-        raise
+        try:
+            with closing(stream()) as pieces:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+        except BaseException:
+            console.print()  # what ends it is told on a line of its own
+            raise
     print()
     console.print(f"{num_tokens} tokens, {num_tokens / (time.monotonic() - start):.1f} tokens/s", style="dim")

@@ -106,6 +106,9 @@ NewTokens = Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", hel
 Temperature = Annotated[float, typer.Option(help="The sampling temperature; 0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="Keep weights in float16 on the CPU: faster, and nearly exact.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Compile decoding for the CPU: faster, after minutes at the first start.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**62, help="The random seed.")]
 ComparisonFolder = Annotated[
     Path | None, typer.Option(help="Save all results, a table and figures in this folder.", show_default=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limbeck.models.cache import RecurrentLayer, build_cache_kwargs, cache_bytes
+    from limbeck.models.compiled_decoding import compile_decoding
     from limbeck.models.config import LimbeckConfig
     from limbeck.models.conversion import convert, count_parameters, count_student_parameters, unshare_weights
     from limbeck.models.layers import (
@@ -31,6 +32,7 @@ __all__ = [
     "Site",
     "build_cache_kwargs",
     "cache_bytes",
+    "compile_decoding",
     "convert",
     "count_parameters",
     "count_student_parameters",
@@ -46,6 +48,7 @@ __all__ = [
 
 _MODULES = {
     "cache": ["RecurrentLayer", "build_cache_kwargs", "cache_bytes"],
+    "compiled_decoding": ["compile_decoding"],
     "config": ["LimbeckConfig"],
     "conversion": ["convert", "count_parameters", "count_student_parameters", "unshare_weights"],
     "layers": [

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from limbeck.core.errors import LimbeckError
 from limbeck.mixers import Tokens
-from limbeck.models.cache import RecurrentLayer, get_recurrent_layer
+from limbeck.models.cache import RecurrentLayer, StepCache, get_recurrent_layer
 from limbeck.models.varlen import get_packed_documents, varlen_softmax_attention_forward
 
 # All attention implementations that Limbeck registers with transformers, and what each is for:
@@ -346,6 +346,9 @@ def wrap_cache(cache: Cache, call: AttentionCall) -> Cache:
 
     In a compiled step the recurrent layers are in the cache already, and it is passed to the module as it is.
     """
+    if isinstance(cache, StepCache):
+        call.cache, call.layer = cache, cache.layer
+        return cache
     index = call.module.limbeck_layer_idx
     if torch.compiler.is_compiling() and isinstance(index, int) and 0 <= index < len(cache.layers):
         layer = cache.layers[index]

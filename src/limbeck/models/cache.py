@@ -217,6 +217,21 @@ class RecurrentAndLinearLayer(RecurrentLayer, LinearAttentionAndFullAttentionLay
         return self.original_layer.update_recurrent_state(*args, **kwargs)
 
 
+class StepCache(Cache):
+    """The states of one layer for one step, given and read again: what a compiled block has in the place of its cache.
+
+    It counts nothing: whoever calls the block does that for the cache from which the states are.
+    """
+
+    def __init__(self) -> None:
+        self.layer = RecurrentLayer()
+        self.layers = [self.layer]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return keys and values as they are."""
+        return key_states, value_states
+
+
 def get_recurrent_layer(cache: Cache, index: int, module: nn.Module) -> RecurrentLayer:
     """Return the recurrent layer at `index`; on first use it replaces the empty layer that the cache came with.
 

@@ -140,7 +140,7 @@ def load_model_and_tokenizer(
 
 
 def load_for_generation(
-    name: str, fp16: bool = False, int8_dynamic: bool = False
+    name: str, fp16: bool = False, int8_dynamic: bool = False, compiled: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer to generate text: on a GPU if there is one.
 
@@ -148,14 +148,22 @@ def load_for_generation(
         name: as `load` takes it.
         fp16: stay on the CPU, with weights in float16.
         int8_dynamic: stay on the CPU, and compute in int8; not along with `fp16`.
+        compiled: stay on the CPU, ready for `limbeck.models.compiled_decoding.compile_decoding`.
 
     Raises:
         LimbeckError: see `load`; or a torch without dynamic quantization.
     """
     checkpoint, is_run = resolve_model(name)
     model, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
+    if fp16 and compiled:
+        from limbeck.models.compiled_decoding import find_obstacle, list_compiled_modules
+
+        if find_obstacle(model) is None:
+            return pack_float16(model, list_compiled_modules(model)), tokenizer
     if fp16 or int8_dynamic:
         return (pack_float16 if fp16 else quantize_int8)(model), tokenizer
+    if compiled:
+        return model, tokenizer
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return model, tokenizer
 

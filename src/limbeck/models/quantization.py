@@ -11,6 +11,7 @@ import copy
 import functools
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -100,7 +101,7 @@ def count_unquantized_parameters(module: nn.Module) -> int:
     return sum(shape.numel() for shape in shapes)
 
 
-def pack_float16(model: PreTrainedModel) -> PreTrainedModel:
+def pack_float16(model: PreTrainedModel, plain: Sequence[str] = ()) -> PreTrainedModel:
     """Copy a model for decoding on a CPU, with the weights of its linear layers, head included, in float16.
 
     They are half as many bytes to read for each token, which is what decoding spends its time on; products are summed
@@ -108,6 +109,8 @@ def pack_float16(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: in float32, on a CPU; students and teachers.
+        plain: names of modules whose linear layers keep plain tensors in float16, as compiled ones read them
+            (`limbeck.models.compiled_decoding`).
 
     Raises:
         LimbeckError: not in float32 on a CPU, a CPU without FBGEMM, or a weight beyond float16.
@@ -131,7 +134,8 @@ def pack_float16(model: PreTrainedModel) -> PreTrainedModel:
             raise LimbeckError(
                 f"{name} has weights up to {largest:.3g}, more than float16 holds", expected="at most 65,504"
             )
-        small.set_submodule(name, Float16Linear(linear))
+        is_plain = any(name == module or name.startswith(f"{module}.") for module in plain)
+        small.set_submodule(name, HalfLinear(linear) if is_plain else Float16Linear(linear))
     small.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return small.eval()
 
@@ -169,6 +173,26 @@ class Float16Linear(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         _refuse_to_save()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class HalfLinear(nn.Module):
+    """A linear layer with its weights in float16 as a plain tensor: y = x Wᵀ + b in the dtype of x [..., outputs].
+
+    Compiled, it widens weights where it reads them. Uncompiled it widens all of them first, which is slow for a token
+    and makes no difference for a prompt.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.float16), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -41,6 +41,7 @@ from limbeck.models.checkpoint import (
     make_generation_config_savable,
     reset_session_settings,
 )
+from limbeck.models.compiled_decoding import find_obstacle, list_compiled_modules
 from limbeck.models.folders import SAVED_MODEL_FOLDER, build_adapter_error, check_folder, check_tokenizer, read_json
 from limbeck.models.hub import check_hub_model, split_revision
 from limbeck.models.quantization import (
@@ -155,11 +156,8 @@ def load_for_generation(
     """
     checkpoint, is_run = resolve_model(name)
     model, tokenizer = load_model_and_tokenizer(checkpoint, require_student=is_run)
-    if fp16 and compiled:
-        from limbeck.models.compiled_decoding import find_obstacle, list_compiled_modules
-
-        if find_obstacle(model) is None:
-            return pack_float16(model, list_compiled_modules(model)), tokenizer
+    if fp16 and compiled and find_obstacle(model) is None:
+        return pack_float16(model, list_compiled_modules(model)), tokenizer
     if fp16 or int8_dynamic:
         return (pack_float16 if fp16 else quantize_int8)(model), tokenizer
     if compiled:

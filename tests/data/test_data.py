@@ -419,7 +419,7 @@ def test_tokens_that_the_teacher_has_no_row_for_are_an_error(tmp_path: Path, tok
 def test_too_little_data_says_how_much_there_is_and_how_much_is_needed(tmp_path: Path, tokenizer):
     with pytest.raises(LimbeckError, match=r"(?s)gives [\d,]+ held_out tokens in \d+ documents.*at least 20,001"):
         store_of(tmp_path, tokenizer, texts_of(40), length=10_000)
-    with pytest.raises(LimbeckError, match=r"(?s)gives [\d,]+ held_out tokens.*--seq-len \d+"):
+    with pytest.raises(LimbeckError, match=r"(?s)gives [\d,]+ held_out tokens.*--set data.seq_len=\d+"):
         store_of(tmp_path, tokenizer, texts_of(40), held_out=1e-9, length=600)
     assert store_of(tmp_path, tokenizer, texts_of(40), held_out=0).held_out.n_tokens == 0
     with pytest.raises(LimbeckError, match="no text in"):

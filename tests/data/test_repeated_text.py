@@ -114,9 +114,9 @@ def test_only_what_the_mask_allows_is_a_target():
 
 def test_lengths_that_have_no_such_row_are_refused():
     split = make_split([400])
-    with pytest.raises(LimbeckError, match=r"(?s)in sequences of 95 tokens.*--seq-len 96"):
+    with pytest.raises(LimbeckError, match=r"(?s)in sequences of 95 tokens.*--set data.seq_len=96"):
         RepeatedTextDataset(split, 95)
-    with pytest.raises(LimbeckError, match=r"(?s)from 400 train tokens.*--seq-len 399"):
+    with pytest.raises(LimbeckError, match=r"(?s)from 400 train tokens.*--set data.seq_len=399"):
         RepeatedTextDataset(split, 400)
     assert RepeatedTextDataset(split, 96).batch(0, 1).input_ids.shape == (1, 96)
 

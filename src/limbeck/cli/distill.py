@@ -59,7 +59,7 @@ def distill(
         int | None, count_option("Training tokens over all stages, divided among them as in the recipe.")
     ] = None,
     seq_len: Annotated[
-        int | None, count_option("The length of a training sequence in tokens.", show_default="the recipe's")
+        int | None, count_option("The length of a sequence in tokens.", show_default="the recipe's")
     ] = None,
     data: OptionalData = None,
     target: Annotated[

@@ -176,7 +176,7 @@ class RepeatedTextDataset:
             raise LimbeckError(
                 f"{REPEATED_TEXT} in sequences of {length} tokens, from {split.n_tokens:,} {split.name} tokens",
                 expected=f"at least {shortest}, and fewer than the text has",
-                hint=f"--seq-len {shortest if length < shortest else split.n_tokens - 1}"
+                hint=f"--set data.seq_len={shortest if length < shortest else split.n_tokens - 1}"
                 if shortest < split.n_tokens
                 else "a longer text",
             )

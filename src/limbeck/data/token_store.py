@@ -323,7 +323,7 @@ def check_token_count(splits: list[Split], source: str, length: int, max_tokens:
         return
     smallest = min(splits, key=lambda split: split.n_tokens)
     fitting_length = (smallest.n_tokens - 1) // MIN_SEQUENCES
-    hints = [f"--seq-len {fitting_length}"] if fitting_length >= MIN_SEQ_LEN else []
+    hints = [f"--set data.seq_len={fitting_length}"] if fitting_length >= MIN_SEQ_LEN else []
     total = sum(split.n_tokens for split in splits)
     if smallest.name == "held_out" and 4 * needed < total:
         hints.append(f"--set data.held_out={2 * needed / total:.2g}")

@@ -36,7 +36,7 @@ class WholeDocumentDataset:
         self.n_sequences = len(self._long)
         if not self.n_sequences:
             longest = int(sizes.max(initial=0))
-            fitting = [f"--seq-len {longest}"] if longest >= MIN_SEQ_LEN else []
+            fitting = [f"--set data.seq_len={longest}"] if longest >= MIN_SEQ_LEN else []
             raise LimbeckError(
                 f"no {split.name.replace('_', ' ')} document has {length:,} tokens, the longest has {longest:,}",
                 expected="with documents: whole, sequences no longer than some document of each side of the split",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from limbeck.core.errors import LimbeckError
+from limbeck.core.errors import LimbeckError, rewrite_hints
 from limbeck.core.recipe import Recipe
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
 from limbeck.core.storage import read_manifest
@@ -170,9 +170,10 @@ class Subject:
         # Small teachers are trained on the embedded text too, so its held-out part is the fair one for every model.
         has_held_out = self.trained_on_data or self.data.source == "embedded"
         held_out = None if has_held_out else 0
-        text = open_text_data(
-            self.data, self.tokenizer, self.model, length=length, held_out=held_out, held_out_tokens=tokens
-        )
+        with rewrite_hints({"--set data.seq_len=": "--seq-len "}):
+            text = open_text_data(
+                self.data, self.tokenizer, self.model, length=length, held_out=held_out, held_out_tokens=tokens
+            )
         return text, has_held_out
 
 

@@ -64,8 +64,8 @@ def distill(
 ) -> RunSummary:
     """Distill a teacher into a subquadratic student: run a recipe to its end, from where it was interrupted if it was.
 
-    The options are those of the command line. Hints in errors are too: `--seq-len 512` is `seq_len=512` here,
-    and `--set KEY=VALUE` is `overrides={KEY: VALUE}`.
+    The options are those of the command line. A hint in an error, `--set KEY=VALUE`, is
+    `overrides={KEY: VALUE}` here.
 
     Example:
         >>> no_exam = {"evaluation.exam_documents": 0}

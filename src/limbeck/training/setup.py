@@ -188,14 +188,18 @@ def _check_sequence_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """Raise LimbeckError if sequences are longer than the positions that the teacher was trained on."""
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"data.seq_len": recipe.data.seq_len}
-    lengths |= {f"stages.{i}.seq_len": recipe.text_of(stage).seq_len for i, stage in enumerate(recipe.stages)}
-    for key, length in lengths.items():
-        if longest is not None and length > longest:
-            raise LimbeckError(
-                f"sequences of {length} tokens exceed the teacher's maximum of {longest}",
-                expected=f"{key} of at most {longest}",
-                hint=f"--seq-len {longest}",
-            )
+    lengths |= {
+        f"stages.{index}.seq_len": recipe.text_of(stage).seq_len
+        for index, stage in enumerate(recipe.stages)
+        if stage.seq_len is not None or stage.data is not None
+    }
+    too_long = {key: length for key, length in lengths.items() if longest is not None and length > longest}
+    if too_long:
+        raise LimbeckError(
+            f"sequences of {max(too_long.values())} tokens exceed the teacher's maximum of {longest}",
+            expected=f"{' and '.join(too_long)} of at most {longest}",
+            hint=" ".join(f"--set {key}={longest}" for key in too_long),
+        )
 
 
 def build_student(job: Job) -> PreTrainedModel:
@@ -286,14 +290,20 @@ def _check_batch_sizes(recipe: Recipe) -> None:
 def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextData]:
     """Open all texts of a recipe, each once, for the longest sequences that any stage reads of it."""
     uses = [(recipe.data, 0), *((recipe.text_of(stage), stage.tokens) for stage in recipe.stages)]
-    held_out_tokens = recipe.evaluation.tokens
+    locations = ["data", *(f"stages.{index}" for index in range(len(recipe.stages)))]  # keys that set the lengths
     if recipe.keep_better:
         uses.append((recipe.guard_text, 0))
+        lengths = [use.seq_len for use, _ in uses[:-1]]
+        locations.append(locations[lengths.index(recipe.longest)])
+    held_out_tokens = recipe.evaluation.tokens
+    if recipe.keep_better:
         held_out_tokens = max(held_out_tokens, count_guard_tokens(recipe.longest))
     texts: dict[str, TextData] = {}
     for key, data in {dataset_key(data): data for data, _ in uses}.items():
-        length = max(use.seq_len for use, _ in uses if dataset_key(use) == key)
-        with rewrite_hints(_find_recipe_keys(recipe, key)):
+        length, location = max(
+            (use.seq_len, location) for (use, _), location in zip(uses, locations) if dataset_key(use) == key
+        )
+        with rewrite_hints(_find_recipe_keys(recipe, key, location)):
             text = open_text_data(data, tokenizer, teacher, length=length, held_out_tokens=held_out_tokens)
         required = sum(tokens for use, tokens in uses if dataset_key(use) == key)
         if text.train_tokens is not None and required > text.train_tokens:
@@ -305,12 +315,22 @@ def _open_texts(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedT
     return texts
 
 
-def _find_recipe_keys(recipe: Recipe, key: str) -> dict[str, str]:
-    """Map the keys in hints, `data.KEY`, to those of the stage that has the text, by `dataset_key`, for itself."""
+def _find_recipe_keys(recipe: Recipe, key: str, location: str) -> dict[str, str]:
+    """Map the keys in hints, `data.KEY`, to those of the recipe that set them.
+
+    Args:
+        key: the text, by `dataset_key`.
+        location: "data" or "stages.N", which sets its longest sequence length.
+    """
     if dataset_key(recipe.data) == key:
-        return {}
-    texts = [stage.data and dataset_key(stage.data) for stage in recipe.stages]
-    return {"--set data.": f"--set stages.{texts.index(key)}.data."}
+        stage = None if location == "data" else recipe.stages[int(location[7:])]
+        if stage is None or (stage.seq_len is None and stage.data is None):
+            return {}
+        return {"data.seq_len": f"{location}.seq_len" if stage.seq_len is not None else f"{location}.data.seq_len"}
+    index = next(
+        i for i, stage in enumerate(recipe.stages) if stage.data is not None and dataset_key(stage.data) == key
+    )
+    return {"--set data.seq_len": f"--set {location}.seq_len", "--set data.": f"--set stages.{index}.data."}
 
 
 def _check_same_split(recipe: Recipe) -> None:
@@ -336,7 +356,10 @@ def _check_sequences(job: Job) -> None:
         text = job.recipe.text_of(stage)
         if text.streaming:
             continue
-        with rewrite_hints({} if stage.data is None else {"--set data.": f"--set stages.{index}.data."}):
+        keys = {} if stage.data is None else {"--set data.": f"--set stages.{index}.data."}
+        if stage.data is not None or stage.seq_len is not None:
+            keys = {"--set data.seq_len": f"--set stages.{index}.seq_len", **keys}
+        with rewrite_hints(keys):
             job.train_dataset(text)
             job.stage_held_out_dataset(stage)
 

@@ -37,7 +37,7 @@ from limbeck.core.console import console
 from limbeck.mixers import Mixer
 from limbeck.models.attention import bind_arguments, get_hidden_states, token_mask_from_attention_mask
 from limbeck.models.cache import RecurrentLayer, StepCache
-from limbeck.models.compilation import CompileLog
+from limbeck.models.compilation import CompileLog, list_decoder_blocks
 from limbeck.models.compiled_functions import (
     UNROLLED_SEQUENCES,
     compile_function,
@@ -110,7 +110,7 @@ def find_obstacle(model: PreTrainedModel, backend: str = "inductor") -> str | No
     return None
 
 
-def _find_blocks(model: nn.Module) -> list[tuple[str, Mixer | None]]:
+def _find_blocks(model: PreTrainedModel) -> list[tuple[str, Mixer | None]]:
     """Return the names of the decoder blocks, and the mixer of each; None for those that keep softmax."""
     plan = getattr(getattr(model, "config", None), "limbeck", None)
     if plan is None:
@@ -121,8 +121,8 @@ def _find_blocks(model: nn.Module) -> list[tuple[str, Mixer | None]]:
     lists = [name for name in prefixes if isinstance(model.get_submodule(name), nn.ModuleList)]
     if not lists:
         return []
-    blocks = [(f"{lists[-1]}.{n}", block) for n, block in model.get_submodule(lists[-1]).named_children()]
-    return [(name, getattr(_find_attention(block), "mixer", None)) for name, block in blocks]
+    names = list_decoder_blocks(model, f"{lists[-1]}.0")
+    return [(name, getattr(_find_attention(model.get_submodule(name)), "mixer", None)) for name in names]
 
 
 def _find_attention(block: nn.Module) -> nn.Module | None:

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, no hub, a tiny teacher with a tokenizer of its own on disk."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -46,8 +47,8 @@ def _own_registry():
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE tokenizer of 97 tokens."""
+def shared_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of 97 tokens, for fixtures that outlive a test: nothing may change it."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -57,6 +58,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
         trainers.BpeTrainer(vocab_size=97, special_tokens=special, show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def tokenizer(shared_tokenizer) -> PreTrainedTokenizerFast:
+    """A test's own copy of the tokenizer, which it may give a chat template."""
+    return copy.deepcopy(shared_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -71,11 +78,11 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def teacher_folder(tmp_path_factory, tokenizer) -> Path:
+def teacher_folder(tmp_path_factory, shared_tokenizer) -> Path:
     """A tiny random llama and the tokenizer, as save_pretrained leaves them."""
     folder = tmp_path_factory.mktemp("teacher") / "tiny-llama"
     make_tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shared_tokenizer.save_pretrained(folder)
     return folder
 
 

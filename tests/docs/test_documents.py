@@ -128,13 +128,13 @@ def test_a_file_that_a_command_needs_is_made_on_the_same_page():
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory, tokenizer) -> Path:
+def deep(tmp_path_factory, shared_tokenizer) -> Path:
     """A teacher as deep as the embedded one, and hardly wider than nothing."""
     folder = tmp_path_factory.mktemp("deep")
     sizes = {"hidden_size": 18, "intermediate_size": 8, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=30, head_dim=2, eos_token_id=2, **sizes)
+    config = LlamaConfig(vocab_size=len(shared_tokenizer), num_hidden_layers=30, head_dim=2, eos_token_id=2, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shared_tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -272,10 +272,10 @@ def test_no_decay_no_half_life(teacher):
 
 
 @pytest.fixture(scope="module")
-def student_folder(teacher, tokenizer, tmp_path_factory):
+def student_folder(teacher, shared_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("students") / "mlstm"
     student_of(teacher, "mlstm", softmax_layers="0").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shared_tokenizer.save_pretrained(folder)
     return folder
 
 

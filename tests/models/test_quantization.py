@@ -32,7 +32,7 @@ STAGES = [
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory, tokenizer) -> Path:
+def teacher_folder(tmp_path_factory, shared_tokenizer) -> Path:
     """A tiny llama with all linear layers in multiples of 32 and 64, as 4-bit kernels of some CPUs need them."""
     folder = tmp_path_factory.mktemp("wide") / "tiny-llama"
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def teacher_folder(tmp_path_factory, tokenizer) -> Path:
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shared_tokenizer.save_pretrained(folder)
     return folder
 
 

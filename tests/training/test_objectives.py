@@ -54,15 +54,15 @@ def batch_of(*documents: int, rows: int = 1, seed: int = 3) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def other_teacher(tmp_path_factory, tokenizer) -> str:
-    """A second random teacher with the tokenizer of the first."""
+def other_teacher(tmp_path_factory, shared_tokenizer) -> str:
+    """A second random teacher with the shared_tokenizer of the first."""
     folder = tmp_path_factory.mktemp("other") / "teacher"
     torch.manual_seed(5)
     model = make_tiny_model("llama")
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shared_tokenizer.save_pretrained(folder)
     return str(folder)
 
 

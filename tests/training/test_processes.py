@@ -67,11 +67,11 @@ def recipe(teacher, corpus, out: Path, stages) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def experts_folder(tmp_path_factory, tokenizer):
+def experts_folder(tmp_path_factory, shared_tokenizer):
     """A mixture of experts."""
     folder = tmp_path_factory.mktemp("teacher") / "experts"
     make_tiny_model("qwen3_moe").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shared_tokenizer.save_pretrained(folder)
     return folder
 
 

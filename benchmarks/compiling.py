@@ -14,11 +14,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from pathlib import Path
 
-from steps import ROOT, STUDENTS, WEIGHTS, Work, load_teacher, make_decoding, narrow
+from step_parts import STUDENTS, load_teacher, narrow_compiled
 
-CONTEXTS: list[Any] = []  # never left: the process ends in them
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
@@ -63,31 +63,6 @@ def time_first_token(args: argparse.Namespace) -> float:
     # processes that compile are counted once they have ended
     torch._inductor.async_compile.shutdown_compile_workers()
     return sum(os.times()[:4]) - spent
-
-
-def make_compiled(student: Any, args: argparse.Namespace, weights: int) -> Work:
-    """Make some decoded tokens through compiled blocks, which are compiled now and stay."""
-    from limbeck.models import compile_decoding
-    from limbeck.models.compilation import CompileLog
-
-    student = narrow_compiled(student, args.weights)
-    CONTEXTS.append(compile_decoding(student, notes := CompileLog()))
-    CONTEXTS[-1].__enter__()
-    work = make_decoding(student, args, weights, WEIGHTS[args.weights])
-    work.run()
-    if notes.reasons:
-        sys.exit(f"not compiled: {'; '.join(notes.reasons)}")
-    return work
-
-
-def narrow_compiled(student: Any, weights: str) -> Any:
-    """Copy a student with weights of so few bits, as compiled blocks read them."""
-    from limbeck.models.compiled_decoding import list_compiled_modules
-    from limbeck.models.quantization import pack_float16
-
-    if weights == "float16":
-        return pack_float16(student, list_compiled_modules(student))
-    return student if weights == "float32" else narrow(student, weights)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ from limbeck.models import convert
 from limbeck.models.fingerprint import fingerprint_model
 from limbeck.models.loading import load_teacher, resolve_teacher
 from limbeck.report.text_tables import escape_markdown, format_markdown_table
+from limbeck.training.job import Job
 from limbeck.training.layer_selection import LayerScore, score_layers, select_layers
-from limbeck.training.setup import Job, build_student, prepare_job
+from limbeck.training.setup import build_student, prepare_job
 
 # the cheapest and the most telling first
 ROWS = (

@@ -22,6 +22,7 @@ from limbeck.evaluation.subject import find_training_text
 from limbeck.report.privacy import strip_local_paths
 from limbeck.testing import make_tiny_model
 from limbeck.training import pipeline, setup
+from limbeck.training.job import dataset_key
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -356,6 +357,6 @@ def test_keys_of_small_teachers_do_not_change_with_a_key_that_is_not_used():
     recipe = TeacherRecipe.load("small")
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"documents": "whole"})})
     assert whole.key != recipe.key
-    old = dict(json.loads(setup.dataset_key(recipe.data)))
+    old = dict(json.loads(dataset_key(recipe.data)))
     assert "documents" not in old
-    assert "documents" in json.loads(setup.dataset_key(whole.data))
+    assert "documents" in json.loads(dataset_key(whole.data))

@@ -30,9 +30,10 @@ from limbeck.study.shared_training import can_share_pass
 from limbeck.study.sharing import group_arms_by_pass, pass_key
 from limbeck.study.spec import Arm, Study
 from limbeck.study.tasks import StudyTask, TaskRunner
+from limbeck.training.job import Job
 from limbeck.training.pipeline import measure_plan
 from limbeck.training.plan import Plan, make_plan
-from limbeck.training.setup import Job, prepare_job
+from limbeck.training.setup import prepare_job
 
 
 def schedule_tasks(

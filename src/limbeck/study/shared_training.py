@@ -30,11 +30,12 @@ from limbeck.training.calibration import (
     get_output_projections,
     solve_calibration,
 )
+from limbeck.training.job import Job
 from limbeck.training.joint_trainer import train_jointly
 from limbeck.training.pipeline import start_run
 from limbeck.training.precision import numerics_context
 from limbeck.training.run_directory import RunDirectory, open_run
-from limbeck.training.setup import Job, build_student, prepare_job
+from limbeck.training.setup import build_student, prepare_job
 from limbeck.training.stages import StageContext, StageRunner, make_stage
 from limbeck.training.teacher_loading import LoadedTeacher
 from limbeck.training.trainer import Trainer

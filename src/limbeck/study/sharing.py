@@ -15,8 +15,8 @@ from limbeck.core.recipe import Recipe
 from limbeck.core.stage_settings import Calibrate, Logits, Matrix
 from limbeck.study.spec import Arm
 from limbeck.training.calibration import RIDGE_EVAL_SEQUENCES, count_calibration_sequences
+from limbeck.training.job import dataset_key
 from limbeck.training.optim import count_training_steps
-from limbeck.training.setup import dataset_key
 
 
 def pass_key(recipe: Recipe, index: int) -> str | None:

@@ -28,9 +28,9 @@ from limbeck.report.figures.curves import draw_loss_curves
 from limbeck.report.run_summary import format_summary
 from limbeck.report.teacher_info import get_teacher_name
 from limbeck.report.text_plot import plot_run
+from limbeck.training.job import Job
 from limbeck.training.run_directory import RunDirectory
 from limbeck.training.run_exam import build_run_window, describe_run_window, evaluate_exam, evaluate_held_out
-from limbeck.training.setup import Job
 
 
 def export_and_evaluate(

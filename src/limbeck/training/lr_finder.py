@@ -32,10 +32,11 @@ from limbeck.data.packing import take_sequences_with_targets
 from limbeck.models import unshare_weights
 from limbeck.report.figures.style import create_figure, save_figure
 from limbeck.training.calibration import calibrate
+from limbeck.training.job import Job
 from limbeck.training.optim import LossScaler, StageOptimizer, clip_gradients, needs_loss_scaling
 from limbeck.training.precision import numerics_context
 from limbeck.training.run_directory import RunDirectory
-from limbeck.training.setup import Job, build_student, prepare_job
+from limbeck.training.setup import build_student, prepare_job
 from limbeck.training.stage_protocol import accumulate_gradients, get_clip_groups, total_loss
 from limbeck.training.stages import load_stage_weights, make_stage, trains_beyond_attention
 

@@ -32,12 +32,13 @@ from limbeck.report.teacher_info import get_teacher_name
 from limbeck.training.automatic_heads import store_chosen_heads
 from limbeck.training.export import check_exported_files, export_and_evaluate, provenance
 from limbeck.training.identity import matches_run_identity
+from limbeck.training.job import Job
 from limbeck.training.plan import Plan, make_plan
 from limbeck.training.precision import numerics_context
 from limbeck.training.recipe_options import build_recipe
 from limbeck.training.rehearsal import dry_run_export, measure_stage_times
 from limbeck.training.run_directory import RunDirectory, check_run, collect_environment, open_run, remove_stale_export
-from limbeck.training.setup import Job, assign_run_directory, build_student, prepare_job, run_path
+from limbeck.training.setup import assign_run_directory, build_student, prepare_job, run_path
 from limbeck.training.stage_protocol import Stage
 from limbeck.training.stages import make_stage, run_stages
 from limbeck.training.teacher_loading import LoadedTeacher, get_teacher_source

@@ -34,10 +34,10 @@ from limbeck.models.saved_check import check_export
 from limbeck.report.run_summary import format_summary
 from limbeck.training.calibration import RIDGE_EVAL_SEQUENCES, RIDGES, NormalEquations
 from limbeck.training.export import evaluate_run
+from limbeck.training.job import Job
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.losses import ObjectiveWeights
 from limbeck.training.optim import StageOptimizer, clip_gradients, count_training_steps
-from limbeck.training.setup import Job
 from limbeck.training.stage_protocol import get_clip_groups
 
 WARMUP_TOKENS = 64  # of the first step, which is not timed

@@ -42,7 +42,7 @@ from limbeck.evaluation.free_running import compute_distinct_bigrams, decode
 from limbeck.evaluation.long_text import get_context_length
 from limbeck.evaluation.stored_states import StoredStates
 from limbeck.models.packed import force_attention_masks
-from limbeck.training.setup import Job
+from limbeck.training.job import Job
 
 EXAM_TOKENS = 2048
 BIGRAM_TOKENS = 64  # of the greedy continuation whose bigrams are counted

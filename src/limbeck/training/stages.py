@@ -30,6 +30,7 @@ from limbeck.training.alignment import HiddenStage, MatrixStage
 from limbeck.training.calibration import calibrate
 from limbeck.training.fsdp import shard_blocks
 from limbeck.training.guard import StageGuard
+from limbeck.training.job import Job, dataset_key
 from limbeck.training.logit_distillation import LogitsStage
 from limbeck.training.lora import LoraAdapters, resolve_lora_targets
 from limbeck.training.losses import ObjectiveWeights
@@ -37,7 +38,6 @@ from limbeck.training.objectives.stage import PREFIX as OBJECTIVE_PREFIX
 from limbeck.training.objectives.stage import ObjectivesStage
 from limbeck.training.optim import count_training_steps
 from limbeck.training.run_directory import RunDirectory
-from limbeck.training.setup import Job, dataset_key
 from limbeck.training.stage_protocol import Stage
 from limbeck.training.teacher_cache import attach_teacher_logits, require_packed
 from limbeck.training.trainer import Trainer

@@ -106,18 +106,7 @@ def convert(
     else:
         mixers.resolve_options(chosen.mixer, chosen.options, chosen.preset)
         model, tokenizer = load_teacher(resolve_teacher(teacher), torch.device("cpu"))
-        converted = models.convert(
-            model,
-            chosen.mixer,
-            chosen.layers,
-            chosen.options,
-            preset=chosen.preset,
-            softmax_layers=chosen.softmax_layers,
-            softmax_heads=chosen.softmax_heads,
-            softmax_window=chosen.softmax_window,
-            rules=[rule.model_dump(exclude_none=True) for rule in chosen.rules],
-            copy_projections=chosen.copy_projections,
-        )
+        converted = models.convert(model, **chosen.collect_placement(), copy_projections=chosen.copy_projections)
         state = "untrained"
     with atomic_folder(out) as staging:
         converted.save_pretrained(staging)

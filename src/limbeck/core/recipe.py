@@ -94,6 +94,11 @@ class Student(Part):
     copy_projections: bool = True
     """Start from the teacher's q, k, v and output projections; false: from random ones."""
 
+    def collect_placement(self) -> dict[str, Any]:
+        """Return which mixer goes into which layers, as keyword arguments of `convert` and `assign_mixers`."""
+        rules = [rule.model_dump(exclude_none=True) for rule in self.rules]
+        return {**self.model_dump(exclude={"copy_projections", "rules"}), "rules": rules}
+
 
 class Evaluation(Part):
     """Evaluation on held-out text at the end of a run."""

@@ -83,18 +83,7 @@ def assign_student_mixers(student: Student, groups: Sequence[int], length: int) 
         groups: groups of heads in each attention layer of the teacher.
         length: longest sequence length in training, in tokens.
     """
-    return assign_mixers(
-        groups,
-        student.mixer,
-        student.options,
-        student.preset,
-        layers=student.layers,
-        softmax_layers=student.softmax_layers,
-        softmax_heads=student.softmax_heads,
-        softmax_window=student.softmax_window,
-        rules=[rule.model_dump(exclude_none=True) for rule in student.rules],
-        length=length,
-    )
+    return assign_mixers(groups, **student.collect_placement(), length=length)
 
 
 def summarize_student_layers(student: Student, groups: Sequence[int], length: int) -> list[dict[str, Any]]:

@@ -157,14 +157,7 @@ def build_student(job: Job) -> PreTrainedModel:
     torch.manual_seed(job.recipe.seed)
     converted = convert(
         teacher,
-        student.mixer,
-        student.layers,
-        student.options,
-        preset=student.preset,
-        softmax_layers=student.softmax_layers,
-        softmax_heads=student.softmax_heads,
-        softmax_window=student.softmax_window,
-        rules=[rule.model_dump(exclude_none=True) for rule in student.rules],
+        **student.collect_placement(),
         copy_projections=student.copy_projections,
         share_weights=True,
         seq_len=job.recipe.longest,

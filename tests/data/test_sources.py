@@ -148,6 +148,71 @@ def test_what_is_wrong_is_said_with_file_and_line(name, content, message, tmp_pa
     assert str(path) in str(found.value)
 
 
+NESTED = {
+    "an object": ('{"id": "aa", "data": {"title": "x", "story": "one, longer"}}\n', "data.story"),
+    "deep": ('{"a": {"b": {"c.d": "one, longer"}}, "e": "short"}\n', "a.b.c.d"),
+    "a list of records": ('{"version": "1", "train": [{"body": "one, longer"}]}', "train.body"),
+    "lists of lists": (
+        '{"data": [{"paragraphs": [{"context": "one, longer", "qas": []}]}]}',
+        "data.paragraphs.context",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_field_in_another_is_found_and_read(kind, tmp_path):
+    content, field = NESTED[kind]
+    path = write(tmp_path / "a.json", content)
+    with pytest.raises(LimbeckError, match=rf"no field 'text', only: .*\n(.|\n)*data\.text_field={field}$"):
+        list(iter_documents(str(path)))
+    assert list(iter_documents(str(path), text_field=field)) == ["one, longer"]
+    with pytest.raises(LimbeckError, match=f"no field '{field}.more'"):
+        list(iter_documents(str(path), text_field=f"{field}.more"))
+
+
+def test_a_field_in_others_has_as_many_documents_as_they_have(tmp_path, capsys):
+    rows = [{"a": [{"b": "one"}, {"b": None}, {"b": "two"}]}, {"a": None}, {"a": []}, {"a": [{"b": "three"}]}]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert list(iter_documents(str(path), text_field="a.b")) == ["one", "two", "three"]
+    assert "skipped 2 of 5 documents, which are empty" in capsys.readouterr().err
+
+
+def test_a_column_in_another_is_read_of_parquet_and_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"id": "a", "number": 1, "data": {"story": f"text {i}", "size": 2}} for i in range(3)]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    for source in ("a.parquet", "saved"):
+        with pytest.raises(LimbeckError, match="no field 'text', only: id, number, data"):
+            list(iter_documents(str(tmp_path / source)))
+        assert list(iter_documents(str(tmp_path / source), text_field="data.story")) == [f"text {i}" for i in range(3)]
+        with pytest.raises(LimbeckError, match=r"no field 'data\.storey'"):
+            list(iter_documents(str(tmp_path / source), text_field="data.storey"))
+    only = datasets.Dataset.from_list([{"number": 1, "data": {"story": "text"}}])
+    only.to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(LimbeckError, match=r"text_field=data\.story"):
+        list(iter_documents(str(tmp_path / "b.parquet")))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", '["one", "two"]'), ("a.jsonl", '"one"\n"two"\n')])
+def test_strings_are_texts(name, content, tmp_path):
+    path = write(tmp_path / name, content)
+    assert list(iter_documents(str(path))) == ["one", "two"]
+    with pytest.raises(LimbeckError, match="1: no field 'body', only: text"):
+        list(iter_documents(str(path), text_field="body"))
+
+
+@pytest.mark.parametrize("name", ["it's a.tsv", "a.tsv.gz"])
+def test_a_table_whose_quotes_are_letters_is_converted_by_the_command(name, tmp_path):
+    content = b'id\ttext\n1\t"License" shall mean\n2\t5" and 6"\n'
+    path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(LimbeckError, match="line 2: not a valid table") as found:
+        list(iter_documents(str(path)))
+    subprocess.run(found.value.hint.replace("python", sys.executable, 1), shell=True, check=True)
+    assert list(iter_documents(f"{path}.jsonl")) == ['"License" shall mean', '5" and 6"']
+
+
 @pytest.mark.parametrize("name", ["a.txt", "b.jsonl", "c.csv.gz"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252", "utf-32"])
 def test_another_encoding_is_told_and_the_command_mends_it(name, encoding, tmp_path):

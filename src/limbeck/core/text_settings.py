@@ -37,7 +37,7 @@ class Source(Part):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Its share of the sequences is this weight / the sum of all weights."""
     text_field: str = "text"
-    """The field of a record that holds the text."""
+    """The field of a record that holds the text; `outer.inner` for a field in another."""
     chat: bool | None = None
     """Whether records are conversations; null: detected by a field `messages`."""
 
@@ -51,7 +51,7 @@ class Data(Part):
     sources: Annotated[list[Source], Field(min_length=1)] | None = None
     """Instead of `source`: several, by weight."""
     text_field: str = "text"
-    """The field of a record that holds the text."""
+    """The field of a record that holds the text; `outer.inner` for a field in another."""
     chat: bool | None = None
     """Records are conversations and only answers are targets; null: detected by a field `messages`."""
     seq_len: Annotated[Count, Field(ge=16)] = 512

@@ -8,8 +8,8 @@
 | source | documents |
 | --- | --- |
 | `notes.txt`, `notes.md` | the whole file is one document |
-| `x.jsonl`, `x.ndjson` | one a line, in the field `text_field` |
-| `x.json` | a list of records, or one a line |
+| `x.jsonl`, `x.ndjson` | one a line, in the field `text_field`; `a.b`: in b of a, or of each item of a list a |
+| `x.json` | a list of records, or one a line; a string is a record of one field, `text` |
 | `x.csv`, `x.tsv` | one a row under a header, in the column `text_field` |
 | `x.parquet` | one a row, in the column `text_field` |
 | any of these but parquet with `.gz` behind it | what is inside |
@@ -57,6 +57,7 @@ from limbeck.data.records import (
     convert_read_errors,
     extract_messages,
     extract_text,
+    find_column,
     get_extension,
     get_field_names,
     get_format,
@@ -132,7 +133,7 @@ def has_messages(source: str | LoadedDataset, text_field: str) -> bool:
             fields = list(load_saved_dataset(root, split).column_names)
         else:
             fields = get_field_names(list_source_files(root, source)[0])
-    return MESSAGES_FIELD in fields and text_field not in fields
+    return MESSAGES_FIELD in fields and find_column(text_field, fields) is None
 
 
 @dataclass(frozen=True)

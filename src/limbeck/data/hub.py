@@ -20,6 +20,9 @@ from limbeck.data.records import (
     TEMPLATE_FIELDS,
     FieldReader,
     convert_read_errors,
+    find_column,
+    iter_field,
+    list_text_fields,
     missing_field_error,
 )
 
@@ -41,17 +44,16 @@ class LoadedDataset:
 def iter_dataset_texts(dataset: Any, text_field: str, extract: FieldReader, label: str) -> Iterator[str | None]:
     """Yield the document of each row; see `records.read_file`."""
     if dataset.column_names is not None:  # a streamed dataset may not know them
-        if text_field not in dataset.column_names:
-            raise missing_field_error(text_field, dataset.column_names, label)
-        dataset = dataset.select_columns(
-            [name for name in (text_field, *TEMPLATE_FIELDS) if name in dataset.column_names]
-        )
+        names = dataset.column_names
+        if (column := find_column(text_field, names)) is None:
+            texts = list_text_fields(dataset.features.arrow_schema) if dataset.features else None
+            raise missing_field_error(text_field, names, label, texts)
+        dataset = dataset.select_columns([name for name in (column, *TEMPLATE_FIELDS) if name in names])
     for batch in dataset.iter(batch_size=1000):
-        if text_field not in batch:
-            raise missing_field_error(text_field, batch, label)
         for values in zip(*batch.values()):
             row = dict(zip(batch, values))
-            yield extract(row[text_field], text_field, label, row)
+            for value in iter_field(row, text_field, label):
+                yield extract(value, text_field, label, row)
 
 
 def is_saved_dataset(root: Path) -> bool:

@@ -11,7 +11,7 @@ import gzip
 import json
 import shlex
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,18 +114,79 @@ def contains_records(path: Path) -> bool:
         return False
 
 
-def missing_field_error(text_field: str, fields: Any, place: str) -> LimbeckError:
-    """Return the error for a record without the field, with the likeliest of its `fields` as a hint."""
-    names = ", ".join(map(str, fields)) or "none"
-    likely = "text" if "messages" in fields else next((name for name in LIKELY_TEXT_FIELDS if name in fields), None)
-    if likely is None and isinstance(fields, dict):
-        likely = max(fields, key=lambda name: len(fields[name]) if isinstance(fields[name], str) else 0)
-    chosen = likely or next(iter(fields), "text")
+def find_column(text_field: str, columns: Sequence[str]) -> str | None:
+    """Return the column that has a field: its own, or `a` for the field `a.b` of its records; None for none."""
+    outer = text_field.partition(".")[0]
+    return next((name for name in (text_field, outer) if name in columns), None)
+
+
+def iter_field(record: dict[str, Any], text_field: str, place: str) -> Iterator[Any]:
+    """Yield what a record has in a field: one value, or for `a.b` the field b in a, or in each item of a list a.
+
+    Raises:
+        LimbeckError: there is no such field.
+    """
+    try:
+        yield from _find_values(record, text_field)
+    except KeyError:
+        raise missing_field_error(text_field, record, place) from None
+
+
+def _find_values(value: Any, path: str) -> Iterator[Any]:
+    if value is None or not path:  # a field that is null has no fields, and no text either
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _find_values(item, path)
+    elif isinstance(value, dict):
+        name, _, rest = (path, "", "") if path in value else path.partition(".")
+        yield from _find_values(value[name], rest)
+    else:
+        raise KeyError(path)
+
+
+def list_text_fields(schema: Any) -> list[str]:
+    """Return the fields of an Arrow schema or struct that hold strings, those in others as `a.b`."""
+    import pyarrow  # optional dependency
+
+    found = []
+    for field in schema:
+        if pyarrow.types.is_struct(field.type):
+            found += [f"{field.name}.{name}" for name in list_text_fields(field.type)]
+        elif pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type):
+            found.append(field.name)
+    return found
+
+
+def missing_field_error(
+    text_field: str, fields: Iterable[str], place: str, texts: Sequence[str] | None = None
+) -> LimbeckError:
+    """Return the error for a record without the field, with the likeliest of its `fields` as a hint.
+
+    Args:
+        texts: those that hold strings, the likeliest first, where they are known; by default found in a record.
+    """
+    if texts is None:
+        texts = _find_texts(fields) if isinstance(fields, dict) else list(fields)
+    by_name = [name for likely in LIKELY_TEXT_FIELDS for name in texts if name.rpartition(".")[2] == likely]
+    chosen = next(iter([*(["text"] if MESSAGES_FIELD in fields else []), *by_name, *texts]), None)
     return LimbeckError(
-        f"{place}: no field '{text_field}', only: {names}",
-        expected="the name of the field that holds the text",
-        hint=f"--set {shlex.quote(f'data.text_field={chosen}')}",
+        f"{place}: no field '{text_field}', only: {', '.join(map(str, fields)) or 'none'}",
+        expected="the name of the field that holds the text; of a field in another: outer.inner",
+        hint=None if chosen is None else f"--set {shlex.quote(f'data.text_field={chosen}')}",
     )
+
+
+def _find_texts(record: dict[str, Any]) -> list[str]:
+    """Return the fields of a record that hold strings, those in others as `a.b`, the longest string first."""
+    found: dict[str, int] = {}
+    for name, value in record.items():
+        inner = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, str):
+            found[name] = len(value)
+        elif isinstance(inner, dict):
+            found |= {f"{name}.{text}": len(next(_find_values(inner, text))) for text in _find_texts(inner)}
+    return sorted(found, key=lambda name: -found[name])
 
 
 @contextmanager
@@ -182,9 +243,8 @@ def _read_plain_text(path: Path, text_field: str, extract: FieldReader) -> Itera
 def _read_records(path: Path, text_field: str, extract: FieldReader) -> Iterator[str | None]:
     with _open(path) as file:
         for place, record in RECORD_READERS[get_format(path)](path, file):
-            if text_field not in record:
-                raise missing_field_error(text_field, record, place)
-            yield extract(record[text_field], text_field, place, record)
+            for value in iter_field(record, text_field, place):
+                yield extract(value, text_field, place, record)
 
 
 def _read_parquet(path: Path, text_field: str, extract: FieldReader) -> Iterator[str | None]:
@@ -195,12 +255,14 @@ def _read_parquet(path: Path, text_field: str, extract: FieldReader) -> Iterator
         raise LimbeckError("reading .parquet needs pyarrow", hint=INSTALL_DATA_HINT) from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            raise missing_field_error(text_field, file.schema_arrow.names, str(path))
-        columns = [name for name in (text_field, *TEMPLATE_FIELDS) if name in file.schema_arrow.names]
+        names = file.schema_arrow.names
+        if (column := find_column(text_field, names)) is None:
+            raise missing_field_error(text_field, names, str(path), list_text_fields(file.schema_arrow))
+        columns = [name for name in (column, *TEMPLATE_FIELDS) if name in names]
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for record in batch.to_pylist():
-                yield extract(record[text_field], text_field, str(path), record)
+                for value in iter_field(record, text_field, str(path)):
+                    yield extract(value, text_field, str(path), record)
     except pyarrow.ArrowException as error:
         raise LimbeckError(f"'{path}' is not a whole parquet file: {error}") from error
 
@@ -214,9 +276,7 @@ def _parse_json_lines(path: Path, lines: Iterator[str]) -> Iterator[Record]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # brackets a thousand deep are a RecursionError
             raise LimbeckError(f"{place}: not JSON: {error}", expected="one JSON object a line") from error
-        if not isinstance(record, dict):
-            raise LimbeckError(f"{place}: a JSON {type(record).__name__}", expected="one JSON object a line")
-        yield place, record
+        yield place, _as_record(record, place, "one JSON object a line")
 
 
 def _parse_json(path: Path, file: Any) -> Iterator[Record]:
@@ -230,9 +290,17 @@ def _parse_json(path: Path, file: Any) -> Iterator[Record]:
             return
         raise LimbeckError(f"{path}: not JSON: {error}", expected=JSON_RECORDS) from error
     for number, record in enumerate(value if isinstance(value, list) else [value], 1):
-        if not isinstance(record, dict):
-            raise LimbeckError(f"{path}, record {number}: a JSON {type(record).__name__}", expected=JSON_RECORDS)
-        yield f"{path}, record {number}", record
+        place = f"{path}, record {number}"
+        yield place, _as_record(record, place, JSON_RECORDS)
+
+
+def _as_record(value: Any, place: str, expected: str) -> dict[str, Any]:
+    """Return what a JSON file has for a record: an object, or a string, which is a record of the field `text` alone."""
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise LimbeckError(f"{place}: a JSON {type(value).__name__}", expected=expected)
+    return value
 
 
 def _parse_table(path: Path, file: Any) -> Iterator[Record]:
@@ -251,10 +319,20 @@ def _parse_table(path: Path, file: Any) -> Iterator[Record]:
             yield place, record
     except csv.Error as error:
         raise LimbeckError(
-            f"{path}, line {reader.line_num + 2}: not a valid table: {error}", expected=CSV_QUOTING
+            f"{path}, line {reader.line_num + 2}: not a valid table: {error}",
+            expected=CSV_QUOTING,
+            hint=_convert_unquoted(path) if delimiter == "\t" else None,
         ) from error
     finally:
         csv.field_size_limit(previous_limit)
+
+
+def _convert_unquoted(path: Path) -> str:
+    """Return a command that converts a table of tabs in which quotes are letters as any other."""
+    opened = f"{'gzip' if path.suffix == '.gz' else 'io'}.open({str(path)!r}, 'rt', encoding='utf-8-sig')"
+    rows = f"csv.DictReader({opened}, delimiter='\\t', quoting=csv.QUOTE_NONE)"
+    code = f"import csv, gzip, io, json; [print(json.dumps(row)) for row in {rows}]"
+    return f"python -c {shlex.quote(code)} > {shlex.quote(f'{path}.jsonl')}"
 
 
 RECORD_READERS: dict[str, Callable[[Path, Any], Iterator[Record]]] = {

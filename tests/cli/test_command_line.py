@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,8 @@ def place(tmp_path, monkeypatch, teacher_folder, corpus) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     tiny_recipe(tmp_path, teacher_folder, corpus)
+    for name in "pq":
+        shutil.copy(corpus, tmp_path / f"{name}.jsonl")
     return tmp_path
 
 
@@ -368,6 +371,8 @@ def test_convert_of_a_student_changes_no_layers(place, teacher_folder, capsys):
         (["distill", "tiny.yaml", "--out", "tiny.yaml"], []),
         (["convert", "runs/one", "made", "--softmax-layers", "0"], ["distill", "tiny.yaml", "--out", "runs/one"]),
         (["students", "gla_"], []),
+        (["distill", "tiny.yaml", "--data", "p.jsonl,q.jsonl"], []),
+        (["distill", "tiny.yaml", "--data", "[pq].jsonl"], []),
         (["eval"], []),
         (["eval", "runs/one", "--set", "agreement.tokens"], ["distill", "tiny.yaml", "--out", "runs/one"]),
     ],
@@ -384,6 +389,49 @@ def test_what_an_error_says_to_try_works_when_it_is_typed(place, arguments, prep
         again = words[1:] if words[0] == "limbeck" else [*arguments, *words]
         code, said = limbeck(*again, capsys=capsys)
         assert code == 0, f"{again}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "runs/one", "--measure", "agreement", "--measure", "exam"], "--measure is given 2 times; the last"),
+        (["generate", "runs/one", "hi", "--new-tokens", "3", "--new-tokens=4"], "--new-tokens is given 2 times"),
+        (["distill", "no.yaml", "--tokens=1k", "--tokens", "2k", "--tokens=3k"], "--tokens is given 3 times"),
+        (["distill", "tiny.yaml", "--set", "seed=1", "--set", "seed=-2"], "--set seed is given 1, then -2; the last"),
+        (["convert", "a", "--out", "b", "--set", "layers=0", "--set", "layers=1"], "--set layers is given 0, then 1"),
+        (["distill", "tiny.yaml", "--data", "p.jsonl", "--data", "q.jsonl"], "error: --data is given 2 times"),
+    ],
+)
+def test_what_is_said_of_two_values(place, arguments, words, capsys):
+    before = files(place)
+    code, said = limbeck(*arguments, capsys=capsys)
+    assert code == 2
+    assert words in said
+    assert files(place) == before
+    assert words.startswith("error") or words not in limbeck(*arguments, "--quiet", capsys=capsys)[1]
+
+
+def test_what_may_come_several_times_is_no_second_value(place, capsys):
+    arguments = [
+        "distill",
+        "tiny.yaml",
+        "--plan",
+        "--plan",
+        "--set",
+        "seed=1",
+        "--set",
+        "seed=1",
+        "--set",
+        "device=cpu",
+    ]
+    assert "the last counts" not in limbeck(*arguments, capsys=capsys)[1]
+
+
+def test_a_folder_of_nearly_the_name_is_what_an_error_says_to_try(place, capsys):
+    (place / "runs" / "mine one").mkdir(parents=True)
+    for name in ("runs/mineone", "./runs/mineone"):
+        code, said = limbeck("eval", name, "--measure", "agreement", capsys=capsys)
+        assert (code, "try: 'runs/mine one'" in said) == (2, True), said
 
 
 def test_a_file_of_layers_that_is_broken_is_made_again_by_what_the_error_says(place, teacher_folder, corpus, capsys):

@@ -73,6 +73,26 @@ def test_settings_of_the_text_reach_the_stage_that_reads_it():
     settings = ["data.source=mine.jsonl", "stages.0.data.source=other.jsonl", "stages.0.data.sources=null"]
     (stage,) = build_recipe(**nothing, settings=settings).stages
     assert stage.data.source == "other.jsonl"
+    (stage,) = build_recipe(**nothing, settings=["stages.0.data.source=other.jsonl"]).stages
+    assert (stage.data.source, stage.data.sources) == ("other.jsonl", None)
+
+
+@pytest.mark.parametrize("data", [None, "elsewhere.jsonl"])
+def test_several_texts_take_the_place_of_the_recipes_own_everywhere(data):
+    nothing = dict.fromkeys(("name", "teacher", "student", "layers", "stages", "tokens", "out"))
+    settings = ["data.sources=[{source: a.jsonl, weight: 3, text_field: body}, {source: b.jsonl}]"]
+    made = build_recipe(**nothing, data=data, settings=settings)
+    assert [(one.source, one.weight) for one in made.data.sources] == [("a.jsonl", 3), ("b.jsonl", 1)]
+    read = [(one.source, one.weight, one.text_field) for one in made.stages[0].data.sources]
+    assert read == [
+        ("a.jsonl", 9 / 4, "body"),
+        ("b.jsonl", 3 / 4, "text"),
+        ("repeated-text:a.jsonl", 6 / 4, "body"),
+        ("repeated-text:b.jsonl", 2 / 4, "text"),
+    ]
+    for wrong in ("5", "[]", "[a]", "[{source: a.jsonl, weight: -1}]", "[{weight: 1}]"):
+        with pytest.raises(LimbeckError, match=r"data\.sources"):
+            build_recipe(**nothing, data=data, settings=[f"data.sources={wrong}"])
 
 
 def test_the_length_of_a_sequence_holds_in_all_stages():

@@ -17,7 +17,7 @@ from limbeck.cli.options import (
     SoftmaxLayers,
     SoftmaxWindow,
     collect_student,
-    split_assignment,
+    split_assignments,
 )
 from limbeck.cli.results import print_json
 from limbeck.cli.verbs import verb
@@ -74,8 +74,7 @@ def convert(
     # late, for a fast --help
     from limbeck.core.config import set_by_dotted_key
 
-    for text in set or []:
-        key, value = split_assignment(text, "options.window=64")
+    for key, value in split_assignments(set or [], "options.window=64").items():
         set_by_dotted_key(raw, key.removeprefix("student."), value)
     import torch
 

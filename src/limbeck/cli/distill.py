@@ -22,7 +22,7 @@ from limbeck.cli.options import (
     Stages,
     collect_student,
     count_option,
-    split_assignment,
+    split_assignments,
 )
 from limbeck.cli.results import print_json, to_plain
 from limbeck.cli.verbs import verb
@@ -177,7 +177,7 @@ def build_recipe(
         seq_len=seq_len,
         data=data,
         out=out,
-        overrides=dict(split_assignment(text, "stages.hidden.lr=1e-3") for text in settings),
+        overrides=split_assignments(settings, "stages.hidden.lr=1e-3"),
         target=target,
         student_keys=student_keys,
     )

@@ -18,7 +18,7 @@ from limbeck.cli.options import (
     RunTeacher,
     Seed,
     count_option,
-    split_assignment,
+    split_assignments,
 )
 from limbeck.cli.results import print_json
 from limbeck.cli.verbs import verb
@@ -178,12 +178,11 @@ def _show(measurements: list[Any], out: Path | None, as_json: bool) -> None:
 def _parse_measure_settings(texts: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """Parse "measure.key=value" into settings by measure."""
     settings: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for text in texts:
-        key, value = split_assignment(text, "agreement.tokens=4096")
+    for key, value in split_assignments(texts, "agreement.tokens=4096").items():
         name, dot, setting = key.partition(".")
         if not dot or name not in settings:
             raise LimbeckError(
-                f"--set {text}", expected="measure.setting=value of a selected measure", hint="limbeck eval --list"
+                f"--set {key}", expected="measure.setting=value of a selected measure", hint="limbeck eval --list"
             )
         settings[name][setting] = parse_count(value) if setting in ("tokens", "length") else value
     return settings

@@ -6,6 +6,7 @@ A default belongs to the verb. A count may be written 20000, 20_000, 2e4, 20k, 2
 its student where a model is asked, and for its teacher where a teacher is.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,19 +132,27 @@ def count_option(help: str, **settings: Any) -> Any:
     return typer.Option(parser=parse_count, metavar="COUNT", help=help, **settings)
 
 
-def split_assignment(text: str, example: str) -> tuple[str, Any]:
-    """Split a value of --set, KEY=VALUE, into the key and the value that YAML makes of the text.
+def split_assignments(texts: Iterable[str], example: str) -> dict[str, Any]:
+    """Split the values of --set, KEY=VALUE, into keys and the values that YAML makes of the texts.
+
+    Of several values of a key the last counts, which is said: a hint is typed behind the command that it is about.
 
     Raises:
-        LimbeckError: there is no "=".
+        LimbeckError: one has no "=".
     """
     # late, so that --help need not import YAML
     from limbeck.core.config import parse_value
 
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise LimbeckError(f"--set {text}", expected=f"--set key=value, for example --set {example}")
-    return key, parse_value(value)
+    given: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise LimbeckError(f"--set {text}", expected=f"--set key=value, for example --set {example}")
+        parsed = parse_value(value)
+        if given.get(key, parsed) != parsed:
+            console.print(f"--set {key} is given {given[key]}, then {parsed}; the last counts", markup=False)
+        given[key] = parsed
+    return given
 
 
 def collect_student(**given: Any) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from limbeck.cli.old_options import rename_old_options
 from limbeck.cli.results import reserve_stdout
 from limbeck.core.console import console
+from limbeck.core.errors import LimbeckError
 
 GROUPS = {
     "Make": ("distill", "convert", "select"),
@@ -44,7 +45,31 @@ class Verb(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _quiet(not {"--quiet", "-q"}.isdisjoint(args)):
-            return super().parse_args(ctx, rename_old_options(self.name or "", args))
+            args = rename_old_options(self.name or "", args)
+            self._tell_repeated(ctx, args)
+            return super().parse_args(ctx, args)
+
+    def _tell_repeated(self, ctx: Any, args: list[str]) -> None:
+        """Say which of several values of an option counts: the last one, as where a hint is typed behind a command.
+
+        Raises:
+            LimbeckError: two texts to distill with, which were surely both meant.
+        """
+        if ctx.resilient_parsing:  # the shell asks what could follow
+            return
+        *_, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in dict.fromkeys(order):
+            single = isinstance(param, TyperOption) and not param.multiple and not param.is_flag
+            if not single or order.count(param) == 1:
+                continue
+            name = max(param.opts, key=len)
+            if (self.name, name) == ("distill", "--data"):
+                raise LimbeckError(
+                    f"{name} is given {order.count(param)} times",
+                    expected="one file or folder, or several in a mixture",
+                    hint="--set 'data.sources=[{source: one.jsonl}, {source: two.jsonl}]'",
+                )
+            console.print(f"{name} is given {order.count(param)} times; the last counts")
 
     def invoke(self, ctx: Any) -> Any:
         with reserve_stdout() if ctx.params.get("as_json") else nullcontext(), _quiet(bool(ctx.params.get("quiet"))):

@@ -153,14 +153,9 @@ def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
     Raises:
         LimbeckError: there is no such key, or the part has no defaults that go without saying.
     """
-    target: Any = raw
     *path, last = key.split(".")
     try:
-        for part in path:
-            if isinstance(target, list):
-                target = target[_index(target, part, key)]
-            else:
-                target = _enter(target, part, key)
+        target = _find_part(raw, path, key)
         if isinstance(target, list):
             target[int(last)] = value
         else:
@@ -169,6 +164,20 @@ def set_by_dotted_key(raw: dict[str, Any], key: str, value: Any) -> None:
         raise LimbeckError(
             f"--set {key}: the recipe has no such key", expected="for example stages.hidden.tokens=8192"
         ) from error
+
+
+def remove_dotted_key(raw: dict[str, Any], key: str) -> None:
+    """Remove raw["a"]["b"] for the key "a.b" of a part that `set_by_dotted_key` has found, as far as it is there."""
+    *path, last = key.split(".")
+    _find_part(raw, path, key).pop(last, None)
+
+
+def _find_part(raw: dict[str, Any], path: list[str], key: str) -> Any:
+    """Return what the names of a path lead to; `key` is the whole key, for errors."""
+    target: Any = raw
+    for part in path:
+        target = target[_index(target, part, key)] if isinstance(target, list) else _enter(target, part, key)
+    return target
 
 
 def _enter(target: dict[str, Any], part: str, key: str) -> Any:

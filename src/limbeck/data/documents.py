@@ -24,7 +24,9 @@ Documents that are empty or only white space are skipped and counted. With `chat
 messages as JSON, with the row's tools where it has any.
 """
 
+import glob
 import hashlib
+import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -283,7 +285,18 @@ def resolve_source(source: str) -> tuple[Path | None, str | None]:
         and not source.lower().endswith(SUPPORTED_EXTENSIONS)
     ):
         return None, None
-    raise LimbeckError(f"there is no file or folder '{source}'", expected=SUPPORTED_SOURCES)
+    raise LimbeckError(f"there is no file or folder '{source}'", expected=SUPPORTED_SOURCES, hint=_name_several(source))
+
+
+def _name_several(source: str) -> str | None:
+    """Return how to name several files in a recipe where `source` looks like a pattern or a list of such; or None."""
+    names = glob.glob(str(Path(source).expanduser())) if glob.has_magic(source) else source.split(",")
+    names = sorted(name for name in names if Path(name).expanduser().exists())
+    if not names or (len(names) == 1 and not glob.has_magic(source)):
+        return None
+    if len(names) > 4:
+        return f"a folder with these {len(names):,} files in it"
+    return f"--set {shlex.quote('data.sources=' + json.dumps([{'source': name} for name in names]))}"
 
 
 def report_skipped_files(source: str) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from limbeck.core.errors import LimbeckError
+from limbeck.core.errors import LimbeckError, format_python_command
 
 INSTALL_DATA_HINT = "pip install 'limbeck[data]'"
 MAX_CELL_CHARACTERS = 2**31 - 1  # the module csv stops at 131,072 otherwise
@@ -332,7 +332,7 @@ def _convert_unquoted(path: Path) -> str:
     opened = f"{'gzip' if path.suffix == '.gz' else 'io'}.open({str(path)!r}, 'rt', encoding='utf-8-sig')"
     rows = f"csv.DictReader({opened}, delimiter='\\t', quoting=csv.QUOTE_NONE)"
     code = f"import csv, gzip, io, json; [print(json.dumps(row)) for row in {rows}]"
-    return f"python -c {shlex.quote(code)} > {shlex.quote(f'{path}.jsonl')}"
+    return f"{format_python_command(code)} > {shlex.quote(f'{path}.jsonl')}"
 
 
 RECORD_READERS: dict[str, Callable[[Path, Any], Iterator[Record]]] = {

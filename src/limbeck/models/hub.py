@@ -7,6 +7,8 @@ takes a minute to fail. One request without a retry fails in seconds. If the hub
 the model, the cache is used.
 """
 
+import difflib
+import shlex
 from pathlib import Path
 
 from limbeck.core.console import console
@@ -71,7 +73,7 @@ def check_hub_model(name: str) -> bool:
         raise LimbeckError(
             f"the hub has no model '{name}'",
             expected="owner/name as the hub spells it, or a folder",
-            hint="check the spelling; a private model needs `hf auth login`",
+            hint=find_similar_folder(name) or "check the spelling; a private model needs `hf auth login`",
         ) from error
     except HFValidationError as error:
         raise LimbeckError(f"'{name}' is neither a folder nor a name on the hub", expected="owner/name") from error
@@ -87,9 +89,20 @@ def check_hub_model(name: str) -> bool:
         raise LimbeckError(
             f"there is no folder '{name}', and the hub cannot be reached to look for a model of that name",
             expected="a folder, or a network connection for names on the hub",
+            hint=find_similar_folder(name),
         ) from error
     _cached_only[full_name] = False
     return False
+
+
+def find_similar_folder(name: str) -> str | None:
+    """Return the folder whose name is nearly that of one that is missing, beside it; None for none."""
+    parent = Path(name).expanduser().parent
+    if parent == Path() or not parent.is_dir():
+        return None
+    folders = [child.name for child in parent.iterdir() if child.is_dir()]
+    closest = difflib.get_close_matches(Path(name).name, folders, n=1)
+    return shlex.quote(str(parent / closest[0])) if closest else None
 
 
 def _no_connection(error: BaseException) -> bool:

@@ -43,7 +43,7 @@ from limbeck.models.checkpoint import (
 )
 from limbeck.models.compiled_decoding import find_obstacle, list_compiled_modules
 from limbeck.models.folders import SAVED_MODEL_FOLDER, build_adapter_error, check_folder, check_tokenizer, read_json
-from limbeck.models.hub import check_hub_model, split_revision
+from limbeck.models.hub import check_hub_model, find_similar_folder, split_revision
 from limbeck.models.quantization import (
     build_teacher_kwargs,
     check_not_quantized,
@@ -210,10 +210,11 @@ def load_config(name: str) -> PreTrainedConfig:
     except LimbeckError:
         raise
     except Exception as error:
-        missing = "" if Path(path).exists() else f"; there is no folder '{name}'"
+        missing = "" if Path(path).exists() else f"there is no folder '{name}', and on the hub: "
         raise LimbeckError(
-            f"cannot read the config of '{name}': {summarize_error(error)}{missing}",
+            f"{missing}cannot read the config of '{name}': {summarize_error(error)}",
             expected=f"{SAVED_MODEL_FOLDER}, or the name of a model on the hub",
+            hint=find_similar_folder(name),
         ) from error
     _check_is_causal_lm(name, raw, config)
     if not is_quantized(config) and getattr(config, "quantization_config", None) is not None:
@@ -396,6 +397,7 @@ def resolve_teacher(name: str) -> str:
         raise LimbeckError(
             f"no teacher '{name}'{near}",
             expected="'embedded', 'small', a folder made by save_pretrained, or on the hub owner/name or owner/name@v1",
+            hint=find_similar_folder(name),
         )
     return name
 

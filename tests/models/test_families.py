@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from typer.testing import CliRunner
 
@@ -163,6 +163,12 @@ def test_what_looks_ahead_is_refused():
     config.is_decoder = False
     with pytest.raises(LimbeckError, match="BertLMHeadModel looks ahead"):
         find_attention_sites(AutoModelForCausalLM.from_config(config))
+
+
+def test_an_encoder_beside_a_decoder_is_refused():
+    config = T5Config(num_layers=1, d_model=16, d_ff=16, num_heads=2, d_kv=8, vocab_size=50)
+    with pytest.raises(LimbeckError, match="T5ForConditionalGeneration is a sequence-to-sequence model"):
+        limbeck.convert(T5ForConditionalGeneration(config), "gla")
 
 
 @torch.no_grad()

@@ -260,7 +260,7 @@ def check_not_wrapped(model: Any) -> None:
 
     Raises:
         LimbeckError: adapters, a compiled, parallel or sharded model, accelerate's hooks, a class that is not part of
-            transformers, or no model at all.
+            transformers, one with an encoder, or no model at all.
     """
     if isinstance(model, str | Path):
         raise LimbeckError(
@@ -306,6 +306,11 @@ def check_not_wrapped(model: Any) -> None:
             f"{class_name} is a class of {type(model).__module__}, and a student needs a class of transformers",
             expected=BARE,
             hint="models with custom code are not supported",
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LimbeckError(
+            f"{class_name} is a sequence-to-sequence model with an encoder",
+            expected="a causal language model (decoder only)",
         )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from typer.testing import CliRunner
 

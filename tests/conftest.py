@@ -24,6 +24,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
     if config.getoption("--full") or any("::" in argument for argument in config.args):
         return
     items[:], rest = select_fast(items)

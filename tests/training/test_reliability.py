@@ -10,6 +10,7 @@ from helpers.paths import ROOT
 SCRIPT = ROOT / "benchmarks" / "reliability.py"
 
 
+@pytest.mark.longest
 @pytest.mark.slow
 def test_a_run_broken_at_random_instants_loses_nothing():
     done = subprocess.run(

@@ -21,6 +21,7 @@ import limbeck
 from limbeck import LimbeckError
 from limbeck.cli import main
 from limbeck.core.errors import summarize_error
+from limbeck.data.documents import iter_documents
 from limbeck.evaluation.subject import SubjectLoader
 from limbeck.models.loading import is_student, load_model_and_tokenizer, load_teacher, resolve_teacher
 from limbeck.testing import make_tiny_model
@@ -320,6 +321,17 @@ def test_paths_that_are_no_folder(folder):
     refused(Path("model.gguf"), "a GGUF file")
     refused(folder / "model.safetensors", "a single file", "try: model")
     refused(Path("./modle"), "modle")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://huggingface.co/owner/a-model", "huggingface.co/owner/a-model/tree/main", "http://hf.co/owner/a-model"],
+)
+def test_the_address_of_a_page_is_no_name_and_the_name_in_it_is_what_to_try(address):
+    with pytest.raises(LimbeckError, match=r"try: owner/a-model$"):
+        resolve_teacher(address)
+    with pytest.raises(LimbeckError, match=r"try: --data owner/a-model$"):
+        list(iter_documents(address.replace(".co/", ".co/datasets/")))
 
 
 def test_a_checkpoint_without_tokenizer_takes_the_one_above_it(folder):

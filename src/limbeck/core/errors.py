@@ -81,6 +81,14 @@ def suggest_closest(name: str, choices: Iterable[str]) -> str:
     return f", did you mean '{by_lower[closest[0]]}'?" if closest else ""
 
 
+def suggest_hub_name(address: str) -> str | None:
+    """Return the owner/name of a model or dataset whose page on the hub has this address; None for any other text."""
+    page = re.fullmatch(
+        r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(/.*)?", address
+    )
+    return page[1] if page else None
+
+
 def summarize_error(error: BaseException, max_sentences: int = 2) -> str:
     """Return the first sentences of another library's error on one line, or its type if it has no message."""
     text = " ".join(str(error).split())

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from limbeck.core.console import console, print_once
 from limbeck.core.digests import compute_sha256
-from limbeck.core.errors import LimbeckError
+from limbeck.core.errors import LimbeckError, suggest_hub_name
 from limbeck.data.hub import (
     HUB_NAME_PATTERN,
     SUPPORTED_SOURCES,
@@ -285,11 +285,15 @@ def resolve_source(source: str) -> tuple[Path | None, str | None]:
         and not source.lower().endswith(SUPPORTED_EXTENSIONS)
     ):
         return None, None
-    raise LimbeckError(f"there is no file or folder '{source}'", expected=SUPPORTED_SOURCES, hint=_name_several(source))
+    raise LimbeckError(
+        f"there is no file or folder '{source}'", expected=SUPPORTED_SOURCES, hint=_suggest_source(source)
+    )
 
 
-def _name_several(source: str) -> str | None:
-    """Return how to name several files in a recipe where `source` looks like a pattern or a list of such; or None."""
+def _suggest_source(source: str) -> str | None:
+    """Return what to give for the address of a dataset on the hub, a pattern or a list of files; None for all else."""
+    if (page := suggest_hub_name(source)) is not None:
+        return f"--data {page}"
     names = glob.glob(str(Path(source).expanduser())) if glob.has_magic(source) else source.split(",")
     names = sorted(name for name in names if Path(name).expanduser().exists())
     if not names or (len(names) == 1 and not glob.has_magic(source)):

@@ -32,7 +32,7 @@ from transformers.utils import find_adapter_config_file
 import limbeck.models.modeling  # noqa: F401  registers students with transformers
 from limbeck.core.cache import load_valid_manifest
 from limbeck.core.console import console
-from limbeck.core.errors import LimbeckError, suggest_closest, summarize_error
+from limbeck.core.errors import LimbeckError, suggest_closest, suggest_hub_name, summarize_error
 from limbeck.core.recipe import TeacherRecipe
 from limbeck.data.offline.embedded import ensure_embedded_teacher, get_embedded_teacher_folder
 from limbeck.models.checkpoint import (
@@ -397,7 +397,7 @@ def resolve_teacher(name: str) -> str:
         raise LimbeckError(
             f"no teacher '{name}'{near}",
             expected="'embedded', 'small', a folder made by save_pretrained, or on the hub owner/name or owner/name@v1",
-            hint=find_similar_folder(name),
+            hint=suggest_hub_name(name) or find_similar_folder(name),
         )
     return name
 

@@ -18,7 +18,7 @@ from limbeck.cli import main
 from limbeck.cli.distill import build_recipe
 from limbeck.core.recipe import Recipe, Student
 from limbeck.core.stage_settings import STAGES, Trained
-from limbeck.training import setup
+from limbeck.training import recipe_options, setup
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -133,6 +133,31 @@ def test_bad_settings_make_a_recipe_or_are_refused():
             build_recipe("quickstart_smoke", None, None, layers, stages, tokens, None, None, texts)
 
     each()
+
+
+@pytest.mark.slow
+def test_bad_values_of_a_built_in_recipes_keys_are_read_or_refused():
+    """Options and settings meet before the recipe is read as a whole; so does the text that stages share."""
+    outcomes = {"read": 0, "refused": 0}
+    keys = [".".join(map(str, path)) for path in places(Recipe.load("limbeck").model_dump(mode="json"))]
+    texts = st.sampled_from(["data.sources", "data.source", "stages.0.data.sources", "stages.logits.data.source"])
+
+    @settings(max_examples=600, **QUIET)
+    @given(
+        st.dictionaries(st.one_of(st.sampled_from(keys), texts), NASTY, min_size=1, max_size=2),
+        st.sampled_from([None, "mine.jsonl"]),
+        st.sampled_from([None, 4096]),
+    )
+    def each(overrides, data, tokens):
+        try:
+            recipe_options.build_recipe("limbeck", overrides=overrides, data=data, tokens=tokens)
+        except LimbeckError:
+            outcomes["refused"] += 1
+        else:
+            outcomes["read"] += 1
+
+    each()
+    assert min(outcomes.values()) > 50, outcomes
 
 
 @pytest.mark.slow

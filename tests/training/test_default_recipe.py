@@ -9,6 +9,7 @@ from limbeck import LimbeckError, Recipe
 from limbeck.cli import main
 from limbeck.cli.distill import build_recipe
 from limbeck.data.held_out import hash_document
+from limbeck.training import recipe_options
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TINY = {
@@ -77,6 +78,17 @@ def test_settings_of_the_text_reach_the_stage_that_reads_it():
     assert (stage.data.source, stage.data.sources) == ("other.jsonl", None)
 
 
+def test_one_of_a_mixture_takes_the_place_of_one_text():
+    base = Recipe.load()
+    own = {"source": "embedded", "seq_len": 1024}
+    base = Recipe.parse({**base.model_dump(mode="json"), "stages": [{"stage": "logits", "tokens": 4096, "data": own}]})
+    for sources in ([{"source": "a.jsonl", "text_field": "body"}], [{"source": "a.jsonl"}, {"source": "b.jsonl"}]):
+        made = recipe_options.build_recipe(base, overrides={"data.sources": sources})
+        assert made.stages[0].data.seq_len == 1024
+        assert [one.source for one in made.stages[0].data.sources] == [one["source"] for one in sources]
+        assert made.stages[0].data.sources[0].text_field == sources[0].get("text_field", "text")
+
+
 @pytest.mark.parametrize("data", [None, "elsewhere.jsonl"])
 def test_several_texts_take_the_place_of_the_recipes_own_everywhere(data):
     nothing = dict.fromkeys(("name", "teacher", "student", "layers", "stages", "tokens", "out"))
@@ -90,7 +102,7 @@ def test_several_texts_take_the_place_of_the_recipes_own_everywhere(data):
         ("repeated-text:a.jsonl", 6 / 4, "body"),
         ("repeated-text:b.jsonl", 2 / 4, "text"),
     ]
-    for wrong in ("5", "[]", "[a]", "[{source: a.jsonl, weight: -1}]", "[{weight: 1}]"):
+    for wrong in ("{a: b}", "5", "[]", "[a]", "[{source: a.jsonl, weight: -1}]", "[{weight: 1}]"):
         with pytest.raises(LimbeckError, match=r"data\.sources"):
             build_recipe(**nothing, data=data, settings=[f"data.sources={wrong}"])
 

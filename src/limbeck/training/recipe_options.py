@@ -18,7 +18,7 @@ from limbeck.core.counts import parse_count
 from limbeck.core.errors import LimbeckError
 from limbeck.core.recipe import Recipe
 from limbeck.core.repeated_text import REPEATED_TEXT_PREFIX
-from limbeck.core.text_settings import Data, Source
+from limbeck.core.text_settings import Data
 from limbeck.models.export import get_exporter
 from limbeck.models.loading import load_config, resolve_teacher
 
@@ -102,9 +102,12 @@ def build_recipe(
     for key, value in (overrides or {}).items():
         set_by_dotted_key(raw, key, value)
         _drop_other_text(raw, key, overrides or {})
-    if not is_file:
-        _share_text(raw, original.data, {original.data.source, changed.data.source})
-    return Recipe.parse(raw, "recipe" if isinstance(base, Recipe) else str(base))
+    recipe = Recipe.parse(raw, "recipe" if isinstance(base, Recipe) else str(base))
+    if is_file:
+        return recipe
+    raw = recipe.model_dump(mode="json")  # of which all values are known to be what they should
+    _share_text(raw, original.data, {original.data.source, changed.data.source})
+    return Recipe.parse(raw)
 
 
 def _load(base: str | Path | Recipe, changes: dict[str, Any]) -> Recipe:
@@ -120,61 +123,49 @@ def _load(base: str | Path | Recipe, changes: dict[str, Any]) -> Recipe:
 def _drop_other_text(raw: dict[str, Any], key: str, overrides: Mapping[str, Any]) -> None:
     """Take out the `source` that stands beside new `sources`, or the other way round, unless that is set as well."""
     part, _, name = key.rpartition(".")
-    other = {"source": "sources", "sources": "source"}.get(name)
-    if (
-        part.rpartition(".")[2] == "data"
-        and other
-        and overrides[key] is not None
-        and f"{part}.{other}" not in overrides
-    ):
-        remove_dotted_key(raw, f"{part}.{other}")
+    if part.rpartition(".")[2] != "data" or name not in ("source", "sources") or overrides[key] is None:
+        return
+    other = f"{part}.{'sources' if name == 'source' else 'source'}"
+    if other not in overrides:
+        remove_dotted_key(raw, other)
 
 
 def _share_text(raw: dict[str, Any], before: Data, names: set[str]) -> None:
     """Let the stages that read a recipe's own text, alone or in a mixture, read what it has become.
 
     Args:
-        raw: the recipe with all that the options changed.
+        raw: the recipe with all that the options changed, every key of it.
         before: the text of the recipe without them.
         names: what that text was called without them, and before the last of them.
     """
     now = raw["data"]
     for stage in raw["stages"]:
-        data = stage.get("data")
+        data = stage["data"]
         if data is None:
             continue
-        parts = [new for part in data.get("sources") or [data] for new in _replace_source(part, names, now)]
-        if data.get("sources"):
-            data["sources"] = parts
-            data.pop("source", None)  # their names in one
-        elif len(parts) > 1:
-            for key in ("source", "text_field", "chat"):
-                data.pop(key, None)
-            data["sources"] = parts
+        several = data["sources"]
+        parts = [new for part in several or [data] for new in _replace_source(part, names, now)]
+        if several or parts[0].keys() != data.keys():  # a mixture, or what was one text has become one
+            data |= {"sources": parts, "text_field": "text", "chat": None}
+            del data["source"]  # their names in one
         else:
             data |= parts[0]
         for key in ("max_tokens", "held_out"):  # one text is divided in one way
-            if key in data and data[key] == getattr(before, key):
+            if data[key] == getattr(before, key):
                 data[key] = now[key]
 
 
 def _replace_source(part: dict[str, Any], names: set[str], now: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what a stage reads in the place of a source: where that was the recipe's text, what this has become."""
-    source = part.get("source", "")
+    source = part["source"]
     prefix = REPEATED_TEXT_PREFIX if source.startswith(REPEATED_TEXT_PREFIX) else ""
-    if source.removeprefix(prefix) not in names | {now.get("source")}:
+    if source.removeprefix(prefix) not in names | {now["source"]}:
         return [part]
-    sources = now.get("sources")
+    sources = now["sources"]
     if sources is None:
         return [part | {"source": prefix + now["source"], "text_field": now["text_field"], "chat": now["chat"]}]
-    try:
-        chosen = [Source.model_validate(one) for one in sources]
-    except (TypeError, ValueError):  # the recipe as a whole is read next, and says what is wrong
-        return [part]
-    if not chosen:
-        return [part]
-    share = part.get("weight", 1.0) / sum(one.weight for one in chosen)
-    return [one.model_dump() | {"source": prefix + one.source, "weight": share * one.weight} for one in chosen]
+    share = part.get("weight", 1.0) / sum(one["weight"] for one in sources)
+    return [one | {"source": prefix + one["source"], "weight": share * one["weight"]} for one in sources]
 
 
 def _fit_student(target: str, teacher: str, mixer: str | None) -> dict[str, Any]:

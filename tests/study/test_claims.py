@@ -295,6 +295,36 @@ def test_an_arm_that_failed_in_one_seed_counts_in_none():
     assert set(effect.compute_contrasts(half)) == {"0", "1"}
 
 
+def test_seeds_that_repeat_the_same_part_of_the_arms_count_with_that_part():
+    """Another seed of the best students alone would else look like a better seed of all."""
+    rows = [r for r in table(as_the_paper) if r["axes"]["seed"] == 0 or r["axes"]["student"] in ("gla", "retnet")]
+    effect = difference(log_perplexity, {"student": ("retnet",)}, {"student": ("gla", "mlstm", "mamba2")})
+    found = effect.compute_contrasts(rows)
+    only = difference(log_perplexity, {"student": ("retnet",)}, {"student": ("gla",)}).compute_contrasts(rows)
+    assert found == only
+    assert set(found) == {"0", "1", "2"}
+    assert found.left_out
+    assert not any("seed" in one for one in found.left_out)
+    lacking = {"student": tuple(name for name in STUDENTS if name not in ("gla", "retnet"))}
+    other = difference(log_perplexity, lacking, {"student": ("gla",)}).compute_contrasts(rows)
+    assert set(other) == {"0"}, "those seeds say nothing of a student that they lack"
+
+
+def test_the_window_is_beaten_or_not_by_the_same_students_in_all_seeds():
+    def made(mixer: str, seed: int, student: float) -> dict:
+        row = arm(student=mixer, seed=seed)
+        row["values"] = {"exam.window_perplexity": 20.0, "exam.student_perplexity": student + 0.01 * seed}
+        return row
+
+    rows = [made("mine", seed, 19.0) for seed in range(3)] + [made("softmax", seed, 20.0) for seed in range(3)]
+    rows += [made(mixer, 0, 900.0) for mixer in ("gla", "retnet", "mlstm", "kda")]
+    claim = evaluate_claims(["training-beats-untrained-window"], rows)[0]
+    (finding,) = claim["findings"]
+    assert (claim["verdict"], len(finding["by_seed"])) == ("holds", 3)
+    assert finding["effect"] == pytest.approx(math.log(20 / 19.01), abs=1e-4)
+    assert {one.split()[0] for one in finding["left_out"]} == {"gla", "retnet", "mlstm", "kda"}
+
+
 def test_claims_know_students_by_their_mixer():
     """What a study calls a student says nothing: "gla" may be a RetNet, and "mine" a Gated DeltaNet."""
     rows = table(as_the_paper)

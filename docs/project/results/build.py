@@ -15,8 +15,9 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from limbeck.core.console import format_bytes
@@ -36,7 +37,7 @@ from limbeck.report.figures.students import (
 )
 from limbeck.report.figures.style import create_figure, save_figure, use_style
 from limbeck.report.privacy import strip_local_paths
-from limbeck.report.tables import SeedGroup, describe_windows, group_seeds
+from limbeck.report.tables import SeedGroup, group_seeds
 from limbeck.report.text_tables import format_markdown_table
 from limbeck.report.values import format_value
 from limbeck.study.claims import CONTROLS, evaluate_claims
@@ -217,10 +218,20 @@ def render_students(root: Path) -> str:
     runs = [run for group in ranked for run in group.runs]
     distances = list_distances(ranked[0])
     tasks = sorted({name for run in runs for name in run.values if re.fullmatch(r"tasks\.\w+ acc(uracy)?", name)})
-    heads = ["student", "state", "tokens", "perplexity, first 512", "perplexity", "its window", "difference, nats"]
+    heads = [
+        "student",
+        "seeds",
+        "state",
+        "tokens",
+        "perplexity, first 512",
+        "perplexity",
+        "its window",
+        "difference, nats",
+    ]
     heads += [f"repeat, {at:,}" for at in distances] + [name.partition(".")[2] for name in tasks] + ["minutes"]
     growth = fmean(run.values["memory.teacher_bytes_per_token"] for run in runs)
-    row = ["teacher", f"grows, {format_bytes(growth)} a token", ""]
+    several = len(collection.seeds) > 1
+    row = ["teacher", "", f"grows, {format_bytes(growth)} a token", ""]
     row += [_format_mean(f"exam.teacher_{name}", runs) for name in ("perplexity@512", "perplexity")] + ["", ""]
     row += [_format_mean(f"exam.teacher_repeat_loss@{at}", runs) for at in distances]
     row += [_format_mean(name, [run for run in collection.runs if run.student == TEACHER]) for name in tasks] + [""]
@@ -229,10 +240,11 @@ def render_students(root: Path) -> str:
     names += [f"exam.student_repeat_loss@{at}" for at in distances] + tasks
     for group in ranked:
         tokens, minutes = (fmean(numbers) for numbers in zip(*((r.tokens, (r.seconds or 0) / 60) for r in group.runs)))
-        row = [group.student, format_bytes(read_state_bytes(group)), f"{tokens:,.0f}"]
+        seeds = str(len(group.runs)) if several else ""
+        row = [group.student, seeds, format_bytes(read_state_bytes(group)), f"{tokens:,.0f}"]
         rows.append([*row, *(_format_mean(name, group.runs) for name in names), f"{minutes:.0f}"])
     sentences = [_describe_seeds(collection)]
-    sentences += [_describe_differences(ranked)] if len(collection.seeds) == 1 else describe_windows(groups)
+    sentences += [_describe_differences(ranked)]
     left = {run.student for run in collection.runs} - {group.student for group in ranked} - {TEACHER}
     sentences += [f"Without a row, because it diverged or is not finished: {', '.join(sorted(left))}."] if left else []
     measured = [index for index, cells in enumerate(zip(*rows)) if any(cells)]
@@ -378,13 +390,16 @@ def draw_figures(root: Path) -> None:
 
 
 def _format_mean(name: str, runs: list[Run]) -> str:
-    """Format a mean over seeds; of one seed with the standard error over documents or questions."""
+    """Format a mean with the standard deviation over seeds; without seeds, the standard error over documents."""
     runs = [run for run in runs if name in run.values]
     if not runs:
         return ""
-    error = _get_error(runs[0], name) if len({run.axes.get("seed") for run in runs}) == 1 else None
+    numbers = [run.values[name] for run in runs]
+    # a teacher and its windows have no seed: all runs repeat one number
+    same = math.isclose(min(numbers), max(numbers), rel_tol=1e-4)
+    error = _get_error(runs[0], name) if same else stdev(numbers)
     # a task's metric is the last word of its name, and says the unit
-    return format_value(name.rpartition(" ")[2], fmean(run.values[name] for run in runs), error)
+    return format_value(name.rpartition(" ")[2], fmean(numbers), error)
 
 
 def _get_error(run: Run, name: str) -> float | None:
@@ -392,13 +407,20 @@ def _get_error(run: Run, name: str) -> float | None:
 
 
 def _describe_differences(groups: list[SeedGroup]) -> str:
-    """Say which students of one seed differ from the untrained window of their memory by two standard errors."""
+    """Say which students differ from the untrained window of their memory by two standard errors.
+
+    Of one seed they are over documents, of several over seeds.
+    """
     sides: dict[str, list[str]] = {"better": [], "worse": [], "not told apart from it": []}
     for group in groups:
-        run = group.runs[0]
-        difference, error = run.values.get(DIFFERENCE), _get_error(run, DIFFERENCE)
-        if difference is not None and error is not None and group.student not in CONTROLS:
-            side = "not told apart from it" if abs(difference) < 2 * error else "better" if difference < 0 else "worse"
+        differences = group.seed_values(DIFFERENCE)
+        if not differences or group.student in CONTROLS:
+            continue
+        several = len(differences) > 1
+        error = stdev(differences) / math.sqrt(len(differences)) if several else _get_error(group.runs[0], DIFFERENCE)
+        if error is not None:
+            mean = fmean(differences)
+            side = "not told apart from it" if abs(mean) < 2 * error else "better" if mean < 0 else "worse"
             sides[side].append(group.student)
     found = [f"{side}: {', '.join(names)}" for side, names in sides.items() if names]
     return f"Beside the window, by two standard errors of the difference: {'; '.join(found)}." if found else ""
@@ -406,16 +428,25 @@ def _describe_differences(groups: list[SeedGroup]) -> str:
 
 def _describe_seeds(collection: RunCollection) -> str:
     """Say what the numbers of a table are, and how far they can be trusted."""
+    one = "the standard error over documents or questions"
     if len(collection.seeds) == 1:
-        return f"{_describe_trust(collection)} ± is the standard error over documents or questions."
-    return f"Means of {len(collection.seeds)} seeds."
+        return f"{_describe_trust(collection)} ± is {one}."
+    return (
+        f"{_describe_trust(collection)} ± is the standard deviation over seeds; for one seed, and for teacher and "
+        f"windows, which have none, {one}."
+    )
 
 
 def _describe_trust(collection: RunCollection) -> str:
     """Say how many seeds an order rests on."""
-    if len(collection.seeds) == 1:
-        return "**One seed** of the real teacher's students: neighbors in their order may be so by chance."
-    return f"The real teacher's students have {len(collection.seeds)} seeds."
+    counts = Counter(run.student for run in collection.finished_runs if run.student != TEACHER)
+    single = "neighbors in their order may be so by chance"
+    if max(counts.values()) == 1:
+        return f"**One seed** of the real teacher's students: {single}."
+    if len(set(counts.values())) == 1:
+        return f"The real teacher's students have {max(counts.values())} seeds."
+    most = [name for name, count in counts.items() if count == max(counts.values())]
+    return f"{max(counts.values())} seeds of {', '.join(most)}; **one seed** of the others: {single}."
 
 
 def _describe_claim(claim: dict[str, Any]) -> list[str]:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from limbeck.core.objectives import Objectives
 from limbeck.study.effects import (
     cache_growth,
-    gain_over_untrained_window,
     log_perplexity,
     loss_growth_terms,
+    make_gain_over_window,
     make_window_comparison,
     select_by_length,
     select_mean,
@@ -386,7 +386,7 @@ CLAIMS: dict[str, Claim] = {
         "arXiv 2608.28444, which finds the opposite for retrieval",
         "nats a token",
         _fixed_hypotheses(
-            Hypothesis("loss of the untrained window, minus the student's", gain_over_untrained_window),
+            Hypothesis("loss of the untrained window, minus the student's", make_gain_over_window(CONTROLS)),
         ),
     ),
     "heads-beat-layers": Claim(

@@ -2,7 +2,7 @@ r"""What claims compare: numbers of one arm (metrics), and effects that are more
 
     log_perplexity(row)                                     # nats a token on held-out text
     select_mean("recall", r"recall, \d+ pairs")(row)
-    gain_over_untrained_window(rows)["0"]                   # an effect: of each seed, one number an arm
+    make_gain_over_window(("softmax",))(rows)["0"]          # an effect: of each seed, one number an arm
 
 A metric reads an arm's record and is None where that was not measured. An effect gives its sizes by seed, as
 `limbeck.study.statistics` judges them.
@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable
 
-from limbeck.study.statistics import ArmResult, Metric, Term
+from limbeck.study.statistics import ArmResult, Contrasts, Metric, Term, contrast_common_arms
 
 
 def select_value(name: str) -> Metric:
@@ -106,41 +106,51 @@ def cache_growth(rows: list[ArmResult]) -> dict[str, list[float]]:
     return by_seed
 
 
-def gain_over_untrained_window(rows: list[ArmResult]) -> dict[str, list[float]]:
-    """Compute how much lower each student's loss is than that of the untrained window of its memory, by seed.
+def make_gain_over_window(controls: tuple[str, ...]) -> Callable[[list[ArmResult]], Contrasts]:
+    """Build the effect: how much lower each student's loss is than that of the untrained window of its memory.
 
     On the exam, whose documents are longer than a window; on the run's held-out text where there is none.
+
+    Args:
+        controls: mixers of arms that are no student: their memory is the teacher's, and so is their window.
     """
-    by_seed: dict[str, list[float]] = {}
-    for row in rows:
-        values = row["values"]
-        section = "exam" if "exam.window_perplexity" in values else "held_out"
-        window, student = (values.get(f"{section}.{model}_perplexity") for model in ("window", "student"))
-        if window is not None and student is not None:
-            gain = math.log(window) - math.log(student) if min(window, student) > 0 else math.nan
-            by_seed.setdefault(str(row["axes"]["seed"]), []).append(gain)
-    return by_seed
+
+    def compute(rows: list[ArmResult]) -> Contrasts:
+        gains = []
+        for row in rows:
+            values = row["values"]
+            section = "exam" if "exam.window_perplexity" in values else "held_out"
+            window, student = (values.get(f"{section}.{model}_perplexity") for model in ("window", "student"))
+            if window is not None and student is not None and row["axes"]["mixer"] not in controls:
+                gain = math.log(window) - math.log(student) if min(window, student) > 0 else math.nan
+                gains.append((row, gain))
+        return contrast_common_arms(gains)
+
+    return compute
 
 
-def make_window_comparison(
-    windows: tuple[str, ...], linear: tuple[str, ...]
-) -> Callable[[list[ArmResult]], dict[str, list[float]]]:
-    """Build the effect: how much lower the loss of the best window is than that of each linear student, by seed.
+def make_window_comparison(windows: tuple[str, ...], linear: tuple[str, ...]) -> Callable[[list[ArmResult]], Contrasts]:
+    """Build the effect: how much lower the loss of the best window is than that of each linear student.
 
     The two may go through different stages: what is compared is a budget's best use. Teacher and budget are equal.
     """
 
-    def compute(rows: list[ArmResult]) -> dict[str, list[float]]:
-        losses: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    def compute(rows: list[ArmResult]) -> Contrasts:
+        losses: dict[tuple[str, str], tuple[list[float], list[tuple[ArmResult, float]]]] = {}
         for row in rows:
             axes, loss = row["axes"], log_perplexity(row)
             if loss is not None and axes["mixer"] in windows + linear:
                 key = (str(axes["seed"]), repr((axes.get("teacher"), axes.get("tokens"))))
-                losses.setdefault(key, ([], []))[axes["mixer"] in linear].append(loss)
-        by_seed: dict[str, list[float]] = {}
-        for (seed, _), (of_windows, of_linear) in sorted(losses.items()):
-            if of_windows:
-                by_seed.setdefault(seed, []).extend(loss - min(of_windows) for loss in of_linear)
-        return {seed: gains for seed, gains in by_seed.items() if gains}
+                of_windows, of_linear = losses.setdefault(key, ([], []))
+                if axes["mixer"] in windows:
+                    of_windows.append(loss)
+                else:
+                    of_linear.append((row, loss))
+        return contrast_common_arms(
+            (row, loss - min(of_windows))
+            for of_windows, of_linear in losses.values()
+            if of_windows
+            for row, loss in of_linear
+        )
 
     return compute

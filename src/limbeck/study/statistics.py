@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -107,17 +107,21 @@ class Effect:
                 if value is not None:
                     names[condition, member] = _format_axes(axes)
                     tables.setdefault(_get_seed(row), {}).setdefault((condition, index), {})[member] = value
-        return self._compare(tables, names)
+        # the arms that several seeds repeat may be none of those that one side of the effect needs
+        return self._compare(tables, names, allow_parts=True) or self._compare(tables, names, allow_parts=False)
 
     def _compare(
-        self, tables: dict[str, dict[tuple[str, int], dict[str, float]]], names: dict[tuple[str, str], str]
+        self,
+        tables: dict[str, dict[tuple[str, int], dict[str, float]]],
+        names: dict[tuple[str, str], str],
+        allow_parts: bool,
     ) -> Contrasts:
         result = Contrasts()
         cells = {
             seed: {(*key, member) for key, members in table.items() for member in members}
             for seed, table in tables.items()
         }
-        complete_seeds, common = _find_common_cells(cells, result)
+        complete_seeds, common = _find_common_cells(cells, result, allow_parts)
         all_cells = {cell for seed in complete_seeds for cell in cells[seed]}
         result.left_out += sorted({names[condition, member] for condition, _, member in all_cells - common})
         diverged = {
@@ -355,11 +359,36 @@ def _explain_undecided(kind: str, margin: float, mean: float, low: float, high: 
     return "the interval lies beyond the bound at the level of one test, not at that of several"
 
 
-def _find_common_cells(cells: dict[str, set], result: Contrasts) -> tuple[list[str], set]:
-    """Find the seeds that are complete, and the cells that all of them have; notes the other seeds in `result`."""
+def contrast_common_arms(effects: Iterable[tuple[ArmResult, float]]) -> Contrasts:
+    """Return the effects of arms by seed; an arm that is missing in one seed is left out of all of them."""
+    tables: dict[str, dict[str, float]] = {}
+    names: dict[str, str] = {}
+    for row, effect in effects:
+        arm = _axes_key({axis: value for axis, value in row["axes"].items() if axis != "seed"})
+        names[arm] = _format_axes(row["axes"])
+        tables.setdefault(_get_seed(row), {})[arm] = effect
+    result = Contrasts()
+    seeds, common = _find_common_cells({seed: set(table) for seed, table in tables.items()}, result)
+    result.left_out += sorted({names[arm] for seed in seeds for arm in tables[seed].keys() - common})
+    result |= {seed: [effect for arm, effect in tables[seed].items() if arm in common] for seed in seeds if common}
+    return result
+
+
+def _find_common_cells(cells: dict[str, set], result: Contrasts, allow_parts: bool = True) -> tuple[list[str], set]:
+    """Find the seeds that are complete, and the cells that all of them have; notes the other seeds in `result`.
+
+    Args:
+        allow_parts: a study may repeat only a part of its arms: where several seeds have the same cells, fewer than the
+            others, and a test would have too few seeds without them, all seeds count and the other arms do not.
+    """
     max_cells = max((len(seed_cells) for seed_cells in cells.values()), default=0)
     complete_seeds = [seed for seed, seed_cells in cells.items() if len(seed_cells) >= MIN_SEED_COVERAGE * max_cells]
-    result.left_out += [f"seed {seed}, which is not complete" for seed in cells if seed not in complete_seeds]
+    others = [seed for seed in cells if seed not in complete_seeds]
+    if allow_parts and len(others) > 1 and len(complete_seeds) < MIN_SEEDS <= len(cells):
+        common = set.intersection(*cells.values())
+        if common and all(cells[seed] == cells[others[0]] for seed in others):
+            return list(cells), common
+    result.left_out += [f"seed {seed}, which is not complete" for seed in others]
     return complete_seeds, set.intersection(*(cells[seed] for seed in complete_seeds)) if complete_seeds else set()
 
 

@@ -32,7 +32,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from limbeck.cli.options import split_assignment
+from limbeck.cli.options import split_assignments
 from limbeck.core.console import console
 from limbeck.core.digests import digest_facts
 from limbeck.core.errors import LimbeckError
@@ -276,7 +276,7 @@ def make_table(args: argparse.Namespace, folder: Path) -> str:
     tasks = parse_settings(TASKS, {"names": [TASK], "limit": args.limit or None}) if args.tasks else None
     if tasks is not None:
         check_task_settings(tasks)
-    changes = dict(split_assignment(one, "teacher=folder") for one in args.set)
+    changes = split_assignments(args.set, "teacher=folder")
     trained = {run: read_training(run) for run in args.runs}
     results = Results(args.out)
     students = Students(results, changes, folder)

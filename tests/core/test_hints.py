@@ -101,10 +101,10 @@ def test_a_hint_names_what_exists(place, text, verbs, keys):
         assert set(re.findall(r"(?<!\S)(--[a-z][a-z0-9-]+)", rest)) <= mine, rest
     known = options | {"--nproc-per-node", "--no-deps", "--upgrade", "--head", "--mixer-file"}
     assert set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", text)) <= known
-    for key in re.findall(r"--set ([\w.{}]+)=", text):
+    for key in re.findall(r"--set '?([\w.{}]+)=", text):
         plain = re.sub(r"\{\}|\b\d+\b", "N", key)
         assert plain in keys or plain == "N" or plain.startswith("N."), f"no key {key}"
-    bare = re.findall(r"(?<!--set )(?<![\w.])([a-z_]+\.[\w.]+=[^\s,]+)", text)
+    bare = re.findall(r"(?<!--set )(?<!--set ')(?<![\w.])([a-z_]+\.[\w.]+=[^\s,]+)", text)
     assert not bare, "a key is given by --set"
     names = {part for key in keys for part in key.split(".")} | set(mixers.list_mixers())
     names |= FOREIGN

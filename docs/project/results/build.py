@@ -446,7 +446,8 @@ def _describe_trust(collection: RunCollection) -> str:
     if len(set(counts.values())) == 1:
         return f"The real teacher's students have {max(counts.values())} seeds."
     most = [name for name, count in counts.items() if count == max(counts.values())]
-    return f"{max(counts.values())} seeds of {', '.join(most)}; **one seed** of the others: {single}."
+    least = "**one seed**" if min(counts.values()) == 1 else f"{min(counts.values())} or more"
+    return f"{max(counts.values())} seeds of {', '.join(most)}; {least} of the others: {single}."
 
 
 def _describe_claim(claim: dict[str, Any]) -> list[str]:
